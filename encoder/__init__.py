@@ -1,0 +1,1 @@
+"""The FluxViT encoder: files to frames to as many tokens as the budget allows."""

@@ -1,0 +1,221 @@
+"""Budget: how many tokens the encoder may keep, and the frames, resolution and K that it buys.
+
+The default policy walks the anti-diagonal of the paper's Token Optimization table (supplement Table 1): as many
+frames as possible, at the lowest trained resolution first, until the patches seen reach a fixed multiple of the
+tokens kept. A table measured on the model at hand (`PlanTable`) takes its place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from encoder.config import FluxViTConfig
+from encoder.errors import BudgetError
+from encoder.tokens import Grid
+
+# Patches seen per token kept: 16 x 168^2 at K = 1024 is among the best of supplement Table 1.
+OVERSAMPLING = 2.25
+SMALLEST = 16
+
+
+class Media(Protocol):
+    """What planning needs to know of a clip: `VideoInfo` and `Clip.info` both have it."""
+
+    @property
+    def duration_s(self) -> float: ...
+
+    @property
+    def frames(self) -> int | None: ...
+
+    @property
+    def kind(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was decided for one clip: sampled frames, input size in pixels, tokens to keep."""
+
+    frames: int
+    height: int
+    width: int
+    keep: int
+    patch_size: int = 14
+
+    @property
+    def grid(self) -> Grid:
+        """Patches the encoder sees."""
+        return Grid(self.frames, self.height // self.patch_size, self.width // self.patch_size)
+
+    @property
+    def key(self) -> tuple[int, int, int, int]:
+        """What distinguishes its result from another plan's on the same clip."""
+        return self.frames, self.height, self.width, self.keep
+
+    def __str__(self) -> str:
+        return f"{self.frames} frames x {self.height}x{self.width}, {self.keep} of {self.grid.size} tokens"
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """Up to `tokens` kept: sample `frames` at `resolution` x `resolution`."""
+
+    tokens: int
+    frames: int
+    resolution: int
+
+
+@dataclass(frozen=True)
+class PlanTable:
+    """Best input setting per token count, ascending; `training.optimize_tokens` measures one."""
+
+    rows: tuple[PlanRow, ...]
+
+    def lookup(self, keep: int) -> PlanRow:
+        """The row of the smallest count that is not below `keep`, or the last."""
+        return next((row for row in self.rows if row.tokens >= keep), self.rows[-1])
+
+    @staticmethod
+    def of(rows: Iterable[PlanRow]) -> PlanTable:
+        """Sorted; raises BudgetError when empty."""
+        ordered = tuple(sorted(rows, key=lambda row: row.tokens))
+        if not ordered:
+            raise BudgetError("A plan table needs at least one row.")
+        return PlanTable(ordered)
+
+    @staticmethod
+    def read(path: str | Path) -> PlanTable:
+        """From JSON, a list of {tokens, frames, resolution}; raises BudgetError when it is not that."""
+        try:
+            return PlanTable.of(PlanRow(**row) for row in json.loads(Path(path).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise BudgetError(f"Cannot read the plan table {path}: {error}.") from error
+
+
+def choose_input(keep: int, max_frames: int, config: FluxViTConfig) -> tuple[int, int]:
+    """(frames, resolution) for K kept tokens within the model's trained ranges.
+
+    The most frames, then the highest resolution, whose patches number between K and OVERSAMPLING * K; where
+    the ranges hold none, the closest above K, or the largest there is.
+    """
+    per_side = [side // config.patch_size for side in range(*config.resolution_range)]
+    counts = [count for count in range(*config.frames_range) if count <= max_frames]
+    if not counts:
+        counts = [max_frames]
+    pairs = [(frames, side) for frames in counts for side in per_side]
+
+    def seen(pair: tuple[int, int]) -> int:
+        return pair[0] * pair[1] ** 2
+
+    fitting = [pair for pair in pairs if keep <= seen(pair) <= OVERSAMPLING * keep]
+    if fitting:
+        frames, side = max(fitting)
+    else:
+        above = [pair for pair in pairs if seen(pair) > keep]
+        frames, side = min(above, key=seen) if above else max(pairs, key=seen)
+    return frames, side * config.patch_size
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens the encoder may keep: a number, everything, or what fits a latency target.
+
+    Raises BudgetError for a count below 1 or a time that is not positive.
+    """
+
+    tokens: int | None = 1024
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and (isinstance(self.tokens, bool) or self.tokens < 1):
+            raise BudgetError(f"A token budget must be at least 1, not {self.tokens}.")
+        if self.seconds is not None and not self.seconds > 0:
+            raise BudgetError(f"A latency target must be a positive number of seconds, not {self.seconds}.")
+
+    @staticmethod
+    def full() -> Budget:
+        """Everything: the most frames at the highest trained resolution, no token dropped."""
+        return Budget(tokens=None)
+
+    @staticmethod
+    def auto(seconds: float = 2.0) -> Budget:
+        """As many tokens as reach the first word of the answer within `seconds`, by prediction."""
+        return Budget(tokens=None, seconds=seconds)
+
+    @staticmethod
+    def of(value: Budget | int | str | None) -> Budget:
+        """From what people write: 512, "512", "full", "auto", "auto:1.5"; None is the default."""
+        if isinstance(value, Budget):
+            return value
+        if value is None:
+            return Budget()
+        text = str(value).strip().lower()
+        if text == "full":
+            return Budget.full()
+        name, _, seconds = text.partition(":")
+        try:
+            if name == "auto":
+                return Budget.auto(float(seconds.rstrip("s"))) if seconds else Budget.auto()
+            return Budget(int(text))
+        except ValueError:
+            raise BudgetError(f"A budget is a number of tokens, 'full', 'auto' or 'auto:SECONDS', not {value!r}.") from None
+
+    def plan(
+        self,
+        media: Media,
+        config: FluxViTConfig,
+        *,
+        table: PlanTable | None = None,
+        predict_s: Callable[[Plan], float] | None = None,
+    ) -> Plan:
+        """Frames, resolution and K for one clip.
+
+        media: anything with kind, duration_s and frames (None when unknown); a still image gets one frame and a
+        clip never more frames than it has. predict_s: seconds to the first word under a plan; `Budget.auto`
+        needs it and raises BudgetError without.
+        """
+        max_frames = 1 if media.kind == "image" else (media.frames or max(range(*config.frames_range)))
+        if self.seconds is not None:
+            if predict_s is None:
+                raise BudgetError("Budget.auto needs a model whose speed is known: ask through VideoChat.")
+            return self._within(self.seconds, max_frames, config, table, predict_s)
+        if self.tokens is None:
+            return _full_plan(max_frames, config)
+        return _plan(self.tokens, max_frames, config, table)
+
+    @staticmethod
+    def _within(
+        seconds: float,
+        max_frames: int,
+        config: FluxViTConfig,
+        table: PlanTable | None,
+        predict_s: Callable[[Plan], float],
+    ) -> Plan:
+        """The largest K, by halving steps of SMALLEST, whose prediction meets the target; else the smallest."""
+        low, high = 1, max(1, _full_plan(max_frames, config).keep // SMALLEST)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if predict_s(_plan(middle * SMALLEST, max_frames, config, table)) <= seconds:
+                low = middle
+            else:
+                high = middle - 1
+        return _plan(low * SMALLEST, max_frames, config, table)
+
+
+def _full_plan(max_frames: int, config: FluxViTConfig) -> Plan:
+    frames = min(max_frames, max(range(*config.frames_range)))
+    side = max(range(*config.resolution_range))
+    return Plan(frames, side, side, frames * (side // config.patch_size) ** 2, config.patch_size)
+
+
+def _plan(keep: int, max_frames: int, config: FluxViTConfig, table: PlanTable | None) -> Plan:
+    if table is not None:
+        row = table.lookup(keep)
+        frames, side = min(row.frames, max_frames), row.resolution
+    else:
+        frames, side = choose_input(keep, max_frames, config)
+    seen = frames * (side // config.patch_size) ** 2
+    return Plan(frames, side, side, min(keep, seen), config.patch_size)

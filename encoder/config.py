@@ -1,0 +1,113 @@
+"""FluxViTConfig: every dimension of the encoder, and the four sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from encoder.errors import ConfigError
+
+Gelu = Literal["erf", "tanh"]
+
+
+@dataclass(frozen=True)
+class FluxViTConfig:
+    """Dimensions of a FluxViT (arXiv 2503.14237; the names follow the released model file).
+
+    The position table covers `pos_frames` x `pos_height` x `pos_width` patches and is interpolated to any
+    other grid. `gelu`: the plain definition uses the exact error function; the released weights were
+    trained with fused kernels whose default is the tanh form.
+    """
+
+    embed_dim: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
+    patch_size: int = 14
+    pos_frames: int = 24
+    pos_height: int = 18
+    pos_width: int = 18
+    pool_heads: int = 16
+    clip_embed_dim: int = 768
+    num_pools: int = 3
+    num_aligners: int = 2
+    num_classes: int = 400
+    gelu: Gelu = "erf"
+    drop_path: float = 0.0
+    layer_scale_init: float = 1e-5
+    # Input ranges the weights were trained on; the default plan table is drawn from them.
+    frames_range: tuple[int, int, int] = (4, 26, 2)
+    resolution_range: tuple[int, int, int] = (168, 280, 28)
+
+    def __post_init__(self) -> None:
+        if self.embed_dim % self.num_heads:
+            raise ConfigError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}.")
+        if self.num_pools and self.embed_dim % self.pool_heads:
+            raise ConfigError(f"embed_dim {self.embed_dim} must be a multiple of pool_heads {self.pool_heads}.")
+        if self.embed_dim % 8:
+            raise ConfigError(f"embed_dim {self.embed_dim} must be a multiple of 8 for the 3-D sin-cos table.")
+        if self.gelu not in ("erf", "tanh"):
+            raise ConfigError(f"gelu must be 'erf' or 'tanh', not {self.gelu!r}.")
+        object.__setattr__(self, "frames_range", tuple(self.frames_range))
+        object.__setattr__(self, "resolution_range", tuple(self.resolution_range))
+
+    @property
+    def mlp_dim(self) -> int:
+        """Hidden width of the MLP."""
+        return int(self.embed_dim * self.mlp_ratio)
+
+    @property
+    def pos_tokens(self) -> int:
+        """Rows of the position table without the cls row."""
+        return self.pos_frames * self.pos_height * self.pos_width
+
+    def replace(self, **changes: Any) -> FluxViTConfig:
+        """A copy with some values changed."""
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> FluxViTConfig:
+        """The reverse of `to_dict`; raises ConfigError on unknown keys."""
+        known = {field.name for field in dataclasses.fields(FluxViTConfig)}
+        if unknown := set(values) - known:
+            raise ConfigError(f"Unknown FluxViT setting {sorted(unknown)}: known are {sorted(known)}.")
+        return FluxViTConfig(**values)
+
+    @staticmethod
+    def read(path: str | Path) -> FluxViTConfig:
+        """From a JSON file; raises ConfigError when it is missing or not a FluxViT configuration."""
+        try:
+            values = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"Cannot read the encoder configuration {path}: {error}.") from error
+        return FluxViTConfig.from_dict(values)
+
+
+# The size of the shipped model: trained from scratch on two CPU cores.
+MICRO = FluxViTConfig(
+    embed_dim=192,
+    depth=6,
+    num_heads=3,
+    pos_frames=16,
+    pos_height=8,
+    pos_width=8,
+    clip_embed_dim=384,
+    num_classes=0,
+    gelu="tanh",
+    layer_scale_init=0.1,
+    frames_range=(4, 18, 2),
+    resolution_range=(56, 126, 14),
+)
+SMALL = FluxViTConfig()
+BASE = FluxViTConfig(embed_dim=768, num_heads=12, pos_frames=32, pos_height=20, pos_width=20)
+# Not released; dimensions inferred from the InternVideo2-L distillation setting, table size from BASE.
+LARGE = FluxViTConfig(embed_dim=1024, depth=24, num_heads=16, pos_frames=32, pos_height=20, pos_width=20)
+
+SIZES: dict[str, FluxViTConfig] = {"micro": MICRO, "small": SMALL, "base": BASE, "large": LARGE}

@@ -1,0 +1,63 @@
+"""What every benchmark shares: the machine's description, interleaved timing, one JSON line."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def environment(dtype: str = "float32") -> dict[str, Any]:
+    """Machine, threads, dtype, commit, versions and load average: what a figure depends on."""
+    import torch
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent)
+        return done.stdout.strip()
+
+    return {
+        "machine": f"{platform.machine()} {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "accelerator": str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else None,
+        "threads": torch.get_num_threads(),
+        "dtype": dtype,
+        "torch": torch.__version__,
+        "commit": git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def interleave(cases: dict[str, Callable[[], object]], n: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Wall seconds of every case, run in turn (A, B, A, B, ...) so that drift hits all of them alike."""
+    samples: dict[str, list[float]] = {name: [] for name in cases}
+    for repeat in range(-warmup, n):
+        for name, run in cases.items():
+            start = time.perf_counter()
+            run()
+            if repeat >= 0:
+                samples[name].append(time.perf_counter() - start)
+    return samples
+
+
+def summary(samples: list[float]) -> dict[str, float]:
+    """n, median, minimum and 90th percentile in ms; spread = (p90 - min) / median."""
+    ordered = sorted(samples)
+    median = statistics.median(ordered)
+    p90 = ordered[min(len(ordered) - 1, round(0.9 * (len(ordered) - 1)))]
+    return {
+        "n": len(ordered),
+        "median_ms": round(1e3 * median, 3),
+        "min_ms": round(1e3 * ordered[0], 3),
+        "p90_ms": round(1e3 * p90, 3),
+        "spread": round((p90 - ordered[0]) / median, 3),
+    }
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """One line on stdout, the last one."""
+    print(json.dumps(result), flush=True)
