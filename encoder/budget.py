@@ -1,8 +1,8 @@
 """Budget: how many tokens the encoder may keep, and the frames, resolution and K that it buys.
 
-The default policy walks the anti-diagonal of the paper's Token Optimization table (supplement Table 1): as many
-frames as possible, at the lowest trained resolution first, until the patches seen reach a fixed multiple of the
-tokens kept. A table measured on the model at hand (`PlanTable`) takes its place.
+The default policy walks the anti-diagonal of the paper's Token Optimization table (supplement Table 1): as
+many frames as possible, at the lowest trained resolution first, until the patches seen reach a fixed multiple
+of the tokens kept. A table measured on the model at hand (`PlanTable`) takes its place.
 """
 
 from __future__ import annotations
@@ -161,7 +161,9 @@ class Budget:
                 return Budget.auto(float(seconds.rstrip("s"))) if seconds else Budget.auto()
             return Budget(int(text))
         except ValueError:
-            raise BudgetError(f"A budget is a number of tokens, 'full', 'auto' or 'auto:SECONDS', not {value!r}.") from None
+            raise BudgetError(
+                f"A budget is a number of tokens, 'full', 'auto' or 'auto:SECONDS', not {value!r}."
+            ) from None
 
     def plan(
         self,
@@ -173,8 +175,8 @@ class Budget:
     ) -> Plan:
         """Frames, resolution and K for one clip.
 
-        media: anything with kind, duration_s and frames (None when unknown); a still image gets one frame and a
-        clip never more frames than it has. predict_s: seconds to the first word under a plan; `Budget.auto`
+        media: anything with kind, duration_s and frames (None when unknown); a still image gets one frame and
+        a clip never more frames than it has. predict_s: seconds to the first word under a plan; `Budget.auto`
         needs it and raises BudgetError without.
         """
         max_frames = 1 if media.kind == "image" else (media.frames or max(range(*config.frames_range)))
@@ -194,7 +196,7 @@ class Budget:
         table: PlanTable | None,
         predict_s: Callable[[Plan], float],
     ) -> Plan:
-        """The largest K, by halving steps of SMALLEST, whose prediction meets the target; else the smallest."""
+        """The largest multiple of SMALLEST whose prediction meets the target, by bisection; else SMALLEST."""
         low, high = 1, max(1, _full_plan(max_frames, config).keep // SMALLEST)
         while low < high:
             middle = (low + high + 1) // 2

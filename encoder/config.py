@@ -46,9 +46,13 @@ class FluxViTConfig:
         if self.embed_dim % self.num_heads:
             raise ConfigError(f"embed_dim {self.embed_dim} must be a multiple of num_heads {self.num_heads}.")
         if self.num_pools and self.embed_dim % self.pool_heads:
-            raise ConfigError(f"embed_dim {self.embed_dim} must be a multiple of pool_heads {self.pool_heads}.")
+            raise ConfigError(
+                f"embed_dim {self.embed_dim} must be a multiple of pool_heads {self.pool_heads}."
+            )
         if self.embed_dim % 8:
-            raise ConfigError(f"embed_dim {self.embed_dim} must be a multiple of 8 for the 3-D sin-cos table.")
+            raise ConfigError(
+                f"embed_dim {self.embed_dim} must be a multiple of 8 for the 3-D sin-cos table."
+            )
         if self.gelu not in ("erf", "tanh"):
             raise ConfigError(f"gelu must be 'erf' or 'tanh', not {self.gelu!r}.")
         object.__setattr__(self, "frames_range", tuple(self.frames_range))

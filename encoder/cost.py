@@ -1,6 +1,6 @@
 """What a plan costs before anything runs: multiply-accumulates by formula, milliseconds by calibration, MiB.
 
-Multiply-accumulates follow the fvcore convention of the paper's GFLOPs column, the attention products included.
+Multiply-accumulates follow the fvcore convention of the paper's GFLOPs column, attention products included.
 """
 
 from __future__ import annotations
@@ -33,20 +33,22 @@ def encoder_macs(config: FluxViTConfig, seen: int, keep: int, *, pool: bool = Fa
     return total + classes * config.clip_embed_dim
 
 
-def encoder_mib(config: FluxViTConfig, frames: int, height: int, width: int, keep: int, bytes_per: int = 4) -> float:
+def encoder_mib(
+    config: FluxViTConfig, frames: int, height: int, width: int, keep: int, bytes_per: int = 4
+) -> float:
     """Peak working memory of one clip's forward without weights, in MiB: pixels and patches, or one block."""
     seen = frames * (height // config.patch_size) * (width // config.patch_size)
     patch_values = 3 * config.patch_size**2
     # Pixels, their patches before and after the first norm; then embeddings before selection.
     entry = seen * (3 * patch_values + 2 * config.embed_dim)
-    # Residual, normalised input and either q, k, v, attended and LPE, or the hidden layer before and after GELU.
+    # Residual, normalised input, and q, k, v, attended and LPE, or the hidden layer before and after GELU.
     block = (keep + 1) * (2 * config.embed_dim + max(6 * config.embed_dim, 2 * config.mlp_dim))
     return max(entry, block) * bytes_per / MIB
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Milliseconds as a non-negative combination of features, fitted to timings of one model on one machine."""
+    """Milliseconds as a non-negative combination of features, fitted to one model on one machine."""
 
     weights: tuple[float, ...]
 

@@ -43,7 +43,7 @@ class FluxViT(nn.Module):
         self.pos_embed = nn.Parameter(sin_cos_3d(dim, self.pos_grid))
         self.gpe_proj = ChannelAffine(dim)
         self.patch_embed = PatchEmbed(dim, config.patch_size)
-        self.blocks = nn.ModuleList(
+        blocks = [
             Block(
                 dim,
                 config.num_heads,
@@ -53,7 +53,8 @@ class FluxViT(nn.Module):
                 config.drop_path * index / max(config.depth - 1, 1),
             )
             for index in range(config.depth)
-        )
+        ]
+        self.blocks = nn.ModuleList(blocks)
         self.clip_projector = nn.ModuleList(
             AttentionPool(dim, config.pool_heads, config.clip_embed_dim) for _ in range(config.num_pools)
         )
@@ -73,7 +74,7 @@ class FluxViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         with torch.no_grad():
-            for index, block in enumerate(self.blocks):
+            for index, block in enumerate(b for b in self.blocks if isinstance(b, Block)):
                 # Residual branches shrink with depth, so that their sum keeps its variance.
                 block.attn.proj.weight.div_((2 * (index + 1)) ** 0.5)
                 block.mlp.fc2.weight.div_((2 * (index + 1)) ** 0.5)
@@ -82,7 +83,9 @@ class FluxViT(nn.Module):
         """Patch grid of an input; raises BudgetError unless the sides are multiples of the patch size."""
         size = self.config.patch_size
         if height % size or width % size or not (frames and height and width):
-            raise BudgetError(f"Input is {frames} frames of {height} x {width}: sides must be multiples of {size}.")
+            raise BudgetError(
+                f"Input is {frames} frames of {height} x {width}: sides must be multiples of {size}."
+            )
         return Grid(frames, height // size, width // size)
 
     def embed(self, pixels: Tensor) -> Tensor:
@@ -109,7 +112,7 @@ class FluxViT(nn.Module):
 
     def _run_block(self, block: nn.Module, x: Tensor, segments: list[Segment]) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, segments, use_reentrant=False)  # type: ignore[return-value]
+            return checkpoint(block, x, segments, use_reentrant=False)
         return block(x, segments)
 
     def forward(
@@ -134,7 +137,9 @@ class FluxViT(nn.Module):
         clips = list(pixels)
         keeps = list(keep) if isinstance(keep, Sequence) else [keep] * len(clips)
         if len(keeps) != len(clips):
-            raise BudgetError(f"{len(keeps)} token budgets were given for {len(clips)} clips: give one for each.")
+            raise BudgetError(
+                f"{len(keeps)} token budgets were given for {len(clips)} clips: give one for each."
+            )
         grids = [self.grid_of(*clip.shape[1:]) for clip in clips]
 
         # Clips of one grid and one K share every kernel call.

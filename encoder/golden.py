@@ -55,14 +55,18 @@ def rule_pixels(seed: int, batch: int, frames: int, side: int) -> Tensor:
     patches = side // 14
     base = rng.standard_normal((batch, 3, 1, side, side))
     flicker = rng.uniform(0, 3, (batch, 1, frames, patches, patches)).repeat(14, 3).repeat(14, 4)
-    return torch.from_numpy((base * flicker + rng.standard_normal((batch, 3, frames, side, side))).astype(np.float32))
+    return torch.from_numpy(
+        (base * flicker + rng.standard_normal((batch, 3, frames, side, side))).astype(np.float32)
+    )
 
 
 def rule_model(size: str) -> FluxViT:
     """SMALL or BASE with the rule's weights, exact GELU, 400 classes, eval mode."""
     sizes = {"small": SMALL, "base": BASE}
     if size not in sizes:
-        raise CheckpointError(f"Golden case of unknown size {size!r}: only small and base have official outputs.")
+        raise CheckpointError(
+            f"Golden case of unknown size {size!r}: only small and base have official outputs."
+        )
     model = FluxViT(sizes[size].replace(gelu="erf", num_classes=400)).eval()
     model.load_state_dict(rule_weights(model))
     return model
@@ -84,11 +88,14 @@ class CaseResult:
 
     def __str__(self) -> str:
         kept = "same tokens kept" if self.kept_equal else "OTHER TOKENS KEPT"
-        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}: largest difference {self.difference:.2e} ({self.worst}), {kept}"
+        verdict = "ok  " if self.passed else "FAIL"
+        return f"{verdict} {self.name}: largest difference {self.difference:.2e} ({self.worst}), {kept}"
 
 
 @torch.inference_mode()
-def check_case(model: FluxViT, name: str, case: Mapping[str, int | None], expected: Mapping[str, Tensor]) -> CaseResult:
+def check_case(
+    model: FluxViT, name: str, case: Mapping[str, int | None], expected: Mapping[str, Tensor]
+) -> CaseResult:
     """Run one case and compare everything the file holds of it."""
     frames, side, head, keep = case["T"], case["S"], case["head"], case["keep"]
     assert frames is not None
@@ -150,8 +157,12 @@ def check_file(path: str | Path) -> list[CaseResult]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m encoder.golden", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("file", help="golden outputs, a .safetensors file with one JSON per case in its metadata")
+    parser = argparse.ArgumentParser(
+        prog="python -m encoder.golden", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument(
+        "file", help="golden outputs, a .safetensors file with one JSON per case in its metadata"
+    )
     args = parser.parse_args(argv)
     try:
         results = check_file(args.file)

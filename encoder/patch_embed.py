@@ -9,7 +9,7 @@ from encoder.norm import RMSNorm
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping 1 x P x P patches of a video, normalised before and after their projection (paper: DPN).
+    """Non-overlapping 1 x P x P patches, normalised before and after their projection (paper: DPN).
 
     The paper says LayerNorm; the released model uses RMSNorm without bias, and so does this.
     """
@@ -17,7 +17,9 @@ class PatchEmbed(nn.Module):
     def __init__(self, embed_dim: int, patch_size: int = 14, channels: int = 3) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv3d(channels, embed_dim, (1, patch_size, patch_size), stride=(1, patch_size, patch_size))
+        self.proj = nn.Conv3d(
+            channels, embed_dim, (1, patch_size, patch_size), stride=(1, patch_size, patch_size)
+        )
         self.norm = RMSNorm(embed_dim)
         self.norm_before = RMSNorm(channels * patch_size**2)
 

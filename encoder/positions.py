@@ -81,9 +81,11 @@ class PositionCache:
         self._lock = threading.Lock()
 
     def get(self, table: Tensor, source: Grid, target: Grid) -> Tensor:
-        """`interpolate(table, source, target)` without its graph, computed once per grid and weight version."""
+        """`interpolate(table, source, target)` without its graph, once per grid and weight version."""
         if source == target:
             return table
+        if table.is_inference():  # no version to notice changed weights by
+            return interpolate(table, source, target)
         key = (target, table.data_ptr(), table._version, table.dtype, table.device)
         with self._lock:
             if key in self._tables:

@@ -6,6 +6,7 @@ Nothing here carries gradients.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -42,11 +43,11 @@ def quotas(keep: int, groups: list[int], per_frame: int, *, compat_truncation: b
     frames = sum(groups)
     if compat_truncation:
         ratio = 1 - keep / (frames * per_frame)
-        return [int((1 - ratio) * size * per_frame) for size in groups]
+        return [int((1 - ratio) * (size * per_frame)) for size in groups]
     edges = [0]
     for size in groups:
         edges.append(edges[-1] + size)
-    return [keep * after // frames - keep * before // frames for before, after in zip(edges, edges[1:], strict=False)]
+    return [keep * after // frames - keep * before // frames for before, after in pairwise(edges)]
 
 
 def importance(patches: Tensor, groups: list[int], p: float = 2.0) -> Tensor:

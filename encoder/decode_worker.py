@@ -1,0 +1,179 @@
+"""The child process that decodes: reads requests from stdin, writes frames to stdout, never more.
+
+Protocol, all lengths known beforehand, nothing pickled (a broken decoder must not reach its parent):
+  request  one JSON line
+  reply    one JSON line {"header": ..., "count", "height", "width"} or {"error": "one sentence"},
+           then `count` times: one JSON line {"time": seconds} and height x width x 3 bytes,
+           or {"error": ...} where the frames stop.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, BinaryIO
+
+from . import decoders, stills
+from .containers import Header, Rules, inspect
+from .errors import VideoError
+from .sampling import fit_within, middle_times
+
+IDLE_S = 10.0  # a worker that nobody asks for this long ends itself
+
+
+def choose_times(header: Header, request: dict[str, Any]) -> list[float]:
+    """Wanted times in seconds, ascending. Raises VideoError for times the video does not have."""
+    if header.kind == "image":
+        return [0.0]
+    end = header.duration_s
+    if request["at_s"] is not None:
+        times = sorted(request["at_s"])
+    else:
+        first = request["start_s"] or 0.0
+        last = request["end_s"] if request["end_s"] is not None else max(header.claimed_s, end)
+        if not header.lies:
+            last = min(last, end)
+        if first < 0 or last < first or (first >= end > 0):
+            raise VideoError(f"the part from {first:g} to {last:g} s is not in it; it lasts {end:.2f} s")
+        times = middle_times(first, last, request["frames"])
+    if times[-1] > end and header.lies:
+        raise VideoError(
+            f"its header says {header.claimed_s:.1f} s but it can be read only up to {end:.2f} s "
+            f"(cut off or damaged); export it again or read a part of it with end_s={end:.2f}"
+        )
+    if times[0] < 0 or times[-1] > end + 1e-3:
+        wrong = times[0] if times[0] < 0 else times[-1]
+        raise VideoError(f"there is no frame at {wrong:g} s; it lasts {end:.2f} s")
+    return times
+
+
+def frames_of(
+    path: str, header: Header, times_s: Sequence[float], size: tuple[int, int], rules: Rules, decoder: str
+) -> Iterator[tuple[float, bytes, int]]:
+    """(time, RGB bytes, quarter turns still to make) of each wanted frame, by the decoder that suits.
+
+    `size` is upright. With decoder "auto", frames that decord cannot deliver come from PyAV.
+    """
+    if header.kind == "image" or header.container in ("png", "jpeg", "webp", "bmp"):
+        yield from ((t, rgb, 0) for t, rgb in stills.decode_image(path, header, times_s, size, rules))
+        return
+    if decoder == "auto" and not _decord_suits(path, header, times_s, rules):
+        decoder = "pyav"
+    done = 0
+    if decoder != "pyav":
+        try:
+            for t, rgb in decoders.decode_decord(path, header, times_s, size, rules):
+                yield t, rgb, 0
+                done += 1
+            return
+        except Exception as error:  # noqa: BLE001 - decord raises bare RuntimeError, EOF and its own kinds
+            if decoder == "decord":
+                reason = str(error).strip().splitlines()[-1][:120] if str(error).strip() else "no reason given"
+                raise VideoError(
+                    f"decord cannot read its {header.codec} frames ({reason}); use decoder='pyav'"
+                ) from error
+    raw = size if header.turns % 2 == 0 else size[::-1]
+    for t, rgb in decoders.decode_pyav(path, header, times_s[done:], raw, rules):
+        yield t, rgb, header.turns
+
+
+def _decord_suits(path: str, header: Header, times_s: Sequence[float], rules: Rules) -> bool:
+    """decord is for trusted files of codecs it knows, wanted densely enough to read straight through."""
+    return (
+        rules.trusted
+        and header.codec in decoders.DECORD_CODECS
+        and decoders.has_decord()
+        and not decoders.sparse(path, times_s, rules)
+    )
+
+
+def answer(request: dict[str, Any], out: BinaryIO) -> None:
+    """Serve one request. Every failure becomes one sentence in an "error" line."""
+    try:
+        rules = Rules(**request["rules"])
+        path = request["path"]
+        with open(path, "rb") as file:
+            image = stills.is_image(file.read(16))
+        header = (stills.inspect_image if image else inspect)(path, rules)
+        size = fit_within(header.width, header.height, request["max_side"])
+        times = choose_times(header, request) if request["frames"] else []
+        if len(times) * size[0] * size[1] * 3 > request["max_bytes_out"]:
+            mib = len(times) * size[0] * size[1] * 3 / 2**20
+            raise VideoError(f"{len(times)} frames of {size[0]} x {size[1]} need {mib:.0f} MiB; set max_side")
+        reply = {"header": asdict(header), "count": len(times), "width": size[0], "height": size[1]}
+        _line(out, reply)
+        if times:
+            for t, rgb, turns in frames_of(path, header, times, size, rules, request["decoder"]):
+                _line(out, {"time": t, "turns": turns})
+                out.write(rgb)
+    except VideoError as error:
+        _line(out, {"error": str(error)})
+    except MemoryError:
+        _line(out, {"error": f"decoding it needs more than {request['memory_mib']} MiB; scale it down first"})
+    except Exception as error:  # noqa: BLE001 - whatever a decoder raises is one sentence for the user
+        _line(out, {"error": _plain(error)})
+    out.flush()
+
+
+def _plain(error: Exception) -> str:
+    reason = str(error).strip() or type(error).__name__
+    if getattr(error, "errno", None) == 12:  # ENOMEM
+        return "decoding it needs more memory than allowed; scale it down first"
+    if "nvalid data" in reason or "moov" in reason or "cannot identify" in reason:
+        return "it is not a video or image, or is cut off before its index; export it again"
+    detail = reason.splitlines()[0][:160]
+    return f"it cannot be decoded ({type(error).__name__}: {detail}); convert it to h264 in mp4"
+
+
+def _line(out: BinaryIO, message: dict[str, Any]) -> None:
+    out.write(json.dumps(message).encode() + b"\n")
+
+
+def _limit(request: dict[str, Any]) -> None:
+    """Limits that the kernel enforces even if this process hangs: wall clock and memory."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, request["seconds"] + 1.0)  # default action: the process ends
+    try:
+        import resource
+    except ImportError:  # not a Unix system: the parent's clock remains
+        return
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    size = request["memory_mib"] * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (size if hard < 0 else min(size, hard), hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # decoding writes no files
+
+
+def _die_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def main() -> None:
+    """Serve requests until stdin closes, nobody asks for IDLE_S, or the parent is gone."""
+    out = os.fdopen(os.dup(1), "wb", buffering=1 << 20)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)  # decoders print; only frames may travel
+    threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
+    stdin = sys.stdin.buffer
+    try:
+        while sys.platform == "win32" or select.select([stdin], [], [], IDLE_S)[0]:
+            line = stdin.readline()
+            if not line:
+                break
+            request = json.loads(line)
+            _limit(request)
+            answer(request, out)
+            if hasattr(signal, "setitimer"):
+                signal.setitimer(signal.ITIMER_REAL, 0)
+    except BrokenPipeError:
+        pass
+    os._exit(0)  # decord's threads may still run: do not wait for them

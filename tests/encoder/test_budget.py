@@ -1,0 +1,133 @@
+"""Budgets, plans and their cost."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from encoder.budget import Budget, Plan, PlanTable
+from encoder.config import BASE, MICRO, SIZES, SMALL
+from encoder.cost import Speed, encoder_features, encoder_macs, encoder_mib
+from encoder.errors import BudgetError
+
+
+@dataclass
+class Video:
+    duration_s: float = 10.0
+    frames: int | None = 300
+    kind: str = "video"
+
+
+@pytest.mark.parametrize(
+    ("config", "keep", "giga"),
+    [
+        (SMALL, 3072, 153.88),
+        (SMALL, 2048, 83.27),
+        (SMALL, 1024, 31.98),
+        (SMALL, 512, 13.59),
+        (BASE, 3072, 440.08),
+        (BASE, 2048, 254.76),
+        (BASE, 1024, 108.10),
+        (BASE, 512, 49.26),
+    ],
+)
+def test_macs_of_the_paper(config, keep: int, giga: float) -> None:
+    assert encoder_macs(config, keep, keep, pool=True, classes=400) / 1e9 == pytest.approx(giga, abs=0.006)
+
+
+def test_token_optimization_counts_the_extra_patches() -> None:
+    assert encoder_macs(SMALL, 7776, 3072, pool=True, classes=400) / 1e9 == pytest.approx(154.95, abs=0.006)
+
+
+@pytest.mark.parametrize(
+    ("keep", "frames", "side"), [(512, 8, 168), (1024, 16, 168), (2048, 24, 168), (3072, 24, 224)]
+)
+def test_anti_diagonal(keep: int, frames: int, side: int) -> None:
+    plan = Budget(keep).plan(Video(), SMALL)
+    assert plan == Plan(frames, side, side, keep)
+
+
+@given(st.sampled_from(sorted(SIZES)), st.integers(1, 10_000), st.one_of(st.none(), st.integers(1, 50)))
+def test_plans_are_always_possible(name: str, tokens: int, frames: int | None) -> None:
+    config = SIZES[name]
+    plan = Budget(tokens).plan(Video(frames=frames), config)
+    assert plan.keep <= plan.grid.size
+    assert plan.keep == tokens or plan.keep == plan.grid.size
+    assert plan.frames <= (frames or 10**9)
+    assert plan.height in range(*config.resolution_range)
+
+
+def test_more_budget_never_sees_fewer_patches() -> None:
+    seen = [Budget(tokens).plan(Video(), SMALL).grid.size for tokens in range(64, 4096, 64)]
+    assert seen == sorted(seen)
+
+
+def test_image_full_and_short_clips() -> None:
+    assert Budget(64).plan(Video(kind="image", frames=1), MICRO).frames == 1
+    full = Budget.full().plan(Video(), SMALL)
+    assert full.keep == full.grid.size == 24 * 18 * 18
+    assert Budget.full().plan(Video(frames=3), SMALL).frames == 3
+
+
+def test_auto_takes_the_largest_that_is_fast_enough() -> None:
+    predicted = {}
+
+    def seconds(plan: Plan) -> float:
+        predicted[plan.keep] = plan.keep / 500
+        return predicted[plan.keep]
+
+    plan = Budget.auto(1.0).plan(Video(), SMALL, predict_s=seconds)
+    assert plan.keep == 496
+    assert Budget.auto(1e-9).plan(Video(), SMALL, predict_s=seconds).keep == 16
+    with pytest.raises(BudgetError, match="VideoChat"):
+        Budget.auto().plan(Video(), SMALL)
+
+
+def test_measured_table_replaces_the_policy(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(
+        '[{"tokens": 256, "frames": 12, "resolution": 98}, {"tokens": 64, "frames": 8, "resolution": 84}]'
+    )
+    table = PlanTable.read(path)
+    assert Budget(100).plan(Video(), MICRO, table=table) == Plan(12, 98, 98, 100)
+    assert Budget(64).plan(Video(), MICRO, table=table).frames == 8
+    path.write_text('[{"tokens": 256}]')
+    with pytest.raises(BudgetError, match="Cannot read the plan table"):
+        PlanTable.read(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [
+        (512, Budget(512)),
+        ("64", Budget(64)),
+        ("full", Budget.full()),
+        ("auto", Budget.auto(2.0)),
+        ("auto:0.5s", Budget.auto(0.5)),
+        (None, Budget(1024)),
+    ],
+)
+def test_budgets_as_people_write_them(text, budget: Budget) -> None:
+    assert Budget.of(text) == budget
+
+
+@pytest.mark.parametrize("text", ["many", "0", "-3", "auto:x", "auto:-1", "1.5", "auto:nan"])
+def test_wrong_budgets(text: str) -> None:
+    with pytest.raises(BudgetError):
+        Budget.of(text)
+
+
+def test_speed_recovers_the_rates_behind_timings() -> None:
+    rows = [encoder_features(SMALL, seen, keep) for seen in (576, 2304, 7776) for keep in (64, 300, 576)]
+    true = Speed((3.0, 20.0, 10.0, 15.0))
+    fitted = Speed.fit(rows, [true.milliseconds(row) for row in rows])
+    for row in [encoder_features(SMALL, 4000, 2000), encoder_features(SMALL, 1000, 100)]:
+        assert fitted.milliseconds(row) == pytest.approx(true.milliseconds(row), rel=0.05)
+    assert all(weight >= 0 for weight in fitted.weights)
+
+
+def test_memory_grows_with_the_budget() -> None:
+    small, large = (encoder_mib(SMALL, 16, 224, 224, keep) for keep in (256, 4096))
+    assert 0 < small < large

@@ -1,0 +1,92 @@
+"""Weight files as people have them: wrapped, prefixed, partial, broken."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from encoder.checkpoint import infer_config, load_official, load_tensors, read_tensors, save_tensors
+from encoder.config import SMALL, FluxViTConfig
+from encoder.errors import CheckpointError, ConfigError
+from encoder.fluxvit import FluxViT
+from tests.encoder.test_fluxvit import TINY
+
+
+@pytest.fixture(scope="module")
+def model() -> FluxViT:
+    return FluxViT(TINY)
+
+
+@pytest.mark.parametrize("wrapper", [None, "model", "module"])
+@pytest.mark.parametrize("prefix", ["", "backbone.", "encoder."])
+@pytest.mark.parametrize("suffix", [".pth", ".bin"])
+def test_official_layouts(tmp_path: Path, model: FluxViT, wrapper, prefix: str, suffix: str) -> None:
+    state = {prefix + key: value for key, value in model.state_dict().items()}
+    torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / f"w{suffix}")
+    loaded, report = load_official(tmp_path / f"w{suffix}", config=TINY)
+    assert report.exact
+    for key, value in loaded.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key])
+
+
+def test_a_real_small_file_is_recognised(tmp_path: Path) -> None:
+    original = FluxViT(SMALL.replace(num_classes=7))
+    save_tensors(original.state_dict(), tmp_path / "s.safetensors")
+    loaded, report = load_official(tmp_path / "s.safetensors", gelu="erf")
+    assert report.exact
+    assert loaded.config == SMALL.replace(num_classes=7, gelu="erf")
+
+
+def test_every_misfit_is_reported(model: FluxViT) -> None:
+    tensors = dict(model.state_dict())
+    del tensors["cls_token"]
+    tensors["extra"] = torch.zeros(1)
+    tensors["fc_norm.weight"] = torch.zeros(3)
+    with pytest.raises(
+        CheckpointError, match=r"1 missing: cls_token; 1 unexpected: extra; 1 mis-shaped: fc_norm.weight"
+    ):
+        load_tensors(FluxViT(TINY), tensors)
+    report = load_tensors(FluxViT(TINY), tensors, strict=False)
+    assert report.missing == ("cls_token",)
+    assert report.mismatched == (("fc_norm.weight", (3,), (16,)),)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "executed"
+
+    class Harmful:
+        def __reduce__(self):
+            return (Path.touch, (marker,))
+
+    torch.save({"model": Harmful()}, tmp_path / "bad.pth")
+    with pytest.raises(CheckpointError, match="Cannot read"):
+        read_tensors(tmp_path / "bad.pth")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None])
+def test_broken_files(tmp_path: Path, content) -> None:
+    for name in ("w.pth", "w.safetensors"):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError):
+            read_tensors(tmp_path / name)
+
+
+def test_something_else_is_not_a_fluxvit() -> None:
+    with pytest.raises(CheckpointError, match="not a FluxViT"):
+        infer_config({"weight": torch.zeros(2)})
+
+
+def test_save_and_load(tmp_path: Path, model: FluxViT) -> None:
+    model.save_pretrained(tmp_path / "m")
+    again = FluxViT.from_pretrained(tmp_path / "m")
+    assert again.config == model.config
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True)
+    )
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == ["config.json", "model.safetensors"]
+    (tmp_path / "m" / "config.json").write_text('{"width": 3}')
+    with pytest.raises(ConfigError, match="width"):
+        FluxViTConfig.read(tmp_path / "m" / "config.json")

@@ -1,0 +1,277 @@
+"""FluxViT as its users meet it: shapes, mixed batches, gradients, devices, precision."""
+
+import copy
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from encoder.config import BASE, LARGE, MICRO, SIZES, SMALL
+from encoder.errors import BudgetError, ConfigError
+from encoder.fluxvit import FluxViT
+from encoder.golden import rule_weights
+from encoder.tokens import Grid, VisionTokens
+
+TINY = MICRO.replace(embed_dim=32, depth=2, num_heads=2, pool_heads=2, clip_embed_dim=16, num_classes=5)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> FluxViT:
+    model = FluxViT(TINY).eval()
+    model.load_state_dict(rule_weights(model))
+    return model
+
+
+def pixels(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("config", "count"), [(SMALL, 28_845_948), (BASE, 104_560_380)])
+def test_official_state_dict(config, count: int) -> None:
+    with torch.device("meta"):
+        state = FluxViT(config).state_dict()
+    assert len(state) == 246
+    assert sum(value.numel() for value in state.values()) == count
+    dim = config.embed_dim
+    shapes = {
+        "pos_embed": (1, config.pos_tokens + 1, dim),
+        "patch_embed.norm_before.weight": (588,),
+        "gpe_proj.depthwise_conv.weight": (dim, 1, 1, 1, 1),
+        "blocks.11.attn.lpe.depthwise_conv.bias": (dim,),
+        "clip_projector.2.cross_attn.proj.weight": (768, dim),
+        "final_clip_decoder_for_projs.1.norm.bias": (768,),
+        "head.0.weight": (400, 768),
+    }
+    for name, shape in shapes.items():
+        assert tuple(state[name].shape) == shape
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("keep", [None, 12, 512])
+def test_every_size_runs_at_every_budget_on_meta(name: str, keep: int | None) -> None:
+    with torch.device("meta"):
+        model = FluxViT(SIZES[name])
+        out = model(torch.empty(2, 3, 8, 112, 112), keep)
+    assert out.tokens.shape == (2, min(keep or 512, 512), SIZES[name].embed_dim)
+    assert LARGE.depth == 24
+
+
+def test_initial_state_follows_the_paper() -> None:
+    model = FluxViT(TINY.replace(layer_scale_init=1e-5))
+    assert model.pos_embed.requires_grad
+    assert not model.pos_embed[0, 0].any()
+    assert (model.gpe_proj.scale == 1).all()
+    assert not model.gpe_proj.shift.any()
+    attn = model.blocks[0].attn
+    assert (attn.lpe.scale == 1).all()
+    # At init each block is nearly the identity.
+    x = pixels(10, 32)
+    from encoder.blocks import Segment
+
+    assert (model.blocks[0](x, [Segment(1, 10)]) - x).abs().max() < 1e-3
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    frames=st.integers(1, 9),
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 5),
+    keep=st.integers(1, 60),
+    selector=st.sampled_from(["flux", "random", "tube", "uniform"]),
+)
+def test_exactly_k_tokens_in_raster_order(tiny: FluxViT, frames, rows, columns, keep, selector) -> None:
+    with torch.inference_mode():
+        out = tiny(pixels(1, 3, frames, rows * 14, columns * 14), keep, selector=selector)
+    size = frames * rows * columns
+    assert out.lengths == [min(keep, size)]
+    assert out.grids == (Grid(frames, rows, columns),)
+    kept = out.kept[0]
+    assert (kept.diff() > 0).all()
+    assert kept.min() >= 0
+    assert kept.max() < size
+    assert torch.isfinite(out.packed).all()
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    clips=st.lists(
+        st.tuples(
+            st.integers(1, 8), st.integers(1, 4), st.integers(1, 4), st.one_of(st.none(), st.integers(1, 40))
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_mixed_batch_equals_each_clip_alone(tiny: FluxViT, clips) -> None:
+    inputs = [pixels(3, t, 14 * h, 14 * w, seed=i) for i, (t, h, w, _) in enumerate(clips)]
+    keeps = [keep for *_, keep in clips]
+    with torch.inference_mode():
+        mixed = tiny(inputs, keeps)
+        pooled = tiny.pool(mixed, 0)
+        for index, (clip, keep) in enumerate(zip(inputs, keeps, strict=True)):
+            alone = tiny(clip[None], keep)
+            assert torch.equal(mixed.kept[index], alone.kept[0])
+            torch.testing.assert_close(mixed.split()[index], alone.packed, atol=1e-4, rtol=0)
+            torch.testing.assert_close(mixed.cls[index], alone.cls[0], atol=1e-4, rtol=0)
+            torch.testing.assert_close(pooled[index], tiny.pool(alone, 0)[0], atol=1e-4, rtol=0)
+
+
+def test_a_small_clip_does_not_pay_for_a_large_one() -> None:
+    """One clip of 2304 tokens and fifteen of 16 cost about what they cost alone, far below 16 large ones."""
+    model = FluxViT(MICRO).eval()
+    large, small = pixels(3, 16, 168, 168), [pixels(3, 4, 28, 28, seed=i) for i in range(15)]
+
+    def cpu_seconds(run) -> float:
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            with torch.inference_mode():
+                run()
+            times.append(time.process_time() - start)
+        return min(times)
+
+    mixed = cpu_seconds(lambda: model([large, *small]))
+    padded = cpu_seconds(lambda: model(large.expand(4, -1, -1, -1, -1)))
+    assert mixed < padded / 2
+
+
+def test_static_clip_breaks_ties_in_raster_order(tiny: FluxViT) -> None:
+    frame = pixels(1, 3, 1, 28, 28).expand(-1, -1, 8, -1, -1)
+    with torch.inference_mode():
+        kept = tiny(frame, 12).kept[0]
+    # Four groups of two frames of four patches: the first three of each group.
+    assert kept.tolist() == [0, 1, 2, 8, 9, 10, 16, 17, 18, 24, 25, 26]
+
+
+def test_one_frame_is_sampled_over_its_whole_area(tiny: FluxViT) -> None:
+    with torch.inference_mode():
+        kept = tiny(pixels(1, 3, 1, 112, 112), 16).kept[0]
+    assert kept.tolist() == [4 * i + 2 for i in range(16)]
+
+
+def test_same_count_other_grid_gets_other_positions(tiny: FluxViT) -> None:
+    """The official model takes the raw table whenever the token counts agree."""
+    rows = tiny.pos_embed[0, 1:]
+    other = Grid(tiny.pos_grid.frames * 4, tiny.pos_grid.height // 2, tiny.pos_grid.width // 2)
+    assert other.size == tiny.pos_grid.size
+    found = tiny._position_rows(other, torch.arange(other.size)[None])[0]
+    assert not torch.allclose(found, tiny.gpe_proj(rows), atol=1e-3)
+
+
+def test_position_cache_follows_the_weights() -> None:
+    model = FluxViT(TINY).eval()
+    clip = pixels(1, 3, 4, 28, 28)
+    with torch.inference_mode():
+        before = model(clip).packed
+        assert torch.equal(before, model(clip).packed)
+    with torch.no_grad():
+        model.pos_embed.add_(1.0)
+    with torch.inference_mode():
+        after = model(clip).packed
+    fresh = FluxViT(TINY).eval()
+    fresh.load_state_dict(model.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(after, fresh(clip).packed)
+    assert not torch.equal(before, after)
+
+
+def test_gradients_reach_every_used_parameter_with_and_without_checkpointing() -> None:
+    model = FluxViT(TINY)
+    clips = pixels(2, 3, 4, 42, 28)
+    gradients = []
+    for flag in (False, True):
+        model.gradient_checkpointing = flag
+        model.zero_grad()
+        tokens = model(clips, [7, 20])
+        (
+            model.classify(tokens, 1).sum()
+            + model.align(model.pool(tokens, 1), 0).sum()
+            + tokens.packed.square().sum()
+        ).backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=1e-5, rtol=1e-4)
+    unused = {n for n, _ in model.named_parameters()} - gradients[0].keys()
+    assert all(
+        n.startswith(
+            ("clip_projector.0", "clip_projector.2", "head.0", "head.2", "final_clip_decoder_for_projs.1")
+        )
+        for n in unused
+    )
+
+
+def test_encode_takes_a_choice_and_returns_layers(tiny: FluxViT) -> None:
+    clips = pixels(2, 3, 4, 28, 28)
+    chosen = torch.tensor([[0, 3, 9], [1, 2, 15]])
+    with torch.inference_mode():
+        patches = tiny.embed(clips)
+        out = tiny.encode(patches, Grid(4, 2, 2), chosen, layers=(0, 1))
+        full = tiny.encode(patches, Grid(4, 2, 2), torch.arange(16).expand(2, -1))
+        whole = tiny(clips)
+    assert [h.shape for h in out.hidden] == [(8, 32), (8, 32)]
+    assert torch.equal(out.hidden[1].view(2, 4, -1)[:, 1:].flatten(0, 1), out.packed)
+    assert torch.equal(full.packed, whole.packed)
+
+
+def test_depth_skips_the_last_blocks(tiny: FluxViT) -> None:
+    clips = pixels(1, 3, 2, 28, 28)
+    shallow = copy.deepcopy(tiny)
+    shallow.blocks = shallow.blocks[:-1]
+    with torch.inference_mode():
+        assert torch.equal(tiny(clips, depth=-1).packed, shallow(clips).packed)
+
+
+def test_bf16_autocast_is_close() -> None:
+    model = FluxViT(TINY).eval()
+    model.load_state_dict(rule_weights(model))
+    clips = pixels(1, 3, 4, 56, 56)
+    with torch.inference_mode():
+        exact = model(clips).packed
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = model(clips).packed
+        low = copy.deepcopy(model).to(torch.bfloat16)(clips.to(torch.bfloat16))
+    assert low.packed.dtype == torch.bfloat16
+    for other in (cast, low.packed):
+        assert ((other.float() - exact).norm() / exact.norm()) < 0.03
+
+
+def test_drop_path_drops_whole_clips() -> None:
+    from encoder.blocks import DropPath, Segment
+
+    drop = DropPath(0.5).train()
+    torch.manual_seed(0)
+    out = drop(torch.ones(200 * 3, 4), [Segment(200, 3)]).view(200, 12)
+    assert set(out.unique().tolist()) == {0.0, 2.0}
+    assert ((out == out[:, :1]).all(dim=1)).all()
+    assert 0.35 < (out[:, 0] > 0).float().mean() < 0.65
+
+
+@pytest.mark.parametrize(
+    ("shape", "keep"), [((1, 3, 4, 30, 28), None), ((1, 3, 4, 28, 28), 0), ((1, 3, 4, 28, 28), [1, 2])]
+)
+def test_wrong_input_is_one_sentence(tiny: FluxViT, shape, keep) -> None:
+    with pytest.raises(BudgetError, match=r"^[A-Z0-9].*[.]$"):
+        tiny(torch.zeros(shape), keep)
+
+
+def test_wrong_dimensions_are_config_errors() -> None:
+    for change in ({"num_heads": 5}, {"pool_heads": 7}, {"gelu": "relu"}):
+        with pytest.raises(ConfigError):
+            TINY.replace(**change)
+
+
+def test_vision_tokens_split_select_concatenate(tiny: FluxViT) -> None:
+    with torch.inference_mode():
+        out = tiny(
+            [pixels(3, 2, 28, 28), pixels(3, 4, 28, 42)], [3, 5], times_s=[(0.0, 1.0), (0.0, 0.5, 1.0, 1.5)]
+        )
+    with pytest.raises(ValueError, match="different counts"):
+        _ = out.tokens
+    again = VisionTokens.concatenate([out.select(0), out.select(1)])
+    assert torch.equal(again.packed, out.packed)
+    assert again.times_s == out.times_s
+    assert out.frame_of(1).tolist() == (out.kept[1] // 6).tolist()
+    assert out.to(torch.float64).packed.dtype == torch.float64
