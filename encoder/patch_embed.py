@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,6 +33,8 @@ class PatchEmbed(nn.Module):
             .permute(0, 2, 3, 5, 4, 6, 1)  # [B, T, h, w, P, P, 3]: channel last, as norm_before is indexed
             .reshape(batch, frames, -1, size * size * channels)
         )
-        # A convolution whose stride is its kernel is one linear map of the flattened patch.
-        weight = self.proj.weight.squeeze(2).permute(0, 2, 3, 1).flatten(1)
-        return self.norm(F.linear(self.norm_before(patches), weight, self.proj.bias))
+        # A convolution whose stride is its kernel is one linear map of the flattened patch. The first norm's
+        # weight joins that map and its scale follows it, which spares three passes over the raw patches.
+        weight = self.proj.weight.squeeze(2).permute(0, 2, 3, 1).flatten(1) * self.norm_before.weight
+        scale = self.norm_before.scale(patches)
+        return self.norm(torch.addcmul(self.proj.bias, F.linear(patches, weight), scale))  # type: ignore[arg-type]

@@ -27,7 +27,8 @@ from torch import Tensor
 from .containers import Rules
 from .digest import file_digest, pixel_digest
 from .errors import VideoError
-from .pictures import is_pictures, read_pictures
+from .pictures import is_pictures, read_pictures, shrink
+from .sampling import fit_within, middle_times, shown_at
 from .sandbox import Decoded, OutOfTime, Sandbox
 
 UNTRUSTED_CODECS = tuple("h264 hevc vp8 vp9 av1 mpeg4 mjpeg gif png jpeg webp bmp".split())
@@ -88,11 +89,12 @@ class Clip:
         return self.info.duration_s
 
 
+DEFAULT_LIMITS = Limits()
 _sandbox = Sandbox()  # holds idle children only; they end by themselves after ten seconds
 atexit.register(_sandbox.close)
 
 
-def probe(source: Any, *, trusted: bool = True, limits: Limits = Limits(), fps: float = 1.0) -> VideoInfo:
+def probe(source: Any, *, trusted: bool = True, limits: Limits = DEFAULT_LIMITS, fps: float = 1.0) -> VideoInfo:
     """Size, duration, codec and content hash of a source; decodes at most one frame.
 
     Of a file that is cut off, duration_s is the part that can be read. Raises VideoError.
@@ -115,7 +117,7 @@ def read_clip(
     max_side: int | None = None,
     decoder: Decoder = "auto",
     trusted: bool = True,
-    limits: Limits = Limits(),
+    limits: Limits = DEFAULT_LIMITS,
     fps: float = 1.0,
 ) -> Clip:
     """Read `frames` frames from the middles of as many equal parts of [start_s, end_s].
@@ -136,3 +138,187 @@ def read_clip(
         request.update(start_s=start_s, end_s=end_s, at_s=None if at_s is None else [float(t) for t in at_s])
         decoded = _decode(request, trusted, _name(source))
         return Clip(decoded.frames, decoded.times_s, _info(decoded, file_digest(path)))
+
+
+def _check(
+    frames: int,
+    start_s: float | None,
+    end_s: float | None,
+    at_s: Sequence[float] | None,
+    max_side: int | None,
+    decoder: str,
+    trusted: bool,
+) -> None:
+    """Raises VideoError for arguments that no video could satisfy."""
+    if at_s is None and frames < 1:
+        raise VideoError(f"Cannot read {frames} frames; ask for at least 1.")
+    if at_s is not None and (len(at_s) == 0 or start_s is not None or end_s is not None):
+        raise VideoError("Give at_s at least one time, and without start_s and end_s.")
+    if any(not math.isfinite(t) or t < 0 for t in (start_s or 0.0, end_s or 0.0, *(at_s or ()))):
+        raise VideoError("Times must be seconds from 0 up; give finite, non-negative numbers.")
+    if max_side is not None and max_side < 1:
+        raise VideoError(f"max_side cannot be {max_side}; give at least 1 pixel or None.")
+    if decoder not in ("auto", "decord", "pyav"):
+        raise VideoError(f"There is no decoder {decoder!r}; use 'auto', 'decord' or 'pyav'.")
+    if decoder == "decord" and not trusted:
+        raise VideoError("decord is only for trusted files; use decoder='auto' for untrusted ones.")
+
+
+def _request(
+    path: str, frames: int, trusted: bool, limits: Limits, decoder: str, max_side: int | None
+) -> dict[str, Any]:
+    """What the decoding child needs to know, as JSON values."""
+    codecs = limits.codecs if limits.codecs is not None or trusted else UNTRUSTED_CODECS
+    rules = Rules(trusted, codecs, limits.max_pixels, limits.max_duration_s, _threads())
+    return {
+        "path": path,
+        "frames": frames,
+        "start_s": None,
+        "end_s": None,
+        "at_s": None,
+        "max_side": max_side,
+        "decoder": decoder if trusted else "pyav",
+        "rules": asdict(rules),
+        "seconds": limits.seconds,
+        "memory_mib": limits.memory_mib,
+        "max_bytes_out": limits.memory_mib * 2**20,
+    }
+
+
+def _threads() -> int:
+    """Decoding threads: all cores up to 4, but one in a DataLoader worker, which shares the cores."""
+    data = sys.modules.get("torch.utils.data")
+    if data is not None and data.get_worker_info() is not None:
+        return 1
+    return min(4, os.cpu_count() or 1)
+
+
+def _decode(request: dict[str, Any], trusted: bool, name: str) -> Decoded:
+    """Run a request; if a trusted one runs out of time, decord may have hung: once more with PyAV."""
+    try:
+        if request["decoder"] != "auto" or not request["frames"]:
+            return _sandbox.decode(request, keep=trusted)
+        started = time.monotonic()
+        try:
+            return _sandbox.decode({**request, "seconds": request["seconds"] * DECORD_SHARE}, keep=True)
+        except OutOfTime:
+            left = request["seconds"] - (time.monotonic() - started)
+            try:
+                return _sandbox.decode({**request, "seconds": left, "decoder": "pyav"}, keep=True)
+            except OutOfTime:
+                raise OutOfTime(
+                    f"it could not be read within {request['seconds']:.3g} s; "
+                    "try a shorter or smaller video, or allow more seconds"
+                ) from None
+    except VideoError as error:
+        raise type(error)(f"Cannot read {name}: {error}.") from error.__cause__
+
+
+def _info(decoded: Decoded, digest: str) -> VideoInfo:
+    header = decoded.header
+    return VideoInfo(
+        kind="image" if header["kind"] == "image" else "video",
+        width=int(header["width"]),
+        height=int(header["height"]),
+        duration_s=float(header["duration_s"]),
+        frames=header["frames"],
+        codec=str(header["codec"]),
+        container=str(header["container"]),
+        rotation=(360 - 90 * int(header["turns"])) % 360,
+        digest=digest,
+    )
+
+
+def _name(source: Any) -> str:
+    return repr(os.path.basename(os.fspath(source))) if isinstance(source, (str, os.PathLike)) else "the video"
+
+
+@contextmanager
+def _as_file(source: Any, limits: Limits) -> Iterator[str]:
+    """Path of a regular file with the source's bytes; a temporary one for bytes and file objects.
+
+    Raises VideoError when there is no such file, or it is empty, too large or not a file.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        path = os.path.abspath(os.fspath(source))
+        _check_file(path, _name(source), limits)
+        yield path
+    elif isinstance(source, (bytes, bytearray, memoryview)) or hasattr(source, "read"):
+        with tempfile.TemporaryDirectory(prefix="fluxchat-") as folder:
+            path = os.path.join(folder, "video")
+            with open(path, "wb") as file:
+                _copy(source, file, limits)
+            _check_file(path, "the video", limits)
+            yield path
+    else:
+        raise VideoError(f"A video cannot be a {type(source).__name__}; give a path, bytes, file or images.")
+
+
+def _check_file(path: str, name: str, limits: Limits) -> None:
+    if os.path.isdir(path):
+        raise VideoError(f"Cannot read {name}: it is a directory; give one video or image file.")
+    if not os.path.exists(path):
+        raise VideoError(f"Cannot read {name}: there is no such file; check the path.")
+    if not os.path.isfile(path) or not os.access(path, os.R_OK):
+        raise VideoError(f"Cannot read {name}: it is not a readable file; check its kind and permissions.")
+    size = os.path.getsize(path)
+    if size == 0:
+        raise VideoError(f"Cannot read {name}: it is empty (0 bytes); export or download it again.")
+    if size > limits.max_bytes:
+        raise VideoError(
+            f"Cannot read {name}: its {size} bytes exceed the limit of {limits.max_bytes}; cut or compress it."
+        )
+
+
+def _copy(source: Any, file: BinaryIO, limits: Limits) -> None:
+    """Write bytes or a binary file object's rest to a file, at most one byte over the limit."""
+    if not hasattr(source, "read"):
+        file.write(memoryview(source)[: limits.max_bytes + 1])
+        return
+    left = limits.max_bytes + 1
+    while left and (block := source.read(min(1 << 20, left))):
+        if not isinstance(block, bytes):
+            raise VideoError("The file object gives text; open the video in binary mode ('rb').")
+        left -= file.write(block)
+
+
+def _from_pictures(
+    source: Any,
+    fps: float,
+    limits: Limits,
+    frames: int | None = None,
+    start_s: float | None = None,
+    end_s: float | None = None,
+    at_s: Sequence[float] | None = None,
+    max_side: int | None = None,
+) -> Clip:
+    """Clip of images in memory, picture i shown from i / fps on; frames=None keeps all of them."""
+    if not fps > 0:
+        raise VideoError(f"fps cannot be {fps}; give the pictures per second, above 0.")
+    pixels = read_pictures(source, limits.max_pixels)
+    total, height, width = pixels.shape[:3]
+    single = total == 1 and not isinstance(source, (list, tuple))
+    duration = 0.0 if single else total / fps
+    pts = [i / fps for i in range(total)]
+    info = VideoInfo(
+        kind="image" if single else "frames",
+        width=width,
+        height=height,
+        duration_s=duration,
+        frames=total,
+        codec="raw",
+        container="memory",
+        rotation=0,
+        digest=pixel_digest(pixels, tuple(pts)),
+    )
+    if frames is None:
+        return Clip(pixels, tuple(pts), info)
+    last = min(end_s, duration) if end_s is not None else duration
+    wanted = sorted(at_s) if at_s is not None else middle_times(start_s or 0.0, last, frames)
+    if single:
+        wanted = [0.0]
+    elif wanted[-1] > duration or wanted != sorted(wanted):
+        raise VideoError(f"The pictures last {duration:g} s at {fps:g} per second; ask for times within.")
+    shown = shown_at(pts, wanted)
+    chosen = shrink(pixels[shown], fit_within(width, height, max_side))
+    return Clip(chosen, tuple(pts[i] for i in shown), info)

@@ -23,7 +23,9 @@ def environment(dtype: str = "float32") -> dict[str, Any]:
 
     return {
         "machine": f"{platform.machine()} {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
-        "accelerator": str(torch.accelerator.current_accelerator()) if torch.accelerator.is_available() else None,
+        "accelerator": str(torch.accelerator.current_accelerator())
+        if torch.accelerator.is_available()
+        else None,
         "threads": torch.get_num_threads(),
         "dtype": dtype,
         "torch": torch.__version__,

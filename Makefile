@@ -1,0 +1,41 @@
+# make demo   chat with the shipped model          make test    the tests
+# make setup  the .venv (done by every target)     make check   lint, format, types
+# make model  train the shipped model from nothing make bench   every benchmark, one JSON line each
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+# Without an NVIDIA GPU the CPU build of torch is enough, and gigabytes smaller.
+CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
+EXAMPLE := app/pretrained/examples
+
+.PHONY: setup demo test test-slow check bench model clean
+
+setup: $(VENV)/.complete
+
+$(VENV)/.complete: pyproject.toml constraints-cpu.txt
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing FluxChat and its tools into $(VENV) ..."
+	@$(PY) -m pip install -q --disable-pip-version-check $(CONSTRAINTS) -e '.[dev]'
+	@$(PY) -m llm_bridge.fetch
+	@touch $@
+
+demo: setup
+	@$(PY) -m app chat $(firstword $(wildcard $(EXAMPLE)/*.mp4))
+
+test: setup
+	@$(PY) -m pytest -m "not slow"
+
+test-slow: setup
+	@$(PY) -m pytest
+
+check: setup
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
+
+bench: setup
+	@for name in encoder decode estimate second_turn; do $(PY) -m tests.bench.$$name || exit 1; done
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

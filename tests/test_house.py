@@ -1,0 +1,64 @@
+"""The rules of the house: who may import whom, and what an import may cost."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = {"encoder": set(), "llm_bridge": {"encoder"}, "training": {"encoder", "llm_bridge"}, "app": {"encoder", "llm_bridge"}}
+ENCODER_LIBRARIES = {"torch", "numpy", "safetensors", "av", "decord", "PIL"}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path} uses a relative import"
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_direction_of_imports(room: str) -> None:
+    for path in (ROOT / room).rglob("*.py"):
+        rooms = imports(path) & (set(ROOMS) | {"tests"})
+        assert rooms <= ROOMS[room] | {room}, f"{path.relative_to(ROOT)} imports {rooms}"
+
+
+def test_the_encoder_knows_only_torch_and_pixels() -> None:
+    for path in (ROOT / "encoder").rglob("*.py"):
+        foreign = imports(path) - set(sys.stdlib_module_names) - ENCODER_LIBRARIES - {"encoder"}
+        assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_importing_a_room_loads_no_heavy_library(room: str) -> None:
+    heavy = ["torch", "transformers", "gradio", "decord", "av", "accelerate", "peft", "bitsandbytes"]
+    code = f"import sys, {room}; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_files_stay_one_concept() -> None:
+    long = {
+        str(path.relative_to(ROOT)): count
+        for room in ROOMS
+        for path in (ROOT / room).rglob("*.py")
+        if (count := len(path.read_text().splitlines())) > 400
+    }
+    assert not long, f"Past 400 lines, a file is probably two: {long}"
+
+
+def test_nothing_names_a_machine() -> None:
+    files = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
+    for name in files:
+        path = ROOT / name
+        if path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ""} and path.is_file() and path != Path(__file__):
+            text = path.read_text(errors="ignore")
+            for word in ("/work/", "/root/", "../shared"):
+                assert word not in text, f"{name} mentions {word}"

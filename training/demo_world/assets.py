@@ -1,0 +1,180 @@
+"""Fetches the world's pictures with the ordinary package clients and converts them once to compact arrays.
+
+    python -m training.demo_world fetch
+
+The sprites are Microsoft's Fluent Emoji as npm packages, the photographs come with scikit-image; licences and what
+each rests on: LICENCES.md in this folder. Nothing of this is committed.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from encoder.errors import DataError
+from training.demo_world.bank import LEVELS, SpriteBank, Strip, load_bank, pyramid, write_bank
+from training.demo_world.nouns import Noun, load_nouns
+
+STILL_PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
+ANIMATED_PACKAGES = tuple(f"@lobehub/fluent-emoji-anim-{part}@1.0.0" for part in (1, 2, 3, 4))
+# Only photographs whose note in scikit-image says CC0, public domain or no known restrictions.
+PHOTOS = ("astronaut", "brick", "camera", "coffee", "grass", "gravel", "hubble_deep_field", "ihc", "rocket")
+PHOTO_SIDE = 384
+FRAMES = 10
+MARGIN = 0.03
+# An animation may change its area and wander by this much before the noun's still picture is used instead.
+STEADY_AREA, STEADY_SHIFT = 0.6, 0.12
+
+
+def cache_folder() -> Path:
+    """Where converted pictures live: $FLUXCHAT_CACHE/world or ~/.cache/fluxchat/world."""
+    root = os.environ.get("FLUXCHAT_CACHE")
+    return (Path(root) if root else Path.home() / ".cache" / "fluxchat") / "world"
+
+
+def open_bank(*, stills_only: bool = False) -> SpriteBank:
+    """The converted sprites of this machine; DataError says what to run when they are missing."""
+    return load_bank(cache_folder(), stills_only=stills_only)
+
+
+def fetch(folder: Path | None = None, *, stills_only: bool = False, force: bool = False) -> Path:
+    """Downloads and converts all sprites and photographs; returns the folder.
+
+    Does nothing when the folder is already complete, unless `force`. `stills_only` skips the animated packages (about
+    700 MB of downloads) and uses the still pictures alone. Raises DataError when npm or scikit-image is missing.
+    """
+    folder = folder or cache_folder()
+    if not force and (folder / "index.json").exists():
+        try:
+            load_bank(folder)
+            return folder
+        except DataError:
+            pass  # Damaged or of an older version: convert again.
+    nouns = {noun.code: noun for noun in load_nouns()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch-") as temporary:
+        work = Path(temporary)
+        stills = {code: data for code, data in _package_files(STILL_PACKAGE, nouns, work)}
+        animated: dict[str, bytes] = {}
+        for package in () if stills_only else ANIMATED_PACKAGES:
+            animated.update(_package_files(package, nouns, work))
+        done = work / "done"
+        (done / "photos").mkdir(parents=True)
+        _convert_photos(done / "photos")
+        _convert_sprites(done, nouns, stills, animated)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(done, folder)
+    return folder
+
+
+def _package_files(package: str, nouns: Mapping[str, Noun], work: Path) -> Iterator[tuple[str, bytes]]:
+    """Downloads one npm package and yields (noun code, file content) of the sprites that the world names."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise DataError("The sprites come as npm packages and npm was not found: install Node.js and run this again.")
+    print(f"fetching {package}", flush=True)
+    result = subprocess.run(
+        [npm, "pack", package, "--silent", "--pack-destination", str(work)], capture_output=True, text=True
+    )
+    archives = list(work.glob("*.tgz"))
+    if result.returncode or not archives:
+        reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+        raise DataError(f"`npm pack {package}` failed ({reason}): check the network connection and run this again.")
+    with tarfile.open(archives[0]) as archive:
+        for member in archive:
+            code = Path(member.name).stem.replace("-fe0f", "")
+            file = archive.extractfile(member) if member.isfile() and code in nouns else None
+            if file is not None:
+                yield code, file.read()
+    archives[0].unlink()
+
+
+def _convert_sprites(
+    folder: Path, nouns: Mapping[str, Noun], stills: Mapping[str, bytes], animated: Mapping[str, bytes]
+) -> None:
+    """Decodes, crops and scales every sprite; an animation that wanders or vanishes is replaced by the still."""
+    sprites: list[np.ndarray] = []
+    strips: dict[str, tuple[Strip, Strip]] = {}
+    for code in nouns:
+        if code not in stills:
+            raise DataError(f"Package {STILL_PACKAGE} has no picture for {nouns[code].name!r} ({code}).")
+        still = Strip(len(sprites), 1, 0.0)
+        sprites.extend(_crop([_decode(stills[code])[0][0]]))
+        moving = still
+        if code in animated:
+            frames, period_s = _decode(animated[code])
+            if _is_steady(frames):
+                moving = Strip(len(sprites), len(frames), period_s)
+                sprites.extend(_crop(frames))
+        strips[code] = (moving, still)
+    write_bank(folder, strips, pyramid(sprites, LEVELS))
+
+
+def _decode(data: bytes) -> tuple[list[np.ndarray], float]:
+    """WebP bytes -> up to FRAMES evenly spaced RGBA frames (H, W, 4) and the length of one turn in seconds."""
+    with Image.open(io.BytesIO(data)) as image:
+        count = getattr(image, "n_frames", 1)
+        wanted = {round(i * count / FRAMES) for i in range(FRAMES)} if count > FRAMES else set(range(count))
+        frames, duration_ms = [], 0.0
+        for index in range(count):
+            image.seek(index)
+            if index in wanted:
+                frames.append(np.asarray(image.convert("RGBA")))
+            duration_ms += image.info.get("duration") or 40
+    return frames, duration_ms / 1000 if len(frames) > 1 else 0.0
+
+
+def _is_steady(frames: list[np.ndarray]) -> bool:
+    """True when the drawn area and its centre stay nearly put, so that the scene alone decides the motion."""
+    areas, centres = [], []
+    for frame in frames:
+        alpha = frame[..., 3] / 255.0
+        area = alpha.sum()
+        rows, columns = np.mgrid[: alpha.shape[0], : alpha.shape[1]]
+        areas.append(area)
+        centres.append((float((alpha * rows).sum() / max(area, 1)), float((alpha * columns).sum() / max(area, 1))))
+    shift = np.ptp(np.array(centres), axis=0).max() / frames[0].shape[0]
+    return len(frames) > 1 and min(areas) >= STEADY_AREA * max(areas) and shift <= STEADY_SHIFT
+
+
+def _crop(frames: list[np.ndarray]) -> list[np.ndarray]:
+    """Cuts all frames to the square around what any of them draws, plus a transparent margin."""
+    drawn = np.max([frame[..., 3] for frame in frames], axis=0) > 16
+    rows, columns = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
+    top, bottom, left, right = rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
+    side = round(max(bottom - top, right - left) * (1 + 2 * MARGIN))
+    y, x = (side - (bottom - top)) // 2, (side - (right - left)) // 2
+    cropped = []
+    for frame in frames:
+        square = np.zeros((side, side, 4), np.uint8)
+        square[y : y + bottom - top, x : x + right - left] = frame[top:bottom, left:right]
+        cropped.append(square)
+    return cropped
+
+
+def _convert_photos(folder: Path) -> None:
+    """Saves scikit-image's free photographs as uint8 (H, W, 3), shorter side PHOTO_SIDE pixels."""
+    try:
+        import skimage.data
+    except ImportError:
+        raise DataError(
+            "The background photographs come with scikit-image: install it (`pip install scikit-image`)."
+        ) from None
+    for name in PHOTOS:
+        image = Image.fromarray(getattr(skimage.data, _PHOTO_FUNCTIONS.get(name, name))()).convert("RGB")
+        scale = PHOTO_SIDE / min(image.size)
+        size = (round(image.width * scale), round(image.height * scale))
+        np.save(folder / f"{name}.npy", np.asarray(image.resize(size, Image.Resampling.LANCZOS)))
+
+
+_PHOTO_FUNCTIONS = {"ihc": "immunohistochemistry"}
