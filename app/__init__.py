@@ -1,15 +1,17 @@
 """FluxChat: ask questions about videos within the token budget you choose.
 
-    from app import VideoChat
-    print(VideoChat().ask("clip.mp4", "What happens?", budget=256).text)
+from app import VideoChat
+print(VideoChat().ask("clip.mp4", "What happens?", budget=256).text)
 """
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from app.chat import Answer, Estimate, VideoChat
+    from app.answer import Answer
+    from app.chat import VideoChat, Videos
+    from app.estimate import Estimate
 
-__all__ = ["Answer", "Estimate", "VideoChat"]
+__all__ = ["Answer", "Estimate", "VideoChat", "Videos"]
 
 
 def __getattr__(name: str) -> Any:

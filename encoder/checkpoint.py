@@ -148,6 +148,14 @@ def load_official(
     return model, load_tensors(model, tensors, strict=strict)
 
 
+def load_encoder(path: str | os.PathLike[str], gelu: Gelu = "tanh") -> FluxViT:
+    """A FluxViT from a folder of ours or an official file, whichever `path` is.
+
+    Raises CheckpointError or ConfigError when it does not fit.
+    """
+    return load_model(Path(path)) if Path(path).is_dir() else load_official(Path(path), gelu=gelu)[0]
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place only if the block succeeds."""
@@ -157,6 +165,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     os.close(handle)
     try:
         yield Path(name)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)  # mkstemp makes files nobody else may read
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)

@@ -52,7 +52,10 @@ class Rules:
 
 @dataclass(frozen=True)
 class Header:
-    """Facts about one video stream. Sizes are upright; `turns` quarter turns (counter-clockwise) remain."""
+    """Facts about one video stream. Sizes are upright; `turns` quarter turns (counter-clockwise) remain.
+
+    start_s: time stamp of the first frame, which counts as t = 0.
+    """
 
     width: int
     height: int
@@ -62,6 +65,7 @@ class Header:
     frames: int | None
     codec: str
     container: str
+    start_s: float = 0.0
     kind: str = "video"
 
     @property
@@ -100,7 +104,6 @@ def video_stream(container: Any, rules: Rules) -> Any:
         raise VideoError("its codec is unknown to this PyAV build; convert the file to h264")
     rules.check_codec(codec_name(stream))
     rules.check_pixels(context.width, context.height)
-    context.options = {"max_pixels": str(rules.max_pixels)}
     context.thread_count = rules.threads
     return stream
 
@@ -110,11 +113,6 @@ def codec_name(stream: Any) -> str:
     return str(stream.codec_context.codec.canonical_name)
 
 
-def origin(stream: Any) -> float:
-    """Time stamp, in seconds, that counts as t = 0."""
-    return float(stream.start_time * stream.time_base) if stream.start_time is not None else 0.0
-
-
 def inspect(path: str, rules: Rules) -> Header:
     """Header of a video file: its first frame is decoded, its last packets are found, nothing else.
 
@@ -122,25 +120,33 @@ def inspect(path: str, rules: Rules) -> Header:
     """
     with open_container(path, rules) as container:
         stream = video_stream(container, rules)
-        zero = origin(stream)
-        claimed = _claimed_seconds(container, stream, zero)
         frame = _first_frame(container, stream)
         rules.check_pixels(frame.width, frame.height)
-        if frame.pts is not None and stream.start_time is None:
-            zero = float(frame.pts * stream.time_base)
-        end = _end_seconds(container, stream) - zero
-        alone = stream.duration is not None or len(container.streams) == 1
+        zero = float((stamp(frame, stream) or 0) * stream.time_base)
+        end, last = _ends_s(container, stream)
+        if container.format.name == "avi":
+            end += zero  # the decoder's delay is in the times of frames, not in those of packets
+        claimed = _claimed_s(container, stream, zero, end, last)
         width, height, codec = frame.width, frame.height, codec_name(stream)
         turns = round(frame.rotation / 90) % 4
         name = container.format.name.split(",")[0]
         count = stream.frames or None
     if turns % 2:
         width, height = height, width
-    # another stream (sound) may last longer than the pictures: then the container's length says nothing
-    claimed = claimed if alone else end
-    header = Header(width, height, turns, max(end, 0.0), claimed, count, codec, name)
+    header = Header(width, height, turns, max(end - zero, 0.0), claimed, count, codec, name, zero)
     rules.check_duration(header.duration_s)
     return header
+
+
+def stamp(item: Any, stream: Any) -> int | None:
+    """Time stamp of a packet or decoded frame, in ticks of the stream.
+
+    AVI stores no presentation times and FFmpeg's guesses come out of order with reordered frames; the
+    decoding times of frames in the order shown are those of a player, but for a constant delay.
+    """
+    if stream.container.format.name == "avi":
+        return item.dts
+    return item.pts if item.pts is not None else item.dts
 
 
 def _first_frame(container: Any, stream: Any) -> Any:
@@ -150,38 +156,67 @@ def _first_frame(container: Any, stream: Any) -> Any:
     return frame
 
 
-def _claimed_seconds(container: Any, stream: Any, zero: float) -> float:
-    """Length that the header states for the pictures, seconds; 0 when it states none."""
+def _claimed_s(container: Any, stream: Any, zero: float, end: float, last: float) -> float:
+    """Length of the pictures by the header, seconds; their true length where the header is right.
+
+    end, last: where the pictures and where all streams really end. A container whose header has one length
+    for all streams is right when its longest stream, maybe the sound, has that length.
+    """
     if stream.duration is not None:
-        return float(stream.duration * stream.time_base)
-    return container.duration / 1e6 - max(zero, 0.0) if container.duration else 0.0
+        claimed = float(stream.duration * stream.time_base)
+        if container.format.name == "avi" and stream.frames and stream.average_rate:
+            claimed = max(
+                claimed, float(stream.frames / stream.average_rate)
+            )  # duration follows the file size
+        return claimed
+    whole = container.duration / 1e6 if container.duration and not _guessed_length(container) else 0.0
+    begin = (container.start_time or 0) / 1e6
+    return end - zero if last - begin >= whole - LIE_S else whole
 
 
-def _end_seconds(container: Any, stream: Any) -> float:
-    """Time stamp at which the last readable frame ends, from the packets after the last key frame."""
+def _guessed_length(container: Any) -> bool:
+    """Whether FFmpeg guessed the length from the bit rate: a Matroska header without its Duration element."""
+    if "matroska" not in container.format.name:
+        return False
+    with open(container.name, "rb") as file:
+        return b"\x44\x89" not in file.read(1 << 14)
+
+
+def _ends_s(container: Any, stream: Any) -> tuple[float, float]:
+    """Where the last readable picture and the last packet of any stream end, as time stamps in seconds.
+
+    Demuxes only what follows the last key frame, or all of it where the file cannot seek.
+    """
     import av
 
-    for target in (1 << 62, 0):
+    for stamp in (1 << 62, stream.start_time or 0):
         try:
-            container.seek(target if target else (stream.start_time or 0), stream=stream)
+            container.seek(stamp, stream=stream)
         except av.error.FFmpegError:
             continue
-        end = _last_packet_end(container, stream)
-        if end is not None:
-            return end
+        ends = _packet_ends_s(container, stream)
+        if stream.index in ends:
+            return ends[stream.index], max(ends.values())
     raise VideoError("none of its pictures can be read; it is damaged or cut off, export it again")
 
 
-def _last_packet_end(container: Any, stream: Any) -> float | None:
-    """Demux to the end of the file without decoding: latest pts + duration in seconds, None if no packet."""
-    last: int | None = None
-    end: int | None = None
+def _packet_ends_s(container: Any, stream: Any) -> dict[int, float]:
+    """Demux to the end of the file without decoding: latest end of a packet per stream, seconds."""
+    import av
+
+    ends: dict[int, float] = {}
     rate = stream.guessed_rate or stream.average_rate
-    for packet in container.demux(stream):
-        pts = packet.pts if packet.pts is not None else packet.dts
+    packets = container.demux()
+    while True:
+        try:
+            packet = next(packets)
+        except (StopIteration, av.error.FFmpegError):  # a damaged tail ends the file
+            return ends
+        pts = stamp(packet, packet.stream)
         if pts is None or packet.is_corrupt:
             continue
-        if last is None or pts > last:
-            length = packet.duration or (round(1 / (rate * packet.time_base)) if rate else 0)
-            last, end = pts, pts + length
-    return None if end is None else float(end * stream.time_base)
+        length = float((packet.duration or 0) * packet.time_base)
+        if not length and packet.stream_index == stream.index and rate:
+            length = float(1 / rate)
+        end = float(pts * packet.time_base) + length
+        ends[packet.stream_index] = max(end, ends.get(packet.stream_index, end))

@@ -9,6 +9,7 @@ Protocol, all lengths known beforehand, nothing pickled (a broken decoder must n
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
@@ -64,7 +65,7 @@ def frames_of(
     if header.kind == "image" or header.container in ("png", "jpeg", "webp", "bmp"):
         yield from ((t, rgb, 0) for t, rgb in stills.decode_image(path, header, times_s, size, rules))
         return
-    if decoder == "auto" and not _decord_suits(path, header, times_s, rules):
+    if decoder == "auto" and not decoders.decord_suits(path, header, times_s, rules):
         decoder = "pyav"
     done = 0
     if decoder != "pyav":
@@ -73,25 +74,17 @@ def frames_of(
                 yield t, rgb, 0
                 done += 1
             return
-        except Exception as error:  # noqa: BLE001 - decord raises bare RuntimeError, EOF and its own kinds
+        except VideoError:
             if decoder == "decord":
-                reason = str(error).strip().splitlines()[-1][:120] if str(error).strip() else "no reason given"
+                raise
+        except Exception as error:  # decord raises bare RuntimeError, EOF and its own kinds
+            if decoder == "decord":
                 raise VideoError(
-                    f"decord cannot read its {header.codec} frames ({reason}); use decoder='pyav'"
+                    f"decord cannot read its {header.codec} frames; use decoder='auto'"
                 ) from error
     raw = size if header.turns % 2 == 0 else size[::-1]
     for t, rgb in decoders.decode_pyav(path, header, times_s[done:], raw, rules):
         yield t, rgb, header.turns
-
-
-def _decord_suits(path: str, header: Header, times_s: Sequence[float], rules: Rules) -> bool:
-    """decord is for trusted files of codecs it knows, wanted densely enough to read straight through."""
-    return (
-        rules.trusted
-        and header.codec in decoders.DECORD_CODECS
-        and decoders.has_decord()
-        and not decoders.sparse(path, times_s, rules)
-    )
 
 
 def answer(request: dict[str, Any], out: BinaryIO) -> None:
@@ -111,7 +104,7 @@ def answer(request: dict[str, Any], out: BinaryIO) -> None:
         _line(out, reply)
         if times:
             for t, rgb, turns in frames_of(path, header, times, size, rules, request["decoder"]):
-                _line(out, {"time": t, "turns": turns})
+                _line(out, {"time": round(t, 6), "turns": turns})
                 out.write(rgb)
     except VideoError as error:
         _line(out, {"error": str(error)})
@@ -124,9 +117,13 @@ def answer(request: dict[str, Any], out: BinaryIO) -> None:
 
 def _plain(error: Exception) -> str:
     reason = str(error).strip() or type(error).__name__
-    if getattr(error, "errno", None) == 12:  # ENOMEM
+    if getattr(error, "errno", None) in (errno.ENOMEM, errno.EAGAIN) or "failed to map" in reason:
         return "decoding it needs more memory than allowed; scale it down first"
-    if "nvalid data" in reason or "moov" in reason or "cannot identify" in reason:
+    if "truncated" in reason:
+        return "it is cut off; export or download it again"
+    if type(error).__name__ in ("ArgumentError", "PermissionError", "ProtocolNotFoundError"):
+        return "its container format is not allowed here or points to other files; convert it to mp4"
+    if "nvalid data" in reason or "cannot identify" in reason:
         return "it is not a video or image, or is cut off before its index; export it again"
     detail = reason.splitlines()[0][:160]
     return f"it cannot be decoded ({type(error).__name__}: {detail}); convert it to h264 in mp4"

@@ -1,10 +1,11 @@
 """Two decoders behind one interface: `decode(path, header, times_s, size, rules)` yields frames.
 
-Each yields (presentation time in seconds from the stream's start, RGB bytes in raster order) once per
-wanted time, in order, and closes its readers before it ends. Runs inside the decoding child process.
+Each yields (presentation time in seconds from the first frame, RGB bytes in raster order) once per wanted
+time, in order, and closes its readers before it ends. Runs inside the decoding child process.
 
-decord reads densely wanted frames fastest; for sparse ones (long videos) a PyAV seek per frame wins,
-because decord keeps decoding ahead after each seek.
+decord reads densely wanted frames well. It is wrong or slow elsewhere, where PyAV takes over: after a seek
+into an open GOP it counts the dropped leading pictures and returns other frames than asked for (about half
+of them in HEVC as x265 writes it), and in long videos it keeps decoding ahead after each seek.
 """
 
 from __future__ import annotations
@@ -12,60 +13,91 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import Any
 
-from .containers import Header, Rules, codec_name, open_container, origin, video_stream
+from .containers import Header, Rules, open_container, stamp, video_stream
 from .errors import VideoError
 from .sampling import EPSILON_S, shown_at, split_runs
 
 Frames = Iterator[tuple[float, bytes]]
-Decode = Callable[[str, Header, Sequence[float], tuple[int, int], Rules], Frames]
+OneRun = Callable[[Sequence[float], int], Frames]
 
-DECORD_CODECS = frozenset("h264 hevc vp8 vp9 mpeg4 mjpeg cinepak mpeg1video mpeg2video".split())
+DECORD_CODECS = frozenset(("h264", "hevc", "vp8", "vp9", "mpeg4", "mjpeg", "cinepak", "mpeg2video"))
 LONG_GAP_S = 10.0  # without an index, a gap at which a seek is worth trying (x264's default is 8-10 s)
+MAX_LOST = 1  # a packet without a frame is normal (VP8's hidden reference frames), two in a row are damage
+MAX_REORDER = 64  # packets that a decoder may hold back
 WORTH_SPLITTING = 2e7  # pixels x seconds between the first and the last wanted frame
-
-
-def has_decord() -> bool:
-    return importlib.util.find_spec("decord") is not None
 
 
 def decode_pyav(
     path: str, header: Header, times_s: Sequence[float], size: tuple[int, int], rules: Rules
 ) -> Frames:
     """Frames through PyAV; seeks only where that skips a key frame. `size` is before rotation."""
-
-    def one_run(times: Sequence[float], threads: int) -> Frames:
-        return _pyav_run(path, times, size, rules, threads)
-
-    yield from _in_runs(one_run, times_s, _run_count(path, header, times_s, rules), rules.threads)
+    yield from _in_runs(
+        lambda times, threads: _pyav_run(path, header, times, size, rules, threads),
+        times_s,
+        _run_count(path, header, times_s, rules),
+        rules.threads,
+    )
 
 
 def decode_decord(
     path: str, header: Header, times_s: Sequence[float], size: tuple[int, int], rules: Rules
 ) -> Frames:
     """Frames through decord, which has already turned them upright: `size` is the upright size."""
+    pts_s = _decord_timeline(path, header, rules)
+    yield from _in_runs(
+        lambda times, threads: _decord_run(path, pts_s, times, size, threads),
+        times_s,
+        _run_count(path, header, times_s, rules),
+        rules.threads,
+    )
 
-    def one_run(times: Sequence[float], threads: int) -> Frames:
-        return _decord_run(path, times, size, threads)
 
-    yield from _in_runs(one_run, times_s, _run_count(path, header, times_s, rules), rules.threads)
-
-
-def sparse(path: str, times_s: Sequence[float], rules: Rules) -> bool:
-    """Whether key frames let a decoder skip more than half of the span between the wanted times."""
-    if len(times_s) < 2:
-        return True
+def decord_suits(path: str, header: Header, times_s: Sequence[float], rules: Rules) -> bool:
+    """Whether decord is installed, may be used, and is likely to be as fast as PyAV for these times."""
+    if not rules.trusted or header.codec not in DECORD_CODECS or not importlib.util.find_spec("decord"):
+        return False
     with open_container(path, rules) as container:
-        stream = video_stream(container, rules)
-        skipped = 0.0
-        for before, after in zip(times_s, times_s[1:], strict=False):
-            key = _key_time(stream, after)
-            skipped += max(0.0, key - before) if key is not None else 0.0
+        return not _sparse(video_stream(container, rules), header, times_s)
+
+
+def _sparse(stream: Any, header: Header, times_s: Sequence[float]) -> bool:
+    """Whether key frames let a decoder skip more than half of the span between the wanted times."""
+    skipped = 0.0
+    for before, after in pairwise(times_s):
+        key = _key_time(stream, header, after)
+        skipped += max(0.0, key - before) if key is not None else 0.0
     return skipped > 0.5 * (times_s[-1] - times_s[0])
 
 
-def _in_runs(one_run: Callable[..., Frames], times_s: Sequence[float], runs: int, threads: int) -> Frames:
+def _decord_timeline(path: str, header: Header, rules: Rules) -> list[float]:
+    """Exact times of all frames in the order shown (decord's own are 32-bit floats), seconds.
+
+    Raises VideoError for a stream that decord would read wrongly: an open GOP, or packets without times.
+    """
+    stamps: list[int] = []
+    key: int | None = None
+    with open_container(path, rules) as container:
+        stream = video_stream(container, rules)
+        if container.format.name == "avi" and stream.codec_context.has_b_frames:
+            raise VideoError("decord cannot tell the times of its frames; use decoder='auto'")
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            shown = stamp(packet, stream)
+            if shown is None or packet.is_discard:
+                raise VideoError("decord cannot tell the times of its frames; use decoder='auto'")
+            if key is not None and shown < key:
+                raise VideoError("decord reads wrong frames from its open GOPs; use decoder='auto'")
+            key = shown if packet.is_keyframe else key
+            stamps.append(shown)
+        tick = float(stream.time_base)
+    return [shown * tick - header.start_s for shown in sorted(stamps)]
+
+
+def _in_runs(one_run: OneRun, times_s: Sequence[float], runs: int, threads: int) -> Frames:
     """Decode parts of the wanted times side by side, yield them in order."""
     parts = [times_s[r.start : r.stop] for r in split_runs(len(times_s), runs)]
     if len(parts) == 1:
@@ -79,80 +111,84 @@ def _in_runs(one_run: Callable[..., Frames], times_s: Sequence[float], runs: int
 
 
 def _run_count(path: str, header: Header, times_s: Sequence[float], rules: Rules) -> int:
-    """How many readers pay off: more than one only for much work that a key frame can divide."""
+    """How many readers pay off: more than one only for much work that key frames can divide."""
     work = (times_s[-1] - times_s[0]) * header.width * header.height
     if rules.threads < 2 or len(times_s) < 4 or work < WORTH_SPLITTING:
         return 1
     with open_container(path, rules) as container:
         stream = video_stream(container, rules)
-        keys = {_key_time(stream, times_s[r.start]) for r in split_runs(len(times_s), rules.threads)}
-    return len(keys)
+        starts = (times_s[run.start] for run in split_runs(len(times_s), rules.threads))
+        return len({_key_time(stream, header, start) for start in starts})
 
 
-def _key_time(stream: Any, time_s: float) -> float | None:
+def _key_time(stream: Any, header: Header, time_s: float) -> float | None:
     """Time of the last key frame at or before time_s by the file's index; None without an index."""
     entries = stream.index_entries
     if not len(entries):
         return None
-    at = entries.search_timestamp(round((time_s + origin(stream)) / stream.time_base))
-    return None if at < 0 else float(entries[at].timestamp * stream.time_base) - origin(stream)
+    at = entries.search_timestamp(round((time_s + header.start_s) / stream.time_base))
+    return None if at < 0 else float(entries[at].timestamp * stream.time_base) - header.start_s
 
 
 def _pyav_run(
-    path: str, times_s: Sequence[float], size: tuple[int, int], rules: Rules, threads: int
+    path: str, header: Header, times_s: Sequence[float], size: tuple[int, int], rules: Rules, threads: int
 ) -> Frames:
     with open_container(path, rules) as container:
         stream = video_stream(container, rules)
         stream.codec_context.thread_count = threads
         stream.thread_type = "AUTO"
-        cursor = _Cursor(container, stream)
-        done: tuple[Any, bytes] | None = None
+        cursor = _Cursor(container, stream, header)
+        shown: Any = None
+        picture = b""
         for time in times_s:
             frame = cursor.shown_at(time)
-            if done is None or done[0] is not frame:
-                done = (frame, _rgb(frame, size, rules))
-            yield cursor.time_of(frame), done[1]
+            if frame is not shown:
+                shown, picture = frame, _rgb(frame, size, rules)
+            yield max(0.0, cursor.time_of(frame)), picture
 
 
 class _Cursor:
     """A place in a video that only moves forward, from key frame to key frame where it can."""
 
-    def __init__(self, container: Any, stream: Any) -> None:
-        self.container, self.stream = container, stream
-        self.zero = origin(stream)
-        self.first_s: float | None = None if stream.start_time is None else 0.0
+    def __init__(self, container: Any, stream: Any, header: Header) -> None:
+        self.container, self.stream, self.header = container, stream, header
         self.frame: Any = None  # on screen
         self.ahead: Any = None  # the next one, already decoded
-        self.frames: Iterator[Any] | None = None
-        self.damaged = False
+        self.sent: list[int] = []  # time stamps of packets given to the decoder, not yet passed
+        self.frames = self._decode()
 
     def time_of(self, frame: Any) -> float:
-        stamp = frame.pts if frame.pts is not None else frame.dts
-        return float((stamp or 0) * self.stream.time_base) - self.zero
+        return float(frame.pts * self.stream.time_base) - self.header.start_s
 
     def shown_at(self, time_s: float) -> Any:
         """The frame on screen at time_s. Raises VideoError when the file cannot show it."""
         if self._worth_seeking(time_s):
             self._seek(time_s)
-        if self.frames is None:
-            self.frames = self._decode()
         while self.ahead is None or self.time_of(self.ahead) <= time_s + EPSILON_S:
-            following = next(self.frames, None)
             if self.ahead is not None:
-                self.frame, self.ahead = self.ahead, None
-            if following is None:
+                self.frame = self.ahead
+            self.ahead = next(self.frames, None)
+            if self.ahead is None:
                 break
-            self.ahead = following
-        shown = self.frame if self.frame is not None else self.ahead
-        if shown is None or self.damaged or shown.is_corrupt:
-            raise VideoError(f"it is damaged or cut off at {time_s:.1f} s; export it again or read a part before")
+        shown = self.frame or self.ahead
+        if shown is None or shown.is_corrupt or self._lost(shown, time_s) > MAX_LOST:
+            raise VideoError(
+                f"it is damaged or cut off at {time_s:.2f} s; export it again or read another part of it"
+            )
         return shown
 
+    def _lost(self, shown: Any, time_s: float) -> int:
+        """How many packets between the frame shown and time_s gave no frame."""
+        end = (time_s + self.header.start_s) / float(self.stream.time_base)
+        self.sent = [stamp for stamp in self.sent if stamp > shown.pts]
+        return sum(stamp <= end for stamp in self.sent)
+
     def _worth_seeking(self, time_s: float) -> bool:
-        position = self.time_of(self.ahead or self.frame) if (self.ahead or self.frame) else 0.0
+        reached = self.ahead or self.frame
+        position = self.time_of(reached) if reached else 0.0
         if time_s <= position:
             return False
-        key = _key_time(self.stream, time_s)
+        key = _key_time(self.stream, self.header, time_s)
         return key > position if key is not None else time_s - position > LONG_GAP_S
 
     def _seek(self, time_s: float) -> None:
@@ -162,11 +198,12 @@ class _Cursor:
         back = 0.0
         while True:
             target = max(0.0, time_s - back)
+            stamp = round((target + self.header.start_s) / self.stream.time_base)
             try:
-                self.container.seek(round((target + self.zero) / self.stream.time_base), stream=self.stream)
+                self.container.seek(stamp, stream=self.stream)
             except av.error.FFmpegError:
                 return  # no way to seek in this file: keep decoding from here
-            self.frame, self.damaged = None, False
+            self.frame, self.sent = None, []
             self.frames = self._decode()
             self.ahead = next(self.frames, None)
             if target == 0.0 or (self.ahead is not None and self.time_of(self.ahead) <= time_s + EPSILON_S):
@@ -174,15 +211,23 @@ class _Cursor:
             back = max(1.0, 2 * back)
 
     def _decode(self) -> Iterator[Any]:
+        """Frames from here on; each gets a `pts`, also where the file has none."""
         import av
 
+        last = round(self.header.start_s / self.stream.time_base) - 1
         for packet in self.container.demux(self.stream):
+            sent = stamp(packet, self.stream)
+            if sent is not None:
+                self.sent.append(sent)
             try:
-                if packet.is_keyframe:
-                    self.damaged = False
-                yield from packet.decode()
+                for frame in packet.decode():
+                    shown = stamp(frame, self.stream)
+                    frame.pts = last = last + 1 if shown is None else shown
+                    if len(self.sent) > 2 * MAX_REORDER:  # what is shown no longer needs accounting
+                        self.sent = [s for s in self.sent if s >= last]
+                    yield frame
             except av.error.InvalidDataError:
-                self.damaged = True  # until the next key frame nothing can be relied on
+                continue  # counted as lost if it is wanted
 
 
 def _rgb(frame: Any, size: tuple[int, int], rules: Rules) -> bytes:
@@ -190,29 +235,27 @@ def _rgb(frame: Any, size: tuple[int, int], rules: Rules) -> bytes:
     rules.check_pixels(frame.width, frame.height)
     picture = frame.reformat(*size, format="rgb24", interpolation="BICUBIC")
     plane, row = picture.planes[0], size[0] * 3
-    if plane.line_size == row:
-        return bytes(memoryview(plane)[: row * size[1]])
     view = memoryview(plane)
+    if plane.line_size == row:
+        return bytes(view[: row * size[1]])
     return b"".join(view[y * plane.line_size : y * plane.line_size + row] for y in range(size[1]))
 
 
-def _decord_run(path: str, times_s: Sequence[float], size: tuple[int, int], threads: int) -> Frames:
+def _decord_run(
+    path: str, pts_s: Sequence[float], times_s: Sequence[float], size: tuple[int, int], threads: int
+) -> Frames:
     import decord
     import numpy as np
 
-    reader = decord.VideoReader(path, width=size[0], height=size[1], num_threads=threads, fault_tol=1)
+    reader = decord.VideoReader(path, width=size[0], height=size[1], num_threads=threads)
     try:
-        pts = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0]
-        if np.any(np.diff(pts) < 0):
-            raise VideoError("decord lists its frames out of order; read it with PyAV")
-        pts = (pts - pts[0]).tolist()
+        own = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0]
+        if len(own) != len(pts_s) or np.any(np.diff(own) <= 0):  # e.g. h264 in avi: all of them zero
+            raise VideoError("decord counts its frames wrongly; use decoder='auto'")
         shown, picture = -1, b""
-        for index in shown_at(pts, times_s):
+        for index in shown_at(pts_s, times_s):
             if index != shown:
                 shown, picture = index, reader[index].asnumpy().tobytes()
-            yield pts[index], picture
+            yield pts_s[index], picture
     finally:
         del reader  # an idle reader keeps decoding ahead: memory grows until it is gone
-
-
-__all__ = ["DECORD_CODECS", "Decode", "codec_name", "decode_decord", "decode_pyav", "has_decord", "sparse"]

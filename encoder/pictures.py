@@ -33,7 +33,7 @@ def read_pictures(source: Any, max_pixels: int) -> Tensor:
     else:
         frames = _one(source)[None]
     if frames.shape[-1] != 3 or frames.numel() == 0:
-        raise VideoError(f"Pixels must be (T, H, W, 3), not {tuple(frames.shape)}; reorder or fill the array.")
+        raise VideoError(f"Pixels must be (T, H, W, 3), not {tuple(frames.shape)}; reorder its axes.")
     if frames.shape[1] * frames.shape[2] > max_pixels:
         raise VideoError(
             f"Images of {frames.shape[2]} x {frames.shape[1]} exceed the limit of {max_pixels} pixels; "

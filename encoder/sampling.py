@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 
 EPSILON_S = 1e-6  # time stamps are rationals; one microsecond absorbs their rounding to floats
 
@@ -27,7 +28,7 @@ def split_runs(count: int, runs: int) -> list[range]:
     """Consecutive, nearly equal ranges that cover range(count); never an empty one."""
     runs = max(1, min(runs, count))
     edges = [round(i * count / runs) for i in range(runs + 1)]
-    return [range(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(edges)]
 
 
 def fit_within(width: int, height: int, max_side: int | None) -> tuple[int, int]:

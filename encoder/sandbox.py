@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .decode_worker import IDLE_S
 from .errors import VideoError
 
 MAX_IDLE = 2  # children kept between calls
@@ -28,6 +29,10 @@ _KEPT_ENV = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TMPD
 
 class OutOfTime(VideoError):
     """The child did not finish within its wall-clock limit."""
+
+
+class Crashed(VideoError):
+    """The child ended before its answer was complete."""
 
 
 @dataclass(frozen=True)
@@ -75,17 +80,19 @@ class _Worker:
         stdin.flush()
         reply = self._message()
         count, height, width = (int(reply[k]) for k in ("count", "height", "width"))
-        if count * height * width * 3 > request["max_bytes_out"]:
+        if count > request["max_count"] or count * height * width * 3 > request["max_bytes_out"]:
             raise VideoError("its decoder promised more than it may send; the file is not safe to use")
         frames = torch.empty((count, height, width, 3), dtype=torch.uint8)
         times = []
-        for i in range(count):
+        for frame in frames:
             message = self._message()
             turns = int(message["turns"])
-            raw = frames[i] if turns % 2 == 0 else torch.empty((width, height, 3), dtype=torch.uint8)
-            self._fill(raw)
-            if turns:
-                frames[i] = raw.rot90(turns, (0, 1)).clone() if turns % 2 == 0 else raw.rot90(turns, (0, 1))
+            if turns:  # PyAV does not turn frames, decord has done so
+                stored = torch.empty((width, height, 3) if turns % 2 else frame.shape, dtype=torch.uint8)
+                self._fill(stored)
+                frame.copy_(stored.rot90(turns, (0, 1)))
+            else:
+                self._fill(frame)
             times.append(float(message["time"]))
         return Decoded(reply["header"], frames, tuple(times))
 
@@ -103,7 +110,7 @@ class _Worker:
     def _fill(self, target: Tensor) -> None:
         stdout = self.process.stdout
         assert stdout is not None
-        view = memoryview(target.view(-1).numpy())
+        view = memoryview(target.view(-1).numpy().data)
         while len(view):
             got = stdout.readinto(view)  # type: ignore[attr-defined]
             if not got:
@@ -122,7 +129,8 @@ class Sandbox:
     def decode(self, request: dict[str, Any], *, keep: bool) -> Decoded:
         """One request in one child. keep: the child may serve later calls if all goes well.
 
-        Raises VideoError for what is wrong with the file, OutOfTime when request["seconds"] pass first.
+        Raises VideoError for what is wrong with the file, Crashed when the child ended itself, OutOfTime
+        when request["seconds"] passed first.
         """
         started = time.monotonic()
         worker = self._take() if keep else _Worker()
@@ -140,13 +148,13 @@ class Sandbox:
             result = worker.ask(request)
             healthy = True
             return result
-        except (EOFError, OSError, ValueError, KeyError) as error:
+        except (EOFError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
             if late.is_set():
                 raise OutOfTime(
                     f"it could not be read within {request['seconds']:.3g} s; "
                     "try a shorter or smaller video, or allow more seconds"
                 ) from error
-            raise VideoError(
+            raise Crashed(
                 f"its decoder stopped or used more than {request['memory_mib']} MiB; "
                 "the file may be damaged, convert it to h264 in mp4"
             ) from error
@@ -156,9 +164,10 @@ class Sandbox:
                 self._give(worker)
             else:
                 worker.end()
+                self.close()
 
     def close(self) -> None:
-        """End the idle children now instead of a few seconds later."""
+        """End the idle children now instead of a few seconds later; an error does so too."""
         with self._lock:
             idle, self._idle = self._idle, []
             if self._owner != os.getpid():
@@ -167,8 +176,6 @@ class Sandbox:
             worker.end()
 
     def _take(self) -> _Worker:
-        from .decode_worker import IDLE_S
-
         with self._lock:
             if self._owner != os.getpid():  # after a fork the children belong to the other process
                 self._idle, self._owner = [], os.getpid()

@@ -15,9 +15,8 @@ _ORIENTATION = 0x0112  # EXIF tag
 
 def is_image(head: bytes) -> bool:
     """Whether the first 16 bytes of a file are those of an image format handled here (not GIF)."""
-    return (
-        head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM"))
-        or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+    return head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"BM")) or (
+        head[:4] == b"RIFF" and head[8:12] == b"WEBP"
     )
 
 
@@ -42,7 +41,7 @@ def inspect_image(path: str, rules: Rules) -> Header:
         codec = _CODECS[image.format or ""]
         rules.check_duration(duration)
         kind = "video" if count > 1 else "image"
-        return Header(width, height, 0, duration, duration, count, codec, codec, kind)
+        return Header(width, height, 0, duration, duration, count, codec, codec, 0.0, kind)
 
 
 def decode_image(

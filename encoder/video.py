@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, Literal
 
-import torch
 from torch import Tensor
 
 from .containers import Rules
@@ -29,9 +28,12 @@ from .digest import file_digest, pixel_digest
 from .errors import VideoError
 from .pictures import is_pictures, read_pictures, shrink
 from .sampling import fit_within, middle_times, shown_at
-from .sandbox import Decoded, OutOfTime, Sandbox
+from .sandbox import Crashed, Decoded, OutOfTime, Sandbox
 
-UNTRUSTED_CODECS = tuple("h264 hevc vp8 vp9 av1 mpeg4 mjpeg gif png jpeg webp bmp".split())
+UNTRUSTED_CODECS = (
+    *("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"),
+    *("gif", "png", "jpeg", "webp", "bmp"),
+)
 DECORD_SHARE = 0.6  # of the time limit; when decord hangs, PyAV has the rest
 Decoder = Literal["auto", "decord", "pyav"]
 
@@ -94,7 +96,9 @@ _sandbox = Sandbox()  # holds idle children only; they end by themselves after t
 atexit.register(_sandbox.close)
 
 
-def probe(source: Any, *, trusted: bool = True, limits: Limits = DEFAULT_LIMITS, fps: float = 1.0) -> VideoInfo:
+def probe(
+    source: Any, *, trusted: bool = True, limits: Limits = DEFAULT_LIMITS, fps: float = 1.0
+) -> VideoInfo:
     """Size, duration, codec and content hash of a source; decodes at most one frame.
 
     Of a file that is cut off, duration_s is the part that can be read. Raises VideoError.
@@ -135,7 +139,9 @@ def read_clip(
         return _from_pictures(source, fps, limits, frames, start_s, end_s, at_s, max_side)
     with _as_file(source, limits) as path:
         request = _request(path, frames, trusted, limits, decoder, max_side)
-        request.update(start_s=start_s, end_s=end_s, at_s=None if at_s is None else [float(t) for t in at_s])
+        request.update(start_s=start_s, end_s=end_s)
+        if at_s is not None:
+            request.update(at_s=[float(t) for t in at_s], max_count=len(at_s))
         decoded = _decode(request, trusted, _name(source))
         return Clip(decoded.frames, decoded.times_s, _info(decoded, file_digest(path)))
 
@@ -173,6 +179,7 @@ def _request(
     return {
         "path": path,
         "frames": frames,
+        "max_count": frames,
         "start_s": None,
         "end_s": None,
         "at_s": None,
@@ -194,24 +201,25 @@ def _threads() -> int:
 
 
 def _decode(request: dict[str, Any], trusted: bool, name: str) -> Decoded:
-    """Run a request; if a trusted one runs out of time, decord may have hung: once more with PyAV."""
+    """Run a request in a child; where decord may have hung or crashed it, once more with PyAV."""
+    started = time.monotonic()
+    may_use_decord = trusted and request["decoder"] == "auto" and request["frames"]
+    share = DECORD_SHARE if may_use_decord else 1.0
     try:
-        if request["decoder"] != "auto" or not request["frames"]:
-            return _sandbox.decode(request, keep=trusted)
-        started = time.monotonic()
         try:
-            return _sandbox.decode({**request, "seconds": request["seconds"] * DECORD_SHARE}, keep=True)
-        except OutOfTime:
+            return _sandbox.decode({**request, "seconds": share * request["seconds"]}, keep=trusted)
+        except (OutOfTime, Crashed):
+            if not may_use_decord:
+                raise
             left = request["seconds"] - (time.monotonic() - started)
-            try:
-                return _sandbox.decode({**request, "seconds": left, "decoder": "pyav"}, keep=True)
-            except OutOfTime:
-                raise OutOfTime(
-                    f"it could not be read within {request['seconds']:.3g} s; "
-                    "try a shorter or smaller video, or allow more seconds"
-                ) from None
+            return _sandbox.decode({**request, "seconds": left, "decoder": "pyav"}, keep=trusted)
+    except OutOfTime:
+        raise VideoError(
+            f"Cannot read {name}: it took longer than {request['seconds']:g} s; "
+            "try a shorter or smaller video, or allow more seconds."
+        ) from None
     except VideoError as error:
-        raise type(error)(f"Cannot read {name}: {error}.") from error.__cause__
+        raise VideoError(f"Cannot read {name}: {error}.") from error.__cause__
 
 
 def _info(decoded: Decoded, digest: str) -> VideoInfo:
@@ -230,7 +238,9 @@ def _info(decoded: Decoded, digest: str) -> VideoInfo:
 
 
 def _name(source: Any) -> str:
-    return repr(os.path.basename(os.fspath(source))) if isinstance(source, (str, os.PathLike)) else "the video"
+    return (
+        repr(os.path.basename(os.fspath(source))) if isinstance(source, (str, os.PathLike)) else "the video"
+    )
 
 
 @contextmanager
@@ -266,7 +276,7 @@ def _check_file(path: str, name: str, limits: Limits) -> None:
         raise VideoError(f"Cannot read {name}: it is empty (0 bytes); export or download it again.")
     if size > limits.max_bytes:
         raise VideoError(
-            f"Cannot read {name}: its {size} bytes exceed the limit of {limits.max_bytes}; cut or compress it."
+            f"Cannot read {name}: {size} bytes exceed the limit of {limits.max_bytes}; cut or compress it."
         )
 
 
@@ -277,7 +287,7 @@ def _copy(source: Any, file: BinaryIO, limits: Limits) -> None:
         return
     left = limits.max_bytes + 1
     while left and (block := source.read(min(1 << 20, left))):
-        if not isinstance(block, bytes):
+        if not isinstance(block, (bytes, bytearray)):
             raise VideoError("The file object gives text; open the video in binary mode ('rb').")
         left -= file.write(block)
 

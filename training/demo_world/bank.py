@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw
 from encoder.errors import DataError
 from training.demo_world.nouns import Noun, load_nouns
 
-# Side lengths in pixels; a sprite is always drawn from the level just above its size, so bilinear never aliases.
+# Pixels; a sprite is drawn from the level just above its size, so that bilinear never aliases.
 LEVELS = (128, 90, 64, 45, 32, 22)
 FORMAT = 2
 COLOURS: Mapping[str, tuple[int, int, int]] = {
@@ -28,7 +29,7 @@ SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star", "ring", "b
 
 @dataclass(frozen=True)
 class Strip:
-    """Where a noun's frames lie in the level arrays, and how long one turn of its animation lasts (0.0: still)."""
+    """Where a noun's frames lie in the level arrays, and the seconds of one turn (0.0: still)."""
 
     offset: int
     frames: int
@@ -39,17 +40,24 @@ class Strip:
 class SpriteBank:
     """All sprites and photographs that a world may draw.
 
-    `levels`: side length -> uint8 (N, side, side, 4), colours premultiplied by alpha; `strips`: noun code -> frames;
-    `photos`: name -> uint8 (H, W, 3).
+    `levels`: side length -> uint8 (N, side, side, 4), colours premultiplied by alpha; `strips`: noun code
+    -> frames; `photos`: name -> uint8 (H, W, 3).
     """
 
     nouns: tuple[Noun, ...]
     levels: Mapping[int, np.ndarray]
     strips: Mapping[str, Strip]
     photos: Mapping[str, np.ndarray] = field(default_factory=dict)
+    source: tuple[Path, bool] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A bank from a folder travels to worker processes as its path, not as 150 MB of pixels."""
+        if self.source is not None:
+            return _reopen, self.source
+        return SpriteBank, (self.nouns, self.levels, self.strips, self.photos)
 
     def frame(self, code: str, time_s: float, size: float) -> np.ndarray:
-        """The sprite at an animation time, from the smallest level not below `size` pixels: (side, side, 4)."""
+        """The sprite at an animation time, from the smallest level not below `size`: (side, side, 4)."""
         strip = self.strips[code]
         turn = time_s / strip.period_s % 1.0 if strip.period_s else 0.0
         index = strip.offset + min(int(turn * strip.frames), strip.frames - 1)
@@ -61,7 +69,9 @@ class SpriteBank:
         for noun in self.nouns:
             if noun.code == code:
                 return noun
-        raise DataError(f"The sprite bank has no noun with code {code!r}; was the scene made with another bank?")
+        raise DataError(
+            f"The sprite bank has no noun with code {code!r}; was the scene made with another bank?"
+        )
 
 
 def pyramid(sprites: Sequence[np.ndarray], levels: Sequence[int] = LEVELS) -> dict[int, np.ndarray]:
@@ -74,7 +84,9 @@ def pyramid(sprites: Sequence[np.ndarray], levels: Sequence[int] = LEVELS) -> di
     return {side: np.stack(stack) for side, stack in stacks.items()}
 
 
-def write_bank(folder: Path, strips: Mapping[str, tuple[Strip, Strip]], levels: Mapping[int, np.ndarray]) -> None:
+def write_bank(
+    folder: Path, strips: Mapping[str, tuple[Strip, Strip]], levels: Mapping[int, np.ndarray]
+) -> None:
     """Writes levels and index; `strips`: noun code -> (animated, still)."""
     for side, array in levels.items():
         np.save(folder / f"sprites_{side}.npy", array)
@@ -89,7 +101,7 @@ def write_bank(folder: Path, strips: Mapping[str, tuple[Strip, Strip]], levels: 
 
 
 def load_bank(folder: Path, *, stills_only: bool = False) -> SpriteBank:
-    """Opens a converted cache folder without reading the pixels; DataError says what to run when it is missing."""
+    """Opens a converted cache folder without reading pixels; DataError says what to run if missing."""
     advice = "run `python -m training.demo_world fetch` once (needs npm and network)."
     try:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
@@ -106,12 +118,18 @@ def load_bank(folder: Path, *, stills_only: bool = False) -> SpriteBank:
     except (OSError, ValueError) as error:
         raise DataError(f"The sprites in {folder} cannot be read ({error}): {advice}") from None
     photos = {path.stem: np.load(path, mmap_mode="r") for path in sorted((folder / "photos").glob("*.npy"))}
-    return SpriteBank(nouns, levels, strips, photos)
+    return SpriteBank(nouns, levels, strips, photos, (folder, stills_only))
+
+
+def _reopen(folder: Path, stills_only: bool) -> SpriteBank:
+    return load_bank(folder, stills_only=stills_only)
 
 
 def procedural_bank() -> SpriteBank:
-    """Coloured shapes (8 shapes x 5 colours, still, the last colour unseen) and no photographs: needs no files."""
-    nouns, sprites, strips = [], [], {}
+    """Coloured shapes (8 x 5 colours, still, the last colour unseen), no photographs: needs no files."""
+    nouns: list[Noun] = []
+    sprites: list[np.ndarray] = []
+    strips: dict[str, Strip] = {}
     for shape in SHAPES:
         for colour, rgb in COLOURS.items():
             name = f"{colour} {shape}"

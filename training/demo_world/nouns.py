@@ -17,8 +17,8 @@ NounSplit = Literal["train", "unseen"]
 class Noun:
     """One thing of the world.
 
-    `code` names the sprite (Unicode code points in hex, joined by "-"), `name` is what people say ("dog"), `category`
-    one of about a dozen kinds, `split` is "unseen" for nouns that training never shows.
+    `code` names the sprite (Unicode code points in hex, joined by "-"), `name` is what people say ("dog"),
+    `category` one of about a dozen kinds, `split` is "unseen" for nouns that training never shows.
     """
 
     code: str

@@ -1,0 +1,206 @@
+"""The price before the purchase: what a plan will cost, from formulas and one calibration per machine."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from encoder.budget import Plan
+from encoder.checkpoint import save_json
+from encoder.cost import MIB, Speed, calibrate_encoder, encoder_features, encoder_macs, encoder_mib, time_ms
+from encoder.video import VideoInfo, read_clip
+from llm_bridge.cache_dir import cache_dir
+from llm_bridge.model import VideoLanguageModel
+
+QUESTION_TOKENS = 48  # template, time sentence and a short question around the visual embeddings
+PREFILL_SIZES = (64, 256, 512)
+# Decoders seek between samples: at most about this many frames are decoded for each.
+FRAMES_PER_SAMPLE = 130
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Frames x resolution, tokens, giga multiply-accumulates, seconds to the first word, MiB it adds."""
+
+    frames: int
+    height: int
+    width: int
+    seen_tokens: int
+    kept_tokens: int
+    llm_tokens: int
+    encoder_gmacs: float
+    llm_gmacs: float
+    share_of_full: float
+    decode_s: float
+    encode_s: float
+    prefill_s: float
+    first_token_s: float
+    peak_mib: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.frames} frames x {self.height}x{self.width}: {self.kept_tokens} of {self.seen_tokens} "
+            f"tokens kept, {self.llm_tokens} into the language model, "
+            f"{self.encoder_gmacs + self.llm_gmacs:.1f} GMACs ({100 * self.share_of_full:.0f} % of full), "
+            f"about {self.first_token_s:.2f} s to the first word, {self.peak_mib:.0f} MiB"
+        )
+
+
+def llm_macs(model: VideoLanguageModel, tokens: int) -> int:
+    """Multiply-accumulates of a prefill: every weight outside the embedding once per token, and attention."""
+    config = model.llm.model.config.get_text_config()
+    embedding = model.llm.model.get_input_embeddings().weight.numel()
+    weights = model.llm.parameters - embedding
+    attention = config.num_hidden_layers * tokens * tokens * config.hidden_size
+    return weights * tokens + attention
+
+
+def estimate_plan(
+    model: VideoLanguageModel, info: VideoInfo, plan: Plan, full: Plan, calibration: Calibration
+) -> Estimate:
+    """Cost of a plan on one video, beside that of the full plan."""
+    config = model.encoder.config
+    llm_tokens = model.projector.planned_tokens(plan.keep, plan.frames)
+    full_llm = model.projector.planned_tokens(full.keep, full.frames)
+    encoder_part = encoder_macs(config, plan.grid.size, plan.keep)
+    llm_part = llm_macs(model, llm_tokens + QUESTION_TOKENS)
+    everything = encoder_macs(config, full.grid.size, full.keep) + llm_macs(model, full_llm + QUESTION_TOKENS)
+    decode = calibration.decode.milliseconds(decode_features(info, plan.frames)) / 1e3
+    encode = calibration.encode.milliseconds(encoder_features(config, plan.grid.size, plan.keep)) / 1e3
+    prefill = calibration.prefill.milliseconds(_prefill_features(llm_tokens + QUESTION_TOKENS)) / 1e3
+    frame_mib = plan.frames * min(info.width * info.height, (4 * plan.width) ** 2) * 3 / MIB
+    working = encoder_mib(config, plan.frames, plan.height, plan.width, plan.keep, 4)
+    kv_mib = (
+        (llm_tokens + QUESTION_TOKENS) * (model.llm.kv_bytes_per_token + 24 * model.llm.hidden_size) / MIB
+    )
+    return Estimate(
+        frames=plan.frames,
+        height=plan.height,
+        width=plan.width,
+        seen_tokens=plan.grid.size,
+        kept_tokens=plan.keep,
+        llm_tokens=llm_tokens,
+        encoder_gmacs=encoder_part / 1e9,
+        llm_gmacs=llm_part / 1e9,
+        share_of_full=(encoder_part + llm_part) / everything,
+        decode_s=decode,
+        encode_s=encode,
+        prefill_s=prefill,
+        first_token_s=decode + encode + prefill,
+        peak_mib=frame_mib + max(working, kv_mib),
+    )
+
+
+def decode_features(info: VideoInfo, frames: int) -> list[float]:
+    """Constant, megapixels decoded, megapixels converted."""
+    pixels = info.width * info.height / 1e6
+    total = 1 if info.kind == "image" else info.frames or int(info.duration_s * 30)
+    decoded = 0 if info.kind == "frames" else min(total, frames * FRAMES_PER_SAMPLE)
+    return [1.0, decoded * pixels, frames * pixels]
+
+
+def _prefill_features(tokens: int) -> list[float]:
+    return [1.0, float(tokens), float(tokens) ** 2]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Fitted speeds of reading video, encoding and prefilling, in ms per feature."""
+
+    decode: Speed
+    encode: Speed
+    prefill: Speed
+
+    @staticmethod
+    def load_or_measure(model: VideoLanguageModel) -> Calibration:
+        """From the cache of this machine, or measured now (some seconds) and cached."""
+        path = cache_dir() / "calibration" / f"{_fingerprint(model)}.json"
+        try:
+            values = json.loads(path.read_text())
+            return Calibration(**{name: Speed(tuple(values[name]["weights"])) for name in values})
+        except (OSError, ValueError, KeyError, TypeError):
+            calibration = Calibration.measure(model)
+            save_json(asdict(calibration), path)
+            return calibration
+
+    @staticmethod
+    @torch.inference_mode()
+    def measure(model: VideoLanguageModel) -> Calibration:
+        """Time the parts on this machine."""
+
+        def encode(pixels: torch.Tensor, keep: int) -> None:
+            model.project(model.encode(list(pixels), [keep]))
+
+        encoded = calibrate_encoder(model.encoder, encode)
+        width = model.llm.hidden_size
+        embeddings = torch.zeros(1, max(PREFILL_SIZES), width, device=model.llm.device, dtype=model.llm.dtype)
+
+        def prefill(tokens: int) -> None:
+            model.language_model(inputs_embeds=embeddings[:, :tokens], use_cache=True, logits_to_keep=1)
+
+        times = [time_ms(lambda n=n: prefill(n), model.llm.device) for n in PREFILL_SIZES]  # type: ignore[misc]
+        prefilled = Speed.fit([_prefill_features(n) for n in PREFILL_SIZES], times)
+        return Calibration(_measure_decode(), encoded, prefilled)
+
+
+def _measure_decode() -> Speed:
+    """Read clips made for the purpose, of two sizes and two numbers of samples."""
+    rows, times = [], []
+    for width, height in ((320, 180), (960, 540)):
+        video = _test_video(width, height)
+        info = read_clip(video, 1).info
+        for frames in (1, 16):
+            rows.append(decode_features(info, frames))
+            times.append(time_ms(lambda v=video, n=frames: read_clip(v, n), torch.device("cpu"), repeats=2))  # type: ignore[misc]
+    return Speed.fit(rows, times)
+
+
+def _test_video(width: int, height: int, frames: int = 90) -> bytes:
+    """A drifting pattern as mp4 (h264 where this build has it)."""
+    import av
+
+    buffer = io.BytesIO()
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    pattern = np.random.default_rng(0).integers(0, 255, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
+    picture = pattern.repeat(8, 0).repeat(8, 1)[:height, :width]
+    with av.open(buffer, "w", format="mp4") as container:
+        stream: Any = container.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for index in range(frames):
+            frame = av.VideoFrame.from_ndarray(np.roll(picture, 3 * index, axis=1), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def _fingerprint(model: VideoLanguageModel) -> str:
+    """What the speeds depend on: machine, device, threads, library, parts and their precision."""
+    import platform
+
+    device = model.device
+    name = (
+        torch.get_device_module(device).get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor()
+    )
+    parts: list[Any] = [
+        name,
+        platform.node(),
+        str(device),
+        torch.get_num_threads(),
+        torch.__version__,
+        asdict(model.encoder.config),
+        str(model.encoder.cls_token.dtype),
+        Path(model.llm.name).name,
+        str(model.llm.dtype),
+        model.llm.quantize,
+        3,  # version of the features
+    ]
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()

@@ -1,0 +1,230 @@
+"""Any Hugging Face causal language model, frozen: hub id, local folder or GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from encoder.errors import ModelError
+
+Quantize = Literal["8bit", "4bit"]
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model in eval mode without gradients, its tokenizer, and where it came from."""
+
+    model: Any
+    tokenizer: Any
+    name: str
+    quantize: Quantize | None = None
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of an input embedding."""
+        return self.model.get_input_embeddings().embedding_dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where input embeddings are expected."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating type of an input embedding."""
+        return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def context_length(self) -> int | None:
+        """Most positions the model was made for, or None when it does not say."""
+        return getattr(self._text_config, "max_position_embeddings", None)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one position adds to the KV cache."""
+        config = self._text_config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * config.num_hidden_layers * heads * head_dim * self.dtype.itemsize
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: the model's, the tokenizer's, and the chat template's end of turn."""
+        found: set[int] = set()
+        for source in (getattr(self.model, "generation_config", None), self._text_config, self.tokenizer):
+            value = getattr(source, "eos_token_id", None)
+            if value is not None:
+                found |= set(value) if isinstance(value, (list, tuple, set)) else {int(value)}
+        end = self._end_of_turn
+        return frozenset(found if end is None else found | {end})
+
+    @property
+    def _text_config(self) -> Any:
+        return self.model.config.get_text_config()
+
+    @property
+    def _end_of_turn(self) -> int | None:
+        from llm_bridge.prompt import template_text
+
+        mark = "\ue0f6"  # a character no template contains
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
+        text = template_text(self.tokenizer, messages, add_generation_prompt=False)
+        tail = text[text.rfind(mark) + 1 :].strip()
+        ids = self.tokenizer(tail, add_special_tokens=False).input_ids[:1]
+        return ids[0] if ids and ids[0] in self.tokenizer.all_special_ids else None
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """Input embeddings of token ids: (N,) -> (N, hidden_size)."""
+        return self.model.get_input_embeddings()(torch.as_tensor(ids, dtype=torch.long, device=self.device))
+
+
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
+        if accelerator is not None:
+            return accelerator
+    return torch.device("cpu")
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it natively, float16 on older GPUs, else float32."""
+    if device.type == "cpu":
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if native else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if device.type == "xpu" else torch.float16
+
+
+def load_llm(
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    quantize: Quantize | None = None,
+    adapters: Sequence[str | Path] = (),
+    revision: str | None = None,
+) -> LanguageModel:
+    """Load a causal language model for use with frozen weights.
+
+    name: hub id, folder, GGUF file, or folder holding one GGUF file. GGUF is a source of weights here: they
+    are dequantised on loading. device_map: as in transformers ("auto" spreads over GPUs). quantize: 8 or
+    4 bit through bitsandbytes; on CPUs it saves memory and costs time. adapters: LoRA folders (peft), merged in
+    order unless the base is quantised. Raises ModelError: one sentence, what was wrong and what to do.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    target = torch.device(device) if device is not None else default_device()
+    dtype = dtype or default_dtype(target)
+    folder, gguf = _locate(str(name))
+    options: dict[str, Any] = {"dtype": dtype, "revision": revision}
+    if gguf is not None:
+        from transformers import GgufConfig
+
+        options.update(gguf_file=gguf, quantization_config=GgufConfig(dequantize=True))
+    if quantize is not None:
+        if gguf is not None:
+            raise ModelError(
+                "GGUF weights cannot be quantised again: leave out quantize, or use the original."
+            )
+        options["quantization_config"] = _quantization(quantize, dtype)
+        device_map = device_map or {"": str(target)}
+    if device_map is not None:
+        options["device_map"] = device_map
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        tokenizer = _load_tokenizer(folder, gguf, revision)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+        if device_map is None:
+            model = model.to(target)
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"Cannot load the language model {name}: {_first_line(error)}.") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    for adapter in adapters:
+        model = _adapt(model, adapter, merge=quantize is None)
+    model.eval().requires_grad_(False)
+    return LanguageModel(model, tokenizer, str(name), quantize)
+
+
+def _locate(name: str) -> tuple[str, str | None]:
+    """(folder or hub id, GGUF file name or None)."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{name} is a file but not GGUF: give a model folder, a hub id or a .gguf file.")
+        return str(path.parent), path.name
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            files = sorted(path.glob("*.gguf"))
+            if len(files) == 1:
+                return str(path), files[0].name
+            raise ModelError(f"{name} is not a model folder: it has neither config.json nor one .gguf file.")
+        return str(path), None
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"There is no model at {name}.")
+    return name, None
+
+
+def _load_tokenizer(folder: str, gguf: str | None, revision: str | None) -> Any:
+    from transformers import AutoTokenizer
+
+    options: dict[str, Any] = {"revision": revision}
+    if gguf is not None:
+        options["gguf_file"] = gguf
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:
+        raise ModelError(f"Cannot load the tokenizer of {folder}: {_first_line(error)}.") from error
+
+
+def _quantization(quantize: str, dtype: torch.dtype) -> Any:
+    if quantize not in ("8bit", "4bit"):
+        raise ModelError(f"quantize must be '8bit' or '4bit', not {quantize!r}.")
+    try:
+        import bitsandbytes  # noqa: F401
+    except Exception as error:
+        raise ModelError(
+            f"{quantize} needs bitsandbytes, which does not load here: {_first_line(error)}."
+        ) from error
+    from transformers import BitsAndBytesConfig
+
+    if quantize == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _adapt(model: nn.Module, adapter: str | Path, *, merge: bool) -> Any:
+    from peft import PeftModel
+
+    if Path(adapter).exists() and not (Path(adapter) / "adapter_config.json").exists():
+        raise ModelError(f"{adapter} is not an adapter: it has no adapter_config.json.")
+    try:
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+    except Exception as error:
+        raise ModelError(
+            f"The adapter {adapter} does not fit the language model: {_first_line(error)}."
+        ) from error
+    return adapted.merge_and_unload() if merge else adapted
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

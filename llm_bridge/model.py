@@ -1,0 +1,238 @@
+"""VideoLanguageModel: encoder, projector and frozen language model as one."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from encoder.budget import PlanRow, PlanTable
+from encoder.checkpoint import load_encoder, load_tensors, read_tensors, save_json, save_tensors
+from encoder.config import FluxViTConfig
+from encoder.errors import ConfigError, ModelError
+from encoder.fluxvit import FluxViT
+from encoder.tokens import VisionTokens
+from llm_bridge.llm import LanguageModel, Quantize, default_device, default_dtype, load_llm
+from llm_bridge.projector import Projector, ProjectorConfig
+from llm_bridge.prompt import IGNORE, PLACEHOLDER, Prompt, TimeSentence
+
+DEFAULT_LLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    """How the parts are put together.
+
+    vision_depth: encoder blocks to run, negative counts from the end; None runs all. Which layer FluxViT chat
+    reads is UNVERIFIED (VideoChat-Flash reads the last but one of its encoder: -1). fit: how a frame of
+    another shape becomes square. plan_table: measured best inputs per token count, empty for the default policy.
+    """
+
+    llm: str
+    projector: ProjectorConfig
+    encoder: FluxViTConfig
+    vision_depth: int | None = None
+    time_sentence: TimeSentence = "short"
+    fit: Literal["squash", "crop"] = "squash"
+    default_tokens: int = 1024
+    system: str | None = None
+    plan_table: tuple[PlanRow, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> VLMConfig:
+        """The reverse; raises ConfigError for unknown or missing keys."""
+        try:
+            plain = dict(values)
+            plain["projector"] = ProjectorConfig.from_dict(plain["projector"])
+            plain["encoder"] = FluxViTConfig.from_dict(plain["encoder"])
+            plain["plan_table"] = tuple(PlanRow(**row) for row in plain.get("plan_table", ()))
+            return VLMConfig(**plain)
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"The model's config.json does not fit this version: {error}.") from error
+
+
+class VideoLanguageModel(nn.Module):
+    """Pixels and text in, text out; only the projector (and what one unfreezes) is trained."""
+
+    def __init__(self, config: VLMConfig, encoder: FluxViT, projector: Projector, llm: LanguageModel) -> None:
+        super().__init__()
+        if projector.config.out_dim != llm.hidden_size or projector.config.in_dim != encoder.config.embed_dim:
+            raise ModelError(
+                f"The projector maps {projector.config.in_dim} to {projector.config.out_dim}, but the encoder "
+                f"is {encoder.config.embed_dim} and the language model {llm.hidden_size} wide: train one "
+                "for this pair with `python -m training.chat_stage1`."
+            )
+        self.config = config
+        self.encoder = encoder
+        self.projector = projector
+        self.language_model = llm.model
+        self.llm = llm
+
+    @property
+    def device(self) -> torch.device:
+        """Where pixels go."""
+        return self.encoder.cls_token.device
+
+    @property
+    def plan_table(self) -> PlanTable | None:
+        """The measured plan table that came with the model."""
+        return PlanTable.of(self.config.plan_table) if self.config.plan_table else None
+
+    def encode(
+        self,
+        pixels: Sequence[Tensor],
+        keep: Sequence[int | None],
+        times_s: Sequence[Sequence[float]] | None = None,
+        **selection: Any,
+    ) -> VisionTokens:
+        """Frozen encoder: clips (3, T, H, W), one K each -> the tokens the projector reads."""
+        with torch.no_grad():
+            cls = self.encoder.cls_token
+            clips = [clip.to(cls.device, cls.dtype) for clip in pixels]
+            return self.encoder(
+                clips, list(keep), depth=self.config.vision_depth, times_s=times_s, **selection
+            )
+
+    def project(self, vision: VisionTokens) -> list[Tensor]:
+        """Embeddings (M_i, D) of every clip for the language model."""
+        weight = self.projector.mlp[0].weight
+        return self.projector(vision.to(weight.device, weight.dtype))
+
+    def loss(self, prompts: Sequence[Prompt], vision: VisionTokens | None) -> Tensor:
+        """Mean cross-entropy over all labelled positions of a batch.
+
+        prompts: with labels; vision: the clips of all prompts in order (None when there is none). Scores are
+        computed at labelled positions only.
+        """
+        hidden, targets = self._hidden_at_labels(prompts, [] if vision is None else self.project(vision))
+        logits = self.language_model.get_output_embeddings()(hidden).float()
+        if cap := getattr(self.language_model.config.get_text_config(), "final_logit_softcapping", None):
+            logits = cap * torch.tanh(logits / cap)
+        return F.cross_entropy(logits, targets)
+
+    def _hidden_at_labels(self, prompts: Sequence[Prompt], visuals: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Last hidden states (P, D) at positions that predict a label, and those labels (P,)."""
+        device, longest = self.llm.device, max(len(prompt) for prompt in prompts)
+        ids = torch.full((len(prompts), longest), PLACEHOLDER, device=device)
+        labels = torch.full_like(ids, IGNORE)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt.ids, device=device)
+            labels[row, : len(prompt)] = torch.tensor(prompt.labels, device=device)
+            mask[row, : len(prompt)] = 1
+        is_visual = (ids == PLACEHOLDER) & mask.bool()
+        embedded = self.llm.embed(ids.clamp_min(0).flatten()).view(*ids.shape, -1)
+        if visuals:
+            flat = torch.cat(visuals).to(embedded)
+            embedded = embedded.masked_scatter(is_visual.unsqueeze(-1), flat)
+        out = self.language_model.get_decoder()(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
+        predicted = labels[:, 1:] != IGNORE
+        return out.last_hidden_state[:, :-1][predicted], labels[:, 1:][predicted]
+
+    def revision(self) -> str:
+        """Hash of encoder and projector weights and of the language model's name: a cache key."""
+        digest = hashlib.blake2b(self.llm.name.encode(), digest_size=12)
+        for module in (self.encoder, self.projector):
+            for name, value in module.state_dict().items():
+                digest.update(f"{name} {tuple(value.shape)} {value.double().sum().item()!r}".encode())
+        return digest.hexdigest()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json, encoder.safetensors, projector.safetensors; the language model is only named."""
+        folder = Path(folder)
+        save_tensors(self.encoder.state_dict(), folder / "encoder.safetensors")
+        save_tensors(self.projector.state_dict(), folder / "projector.safetensors")
+        save_json(self.config.to_dict(), folder / "config.json")
+
+    @staticmethod
+    def from_pretrained(
+        folder: str | Path,
+        *,
+        llm: str | Path | None = None,
+        encoder: str | os.PathLike[str] | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        device_map: str | dict[str, Any] | None = None,
+        quantize: Quantize | None = None,
+        adapters: Sequence[str | Path] = (),
+    ) -> VideoLanguageModel:
+        """Read what `save_pretrained` wrote and load the language model it names (or `llm`, or `encoder`).
+
+        dtype is the language model's; on CPUs the encoder and projector run in float32, elsewhere in dtype.
+        Raises ModelError, CheckpointError or ConfigError: one sentence, what was wrong and what to do.
+        """
+        folder = Path(folder)
+        try:
+            config = VLMConfig.from_dict(json.loads((folder / "config.json").read_text()))
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"{folder} is not a FluxChat model: cannot read its config.json ({error})."
+            ) from error
+        if encoder is None:
+            vision = FluxViT(config.encoder)
+            load_tensors(vision, read_tensors(folder / "encoder.safetensors"))
+        else:
+            vision = load_encoder(encoder)
+            config = dataclasses.replace(config, encoder=vision.config)
+        projector = Projector(config.projector)
+        load_tensors(projector, read_tensors(folder / "projector.safetensors"))
+        return assemble(
+            config,
+            vision,
+            projector,
+            llm=llm,
+            device=device,
+            dtype=dtype,
+            device_map=device_map,
+            quantize=quantize,
+            adapters=adapters,
+        )
+
+
+def assemble(
+    config: VLMConfig,
+    encoder: FluxViT,
+    projector: Projector | None,
+    *,
+    llm: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    **llm_options: Any,
+) -> VideoLanguageModel:
+    """Load the language model and put the parts together on one device, frozen and in eval mode.
+
+    projector: None makes a fresh one, to be trained. Raises ModelError as `load_llm` does.
+    """
+    target = torch.device(device) if device is not None else default_device()
+    dtype = dtype or default_dtype(target)
+    language = load_llm(resolve_llm(str(llm or config.llm)), device=target, dtype=dtype, **llm_options)
+    if projector is None:
+        fitted = dataclasses.replace(config.projector, out_dim=language.hidden_size)
+        config, projector = dataclasses.replace(config, projector=fitted), Projector(fitted)
+    vision_dtype = torch.float32 if target.type == "cpu" else dtype
+    model = VideoLanguageModel(
+        config, encoder.to(target, vision_dtype), projector.to(target, vision_dtype), language
+    )
+    return model.eval().requires_grad_(False)
+
+
+def resolve_llm(name: str) -> str:
+    """The shipped model's language model from the local cache, any other name unchanged."""
+    if name != DEFAULT_LLM:
+        return name
+    from llm_bridge.fetch import default_llm_path
+
+    return str(default_llm_path())

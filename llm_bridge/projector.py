@@ -1,0 +1,99 @@
+"""The projector: from kept vision tokens to embeddings that the language model reads.
+
+`mlp` maps every kept token; `merge` first averages them down to a fixed number per frame (VideoChat-Flash's
+`tome16_mlp_hd64`). Which one the paper's chat table used is UNVERIFIED; both are options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from encoder.errors import CheckpointError, ConfigError
+from encoder.tokens import VisionTokens
+from llm_bridge.merging import merge_tokens
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """in_dim: encoder width. out_dim: language model width. layers: linear layers, a GELU between two.
+
+    norm: LayerNorm in front. tokens_per_frame, merge_heads: for kind "merge" (16 per frame, and the number of
+    heads over which tokens are averaged before they are compared).
+    """
+
+    in_dim: int
+    out_dim: int
+    kind: Literal["mlp", "merge"] = "mlp"
+    layers: int = 2
+    norm: bool = False
+    tokens_per_frame: int = 16
+    merge_heads: int = 6
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("mlp", "merge"):
+            raise ConfigError(f"A projector is 'mlp' or 'merge', not {self.kind!r}.")
+        if self.layers < 1:
+            raise ConfigError(f"A projector needs at least one layer, not {self.layers}.")
+        if self.kind == "merge" and self.in_dim % self.merge_heads:
+            raise ConfigError(f"in_dim {self.in_dim} must be a multiple of merge_heads {self.merge_heads}.")
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> ProjectorConfig:
+        """From plain values; raises ConfigError on unknown keys."""
+        known = {field.name for field in dataclasses.fields(ProjectorConfig)}
+        if unknown := set(values) - known:
+            raise ConfigError(f"Unknown projector setting {sorted(unknown)}: known are {sorted(known)}.")
+        return ProjectorConfig(**values)
+
+
+class Projector(nn.Module):
+    """VisionTokens -> one (M, D) tensor per clip, in order of time."""
+
+    def __init__(self, config: ProjectorConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.norm = nn.LayerNorm(config.in_dim) if config.norm else nn.Identity()
+        steps: list[nn.Module] = [nn.Linear(config.in_dim, config.out_dim)]
+        for _ in range(config.layers - 1):
+            steps += [nn.GELU(), nn.Linear(config.out_dim, config.out_dim)]
+        self.mlp = nn.Sequential(*steps)
+
+    def planned_tokens(self, keep: int, frames: int) -> int:
+        """M for a clip of `frames` frames of which `keep` tokens were kept."""
+        return keep if self.config.kind == "mlp" else min(keep, self.config.tokens_per_frame * frames)
+
+    def forward(self, vision: VisionTokens) -> list[Tensor]:
+        """Embeddings (M_i, out_dim) of every clip; clips never influence each other."""
+        tokens, lengths = vision.packed, vision.lengths
+        if self.config.kind == "merge":
+            merged = [self._merge(vision, index) for index in range(len(vision))]
+            tokens, lengths = torch.cat(merged), [len(part) for part in merged]
+        return list(self.mlp(self.norm(tokens)).split(lengths))
+
+    def _merge(self, vision: VisionTokens, index: int) -> Tensor:
+        one = vision.select(index)
+        target = self.planned_tokens(one.lengths[0], one.grids[0].frames)
+        return merge_tokens(one.packed[None], target, self.config.merge_heads, one.kept[0][None])[0]
+
+
+def load_llava_projector(projector: Projector, tensors: Mapping[str, Tensor]) -> None:
+    """Load LLaVA-style weights, keys ending in `mm_projector.0.weight` or `mm_projector.mlp.0.weight`.
+
+    Raises CheckpointError naming every key that is missing, unexpected or mis-shaped.
+    """
+    from encoder.checkpoint import load_tensors
+
+    renamed = {}
+    for key, value in tensors.items():
+        _, found, rest = key.partition("mm_projector.")
+        if found:
+            renamed["mlp." + rest.removeprefix("mlp.")] = value
+    if not renamed:
+        raise CheckpointError("The file holds no mm_projector weights.")
+    load_tensors(projector, renamed)
