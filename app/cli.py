@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from encoder.errors import FluxChatError
+from encoder.errors import ConfigError, FluxChatError
 
 if TYPE_CHECKING:
     from app.chat import VideoChat
@@ -126,7 +126,7 @@ def _generation(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_ask(args: argparse.Namespace) -> int:
     """One question, one answer."""
-    _check_video(args.video)
+    _check_inputs(args)
     with open_chat(args) as chat:
         answer = chat.ask(args.video, args.question, **_generation(args))
     print(json.dumps(answer.to_dict()) if args.json else answer.text)
@@ -137,15 +137,14 @@ def run_chat(args: argparse.Namespace) -> int:
     """A conversation until /quit or end of input."""
     from app.terminal import converse
 
-    if args.video:
-        _check_video(args.video)
+    _check_inputs(args)
     with open_chat(args) as chat:
         return converse(chat, args.video, _generation(args))
 
 
 def run_estimate(args: argparse.Namespace) -> int:
     """The price of a budget."""
-    _check_video(args.video)
+    _check_inputs(args)
     with open_chat(args) as chat:
         estimate = chat.estimate(args.video, args.budget)
     print(json.dumps(asdict(estimate)) if args.json else estimate)
@@ -173,11 +172,20 @@ def run_fetch(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_video(path: str) -> None:
-    """Refuse a bad file before the model is loaded."""
+def _check_inputs(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before the model is loaded, which takes seconds."""
+    from encoder.budget import Budget
     from encoder.video import probe
+    from llm_bridge.generate import Sampling
 
-    probe(path)
+    if args.budget is not None:
+        Budget.of(args.budget)
+    if "temperature" in args:
+        Sampling(args.max_new_tokens, args.temperature, args.top_p, seed=args.seed)
+    if not getattr(args, "question", "?").strip():
+        raise ConfigError("The question is empty: ask something in words.")
+    if args.video is not None:
+        probe(args.video)
 
 
 def _quiet_libraries() -> None:

@@ -150,6 +150,8 @@ def stamp(item: Any, stream: Any) -> int | None:
 
 
 def _first_frame(container: Any, stream: Any) -> Any:
+    if stream.codec_context.width == 0:  # FFmpeg drops sizes that no decoder can handle
+        raise VideoError("its frames have no usable size (none, or far too large); export it smaller")
     frame = next(container.decode(stream), None)
     if frame is None:
         raise VideoError("not one of its frames can be decoded; it is damaged or cut off, export it again")

@@ -57,7 +57,7 @@ def choose_times(header: Header, request: dict[str, Any]) -> list[float]:
 
 def frames_of(
     path: str, header: Header, times_s: Sequence[float], size: tuple[int, int], rules: Rules, decoder: str
-) -> Iterator[tuple[float, bytes, int]]:
+) -> Iterator[tuple[float, bytes | memoryview, int]]:
     """(time, RGB bytes, quarter turns still to make) of each wanted frame, by the decoder that suits.
 
     `size` is upright. With decoder "auto", frames that decord cannot deliver come from PyAV.

@@ -20,7 +20,7 @@ from .containers import Header, Rules, open_container, stamp, video_stream
 from .errors import VideoError
 from .sampling import EPSILON_S, shown_at, split_runs
 
-Frames = Iterator[tuple[float, bytes]]
+Frames = Iterator[tuple[float, bytes | memoryview]]
 OneRun = Callable[[Sequence[float], int], Frames]
 
 DECORD_CODECS = frozenset(("h264", "hevc", "vp8", "vp9", "mpeg4", "mjpeg", "cinepak", "mpeg2video"))
@@ -133,17 +133,21 @@ def _key_time(stream: Any, header: Header, time_s: float) -> float | None:
 def _pyav_run(
     path: str, header: Header, times_s: Sequence[float], size: tuple[int, int], rules: Rules, threads: int
 ) -> Frames:
+    from av.video.reformatter import VideoReformatter
+
     with open_container(path, rules) as container:
         stream = video_stream(container, rules)
         stream.codec_context.thread_count = threads
         stream.thread_type = "AUTO"
         cursor = _Cursor(container, stream, header)
         shown: Any = None
-        picture = b""
+        picture: bytes | memoryview = b""
+        reformatter = VideoReformatter()
         for time in times_s:
             frame = cursor.shown_at(time)
             if frame is not shown:
-                shown, picture = frame, _rgb(frame, size, rules)
+                rules.check_pixels(frame.width, frame.height)
+                shown, picture = frame, _rgb(frame, size, reformatter)
             yield max(0.0, cursor.time_of(frame)), picture
 
 
@@ -230,14 +234,13 @@ class _Cursor:
                 continue  # counted as lost if it is wanted
 
 
-def _rgb(frame: Any, size: tuple[int, int], rules: Rules) -> bytes:
-    """RGB bytes of a frame scaled to (width, height)."""
-    rules.check_pixels(frame.width, frame.height)
-    picture = frame.reformat(*size, format="rgb24", interpolation="BICUBIC")
+def _rgb(frame: Any, size: tuple[int, int], reformatter: Any) -> bytes | memoryview:
+    """RGB bytes of a frame scaled to (width, height); one reformatter serves all frames of a run."""
+    picture = reformatter.reformat(frame, *size, format="rgb24", interpolation="BICUBIC")
     plane, row = picture.planes[0], size[0] * 3
     view = memoryview(plane)
     if plane.line_size == row:
-        return bytes(view[: row * size[1]])
+        return view[: row * size[1]]
     return b"".join(view[y * plane.line_size : y * plane.line_size + row] for y in range(size[1]))
 
 
@@ -252,10 +255,10 @@ def _decord_run(
         own = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0]
         if len(own) != len(pts_s) or np.any(np.diff(own) <= 0):  # e.g. h264 in avi: all of them zero
             raise VideoError("decord counts its frames wrongly; use decoder='auto'")
-        shown, picture = -1, b""
+        shown, picture = -1, memoryview(b"")
         for index in shown_at(pts_s, times_s):
             if index != shown:
-                shown, picture = index, reader[index].asnumpy().tobytes()
+                shown, picture = index, reader[index].asnumpy().data.cast("B")
             yield pts_s[index], picture
     finally:
         del reader  # an idle reader keeps decoding ahead: memory grows until it is gone

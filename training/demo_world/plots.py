@@ -126,7 +126,7 @@ class Stage:
     def motion(self, rng: random.Random, noun: Noun) -> Motion:
         """A motion that shows on this noun; standing still is rarer than the others."""
         choices = [m for m in self.config.motions if m != "still" and shows(noun, m)]
-        if "still" in self.config.motions and (not choices or rng.random() < 0.08):
+        if not choices or ("still" in self.config.motions and rng.random() < 0.08):
             return "still"
         return rng.choice(choices)
 
