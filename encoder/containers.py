@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from .errors import VideoError
+from encoder.errors import VideoError
 
 # Demuxers an untrusted file may use: none of them opens a second file or a network address.
 SAFE_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"

@@ -21,10 +21,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, BinaryIO
 
-from . import decoders, stills
-from .containers import Header, Rules, inspect
-from .errors import VideoError
-from .sampling import fit_within, middle_times
+from encoder import decoders, stills
+from encoder.containers import Header, Rules, inspect
+from encoder.errors import VideoError
+from encoder.sampling import fit_within, middle_times
 
 IDLE_S = 10.0  # a worker that nobody asks for this long ends itself
 

@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
-from .containers import Header, Rules, open_container, stamp, video_stream
-from .errors import VideoError
-from .sampling import EPSILON_S, shown_at, split_runs
+from encoder.containers import Header, Rules, open_container, stamp, video_stream
+from encoder.errors import VideoError
+from encoder.sampling import EPSILON_S, shown_at, split_runs
 
 Frames = Iterator[tuple[float, bytes | memoryview]]
 OneRun = Callable[[Sequence[float], int], Frames]

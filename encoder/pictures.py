@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import VideoError
+from encoder.errors import VideoError
 
 
 def is_pictures(source: Any) -> bool:
@@ -48,7 +48,7 @@ def _one(image: Any) -> Tensor:
         import numpy as np
         from PIL import ImageOps
 
-        from .stills import flat_rgb
+        from encoder.stills import flat_rgb
 
         return torch.from_numpy(np.array(flat_rgb(ImageOps.exif_transpose(image))))
     if not _is_array(image):

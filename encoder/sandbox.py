@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .decode_worker import IDLE_S
-from .errors import VideoError
+from encoder.decode_worker import IDLE_S
+from encoder.errors import VideoError
 
 MAX_IDLE = 2  # children kept between calls
 MAX_LINE = 1 << 16

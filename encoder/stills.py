@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .containers import Header, Rules
-from .errors import VideoError
-from .sampling import shown_at
+from encoder.containers import Header, Rules
+from encoder.errors import VideoError
+from encoder.sampling import shown_at
 
 _CODECS = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "WEBP": "webp", "BMP": "bmp"}
 _ORIENTATION = 0x0112  # EXIF tag

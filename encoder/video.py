@@ -23,12 +23,12 @@ from typing import Any, BinaryIO, Literal
 
 from torch import Tensor
 
-from .containers import Rules
-from .digest import file_digest, pixel_digest
-from .errors import VideoError
-from .pictures import is_pictures, read_pictures, shrink
-from .sampling import fit_within, middle_times, shown_at
-from .sandbox import Crashed, Decoded, OutOfTime, Sandbox
+from encoder.containers import Rules
+from encoder.digest import file_digest, pixel_digest
+from encoder.errors import VideoError
+from encoder.pictures import is_pictures, read_pictures, shrink
+from encoder.sampling import fit_within, middle_times, shown_at
+from encoder.sandbox import Crashed, Decoded, OutOfTime, Sandbox
 
 UNTRUSTED_CODECS = (
     *("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"),

@@ -182,5 +182,7 @@ def huge(path: Path, side: int = 20000) -> Path:
     small.unlink()
     start = data.index(b"\xff\xc0")  # the frame header: height and width follow
     data[start + 5 : start + 9] = struct.pack(">HH", side, side)
+    header = data.index(b"strf") + 8  # BITMAPINFOHEADER: its size, width, height
+    data[header + 4 : header + 12] = struct.pack("<ii", side, side)
     path.write_bytes(data)
     return path

@@ -58,9 +58,8 @@ class SentenceTower:
         """(B, dim) unit vectors, float32, on the tower's device."""
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         if new:
-            batch = self._tokenizer(new, padding=True, truncation=True, return_tensors="pt").to(
-                self._model.device
-            )
+            batch = self._tokenizer(new, padding=True, truncation=True, return_tensors="pt")
+            batch = batch.to(self._model.device)
             hidden = self._model(**batch).last_hidden_state
             mask = batch["attention_mask"].unsqueeze(-1)
             vectors = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
@@ -69,7 +68,7 @@ class SentenceTower:
 
 
 def sentence_tower_path() -> Path:
-    """Folder of the small sentence encoder, fetched once into the cache; raises ModelError if it cannot be."""
+    """Folder of the small sentence encoder, fetched once into the cache; raises ModelError on failure."""
     target = cache_dir() / MINILM
     if (target / "config.json").is_file():
         return target

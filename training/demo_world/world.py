@@ -43,7 +43,8 @@ class World:
 
     Splits: "train"; "test": same nouns, other scenes, photographs and wordings; "unseen": nouns never
     trained on, test wordings. `level` says how rich the world is. `bank` defaults to the converted sprites
-    of this machine (DataError when they were never fetched). `nouns` maps sprite codes to nouns.
+    of this machine (DataError when they were never fetched). `nouns` maps sprite codes to nouns, `pool`
+    holds those that take part.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class World:
             name for name in sorted(self.bank.photos) if (name in TEST_PHOTOS) == (split != "train")
         )
         self.nouns = {noun.code: noun for noun in self.bank.nouns}
+        self.pool = pool
         self._stage = Stage(self.level, pool, photos)
 
     def sample(self, index: int) -> Sample:

@@ -1,0 +1,58 @@
+"""The demo world as training data: samples rendered at the moment they are needed, never written to disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from encoder.errors import ConfigError
+from encoder.video import Clip, VideoInfo
+from training.demo_world.plots import WorldConfig
+from training.demo_world.world import Sample, Split, World
+
+
+@dataclass(frozen=True)
+class WorldSource:
+    """Which part of the world, how many samples, and how rich. first: number of the first sample."""
+
+    split: Split = "train"
+    count: int = 100_000
+    seed: int = 0
+    first: int = 0
+    preset: Literal["simple", "full"] = "full"
+    nouns: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ConfigError(f"world.count must be at least 1, not {self.count}.")
+
+    def open(self) -> World:
+        """The world; raises DataError when its sprites were never fetched."""
+        level = WorldConfig.simple() if self.preset == "simple" else WorldConfig()
+        if self.nouns is not None:
+            level = replace(level, nouns=self.nouns)
+        return World(self.split, self.seed, level)
+
+
+def render_clip(world: World, sample: Sample, key: str, frames: int, resolution: int) -> Clip:
+    """`frames` frames from the middles of equal parts of a sample, as `read_clip` would give them.
+
+    key: names the sample; the digest is derived from it and the world.
+    """
+    duration = sample.scene.duration_s
+    times = tuple((index + 0.5) * duration / frames for index in range(frames))
+    pixels = torch.from_numpy(world.render(sample.scene, times, resolution, resolution))
+    info = VideoInfo(
+        kind="video",
+        width=resolution,
+        height=resolution,
+        duration_s=duration,
+        frames=frames,
+        codec="raw",
+        container="world",
+        rotation=0,
+        digest=f"world/{world.split}/{world.seed}/{key}",
+    )
+    return Clip(pixels, times, info)
