@@ -142,10 +142,11 @@ class VideoLanguageModel(nn.Module):
         predicted = labels[:, 1:] != IGNORE
         return out.last_hidden_state[:, :-1][predicted], labels[:, 1:][predicted]
 
-    def revision(self) -> str:
-        """Hash of encoder and projector weights and of the language model's name: a cache key."""
-        digest = hashlib.blake2b(self.llm.name.encode(), digest_size=12)
-        for module in (self.encoder, self.projector):
+    def revision(self, *, language: bool = True) -> str:
+        """Hash of the encoder's weights and, unless `language` is False, of the projector's and of the language
+        model's name: a cache key."""
+        digest = hashlib.blake2b(self.llm.name.encode() if language else b"", digest_size=12)
+        for module in (self.encoder, self.projector) if language else (self.encoder,):
             for name, value in module.state_dict().items():
                 digest.update(f"{name} {tuple(value.shape)} {value.double().sum().item()!r}".encode())
         return digest.hexdigest()

@@ -1,0 +1,250 @@
+"""Records: one conversation about one video, image or set of images, wherever it is kept.
+
+Reads LLaVA-style JSON (the format of VideoChat-Flash's stage 1), its YAML mixtures, caption JSONL, and the
+demo world. A record knows how to load its media; nothing is opened before that.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from encoder.errors import ConfigError, DataError
+from encoder.video import Clip, read_clip
+from training.data.world import WorldSource, render_clip
+from training.demo_world.world import Sample, World
+
+Turn = tuple[str, str]  # (question, answer)
+
+
+class Media(Protocol):
+    """Something that becomes a clip."""
+
+    @property
+    def key(self) -> str:
+        """Names the content, for the feature cache."""
+        ...
+
+    def load(self, frames: int, resolution: int) -> Clip:
+        """Sampled frames; raises VideoError when it cannot be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class FileMedia:
+    """A video or image file, or several images; start_s and end_s bound a video."""
+
+    paths: tuple[Path, ...]
+    start_s: float | None = None
+    end_s: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Path, time span and modification time."""
+        stamps = [path.stat().st_mtime_ns if path.exists() else 0 for path in self.paths]
+        return f"{[str(p) for p in self.paths]}|{self.start_s}|{self.end_s}|{stamps}"
+
+    def load(self, frames: int, resolution: int) -> Clip:
+        """Sampled frames, shrunk while decoding to about what the resolution can use."""
+        if len(self.paths) > 1:
+            from PIL import Image
+
+            return read_clip(
+                [Image.open(path).convert("RGB") for path in self.paths], min(frames, len(self.paths))
+            )
+        return read_clip(
+            self.paths[0], frames, start_s=self.start_s, end_s=self.end_s, max_side=4 * resolution
+        )
+
+
+@dataclass(frozen=True)
+class WorldMedia:
+    """A sample of the demo world."""
+
+    world: World
+    sample: Sample
+    number: int
+
+    @property
+    def key(self) -> str:
+        """Split, seed and number, and what decides how the world looks."""
+        return f"world/{self.world.split}/{self.world.seed}/{self.number}/{self.world.level}"
+
+    def load(self, frames: int, resolution: int) -> Clip:
+        """Rendered frames."""
+        return render_clip(self.world, self.sample, str(self.number), frames, resolution)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A conversation about media (None for text alone)."""
+
+    id: str
+    media: Media | None
+    turns: tuple[Turn, ...]
+
+
+class RecordSource(Protocol):
+    """A dataset: records by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """One dataset of a mixture: an annotation file, a YAML mixture of such, or a part of the demo world.
+
+    sampling_strategy: all, first:N, first:x%, end:N, end:x%, random:N or random:x% (VideoChat-Flash's words).
+    turns: questions per sample of the world, asked in one conversation; captions: chance that one of them is
+    for a description; choices: share of multiple-choice questions.
+    """
+
+    json_path: str | None = None
+    yaml_path: str | None = None
+    data_root: str = ""
+    sampling_strategy: str = "all"
+    video_read_type: str | None = None
+    world: WorldSource | None = None
+    turns: int = 1
+    captions: float = 0.5
+    choices: float = 0.3
+
+    def __post_init__(self) -> None:
+        if sum(part is not None for part in (self.json_path, self.yaml_path, self.world)) != 1:
+            raise ConfigError("A dataset needs exactly one of json_path, yaml_path and world.")
+
+    def open(self) -> list[RecordSource]:
+        """Its sources; raises DataError when a file is missing or malformed."""
+        if self.world is not None:
+            return [WorldRecords(self.world, self.turns, self.captions, self.choices)]
+        if self.json_path is not None:
+            records = read_annotations(Path(self.json_path), Path(self.data_root))
+            return [sample_records(records, self.sampling_strategy, self.json_path)]
+        assert self.yaml_path is not None
+        return [source for entry in read_mixture(Path(self.yaml_path)) for source in entry.open()]
+
+
+CAPTION_QUESTIONS = (
+    "Describe the video.",
+    "What happens in the video?",
+    "Describe what you see.",
+    "What is going on here?",
+    "Tell me what the video shows.",
+    "Give a short description of the clip.",
+)
+
+
+@dataclass(frozen=True)
+class WorldRecords:
+    """The demo world as conversations of `turns` questions each."""
+
+    source: WorldSource
+    turns: int
+    captions: float
+    choices: float
+    _world: list[World] = field(default_factory=list, compare=False)
+
+    def __len__(self) -> int:
+        return self.source.count
+
+    def __getitem__(self, index: int) -> Record:
+        if not self._world:
+            self._world.append(self.source.open())
+        world, number = self._world[0], self.source.first + index
+        sample = world.sample(number)
+        rng = random.Random(f"{self.source.seed}/{number}/turns")
+        open_questions = [(q.question, q.answer) for q in sample.questions if not q.options]
+        choices = [(q.question, q.answer) for q in sample.questions if q.options]
+        rng.shuffle(open_questions)
+        rng.shuffle(choices)
+        picked = [
+            (choices or open_questions).pop()
+            if rng.random() < self.choices and choices
+            else open_questions.pop()
+            for _ in range(min(self.turns, len(open_questions)))
+        ]
+        if rng.random() < self.captions:
+            picked[rng.randrange(len(picked))] = (rng.choice(CAPTION_QUESTIONS), sample.caption)
+        return Record(f"world-{number}", WorldMedia(world, sample, number), tuple(picked))
+
+
+def read_annotations(path: Path, root: Path) -> list[Record]:
+    """Records of a LLaVA-style JSON file or of a JSONL file (the same, or {"video", "caption"}, per line).
+
+    Raises DataError naming the file and the first malformed record.
+    """
+    try:
+        text = path.read_text()
+        if path.suffix == ".jsonl":
+            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            rows = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise DataError(f"Cannot read the annotations {path}: {error}.") from error
+    if not isinstance(rows, list):
+        raise DataError(f"The annotations {path} must be a list of records.")
+    return [_record(row, root, f"{path}, record {number}") for number, row in enumerate(rows)]
+
+
+def _record(row: Any, root: Path, where: str) -> Record:
+    try:
+        media = row.get("video") or row.get("image")
+        paths = tuple(root / part for part in ([media] if isinstance(media, str) else media or ()))
+        found = FileMedia(paths, row.get("start"), row.get("end")) if paths else None
+        talk = row.get("conversations")
+        turns = (("", str(row["caption"])),) if talk is None else _turns(talk)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{where} is not LLaVA-style: {type(error).__name__} {error}.") from error
+    return Record(str(row.get("id", where)), found, turns)
+
+
+def _turns(conversation: Sequence[dict[str, str]]) -> tuple[Turn, ...]:
+    """(question, answer) pairs; the media token is dropped, since the media always comes first."""
+    if len(conversation) % 2 or not conversation:
+        raise ValueError("a conversation must alternate human and gpt")
+    turns = []
+    for asked, answered in zip(conversation[::2], conversation[1::2], strict=True):
+        if asked["from"] != "human" or answered["from"] != "gpt":
+            raise ValueError("a conversation must alternate human and gpt")
+        question = asked["value"].replace("<image>", "").replace("<video>", "").strip()
+        turns.append((question, answered["value"].strip()))
+    return tuple(turns)
+
+
+def read_mixture(path: Path) -> list[DatasetConfig]:
+    """Datasets of a VideoChat-Flash-style YAML file (`datasets:`, each with json_path and data_root)."""
+    from training.config import build
+
+    try:
+        content = yaml.safe_load(path.read_text())
+        rows = content["datasets"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise DataError(f"Cannot read the mixture {path}: {error}.") from error
+    return [build(DatasetConfig, row, f"{path}, dataset {number}") for number, row in enumerate(rows)]
+
+
+def sample_records(records: list[Record], strategy: str, where: str) -> list[Record]:
+    """Part of a dataset by VideoChat-Flash's sampling strategies; raises ConfigError for another word."""
+    if strategy == "all":
+        return records
+    kind, _, amount = strategy.partition(":")
+    try:
+        count = int(len(records) * float(amount[:-1]) / 100) if amount.endswith("%") else int(amount)
+        if kind not in ("first", "end", "random") or count < 0:
+            raise ValueError
+    except ValueError:
+        raise ConfigError(
+            f"{where}: sampling_strategy must be all, first:N, end:N or random:N (or N%), not {strategy!r}."
+        ) from None
+    if kind == "random":
+        records = random.Random(42).sample(records, len(records))
+        return records[:count]
+    return records[:count] if kind == "first" else records[len(records) - min(count, len(records)) :]
