@@ -1,0 +1,31 @@
+"""Tiny parts of every layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_bridge.llm import LanguageModel, load_llm
+from tests import tiny_llms
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(llm_folder: Callable[[str], Path]) -> Callable[[str], LanguageModel]:
+    """A loaded tiny language model by layout."""
+    loaded: dict[str, LanguageModel] = {}
+
+    def load(layout: str) -> LanguageModel:
+        if layout not in loaded:
+            loaded[layout] = load_llm(llm_folder(layout), device="cpu", dtype=torch.float32)
+        return loaded[layout]
+
+    return load
+
+
+@pytest.fixture(params=tiny_llms.LAYOUTS)
+def llm(request: pytest.FixtureRequest, tiny_llm: Callable[[str], LanguageModel]) -> LanguageModel:
+    """Every layout in turn."""
+    return tiny_llm(request.param)

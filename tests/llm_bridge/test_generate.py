@@ -1,0 +1,121 @@
+"""Decoding against transformers' own, stopping, streaming, limits."""
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from encoder.errors import BudgetError, ConfigError
+from llm_bridge.generate import Generation, Sampling, StreamingDecoder
+from llm_bridge.llm import LanguageModel
+from llm_bridge.prompt import Message, Prompt, Visual, render
+
+VISUAL = Visual(6, "clip")
+
+
+def prompt_and_visual(llm: LanguageModel, seed: int = 0) -> tuple[Prompt, torch.Tensor]:
+    embedding = torch.randn(6, llm.hidden_size, generator=torch.Generator().manual_seed(seed))
+    return render(llm.tokenizer, [Message.of("user", VISUAL, "What is it?")]), embedding
+
+
+def test_greedy_equals_transformers(llm: LanguageModel) -> None:
+    prompt, visual = prompt_and_visual(llm)
+    generation = Generation(llm, prompt, [visual], Sampling(max_new_tokens=24))
+    text = "".join(generation)
+    embeds = generation._embeddings(0)
+    ids = llm.model.generate(
+        inputs_embeds=embeds,
+        attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
+        max_new_tokens=24,
+        do_sample=False,
+        eos_token_id=sorted(llm.eos_ids),
+        pad_token_id=0,
+    )[0].tolist()
+    ids = [token for token in ids if token not in llm.eos_ids]
+    decoder = StreamingDecoder(llm.tokenizer)
+    assert text == "".join(map(decoder.push, ids)) + decoder.flush()
+    assert generation.stats.completion_tokens == len(ids)
+    assert generation.stats.prompt_tokens == len(prompt)
+
+
+def test_stop_ends_computing_within_one_token(tiny_llm) -> None:
+    llm = tiny_llm("qwen2")
+    prompt, visual = prompt_and_visual(llm)
+    stop = threading.Event()
+    calls = []
+    handle = llm.model.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        generation = Generation(llm, prompt, [visual], Sampling(max_new_tokens=200), stop=stop)
+        pieces = iter(generation)
+        next(pieces)
+        before = len(calls)
+        stop.set()
+        rest = list(pieces)
+    finally:
+        handle.remove()
+    assert len(calls) - before <= 1
+    assert len(rest) <= 2
+    assert generation.stats.finish == "cancelled"
+
+
+def test_stop_before_the_start_computes_nothing(tiny_llm) -> None:
+    llm = tiny_llm("qwen2")
+    prompt, visual = prompt_and_visual(llm)
+    stop = threading.Event()
+    stop.set()
+    generation = Generation(llm, prompt, [visual], stop=stop)
+    assert list(generation) == []
+    assert generation.stats.completion_tokens == 0
+
+
+def test_sampling_is_repeatable_by_seed(tiny_llm) -> None:
+    llm = tiny_llm("llama")
+    prompt, visual = prompt_and_visual(llm)
+
+    def sample(seed: int | None) -> str:
+        sampling = Sampling(max_new_tokens=20, temperature=1.5, top_p=0.95, top_k=50, seed=seed)
+        return "".join(Generation(llm, prompt, [visual], sampling))
+
+    assert sample(1) == sample(1)
+    assert len({sample(seed) for seed in range(4)}) > 1
+    sample(None)
+
+
+def test_length_limit(tiny_llm) -> None:
+    llm = tiny_llm("qwen3")
+    prompt, visual = prompt_and_visual(llm)
+    generation = Generation(llm, prompt, [visual], Sampling(max_new_tokens=3))
+    list(generation)
+    assert generation.stats.completion_tokens <= 3
+    assert generation.stats.finish in ("length", "stop")
+
+
+def test_context_overflow_is_one_sentence(tiny_llm) -> None:
+    llm = tiny_llm("qwen2")
+    prompt = render(llm.tokenizer, [Message.of("user", Visual(1000, "big"), "x")])
+    with pytest.raises(BudgetError, match=r"has 1024: lower the token budget or max_new_tokens by \d+\.$"):
+        list(Generation(llm, prompt, [torch.zeros(1000, llm.hidden_size)]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_new_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_k": -1}],
+)
+def test_wrong_sampling(wrong: dict) -> None:
+    with pytest.raises(ConfigError):
+        Sampling(**wrong)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(min_size=1, max_size=30), layout=st.sampled_from(["llama", "qwen2"]))
+def test_streaming_never_breaks_a_character(tiny_llm, text: str, layout: str) -> None:
+    tokenizer = tiny_llm(layout).tokenizer
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    whole = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    decoder = StreamingDecoder(tokenizer)
+    pieces = [decoder.push(token) for token in ids]
+    if "\ufffd" not in whole:
+        assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces) + decoder.flush() == whole

