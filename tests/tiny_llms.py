@@ -9,7 +9,8 @@ import torch
 
 TEXT = """\
 The dog runs to the left. A red car moves up, then down. How many birds are there? Two birds fly away.
-What is in the video? Describe it! A cat sleeps; the sun shines. User: hello. Assistant: yes, no, maybe (A) (B).
+What is in the video? Describe it! A cat sleeps; the sun shines.
+User: hello. Assistant: yes, no, maybe (A) (B).
 The video lasts for 12.34 seconds, and 8 frames are uniformly sampled from it at 0.50, 1.50 seconds.
 Naïve café, größer, señor, 日本語の文字, привет мир, emoji 🐕 🚗 🎈.
 Digits 0123456789, "quotes", [brackets], <tags>.
@@ -20,7 +21,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 LLAMA = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}{{ eos_token }}"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %} {{ m['content'] }}"
+    "{{ eos_token }}"
     "{% else %}[INST] {{ m['content'] }} [/INST]{% endif %}{% endfor %}"
 )
 LAYOUTS = ("llama", "qwen2", "qwen3", "plain")

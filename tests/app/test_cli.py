@@ -109,7 +109,7 @@ def test_ask_json_with_the_shipped_model(shipped_example: Path) -> None:
 
 
 def test_chat_reads_questions_and_commands(shipped_example: Path) -> None:
-    lines = "What is in the video?\n/budget 32\nWhich way does it move?\n/budget none\n/video nowhere.mp4\n/quit\n"
+    lines = "What is in the video?\n/budget 32\nWhich way?\n/budget none\n/video nowhere.mp4\n/quit\n"
     done = fluxchat("chat", shipped_example, "--max-new-tokens", "12", stdin=lines)
     assert done.returncode == 0, done.stderr
     assert "32 of" in done.stdout

@@ -1,0 +1,144 @@
+"""Stage 1 through its command: what it trains, what it leaves alone, exact resume, broken media."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from app.chat import VideoChat
+from encoder.errors import DataError
+from tests import video_files as vf
+from training.chat_stage1 import Stage1, Stage1Recipe, main
+from training.config import read_recipe
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def command(recipe: Path, out: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "training.chat_stage1",
+            "--config",
+            str(recipe),
+            f"loop.out={out}",
+            *overrides,
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(stage1_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("stage1") / "run"
+    done = command(stage1_recipe, out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+def test_the_loss_falls(finished: Path) -> None:
+    found = losses(finished)
+    assert len(found) == 14  # 15 records, 7 micro-batches of 2, 2 per step, 4 epochs
+    assert sum(found[-3:]) < 0.85 * sum(found[:3])
+
+
+def test_only_the_projector_is_trained(finished: Path, tiny_encoder: Path) -> None:
+    trained = load_file(finished / "checkpoints" / "step_00000014" / "trainable.safetensors")
+    assert all(name.startswith("model.projector.") for name in trained)
+    before, after = (
+        load_file(tiny_encoder / "model.safetensors"),
+        load_file(finished / "model" / "encoder.safetensors"),
+    )
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert len(before) == len(after)
+
+
+def test_the_result_is_a_model_to_chat_with(finished: Path, llava_json: Path) -> None:
+    with VideoChat(finished / "model", device="cpu") as chat:
+        answer = chat.ask(llava_json.parent / "3.mp4", "What is it?", budget=16, max_new_tokens=8)
+    assert answer.usage.visual_tokens == 16
+
+
+def test_an_unreadable_video_is_named_and_passed_over(finished: Path) -> None:
+    missing = json.loads((finished / "missing.json").read_text())
+    assert list(missing) == ["lost"]
+    assert "no such file" in missing["lost"]
+
+
+def test_resume_is_bit_equal(finished: Path, stage1_recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for step in range(7, 15):
+        shutil.rmtree(out / "checkpoints" / f"step_{step:08d}", ignore_errors=True)
+    done = command(stage1_recipe, out, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert losses(out) == losses(finished)
+
+
+def test_cached_features_give_the_same_losses_without_encoding(
+    finished: Path, stage1_recipe: Path, tmp_path: Path
+) -> None:
+    overrides = [f"feature_cache={tmp_path / 'features'}", f"loop.out={tmp_path / 'first'}"]
+    assert main(["--config", str(stage1_recipe), *overrides]) == 0
+    assert losses(tmp_path / "first") == losses(finished)
+    stage = Stage1(read_recipe(Stage1Recipe, stage1_recipe, overrides))
+    calls = []
+    stage.vlm.encoder.register_forward_hook(lambda *_: calls.append(1))
+    for index in range(4 * stage.micro_batches):
+        stage.batch(index)
+    assert not calls
+
+
+def test_too_many_unreadable_videos_stop_the_run(stage1_recipe: Path, tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "<image>\n?"}, {"from": "gpt", "value": "!"}]
+    rows = [{"id": str(i), "video": f"{i}.mp4", "conversations": talk} for i in range(30)]
+    (tmp_path / "lost.json").write_text(json.dumps(rows))
+    (tmp_path / "29.mp4").write_bytes(vf.write(tmp_path / "ok.mp4", vf.steady(5)).read_bytes())
+    overrides = [
+        f"datasets=[{{json_path: {tmp_path / 'lost.json'}, data_root: {tmp_path}}}]",
+        f"loop.out={tmp_path}/out",
+    ]
+    stage = Stage1(read_recipe(Stage1Recipe, stage1_recipe, overrides))
+    with pytest.raises(DataError, match="more than max_missing allows"):
+        stage.batch(0)
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("model.encoder=/no/such.pth", "no weight file"),
+        ("model.llm=./nowhere", "no model at"),
+        ("datasets=[{json_path: /no.json}]", "Cannot read the annotations"),
+        ("datasets=[{}]", "exactly one of"),
+        ("optim.lr=high", "must be float"),
+        ("max_length=10", "more than max_length"),
+    ],
+)
+def test_wrong_recipes_end_in_one_line(
+    stage1_recipe: Path, tmp_path: Path, override: str, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--config", str(stage1_recipe), f"loop.out={tmp_path / 'x'}", override]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert word in said
+
+
+def test_plain_template_learns_the_caption_after_the_video(stage1_recipe: Path, tmp_path: Path) -> None:
+    stage = Stage1(read_recipe(Stage1Recipe, stage1_recipe, ["template=plain", f"loop.out={tmp_path}"]))
+    prompt = next(p for p in stage.batch(0).prompts if p.visuals)
+    assert prompt.spans[0][0] == 0
+    learned = stage.vlm.llm.tokenizer.decode([label for label in prompt.labels if label >= 0])
+    assert learned.endswith(".\n")

@@ -1,0 +1,154 @@
+"""Annotations, mixtures, sampling strategies, the world as records, the feature cache."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from encoder.errors import ConfigError, DataError
+from encoder.tokens import Grid
+from training.config import build
+from training.data.features import FeatureCache, Features, stack
+from training.data.records import (
+    CAPTION_QUESTIONS,
+    DatasetConfig,
+    FileMedia,
+    WorldRecords,
+    read_annotations,
+    sample_records,
+)
+from training.data.world import WorldSource
+from training.demo_world.bank import procedural_bank
+from training.demo_world.world import World
+
+
+def test_llava_records(llava_json: Path) -> None:
+    records = read_annotations(llava_json, llava_json.parent)
+    assert len(records) == 15
+    first, image, text = records[0], records[12], records[13]
+    assert first.turns == (("What is it?", "Bars that count to 0."),)
+    assert isinstance(first.media, FileMedia)
+    clip = first.media.load(4, 56)
+    assert clip.frames.shape[0] == 4
+    assert image.media is not None
+    assert image.media.load(4, 56).frames.shape[0] == 1
+    assert text.media is None
+
+
+def test_time_spans_and_jsonl(tmp_path: Path, llava_json: Path) -> None:
+    row = {"id": 1, "video": "11.mp4", "start": 0.2, "end": 0.6, "caption": "Bars."}
+    (tmp_path / "c.jsonl").write_text(json.dumps(row) + "\n\n")
+    (record,) = read_annotations(tmp_path / "c.jsonl", llava_json.parent)
+    assert record.turns == (("", "Bars."),)
+    assert record.media is not None
+    times = record.media.load(4, 56).times_s
+    assert 0.15 <= times[0] <= times[-1] <= 0.6
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{}",
+        "[1]",
+        '[{"video": "x"}]',
+        '[{"conversations": [{"from": "human", "value": "x"}]}]',
+        '[{"conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}]}]',
+    ],
+)
+def test_malformed_annotations_name_the_file(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(content)
+    with pytest.raises(DataError, match=r"bad\.json"):
+        read_annotations(path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ("all", list(range(10))),
+        ("first:3", [0, 1, 2]),
+        ("first:20%", [0, 1]),
+        ("end:2", [8, 9]),
+        ("end:0", []),
+        ("end:30%", [7, 8, 9]),
+    ],
+)
+def test_sampling_strategies(strategy: str, expected: list[int]) -> None:
+    assert sample_records(list(range(10)), strategy, "x") == expected  # type: ignore[arg-type]
+
+
+def test_random_sampling_repeats() -> None:
+    first, second = (sample_records(list(range(100)), "random:10%", "x") for _ in range(2))  # type: ignore[arg-type]
+    assert first == second
+    assert len(set(first)) == 10
+    for wrong in ("some", "first:x", "last:3", "first:-1"):
+        with pytest.raises(ConfigError, match="sampling_strategy"):
+            sample_records([], wrong, "x")
+
+
+def test_mixture(tmp_path: Path, llava_json: Path) -> None:
+    (tmp_path / "mix.yaml").write_text(
+        f"datasets:\n- {{json_path: {llava_json}, sampling_strategy: 'first:4', data_root: {llava_json.parent}}}\n"
+        f"- {{json_path: {llava_json}, sampling_strategy: 'random:20%', data_root: {llava_json.parent}}}\n"
+    )
+    sources = DatasetConfig(yaml_path=str(tmp_path / "mix.yaml")).open()
+    assert [len(source) for source in sources] == [4, 3]
+    (tmp_path / "bad.yaml").write_text("datasets: [{json: x}]")
+    with pytest.raises(ConfigError, match=r"bad\.yaml, dataset 0"):
+        DatasetConfig(yaml_path=str(tmp_path / "bad.yaml")).open()
+
+
+def test_the_world_as_conversations() -> None:
+    source = build(WorldSource, {"count": 50, "preset": "simple"}, "world")
+    world = World("train", 0, bank=procedural_bank())
+    records = WorldRecords(source, turns=3, captions=0.5, choices=0.3, _world=[world])
+    assert len(records) == 50
+    captions = choices = 0
+    for index in range(50):
+        record = records[index]
+        assert record == records[index]
+        assert 1 <= len(record.turns) <= 3
+        assert len(set(record.turns)) == len(record.turns)
+        captions += any(question in CAPTION_QUESTIONS for question, _ in record.turns)
+        choices += any("Option:" in question for question, _ in record.turns)
+    assert 10 < captions < 40
+    assert choices > 5
+
+
+def features(seed: int) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    return Features(
+        torch.randn(5, 8, generator=generator).bfloat16(),
+        torch.randn(8, generator=generator).bfloat16(),
+        torch.arange(5, dtype=torch.int32),
+        Grid(2, 3, 4),
+        (0.5, 1.5),
+        2.0,
+    )
+
+
+def test_features_survive_on_disk(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path)
+    for seed in range(300):
+        cache.put(f"key {seed}", features(seed))
+    assert len(list(tmp_path.glob("shard_*"))) == 1
+    cache.flush()
+    again = FeatureCache(tmp_path)
+    assert len(again) == 300
+    for seed in (0, 255, 256, 299):
+        found = again.get(f"key {seed}")
+        assert found is not None
+        assert torch.equal(found.tokens, features(seed).tokens)
+        assert (found.grid, found.times_s, found.duration_s) == (Grid(2, 3, 4), (0.5, 1.5), 2.0)
+        assert f"key {seed}" in again
+    assert again.get("other") is None
+    assert stack([features(1), features(2)]).tokens.shape == (2, 5, 8)
+    assert not [p for p in tmp_path.iterdir() if p.suffix == ".tmp"]
+
+
+def test_without_a_folder_nothing_is_kept() -> None:
+    cache = FeatureCache(None)
+    cache.put("a", features(0))
+    assert cache.get("a") is None
