@@ -143,8 +143,8 @@ class VideoLanguageModel(nn.Module):
         return out.last_hidden_state[:, :-1][predicted], labels[:, 1:][predicted]
 
     def revision(self, *, language: bool = True) -> str:
-        """Hash of the encoder's weights and, unless `language` is False, of the projector's and of the language
-        model's name: a cache key."""
+        """Hash of the encoder's weights and, unless `language` is False, of the projector's and of the
+        language model's name: a cache key."""
         digest = hashlib.blake2b(self.llm.name.encode() if language else b"", digest_size=12)
         for module in (self.encoder, self.projector) if language else (self.encoder,):
             for name, value in module.state_dict().items():

@@ -51,7 +51,7 @@ class ProjectorSettings:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """encoder: official .pth file or saved folder. llm: hub id, folder or GGUF. vision_depth: see VLMConfig."""
+    """encoder: official .pth file or saved folder. llm: hub id, folder or GGUF. The rest: see VLMConfig."""
 
     encoder: str
     llm: str
@@ -67,8 +67,9 @@ class Stage1Recipe:
     """Everything a stage-1 run depends on.
 
     frames, resolution: what the encoder sees. keeps: token counts, one drawn per micro-batch. template:
-    "plain" (caption right after the video, as the field's stage 1 does) or "chat" (the language model's own template).
-    max_length: longer samples lose their end. max_missing: share of unreadable media that stops the run.
+    "plain" (caption right after the video, as the field's stage 1 does) or "chat" (the language model's own
+    template). max_length: longer samples lose their end. max_missing: share of unreadable media that stops
+    the run.
     feature_cache: folder for encoder outputs, so that no clip is encoded twice.
     """
 

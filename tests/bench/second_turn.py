@@ -2,9 +2,10 @@
 
     python -m tests.bench.second_turn [--n 5]
 
-FluxViT-S (random weights: the time does not depend on them) and SmolLM2-135M on a real 30 s clip, at 256 and 1024
-visual tokens. Three ways, in turn: everything again (decode, encode, prefill: what most video-chat programs do),
-cached embeddings with a full prefill (the stronger baseline), and ours (KV prefix rewound). Prints one JSON line.
+FluxViT-S (random weights: the time does not depend on them) and SmolLM2-135M on a real 30 s clip, at 256 and
+1024 visual tokens. Three ways, in turn: everything again (decode, encode, prefill: what most video-chat
+programs do), cached embeddings with a full prefill (the stronger baseline), and ours (KV prefix rewound).
+Prints one JSON line.
 """
 
 from __future__ import annotations

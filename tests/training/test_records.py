@@ -11,7 +11,6 @@ from encoder.tokens import Grid
 from training.config import build
 from training.data.features import FeatureCache, Features, stack
 from training.data.records import (
-    CAPTION_QUESTIONS,
     DatasetConfig,
     FileMedia,
     WorldRecords,
@@ -20,6 +19,7 @@ from training.data.records import (
 )
 from training.data.world import WorldSource
 from training.demo_world.bank import procedural_bank
+from training.demo_world.wording import QUESTIONS
 from training.demo_world.world import World
 
 
@@ -90,8 +90,8 @@ def test_random_sampling_repeats() -> None:
 
 def test_mixture(tmp_path: Path, llava_json: Path) -> None:
     (tmp_path / "mix.yaml").write_text(
-        f"datasets:\n- {{json_path: {llava_json}, sampling_strategy: 'first:4', data_root: {llava_json.parent}}}\n"
-        f"- {{json_path: {llava_json}, sampling_strategy: 'random:20%', data_root: {llava_json.parent}}}\n"
+        f"datasets:\n- {{json_path: {llava_json}, sampling_strategy: 'first:4'}}\n"
+        f"- {{json_path: {llava_json}, sampling_strategy: 'random:20%'}}\n"
     )
     sources = DatasetConfig(yaml_path=str(tmp_path / "mix.yaml")).open()
     assert [len(source) for source in sources] == [4, 3]
@@ -111,7 +111,7 @@ def test_the_world_as_conversations() -> None:
         assert record == records[index]
         assert 1 <= len(record.turns) <= 3
         assert len(set(record.turns)) == len(record.turns)
-        captions += any(question in CAPTION_QUESTIONS for question, _ in record.turns)
+        captions += any(question in QUESTIONS["caption"]["train"] for question, _ in record.turns)
         choices += any("Option:" in question for question, _ in record.turns)
     assert 10 < captions < 40
     assert choices > 5

@@ -18,6 +18,7 @@ import yaml
 from encoder.errors import ConfigError, DataError
 from encoder.video import Clip, read_clip
 from training.data.world import WorldSource, render_clip
+from training.demo_world.wording import QUESTIONS
 from training.demo_world.world import Sample, World
 
 Turn = tuple[str, str]  # (question, answer)
@@ -132,16 +133,6 @@ class DatasetConfig:
         return [source for entry in read_mixture(Path(self.yaml_path)) for source in entry.open()]
 
 
-CAPTION_QUESTIONS = (
-    "Describe the video.",
-    "What happens in the video?",
-    "Describe what you see.",
-    "What is going on here?",
-    "Tell me what the video shows.",
-    "Give a short description of the clip.",
-)
-
-
 @dataclass(frozen=True)
 class WorldRecords:
     """The demo world as conversations of `turns` questions each."""
@@ -171,8 +162,9 @@ class WorldRecords:
             else open_questions.pop()
             for _ in range(min(self.turns, len(open_questions)))
         ]
+        asked = QUESTIONS["caption"]["train" if self.source.split == "train" else "test"]
         if rng.random() < self.captions:
-            picked[rng.randrange(len(picked))] = (rng.choice(CAPTION_QUESTIONS), sample.caption)
+            picked[rng.randrange(len(picked))] = (rng.choice(asked), sample.caption)
         return Record(f"world-{number}", WorldMedia(world, sample, number), tuple(picked))
 
 

@@ -1,0 +1,78 @@
+"""Scoring answers about the demo world: does a free text agree with the facts, and how sure is a share."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from training.demo_world.asking import Question
+
+# Words that tell a motion, in any wording the world or a language model uses; more telling ones first.
+_MOTION_WORDS: Mapping[str, str] = {
+    "circle": r"circle|circling|circular|loop",
+    "toward": r"toward|closer|nearer|approach|bigger|larger|grow",
+    "away": r"\baway\b|farther|further|recede|retreat|smaller|distance|shrink",
+    "spin": r"\bspin|\bturn|rotat|twirl|whirl",
+    "left": r"\bleft",
+    "right": r"\bright",
+    "up": r"\bup\b|upward|\brise|\brising|\bclimb|ascend",
+    "down": r"\bdown\b|downward|\bsink|\bdrop|\bfall|descend",
+    "still": r"\bstill\b|not mov|n't mov|in place|where it was|stationary",
+}
+_NUMBERS = ("zero", "one", "two", "three", "four", "five")
+
+
+def motion_in(text: str) -> str | None:
+    """The motion a text tells of, or None; the most telling word decides when there are several."""
+    lowered = text.lower()
+    return next((motion for motion, words in _MOTION_WORDS.items() if re.search(words, lowered)), None)
+
+
+def names(text: str, noun: str, plural: str | None = None) -> bool:
+    """Whether a text names a thing, as whole words, in singular or plural."""
+    forms = "|".join(re.escape(form) for form in (noun, plural or noun + "s"))
+    return re.search(rf"\b(?:{forms})\b", text.lower()) is not None
+
+
+def letter_in(text: str) -> str | None:
+    """The option letter of an answer to a multiple-choice question: the first that stands alone."""
+    found = re.search(r"\(([A-Ha-h])\)|\b([A-H])\b", text)
+    return (found.group(1) or found.group(2)).upper() if found else None
+
+
+def agrees(question: Question, text: str) -> bool:
+    """Whether an answer is right: by letter for multiple choice, by its facts otherwise."""
+    if question.options:
+        return letter_in(text) == chr(ord("A") + (question.answer_index or 0))
+    facts: Mapping[str, Any] = question.facts
+    lowered = text.lower().strip()
+    if "present" in facts:
+        return lowered.startswith("yes" if facts["present"] else "no")
+    if "motion" in facts:
+        return motion_in(text) == facts["motion"]
+    if "count" in facts:
+        number = re.search(rf"\b(\d+|{'|'.join(_NUMBERS)}|none|no)\b", lowered)
+        word = number.group(1) if number else ""
+        value = 0 if word in ("none", "no") else _NUMBERS.index(word) if word in _NUMBERS else int(word or -1)
+        return value == facts["count"]
+    if "category" in facts:
+        return names(text, facts["category"])
+    if "noun" in facts:
+        return names(text, facts["noun"])
+    return _plain(text) == _plain(question.answer)
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share; (0, 1) for no trials."""
+    if total == 0:
+        return 0.0, 1.0
+    share, scale = right / total, 1 + z * z / total
+    centre = (share + z * z / (2 * total)) / scale
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)
