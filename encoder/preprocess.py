@@ -47,17 +47,16 @@ def preprocess(
     out = torch.empty((3, pixels.shape[0], height, width), dtype=dtype, device=device)
     step = max(1, CHUNK_PIXELS // (pixels.shape[1] * pixels.shape[2]))
     for first in range(0, pixels.shape[0], step):
-        chunk = pixels[first : first + step].to(device).permute(0, 3, 1, 2)
-        small = _resize(chunk, height, width).transpose(0, 1)
-        out[:, first : first + step] = (small - mean) / std
+        chunk = pixels[first : first + step].to(device).permute(3, 0, 1, 2).contiguous().float()
+        out[:, first : first + step] = _resize(chunk, height, width).sub_(mean).div_(std)
     return out
 
 
 def _resize(chunk: Tensor, height: int, width: int) -> Tensor:
-    """(T, 3, H, W) uint8 to float (T, 3, height, width) in 0..255."""
+    """Float (3, T, H, W) in 0..255 to (3, T, height, width)."""
     if chunk.shape[-2:] == (height, width):
-        return chunk.float()
-    return interpolate(chunk.float(), (height, width), mode="bicubic", antialias=True).clamp_(0, 255)
+        return chunk
+    return interpolate(chunk, (height, width), mode="bicubic", antialias=True).clamp_(0, 255)
 
 
 def _centre(pixels: Tensor, height: int, width: int) -> Tensor:

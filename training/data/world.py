@@ -21,7 +21,7 @@ class WorldSource:
     count: int = 100_000
     seed: int = 0
     first: int = 0
-    preset: Literal["simple", "full"] = "full"
+    preset: Literal["simple", "solo", "full"] = "full"
     nouns: int | None = None
 
     def __post_init__(self) -> None:
@@ -30,7 +30,8 @@ class WorldSource:
 
     def open(self) -> World:
         """The world; raises DataError when its sprites were never fetched."""
-        level = WorldConfig.simple() if self.preset == "simple" else WorldConfig()
+        presets = {"simple": WorldConfig.simple, "solo": WorldConfig.solo, "full": WorldConfig}
+        level = presets[self.preset]()
         if self.nouns is not None:
             level = replace(level, nouns=self.nouns)
         return World(self.split, self.seed, level)

@@ -101,6 +101,13 @@ class WorldConfig:
             jpeg=0.0,
         )
 
+    @staticmethod
+    def solo() -> WorldConfig:
+        """The second step: one of all things, every motion, 2-10 s, no cuts or pans."""
+        return WorldConfig(
+            max_objects=1, plots=("solo",), duration_s=(2.0, 10.0), size=(0.28, 0.5), pans=0.0, jpeg=0.1
+        )
+
 
 @dataclass(frozen=True)
 class Stage:
