@@ -60,7 +60,9 @@ class SentenceTower:
         if new:
             batch = self._tokenizer(new, padding=True, truncation=True, return_tensors="pt")
             batch = batch.to(self._model.device)
-            hidden = self._model(**batch).last_hidden_state
+            # Half the time on CPUs with bfloat16 units; the vectors differ in the third digit.
+            with torch.autocast(self._model.device.type, dtype=torch.bfloat16):
+                hidden = self._model(**batch).last_hidden_state.float()
             mask = batch["attention_mask"].unsqueeze(-1)
             vectors = F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
             self._known.update(zip(new, vectors, strict=True))
