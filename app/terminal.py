@@ -12,7 +12,8 @@ from encoder.errors import FluxChatError
 
 if TYPE_CHECKING:
     from app.answer import Answer
-    from app.chat import AnswerStream, VideoChat
+    from app.chat import VideoChat
+    from app.turns import AnswerStream
 
 HELP = """\
 Ask anything about the video. Commands:
