@@ -10,15 +10,17 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from app.answer import Answer, KeptTokens, Seen
+from app.answer import Answer, Seen
 from app.estimate import Calibration, Estimate, estimate_plan
-from app.turns import AnswerStream, Conversation, Videos, question_text
+from app.preview import Preview, choose, kept_tokens, thumbnails
+from app.turns import AnswerStream, Conversation, Progress, Videos, question_text
 from encoder.budget import Budget, Plan
 from encoder.errors import ConfigError, ModelError
 from encoder.preprocess import preprocess
@@ -40,7 +42,8 @@ class VideoChat:
     model: folder of a saved model (default: the one that ships), or a loaded VideoLanguageModel.
     llm, encoder: replace the parts it names (hub id, folder or GGUF; official .pth or a saved folder).
     adapters: LoRA folders. device, dtype, device_map, quantize: as in `load_llm`; the best device by default.
-    cache_mib: bound on what is kept for follow-up questions, half embeddings, half KV prefixes.
+    cache_mib: bound on what is kept for follow-up questions: half of it KV prefixes, a quarter each decoded
+    frames and embeddings.
     trusted: False reads videos as strangers' uploads (sandboxed, allowed codecs only). limits: on reading.
     Raises ModelError, CheckpointError or ConfigError: one sentence, what was wrong and what to do.
     """
@@ -76,7 +79,8 @@ class VideoChat:
         self.name = f"{self.model.encoder.config.embed_dim}-d FluxViT + {Path(self.model.llm.name).name}"
         self._limits, self._trusted = limits, trusted
         self._revision = self.model.revision()
-        self._seen: ByteLRU[Seen] = ByteLRU(cache_mib * MIB // 2, lambda seen: seen.bytes)
+        self._clips: ByteLRU[Clip] = ByteLRU(cache_mib * MIB // 4, lambda clip: clip.frames.nbytes)
+        self._seen: ByteLRU[Seen] = ByteLRU(cache_mib * MIB // 4, lambda seen: seen.bytes)
         self._infos: ByteLRU[VideoInfo] = ByteLRU(4096, lambda _: 1)
         self._prefixes = PrefixCache(cache_mib * MIB // 2, self.model.llm.kv_bytes_per_token)
         self._calibration: Calibration | None = None
@@ -106,12 +110,16 @@ class VideoChat:
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int | None = None,
+        scope: str = "",
+        progress: Progress | None = None,
     ) -> AnswerStream:
         """The answer as an iterator of text pieces, stoppable within one token.
 
         video: path, bytes, file object, image, list of images, a `Clip`, a `Videos` of several, or None for
         text alone. budget: tokens per video (see `Budget.of`; default: the model's). history: earlier turns
-        about the same video, as (question, answer) pairs. temperature 0 is greedy.
+        about the same video, as (question, answer) pairs. temperature 0 is greedy. scope: whose question this
+        is; nothing kept for one scope serves another. progress: told what begins ("decode", "encode",
+        "prefill"), of which video, of how many.
         Raises VideoError, BudgetError or ConfigError on iteration.
         """
         return AnswerStream(
@@ -123,6 +131,8 @@ class VideoChat:
             system=system,
             selector=selector,
             sampling=Sampling(max_new_tokens, temperature, top_p, top_k, seed),
+            scope=scope,
+            progress=progress,
         )
 
     def conversation(self, video: Any = None, **options: Any) -> Conversation:
@@ -171,18 +181,42 @@ class VideoChat:
 
     # -- looking --------------------------------------------------------------------------------------------
 
-    def look(self, video: Any, budget: Budget | int | str | None = None, selector: Selector = "flux") -> Seen:
+    def look(
+        self,
+        video: Any,
+        budget: Budget | int | str | None = None,
+        selector: Selector = "flux",
+        *,
+        scope: str = "",
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> Seen:
         """What the language model sees of a video: decoded, encoded and projected, or from the cache."""
+        plan, info = self._open(video, budget)
+        key = f"{scope}|{info.digest}|{plan.key}|{selector}|{self._revision}"
+        if (seen := self._seen.get(key)) is not None:
+            return seen.again()
+        seen = self._look(video, info, plan, selector, key, scope, progress)
+        self._seen.put(key, seen)
+        return seen
+
+    def preview(
+        self,
+        video: Any,
+        budget: Budget | int | str | None = None,
+        selector: Selector = "flux",
+        *,
+        scope: str = "",
+    ) -> Preview:
+        """The frames that a budget samples and the patches that it keeps, without running the encoder."""
+        plan, info = self._open(video, budget)
+        clip = self._clip(video, info, plan, scope)
+        return Preview(thumbnails(self.model, clip, plan), choose(self.model, clip, plan, selector))
+
+    def _open(self, video: Any, budget: Budget | int | str | None) -> tuple[Plan, VideoInfo]:
         if self._closed:
             raise ModelError("This VideoChat was closed: make a new one.")
         info = self._info(video)
-        plan = self._plan(info, self.plan_budget(budget))
-        key = f"{info.digest}|{plan.key}|{selector}|{self._revision}"
-        if (seen := self._seen.get(key)) is not None:
-            return seen.again()
-        seen = self._look(video, info, plan, selector, key)
-        self._seen.put(key, seen)
-        return seen
+        return self._plan(info, self.plan_budget(budget)), info
 
     def _info(self, video: Any) -> VideoInfo:
         if isinstance(video, Clip):
@@ -198,15 +232,33 @@ class VideoChat:
             self._infos.put(key, info)
         return info
 
-    def _look(self, video: Any, info: VideoInfo, plan: Plan, selector: Selector, key: str) -> Seen:
-        start = time.perf_counter()
+    def _clip(self, video: Any, info: VideoInfo, plan: Plan, scope: str) -> Clip:
+        """The frames of a plan, decoded or from the cache."""
         if isinstance(video, Clip):
-            clip = video
-        else:
-            # Twice the input size keeps all that resizing to it can use.
-            side = 4 * max(plan.height, plan.width)
+            return video
+        # Twice the input size keeps all that resizing to it can use.
+        side = 4 * max(plan.height, plan.width)
+        key = f"{scope}|{info.digest}|{plan.frames}|{side}"
+        if (clip := self._clips.get(key)) is None:
             clip = read_clip(video, plan.frames, max_side=side, trusted=self._trusted, limits=self._limits)
+            self._clips.put(key, clip)
+        return clip
+
+    def _look(
+        self,
+        video: Any,
+        info: VideoInfo,
+        plan: Plan,
+        selector: Selector,
+        key: str,
+        scope: str,
+        progress: Callable[[str], None],
+    ) -> Seen:
+        start = time.perf_counter()
+        progress("decode")
+        clip = self._clip(video, info, plan, scope)
         decoded = time.perf_counter()
+        progress("encode")
         pixels = preprocess(clip.frames, plan.height, plan.width, fit=self.model.config.fit)
         generator = torch.Generator().manual_seed(0)
         with torch.inference_mode():
@@ -216,12 +268,7 @@ class VideoChat:
             embedding = self.model.project(vision)[0]
             if self.model.device.type != "cpu":
                 torch.accelerator.synchronize(self.model.device)
-        kept = KeptTokens(
-            times_s=clip.times_s if info.kind != "image" else (),
-            duration_s=info.duration_s,
-            grid=vision.grids[0],
-            indices=tuple(vision.kept[0].tolist()),
-        )
+        kept = kept_tokens(clip, replace(plan, frames=len(clip.frames)), vision.kept[0])
         visual = Visual(len(embedding), key, info.duration_s, kept.times_s)
         return Seen(embedding, visual, kept, decoded - start, time.perf_counter() - decoded)
 
@@ -256,10 +303,15 @@ class VideoChat:
             "gradio": gradio.__version__,
         }
 
-    def forget(self) -> None:
-        """Drop everything kept for follow-up questions."""
-        self._seen.clear()
-        self._prefixes.clear()
+    def forget(self, scope: str | None = None) -> None:
+        """Drop everything kept for follow-up questions, or what was kept for one scope."""
+
+        def unwanted(key: Hashable) -> bool:
+            return scope is None or str(key).startswith(f"{scope}|")
+
+        self._clips.discard(unwanted)
+        self._seen.discard(unwanted)
+        self._prefixes.clear(scope)
 
     def close(self) -> None:
         """Free the caches; asking afterwards raises ModelError."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from app.answer import Answer, Seen, Timings, Usage
@@ -16,6 +16,9 @@ from llm_bridge.prompt import Message, render
 
 if TYPE_CHECKING:
     from app.chat import VideoChat
+
+# What begins ("decode", "encode", "prefill"), of which video, of how many.
+Progress = Callable[[str, int, int], None]
 
 
 class Videos(list[Any]):
@@ -36,10 +39,13 @@ class AnswerStream:
         system: str | None,
         selector: Selector,
         sampling: Sampling,
+        scope: str,
+        progress: Progress | None,
     ) -> None:
         self._chat, self._videos, self._question = chat, videos, question
         self._budget, self._history, self._system = budget, history, system
         self._selector, self._sampling = selector, sampling
+        self._scope, self._progress = scope, progress
         self._stop = threading.Event()
         self._answer: Answer | None = None
 
@@ -56,12 +62,20 @@ class AnswerStream:
 
     def __iter__(self) -> Iterator[str]:
         chat, start = self._chat, time.perf_counter()
-        looks = [chat.look(video, self._budget, self._selector) for video in self._videos]
+        looks = [self._look(index, video) for index, video in enumerate(self._videos)]
         messages, visuals = self._messages(looks)
         prompt = render(chat.model.llm.tokenizer, messages, time_form=chat.model.config.time_sentence)
+        if self._progress is not None:
+            self._progress("prefill", 0, 1)
         prepared = time.perf_counter() - start
         generation = Generation(
-            chat.model.llm, prompt, [v.embedding for v in visuals], self._sampling, chat._prefixes, self._stop
+            chat.model.llm,
+            prompt,
+            [v.embedding for v in visuals],
+            self._sampling,
+            chat._prefixes,
+            self._scope,
+            self._stop,
         )
         pieces: list[str] = []
         try:
@@ -91,6 +105,13 @@ class AnswerStream:
                 kept=tuple(look.kept for look in looks),
                 finish=stats.finish,
             )
+
+    def _look(self, index: int, video: Any) -> Seen:
+        def tell(what: str) -> None:
+            if self._progress is not None:
+                self._progress(what, index, len(self._videos))
+
+        return self._chat.look(video, self._budget, self._selector, scope=self._scope, progress=tell)
 
     def _messages(self, looks: list[Seen]) -> tuple[list[Message], list[Seen]]:
         """The conversation with the videos in its first user turn, and what is seen, in order."""

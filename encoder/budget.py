@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -123,17 +123,22 @@ def choose_input(keep: int, max_frames: int, config: FluxViTConfig) -> tuple[int
 class Budget:
     """How many tokens the encoder may keep: a number, everything, or what fits a latency target.
 
-    Raises BudgetError for a count below 1 or a time that is not positive.
+    frames, resolution: take these instead of what the policy chooses (pixels per side; a clip never gives
+    more frames than it has). Raises BudgetError for a count below 1 or a time that is not positive.
     """
 
     tokens: int | None = 1024
     seconds: float | None = None
+    frames: int | None = None
+    resolution: int | None = None
 
     def __post_init__(self) -> None:
         if self.tokens is not None and (isinstance(self.tokens, bool) or self.tokens < 1):
             raise BudgetError(f"A token budget must be at least 1, not {self.tokens}.")
         if self.seconds is not None and not self.seconds > 0:
             raise BudgetError(f"A latency target must be a positive number of seconds, not {self.seconds}.")
+        if self.frames is not None and self.frames < 1:
+            raise BudgetError(f"A clip needs at least 1 frame, not {self.frames}.")
 
     @staticmethod
     def full() -> Budget:
@@ -180,31 +185,42 @@ class Budget:
         needs it and raises BudgetError without.
         """
         max_frames = 1 if media.kind == "image" else (media.frames or max(range(*config.frames_range)))
-        if self.seconds is not None:
-            if predict_s is None:
-                raise BudgetError("Budget.auto needs a model whose speed is known: ask through VideoChat.")
-            return self._within(self.seconds, max_frames, config, table, predict_s)
-        if self.tokens is None:
-            return _full_plan(max_frames, config)
-        return _plan(self.tokens, max_frames, config, table)
+        full = self._fixed(_full_plan(max_frames, config), None, max_frames)
+        if self.tokens is None and self.seconds is None:
+            return full
 
-    @staticmethod
-    def _within(
-        seconds: float,
-        max_frames: int,
-        config: FluxViTConfig,
-        table: PlanTable | None,
-        predict_s: Callable[[Plan], float],
-    ) -> Plan:
-        """The largest multiple of SMALLEST whose prediction meets the target, by bisection; else SMALLEST."""
-        low, high = 1, max(1, _full_plan(max_frames, config).keep // SMALLEST)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if predict_s(_plan(middle * SMALLEST, max_frames, config, table)) <= seconds:
-                low = middle
-            else:
-                high = middle - 1
-        return _plan(low * SMALLEST, max_frames, config, table)
+        def plan(keep: int) -> Plan:
+            return self._fixed(_plan(keep, max_frames, config, table), keep, max_frames)
+
+        if self.seconds is None:
+            return plan(self.tokens or full.keep)
+        if predict_s is None:
+            raise BudgetError("Budget.auto needs a model whose speed is known: ask through VideoChat.")
+        return _within(self.seconds, full.keep, plan, predict_s)
+
+    def _fixed(self, plan: Plan, keep: int | None, max_frames: int) -> Plan:
+        """The plan with the frames and resolution that were asked for; keep=None keeps every token."""
+        if self.frames is None and self.resolution is None:
+            return plan
+        side = self.resolution or plan.height
+        if side < plan.patch_size or side % plan.patch_size:
+            raise BudgetError(f"A resolution must be a multiple of {plan.patch_size} pixels, not {side}.")
+        fixed = replace(plan, frames=min(self.frames or plan.frames, max_frames), height=side, width=side)
+        return replace(fixed, keep=fixed.grid.size if keep is None else min(keep, fixed.grid.size))
+
+
+def _within(
+    seconds: float, most: int, plan: Callable[[int], Plan], predict_s: Callable[[Plan], float]
+) -> Plan:
+    """The largest multiple of SMALLEST whose prediction meets the target, by bisection; else SMALLEST."""
+    low, high = 1, max(1, most // SMALLEST)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if predict_s(plan(middle * SMALLEST)) <= seconds:
+            low = middle
+        else:
+            high = middle - 1
+    return plan(low * SMALLEST)
 
 
 def _full_plan(max_frames: int, config: FluxViTConfig) -> Plan:

@@ -40,7 +40,7 @@ def preprocess(
     if fit not in ("squash", "crop"):
         raise VideoError(f"There is no fit {fit!r}; use 'squash' or 'crop'.")
     if fit == "crop":
-        pixels = _centre(pixels, height, width)
+        pixels = centre(pixels, height, width)
     device = torch.device(device) if device is not None else pixels.device
     mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1, 1) * 255
     std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1, 1) * 255
@@ -59,7 +59,7 @@ def _resize(chunk: Tensor, height: int, width: int) -> Tensor:
     return interpolate(chunk, (height, width), mode="bicubic", antialias=True).clamp_(0, 255)
 
 
-def _centre(pixels: Tensor, height: int, width: int) -> Tensor:
+def centre(pixels: Tensor, height: int, width: int) -> Tensor:
     """The largest centred part of (T, H, W, 3) with the aspect of height x width."""
     full_height, full_width = pixels.shape[1:3]
     cut_height = min(full_height, max(1, round(full_width * height / width)))

@@ -53,9 +53,13 @@ class ByteLRU(Generic[V]):
 
     def clear(self) -> None:
         """Forget everything."""
+        self.discard(lambda _: True)
+
+    def discard(self, unwanted: Callable[[Hashable], bool]) -> None:
+        """Forget the entries whose key is unwanted."""
         with self._lock:
-            self._entries.clear()
-            self._bytes = 0
+            for key in [key for key in self._entries if unwanted(key)]:
+                self._bytes -= self._size_of(self._entries.pop(key))
 
     @property
     def stats(self) -> CacheStats:
@@ -66,10 +70,11 @@ class ByteLRU(Generic[V]):
 
 @dataclass
 class Prefix:
-    """A KV cache and the keys (see Prompt.cache_keys) of the positions it holds."""
+    """A KV cache and the keys (see Prompt.cache_keys) of the positions it holds; scope: who may use it."""
 
     keys: tuple[int, ...]
     kv: Any
+    scope: str = ""
 
 
 class PrefixCache:
@@ -85,14 +90,16 @@ class PrefixCache:
         self._hits = self._misses = 0
         self._lock = threading.Lock()
 
-    def take(self, keys: Sequence[int], minimum: int = 16) -> Prefix | None:
-        """The entry sharing the longest prefix with `keys`, rewound to it; None if none shares `minimum`.
+    def take(self, keys: Sequence[int], minimum: int = 16, scope: str = "") -> Prefix | None:
+        """The scope's entry sharing the longest prefix with `keys`, rewound; None if none shares `minimum`.
 
         At least one position is left to compute, since the next token's scores come from it.
         """
         with self._lock:
             best, shared = None, minimum - 1
             for entry in self._entries:
+                if entry.scope != scope:
+                    continue
                 common = _common(entry.keys, keys, len(keys) - 1)
                 if common > shared:
                     best, shared = entry, common
@@ -103,7 +110,7 @@ class PrefixCache:
             self._entries.remove(best)
         if (excess := best.kv.get_seq_length() - shared) > 0:
             best.kv.crop(-excess)
-        return Prefix(tuple(keys[:shared]), best.kv)
+        return Prefix(tuple(keys[:shared]), best.kv, scope)
 
     def put(self, prefix: Prefix) -> None:
         """Keep a KV cache for later; drops the least recently used beyond the limit."""
@@ -114,10 +121,10 @@ class PrefixCache:
             while self._entries and self._size() > self._limit:
                 self._entries.pop(0)
 
-    def clear(self) -> None:
-        """Forget everything."""
+    def clear(self, scope: str | None = None) -> None:
+        """Forget everything, or what one scope left."""
         with self._lock:
-            self._entries.clear()
+            self._entries = [] if scope is None else [e for e in self._entries if e.scope != scope]
 
     def _size(self) -> int:
         return sum(len(entry.keys) for entry in self._entries) * self._per_token

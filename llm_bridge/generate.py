@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from encoder.errors import BudgetError, ConfigError
 from llm_bridge.cache import Prefix, PrefixCache
 from llm_bridge.llm import LanguageModel
 from llm_bridge.prompt import PLACEHOLDER, Prompt
+
+if TYPE_CHECKING:
+    from llm_bridge.batching import Batcher
 
 PREFILL_CHUNK = 512
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -100,7 +103,8 @@ class Generation:
     """One answer in the making: iterate for text pieces, then read `stats`.
 
     prompt and visuals: what is asked; visuals are (M, D), one per span of the prompt. stop: set it, from any
-    thread, and computing ends within one token. prefixes: KV caches to start from and to leave this one in.
+    thread, and computing ends within one token. prefixes: KV caches to start from and to leave this one in,
+    those of `scope` only.
     Raises BudgetError on iteration when prompt and answer exceed the model's context.
     """
 
@@ -109,14 +113,16 @@ class Generation:
     visuals: Sequence[Tensor]
     sampling: Sampling = Sampling()
     prefixes: PrefixCache | None = None
+    scope: str = ""
     stop: threading.Event = field(default_factory=threading.Event)
     stats: GenerationStats = field(default_factory=GenerationStats)
+    batcher: Batcher | None = None
 
     def __iter__(self) -> Iterator[str]:
         self._check_context()
         start = time.perf_counter()
         keys = list(self.prompt.cache_keys)
-        prefix = self.prefixes.take(keys) if self.prefixes is not None else None
+        prefix = self.prefixes.take(keys, scope=self.scope) if self.prefixes is not None else None
         cached = len(prefix.keys) if prefix is not None else 0
         kv = prefix.kv if prefix is not None else self._new_kv()
         self.stats.prompt_tokens, self.stats.cached_tokens = len(keys), cached
@@ -135,7 +141,7 @@ class Generation:
         finally:
             self.stats.total_s = time.perf_counter() - start
             if self.prefixes is not None:
-                self.prefixes.put(Prefix(tuple(keys[: kv.get_seq_length()]), kv))
+                self.prefixes.put(Prefix(tuple(keys[: kv.get_seq_length()]), kv, self.scope))
 
     def _check_context(self) -> None:
         limit = self.llm.context_length
@@ -177,7 +183,7 @@ class Generation:
 
     def _decode(self, kv: Any, logits: Tensor | None, keys: list[int]) -> Iterator[int]:
         """New tokens until the end of the turn, the length limit, or a stop."""
-        choose, eos = _chooser(self.sampling, self.llm.device), self.llm.eos_ids
+        choose, eos = chooser(self.sampling, self.llm.device), self.llm.eos_ids
         for count in range(self.sampling.max_new_tokens):
             if self.stop.is_set() or logits is None:
                 return
@@ -196,7 +202,7 @@ class Generation:
                 logits = self._step(kv, input_ids=torch.tensor([[token]], device=self.llm.device))
 
 
-def _chooser(sampling: Sampling, device: torch.device) -> Any:
+def chooser(sampling: Sampling, device: torch.device) -> Any:
     """Scores (V,) -> token id, by the sampling settings."""
     if sampling.temperature == 0:
         return lambda logits: int(logits.argmax())
