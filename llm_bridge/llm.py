@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,16 @@ class LanguageModel:
     tokenizer: Any
     name: str
     quantize: Quantize | None = None
+    adapters: tuple[str, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """Name, quantisation, and a hash of each adapter's weights: what decides the answers."""
+        parts = [self.name, self.quantize or ""]
+        for adapter in self.adapters:
+            file = Path(adapter) / "adapter_model.safetensors"
+            parts.append(hashlib.blake2b(file.read_bytes()).hexdigest() if file.is_file() else adapter)
+        return "|".join(parts)
 
     @property
     def hidden_size(self) -> int:
@@ -161,7 +172,7 @@ def load_llm(
     for adapter in adapters:
         model = _adapt(model, adapter, merge=quantize is None)
     model.eval().requires_grad_(False)
-    return LanguageModel(model, tokenizer, str(name), quantize)
+    return LanguageModel(model, tokenizer, str(name), quantize, tuple(map(str, adapters)))
 
 
 def _locate(name: str) -> tuple[str, str | None]:

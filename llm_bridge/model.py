@@ -26,6 +26,7 @@ from llm_bridge.projector import Projector, ProjectorConfig
 from llm_bridge.prompt import IGNORE, PLACEHOLDER, Prompt, TimeSentence
 
 DEFAULT_LLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ADAPTER = "adapter"  # subfolder of a model whose language model was tuned with LoRA
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,8 @@ class VideoLanguageModel(nn.Module):
 
     def revision(self, *, language: bool = True) -> str:
         """Hash of the encoder's weights and, unless `language` is False, of the projector's and of the
-        language model's name: a cache key."""
-        digest = hashlib.blake2b(self.llm.name.encode() if language else b"", digest_size=12)
+        language model's name and adapters: a cache key."""
+        digest = hashlib.blake2b(self.llm.identity.encode() if language else b"", digest_size=12)
         for module in (self.encoder, self.projector) if language else (self.encoder,):
             for name, value in module.state_dict().items():
                 digest.update(f"{name} {tuple(value.shape)} {value.double().sum().item()!r}".encode())
@@ -172,6 +173,7 @@ class VideoLanguageModel(nn.Module):
     ) -> VideoLanguageModel:
         """Read what `save_pretrained` wrote and load the language model it names (or `llm`, or `encoder`).
 
+        A folder with an `adapter` in it was tuned with LoRA, which then applies unless `llm` replaces its base.
         dtype is the language model's; on CPUs the encoder and projector run in float32, elsewhere in dtype.
         Raises ModelError, CheckpointError or ConfigError: one sentence, what was wrong and what to do.
         """
@@ -190,6 +192,8 @@ class VideoLanguageModel(nn.Module):
             config = dataclasses.replace(config, encoder=vision.config)
         projector = Projector(config.projector)
         load_tensors(projector, read_tensors(folder / "projector.safetensors"))
+        if llm is None and (folder / ADAPTER).is_dir():
+            adapters = (folder / ADAPTER, *adapters)
         return assemble(
             config,
             vision,

@@ -142,3 +142,24 @@ def test_plain_template_learns_the_caption_after_the_video(stage1_recipe: Path, 
     assert prompt.spans[0][0] == 0
     learned = stage.vlm.llm.tokenizer.decode([label for label in prompt.labels if label >= 0])
     assert learned.endswith(".\n")
+
+
+def test_buckets_hold_like_lengths_and_every_record_once(stage1_recipe: Path, tmp_path: Path) -> None:
+    rows = [
+        {"conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "word " * (1 + i % 40)}]}
+        for i in range(160)
+    ]
+    (tmp_path / "text.json").write_text(json.dumps(rows))
+    overrides = [f"datasets=[{{json_path: {tmp_path / 'text.json'}}}]", f"loop.out={tmp_path}/out"]
+    overrides += ["optim.batch_size=8", "optim.micro_batch=8"]
+
+    def padding(bucket: int) -> tuple[float, list[str]]:
+        stage = Stage1(read_recipe(Stage1Recipe, stage1_recipe, [*overrides, f"bucket={bucket}"]))
+        batches = [stage.batch(index) for index in range(stage.micro_batches)]
+        assert [p.ids for p in stage.batch(3).prompts] == [p.ids for p in batches[3].prompts]
+        seen = sorted(str(prompt.ids) for batch in batches for prompt in batch.prompts)
+        return sum(batch.figures["padding"] for batch in batches) / len(batches), seen
+
+    (loose, all_records), (tight, the_same) = padding(1), padding(10)
+    assert all_records == the_same
+    assert tight < 0.4 * loose

@@ -1,0 +1,116 @@
+"""LoRA through its command: what it trains, that the adapter loads and changes answers, exact resume."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from app.chat import VideoChat
+from llm_bridge.model import VideoLanguageModel
+from training import chat_lora, chat_stage1
+from training.chat_lora import LoraRecipe, LoraStage
+from training.config import read_recipe
+
+
+@pytest.fixture(scope="module")
+def stage1(stage1_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder from a short stage 1."""
+    out = tmp_path_factory.mktemp("lora") / "stage1"
+    assert chat_stage1.main(["--config", str(stage1_recipe), f"loop.out={out}", "loop.max_steps=2"]) == 0
+    return out / "model"
+
+
+@pytest.fixture(scope="module")
+def recipe(stage1: Path, llava_json: Path) -> Path:
+    path = stage1.parent / "chat_lora.yaml"
+    path.write_text(f"""
+start: {stage1}
+lora: {{rank: 4, alpha: 8, dropout: 0.1}}
+datasets: [{{json_path: {llava_json}, data_root: {llava_json.parent}}}]
+frames: 4
+resolution: 56
+keeps: [8, 16]
+bucket: 3
+optim: {{lr: 2e-2, batch_size: 4, micro_batch: 2, epochs: 4}}
+loop: {{out: OUT, precision: fp32, checkpoint_every: 2, keep_checkpoints: 20}}
+""")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("lora_run") / "run"
+    assert chat_lora.main(["--config", str(recipe), f"loop.out={out}"]) == 0
+    return out
+
+
+def losses(out: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_falls(finished: Path) -> None:
+    found = losses(finished)
+    assert len(found) == 14
+    assert sum(found[-3:]) < 0.85 * sum(found[:3])
+
+
+def test_adapter_and_projector_are_trained_and_nothing_else(finished: Path, stage1: Path) -> None:
+    trained = load_file(finished / "checkpoints" / "step_00000014" / "trainable.safetensors")
+    assert any("lora_B" in name for name in trained)
+    assert all("lora_" in name or name.startswith("model.projector.") for name in trained)
+    before, after = (load_file(f / "encoder.safetensors") for f in (stage1, finished / "model"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_result_answers_with_its_adapter(finished: Path, llava_json: Path) -> None:
+    video, folder = llava_json.parent / "3.mp4", finished / "model"
+    bare = finished.parent / "bare"
+    shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("adapter"))
+    options = {"budget": 16, "max_new_tokens": 8}
+    with VideoChat(folder, device="cpu") as chat:
+        answer = chat.ask(video, "What is it?", **options).text
+    with VideoChat(bare, device="cpu", adapters=[folder / "adapter"]) as chat:
+        assert chat.ask(video, "What is it?", **options).text == answer
+    tuned = VideoLanguageModel.from_pretrained(folder, device="cpu")
+    plain = VideoLanguageModel.from_pretrained(bare, device="cpu")
+    assert tuned.revision() != plain.revision()
+    weights = [model.language_model.state_dict() for model in (tuned, plain)]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_resume_is_bit_equal(finished: Path, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for step in range(7, 15):
+        shutil.rmtree(out / "checkpoints" / f"step_{step:08d}", ignore_errors=True)
+    assert chat_lora.main(["--config", str(recipe), f"loop.out={out}", "--resume"]) == 0
+    assert losses(out) == losses(finished)
+
+
+def test_the_projector_can_stay_frozen(recipe: Path, tmp_path: Path) -> None:
+    stage = LoraStage(read_recipe(LoraRecipe, recipe, ["train_projector=false", f"loop.out={tmp_path}"]))
+    names = [name for name, parameter in stage.model.named_parameters() if parameter.requires_grad]
+    assert names
+    assert all("lora_" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("start=/nowhere", "not a FluxChat model"),
+        ("lora.targets=[no_such_layer]", "lora.targets does not fit"),
+        ("lora.rank=0", "at least 1"),
+        ("quantize=2bit", "must be one of"),
+    ],
+)
+def test_wrong_recipes_end_in_one_line(
+    recipe: Path, tmp_path: Path, override: str, word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert chat_lora.main(["--config", str(recipe), f"loop.out={tmp_path / 'x'}", override]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert word in said

@@ -1,0 +1,242 @@
+"""What the chat stages share: conversations about videos become batches with labels.
+
+A micro-batch is a pure function of its number: records are shuffled anew for each epoch, records of like length
+share a micro-batch (`bucket`), one token count is drawn for it, and what the frozen encoder gave for a clip is
+kept on disk when `feature_cache` names a folder.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from encoder.checkpoint import save_json
+from encoder.errors import ConfigError, DataError, VideoError
+from encoder.preprocess import preprocess
+from encoder.tokens import VisionTokens
+from encoder.video import Clip
+from llm_bridge.model import VideoLanguageModel
+from llm_bridge.prompt import Message, Prompt, Visual, render_chat_training, render_plain_training
+from training.config import LoopConfig, OptimConfig
+from training.data.features import FeatureCache, Features, stack
+from training.data.records import DatasetConfig, Record, RecordSource
+
+CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRecipe:
+    """The data of a chat stage.
+
+    frames, resolution: what the encoder sees. keeps: token counts, one drawn per micro-batch. template:
+    "plain" (caption right after the video, as the field's stage 1 does) or "chat" (the language model's own
+    template). max_length: longer samples lose their end. bucket: micro-batches among which records are sorted
+    by length, so that little is padded; 1 leaves them in random order. max_missing: share of unreadable media
+    that stops the run. feature_cache: folder for encoder outputs, so that no clip is encoded twice.
+    """
+
+    datasets: tuple[DatasetConfig, ...]
+    optim: OptimConfig
+    loop: LoopConfig
+    frames: int = 16
+    resolution: int = 224
+    keeps: tuple[int, ...] = (1024,)
+    template: Literal["plain", "chat"] = "plain"
+    max_length: int = 8192
+    bucket: int = 1
+    max_missing: float = 0.01
+    feature_cache: str | None = None
+    evaluate_records: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.datasets:
+            raise ConfigError("datasets must name at least one dataset.")
+        if not self.keeps:
+            raise ConfigError("keeps must name at least one token count.")
+        if self.bucket < 1:
+            raise ConfigError(f"bucket must be at least 1 micro-batch, not {self.bucket}.")
+
+
+@dataclass(frozen=True)
+class ChatBatch:
+    """Prompts with labels, and the clips of those that have one."""
+
+    prompts: list[Prompt]
+    vision: VisionTokens | None
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Labelled positions, positions in all, and the share of the padded rectangle that is padding."""
+        lengths = [len(prompt) for prompt in self.prompts]
+        labelled = sum(label >= 0 for prompt in self.prompts for label in prompt.labels)
+        padding = 1 - sum(lengths) / (max(lengths) * len(lengths))
+        return {"label_tokens": labelled, "tokens": sum(lengths), "padding": padding}
+
+
+class ChatData:
+    """Micro-batches of a recipe for a model. Raises DataError when the datasets hold nothing."""
+
+    def __init__(self, recipe: ChatRecipe, vlm: VideoLanguageModel) -> None:
+        self.recipe, self.vlm = recipe, vlm
+        self._sources = [source for dataset in recipe.datasets for source in dataset.open()]
+        self._count = sum(map(len, self._sources))
+        if self._count == 0:
+            raise DataError("The datasets hold no records.")
+        self._cache = FeatureCache(Path(recipe.feature_cache) if recipe.feature_cache else None)
+        self._encoder = vlm.revision(language=False)
+        self._missing: dict[str, str] = {}
+        self._seen = 0
+        self._ordered: tuple[int, list[int]] = (-2, [])
+        self._window: tuple[tuple[int, int], list[list[int]]] = ((-2, 0), [])
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in one epoch."""
+        return max(1, self._count // self.recipe.optim.micro_batch)
+
+    def batch(self, index: int) -> ChatBatch:
+        """Micro-batch number `index`, counted over epochs."""
+        epoch, within = divmod(index, self.micro_batches)
+        keep = random.Random(f"{self.recipe.loop.seed}/{index}/keep").choice(self.recipe.keeps)
+        members = self._members(epoch, within)
+        pairs = [
+            self._readable(epoch, within * len(members) + slot, number, keep)
+            for slot, number in enumerate(members)
+        ]
+        return self.collate(pairs, keep)
+
+    def held_out(self, count: int) -> ChatBatch:
+        """The first records of the order of another epoch, at the largest token count."""
+        keep, order = max(self.recipe.keeps), self._order(-1)
+        return self.collate([self._readable(-1, i, order[i % self._count], keep) for i in range(count)], keep)
+
+    def flush(self) -> None:
+        """Write features that are still in memory."""
+        self._cache.flush()
+
+    # -- which records -------------------------------------------------------------------------------------
+
+    def _order(self, epoch: int) -> list[int]:
+        if self._ordered[0] != epoch:
+            generator = torch.Generator().manual_seed(self.recipe.loop.seed * 7919 + epoch)
+            self._ordered = (epoch, torch.randperm(self._count, generator=generator).tolist())
+        return self._ordered[1]
+
+    def _members(self, epoch: int, within: int) -> list[int]:
+        """Record numbers of a micro-batch: from the epoch's order, sorted by length inside a window."""
+        size, bucket = self.recipe.optim.micro_batch, self.recipe.bucket
+        number, place = divmod(within, bucket)
+        if self._window[0] != (epoch, number):
+            order = self._order(epoch)
+            first = number * bucket * size
+            last = min(first + bucket * size, self.micro_batches * size)
+            members = [order[position % self._count] for position in range(first, last)]
+            if bucket > 1:
+                members.sort(key=lambda record: (self._length(record), record))
+            batches = [members[start : start + size] for start in range(0, len(members), size)]
+            random.Random(f"{self.recipe.loop.seed}/{epoch}/{number}/bucket").shuffle(batches)
+            self._window = ((epoch, number), batches)
+        return self._window[1][place]
+
+    def _length(self, number: int) -> int:
+        """About how many positions a record takes."""
+        record = self._record(number)
+        visual = max(self.recipe.keeps) if record.media is not None else 0
+        return visual + sum(len(part) for turn in record.turns for part in turn) // CHARACTERS_PER_TOKEN
+
+    def _record(self, index: int) -> Record:
+        source: RecordSource
+        for source in self._sources:
+            if index < len(source):
+                return source[index]
+            index -= len(source)
+        raise IndexError(index)
+
+    def _readable(self, epoch: int, position: int, number: int, keep: int) -> tuple[Record, Clip | None]:
+        """A record, or the next of the order whose media can be read; its clip unless there is none or its
+        features are known."""
+        order = self._order(epoch)
+        for attempt in range(self._count):
+            if attempt:
+                number = order[(position + attempt * self.recipe.optim.micro_batch) % self._count]
+            record = self._record(number)
+            self._seen += 1
+            if record.media is None or self._key(record, keep) in self._cache:
+                return record, None
+            try:
+                return record, record.media.load(self.recipe.frames, self.recipe.resolution)
+            except VideoError as error:
+                self._report_missing(record, error)
+        raise DataError("None of the records' media can be read.")
+
+    def _report_missing(self, record: Record, error: VideoError) -> None:
+        self._missing[record.id] = str(error)
+        out = Path(self.recipe.loop.out)
+        save_json(self._missing, out / "missing.json")
+        if len(self._missing) > max(10, self.recipe.max_missing * self._seen):
+            raise DataError(
+                f"{len(self._missing)} of {self._seen} records cannot be read, more than max_missing allows: "
+                f"see {out / 'missing.json'}."
+            )
+
+    # -- what becomes of them ------------------------------------------------------------------------------
+
+    def collate(self, pairs: Sequence[tuple[Record, Clip | None]], keep: int) -> ChatBatch:
+        """Prompts and stacked features."""
+        seen = self._features(pairs, keep)
+        present = [features for features in seen if features is not None]
+        prompts = [self._prompt(record, features) for (record, _), features in zip(pairs, seen, strict=True)]
+        return ChatBatch(prompts, stack(present) if present else None)
+
+    def _features(self, pairs: Sequence[tuple[Record, Clip | None]], keep: int) -> list[Features | None]:
+        """Encoder outputs in order; what the cache lacks goes through the encoder as one batch."""
+        found = {number: self._cache.get(self._key(record, keep)) for number, (record, _) in enumerate(pairs)}
+        new = [number for number, (_, clip) in enumerate(pairs) if clip is not None and found[number] is None]
+        if new:
+            clips = [clip for number in new if (clip := pairs[number][1]) is not None]
+            pixels = [preprocess(clip, self.recipe.resolution, self.recipe.resolution) for clip in clips]
+            vision = self.vlm.encode(pixels, [keep] * len(new), [clip.times_s for clip in clips])
+            for index, number in enumerate(new):
+                features = Features.of(vision, index, clips[index].duration_s, torch.bfloat16)
+                self._cache.put(self._key(pairs[number][0], keep), features)
+                found[number] = features
+        return [found[number] for number in range(len(pairs))]
+
+    def _key(self, record: Record, keep: int) -> str:
+        recipe = self.recipe
+        media = record.media.key if record.media is not None else ""
+        depth = self.vlm.config.vision_depth
+        return f"{media}|{recipe.frames}|{recipe.resolution}|{keep}|{depth}|{self._encoder}"
+
+    def _prompt(self, record: Record, features: Features | None) -> Prompt:
+        recipe, tokenizer = self.recipe, self.vlm.llm.tokenizer
+        visuals: tuple[Visual, ...] = ()
+        if features is not None:
+            count = self.vlm.projector.planned_tokens(len(features.kept), features.grid.frames)
+            times = features.times_s if features.duration_s > 0 else ()
+            visuals = (Visual(count, duration_s=features.duration_s, times_s=times),)
+        if recipe.template == "plain" and visuals:
+            prompt = render_plain_training(tokenizer, visuals[0], record.turns[0][1])
+        else:
+            messages: list[Message] = []
+            for question, answer in record.turns:
+                front = visuals if not messages else ()
+                messages += [Message("user", (*front, question)), Message.of("assistant", answer)]
+            prompt = render_chat_training(tokenizer, messages, time_form=self.vlm.config.time_sentence)
+        return shorten(prompt, recipe.max_length)
+
+
+def shorten(prompt: Prompt, limit: int) -> Prompt:
+    """The first `limit` positions; raises DataError when that would cut into a visual."""
+    if len(prompt) <= limit:
+        return prompt
+    if any(start + count > limit for start, count in prompt.spans):
+        raise DataError(
+            f"A video takes more than max_length {limit} positions: raise it or keep fewer tokens."
+        )
+    return replace(prompt, ids=prompt.ids[:limit], labels=prompt.labels[:limit])

@@ -1,0 +1,114 @@
+"""Instruction tuning after stage 1: LoRA on the language model, with or without a 4-bit base.
+
+    python -m training.chat_lora --config training/recipes/chat_lora.yaml
+
+Starts from the folder that `training.chat_stage1` wrote. In `loop.out`, `model` is a folder that
+`VideoChat(model=...)` opens, and `model/adapter` a peft adapter that `VideoChat(..., adapters=[...])` loads.
+The paper stops at stage 1; this stage is the field's usual next one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from encoder.errors import ConfigError, FluxChatError
+from llm_bridge.llm import Quantize
+from llm_bridge.model import ADAPTER, VideoLanguageModel
+from training.chat import ChatRecipe
+from training.chat_stage1 import ChatStage
+from training.config import parse_command
+from training.loop import train
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """rank, alpha: size of the update and alpha / rank its scale. targets: [all-linear], or module-name
+    endings as peft matches them, for example [q_proj, v_proj].
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.05
+    targets: tuple[str, ...] = ("all-linear",)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"lora.rank must be at least 1, not {self.rank}.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"lora.dropout must lie from 0 to below 1, not {self.dropout}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraRecipe(ChatRecipe):
+    """Everything a LoRA run depends on.
+
+    start: folder of a model from stage 1. quantize: "4bit" or "8bit" base weights through bitsandbytes.
+    train_projector: let the projector go on learning beside the adapter.
+    """
+
+    start: str
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    quantize: Quantize | None = None
+    train_projector: bool = True
+    gradient_checkpointing: bool = False
+    template: Literal["plain", "chat"] = "chat"
+
+
+class LoraStage(ChatStage):
+    """Adapter matrices in the language model's linear layers are trained, and the projector if wanted."""
+
+    def __init__(self, recipe: LoraRecipe) -> None:
+        vlm = VideoLanguageModel.from_pretrained(recipe.start, quantize=recipe.quantize)
+        super().__init__(recipe, vlm)
+        self.recipe: LoraRecipe = recipe
+        self.adapted = self._add_adapter()
+        vlm.projector.requires_grad_(recipe.train_projector)
+
+    def _add_adapter(self) -> torch.nn.Module:
+        """Put the matrices into the model's own layers; the peft model around them saves them."""
+        from peft import LoraConfig, get_peft_model
+
+        recipe, base = self.recipe, self.vlm.language_model
+        if recipe.gradient_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(recipe.loop.seed)
+        settings = recipe.lora
+        everywhere = settings.targets == ("all-linear",)
+        config = LoraConfig(
+            r=settings.rank,
+            lora_alpha=settings.alpha,  # type: ignore[arg-type]
+            lora_dropout=settings.dropout,
+            target_modules="all-linear" if everywhere else list(settings.targets),
+            task_type="CAUSAL_LM",
+        )
+        try:
+            adapted: torch.nn.Module = get_peft_model(base, config)
+        except ValueError as error:
+            raise ConfigError(f"lora.targets does not fit the language model: {error}.") from error
+        return adapted
+
+    def finish(self, out: Path) -> None:
+        """Write the model folder with the adapter inside."""
+        self.adapted.save_pretrained(str(out / "model" / ADAPTER))  # type: ignore[operator]
+        super().finish(out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    try:
+        recipe, resume = parse_command(LoraRecipe, argv, "training.chat_lora", __doc__)
+        train(LoraStage(recipe), recipe.optim, recipe.loop, resume=resume)
+    except FluxChatError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
