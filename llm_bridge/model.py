@@ -173,7 +173,7 @@ class VideoLanguageModel(nn.Module):
     ) -> VideoLanguageModel:
         """Read what `save_pretrained` wrote and load the language model it names (or `llm`, or `encoder`).
 
-        A folder with an `adapter` in it was tuned with LoRA, which then applies unless `llm` replaces its base.
+        A folder with an `adapter` was tuned with LoRA, which applies unless `llm` replaces its base.
         dtype is the language model's; on CPUs the encoder and projector run in float32, elsewhere in dtype.
         Raises ModelError, CheckpointError or ConfigError: one sentence, what was wrong and what to do.
         """

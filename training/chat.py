@@ -1,8 +1,8 @@
 """What the chat stages share: conversations about videos become batches with labels.
 
-A micro-batch is a pure function of its number: records are shuffled anew for each epoch, records of like length
-share a micro-batch (`bucket`), one token count is drawn for it, and what the frozen encoder gave for a clip is
-kept on disk when `feature_cache` names a folder.
+A micro-batch is a pure function of its number: records are shuffled anew for each epoch, those of like length
+share a micro-batch (`bucket`), one token count is drawn for it, and what the frozen encoder gave for a clip
+is kept on disk when `feature_cache` names a folder.
 """
 
 from __future__ import annotations
