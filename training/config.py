@@ -21,7 +21,12 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, linear warm-up, cosine decay. batch_size is global: all ranks and accumulation together."""
+    """AdamW, linear warm-up, cosine decay. batch_size is global: all ranks and accumulation together.
+
+    layer_decay: factor by which the rate shrinks from each encoder block to the one below (see
+    `schedule.parameter_groups`). scale_lr: lr, min_lr and warmup_lr are meant for a batch of 256 and grow
+    with batch_size. warmup_lr: where the warm-up starts; None starts one step above zero.
+    """
 
     lr: float
     batch_size: int
@@ -33,6 +38,9 @@ class OptimConfig:
     warmup_ratio: float = 0.03
     min_lr: float = 0.0
     clip_grad: float | None = 1.0
+    layer_decay: float = 1.0
+    scale_lr: bool = False
+    warmup_lr: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("lr", "batch_size", "micro_batch", "epochs", "eps"):
@@ -44,11 +52,17 @@ class OptimConfig:
             )
         if not 0 <= self.warmup_ratio < 1:
             raise ConfigError(f"optim.warmup_ratio must lie from 0 to below 1, not {self.warmup_ratio}.")
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"optim.layer_decay must lie above 0 and up to 1, not {self.layer_decay}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """Where a run writes, how it computes, and when it saves, logs and stops."""
+    """Where a run writes, how it computes, and when it saves, logs and stops.
+
+    modules: dotted names whose gradient norms are logged besides those of the top-level parts.
+    trackers: where figures go besides metrics.jsonl and TensorBoard.
+    """
 
     out: str
     seed: int = 0
@@ -59,6 +73,8 @@ class LoopConfig:
     evaluate_every: int = 0
     max_steps: int | None = None
     stop_after_s: float | None = None
+    modules: tuple[str, ...] = ()
+    trackers: tuple[Literal["trackio", "wandb"], ...] = ()
 
 
 def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:

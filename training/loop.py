@@ -2,39 +2,56 @@
 
 A stage brings a model whose `forward(batch)` gives a loss and named figures, and `batch(index)`, a pure
 function of the index of a micro-batch. So the position in the data is a number, and a resumed run repeats
-nothing.
+nothing. On several processes each takes its own indices of a step; the losses are those of one process.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from encoder.checkpoint import load_tensors, read_tensors, save_json, save_tensors
-from encoder.errors import CheckpointError, ConfigError, DataError
+from encoder.errors import DataError
+from training.checkpoints import Progress, checkpoints, load_optimizer, load_weights, save, trainable_state
 from training.config import LoopConfig, OptimConfig
+from training.parallel import (
+    GradientNorms,
+    backward,
+    gathered,
+    is_deepspeed,
+    make_whole,
+    open_accelerator,
+    share_of,
+    whole,
+)
+from training.run_log import Figures, RunLog
 from training.schedule import learning_rate, parameter_groups
+
+__all__ = ["Stage", "TrainResult", "total_steps", "train", "trainable_state"]
 
 
 class Stage(Protocol):
-    """What differs between stages."""
+    """What differs between stages.
+
+    A stage may also have `parameter_groups(optim) -> list[dict]`, the optimiser's groups as
+    `schedule.parameter_groups` makes them (each with its `lr_scale`).
+    """
 
     @property
     def model(self) -> nn.Module:
-        """`model(batch) -> (loss, figures)`; its parameters with requires_grad are trained and saved."""
+        """`model(batch) -> (loss, figures)`; its parameters with requires_grad are trained and saved.
+
+        The figure "tokens", where a model reports it, is logged as tokens_per_s.
+        """
         ...
 
     @property
@@ -47,11 +64,11 @@ class Stage(Protocol):
         ...
 
     def evaluate(self) -> Mapping[str, float]:
-        """Figures on held-out data; called every `loop.evaluate_every` steps."""
+        """Figures on held-out data; called on every rank each `loop.evaluate_every` steps."""
         ...
 
     def finish(self, out: Path) -> None:
-        """Write the stage's result into `out`."""
+        """Write the stage's result into `out`; called on the main process."""
         ...
 
 
@@ -74,160 +91,171 @@ def total_steps(stage: Stage, optim: OptimConfig, loop: LoopConfig) -> int:
 def train(stage: Stage, optim: OptimConfig, loop: LoopConfig, *, resume: bool = False) -> TrainResult:
     """Run a stage to its end, or until a signal or `stop_after_s` interrupts it after a checkpoint.
 
-    Raises ConfigError when the ranks do not divide the accumulation, DataError when `out` already holds a run
-    and `resume` is not asked for.
+    Raises ConfigError when the ranks do not divide the accumulation or the machine lacks the precision,
+    DataError when `out` already holds a run and `resume` is not asked for, CheckpointError when the run in
+    `out` cannot be continued.
     """
-    from accelerate import Accelerator
     from tqdm.auto import tqdm
 
-    precision = {"fp32": "no"}.get(loop.precision, loop.precision)
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
-    ranks, rank = accelerator.num_processes, accelerator.process_index
-    per_step = optim.batch_size // optim.micro_batch
-    if per_step % ranks:
-        raise ConfigError(f"{per_step} micro-batches per step cannot be shared by {ranks} processes evenly.")
-    share, total = per_step // ranks, total_steps(stage, optim, loop)
-    out = Path(loop.out)
-    if accelerator.is_main_process:
-        _claim(out, resume)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(stage.model, optim.weight_decay), lr=optim.lr, betas=optim.betas, eps=optim.eps
-    )
-    start, skipped = _restore(stage.model, optimizer, out) if resume else (0, 0)
-    model, optimizer = accelerator.prepare(stage.model, optimizer)
-    result = TrainResult(skipped=skipped)
-    log = _Log(out, start) if accelerator.is_main_process else None
-    bar = tqdm(
-        total=total, initial=start, unit="step", disable=not accelerator.is_main_process, smoothing=0.05
-    )
+    run = _Run(stage, optim, loop, resume)
+    total, main = run.total, run.accelerator.is_main_process
+    result = TrainResult(skipped=run.done.skipped)
+    settings = {"optim": asdict(optim), "loop": asdict(loop)}
+    log = RunLog(run.out, run.done.step, loop.trackers, settings) if main else None
+    bar = tqdm(total=total, initial=run.done.step, unit="step", disable=not main, smoothing=0.05)
+    if log is not None and log.warning:
+        bar.write(log.warning)
     began, clock = time.monotonic(), time.perf_counter()
 
-    def index_of(step: int, part: int) -> int:
-        return step * per_step + rank * share + part
-
     with _interruption() as interrupted, _prefetch(stage.batch) as batch_of, bar:
-        for step in range(start, total):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, total, optim)
-            model.train()
-            loss_sum, figures = torch.zeros((), device=accelerator.device), dict[str, float]()
-            for part in range(share):
-                index = index_of(step, part)
-                following = index + 1 if part + 1 < share else index_of(step + 1, 0)
-                batch = batch_of(index, following if step + 1 < total or part + 1 < share else None)
-                # Randomness inside the model is a function of the position too, so that resuming is exact.
-                torch.manual_seed(loop.seed * 1_000_003 + index)
-                with accelerator.no_sync(model) if part + 1 < share else nullcontext():
-                    with accelerator.autocast():
-                        loss, found = model(batch)
-                    accelerator.backward(loss / share)
-                loss_sum += loss.detach() / share
-                for name, value in found.items():
-                    figures[name] = figures.get(name, 0.0) + float(value) / share
-            mean_loss = float(accelerator.reduce(loss_sum, reduction="mean"))
-            trainable = [p for group in optimizer.param_groups for p in group["params"]]
-            norm = float(accelerator.clip_grad_norm_(trainable, optim.clip_grad or math.inf))
-            if math.isfinite(mean_loss) and math.isfinite(norm):
-                optimizer.step()
-            else:
-                result.skipped += 1
-            optimizer.zero_grad(set_to_none=True)
-            result.losses.append(mean_loss)
+        for step in range(run.done.step, total):
+            rate = learning_rate(step, total, optim)
+            loss, figures = run.gradients(step, rate, batch_of)
+            norms, skipped = run.update(loss)
+            run.done = Progress(step + 1, run.done.skipped + skipped)
+            result.losses.append(loss)
+            result.skipped = run.done.skipped
 
-            done = step + 1
+            due = run.done.step % loop.checkpoint_every == 0 or run.done.step == total
             now = time.perf_counter()
             if log is not None:
-                rate = optim.batch_size / (now - clock)
-                lr = optimizer.param_groups[0]["lr"]
+                speed = optim.batch_size / (now - clock)
+                found = {"loss": loss, **norms, "lr": rate, "samples_per_s": speed, **figures.means()}
+                if (tokens := figures.total("tokens")) is not None:
+                    found["tokens_per_s"] = tokens / (now - clock)
                 bar.update()
-                bar.set_postfix(loss=f"{mean_loss:.3f}", lr=f"{lr:.1e}", per_s=f"{rate:.1f}")
-                log.write(
-                    done,
-                    {"loss": mean_loss, "grad_norm": norm, "lr": lr, "samples_per_s": rate, **figures},
-                    skipped=result.skipped,
-                    flush=done % loop.log_every == 0,
-                )
+                bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", per_s=f"{speed:.1f}")
+                flush = due or run.done.step % loop.log_every == 0
+                log.write(run.done.step, found, skipped=run.done.skipped, flush=flush)
             clock = now
-            if loop.evaluate_every and done % loop.evaluate_every == 0 and log is not None:
-                model.eval()
-                log.write(
-                    done, {f"eval/{k}": v for k, v in stage.evaluate().items()}, flush=True, echo=bar.write
-                )
+            if loop.evaluate_every and run.done.step % loop.evaluate_every == 0:
+                measured = run.evaluate()
+                if log is not None:
+                    log.write(run.done.step, measured, flush=True, echo=bar.write)
                 clock = time.perf_counter()
             late = loop.stop_after_s is not None and time.monotonic() - began > loop.stop_after_s
-            stopping = bool(
-                accelerator.reduce(torch.tensor(float(interrupted() or late)).to(accelerator.device))
-            )
-            if done % loop.checkpoint_every == 0 or done == total or stopping:
-                if accelerator.is_main_process:
-                    _save(accelerator.unwrap_model(model), optimizer, out, done, result.skipped, loop)
-                accelerator.wait_for_everyone()
-            if stopping and done < total:
-                bar.write(f"Stopped after step {done} of {total}: continue with --resume.")
+            stopping = run.any_rank(bool(interrupted()) or late)
+            if due or stopping:
+                run.save()
+            if stopping and run.done.step < total:
+                if log is not None:
+                    bar.write(f"Stopped after step {run.done.step} of {total}: continue with --resume.")
+                    log.close()
                 return result
-    if accelerator.is_main_process:
-        stage.finish(out)
-    accelerator.wait_for_everyone()
+    if log is not None:
+        log.close()
+    run.finish()
     result.finished = True
     return result
 
 
+class _Run:
+    """Model, optimiser and position of a run on this rank."""
+
+    def __init__(self, stage: Stage, optim: OptimConfig, loop: LoopConfig, resume: bool) -> None:
+        self.stage, self.optim, self.loop, self.out = stage, optim, loop, Path(loop.out)
+        self.accelerator = open_accelerator(loop.precision)
+        self.per_step = optim.batch_size // optim.micro_batch
+        self.share = share_of(self.accelerator, optim)
+        self.total = total_steps(stage, optim, loop)
+        if self.accelerator.is_main_process:
+            _claim(self.out, resume)
+        self.done = load_weights(stage.model, self.out, optim, loop) if resume else Progress()
+        groups = getattr(stage, "parameter_groups", None)
+        optimizer = torch.optim.AdamW(
+            groups(optim)
+            if groups is not None
+            else parameter_groups(stage.model, optim.weight_decay, optim.layer_decay),
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+        )
+        self.model, self.optimizer = self.accelerator.prepare(stage.model, optimizer)
+        if resume:
+            load_optimizer(self.accelerator, self.model, self.optimizer, self.out)
+        self.norms = GradientNorms(self._plain, loop.modules)
+
+    @property
+    def _plain(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _index(self, step: int, part: int) -> int:
+        """Ranks take neighbouring micro-batches, so that their number does not change a step's data."""
+        return step * self.per_step + self.accelerator.process_index * self.share + part
+
+    def gradients(
+        self, step: int, rate: float, batch_of: Callable[[int, int | None], Any]
+    ) -> tuple[float, Figures]:
+        """Gradients of the step's mean loss; that loss and the figures, of all ranks."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        self.model.train()
+        figures, total = Figures(), torch.zeros((), device=self.accelerator.device)
+        for part in range(self.share):
+            last = part + 1 == self.share
+            following = self._index(step + 1, 0) if last else self._index(step, part + 1)
+            batch = batch_of(self._index(step, part), None if last and step + 1 == self.total else following)
+            # Randomness inside the model is a function of the position too, so that resuming is exact.
+            torch.manual_seed(self.loop.seed * 1_000_003 + self._index(step, part))
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                with self.accelerator.autocast():
+                    loss, found = self.model(batch)
+                backward(self.accelerator, loss, self.share, last=last)
+            total += loss.detach() / self.share
+            figures.add(found)
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import gather_object
+
+            figures.merge(gather_object([figures]))
+        return float(self.accelerator.reduce(total, reduction="mean")), figures
+
+    def update(self, loss: float) -> tuple[dict[str, float], bool]:
+        """Clip and step; the gradient norms before clipping, and whether the step was skipped.
+
+        Loss and norm are the same on all ranks here, so all of them skip or none does.
+        """
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        limit = self.optim.clip_grad
+        # None before DeepSpeed's first step.
+        total = self.accelerator.clip_grad_norm_(trained, limit or math.inf)
+        norm = float("nan") if total is None else float(whole(torch.as_tensor(total)))
+        norms = {"grad_norm": norm}
+        if not is_deepspeed(self.accelerator):
+            norms |= self.norms.after_clipping(norm, limit)
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        # The fp16 scaler must see bad steps too: it skips them, and lowers its scale.
+        if finite or self.accelerator.scaler is not None or is_deepspeed(self.accelerator):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norms, not finite or bool(self.optimizer.step_was_skipped)
+
+    def evaluate(self) -> dict[str, float]:
+        """The stage's figures; every rank computes them, since sharded weights need all of them."""
+        self.model.eval()
+        with gathered(self._plain):
+            return {f"eval/{name}": value for name, value in self.stage.evaluate().items()}
+
+    def any_rank(self, flag: bool) -> bool:
+        """Whether it holds on any rank."""
+        flags = torch.tensor(float(flag), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flags))
+
+    def save(self) -> None:
+        """A checkpoint of where the run is."""
+        save(self.accelerator, self.model, self.optimizer, self.out, self.done, self.optim, self.loop)
+
+    def finish(self) -> None:
+        """The stage's result, by the main process."""
+        make_whole(self._plain)
+        if self.accelerator.is_main_process:
+            self.stage.finish(self.out)
+        self.accelerator.wait_for_everyone()
+
+
 def _claim(out: Path, resume: bool) -> None:
-    if not resume and _checkpoints(out):
+    if not resume and checkpoints(out):
         raise DataError(f"{out} already holds a run: continue it with --resume, or choose another loop.out.")
     out.mkdir(parents=True, exist_ok=True)
-
-
-# -- checkpoints --------------------------------------------------------------------------------------------
-
-
-def _checkpoints(out: Path) -> list[Path]:
-    """Complete checkpoints, oldest first; a half-written one has another name."""
-    return sorted(path for path in (out / "checkpoints").glob("step_*") if path.is_dir())
-
-
-def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters that are trained, by name."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _save(model: nn.Module, optimizer: Any, out: Path, step: int, skipped: int, loop: LoopConfig) -> None:
-    """Write a checkpoint beside its place and move it there whole; then drop the oldest."""
-    folder = out / "checkpoints"
-    target, scratch = folder / f"step_{step:08d}", folder / f".step_{step:08d}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    save_tensors(trainable_state(model), scratch / "trainable.safetensors")
-    torch.save(optimizer.state_dict(), scratch / "optimizer.pt")
-    save_json({"step": step, "skipped": skipped, "seed": loop.seed}, scratch / "state.json")
-    if target.exists():
-        shutil.rmtree(scratch)
-    else:
-        os.replace(scratch, target)
-    for old in _checkpoints(out)[: -loop.keep_checkpoints]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, out: Path) -> tuple[int, int]:
-    """Load the newest checkpoint; returns (steps done, steps skipped), zeros when there is none."""
-    found = _checkpoints(out)
-    if not found:
-        return 0, 0
-    try:
-        state = json.loads((found[-1] / "state.json").read_text())
-        tensors = read_tensors(found[-1] / "trainable.safetensors")
-        expected = set(trainable_state(model))
-        if set(tensors) != expected:
-            raise CheckpointError(f"{found[-1]} was written by another recipe: its parameters differ.")
-        load_tensors(model, tensors, strict=False)
-        optimizer.load_state_dict(
-            torch.load(found[-1] / "optimizer.pt", map_location="cpu", weights_only=True)
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"Cannot continue from {found[-1]}: {error}; delete it to use an older one."
-        ) from error
-    return int(state["step"]), int(state["skipped"])
 
 
 # -- around the steps ---------------------------------------------------------------------------------------
@@ -263,42 +291,3 @@ def _prefetch(make: Callable[[int], Any]) -> Iterator[Callable[[int, int | None]
             return batch
 
         yield get
-
-
-class _Log:
-    """metrics.jsonl, and TensorBoard where it is installed; lines after a resumed step are dropped."""
-
-    def __init__(self, out: Path, start: int) -> None:
-        path = out / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= start]
-        self._file = open(path, "w")  # noqa: SIM115  lives as long as the run
-        self._file.writelines(line + "\n" for line in kept)
-        self._board = None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
-        except ImportError:
-            pass
-
-    def write(
-        self,
-        step: int,
-        figures: Mapping[str, float],
-        *,
-        skipped: int | None = None,
-        flush: bool = False,
-        echo: Callable[[str], object] | None = None,
-    ) -> None:
-        line = {"step": step, **figures} | ({} if skipped is None else {"skipped": skipped})
-        self._file.write(json.dumps(line) + "\n")
-        if self._board is not None:
-            for name, value in figures.items():
-                self._board.add_scalar(name, value, step)
-        if flush:
-            self._file.flush()
-            if self._board is not None:
-                self._board.flush()
-        if echo is not None:
-            echo(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from training import loop
+from training import checkpoints, loop
 from training.config import LoopConfig, OptimConfig, build
 
 
@@ -67,7 +67,7 @@ if __name__ == "__main__":
     changes = {key: yaml.safe_load(value) for key, value in given.items()}
     pause = changes.pop("pause_s", 0.0)
     if os.environ.get("SLOW_SAVE"):
-        save_json = loop.save_json
+        save_json = checkpoints.save_json
 
         def slowly(*args) -> None:
             save_json(*args)
@@ -75,5 +75,5 @@ if __name__ == "__main__":
                 print("SAVING", flush=True)
                 time.sleep(60)
 
-        loop.save_json = slowly
+        checkpoints.save_json = slowly
     loop.train(ToyStage(pause_s=pause), *configs(sys.argv[1], **changes), resume="--resume" in sys.argv)
