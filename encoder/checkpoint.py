@@ -49,9 +49,10 @@ class LoadReport:
         return f"{len(self.loaded)} loaded" + "".join(f"; {part}" for part in parts)
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
+def read_tensors(path: str | Path, *, strip: bool = True) -> dict[str, Tensor]:
     """All tensors of a .safetensors, .pth, .pt or .bin file, unwrapped and without training prefixes.
 
+    strip: whether to drop the prefixes; a checkpoint of a model that holds an encoder keeps its names.
     Never unpickles code. Raises CheckpointError when the file cannot be read or holds no tensors.
     """
     path = Path(path)
@@ -77,7 +78,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         if not isinstance(value, Tensor):
             continue
         stripped = str(name)
-        while prefix := next((p for p in PREFIXES if stripped.startswith(p)), None):
+        while strip and (prefix := next((p for p in PREFIXES if stripped.startswith(p)), None)):
             stripped = stripped.removeprefix(prefix)
         tensors[stripped] = value
     if not tensors:

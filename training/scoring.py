@@ -21,6 +21,14 @@ _MOTION_WORDS: Mapping[str, str] = {
     "down": r"\bdown\b|downward|\bsink|\bdrop|\bfall|descend",
     "still": r"\bstill\b|not mov|n't mov|in place|where it was|stationary",
 }
+# Words that tell what became of a thing; "becomes" is told by what it turns into.
+_CHANGE_WORDS: Mapping[str, str] = {
+    "same": r"\bsame\b|\bnothing\b|unchanged|n't change|not change",
+    "stops": r"\bstop|\bhalt|comes to (?:a )?rest",
+    "vanishes": r"disappear|vanish|\bgone\b|leaves",
+    "appears": r"\bappear|shows up|\benters\b",
+    "starts": r"\bstart|\bbegin",
+}
 _NUMBERS = ("zero", "one", "two", "three", "four", "five")
 
 
@@ -32,7 +40,8 @@ def motion_in(text: str) -> str | None:
 
 def names(text: str, noun: str, plural: str | None = None) -> bool:
     """Whether a text names a thing, as whole words, in singular or plural."""
-    forms = "|".join(re.escape(form) for form in (noun, plural or noun + "s"))
+    plurals = (plural,) if plural else (noun + "s", noun + "es", noun.removesuffix("y") + "ies")
+    forms = "|".join(re.escape(form.lower()) for form in (noun, *plurals))
     return re.search(rf"\b(?:{forms})\b", text.lower()) is not None
 
 
@@ -48,8 +57,17 @@ def agrees(question: Question, text: str) -> bool:
         return letter_in(text) == chr(ord("A") + (question.answer_index or 0))
     facts: Mapping[str, Any] = question.facts
     lowered = text.lower().strip()
+    if _plain(text) and _plain(text) == _plain(question.answer):  # irregular plurals
+        return True
     if "present" in facts:
         return lowered.startswith("yes" if facts["present"] else "no")
+    if "change" in facts:
+        if facts["change"] == "becomes":
+            return names(text, facts["into"])
+        return (
+            next((c for c, words in _CHANGE_WORDS.items() if re.search(words, lowered)), None)
+            == facts["change"]
+        )
     if "motion" in facts:
         return motion_in(text) == facts["motion"]
     if "count" in facts:

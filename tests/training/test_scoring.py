@@ -1,0 +1,92 @@
+"""Scoring: what counts as right, on hand-made answers, and intervals against their definition."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from training.demo_world.asking import Question
+from training.demo_world.bank import procedural_bank
+from training.demo_world.wording import ANSWERS, MOVES
+from training.demo_world.world import World
+from training.scoring import agrees, letter_in, motion_in, names, wilson
+
+
+@pytest.mark.parametrize("motion", MOVES)
+def test_every_wording_of_a_motion_is_understood(motion) -> None:
+    for split in ("train", "test"):
+        for phrase in MOVES[motion][split]:
+            assert motion_in(f"A dog: {phrase}.") == motion, phrase
+    assert motion_in(f"It {ANSWERS[motion]}.") == motion
+
+
+def test_no_motion() -> None:
+    assert motion_in("A bright dog on a cup.") is None
+
+
+def test_names_whole_words() -> None:
+    assert names("A dog runs.", "dog")
+    assert names("Two Dogs run.", "dog", "dogs")
+    assert not names("A hot doggy bag", "dog")
+    assert not names("", "dog")
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [("(B) left", "B"), ("B", "B"), ("Answer: C.", "C"), ("(d)", "D"), ("left", None), ("", None)],
+)
+def test_letters(text: str, letter: str | None) -> None:
+    assert letter_in(text) == letter
+
+
+@pytest.mark.parametrize(
+    ("facts", "right", "wrong"),
+    [
+        ({"present": True, "noun": "dog"}, "Yes, there is.", "No."),
+        ({"present": False, "noun": "dog"}, "no", "Yes."),
+        ({"motion": "left", "noun": "dog"}, "It heads left.", "It moves to the right."),
+        ({"count": 3}, "Three.", "Two."),
+        ({"count": 2}, "2", "12"),
+        ({"count": 0}, "None.", "One."),
+        ({"category": "animal"}, "An animal.", "A plant."),
+        ({"noun": "red car"}, "A red car.", "A car."),
+        ({"change": "vanishes", "noun": "dog"}, "The dog disappears.", "The dog appears."),
+        ({"change": "becomes", "noun": "dog", "into": "cat"}, "It turns into a cat.", "The dog turns."),
+        ({"change": "stops", "noun": "dog"}, "It stops moving.", "It starts to move."),
+    ],
+)
+def test_open_answers(facts: dict, right: str, wrong: str) -> None:
+    question = Question("x", "?", "", facts=facts)
+    assert agrees(question, right)
+    assert not agrees(question, wrong)
+    assert not agrees(question, "")
+
+
+def test_the_worlds_own_answers_are_right() -> None:
+    world = World("test", 0, bank=procedural_bank())
+    checked = 0
+    for index in range(150):
+        for question in world.sample(index).questions:
+            assert agrees(question, question.answer), (
+                question.question,
+                question.answer,
+                dict(question.facts),
+            )
+            checked += 1
+    assert checked > 500
+
+
+@given(st.integers(0, 200), st.integers(1, 200))
+def test_wilson_holds_the_share(right: int, total: int) -> None:
+    right = min(right, total)
+    low, high = wilson(right, total)
+    assert 0 <= low <= right / total + 1e-9
+    assert right / total - 1e-9 <= high <= 1
+    wider = wilson(right * 4, total * 4)
+    assert wider[1] - wider[0] < high - low + 1e-9
+
+
+def test_wilson_by_hand() -> None:
+    # p = 0.5, n = 100: centre 0.5, half-width 1.96 / 2 / sqrt(100 + 1.96^2).
+    low, high = wilson(50, 100)
+    assert (low, high) == pytest.approx((0.40383, 0.59617), abs=1e-4)
+    assert wilson(0, 0) == (0.0, 1.0)
