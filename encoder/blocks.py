@@ -82,8 +82,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, segments: Sequence[Segment]) -> Tensor:
         """(N, C) -> (N, C)."""
+        return self.mix(*self.qkv_of(x), segments)
+
+    def qkv_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalised queries, normalised keys, and values, each (N, C)."""
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k = self.q_norm(q), self.k_norm(k)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment]) -> Tensor:
+        """What `qkv_of` gave -> (N, C)."""
         local = self.lpe(v)
         out, start = [], 0
         for clips, length in segments:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from encoder.blocks import Aligner, AttentionPool, Block, ChannelAffine, Segment
 from encoder.config import FluxViTConfig
 from encoder.errors import BudgetError
+from encoder.merging import in_raster_order, merging_block
 from encoder.patch_embed import PatchEmbed
 from encoder.positions import PositionCache, interpolate, sin_cos_3d
 from encoder.selection import Selector, select
@@ -125,6 +126,7 @@ class FluxViT(nn.Module):
         compat_truncation: bool = False,
         depth: int | None = None,
         times_s: Sequence[Sequence[float]] | None = None,
+        merge: Sequence[int] | None = None,
     ) -> VisionTokens:
         """Encode clips, keeping K tokens of each.
 
@@ -132,6 +134,8 @@ class FluxViT(nn.Module):
         keep: K for all clips or one per clip; None, or a K not below the grid's size, keeps every token.
         depth: run only the first so many blocks (negative counts from the end: -1 skips the last).
         times_s: presentation times of each clip's frames, handed through.
+        merge: tokens to leave after each of the first blocks by vid-TLDR merging (see encoder.merging);
+        `kept` then names the places of the tokens that others joined.
         Raises BudgetError for K < 1, a wrong number of K, or sides that are not multiples of the patch size.
         """
         clips = list(pixels)
@@ -140,6 +144,8 @@ class FluxViT(nn.Module):
             raise BudgetError(
                 f"{len(keeps)} token budgets were given for {len(clips)} clips: give one for each."
             )
+        if merge is not None and min(merge, default=1) < 1:
+            raise BudgetError(f"Merging must leave at least 1 token, not {min(merge)}.")
         grids = [self.grid_of(*clip.shape[1:]) for clip in clips]
 
         # Clips of one grid and one K share every kernel call.
@@ -162,7 +168,8 @@ class FluxViT(nn.Module):
                     compat_truncation=compat_truncation,
                 )
             )
-        return self._encode(list(groups), list(groups.values()), patches, kept, depth, times_s)
+        sharing = list(groups.values())
+        return self._encode(list(groups), sharing, patches, kept, depth, times_s, merge=merge or ())
 
     def encode(
         self,
@@ -190,6 +197,7 @@ class FluxViT(nn.Module):
         depth: int | None,
         times_s: Sequence[Sequence[float]] | None,
         layers: Sequence[int] = (),
+        merge: Sequence[int] = (),
     ) -> VisionTokens:
         """Blocks over the packed tokens of all groups, then back to the order of the clips."""
         entered = [
@@ -200,9 +208,15 @@ class FluxViT(nn.Module):
         x = flat[0] if len(flat) == 1 else torch.cat(flat)
         hidden = []
         for index, block in enumerate(self.blocks[:depth]):
+            if index < len(merge):
+                assert isinstance(block, Block)
+                x, segments, kept = merging_block(block, x, segments, kept, merge[index])
+                continue
             x = self._run_block(block, x, segments)
             if index in layers:
                 hidden.append(x)
+        if merge:
+            x, kept = in_raster_order(x, segments, kept)
 
         packed: dict[int, Tensor] = {}
         cls: dict[int, Tensor] = {}
