@@ -25,7 +25,9 @@ from encoder.budget import Budget, Plan
 from encoder.errors import ConfigError, ModelError
 from encoder.preprocess import preprocess
 from encoder.selection import Selector
+from encoder.tokens import VisionTokens
 from encoder.video import DEFAULT_LIMITS, Clip, Limits, VideoInfo, probe, read_clip
+from llm_bridge.batching import Batcher
 from llm_bridge.cache import ByteLRU, PrefixCache
 from llm_bridge.generate import Sampling
 from llm_bridge.llm import Quantize
@@ -45,6 +47,7 @@ class VideoChat:
     cache_mib: bound on what is kept for follow-up questions: half of it KV prefixes, a quarter each decoded
     frames and embeddings.
     trusted: False reads videos as strangers' uploads (sandboxed, allowed codecs only). limits: on reading.
+    batch: answers, asked from as many threads, whose tokens are made in one pass; 1 is one at a time.
     Raises ModelError, CheckpointError or ConfigError: one sentence, what was wrong and what to do.
     """
 
@@ -62,6 +65,7 @@ class VideoChat:
         cache_mib: int = 1024,
         trusted: bool = True,
         limits: Limits = DEFAULT_LIMITS,
+        batch: int = 8,
     ) -> None:
         if isinstance(model, VideoLanguageModel):
             self.model = model
@@ -83,6 +87,7 @@ class VideoChat:
         self._seen: ByteLRU[Seen] = ByteLRU(cache_mib * MIB // 4, lambda seen: seen.bytes)
         self._infos: ByteLRU[VideoInfo] = ByteLRU(4096, lambda _: 1)
         self._prefixes = PrefixCache(cache_mib * MIB // 2, self.model.llm.kv_bytes_per_token)
+        self._batcher = Batcher(self.model.llm, batch)
         self._calibration: Calibration | None = None
         self._calibrating = threading.Lock()
         self._closed = False
@@ -112,6 +117,7 @@ class VideoChat:
         seed: int | None = None,
         scope: str = "",
         progress: Progress | None = None,
+        stop: threading.Event | None = None,
     ) -> AnswerStream:
         """The answer as an iterator of text pieces, stoppable within one token.
 
@@ -119,7 +125,7 @@ class VideoChat:
         text alone. budget: tokens per video (see `Budget.of`; default: the model's). history: earlier turns
         about the same video, as (question, answer) pairs. temperature 0 is greedy. scope: whose question this
         is; nothing kept for one scope serves another. progress: told what begins ("decode", "encode",
-        "prefill"), of which video, of how many.
+        "prefill"), of which video, of how many. stop: an event that ends the answer when set.
         Raises VideoError, BudgetError or ConfigError on iteration.
         """
         return AnswerStream(
@@ -133,6 +139,7 @@ class VideoChat:
             sampling=Sampling(max_new_tokens, temperature, top_p, top_k, seed),
             scope=scope,
             progress=progress,
+            stop=stop,
         )
 
     def conversation(self, video: Any = None, **options: Any) -> Conversation:
@@ -144,6 +151,10 @@ class VideoChat:
     def plan_budget(self, budget: Budget | int | str | None) -> Budget:
         """What people write as a Budget, None being the model's own; raises BudgetError."""
         return Budget(self.model.config.default_tokens) if budget is None else Budget.of(budget)
+
+    def probe(self, video: Any) -> VideoInfo:
+        """Size, duration and codec of a video or image; raises VideoError when it cannot be used."""
+        return self._info(video)
 
     def plan(self, video: Any, budget: Budget | int | str | None = None) -> Plan:
         """Frames, resolution and kept tokens that the budget buys on this video."""
@@ -260,17 +271,21 @@ class VideoChat:
         decoded = time.perf_counter()
         progress("encode")
         pixels = preprocess(clip.frames, plan.height, plan.width, fit=self.model.config.fit)
-        generator = torch.Generator().manual_seed(0)
-        with torch.inference_mode():
-            vision = self.model.encode(
-                [pixels], [plan.keep], [clip.times_s], selector=selector, generator=generator
-            )
-            embedding = self.model.project(vision)[0]
-            if self.model.device.type != "cpu":
-                torch.accelerator.synchronize(self.model.device)
+        vision, embedding = self._batcher.run(self._encode, pixels, plan.keep, clip.times_s, selector)
         kept = kept_tokens(clip, replace(plan, frames=len(clip.frames)), vision.kept[0])
         visual = Visual(len(embedding), key, info.duration_s, kept.times_s)
         return Seen(embedding, visual, kept, decoded - start, time.perf_counter() - decoded)
+
+    @torch.inference_mode()
+    def _encode(
+        self, pixels: torch.Tensor, keep: int, times_s: tuple[float, ...], selector: Selector
+    ) -> tuple[VisionTokens, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        vision = self.model.encode([pixels], [keep], [times_s], selector=selector, generator=generator)
+        embedding = self.model.project(vision)[0]
+        if self.model.device.type != "cpu":
+            torch.accelerator.synchronize(self.model.device)
+        return vision, embedding
 
     # -- the rest -------------------------------------------------------------------------------------------
 
@@ -316,6 +331,7 @@ class VideoChat:
     def close(self) -> None:
         """Free the caches; asking afterwards raises ModelError."""
         self._closed = True
+        self._batcher.close()
         self.forget()
 
     def __enter__(self) -> VideoChat:

@@ -41,12 +41,13 @@ class AnswerStream:
         sampling: Sampling,
         scope: str,
         progress: Progress | None,
+        stop: threading.Event | None,
     ) -> None:
         self._chat, self._videos, self._question = chat, videos, question
         self._budget, self._history, self._system = budget, history, system
         self._selector, self._sampling = selector, sampling
         self._scope, self._progress = scope, progress
-        self._stop = threading.Event()
+        self._stop = threading.Event() if stop is None else stop
         self._answer: Answer | None = None
 
     def stop(self) -> None:
@@ -76,6 +77,7 @@ class AnswerStream:
             chat._prefixes,
             self._scope,
             self._stop,
+            batcher=chat._batcher,
         )
         pieces: list[str] = []
         try:

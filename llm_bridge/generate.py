@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -104,7 +105,7 @@ class Generation:
 
     prompt and visuals: what is asked; visuals are (M, D), one per span of the prompt. stop: set it, from any
     thread, and computing ends within one token. prefixes: KV caches to start from and to leave this one in,
-    those of `scope` only.
+    those of `scope` only. batcher: computes for several generations at once, each in a thread of its own.
     Raises BudgetError on iteration when prompt and answer exceed the model's context.
     """
 
@@ -117,6 +118,7 @@ class Generation:
     stop: threading.Event = field(default_factory=threading.Event)
     stats: GenerationStats = field(default_factory=GenerationStats)
     batcher: Batcher | None = None
+    _kv: Any | None = field(default=None, init=False, repr=False)  # what the cache gets at the end
 
     def __iter__(self) -> Iterator[str]:
         self._check_context()
@@ -124,23 +126,25 @@ class Generation:
         keys = list(self.prompt.cache_keys)
         prefix = self.prefixes.take(keys, scope=self.scope) if self.prefixes is not None else None
         cached = len(prefix.keys) if prefix is not None else 0
-        kv = prefix.kv if prefix is not None else self._new_kv()
+        kv = self._kv = prefix.kv if prefix is not None else self._new_kv()
         self.stats.prompt_tokens, self.stats.cached_tokens = len(keys), cached
         decoder = StreamingDecoder(self.llm.tokenizer)
         try:
             logits = self._prefill(kv, cached)
             self.stats.prefill_s = time.perf_counter() - start
-            for token in self._decode(kv, logits, keys):
-                if not self.stats.completion_tokens:
-                    self.stats.first_token_s = time.perf_counter() - start
-                self.stats.completion_tokens += 1
-                if piece := decoder.push(token):
-                    yield piece
+            with closing(self._decode(kv, logits, keys)) as tokens:
+                for token in tokens:
+                    if not self.stats.completion_tokens:
+                        self.stats.first_token_s = time.perf_counter() - start
+                    self.stats.completion_tokens += 1
+                    if piece := decoder.push(token):
+                        yield piece
             if piece := decoder.flush():
                 yield piece
         finally:
             self.stats.total_s = time.perf_counter() - start
-            if self.prefixes is not None:
+            kv = self._kv
+            if self.prefixes is not None and kv is not None:
                 self.prefixes.put(Prefix(tuple(keys[: kv.get_seq_length()]), kv, self.scope))
 
     def _check_context(self) -> None:
@@ -167,25 +171,36 @@ class Generation:
                 embedded[position + skip - start : position + count - start] = visual[skip:].to(embedded)
         return embedded[None]
 
-    @torch.inference_mode()
     def _prefill(self, kv: Any, cached: int) -> Tensor | None:
         """Run the prompt from position `cached` on; scores (V,) of the first new token, None if stopped."""
         logits = None
-        for chunk in self._embeddings(cached).split(PREFILL_CHUNK, dim=1):
-            if self.stop.is_set():
-                return None
-            logits = self._step(kv, inputs_embeds=chunk)
+        for start in range(cached, len(self.prompt), PREFILL_CHUNK):
+            if self.batcher is None:
+                logits = self._prefill_chunk(kv, start)
+            else:
+                logits = self.batcher.run(self._prefill_chunk, kv, start)
         return logits
+
+    @torch.inference_mode()
+    def _prefill_chunk(self, kv: Any, start: int) -> Tensor | None:
+        if self.stop.is_set():
+            return None
+        return self._step(kv, inputs_embeds=self._embeddings(start)[:, :PREFILL_CHUNK])
 
     def _step(self, kv: Any, **inputs: Tensor) -> Tensor:
         out = self.llm.model(**inputs, past_key_values=kv, use_cache=True, logits_to_keep=1)
         return out.logits[0, -1].float()
 
-    def _decode(self, kv: Any, logits: Tensor | None, keys: list[int]) -> Iterator[int]:
+    def _decode(self, kv: Any, logits: Tensor | None, keys: list[int]) -> Generator[int, None, None]:
         """New tokens until the end of the turn, the length limit, or a stop."""
+        if logits is None:
+            return
+        if self.batcher is not None:
+            yield from self._decode_together(self.batcher, kv, logits, keys)
+            return
         choose, eos = chooser(self.sampling, self.llm.device), self.llm.eos_ids
         for count in range(self.sampling.max_new_tokens):
-            if self.stop.is_set() or logits is None:
+            if self.stop.is_set():
                 return
             token = choose(logits)
             if token in eos:
@@ -200,6 +215,15 @@ class Generation:
                 return
             with torch.inference_mode():
                 logits = self._step(kv, input_ids=torch.tensor([[token]], device=self.llm.device))
+
+    def _decode_together(self, batcher: Batcher, kv: Any, logits: Tensor, keys: list[int]) -> Iterator[int]:
+        row = batcher.join(kv, logits, self.sampling, self.stop)
+        try:
+            yield from row
+        finally:
+            self._kv = row.leave()
+            keys += row.tokens  # the KV cache may be ahead of the reader
+            self.stats.finish = row.finish or "cancelled"
 
 
 def chooser(sampling: Sampling, device: torch.device) -> Any:

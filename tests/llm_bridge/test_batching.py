@@ -1,0 +1,216 @@
+"""Answers decoded together are those decoded alone, whoever joins, leaves or stops meanwhile."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_bridge.batching import Batcher
+from llm_bridge.cache import PrefixCache
+from llm_bridge.generate import Generation, GenerationStats, Sampling
+from llm_bridge.llm import LanguageModel, load_llm
+from llm_bridge.prompt import Message, Visual, render
+from tests import tiny_llms
+
+QUESTIONS = [
+    (3, "What is it?", 40),
+    (40, "How many birds are there?", 25),
+    (1, "Describe it!", 9),
+    (120, "Where does the red car move?", 60),
+    (17, "A cat sleeps; the sun shines. What is in the video?", 1),
+    (64, "And then?", 33),
+]
+
+
+@pytest.fixture
+def batcher(llm: LanguageModel) -> Iterator[Batcher]:
+    made = Batcher(llm, max_rows=4)  # fewer than there are questions
+    yield made
+    made.close()
+
+
+def generation(
+    llm: LanguageModel,
+    index: int,
+    batcher: Batcher | None,
+    prefixes: PrefixCache | None = None,
+    temperature: float = 0.0,
+    more: str = "",
+) -> Generation:
+    tokens, text, longest = QUESTIONS[index]
+    visual = torch.randn(tokens, llm.hidden_size, generator=torch.Generator().manual_seed(index))
+    prompt = render(llm.tokenizer, [Message.of("user", Visual(tokens, f"clip {index}"), text + more)])
+    sampling = Sampling(longest, temperature, seed=index)
+    return Generation(llm, prompt, [visual], sampling, prefixes, batcher=batcher)
+
+
+def read(generation: Generation) -> tuple[str, GenerationStats]:
+    return "".join(generation), generation.stats
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_together_equals_alone(llm: LanguageModel, batcher: Batcher, temperature: float) -> None:
+    everyone = range(len(QUESTIONS))
+    alone = [read(generation(llm, i, None, temperature=temperature)) for i in everyone]
+    with ThreadPoolExecutor(len(QUESTIONS)) as pool:
+        for _ in range(3):  # another order of arrival each time
+            jobs = [generation(llm, i, batcher, temperature=temperature) for i in everyone]
+            together = list(pool.map(read, jobs))
+            assert [text for text, _ in together] == [text for text, _ in alone]
+            for (_, found), (_, expected) in zip(together, alone, strict=True):
+                assert (found.completion_tokens, found.finish) == (
+                    expected.completion_tokens,
+                    expected.finish,
+                )
+    assert batcher.steps < batcher.made  # some steps did serve several
+    assert batcher.active == 0
+
+
+def test_scores_equal_those_alone(llm: LanguageModel) -> None:
+    """Numbers, not only the best token: several rows of different lengths over twelve steps."""
+    from llm_bridge.shared_kv import SharedKV, own_parts
+
+    kvs, last = [], []
+    with torch.inference_mode():
+        for index in (0, 1, 3):
+            alone = generation(llm, index, None)
+            kvs.append(alone._new_kv())
+            last.append(alone._prefill(kvs[-1], 0))
+        shared = SharedKV([own_parts(kv) for kv in kvs])
+        tokens = [int(scores.argmax()) for scores in last]
+        for step in range(80):  # past the room that the buffers are made with
+            if shared.filled == shared.capacity:
+                shared = SharedKV([shared.parts(row) for row in range(3)])
+            found = shared.step(llm, tokens)
+            expected = torch.stack(
+                [
+                    llm.model(input_ids=torch.tensor([[t]]), past_key_values=kv, use_cache=True).logits[0, -1]
+                    for t, kv in zip(tokens, kvs, strict=True)
+                ]
+            )
+            torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4, msg=f"step {step}")
+            tokens = expected.argmax(dim=1).tolist()
+        for row, kv in enumerate(kvs):
+            for (keys, values), layer in zip(own_parts(shared.extract(row, llm)), kv.layers, strict=True):
+                torch.testing.assert_close(keys, layer.keys, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(values, layer.values, atol=1e-4, rtol=1e-4)
+
+
+def test_kv_prefixes_survive_sharing(llm: LanguageModel, batcher: Batcher) -> None:
+    prefixes = PrefixCache(2**26, llm.kv_bytes_per_token)
+    everyone = range(len(QUESTIONS))
+    expected = [read(generation(llm, i, None, more=" Why?"))[0] for i in everyone]
+    with ThreadPoolExecutor(len(QUESTIONS)) as pool:
+        list(pool.map(read, [generation(llm, i, batcher, prefixes) for i in everyone]))
+        again = list(pool.map(read, [generation(llm, i, batcher, prefixes, more=" Why?") for i in everyone]))
+    assert [text for text, _ in again] == expected
+    for index, (_, stats) in enumerate(again):
+        assert stats.cached_tokens >= (QUESTIONS[index][0] if QUESTIONS[index][0] >= 16 else 0)
+
+
+def test_a_stop_ends_one_answer_and_no_other(tiny_llm: Callable[[str], LanguageModel]) -> None:
+    llm = tiny_llm("qwen2")
+    batcher = Batcher(llm)
+    expected, stats = read(generation(llm, 3, None))
+    assert stats.completion_tokens > 8
+    stopped, other = generation(llm, 3, batcher), generation(llm, 3, batcher)
+    first, second = iter(stopped), iter(other)
+    next(first), next(second)
+    steps = batcher.steps
+    stopped.stop.set()
+    assert len(list(first)) <= 2
+    assert stopped.stats.finish == "cancelled"
+    assert batcher.steps - steps <= 1
+    list(second)
+    assert read(generation(llm, 3, batcher))[0] == expected
+    assert batcher.active == 0
+
+
+def test_an_abandoned_answer_leaves(tiny_llm: Callable[[str], LanguageModel]) -> None:
+    llm = tiny_llm("qwen2")
+    batcher = Batcher(llm)
+    pieces = iter(generation(llm, 3, batcher))
+    next(pieces)
+    assert batcher.active == 1
+    pieces.close()  # type: ignore[attr-defined]
+    assert batcher.active == 0
+
+
+def test_a_slow_reader_holds_nobody_up(tiny_llm: Callable[[str], LanguageModel]) -> None:
+    """One reader never asks for its second piece; the others finish nevertheless, and it can go on later."""
+    llm = tiny_llm("qwen2")
+    batcher = Batcher(llm, max_rows=2)
+    expected = read(generation(llm, 3, None))[0]
+    slow = iter(generation(llm, 3, batcher))
+    pieces = [next(slow)]
+    with ThreadPoolExecutor(4) as pool:
+        texts = list(pool.map(read, [generation(llm, i, batcher) for i in (0, 1, 2, 5)]))
+    assert [text for text, _ in texts] == [read(generation(llm, i, None))[0] for i in (0, 1, 2, 5)]
+    assert "".join([*pieces, *slow]) == expected
+
+
+def test_an_error_reaches_every_answer_of_the_step(tiny_llm: Callable[[str], LanguageModel]) -> None:
+    llm = tiny_llm("qwen2")
+    batcher = Batcher(llm)
+    prefixes = PrefixCache(2**26, llm.kv_bytes_per_token)
+    streams = [iter(generation(llm, i, batcher, prefixes)) for i in (1, 3)]
+    for stream in streams:
+        next(stream)
+
+    def fail(*_: object) -> None:
+        raise MemoryError("no room")
+
+    handle = llm.model.register_forward_pre_hook(fail)
+    try:
+        for stream in streams:
+            with pytest.raises(MemoryError):
+                list(stream)
+    finally:
+        handle.remove()
+    assert (batcher.active, prefixes.stats.entries) == (0, 0)
+    assert read(generation(llm, 0, batcher))[0] == read(generation(llm, 0, None))[0]
+
+
+def test_a_model_that_forgets_decodes_in_turn(tmp_path: Path) -> None:
+    """A sliding window cannot be shared; answers are right all the same."""
+    folder = tiny_llms.make(
+        tmp_path / "m", "qwen2", use_sliding_window=True, sliding_window=24, max_window_layers=0
+    )
+    llm = load_llm(folder, device="cpu", dtype=torch.float32)
+    batcher = Batcher(llm)
+    alone = [read(generation(llm, i, None))[0] for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(read, [generation(llm, i, batcher) for i in range(4)]))
+    assert [text for text, _ in together] == alone
+
+
+def test_many_threads_joining_at_random(tiny_llm: Callable[[str], LanguageModel]) -> None:
+    llm = tiny_llm("qwen3")
+    batcher = Batcher(llm, max_rows=3)
+    prefixes = PrefixCache(2**22, llm.kv_bytes_per_token)
+    alone = [read(generation(llm, i, None))[0] for i in range(len(QUESTIONS))]
+    wrong: list[str] = []
+
+    def worker(seed: int) -> None:
+        random = torch.Generator().manual_seed(seed)
+        for _ in range(6):
+            index = int(torch.randint(len(QUESTIONS), (), generator=random))
+            job = generation(llm, index, batcher, prefixes)
+            if torch.rand((), generator=random) < 0.3:
+                pieces = iter(job)
+                next(pieces, None)
+                job.stop.set()
+                list(pieces)
+            elif "".join(job) != alone[index]:
+                wrong.append(QUESTIONS[index][1])
+
+    threads = [threading.Thread(target=worker, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert wrong == []
+    assert batcher.active == 0
