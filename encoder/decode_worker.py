@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 from encoder import decoders, stills
 from encoder.containers import Header, Rules, inspect
 from encoder.errors import VideoError
-from encoder.sampling import fit_within, middle_times
+from encoder.sampling import fit_within, spread_times
 
 IDLE_S = 10.0  # a worker that nobody asks for this long ends itself
 
@@ -43,7 +43,7 @@ def choose_times(header: Header, request: dict[str, Any]) -> list[float]:
             last = min(last, end)
         if first < 0 or last < first or (first >= end > 0):
             raise VideoError(f"the part from {first:g} to {last:g} s is not in it; it lasts {end:.2f} s")
-        times = middle_times(first, last, request["frames"])
+        times = spread_times(first, last, request["frames"], request["moments"])
     if times[-1] > end and header.lies:
         raise VideoError(
             f"its header says {header.claimed_s:.1f} s but it can be read only up to {end:.2f} s "

@@ -15,6 +15,13 @@ def middle_times(start_s: float, end_s: float, count: int) -> list[float]:
     return [start_s + (i + 0.5) * step for i in range(count)]
 
 
+def spread_times(start_s: float, end_s: float, count: int, moments: Sequence[float] | None) -> list[float]:
+    """The times of `moments` (0 is start_s, 1 is end_s), ascending; without them `middle_times`."""
+    if moments is None:
+        return middle_times(start_s, end_s, count)
+    return [start_s + moment * (end_s - start_s) for moment in sorted(moments)]
+
+
 def shown_at(pts_s: Sequence[float], times_s: Sequence[float]) -> list[int]:
     """Index of the frame a player shows at each time: the last with pts <= t, else the first.
 

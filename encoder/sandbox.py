@@ -22,7 +22,7 @@ from torch import Tensor
 from encoder.decode_worker import IDLE_S
 from encoder.errors import VideoError
 
-MAX_IDLE = 2  # children kept between calls
+MAX_IDLE = max(2, min(16, os.cpu_count() or 2))  # children kept between calls: one per parallel reader
 MAX_LINE = 1 << 16
 PIPE_BYTES = 1 << 20  # frames are megabytes: fewer switches between the processes
 _KEPT_ENV = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "LANG")

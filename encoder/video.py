@@ -27,7 +27,7 @@ from encoder.containers import Rules
 from encoder.digest import file_digest, pixel_digest
 from encoder.errors import VideoError
 from encoder.pictures import is_pictures, read_pictures, shrink
-from encoder.sampling import fit_within, middle_times, shown_at
+from encoder.sampling import fit_within, shown_at, spread_times
 from encoder.sandbox import Crashed, Decoded, OutOfTime, Sandbox
 
 UNTRUSTED_CODECS = (
@@ -118,6 +118,7 @@ def read_clip(
     start_s: float | None = None,
     end_s: float | None = None,
     at_s: Sequence[float] | None = None,
+    moments: Sequence[float] | None = None,
     max_side: int | None = None,
     decoder: Decoder = "auto",
     trusted: bool = True,
@@ -127,21 +128,24 @@ def read_clip(
     """Read `frames` frames from the middles of as many equal parts of [start_s, end_s].
 
     source: path, bytes, binary file object, one image, a list of images (PIL, array, tensor) or a uint8
-    array (T, H, W, 3). at_s: exact times instead (seconds; sorted). Each frame is the one a player shows
-    at its time. A still image gives T = 1. Lists and arrays count as a video of `fps` frames per second.
+    array (T, H, W, 3). at_s: exact times instead (seconds; sorted). moments: places in [start_s, end_s]
+    instead, from 0 (its start) to 1 (sorted). Each frame is the one a player shows at its time. A still image
+    gives T = 1. Lists and arrays count as a video of `fps` frames per second.
     max_side: shrink frames whose longer side exceeds it while decoding.
     decoder: "auto" is decord for trusted files that it reads well, else PyAV. trusted=False: PyAV only,
     allowed codecs only, in a child process of its own.
     Raises VideoError: one sentence, what was wrong and what to do.
     """
-    _check(frames, start_s, end_s, at_s, max_side, decoder, trusted)
+    _check(frames, start_s, end_s, at_s, moments, max_side, decoder, trusted)
     if is_pictures(source):
-        return _from_pictures(source, fps, limits, frames, start_s, end_s, at_s, max_side)
+        return _from_pictures(source, fps, limits, frames, start_s, end_s, at_s, moments, max_side)
     with _as_file(source, limits) as path:
         request = _request(path, frames, trusted, limits, decoder, max_side)
         request.update(start_s=start_s, end_s=end_s)
         if at_s is not None:
             request.update(at_s=[float(t) for t in at_s], max_count=len(at_s))
+        if moments is not None:
+            request.update(moments=[float(m) for m in moments], max_count=len(moments))
         decoded = _decode(request, trusted, _name(source))
         return Clip(decoded.frames, decoded.times_s, _info(decoded, file_digest(path)))
 
@@ -151,6 +155,7 @@ def _check(
     start_s: float | None,
     end_s: float | None,
     at_s: Sequence[float] | None,
+    moments: Sequence[float] | None,
     max_side: int | None,
     decoder: str,
     trusted: bool,
@@ -160,6 +165,8 @@ def _check(
         raise VideoError(f"Cannot read {frames} frames; ask for at least 1.")
     if at_s is not None and (len(at_s) == 0 or start_s is not None or end_s is not None):
         raise VideoError("Give at_s at least one time, and without start_s and end_s.")
+    if moments is not None and (not moments or at_s is not None or not all(0 <= m <= 1 for m in moments)):
+        raise VideoError("Give moments at least one place from 0 to 1, and without at_s.")
     if any(not math.isfinite(t) or t < 0 for t in (start_s or 0.0, end_s or 0.0, *(at_s or ()))):
         raise VideoError("Times must be seconds from 0 up; give finite, non-negative numbers.")
     if max_side is not None and max_side < 1:
@@ -183,6 +190,7 @@ def _request(
         "start_s": None,
         "end_s": None,
         "at_s": None,
+        "moments": None,
         "max_side": max_side,
         "decoder": decoder if trusted else "pyav",
         "rules": asdict(rules),
@@ -300,6 +308,7 @@ def _from_pictures(
     start_s: float | None = None,
     end_s: float | None = None,
     at_s: Sequence[float] | None = None,
+    moments: Sequence[float] | None = None,
     max_side: int | None = None,
 ) -> Clip:
     """Clip of images in memory, picture i shown from i / fps on; frames=None keeps all of them."""
@@ -324,7 +333,7 @@ def _from_pictures(
     if frames is None:
         return Clip(pixels, tuple(pts), info)
     last = min(end_s, duration) if end_s is not None else duration
-    wanted = sorted(at_s) if at_s is not None else middle_times(start_s or 0.0, last, frames)
+    wanted = sorted(at_s) if at_s is not None else spread_times(start_s or 0.0, last, frames, moments)
     if single:
         wanted = [0.0]
     elif wanted[-1] > duration or wanted != sorted(wanted):

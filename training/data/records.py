@@ -16,70 +16,25 @@ from typing import Any, Protocol
 import yaml
 
 from encoder.errors import ConfigError, DataError
-from encoder.video import Clip, read_clip
-from training.data.world import WorldSource, render_clip
+from training.data.media import FileMedia, Media, WorldMedia
+from training.data.world import WorldSource
 from training.demo_world.wording import QUESTIONS
-from training.demo_world.world import Sample, World
+from training.demo_world.world import World
+
+__all__ = [
+    "DatasetConfig",
+    "FileMedia",
+    "Media",
+    "Record",
+    "RecordSource",
+    "WorldMedia",
+    "WorldRecords",
+    "read_annotations",
+    "read_mixture",
+    "sample_records",
+]
 
 Turn = tuple[str, str]  # (question, answer)
-
-
-class Media(Protocol):
-    """Something that becomes a clip."""
-
-    @property
-    def key(self) -> str:
-        """Names the content, for the feature cache."""
-        ...
-
-    def load(self, frames: int, resolution: int) -> Clip:
-        """Sampled frames; raises VideoError when it cannot be read."""
-        ...
-
-
-@dataclass(frozen=True)
-class FileMedia:
-    """A video or image file, or several images; start_s and end_s bound a video."""
-
-    paths: tuple[Path, ...]
-    start_s: float | None = None
-    end_s: float | None = None
-
-    @property
-    def key(self) -> str:
-        """Path, time span and modification time."""
-        stamps = [path.stat().st_mtime_ns if path.exists() else 0 for path in self.paths]
-        return f"{[str(p) for p in self.paths]}|{self.start_s}|{self.end_s}|{stamps}"
-
-    def load(self, frames: int, resolution: int) -> Clip:
-        """Sampled frames, shrunk while decoding to about what the resolution can use."""
-        if len(self.paths) > 1:
-            from PIL import Image
-
-            return read_clip(
-                [Image.open(path).convert("RGB") for path in self.paths], min(frames, len(self.paths))
-            )
-        return read_clip(
-            self.paths[0], frames, start_s=self.start_s, end_s=self.end_s, max_side=4 * resolution
-        )
-
-
-@dataclass(frozen=True)
-class WorldMedia:
-    """A sample of the demo world."""
-
-    world: World
-    sample: Sample
-    number: int
-
-    @property
-    def key(self) -> str:
-        """Split, seed and number, and what decides how the world looks."""
-        return f"world/{self.world.split}/{self.world.seed}/{self.number}/{self.world.level}"
-
-    def load(self, frames: int, resolution: int) -> Clip:
-        """Rendered frames."""
-        return render_clip(self.world, self.sample, str(self.number), frames, resolution)
 
 
 @dataclass(frozen=True)
@@ -225,11 +180,16 @@ def read_mixture(path: Path) -> list[DatasetConfig]:
 
 def sample_records(records: list[Record], strategy: str, where: str) -> list[Record]:
     """Part of a dataset by VideoChat-Flash's sampling strategies; raises ConfigError for another word."""
+    return [records[number] for number in choose_numbers(len(records), strategy, where)]
+
+
+def choose_numbers(total: int, strategy: str, where: str) -> Sequence[int]:
+    """Which of `total` records a sampling strategy takes; raises ConfigError for another word."""
     if strategy == "all":
-        return records
+        return range(total)
     kind, _, amount = strategy.partition(":")
     try:
-        count = int(len(records) * float(amount[:-1]) / 100) if amount.endswith("%") else int(amount)
+        count = int(total * float(amount[:-1]) / 100) if amount.endswith("%") else int(amount)
         if kind not in ("first", "end", "random") or count < 0:
             raise ValueError
     except ValueError:
@@ -237,6 +197,5 @@ def sample_records(records: list[Record], strategy: str, where: str) -> list[Rec
             f"{where}: sampling_strategy must be all, first:N, end:N or random:N (or N%), not {strategy!r}."
         ) from None
     if kind == "random":
-        records = random.Random(42).sample(records, len(records))
-        return records[:count]
-    return records[:count] if kind == "first" else records[len(records) - min(count, len(records)) :]
+        return random.Random(42).sample(range(total), total)[:count]
+    return range(min(count, total)) if kind == "first" else range(total - min(count, total), total)

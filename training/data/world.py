@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -37,20 +38,31 @@ class WorldSource:
         return World(self.split, self.seed, level)
 
 
-def render_clip(world: World, sample: Sample, key: str, frames: int, resolution: int) -> Clip:
+def render_clip(
+    world: World,
+    sample: Sample,
+    key: str,
+    frames: int,
+    resolution: int,
+    moments: Sequence[float] | None = None,
+) -> Clip:
     """`frames` frames from the middles of equal parts of a sample, as `read_clip` would give them.
 
-    key: names the sample; the digest is derived from it and the world.
+    key: names the sample; the digest is derived from it and the world. moments: places from 0 to 1 of the
+    sample's length instead of the middles.
     """
     duration = sample.scene.duration_s
-    times = tuple((index + 0.5) * duration / frames for index in range(frames))
+    if moments is None:
+        times = tuple((index + 0.5) * duration / frames for index in range(frames))
+    else:
+        times = tuple(sorted(moment * duration for moment in moments))
     pixels = torch.from_numpy(world.render(sample.scene, times, resolution, resolution))
     info = VideoInfo(
         kind="video",
         width=resolution,
         height=resolution,
         duration_s=duration,
-        frames=frames,
+        frames=len(times),
         codec="raw",
         container="world",
         rotation=0,

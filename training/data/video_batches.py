@@ -1,0 +1,169 @@
+"""Micro-batches of clips for the stages, by number.
+
+    batches = VideoBatches(source, FlexibleGrid(), AugmentConfig(flip=0.5), 8, seed=0, out="runs/mine")
+    batches.get(0).pixels    # (8, 3, F, R, R)
+
+Decoding runs in child processes, one per thread, so that the clips of a batch are read side by side.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from encoder.errors import ConfigError, DataError, VideoError
+from encoder.preprocess import preprocess
+from training.data.augment import AugmentConfig, augment, segment_moments
+from training.data.examples import Example, ExampleSource
+from training.data.grids import FlexibleGrid
+from training.data.missing import MissingMedia
+from training.data.order import epoch_order
+
+Sampling = Literal["segments", "middle"]
+
+
+@dataclass(frozen=True)
+class VideoBatch:
+    """examples; pixels (B, 3, F, R, R), ImageNet-normalised float32; the micro-batch's number."""
+
+    examples: tuple[Example, ...]
+    pixels: Tensor
+    index: int
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 (B,); raises DataError when an example has none."""
+        labels = [example.label for example in self.examples]
+        for example in self.examples:
+            if example.label is None:
+                raise DataError(f"The example {example.id!r} has no label.")
+        return torch.tensor(labels)
+
+
+class VideoBatches:
+    """Micro-batches of a source by number.
+
+    `get(index)` depends on its number, the seed and which files can be read, on nothing else: ranks, threads
+    and a resumed run agree. Each epoch has an order of its own. sampling: "segments" takes a random moment
+    inside each of F equal segments (TSN), "middle" their middles. window: see `epoch_order`. threads: clips
+    of a batch that are decoded at a time, None for one per core up to 8. repeats: clips of each example in
+    a batch, drawn differently ("repeated augmentation"). Images become F equal frames.
+    """
+
+    def __init__(
+        self,
+        source: ExampleSource,
+        grid: FlexibleGrid,
+        augment: AugmentConfig,
+        micro_batch: int,
+        seed: int,
+        *,
+        out: str | Path,
+        max_missing: float = 0.01,
+        sampling: Sampling = "segments",
+        window: int | None = None,
+        threads: int | None = None,
+        repeats: int = 1,
+    ) -> None:
+        if micro_batch < 1 or repeats < 1 or micro_batch % repeats:
+            raise ConfigError(f"A micro-batch of {micro_batch} does not hold {repeats} clips per example.")
+        if not len(source):
+            raise DataError("The dataset holds no examples.")
+        self.source, self.grid, self.augment = source, grid, augment
+        self.micro_batch, self.seed, self.sampling = micro_batch, seed, sampling
+        self.window, self.repeats = window, repeats
+        self.missing = MissingMedia(Path(out), max_missing)
+        self.threads = threads or min(8, micro_batch, usable_cores())
+        self._pool: ThreadPoolExecutor | None = None
+        self._ordered: tuple[int, Tensor] | None = None
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in one epoch; what is left over at the end of an epoch is not used."""
+        return max(1, len(self.source) * self.repeats // self.micro_batch)
+
+    def get(self, index: int) -> VideoBatch:
+        """Micro-batch `index`, counted over epochs; its grid is `grid.draw(seed, index)`.
+
+        Raises DataError when too many media cannot be read.
+        """
+        frames, resolution = self.grid.draw(self.seed, index)
+        return self.get_at(index, frames, resolution)
+
+    def get_at(self, index: int, frames: int, resolution: int) -> VideoBatch:
+        """As `get`, with frames and resolution that the caller chose."""
+        epoch, within = divmod(index, self.micro_batches)
+        order = self._order(epoch)
+        distinct = self.micro_batch // self.repeats
+
+        def load(slot: int) -> tuple[Example, Tensor]:
+            position = within * distinct + slot % distinct
+            rng = random.Random(f"{self.seed}/{index}/{slot}/clip")
+            return self._readable(order, position, frames, resolution, rng)
+
+        slots = range(self.micro_batch)
+        if self.threads > 1:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="clips")
+            loaded = list(self._pool.map(load, slots))
+        else:
+            loaded = [load(slot) for slot in slots]
+        pixels = torch.stack([clip for _, clip in loaded])
+        return VideoBatch(tuple(example for example, _ in loaded), pixels, index)
+
+    def _readable(
+        self, order: Tensor, position: int, frames: int, resolution: int, rng: random.Random
+    ) -> tuple[Example, Tensor]:
+        """The example at a position of the order, or the next that can be read, and its pixels."""
+        moments = segment_moments(frames, rng) if self.sampling == "segments" else None
+        seed = rng.getrandbits(64)  # the same augmentation whichever example takes the place
+        # Steps that skip the batch's other examples, and yet meet every example in the end.
+        least = self.micro_batch // self.repeats
+        step = next(s for s in itertools.count(least) if math.gcd(s, len(order)) == 1)
+        for attempt in range(len(order)):
+            number = int(order[(position + attempt * step) % len(order)])
+            self.missing.count()
+            name = f"number {number}"
+            try:
+                example = self.source[number]
+                name = example.id
+                clip = example.media.load(frames, resolution, moments=moments)
+                return example, self._pixels(clip.frames, frames, resolution, random.Random(seed))
+            except VideoError as error:
+                self.missing.report(name, str(error))
+        raise DataError(f"None of the {len(order)} videos or images can be read: see {self.missing.path}.")
+
+    def _pixels(self, clip: Tensor, frames: int, resolution: int, rng: random.Random) -> Tensor:
+        clip = augment(clip, resolution, self.augment, rng)
+        if len(clip) != frames:
+            clip = clip[spread(len(clip), frames)]
+        return preprocess(clip, resolution, resolution)
+
+    def _order(self, epoch: int) -> Tensor:
+        ordered = self._ordered
+        if ordered is None or ordered[0] != epoch:
+            ordered = (epoch, epoch_order(len(self.source), self.seed, epoch, self.window))
+            self._ordered = ordered
+        return ordered[1]
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def spread(have: int, want: int) -> Sequence[int]:
+    """`want` ascending indices that cover range(have) evenly."""
+    return [(2 * index + 1) * have // (2 * want) for index in range(want)]
