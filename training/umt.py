@@ -1,0 +1,329 @@
+"""Flux-UMT: a student learns from a frozen teacher at several token counts (paper supplement, Table 5).
+
+    python -m training.umt --config training/recipes/cpu/umt.yaml
+
+Each batch has its own grid of frames and resolution. The group-dynamic selector gives the teacher its tokens;
+the teacher's attention picks the student's among those, for each count; the student's last blocks and pooled
+feature are drawn to the teacher's. Three counts at a time are Flux-Multi, one is Flux-Single. No code of this
+stage was released: what could not be checked is marked UNVERIFIED and is an option.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from encoder.checkpoint import save_tensors
+from encoder.errors import ConfigError, FluxChatError
+from encoder.fluxvit import FluxViT
+from encoder.selection import select
+from encoder.tokens import Grid, VisionTokens
+from training.clip import EncoderSource
+from training.config import LoopConfig, OptimConfig, parse_command
+from training.data.augment import AugmentConfig
+from training.data.examples import Joined, VideoData
+from training.data.grids import FlexibleGrid
+from training.data.video_batches import VideoBatch, VideoBatches
+from training.decoders import DecoderConfig, Decoders
+from training.efficientnet import EfficientNetLiteSource
+from training.image_teachers import ImageEncoderSource
+from training.internvideo2 import InternVideo2Source
+from training.loop import train
+from training.losses import cosine_distillation, count_alignment, mean_cosine
+from training.masks import StudentChoice, student_choices, take, visible_count
+from training.teachers import TargetCache, Teacher, TeacherTargets, spaced_layers
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """Exactly one teacher; cache: folder for what it saw (see TargetCache), None for none."""
+
+    internvideo2: InternVideo2Source | None = None
+    image_encoder: ImageEncoderSource | None = None
+    efficientnet: EfficientNetLiteSource | None = None
+    cache: str | None = None
+
+    def __post_init__(self) -> None:
+        if sum(part is not None for part in (self.internvideo2, self.image_encoder, self.efficientnet)) != 1:
+            raise ConfigError("teacher needs exactly one of internvideo2, image_encoder and efficientnet.")
+
+    def open(self) -> Teacher:
+        """The teacher; raises ModelError, CheckpointError or ConfigError when it cannot be loaded."""
+        source = self.internvideo2 or self.image_encoder or self.efficientnet
+        assert source is not None
+        return source.open()
+
+
+@dataclass(frozen=True)
+class UmtRecipe:
+    """Everything a Flux-UMT run depends on.
+
+    teacher_tokens: how many the selector gives the teacher. counts: the student's, most first; a clip with
+    fewer tokens gives all. mask_ratio: one count as a share of the teacher's tokens instead, as in UMT and
+    the InternVideo2 distillation (0.8). pools: the pooling head of each count (None: head 0 for the first, 1
+    for the second, ... and for a single count head 1).
+    selection: whose patch embeddings drive the selector, UNVERIFIED; the student's, since the paper says its
+    dual patch norm makes the masks robust. student_choice, nested: see `masks.student_choices`.
+    student_layers: blocks compared with the teacher's layers in order (None: the last ones).
+    middle_weight, final_weight: of the two losses, 1:1 in the InternVideo2 code. count_weights: of the
+    counts, UNVERIFIED (None: 1 each, summed, as in the released fine-tuning). count_alignment: weight of
+    drawing the smaller counts' features to the largest one's, as in fine-tuning; whether pre-training had it
+    is UNVERIFIED, 0 leaves it out.
+    """
+
+    optim: OptimConfig
+    loop: LoopConfig
+    teacher: TeacherSource
+    data: tuple[VideoData, ...]
+    encoder: EncoderSource = field(default_factory=EncoderSource)
+    grid: FlexibleGrid = field(default_factory=FlexibleGrid)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    decoders: DecoderConfig = field(default_factory=DecoderConfig)
+    teacher_tokens: int = 2048
+    counts: tuple[int, ...] = (2048, 1536, 1024)
+    mask_ratio: float | None = None
+    pools: tuple[int, ...] | None = None
+    selection: Literal["student", "teacher"] = "student"
+    student_choice: StudentChoice = "multinomial"
+    nested: bool = True
+    student_layers: tuple[int, ...] | None = None
+    middle_weight: float = 1.0
+    final_weight: float = 1.0
+    count_weights: tuple[float, ...] | None = None
+    count_alignment: float = 0.0
+    compat_truncation: bool = False
+    gradient_checkpointing: bool = False
+    max_missing: float = 0.01
+    threads: int | None = None
+    held_out: tuple[VideoData, ...] = ()
+    held_out_batches: int = 4
+
+    def __post_init__(self) -> None:
+        if self.mask_ratio is not None:
+            object.__setattr__(self, "counts", (visible_count(self.teacher_tokens, self.mask_ratio),))
+        if not self.counts or min(self.counts) < 1 or list(self.counts) != sorted(self.counts, reverse=True):
+            raise ConfigError(f"counts must be positive, largest first, not {list(self.counts)}.")
+        if self.counts[0] > self.teacher_tokens:
+            raise ConfigError(f"counts cannot exceed teacher_tokens, {self.teacher_tokens}.")
+        for name in ("pools", "count_weights"):
+            values = getattr(self, name)
+            if values is not None and len(values) != len(self.counts):
+                raise ConfigError(f"{name} must hold one value for each of {len(self.counts)} counts.")
+
+    @property
+    def pool_heads(self) -> tuple[int, ...]:
+        """Pooling head of each count."""
+        if self.pools is not None:
+            return self.pools
+        return (1,) if len(self.counts) == 1 else tuple(range(len(self.counts)))
+
+
+class UmtModel(nn.Module):
+    """Student and decoders; the frozen teacher stands beside them and is neither trained nor saved.
+
+    Raises ConfigError where the recipe's layers, pools and aligners do not fit the encoder or the teacher.
+    """
+
+    def __init__(self, encoder: FluxViT, teacher: Teacher, recipe: UmtRecipe) -> None:
+        super().__init__()
+        config, wanted = encoder.config, len(teacher.layer_dims)
+        self.recipe = recipe
+        self.student_layers = recipe.student_layers or spaced_layers(config.depth, wanted, 1)
+        if len(self.student_layers) != wanted or max(self.student_layers) >= config.depth:
+            raise ConfigError(
+                f"student_layers must be {wanted} of {config.depth} blocks, not {list(self.student_layers)}."
+            )
+        if max(recipe.pool_heads) >= config.num_pools:
+            raise ConfigError(f"The encoder has {config.num_pools} pools: {len(recipe.counts)} do not fit.")
+        if recipe.count_alignment and config.num_aligners < len(recipe.counts) - 1:
+            raise ConfigError(f"The encoder has {config.num_aligners} aligners, too few to align the counts.")
+        encoder.gradient_checkpointing = recipe.gradient_checkpointing
+        self.encoder = encoder
+        self.decoders = Decoders(
+            encoder, teacher.layer_dims, teacher.final_dim, len(recipe.counts), recipe.decoders
+        )
+        # In tuples, out of sight of the module tree: not moved, wrapped, sharded or cast with the student.
+        self._teacher = (teacher,)
+        self._cache = (TargetCache(recipe.teacher.cache, teacher),) if recipe.teacher.cache else ()
+
+    @property
+    def teacher(self) -> Teacher:
+        """The frozen teacher."""
+        return self._teacher[0]
+
+    @torch.no_grad()
+    def teach(self, pixels: Tensor, patches: Tensor, grid: Grid) -> tuple[Tensor, TeacherTargets]:
+        """The teacher's tokens (B, N), ascending, and its targets for them.
+
+        patches: the student's embeddings (B, T*h*w, C).
+        """
+        recipe, teacher = self.recipe, self.teacher
+        teacher.to(pixels.device)
+        ranked = patches if recipe.selection == "student" else teacher.patches(pixels, grid)
+        chosen = select(
+            ranked.detach(), grid, recipe.teacher_tokens, compat_truncation=recipe.compat_truncation
+        )
+        source = self._cache[0] if self._cache else teacher
+        return chosen, teacher.targets(source.observe(pixels, grid, chosen), grid, chosen)
+
+    def forward(self, batch: VideoBatch) -> tuple[Tensor, dict[str, float]]:
+        """(loss, figures) of a batch."""
+        recipe, encoder = self.recipe, self.encoder
+        pixels = batch.pixels.to(encoder.cls_token.device)
+        grid = encoder.grid_of(*pixels.shape[2:])
+        patches = encoder.embed(pixels)
+        chosen, targets = self.teach(pixels, patches, grid)
+        choices = student_choices(
+            targets.attention, recipe.counts, recipe.student_choice, nested=recipe.nested
+        )
+        loss = torch.zeros((), device=pixels.device)
+        figures: dict[str, float] = {"tokens": float(len(pixels) * sum(c.shape[1] for c in choices))}
+        pooled: list[Tensor] = []
+        weights = recipe.count_weights or (1.0,) * len(choices)
+        for number, (places, weight) in enumerate(zip(choices, weights, strict=True)):
+            kept = chosen.gather(1, places)
+            tokens = encoder.encode(patches, grid, kept, layers=self.student_layers)
+            pooled.append(encoder.pool(tokens, recipe.pool_heads[number]))
+            middle = self._middle_loss(tokens, targets, places, number)
+            decoded = self.decoders.clip(pooled[-1], number)
+            final = cosine_distillation(decoded, targets.final)
+            loss = loss + weight * (recipe.middle_weight * middle + recipe.final_weight * final)
+            name = recipe.counts[number]
+            figures |= {f"middle_{name}": middle.item(), f"final_{name}": final.item()}
+            if not self.training:
+                figures[f"cosine_{name}"] = mean_cosine(decoded, targets.final)
+        if recipe.count_alignment:
+            parts = [
+                count_alignment(encoder.align(feature, aligner), pooled[0])
+                for aligner, feature in enumerate(pooled[1:])
+            ]
+            aligned = torch.stack(parts).sum() if parts else loss.new_zeros(())
+            figures["count_alignment"] = aligned.item()
+            loss = loss + recipe.count_alignment * aligned
+        return loss, figures
+
+    def _middle_loss(
+        self,
+        tokens: VisionTokens,
+        targets: TeacherTargets,
+        grid: Grid,
+        kept: Tensor,
+        places: Tensor,
+        number: int,
+    ) -> Tensor:
+        """Mean over layers of the distance between the student's visible tokens and the teacher's."""
+        clips, has_cls = len(kept), self.teacher.has_cls
+        hidden = [x.view(clips, 1 + kept.shape[1], -1) for x in tokens.hidden]
+        decoded = self.decoders.tokens(hidden, self.decoders.positions(grid, kept), number, cls=has_cls)
+        losses = []
+        for mine, layer in zip(decoded, targets.layers, strict=True):
+            if has_cls:
+                theirs = torch.cat([layer[:, :1], take(layer[:, 1:], places)], dim=1)
+            else:
+                theirs = take(layer, places)
+            losses.append(cosine_distillation(mine, theirs))
+        return torch.stack(losses).mean()
+
+
+class UmtStage:
+    """Flux-UMT on the recipe's videos."""
+
+    def __init__(self, recipe: UmtRecipe) -> None:
+        self.recipe = recipe
+        torch.manual_seed(recipe.loop.seed)
+        self.model = UmtModel(recipe.encoder.build(), recipe.teacher.open(), recipe)
+        if recipe.grid.patch_size != self.model.encoder.config.patch_size:
+            raise ConfigError(
+                f"grid.patch_size must be {self.model.encoder.config.patch_size}, the encoder's."
+            )
+        self._train = self._batches(recipe.data, recipe.augment, "segments", recipe.max_missing)
+        self._test = (
+            self._batches(recipe.held_out, AugmentConfig(), "middle", 1.0) if recipe.held_out else None
+        )
+
+    def _batches(
+        self,
+        data: Sequence[VideoData],
+        augment: AugmentConfig,
+        sampling: Literal["segments", "middle"],
+        max_missing: float,
+    ) -> VideoBatches:
+        recipe = self.recipe
+        return VideoBatches(
+            Joined.open(data),
+            recipe.grid,
+            augment,
+            recipe.optim.micro_batch,
+            recipe.loop.seed,
+            out=recipe.loop.out,
+            max_missing=max_missing,
+            sampling=sampling,
+            threads=recipe.threads,
+        )
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in one epoch."""
+        return self._train.micro_batches
+
+    def batch(self, index: int) -> VideoBatch:
+        """Clips of micro-batch `index` on its own grid."""
+        return self._train.get(index)
+
+    @torch.no_grad()
+    def evaluate(self) -> Mapping[str, float]:
+        """On held-out clips: the losses, the cosine with the teacher's final target, and where clips have
+        labels, how often a clip's nearest neighbour by the pooled feature of its count has its label."""
+        if self._test is None:
+            return {}
+        total = min(self.recipe.held_out_batches, self._test.micro_batches)
+        figures: dict[str, float] = {}
+        features: dict[int, list[Tensor]] = {count: [] for count in self.recipe.counts}
+        labels: list[int | None] = []
+        device = self.model.encoder.cls_token.device
+        for index in range(total):
+            batch = self._test.get(index)
+            for name, value in self.model(batch)[1].items():
+                if name != "tokens":
+                    figures[name] = figures.get(name, 0.0) + value / total
+            labels += [example.label for example in batch.examples]
+            for count, head in zip(self.recipe.counts, self.recipe.pool_heads, strict=True):
+                kept = self.model.encoder(batch.pixels.to(device), count)
+                features[count].append(self.model.encoder.pool(kept, head).float())
+        if labels and None not in labels:
+            for count, rows in features.items():
+                figures[f"neighbour_{count}"] = neighbour_accuracy(torch.cat(rows), labels)
+        return figures
+
+    def finish(self, out: Path) -> None:
+        """The encoder, for `encoder.init` of other stages and FluxViT.from_pretrained, and the decoders."""
+        self.model.encoder.save_pretrained(out / "encoder")
+        save_tensors(self.model.decoders.state_dict(), out / "decoders.safetensors")
+
+
+def neighbour_accuracy(features: Tensor, labels: Sequence[int | None]) -> float:
+    """Share of rows (N, D) whose nearest other row by cosine has the same label (leave-one-out 1-NN)."""
+    rows = torch.nn.functional.normalize(features, dim=-1)
+    nearest = (rows @ rows.T).fill_diagonal_(-2.0).argmax(dim=1).tolist()
+    return sum(labels[index] == label for index, label in zip(nearest, labels, strict=True)) / len(labels)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    try:
+        recipe, resume = parse_command(UmtRecipe, argv, "training.umt", __doc__)
+        train(UmtStage(recipe), recipe.optim, recipe.loop, resume=resume)
+    except FluxChatError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
