@@ -209,15 +209,10 @@ class UmtModel(nn.Module):
         return loss, figures
 
     def _middle_loss(
-        self,
-        tokens: VisionTokens,
-        targets: TeacherTargets,
-        grid: Grid,
-        kept: Tensor,
-        places: Tensor,
-        number: int,
+        self, tokens: VisionTokens, targets: TeacherTargets, places: Tensor, number: int
     ) -> Tensor:
         """Mean over layers of the distance between the student's visible tokens and the teacher's."""
+        kept, grid = torch.stack(tokens.kept), tokens.grids[0]
         clips, has_cls = len(kept), self.teacher.has_cls
         hidden = [x.view(clips, 1 + kept.shape[1], -1) for x in tokens.hidden]
         decoded = self.decoders.tokens(hidden, self.decoders.positions(grid, kept), number, cls=has_cls)
