@@ -247,8 +247,9 @@ class _Run:
     def finish(self) -> None:
         """The stage's result, by the main process."""
         make_whole(self._plain)
-        if self.accelerator.is_main_process:
-            self.stage.finish(self.out)
+        with gathered(self._plain) if is_deepspeed(self.accelerator) else nullcontext():
+            if self.accelerator.is_main_process:
+                self.stage.finish(self.out)
         self.accelerator.wait_for_everyone()
 
 

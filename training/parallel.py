@@ -23,12 +23,15 @@ from training.config import OptimConfig
 def open_accelerator(precision: str) -> Any:
     """The accelerator of this process; raises ConfigError when the machine cannot do `precision`."""
     from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
 
     # An encoder has pools, heads and aligners that a stage does not use: they get no gradients.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     has_gpu = torch.accelerator.is_available()
     if precision == "fp16" and not has_gpu:
         raise ConfigError("loop.precision fp16 needs a GPU: use bf16 or fp32 here.")
+    # A second run in one process may have another precision.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(
         mixed_precision="no" if precision == "fp32" else precision,
         cpu=not has_gpu,
@@ -126,9 +129,15 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, methods of the model other than `forward` can run under FSDP; all ranks must enter."""
+    """Inside, methods of the model other than `forward` can run on sharded weights; all ranks must enter."""
     from torch.distributed.fsdp import FSDPModule
 
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # sharded by ZeRO-3
+        from deepspeed.zero import GatheredParameters
+
+        with GatheredParameters(list(model.parameters())):
+            yield
+        return
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.unshard()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,7 +17,9 @@ from safetensors.torch import load_file
 
 from encoder.errors import CheckpointError, ConfigError, DataError
 from tests.training.toy_stage import ToyStage, configs
+from training import loop
 from training.loop import train, trainable_state
+from training.schedule import parameter_groups
 
 
 def losses(out: Path) -> list[float]:
@@ -47,7 +50,7 @@ def test_training_learns_and_leaves_a_record(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "eval/weight" in row] == [10, 20]
     assert {"grad_norm", "lr", "samples_per_s", "mean", "skipped"} <= rows[0].keys()
-    assert (tmp_path / "done.txt").exists()
+    assert (tmp_path / "model.safetensors").exists()
     assert [p.name for p in sorted((tmp_path / "checkpoints").iterdir())] == [
         "step_00000016",
         "step_00000020",
@@ -78,7 +81,7 @@ def test_signal_saves_and_resume_continues_exactly(tmp_path: Path) -> None:
     assert process.wait(30) == 0
     done = len(losses(tmp_path / "cut"))
     assert 4 <= done < 20
-    assert not (tmp_path / "cut" / "done.txt").exists()
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
     assert run(tmp_path / "cut", resume=True) == whole[done:]
     assert losses(tmp_path / "cut") == whole
 
@@ -140,23 +143,229 @@ def test_batches_must_divide(tmp_path: Path) -> None:
         configs(tmp_path, micro_batch=3)
 
 
-def test_two_processes_train_like_one(tmp_path: Path) -> None:
-    one = run(tmp_path / "one")
+def processes(out: Path, *arguments: str, port: int = 29517, **environment: str) -> None:
+    """Two processes over gloo train the toy stage."""
     done = subprocess.run(
         [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node=2",
-            "--master-port=29517",
-            "-m",
-            "tests.training.toy_stage",
-            str(tmp_path / "two"),
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"),
+            *("-m", "tests.training.toy_stage", str(out), *arguments),
         ],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", **environment},
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert losses(tmp_path / "two") == pytest.approx(one, rel=1e-5)
+
+
+def figures(out: Path, name: str) -> list[float]:
+    return [
+        row[name] for row in map(json.loads, (out / "metrics.jsonl").read_text().splitlines()) if name in row
+    ]
+
+
+@pytest.mark.parametrize(("sharded", "port"), [("", 29517), ("1", 29518)], ids=["ddp", "fsdp"])
+def test_two_processes_train_like_one(tmp_path: Path, sharded: str, port: int) -> None:
+    one = run(tmp_path / "one", evaluate_every=10)
+    processes(tmp_path / "two", "evaluate_every=10", "poison=14", port=port, SHARDED=sharded)
+    two = losses(tmp_path / "two")
+    # Step 8 is not finite on the first process alone: both skip it, and count it.
+    assert two[:7] == pytest.approx(one[:7], rel=1e-5)
+    assert two[7] != two[7]
+    assert figures(tmp_path / "two", "skipped") == [0] * 7 + [1] * 13
+    poisoned = run(tmp_path / "poisoned", poison=14)
+    assert two[8:] == pytest.approx(poisoned[8:], rel=1e-5)
+    for name in ("grad_norm/net.0", "grad_norm/net.3", "mean"):
+        assert figures(tmp_path / "two", name)[:7] == pytest.approx(
+            figures(tmp_path / "one", name)[:7], rel=1e-4
+        )
+    assert figures(tmp_path / "two", "eval/weight")[1] == pytest.approx(
+        figures_of_model(tmp_path / "poisoned"), rel=1e-5
+    )
+    # What the run leaves is whole, whoever held which part of it.
+    found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "poisoned"))
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def figures_of_model(out: Path) -> float:
+    return load_file(out / "model.safetensors")["net.0.weight"].abs().sum().item()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "port"),
+    [("two", "one", 29521), pytest.param("one", "two", 29522, marks=pytest.mark.slow)],
+    ids=["shrink", "grow"],
+)
+def test_a_sharded_run_continues_on_another_number_of_processes(
+    tmp_path: Path, first: str, second: str, port: int
+) -> None:
+    whole = run(tmp_path / "whole")
+
+    def train_on(count: str, out: Path, *arguments: str) -> None:
+        if count == "two":
+            processes(out, *arguments, port=port, SHARDED="1")
+        else:
+            assert command(out, *arguments).wait(60) == 0
+
+    train_on(first, tmp_path / "run", "checkpoint_every=8")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000020")
+    train_on(second, tmp_path / "run", "checkpoint_every=8", "--resume")
+    assert losses(tmp_path / "run") == pytest.approx(whole, rel=1e-5)
+
+
+def test_gradient_norms_are_those_before_clipping(tmp_path: Path) -> None:
+    stage = ToyStage()
+    stage.model.net[2].p = 0.0
+    loss = 0.0
+    for index in range(2):
+        part, _ = stage.model(stage.batch(index))
+        loss = loss + part / 2
+    loss.backward()
+    wanted = {
+        layer: torch.stack([p.grad.norm() for p in stage.model.net[layer].parameters()]).norm().item()
+        for layer in (0, 3)
+    }
+    bias = stage.model.net[0].bias.grad.norm().item()
+    stage.model.zero_grad()
+    train(stage, *configs(tmp_path, clip_grad=0.1, modules=["net.0.bias"], max_steps=1))
+    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert row["grad_norm/net.0"] == pytest.approx(wanted[0], rel=1e-4)
+    assert row["grad_norm/net.3"] == pytest.approx(wanted[3], rel=1e-4)
+    assert row["grad_norm/net.0.bias"] == pytest.approx(bias, rel=1e-4)
+    assert row["grad_norm"] == pytest.approx((wanted[0] ** 2 + wanted[3] ** 2) ** 0.5, rel=1e-4)
+    assert row["grad_norm"] > 0.1
+
+
+def test_a_module_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'net\.9'"):
+        run(tmp_path, modules=["net.9"])
+
+
+def test_throughput_counts_all_tokens_of_a_step(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=2)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    # Two micro-batches of four samples of four values.
+    assert all(row["tokens_per_s"] == pytest.approx(4 * row["samples_per_s"]) for row in rows)
+
+
+def test_tensorboard_holds_the_figures(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = run(tmp_path, max_steps=3)
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.value for event in board.Scalars("loss")] == pytest.approx(found)
+    assert "grad_norm/net.0" in board.Tags()["scalars"]
+
+
+def test_trackers_get_the_figures_or_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tracker:
+        def __init__(self) -> None:
+            self.calls: list[tuple] = []
+
+        def init(self, **settings) -> None:
+            self.calls.append(("init", settings["name"], settings["config"]["optim"]["lr"]))
+
+        def log(self, figures, step) -> None:
+            self.calls.append((step, figures["loss"]))
+
+        def finish(self) -> None:
+            self.calls.append(("finish",))
+
+    tracker = Tracker()
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    found = run(tmp_path / "told", max_steps=2, trackers=["trackio"])
+    assert tracker.calls == [("init", "told", 0.01), (1, found[0]), (2, found[1]), ("finish",)]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        run(tmp_path / "untold", trackers=["wandb"])
+
+
+def test_a_run_continues_with_the_settings_it_began_with(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=4)
+    with pytest.raises(CheckpointError, match="batch_size 8, not 16"):
+        run(tmp_path, batch_size=16, resume=True)
+
+
+def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path) -> None:
+    run(tmp_path, max_steps=4)
+    for name in ("trainable.safetensors", "optimizer.pt"):
+        path = tmp_path / "checkpoints" / "step_00000004" / name
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        with pytest.raises(CheckpointError, match="delete it to use an older one"):
+            run(tmp_path, resume=True)
+        path.write_bytes(content)
+
+
+def test_a_checkpoint_whose_states_are_numbered_is_read(tmp_path: Path) -> None:
+    """Checkpoints once held the optimiser's own state_dict, numbered in the order of its groups."""
+    whole = run(tmp_path / "whole", checkpoint_every=8)
+    shutil.rmtree(tmp_path / "whole" / "checkpoints" / "step_00000020")
+    path = tmp_path / "whole" / "checkpoints" / "step_00000016" / "optimizer.pt"
+    by_name = torch.load(path, weights_only=True)["state"]
+    model = ToyStage().model
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=0.01)
+    names = {id(p): name for name, p in model.named_parameters()}
+    order = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    old = optimizer.state_dict() | {"state": {i: by_name[name] for i, name in enumerate(order)}}
+    torch.save(old, path)
+    assert run(tmp_path / "whole", resume=True) == whole[16:]
+
+
+def test_a_stage_may_bring_its_own_groups(tmp_path: Path) -> None:
+    class OnlyTheLast(ToyStage):
+        def parameter_groups(self, optim):
+            return [{"params": list(self.model.net[3].parameters()), "weight_decay": 0.0, "lr_scale": 0.5}]
+
+    stage = OnlyTheLast()
+    before = {name: p.clone() for name, p in stage.model.named_parameters()}
+    train(stage, *configs(tmp_path, max_steps=1, weight_decay=0.0, warmup_ratio=0.0))
+    moved = {name: (p - before[name]).abs().max().item() for name, p in stage.model.named_parameters()}
+    assert moved["net.0.weight"] == 0
+    # The first step of Adam moves every weight by the rate.
+    assert moved["net.3.weight"] == pytest.approx(0.5 * 0.01, rel=1e-3)
+
+
+def test_fp16_on_a_cpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs a GPU"):
+        run(tmp_path, precision="fp16")
+
+
+def test_two_runs_of_one_process_may_differ_in_precision(tmp_path: Path) -> None:
+    assert run(tmp_path / "a", precision="bf16", max_steps=2) != run(tmp_path / "b", max_steps=2)
+
+
+def test_the_fp16_scaler_recovers_from_overflow_and_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = loop.open_accelerator
+
+    def scaled(precision: str):
+        # accelerate allows fp16 on GPUs only; torch's scaler itself works anywhere.
+        accelerator = opened("fp32")
+        accelerator.state._shared_state["_mixed_precision"] = "fp16"
+        accelerator.state._mixed_precision = "fp16"
+        accelerator.native_amp = True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=5)
+        return accelerator
+
+    monkeypatch.setattr(loop, "open_accelerator", scaled)
+    settings = {"checkpoint_every": 1, "keep_checkpoints": 99}
+    whole = run(tmp_path / "whole", **settings)
+    skips = figures(tmp_path / "whole", "skipped")
+    # The scale starts far too high: it halves with each skipped step until gradients fit.
+    first = next(number for number, count in enumerate(skips) if count == number)
+    assert 3 <= first <= 9
+    assert skips[:first] == list(range(1, first + 1))
+    assert skips[-1] < 15
+    assert all(map(math.isfinite, whole))
+    state = json.loads((tmp_path / "whole" / "checkpoints" / f"step_{first:08d}" / "state.json").read_text())
+    assert state["scaler"]["scale"] == 2.0 ** (24 - first)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for step in range(11, 21):
+        shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"step_{step:08d}")
+    assert run(tmp_path / "cut", **settings, resume=True) == whole[10:]
+    assert figures(tmp_path / "cut", "skipped") == skips

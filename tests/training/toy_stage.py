@@ -1,6 +1,7 @@
 """A stage small enough to run in a second: `python -m tests.training.toy_stage OUT [key=value ...]`.
 
 With SLOW_SAVE set, saving pauses before a checkpoint is moved into place, so that a test can kill it there.
+With SHARDED set, the processes shard the model among them as FSDP does.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from training import checkpoints, loop
+from encoder.checkpoint import save_tensors
+from training import checkpoints, loop, parallel
 from training.config import LoopConfig, OptimConfig, build
 
 
@@ -28,7 +30,10 @@ class ToyModel(nn.Module):
 
     def forward(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, float]]:
         x, y = batch
-        return (self.net(self.frozen(x)).squeeze(-1) - y).square().mean(), {"mean": y.mean().item()}
+        return (self.net(self.frozen(x)).squeeze(-1) - y).square().mean(), {
+            "mean": y.mean().item(),
+            "tokens": x.numel(),
+        }
 
 
 class ToyStage:
@@ -48,7 +53,30 @@ class ToyStage:
         return {"weight": self.model.net[0].weight.detach().abs().sum().item()}
 
     def finish(self, out: Path) -> None:
-        (out / "done.txt").write_text("done")
+        save_tensors(self.model.state_dict(), out / "model.safetensors")
+
+
+def shard_on_cpu() -> None:
+    """Let the loop use FSDP: accelerate offers it on GPUs only, though the sharding works anywhere."""
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, DistributedType, PartialState
+
+    opened = parallel.open_accelerator
+
+    def sharded(precision: str):
+        accelerator = opened(precision)
+        for state in (PartialState, AcceleratorState):
+            state._shared_state["distributed_type"] = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Linear"],
+            cpu_ram_efficient_loading=False,
+        )
+        assert accelerator.is_fsdp2
+        return accelerator
+
+    loop.open_accelerator = sharded
 
 
 def configs(out: str | Path, **changes) -> tuple[OptimConfig, LoopConfig]:
@@ -65,7 +93,7 @@ if __name__ == "__main__":
 
     given = dict(argument.split("=") for argument in sys.argv[2:] if "=" in argument)
     changes = {key: yaml.safe_load(value) for key, value in given.items()}
-    pause = changes.pop("pause_s", 0.0)
+    stage = ToyStage(poison=changes.pop("poison", -1), pause_s=changes.pop("pause_s", 0.0))
     if os.environ.get("SLOW_SAVE"):
         save_json = checkpoints.save_json
 
@@ -76,4 +104,6 @@ if __name__ == "__main__":
                 time.sleep(60)
 
         checkpoints.save_json = slowly
-    loop.train(ToyStage(pause_s=pause), *configs(sys.argv[1], **changes), resume="--resume" in sys.argv)
+    if os.environ.get("SHARDED"):
+        shard_on_cpu()
+    loop.train(stage, *configs(sys.argv[1], **changes), resume="--resume" in sys.argv)
