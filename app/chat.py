@@ -28,7 +28,7 @@ from encoder.selection import Selector
 from encoder.tokens import VisionTokens
 from encoder.video import DEFAULT_LIMITS, Clip, Limits, VideoInfo, probe, read_clip
 from llm_bridge.batching import Batcher
-from llm_bridge.cache import ByteLRU, PrefixCache
+from llm_bridge.cache import ByteLRU, CacheStats, PrefixCache
 from llm_bridge.generate import Sampling
 from llm_bridge.llm import Quantize
 from llm_bridge.model import VideoLanguageModel
@@ -317,6 +317,16 @@ class VideoChat:
             "transformers": transformers.__version__,
             "gradio": gradio.__version__,
         }
+
+    @property
+    def caches(self) -> dict[str, CacheStats]:
+        """What is kept for follow-up questions, by kind."""
+        return {"clips": self._clips.stats, "videos": self._seen.stats, "prefixes": self._prefixes.stats}
+
+    @property
+    def decoding(self) -> tuple[int, int, int]:
+        """Forward passes that made tokens, the tokens made, and the answers being made now."""
+        return self._batcher.steps, self._batcher.made, self._batcher.active
 
     def forget(self, scope: str | None = None) -> None:
         """Drop everything kept for follow-up questions, or what was kept for one scope."""

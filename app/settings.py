@@ -1,0 +1,98 @@
+"""The page's controls as one value, and the range of its budget slider."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from app.estimate import QUESTION_TOKENS
+from encoder.budget import Budget
+from encoder.cost import MIB, encoder_mib
+from encoder.selection import Selector
+from llm_bridge.model import VideoLanguageModel
+
+ANSWER_TOKENS = 128
+CHOOSE = "by budget"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the controls say, in the order in which the page hands them over."""
+
+    tokens: int
+    auto: bool
+    seconds: float
+    selector: Selector
+    frames: str
+    resolution: str
+    system: str = ""
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = ANSWER_TOKENS
+
+    @property
+    def budget(self) -> Budget:
+        """The budget with its overrides; raises BudgetError."""
+        frames = None if self.frames == CHOOSE else int(self.frames)
+        resolution = None if self.resolution == CHOOSE else int(self.resolution)
+        if self.auto:
+            return Budget(None, float(self.seconds), frames, resolution)
+        return Budget(int(self.tokens), None, frames, resolution)
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `VideoChat.stream`."""
+        return {
+            "budget": self.budget,
+            "selector": self.selector,
+            "system": self.system.strip() or None,
+            "temperature": float(self.temperature),
+            "top_p": float(self.top_p),
+            "max_new_tokens": int(self.max_new_tokens),
+        }
+
+
+@dataclass(frozen=True)
+class Range:
+    """Token budgets on the slider."""
+
+    step: int
+    largest: int
+
+    @staticmethod
+    def of(model: VideoLanguageModel) -> Range:
+        """Steps of 64 up to everything the model was trained on, less where context or memory end earlier.
+
+        Small grids get finer steps, so that there are at least about 30 of them.
+        """
+        config = model.encoder.config
+        frames, side = max(range(*config.frames_range)), max(range(*config.resolution_range))
+        seen = frames * (side // config.patch_size) ** 2
+        step = max(8, min(64, 1 << (seen // 32).bit_length() - 1))
+        context, free = model.llm.context_length, _free_mib(model)
+
+        def bears(tokens: int) -> bool:
+            llm_tokens = model.projector.planned_tokens(tokens, frames)
+            positions = llm_tokens + QUESTION_TOKENS + ANSWER_TOKENS
+            kv_mib = positions * model.llm.kv_bytes_per_token / MIB
+            working = encoder_mib(config, frames, side, side, tokens)
+            return (context is None or positions <= context) and working + kv_mib <= free / 2
+
+        largest = next((n for n in range(seen // step * step, step, -step) if bears(n)), step)
+        return Range(step, largest)
+
+    def near(self, tokens: int) -> int:
+        """The closest position of the slider."""
+        return min(self.largest, max(self.step, round(tokens / self.step) * self.step))
+
+
+def _free_mib(model: VideoLanguageModel) -> float:
+    """Memory of the device that nothing uses yet."""
+    import torch
+
+    if model.device.type == "cuda":
+        return torch.cuda.mem_get_info(model.device)[0] / MIB
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / MIB
+    except (ValueError, OSError, AttributeError):  # not on this system
+        return float("inf")
