@@ -1,0 +1,93 @@
+"""Chat models: the `world` and `mvbench` commands, at every setting and without the video."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from encoder.budget import choose_input
+from encoder.errors import ConfigError
+from encoder.selection import Selector
+from llm_bridge.model import VideoLanguageModel
+from training.evaluation.given import about_data, finish, path_of, settings_of, sharing_device, world_source
+from training.evaluation.mvbench import evaluate_mvbench, mvbench_table, read_mvbench, world_items
+from training.evaluation.results import Journal, weights_hash
+from training.evaluation.setting import Setting
+from training.evaluation.watcher import Watcher
+from training.evaluation.world import evaluate_world, world_table
+
+
+def run_world_chat(args: argparse.Namespace) -> int:
+    """`world --model`: a chat model at every setting and blind."""
+    model = VideoLanguageModel.from_pretrained(args.model, device=sharing_device(args.device))
+    source = world_source(args)
+    watchers = _watchers(model, args)
+    told = _told(model, args, **about_data(args))
+    journal = Journal(path_of(args.out), told)
+    world = source.open()
+    results = {
+        label: evaluate_world(watcher, world, source.first, source.count, label, journal)
+        for label, watcher in watchers.items()
+    }
+    return finish(args, world_table(results), told, model.device, watchers, {"runs": results})
+
+
+def run_mvbench(args: argparse.Namespace) -> int:
+    """The `mvbench` command: every setting and blind, in each prompt form."""
+    model = VideoLanguageModel.from_pretrained(args.model, device=sharing_device(args.device))
+    if args.dataset == "world":
+        items = world_items(world_source(args))
+    elif args.annotations is None or args.videos is None:
+        raise ConfigError("Name the folder of MVBench's JSON files (--annotations) and that of --videos.")
+    else:
+        items = read_mvbench(Path(args.annotations), Path(args.videos), args.task)
+    watchers = _watchers(model, args)
+    told = _told(model, args, **about_data(args))
+    journal = Journal(path_of(args.out), told)
+    results = {
+        f"{label}, {form}": evaluate_mvbench(watcher, items, form, journal, label)
+        for form in args.prompt
+        for label, watcher in watchers.items()
+    }
+    return finish(args, mvbench_table(results), told, model.device, watchers, {"runs": results})
+
+
+def _watchers(model: VideoLanguageModel, args: argparse.Namespace) -> dict[str, Watcher]:
+    """Runs by name: the settings given, else every selector at every budget; and blind."""
+    if args.setting or args.plan_table:
+        settings = {str(s): s.check(model.config.encoder) for s in settings_of(args, model.config.encoder)}
+    else:
+        settings = {
+            f"{selector} {keep}": _input_of(model, keep, selector, args.plan)
+            for selector in args.selector
+            for keep in args.budget
+        }
+    watchers = {label: Watcher(model, setting, args.seed) for label, setting in settings.items()}
+    return watchers if args.no_blind else {**watchers, "blind": Watcher(model, None)}
+
+
+def _input_of(model: VideoLanguageModel, keep: int, selector: Selector, plan: bool) -> Setting:
+    """The largest trained input, or with `plan` what the model's own policy chooses for a budget."""
+    config = model.config.encoder
+    frames, side = max(range(*config.frames_range)), max(range(*config.resolution_range))
+    if plan and model.plan_table is not None:
+        row = model.plan_table.lookup(keep)
+        frames, side = row.frames, row.resolution
+    elif plan:
+        frames, side = choose_input(keep, frames, config)
+    return Setting(frames, side, keep, selector)
+
+
+def _told(model: VideoLanguageModel, args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """What a chat model's answers depend on."""
+    return {
+        "weights": weights_hash(model.encoder, model.projector),
+        "llm": Path(model.llm.name).name,
+        "dtype": str(model.llm.dtype).removeprefix("torch."),
+        "decoding": "greedy",
+        "system": model.config.system,
+        "time sentence": model.config.time_sentence,
+        "seed": args.seed,
+        **more,
+    }

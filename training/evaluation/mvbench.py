@@ -1,0 +1,274 @@
+"""MVBench: 20 tasks of 200 multiple-choice questions, in both published prompt forms.
+
+"flash" is VideoChat-Flash's (the lmms-eval task), "videochat2" that of the benchmark's own notebook. A video
+that cannot be found or read is listed and never guessed; answers without any text are left out of a task's
+share, as in the published code, and counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from encoder.errors import DataError, VideoError
+from encoder.sampling import middle_times, shown_at
+from encoder.video import Clip, read_clip
+from training.data.media import IMAGES, FileMedia, Media, WorldMedia
+from training.data.world import WorldSource
+from training.evaluation.benchmarks import find_video
+from training.evaluation.metrics import letter_flash, letter_videochat2, mvbench_scores
+from training.evaluation.results import Journal, Row, run_blocks, table
+from training.evaluation.watcher import Asked, Watcher
+from training.scoring import wilson
+
+Form = Literal["flash", "videochat2"]
+FRAME_FOLDERS_FPS = 3.0
+SYSTEM = (
+    "Carefully watch the video and pay attention to the cause and sequence of events, the detail and "
+    "movement of objects, and the action and pose of persons. Based on your observations, select the best "
+    "option that accurately addresses the question."
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """folders: where its videos lie, tried in order; bounded: whether start and end of a question count.
+
+    The last folder may hold videos that are cut already: those are then taken whole.
+    """
+
+    folders: tuple[str, ...]
+    cut: str | None = None
+    bounded: bool = False
+
+
+_CHARADES = Task(("star/Charades_v1_480",), "star/Charades_segment", True)
+_CLEVRER, _PERCEPTION = Task(("clevrer/video_validation",)), Task(("perception/videos",))
+TASKS: Mapping[str, Task] = {
+    "action_sequence": _CHARADES,
+    "action_prediction": _CHARADES,
+    "action_antonym": Task(("ssv2_video", "ssv2_video_mp4")),
+    "fine_grained_action": Task(("Moments_in_Time_Raw/videos",)),
+    "unexpected_action": Task(("FunQA_test/test",)),
+    "object_existence": _CLEVRER,
+    "object_interaction": _CHARADES,
+    "object_shuffle": _PERCEPTION,
+    "moving_direction": _CLEVRER,
+    "action_localization": Task(("sta/sta_video",), "sta/sta_video_segment", True),
+    "scene_transition": Task(("scene_qa/video",)),
+    "action_count": _PERCEPTION,
+    "moving_count": _CLEVRER,
+    "moving_attribute": _CLEVRER,
+    "state_change": _PERCEPTION,
+    "fine_grained_pose": Task(("nturgbd", "nturgbd_convert")),
+    "character_order": _PERCEPTION,
+    "egocentric_navigation": Task(("vlnqa",)),
+    "episodic_reasoning": Task(
+        ("tvqa/frames_fps3_hq", "tvqa/frames_fps3"), "tvqa/video_fps3_hq_segment", True
+    ),
+    "counterfactual_inference": _CLEVRER,
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question. truth: number of the right candidate."""
+
+    id: str
+    task: str
+    media: Media
+    question: str
+    candidates: tuple[str, ...]
+    truth: int
+
+
+@dataclass(frozen=True)
+class FrameFolder:
+    """A video kept as pictures, numbered in order, 3 per second."""
+
+    folder: Path
+    start_s: float | None = None
+    end_s: float | None = None
+    fps: float = FRAME_FOLDERS_FPS
+
+    @property
+    def key(self) -> str:
+        """Folder and time span."""
+        return f"{self.folder}|{self.start_s}|{self.end_s}"
+
+    def load(self, frames: int, resolution: int, *, moments: Sequence[float] | None = None) -> Clip:
+        """The pictures on screen at the middles of equal parts of the span; moments are not used here."""
+        from PIL import Image
+
+        paths = sorted(path for path in self.folder.glob("*") if path.suffix.lower() in IMAGES)
+        if not paths:
+            raise VideoError(f"Cannot read {self.folder.name!r}: the folder holds no pictures.")
+        duration = len(paths) / self.fps
+        start, end = self.start_s or 0.0, min(self.end_s or duration, duration)
+        if start >= end:
+            raise VideoError(f"Cannot read {self.folder.name!r}: it ends before {start:g} s.")
+        chosen = shown_at([i / self.fps for i in range(len(paths))], middle_times(start, end, frames))
+        try:
+            pictures = [Image.open(paths[i]).convert("RGB") for i in chosen]
+        except OSError as error:
+            raise VideoError(f"Cannot read a picture of {self.folder.name!r}: {error}.") from error
+        # One picture per second, so that each of the chosen ones is what is shown in its second.
+        clip = read_clip(pictures, len(pictures), max_side=4 * resolution)
+        step = (end - start) / frames
+        return Clip(clip.frames, tuple(start + (i + 0.5) * step for i in range(len(chosen))), clip.info)
+
+
+def read_mvbench(annotations: Path, videos: Path, tasks: Sequence[str] | None = None) -> list[Item]:
+    """All questions of a folder of `TASK.json` files, in the benchmark's order of tasks.
+
+    tasks: only these. Raises DataError for a missing file or a question without exactly one right candidate.
+    """
+    wanted = list(tasks or TASKS)
+    if unknown := [name for name in wanted if name not in TASKS]:
+        raise DataError(f"MVBench has no task {unknown[0]!r}: its tasks are {', '.join(TASKS)}.")
+    items: list[Item] = []
+    for name in wanted:
+        path = annotations / f"{name}.json"
+        try:
+            rows = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(f"Cannot read the task {path}: {error}.") from error
+        for number, row in enumerate(rows):
+            items.append(_item(name, number, row, videos, path))
+    return items
+
+
+def _item(name: str, number: int, row: Any, videos: Path, path: Path) -> Item:
+    try:
+        candidates = tuple(str(candidate) for candidate in row["candidates"])
+        truth = candidates.index(str(row["answer"]))
+        media = locate(TASKS[name], videos, str(row["video"]), row.get("start"), row.get("end"))
+        return Item(f"{name}/{number}", name, media, str(row["question"]), candidates, truth)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}, question {number} is not in MVBench's layout: {error!r}.") from error
+
+
+def locate(task: Task, videos: Path, name: str, start_s: float | None, end_s: float | None) -> Media:
+    """The media of a question; when there is no such file, the one that will be reported missing."""
+    span = (start_s, end_s) if task.bounded else (None, None)
+    for folder in task.folders:
+        if (videos / folder / name).is_dir():
+            return FrameFolder(videos / folder / name, *span)
+        if (path := find_video(videos / folder, name)).exists():
+            return FileMedia((path,), *span)
+    if task.cut is not None and (path := find_video(videos / task.cut, name)).exists():
+        return FileMedia((path,))
+    return FileMedia((find_video(videos / task.folders[0], name),), *span)
+
+
+def world_items(source: WorldSource) -> list[Item]:
+    """The demo world's multiple-choice questions as such items; a task is named as in the world."""
+    world = source.open()
+    items = []
+    for number in range(source.first, source.first + source.count):
+        sample = world.sample(number)
+        media = WorldMedia(world, sample, number)
+        for place, question in enumerate(q for q in sample.questions if q.options):
+            # The world asks in a form of its own; the bare question is its first line.
+            text = question.question.partition("\n")[0].removeprefix("Question: ")
+            items.append(
+                Item(
+                    f"{question.task}/{number}.{place}",
+                    question.task,
+                    media,
+                    text,
+                    question.options,
+                    question.answer_index or 0,
+                )
+            )
+    return items
+
+
+def ask(item: Item, form: Form) -> Asked:
+    """The question as it is put to the model."""
+    options = "".join(f"({chr(65 + i)}) {candidate}\n" for i, candidate in enumerate(item.candidates))
+    if form == "flash":
+        text = f"Question: {item.question}\nOption:\n{options}Only give the best option."
+        return Asked(text, max_new_tokens=16)
+    text = f"Question: {item.question}\nOptions:\n{options}\nOnly give the best option."
+    return Asked(text, system=SYSTEM, prefix="Best option:(", max_new_tokens=16)
+
+
+LETTERS: Mapping[Form, Callable[[str], str | None]] = {
+    "flash": letter_flash,
+    "videochat2": letter_videochat2,
+}
+
+
+def evaluate_mvbench(
+    watcher: Watcher, items: Sequence[Item], form: Form, journal: Journal, label: str
+) -> dict[str, Any]:
+    """Score by task and their mean, with the missing videos."""
+
+    def work(numbers: Sequence[int]) -> list[Row]:
+        rows: list[Row] = []
+        for number in numbers:
+            try:
+                [answer] = watcher.answers(items[number].media, number, [ask(items[number], form)])
+                rows.append({"answer": answer})
+            except VideoError as error:
+                rows.append({"missing": str(error)})
+        return rows
+
+    rows = run_blocks([f"{label}|{form}|{item.id}" for item in items], work, journal, block=1, label=label)
+    return score_mvbench(items, rows, form)
+
+
+def score_mvbench(items: Sequence[Item], rows: Sequence[Row], form: Form) -> dict[str, Any]:
+    """Figures of rows {"answer"} or {"missing"} in the order of the items."""
+    answered = [
+        {
+            "task": item.task,
+            "answer": row["answer"],
+            "letter": LETTERS[form](row["answer"]),
+            "truth": chr(65 + item.truth),
+        }
+        for item, row in zip(items, rows, strict=True)
+        if "missing" not in row
+    ]
+    scores, mean = mvbench_scores(answered)
+    gone = {i.id: row["missing"] for i, row in zip(items, rows, strict=True) if "missing" in row}
+    asked = {task: sum(item.task == task for item in items) for task in dict.fromkeys(i.task for i in items)}
+    tasks: dict[str, Any] = {}
+    for task, count in asked.items():
+        score = scores.get(task)
+        low, high = wilson(score.right, score.answered) if score else (0.0, 1.0)
+        tasks[task] = {
+            "percent": None if score is None else score.percent,
+            "low": round(100 * low, 2),
+            "high": round(100 * high, 2),
+            "answered": score.answered if score else 0,
+            "empty": score.empty if score else 0,
+            "missing": sum(item.task == task and item.id in gone for item in items),
+            "questions": count,
+        }
+    chance = sum(1 / len(item.candidates) for item in items) / len(items)
+    complete = not gone and mean is not None
+    return {
+        "prompt": form,
+        "tasks": tasks,
+        "mean": mean,
+        "complete": complete,
+        "chance": 100 * chance,
+        "unreadable letters": sum(row["letter"] is None and bool(row["answer"].strip()) for row in answered),
+        "missing": gone,
+    }
+
+
+def mvbench_table(results: Mapping[str, dict[str, Any]]) -> str:
+    """Tasks down, runs across, in percent; the mean last."""
+    runs = list(results)
+    lines: list[list[object]] = []
+    for task in results[runs[0]]["tasks"]:
+        lines.append([task, *(results[run]["tasks"][task]["percent"] for run in runs)])
+    lines.append(["mean over tasks", *(results[run]["mean"] for run in runs)])
+    lines.append(["missing", *(str(len(results[run]["missing"])) for run in runs)])
+    return table(["task", *runs], lines)
