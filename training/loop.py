@@ -29,6 +29,7 @@ from training.parallel import (
     gathered,
     is_deepspeed,
     make_whole,
+    merged_on_ranks,
     open_accelerator,
     share_of,
     whole,
@@ -203,10 +204,7 @@ class _Run:
                 backward(self.accelerator, loss, self.share, last=last)
             total += loss.detach() / self.share
             figures.add(found)
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import gather_object
-
-            figures.merge(gather_object([figures]))
+        figures.merge(merged_on_ranks(figures))
         return float(self.accelerator.reduce(total, reduction="mean")), figures
 
     def update(self, loss: float) -> tuple[dict[str, float], bool]:

@@ -71,6 +71,21 @@ def share_of(accelerator: Any, optim: OptimConfig) -> int:
     return share
 
 
+def rank_of() -> tuple[int, int]:
+    """(this process's number, number of processes)."""
+    from torch import distributed
+
+    ready = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if ready else (0, 1)
+
+
+def merged_on_ranks(value: Any) -> list[Any]:
+    """What every rank found, on every rank."""
+    from accelerate.utils import gather_object
+
+    return gather_object([value]) if rank_of()[1] > 1 else [value]
+
+
 def backward(accelerator: Any, loss: Tensor, share: int, *, last: bool) -> None:
     """Add this micro-batch's part of the step's mean loss to the gradients."""
     accelerator.sync_gradients = last

@@ -1,0 +1,68 @@
+"""Class heads for other classes: the rows of the old heads that the new classes had.
+
+A model trained on Kinetics-710 already knows the 400 classes of Kinetics-400: their rows are kept, in the new
+order, in all three heads (the released script handles a single `head.weight` only, and leaves a FluxViT's
+heads random).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from encoder.errors import CheckpointError, DataError
+
+
+def read_head_map(path: str | Path, classes: Sequence[str]) -> list[int]:
+    """Row of the old head for each new class.
+
+    path: a JSON list of row numbers, one per new class (the released label_map files), or a text file of the
+    old classes' names, one per line, among which `classes` are looked up. Raises DataError when a class is
+    not there or the file is malformed.
+    """
+    try:
+        text = Path(path).read_text()
+        if Path(path).suffix == ".json":
+            rows = json.loads(text)
+            if not isinstance(rows, list) or not all(type(row) is int and row >= 0 for row in rows):
+                raise ValueError("it must be a list of row numbers")
+            return rows
+    except (OSError, ValueError) as error:
+        raise DataError(f"Cannot read the class map {path}: {error}.") from error
+    if not classes:
+        raise DataError(f"Names in {path} need the names of the new classes: give the data a classes file.")
+    known = {plain_name(name): row for row, name in enumerate(text.splitlines()) if name.strip()}
+    unknown = [name for name in classes if plain_name(name) not in known]
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} of {len(classes)} classes are not in {path}: the first is {unknown[0]!r}."
+        )
+    return [known[plain_name(name)] for name in classes]
+
+
+def plain_name(name: str) -> str:
+    """As Kinetics releases spell one class in several ways: "Playing_guitar", '"playing guitar"'."""
+    return " ".join(name.strip().strip("\"'").replace("_", " ").lower().split())
+
+
+def slice_heads(tensors: Mapping[str, Tensor], rows: Sequence[int], heads: int) -> dict[str, Tensor]:
+    """Tensors of an encoder whose `heads` class heads hold the given rows of the old ones.
+
+    A file with one `head.weight` gives its rows to all heads. Raises CheckpointError when the file has no
+    head, or too few rows.
+    """
+    result = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
+    for number in range(heads):
+        for kind in ("weight", "bias"):
+            old = tensors.get(f"head.{number}.{kind}", tensors.get(f"head.{kind}"))
+            if old is None:
+                raise CheckpointError(f"The weights have no head.{number}.{kind} to take classes from.")
+            if rows and max(rows) >= len(old):
+                raise CheckpointError(
+                    f"The class map asks for row {max(rows)} of a head that has {len(old)} classes."
+                )
+            result[f"head.{number}.{kind}"] = old[list(rows)].clone()
+    return result
