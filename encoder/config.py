@@ -11,6 +11,7 @@ from typing import Any, Literal
 from encoder.errors import ConfigError
 
 Gelu = Literal["erf", "tanh"]
+ImagePositions = Literal["interpolate", "mean"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,9 @@ class FluxViTConfig:
 
     The position table covers `pos_frames` x `pos_height` x `pos_width` patches and is interpolated to any
     other grid. `gelu`: the plain definition uses the exact error function; the released weights were
-    trained with fused kernels whose default is the tanh form.
+    trained with fused kernels whose default is the tanh form. `image_positions`: a single frame takes the
+    table interpolated over time, which is the mean of its two middle frames, or the mean of all its frames,
+    as InternVideo2's image-text training does.
     """
 
     embed_dim: int = 384
@@ -38,6 +41,7 @@ class FluxViTConfig:
     gelu: Gelu = "erf"
     drop_path: float = 0.0
     layer_scale_init: float = 1e-5
+    image_positions: ImagePositions = "interpolate"
     # Input ranges the weights were trained on; the default plan table is drawn from them.
     frames_range: tuple[int, int, int] = (4, 26, 2)
     resolution_range: tuple[int, int, int] = (168, 280, 28)
@@ -55,6 +59,10 @@ class FluxViTConfig:
             )
         if self.gelu not in ("erf", "tanh"):
             raise ConfigError(f"gelu must be 'erf' or 'tanh', not {self.gelu!r}.")
+        if self.image_positions not in ("interpolate", "mean"):
+            raise ConfigError(
+                f"image_positions must be 'interpolate' or 'mean', not {self.image_positions!r}."
+            )
         object.__setattr__(self, "frames_range", tuple(self.frames_range))
         object.__setattr__(self, "resolution_range", tuple(self.resolution_range))
 

@@ -96,7 +96,10 @@ class FluxViT(nn.Module):
     def _position_rows(self, grid: Grid, kept: Tensor) -> Tensor:
         """Position rows (b, K, C) of the kept tokens: interpolated, gathered, then GPE on those alone."""
         rows = self.pos_embed[0, 1:]
-        if torch.is_grad_enabled() and self.pos_embed.requires_grad:
+        if grid.frames == 1 and self.config.image_positions == "mean":
+            still = rows.view(*self.pos_grid, -1).mean(dim=0).flatten(0, 1)
+            table = interpolate(still, self.pos_grid._replace(frames=1), grid)
+        elif torch.is_grad_enabled() and self.pos_embed.requires_grad:
             table = interpolate(rows, self.pos_grid, grid)
         else:
             table = self._position_cache.get(rows, self.pos_grid, grid)

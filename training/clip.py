@@ -2,217 +2,286 @@
 
     python -m training.clip --config training/recipes/cpu/clip.yaml
 
-Symmetric InfoNCE against a frozen text tower, at a number of kept tokens drawn anew for each step (which
-counts the paper used is UNVERIFIED: `keeps` names them). Equal captions in a batch count as equally right.
-`attribute_weight` adds a classification of the main object and of its motion, which a small encoder that
-starts from nothing needs in order to learn direction; 0 leaves it out.
+Symmetric InfoNCE against a text tower, over the batches of all ranks, at flexible grids and at a number of
+kept tokens drawn anew for each step. Stage 1 trains the vision projector alone, stage 2 everything. On the
+demo world `attribute_weight` adds a classification of the main object and of its motion, which a small
+encoder that starts from nothing needs in order to learn direction; 0 leaves it out.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from encoder.checkpoint import load_encoder
-from encoder.config import SIZES
+from encoder.checkpoint import save_tensors
+from encoder.config import ImagePositions
 from encoder.errors import ConfigError, FluxChatError
-from encoder.fluxvit import FluxViT
-from encoder.preprocess import preprocess
 from encoder.selection import Selector
+from training.clip_data import Captioned, MixtureBatches, WorldBatches, captions_of, still_grid
+from training.clip_model import (
+    ClipBatch,
+    ClipModel,
+    ClipSettings,
+    EncoderSource,
+    Trained,
+    load_alignment,
+    retrieval,
+    set_image_positions,
+)
 from training.config import LoopConfig, OptimConfig, parse_command
-from training.data.world import WorldSource, render_clip
-from training.demo_world.world import Sample, World
+from training.data.augment import AugmentConfig
+from training.data.examples import Joined, VideoData
+from training.data.grids import FlexibleGrid
+from training.data.video_batches import VideoBatches
+from training.data.world import WorldSource
+from training.demo_world.world import World
 from training.loop import train
-from training.text_towers import SentenceTower, TextTower, sentence_tower_path
+from training.losses import contrastive_loss
+from training.text_towers import KEPT_TEXTS, open_tower
+
+__all__ = ["ClipModel", "ClipRecipe", "ClipStage", "EncoderSource", "contrastive_loss", "main"]
 
 COMPARED: tuple[Selector, ...] = ("flux", "random")
-
-
-@dataclass(frozen=True)
-class EncoderSource:
-    """A size with changed settings, or weights to start from (official file or saved folder)."""
-
-    size: str = "micro"
-    init: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def build(self) -> FluxViT:
-        """The encoder; raises ConfigError or CheckpointError."""
-        if self.init is not None:
-            return load_encoder(self.init)
-        if self.size not in SIZES:
-            raise ConfigError(f"encoder.size must be one of {', '.join(SIZES)}, not {self.size!r}.")
-        return FluxViT(SIZES[self.size].from_dict({**SIZES[self.size].to_dict(), **self.settings}))
+EVALUATED_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
 class ClipRecipe:
     """Everything a Flux-CLIP run depends on.
 
-    keeps: token counts, one drawn per step with equal chance (repeat one to favour it). siblings: clips per
-    object that differ in motion alone, hard negatives of each other.
+    Data: `images` and `videos`, which alternate by step, or `world` (the default, alone). grid: frames and
+    resolution of videos, drawn per micro-batch (None: `frames` and `resolution`); images take its
+    resolutions. siblings: clips of the world per object that differ in motion alone, hard negatives of each
+    other.
+    image_positions: how the position table serves images (None: as the encoder says).
+    keeps: token counts, one drawn per step with equal chance (repeat one to favour it). UNVERIFIED: the paper
+    does not say which counts Flux-CLIP was trained at. pool: the pooling head; pools: one for each of `keeps`
+    instead, as the released fine-tuning has them; UNVERIFIED, InternVideo2's CLIP has a single one.
+    train: "projector" is stage 1 (the pooling heads in use, `align` and the temperature), "all" stage 2.
+    train_text: the text tower too; UNVERIFIED whether stage 2 does, InternVideo2's code keeps it frozen.
+    align_norm: a LayerNorm in front of the linear map to the text space, as the released code has.
+    align_init: `alignment.safetensors` of an earlier run.
+    temperature: where it starts; temperature_min: it cannot fall below. positives: pairs that are equally
+    right: equal "text", or the same media file ("id", as in the released code).
+    text_tower: see `open_tower`; text_tokenizer: of a MobileCLIP file; text_length: most tokens per text;
+    text_cache: texts whose embeddings are remembered.
+    held_out: captioned data whose first `evaluate_clips` are retrieved in evaluation.
     """
 
     optim: OptimConfig
     loop: LoopConfig
-    encoder: EncoderSource = EncoderSource()
-    world: WorldSource = field(default_factory=WorldSource)
+    encoder: EncoderSource = field(default_factory=EncoderSource)
+    world: WorldSource | None = None
+    images: tuple[VideoData, ...] = ()
+    videos: tuple[VideoData, ...] = ()
+    grid: FlexibleGrid | None = None
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    max_missing: float = 0.01
+    threads: int | None = None
     frames: int = 8
     resolution: int = 112
+    image_positions: ImagePositions | None = None
     keeps: tuple[int, ...] = (128,)
     siblings: int = 1
+    train: Trained = "all"
+    train_text: bool = False
+    gradient_checkpointing: bool = False
+    align_norm: bool = False
+    align_init: str | None = None
     text_tower: str | None = None
+    text_tokenizer: str | None = None
+    text_length: int | None = None
+    text_cache: int = KEPT_TEXTS
     temperature: float = 0.07
+    temperature_min: float = 0.01
+    positives: Literal["text", "id"] = "text"
     attribute_weight: float = 0.0
     pool: int = 1
+    pools: tuple[int, ...] | None = None
+    held_out: tuple[VideoData, ...] = ()
     evaluate_clips: int = 192
 
     def __post_init__(self) -> None:
-        if self.optim.micro_batch % self.siblings:
+        mixture = bool(self.images or self.videos)
+        if mixture and self.world is not None:
+            raise ConfigError("Train on images and videos, or on the world: not on both.")
+        if mixture and (self.siblings > 1 or self.attribute_weight):
+            raise ConfigError("siblings and attribute_weight go with the world, not with images and videos.")
+        if not mixture and self.world is None:
+            object.__setattr__(self, "world", WorldSource())
+        if self.siblings < 1 or self.optim.micro_batch % self.siblings:
             raise ConfigError("optim.micro_batch must be a multiple of siblings.")
-        if not self.keeps:
+        if not self.keeps or min(self.keeps) < 1:
             raise ConfigError("keeps must name at least one token count.")
+        if self.pools is not None and len(self.pools) != len(self.keeps):
+            raise ConfigError(f"pools must hold one head for each of {len(self.keeps)} keeps.")
+        if not 0 < self.temperature_min <= self.temperature:
+            raise ConfigError("temperature_min must lie above 0, and temperature not below it.")
+        if self.text_cache < 0:
+            raise ConfigError("text_cache must not be negative.")
 
+    @property
+    def video_grid(self) -> FlexibleGrid:
+        """Of each micro-batch of videos."""
+        return self.grid or FlexibleGrid.fixed(self.frames, self.resolution)
 
-@dataclass(frozen=True)
-class ClipBatch:
-    """pixels (B, 3, T, H, W), text (B, D) unit vectors, labels (B,) per attribute, K."""
-
-    pixels: Tensor
-    text: Tensor
-    labels: dict[str, Tensor]
-    keep: int
-
-
-class ClipModel(nn.Module):
-    """Encoder, pooling, a linear alignment with the text tower, and attribute heads."""
-
-    def __init__(
-        self, encoder: FluxViT, text_dim: int, attributes: Mapping[str, int], recipe: ClipRecipe
-    ) -> None:
-        super().__init__()
-        self.encoder = encoder
-        width = encoder.config.clip_embed_dim
-        self.align = nn.Linear(width, text_dim)
-        self.attributes = nn.ModuleDict({name: nn.Linear(width, count) for name, count in attributes.items()})
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / recipe.temperature)))
-        self._weight, self._pool = recipe.attribute_weight, recipe.pool
-
-    def features(self, pixels: Tensor, keep: int | None, selector: Selector = "flux") -> Tensor:
-        """Pooled features (B, clip_embed_dim)."""
-        return self.encoder.pool(self.encoder(pixels, keep, selector=selector), self._pool)
-
-    def forward(self, batch: ClipBatch) -> tuple[Tensor, dict[str, float]]:
-        """(loss, figures) of a batch."""
-        device = self.log_scale.device
-        pooled = self.features(batch.pixels.to(device), batch.keep).float()
-        with torch.autocast(device.type, enabled=False):
-            video = F.normalize(self.align(pooled), dim=-1)
-            # A scale above 100 makes the softmax a lottery: CLIP's own bound.
-            loss = contrastive_loss(video, batch.text.to(device), self.log_scale.exp().clamp(max=100.0))
-            figures = {"contrastive": loss.item(), "scale": self.log_scale.exp().item()}
-            for name, head in self.attributes.items():
-                wrong = F.cross_entropy(head(pooled), batch.labels[name].to(device))
-                figures[name] = wrong.item()
-                loss = loss + self._weight * wrong
-        return loss, figures
-
-
-def contrastive_loss(video: Tensor, text: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric InfoNCE of unit vectors (B, D); equal texts count as equally right."""
-    scores = scale * video @ text.T
-    same = (text @ text.T > 0.999).float()
-    target = same / same.sum(dim=1, keepdim=True)
-    to_text = -(target * scores.log_softmax(dim=1)).sum(dim=1).mean()
-    to_video = -(target * scores.T.log_softmax(dim=1)).sum(dim=1).mean()
-    return (to_text + to_video) / 2
+    def settings(self) -> ClipSettings:
+        """What the model depends on."""
+        pools = dict(zip(self.keeps, self.pools, strict=True)) if self.pools else {}
+        return ClipSettings(
+            train=self.train,
+            pools=pools,
+            pool=self.pool,
+            align_norm=self.align_norm,
+            temperature=self.temperature,
+            temperature_min=self.temperature_min,
+            attribute_weight=self.attribute_weight,
+            train_text=self.train_text,
+        )
 
 
 class ClipStage:
-    """Flux-CLIP on the demo world."""
+    """Flux-CLIP for the loop: its data, its model, its evaluation."""
 
     def __init__(self, recipe: ClipRecipe) -> None:
         self.recipe = recipe
         torch.manual_seed(recipe.loop.seed)
-        self.world = recipe.world.open()
-        self.text: TextTower = SentenceTower(recipe.text_tower or sentence_tower_path())
-        nouns = sorted({noun.code for noun in self.world.pool})
-        self._labels: dict[str, dict[str, int]] = {
-            "noun": {code: index for index, code in enumerate(nouns)},
-            "motion": {str(motion): index for index, motion in enumerate(self.world.level.motions)},
-        }
-        attributes = (
-            {name: len(table) for name, table in self._labels.items()} if recipe.attribute_weight else {}
+        self._per_step = recipe.optim.batch_size // recipe.optim.micro_batch
+        self.batches = self._open_data()
+        self.text = open_tower(
+            recipe.text_tower,
+            tokenizer=recipe.text_tokenizer,
+            length=recipe.text_length,
+            kept=recipe.text_cache,
         )
-        self.model = ClipModel(recipe.encoder.build(), self.text.dim, attributes, recipe)
+        # Accelerators differ by rank and are not known yet: there the model embeds texts itself.
+        self._embeds_ahead = not recipe.train_text and not torch.accelerator.is_available()
+        labels = self.batches.labels if isinstance(self.batches, WorldBatches) else {}
+        attributes = {name: len(table) for name, table in labels.items()} if recipe.attribute_weight else {}
+        encoder = recipe.encoder.build()
+        if recipe.video_grid.patch_size != encoder.config.patch_size:
+            raise ConfigError(f"grid.patch_size must be the encoder's, {encoder.config.patch_size}.")
+        set_image_positions(encoder, recipe.image_positions)
+        encoder.gradient_checkpointing = recipe.gradient_checkpointing
+        self.model = ClipModel(encoder, self.text, attributes, recipe.settings())
+        if recipe.align_init is not None:
+            load_alignment(self.model, recipe.align_init)
+
+    def _open_data(self) -> WorldBatches | MixtureBatches:
+        recipe, size, seed = self.recipe, self.recipe.optim.micro_batch, self.recipe.loop.seed
+        if recipe.world is not None:
+            return WorldBatches(recipe.world, recipe.video_grid, size, recipe.siblings, seed)
+        grids = {"image": still_grid(recipe.video_grid), "video": recipe.video_grid}
+        batches = {
+            kind: VideoBatches(
+                Joined.open(data),
+                grids[kind],
+                recipe.augment,
+                size,
+                seed,
+                out=recipe.loop.out,
+                max_missing=recipe.max_missing,
+                threads=recipe.threads,
+            )
+            for kind, data in (("image", recipe.images), ("video", recipe.videos))
+            if data
+        }
+        return MixtureBatches(batches, self._per_step, seed)
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches in one epoch."""
-        return max(1, self.recipe.world.count // self.recipe.optim.micro_batch)
+        return self.batches.micro_batches
 
     def batch(self, index: int) -> ClipBatch:
         """Micro-batch `index`: clips, their captions' embeddings and attributes, and a token count."""
         recipe = self.recipe
-        groups = recipe.optim.micro_batch // recipe.siblings
-        first = recipe.world.first + (index % self.micro_batches) * groups
-        samples = [
-            sample for number in range(first, first + groups) for sample in self._group(self.world, number)
-        ]
-        keep = random.Random(f"{recipe.loop.seed}/{index}/keep").choice(recipe.keeps)
-        return self._collate(self.world, samples, keep)
+        step = index // self._per_step  # one count for all ranks, so that none waits for another
+        keep = random.Random(f"{recipe.loop.seed}/{step}/keep").choice(recipe.keeps)
+        return self._with_text(self.batches.get(index), keep)
 
-    def _group(self, world: World, number: int) -> list[Sample]:
-        siblings = self.recipe.siblings
-        return world.siblings(number, siblings) if siblings > 1 else [world.sample(number)]
-
-    def _collate(self, world: World, samples: Sequence[Sample], keep: int) -> ClipBatch:
-        recipe = self.recipe
-        clips = [render_clip(world, sample, "", recipe.frames, recipe.resolution) for sample in samples]
-        pixels = torch.stack([preprocess(clip, recipe.resolution, recipe.resolution) for clip in clips])
-        actors = [sample.scene.actors[0] for sample in samples]
-        labels = {
-            "noun": torch.tensor([self._labels["noun"][actor.code] for actor in actors]),
-            "motion": torch.tensor([self._labels["motion"][actor.motions[0]] for actor in actors]),
-        }
-        return ClipBatch(pixels, self.text.embed([sample.caption for sample in samples]), labels, keep)
+    def _with_text(self, found: Captioned, keep: int) -> ClipBatch:
+        text = self.text.embed(found.captions) if self._embeds_ahead else None
+        ids = found.ids if self.recipe.positives == "id" else None
+        return ClipBatch(found.pixels, text, found.labels, keep, found.captions, ids, found.kind)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Attribute accuracy on test clips at each token count, by the selector and by chance selection."""
-        recipe = self.recipe
-        test = World("test", recipe.world.seed, self.world.level)
-        counts = sorted(set(recipe.keeps))
+        """Attribute accuracy on the world's test clips, by the selector and by chance selection.
+
+        Also recall of captions and clips of held-out data; all of it at each token count.
+        """
         right: dict[str, float] = {}
-        for start in range(0, recipe.evaluate_clips, 32):
-            size = min(32, recipe.evaluate_clips - start)
-            samples = [test.sample(number) for number in range(start, start + size)]
-            batch = self._collate(test, samples, 0)
-            for keep in counts:
-                for selector in COMPARED:
-                    pooled = self.model.features(batch.pixels, keep, selector)
-                    for name, head in self.model.attributes.items():
-                        hits = (head(pooled).argmax(dim=1) == batch.labels[name]).sum().item()
-                        key = f"{name}_{selector}_{keep}"
-                        right[key] = right.get(key, 0.0) + hits / recipe.evaluate_clips
+        if isinstance(self.batches, WorldBatches) and self.model.attributes:
+            right |= self._attributes(self.batches)
+        if self.recipe.held_out:
+            right |= self._retrieval()
         return right
 
-    def finish(self, out: Path) -> None:
-        """The encoder, loadable by FluxViT.from_pretrained, and the alignment beside it."""
-        from encoder.checkpoint import save_tensors
+    def _attributes(self, batches: WorldBatches) -> dict[str, float]:
+        recipe, clips = self.recipe, self.recipe.evaluate_clips
+        test = World("test", batches.source.seed, batches.world.level)
+        counts = sorted(set(recipe.keeps))
+        right: dict[str, float] = {}
+        for start in range(0, clips, EVALUATED_AT_ONCE):
+            samples = [test.sample(number) for number in range(start, min(start + EVALUATED_AT_ONCE, clips))]
+            found = batches.collate(test, samples, recipe.frames, recipe.resolution)
+            for keep in counts:
+                for selector in COMPARED:
+                    pooled = self.model.features(found.pixels.to(self._device), keep, selector).float()
+                    for name, head in self.model.attributes.items():
+                        hits = (head(pooled).argmax(dim=1).cpu() == found.labels[name]).sum().item()
+                        key = f"{name}_{selector}_{keep}"
+                        right[key] = right.get(key, 0.0) + hits / clips
+        return right
 
+    def _retrieval(self) -> dict[str, float]:
+        recipe = self.recipe
+        source = Joined.open(recipe.held_out)
+        count = min(recipe.evaluate_clips, len(source))
+        grid = FlexibleGrid.fixed(recipe.frames, recipe.resolution, recipe.video_grid.patch_size)
+        batches = VideoBatches(
+            source,
+            grid,
+            AugmentConfig(),
+            min(count, EVALUATED_AT_ONCE),
+            0,
+            out=Path(recipe.loop.out) / "held_out",
+            sampling="middle",
+            threads=recipe.threads,
+        )
+        counts = sorted(set(recipe.keeps))
+        videos: dict[int, list[Tensor]] = {keep: [] for keep in counts}
+        texts: list[Tensor] = []
+        for index in range(count // batches.micro_batch):
+            batch = batches.get(index)
+            texts.append(self.text.to(self._device).embed([captions_of(e)[0] for e in batch.examples]))
+            for keep in counts:
+                videos[keep].append(self.model.embed(batch.pixels.to(self._device), keep))
+        text = torch.cat(texts)
+        return {
+            f"{name}_{keep}": value
+            for keep in counts
+            for name, value in retrieval(torch.cat(videos[keep]), text).items()
+        }
+
+    @property
+    def _device(self) -> torch.device:
+        return self.model.log_scale.device
+
+    def finish(self, out: Path) -> None:
+        """The encoder, as FluxViT.from_pretrained reads it, the alignment, and a trained text tower."""
         self.model.encoder.save_pretrained(out / "encoder")
-        rest = {k: v for k, v in self.model.state_dict().items() if not k.startswith("encoder.")}
-        save_tensors(rest, out / "alignment.safetensors")
+        save_tensors(self.model.alignment(), out / "alignment.safetensors")
+        if self.recipe.train_text:
+            save_tensors(self.text.state_dict(), out / "text_tower.safetensors")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

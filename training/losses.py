@@ -1,4 +1,4 @@
-"""Losses that training stages share: distillation of unit vectors."""
+"""Losses that training stages share: distillation and contrast of unit vectors."""
 
 from __future__ import annotations
 
@@ -36,3 +36,17 @@ def mean_cosine(student: Tensor, teacher: Tensor) -> float:
     """Mean cosine of unit vectors (..., D), as a figure."""
     with torch.no_grad():
         return (student.float() * teacher.float()).sum(dim=-1).mean().item()
+
+
+def contrastive_loss(video: Tensor, text: Tensor, scale: Tensor, ids: Tensor | None = None) -> Tensor:
+    """Symmetric InfoNCE of unit vectors (B, D), scores scale * cosine; the "VTC" loss of InternVideo2.
+
+    Pairs of equal `ids` (B,) count as equally right (each row's target is spread over them); without ids,
+    pairs of equal texts.
+    """
+    scores = scale * video @ text.T
+    same = (text.detach() @ text.detach().T > 0.999) if ids is None else ids[:, None] == ids[None]
+    target = same.float() / same.sum(dim=1, keepdim=True)
+    to_text = -(target * scores.log_softmax(dim=1)).sum(dim=1).mean()
+    to_video = -(target * scores.T.log_softmax(dim=1)).sum(dim=1).mean()
+    return (to_text + to_video) / 2

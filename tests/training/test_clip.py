@@ -39,8 +39,7 @@ def shapes_and_letters(monkeypatch: pytest.MonkeyPatch) -> None:
     bank = procedural_bank()
     monkeypatch.setattr(world_data, "World", lambda split, seed, level: World(split, seed, level, bank))
     monkeypatch.setattr(clip, "World", lambda split, seed, level: World(split, seed, level, bank))
-    monkeypatch.setattr(clip, "SentenceTower", lambda _: LetterTower())
-    monkeypatch.setattr(clip, "sentence_tower_path", lambda: Path("unused"))
+    monkeypatch.setattr(clip, "open_tower", lambda *_, **__: LetterTower())
 
 
 def recipe(out: Path, **changes) -> ClipRecipe:
