@@ -146,6 +146,11 @@ def _scalar(hint: Any, value: Any, where: str) -> Any:
 
 def read_recipe(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) -> T:
     """A recipe file with `dotted.key=value` overrides; raises ConfigError naming file and key."""
+    return build(kind, read_values(path, overrides), str(path))
+
+
+def read_values(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values of a recipe file with its overrides; raises ConfigError."""
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
@@ -161,11 +166,20 @@ def read_recipe(kind: type[T], path: str | Path, overrides: Sequence[str] = ()) 
         table: Any = values
         *parents, last = key.split(".")
         for parent in parents:
-            table = table.setdefault(parent, {})
-            if not isinstance(table, dict):
+            table = _enter(table, parent)
+            if not isinstance(table, (dict, list)):
                 raise ConfigError(f"{override!r} does not fit: {parent!r} is not a table.")
+        if not isinstance(table, dict):
+            raise ConfigError(f"{override!r} does not fit: {parents[-1]!r} is not a table.")
         table[last] = yaml.safe_load(text)
-    return build(kind, values, str(path))
+    return values
+
+
+def _enter(table: Any, key: str) -> Any:
+    """What `key` names in a table or, as a number from 0, in a list; None when a list has no such place."""
+    if isinstance(table, list):
+        return table[int(key)] if key.isdigit() and int(key) < len(table) else None
+    return table.setdefault(key, {})
 
 
 def parse_command(kind: type[T], argv: Sequence[str] | None, program: str, doc: str | None) -> tuple[T, bool]:

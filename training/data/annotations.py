@@ -16,7 +16,7 @@ from typing import Any
 
 from encoder.errors import DataError, VideoError
 from training.data.examples import Example, Kind
-from training.data.media import IMAGES, FileMedia
+from training.data.media import IMAGES, FileMedia, reason
 
 PARSED_AT_OPEN = 100  # JSONL rows that are checked at once; the others when they are used
 
@@ -31,7 +31,7 @@ def read_classes(path: Path) -> tuple[str, ...]:
     try:
         names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read the class names {path}: {error}.") from error
+        raise DataError(f"Cannot read the class names {path}: {reason(error)}.") from error
     if len(set(names)) < len(names) or not names:
         raise DataError(f"The class names {path} must be at least one, all different.")
     return names
@@ -84,7 +84,7 @@ def read_csv(path: Path, root: Path, classes: str | None = None) -> CsvExamples:
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read the annotations {path}: {error}.") from error
+        raise DataError(f"Cannot read the annotations {path}: {reason(error)}.") from error
     names = read_classes(Path(classes)) if classes else ()
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if lines and "youtube_id" in lines[0][1].split(","):
@@ -164,7 +164,9 @@ def read_jsonl(path: Path, root: Path, classes: str | None = None) -> JsonlExamp
                         parse_row(json.loads(line), root, names, f"{path}, row {len(starts)}")
                 position += len(line)
     except (OSError, ValueError) as error:
-        raise DataError(f"Cannot read the annotations {path} (row {len(starts)}): {error}.") from error
+        raise DataError(
+            f"Cannot read the annotations {path} (row {len(starts)}): {reason(error)}."
+        ) from error
     return JsonlExamples(path, root, starts, names)
 
 

@@ -120,6 +120,23 @@ class WorldMedia:
         return render_clip(self.world, self.sample, str(self.number), frames, resolution, moments)
 
 
+@dataclass(frozen=True)
+class BrokenMedia:
+    """Stands for media whose record cannot be used."""
+
+    key: str
+    reason: str
+
+    def load(self, frames: int, resolution: int, *, moments: Sequence[float] | None = None) -> Clip:
+        """Raises VideoError."""
+        raise VideoError(self.reason)
+
+
+def reason(error: Exception) -> str:
+    """Why a file could not be read, for a sentence."""
+    return (getattr(error, "strerror", None) or str(error)).rstrip(".")
+
+
 def _read(source: Any, frames: int, side: int, moments: Sequence[float] | None, **span: float | None) -> Clip:
     return read_clip(source, frames, moments=moments, max_side=side, **span)  # type: ignore[arg-type]
 

@@ -1,7 +1,7 @@
 """Records: one conversation about one video, image or set of images, wherever it is kept.
 
-Reads LLaVA-style JSON (the format of VideoChat-Flash's stage 1), its YAML mixtures, caption JSONL, and the
-demo world. A record knows how to load its media; nothing is opened before that.
+Reads LLaVA-style JSON (the format of VideoChat-Flash's stage 1), its YAML mixtures, caption JSONL, webdataset
+shards, and the demo world. A record knows how to load its media; nothing is opened before that.
 """
 
 from __future__ import annotations
@@ -9,17 +9,20 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 
-from encoder.errors import ConfigError, DataError
-from training.data.media import FileMedia, Media, WorldMedia
+from encoder.errors import ConfigError, DataError, VideoError
+from training.data.media import BrokenMedia, FileMedia, Media, WorldMedia, reason
 from training.data.world import WorldSource
 from training.demo_world.wording import QUESTIONS
 from training.demo_world.world import World
+
+if TYPE_CHECKING:
+    from training.data.shards import Shards
 
 __all__ = [
     "DatasetConfig",
@@ -27,6 +30,7 @@ __all__ = [
     "Media",
     "Record",
     "RecordSource",
+    "ShardRecords",
     "WorldMedia",
     "WorldRecords",
     "read_annotations",
@@ -56,8 +60,12 @@ class RecordSource(Protocol):
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """One dataset of a mixture: an annotation file, a YAML mixture of such, or a part of the demo world.
+    """One dataset of a mixture: an annotation file, a YAML mixture of such, tar shards, or a part of the demo
+    world.
 
+    shards: webdataset tars (see shards.py) whose samples hold "conversations" in their json, or a caption.
+    index_root: folder for the shards' indices. corpus: name in corpora.yaml, for
+    `python -m training.data check`.
     sampling_strategy: all, first:N, first:x%, end:N, end:x%, random:N or random:x% (VideoChat-Flash's words).
     turns: questions per sample of the world, asked in one conversation; captions: chance that one of them is
     for a description; choices: share of multiple-choice questions.
@@ -65,6 +73,7 @@ class DatasetConfig:
 
     json_path: str | None = None
     yaml_path: str | None = None
+    shards: str | None = None
     data_root: str = ""
     sampling_strategy: str = "all"
     video_read_type: str | None = None
@@ -72,10 +81,19 @@ class DatasetConfig:
     turns: int = 1
     captions: float = 0.5
     choices: float = 0.3
+    index_root: str | None = None
+    corpus: str | None = None
 
     def __post_init__(self) -> None:
-        if sum(part is not None for part in (self.json_path, self.yaml_path, self.world)) != 1:
-            raise ConfigError("A dataset needs exactly one of json_path, yaml_path and world.")
+        if sum(part is not None for part in (self.json_path, self.yaml_path, self.shards, self.world)) != 1:
+            raise ConfigError("A dataset needs exactly one of json_path, yaml_path, shards and world.")
+
+    @property
+    def name(self) -> str:
+        """What it reads, for messages."""
+        if self.world is not None:
+            return f"demo world, {self.world.split}"
+        return str(self.json_path or self.yaml_path or self.shards)
 
     def open(self) -> list[RecordSource]:
         """Its sources; raises DataError when a file is missing or malformed."""
@@ -84,6 +102,12 @@ class DatasetConfig:
         if self.json_path is not None:
             records = read_annotations(Path(self.json_path), Path(self.data_root))
             return [sample_records(records, self.sampling_strategy, self.json_path)]
+        if self.shards is not None:
+            from training.data.shards import Shards
+
+            index_root = Path(self.index_root) if self.index_root else None
+            shards = Shards.open(str(Path(self.data_root) / self.shards), index_root)
+            return [ShardRecords(shards, choose_numbers(len(shards), self.sampling_strategy, self.shards))]
         assert self.yaml_path is not None
         return [source for entry in read_mixture(Path(self.yaml_path)) for source in entry.open()]
 
@@ -123,6 +147,34 @@ class WorldRecords:
         return Record(f"world-{number}", WorldMedia(world, sample, number), tuple(picked))
 
 
+@dataclass(frozen=True)
+class ShardRecords:
+    """Samples of tar shards as conversations: `numbers` says which."""
+
+    shards: Shards
+    numbers: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> Record:
+        """A sample with neither a conversation nor a caption has media that cannot be loaded: it is skipped
+        and named like a broken video."""
+        name = f"number {self.numbers[index]}"
+        try:
+            sample = self.shards.sample(self.numbers[index])
+            name = f"{sample.shard.name}/{sample.key}"
+            facts, text = sample.json(), sample.text("txt")
+            row = {key: value for key, value in facts.items() if key not in ("video", "image")}
+            if text and "conversations" not in row:
+                row["caption"] = text
+            record = _record({**row, "id": name}, Path(), f"{sample.shard}, sample {sample.key!r}")
+            found = sample.media(facts.get("start"), facts.get("end"))
+        except (DataError, VideoError) as error:
+            return Record(name, BrokenMedia(name, str(error)), (("", ""),))
+        return replace(record, media=None if found is None else found[0])
+
+
 def read_annotations(path: Path, root: Path) -> list[Record]:
     """Records of a LLaVA-style JSON file or of a JSONL file (the same, or {"video", "caption"}, per line).
 
@@ -135,7 +187,7 @@ def read_annotations(path: Path, root: Path) -> list[Record]:
         else:
             rows = json.loads(text)
     except (OSError, ValueError) as error:
-        raise DataError(f"Cannot read the annotations {path}: {error}.") from error
+        raise DataError(f"Cannot read the annotations {path}: {reason(error)}.") from error
     if not isinstance(rows, list):
         raise DataError(f"The annotations {path} must be a list of records.")
     return [_record(row, root, f"{path}, record {number}") for number, row in enumerate(rows)]
@@ -174,7 +226,7 @@ def read_mixture(path: Path) -> list[DatasetConfig]:
         content = yaml.safe_load(path.read_text())
         rows = content["datasets"]
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise DataError(f"Cannot read the mixture {path}: {error}.") from error
+        raise DataError(f"Cannot read the mixture {path}: {reason(error)}.") from error
     return [build(DatasetConfig, row, f"{path}, dataset {number}") for number, row in enumerate(rows)]
 
 

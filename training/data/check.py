@@ -1,0 +1,240 @@
+"""What of a recipe's data is missing or unreadable, found before training starts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from encoder.errors import FluxChatError, VideoError
+from training.config import build
+from training.data.corpora import compare
+from training.data.examples import Example, ExampleSource, VideoData
+from training.data.media import FileMedia, Media
+from training.data.records import DatasetConfig, Record, RecordSource
+from training.data.video_batches import usable_cores
+from training.data.world import WorldSource
+
+Dataset = VideoData | DatasetConfig
+FRAMES, SIDE = 2, 112  # of a trial reading
+NAMED = 3  # examples that a line names
+ANNOTATIONS = ("csv", "jsonl", "json_path", "yaml_path", "shards")
+
+
+@dataclass
+class Findings:
+    """What was found in one dataset. missing, unreadable: (name, reason), in order.
+
+    looked_at: how many of `total` were looked for; sampled: how many of them were decoded. error: why the
+    dataset cannot be opened at all.
+    """
+
+    where: str
+    name: str
+    total: int = 0
+    looked_at: int = 0
+    sampled: int = 0
+    classes: int = 0
+    missing: list[tuple[str, str]] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    remark: str = ""
+    error: str | None = None
+
+    @property
+    def share(self) -> float:
+        """Estimated share of the dataset that cannot be used."""
+        if self.error is not None or not self.total:
+            return 1.0
+        missing = len(self.missing) / max(1, self.looked_at)
+        return missing + (1 - missing) * len(self.unreadable) / max(1, self.sampled)
+
+
+def find_datasets(values: Any, where: str = "") -> Iterator[tuple[str, Dataset]]:
+    """All datasets in the plain values of a recipe, with the keys that lead to each.
+
+    Raises ConfigError for a dataset with an unknown setting or a wrong type.
+    """
+    if isinstance(values, list):
+        for number, value in enumerate(values):
+            yield from find_datasets(value, f"{where}[{number}]")
+        return
+    if not isinstance(values, dict):
+        return
+    kind = _kind(values)
+    if kind is not None:
+        yield where or "recipe", build(kind, values, where)
+        return
+    for key, value in values.items():
+        place = f"{where}.{key}" if where else str(key)
+        if key == "world" and isinstance(value, dict):
+            yield place, VideoData(world=build(WorldSource, value, place))
+        else:
+            yield from find_datasets(value, place)
+
+
+def _kind(values: dict[str, Any]) -> type[Dataset] | None:
+    """Which kind of dataset a table of settings is, None when it is none."""
+    if not any(key in values for key in (*ANNOTATIONS, "world")):
+        return None
+    chat, video = ({entry.name for entry in fields(kind)} for kind in (DatasetConfig, VideoData))
+    if any(key in values for key in ("json_path", "yaml_path")):
+        return DatasetConfig
+    if any(key in values for key in ("csv", "jsonl")):
+        return VideoData
+    if set(values) <= video:  # shards or world with nothing that only conversations have
+        return VideoData
+    return DatasetConfig if set(values) <= chat else None
+
+
+def check_dataset(
+    where: str,
+    dataset: Dataset,
+    sample: int,
+    most: int | None = None,
+    progress: Any = None,
+) -> Findings:
+    """Look for every file of a dataset (or `most` of them, spread evenly) and decode `sample` at random.
+
+    progress: called with (done, total, what) now and then.
+    """
+    found = Findings(where, dataset.name)
+    tell = progress or (lambda done, total, what: None)
+    try:
+        if dataset.corpus is not None:
+            compare(dataset.corpus, 0)
+        sources: Sequence[ExampleSource | RecordSource]
+        sources = [dataset.open()] if isinstance(dataset, VideoData) else dataset.open()
+        found.total = sum(map(len, sources))
+        found.classes = _classes(sources)
+        if dataset.corpus is not None:
+            found.remark = compare(dataset.corpus, found.total)
+        if not found.total:
+            found.error = "It holds no examples."
+            return found
+        present = list(range(found.total))
+        if dataset.world is None:
+            present = _look(found, sources, most, tell)
+        _decode(found, sources, present, sample, tell)
+    except FluxChatError as error:
+        found.error = str(error)
+    return found
+
+
+def _classes(sources: Sequence[ExampleSource | RecordSource]) -> int:
+    return max((len(getattr(source, "classes", ())) for source in sources), default=0)
+
+
+def _get(sources: Sequence[ExampleSource | RecordSource], number: int) -> Example | Record:
+    for source in sources:
+        if number < len(source):
+            return source[number]
+        number -= len(source)
+    raise IndexError(number)
+
+
+def _look(found: Findings, sources: Sequence[Any], most: int | None, tell: Any) -> list[int]:
+    """Notes examples without a usable row or file; returns the numbers of the others."""
+    total = found.total
+    count = total if most is None else min(most, total)
+    numbers = [index * total // count for index in range(count)]
+
+    def look(number: int) -> tuple[str, str] | None:
+        try:
+            example = _get(sources, number)
+        except FluxChatError as error:
+            return f"number {number}", str(error)
+        gone = _gone(example.media)
+        return None if gone is None else (example.id, f"there is no file {gone}")
+
+    present = []
+    # Threads, since on a network disk each look waits for an answer.
+    with ThreadPoolExecutor(16) as pool:
+        for done, (number, problem) in enumerate(zip(numbers, pool.map(look, numbers), strict=True), 1):
+            if problem is None:
+                present.append(number)
+            else:
+                found.missing.append(problem)
+            tell(done, count, "looking for files")
+    found.looked_at = count
+    return present
+
+
+def _gone(media: Media | None) -> str | None:
+    """The first of a medium's files that does not exist or is empty."""
+    if isinstance(media, FileMedia):
+        for path in media.paths:
+            try:
+                if path.stat().st_size == 0:
+                    return f"{path} (it is empty)"
+            except OSError:
+                return str(path)
+    return None
+
+
+def _decode(found: Findings, sources: Sequence[Any], present: list[int], sample: int, tell: Any) -> None:
+    """Tries a few frames of some examples, chosen at random but always the same."""
+    chosen = random.Random(0).sample(present, min(sample, len(present)))
+
+    def read(number: int) -> tuple[str, str] | None:
+        name = f"number {number}"
+        try:
+            example = _get(sources, number)
+            name = example.id
+            if example.media is not None:
+                example.media.load(FRAMES, SIDE)
+        except VideoError as error:
+            return name, str(error)
+        return None
+
+    with ThreadPoolExecutor(min(8, usable_cores())) as pool:
+        for done, problem in enumerate(pool.map(read, chosen), 1):
+            if problem is not None:
+                found.unreadable.append(problem)
+            tell(done, len(chosen), "decoding a sample")
+    found.sampled = len(chosen)
+    if found.looked_at == 0:
+        found.looked_at = found.total
+
+
+def report(findings: Sequence[Findings], allowed: float) -> str:
+    """A table of the datasets, and below it what is wrong with each."""
+    head = ("dataset", "samples", "missing", "decoded", "unreadable", "verdict")
+    rows = [
+        (
+            found.where,
+            f"{found.total:,}" if found.error is None else "-",
+            f"{len(found.missing):,} of {found.looked_at:,}" if found.error is None else "-",
+            f"{found.sampled:,}",
+            f"{len(found.unreadable):,}",
+            verdict(found, allowed),
+        )
+        for found in findings
+    ]
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (head, tuple("-" * width for width in widths), *rows)
+    ]
+    for found in findings:
+        lines.append("")
+        lines.append(f"{found.where}: {found.name}" + (f", {found.classes} classes" if found.classes else ""))
+        if found.remark:
+            lines.append(f"  count: {found.remark}")
+        if found.error is not None:
+            lines.append(f"  cannot be opened: {found.error}")
+        for title, problems in (("missing", found.missing), ("unreadable", found.unreadable)):
+            lines += [f"  {title}: {name}: {reason}" for name, reason in problems[:NAMED]]
+            if len(problems) > NAMED:
+                lines.append(f"  {title}: and {len(problems) - NAMED:,} more")
+    return "\n".join(lines)
+
+
+def verdict(found: Findings, allowed: float) -> str:
+    """One or a few words about a dataset."""
+    if found.error is not None:
+        return "cannot be opened"
+    if not found.missing and not found.unreadable:
+        return "ok"
+    return "tolerable" if found.share <= allowed else "too much is missing"
