@@ -1,4 +1,4 @@
-"""The `fluxchat` command: ask, chat, estimate, info, fetch.
+"""The `fluxchat` command: ask, chat, web, estimate, info, fetch.
 
 Exit status 0 when answered, 2 for a wrong input with one line on stderr, 130 when interrupted.
 """
@@ -25,8 +25,27 @@ examples:
   fluxchat ask clip.mp4 "Describe it." --budget auto:1.5            as many tokens as answer within 1.5 s
   fluxchat ask clip.mp4 "Describe it." --json                       text, tokens and timings for programs
   fluxchat chat clip.mp4                                            many questions, streaming answers
+  fluxchat web                                                      the page and the API, on this machine
   fluxchat estimate clip.mp4 --budget 512                           the price, before anything runs
   fluxchat ask clip.mp4 "..." --model my/model --llm Qwen/Qwen2.5-7B-Instruct --quantize 4bit
+"""
+
+
+WEB_EXAMPLES = """\
+examples:
+  fluxchat web                                             the page at http://127.0.0.1:7860, for you alone
+  fluxchat web --port 0 --no-browser                       any free port; it prints the address when ready
+  fluxchat web --llm Qwen/Qwen2.5-7B-Instruct --encoder fluxvit_b.pth --projector runs/stage1 \\
+               --quantize 4bit --device-map auto           your own parts, on one or more GPUs
+  fluxchat web --host 0.0.0.0 --auth ann:secret --api-key k    others log in, programs send the key
+
+programs (any OpenAI client; more extras in the README):
+  curl http://127.0.0.1:7860/v1/files -F file=@clip.mp4                              gives an id
+  curl http://127.0.0.1:7860/v1/chat/completions -H 'Content-Type: application/json' -d '{
+    "model": "fluxchat", "token_budget": 128, "messages": [{"role": "user", "content": [
+      {"type": "video_url", "video_url": {"url": "file-..."}}, {"type": "text", "text": "What moves?"}]}]}'
+
+SIGTERM lets running answers finish. FLUXCHAT_AUTH and FLUXCHAT_API_KEY keep secrets out of the process list.
 """
 
 
@@ -55,10 +74,18 @@ def build_parser() -> argparse.ArgumentParser:
     estimate.add_argument("--json", action="store_true", help="print the figures as JSON")
     _budget_option(estimate)
 
+    web = commands.add_parser(
+        "web",
+        help="a page in the browser, and an OpenAI-style API, on one port",
+        epilog=WEB_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _web_options(web)
+
     info = commands.add_parser("info", help="the model in use, the machine, the versions")
     info.add_argument("--json", action="store_true", help="print as JSON")
 
-    for command in (ask, chat, estimate, info):
+    for command in (ask, chat, estimate, web, info):
         _model_options(command)
 
     fetch = commands.add_parser("fetch", help="get the language model of the shipped model, once (98-270 MB)")
@@ -83,18 +110,53 @@ def _generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", help="system prompt")
 
 
+def _web_options(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_argument_group("where")
+    where.add_argument(
+        "--host", default="127.0.0.1", help="address to bind to; others than 127.0.0.1 need --auth"
+    )
+    where.add_argument("--port", type=int, default=7860, metavar="N", help="0: any free one (7860)")
+    where.add_argument("--no-browser", dest="browser", action="store_false", help="do not open the page")
+    where.add_argument("--mcp", action="store_true", help="offer ask and estimate as MCP tools (extra: mcp)")
+    who = parser.add_argument_group("who may use it")
+    who.add_argument("--auth", metavar="USER:PASSWORD", help="what people log in with")
+    who.add_argument("--api-key", metavar="KEY", help="what programs send as a bearer token")
+    who.add_argument(
+        "--allow-host", metavar="NAME", nargs="+", default=[], help="further names it is asked by (a proxy's)"
+    )
+    media = parser.add_argument_group("videos that requests may name, besides uploads and data: URLs")
+    media.add_argument("--media-root", metavar="DIR", help="files under this folder, by path")
+    media.add_argument(
+        "--allow-url-host",
+        metavar="HOST",
+        nargs="+",
+        default=[],
+        help="URLs of these hosts (public addresses)",
+    )
+    load = parser.add_argument_group("load")
+    load.add_argument("--parallel", type=int, default=8, metavar="N", help="answers decoded together (8)")
+    load.add_argument("--queue", type=int, default=32, metavar="N", help="requests that may wait (32)")
+    load.add_argument("--upload-mib", type=int, default=200, metavar="N", help="largest upload (200)")
+
+
 def _model_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="DIR", help="a saved model (default: the shipped one)")
+    group.add_argument(
+        "--model",
+        "--projector",
+        metavar="DIR",
+        help="a saved model, or what a chat stage of the training wrote (default: the shipped one)",
+    )
     group.add_argument("--llm", metavar="ID", help="another language model: hub id, folder or GGUF file")
     group.add_argument("--encoder", metavar="FILE", help="other encoder weights: official .pth or a folder")
     group.add_argument("--adapters", metavar="DIR", nargs="+", default=[], help="LoRA adapters for the LLM")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu ... (default: the best there is)")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: by device")
+    group.add_argument("--device-map", metavar="MAP", help="auto: spread the language model over the GPUs")
     group.add_argument("--quantize", choices=["8bit", "4bit"], help="smaller language model weights")
 
 
-def open_chat(args: argparse.Namespace) -> VideoChat:
+def open_chat(args: argparse.Namespace, **options: Any) -> VideoChat:
     """The model that the options describe; fetches the shipped model's LLM first if it is not there."""
     from app.chat import VideoChat
 
@@ -109,7 +171,9 @@ def open_chat(args: argparse.Namespace) -> VideoChat:
         adapters=args.adapters,
         device=args.device,
         dtype=args.dtype,
+        device_map=args.device_map,
         quantize=args.quantize,
+        **options,
     )
 
 
@@ -148,6 +212,20 @@ def run_estimate(args: argparse.Namespace) -> int:
     with open_chat(args) as chat:
         estimate = chat.estimate(args.video, args.budget)
     print(json.dumps(asdict(estimate)) if args.json else estimate)
+    return 0
+
+
+def run_web(args: argparse.Namespace) -> int:
+    """The page and the API until SIGTERM or Ctrl-C."""
+    from dataclasses import replace
+
+    from app.launch import WEB_LIMITS, bind, options_of, serve
+
+    options = options_of(args)
+    listener = bind(options.host, options.port)  # before the model, which takes seconds
+    limits = replace(WEB_LIMITS, max_bytes=args.upload_mib * 2**20)
+    with listener, open_chat(args, trusted=False, limits=limits, batch=args.parallel) as chat:
+        serve(chat, options, listener)
     return 0
 
 
@@ -199,7 +277,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     args = build_parser().parse_args(argv)
     _quiet_libraries()
-    run = {"ask": run_ask, "chat": run_chat, "estimate": run_estimate, "info": run_info, "fetch": run_fetch}
+    run = {
+        "ask": run_ask,
+        "chat": run_chat,
+        "estimate": run_estimate,
+        "web": run_web,
+        "info": run_info,
+        "fetch": run_fetch,
+    }
     try:
         return run[args.command](args)
     except FluxChatError as error:

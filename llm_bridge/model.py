@@ -178,6 +178,8 @@ class VideoLanguageModel(nn.Module):
         Raises ModelError, CheckpointError or ConfigError: one sentence, what was wrong and what to do.
         """
         folder = Path(folder)
+        if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
+            folder = folder / "model"  # the output of a training stage
         try:
             config = VLMConfig.from_dict(json.loads((folder / "config.json").read_text()))
         except (OSError, ValueError) as error:
