@@ -39,7 +39,7 @@ class Handlers:
     def __init__(self, chat: VideoChat, sessions: Sessions) -> None:
         self.chat, self.sessions = chat, sessions
         # Made here because inside an event Gradio's components are only updates of themselves.
-        self._html = gr.HTML("", js_on_load=None, render=False).get_config()
+        self._html = gr.HTML("", js_on_load=None, apply_default_css=False, render=False).get_config()
 
     # -- videos ---------------------------------------------------------------------------------------------
 
@@ -281,7 +281,7 @@ class Handlers:
         Args:
             video: the video or image file
             question: what you want to know
-            budget: tokens the encoder may keep: a number, "full", "auto" or "auto:SECONDS"; empty: the model's
+            budget: tokens to keep: a number, "full", "auto" or "auto:SECONDS"; empty: the model's own
         """
         answer = self.chat.ask(video, question, budget=budget.strip() or None)
         return answer.text, answer.to_dict()
@@ -291,7 +291,7 @@ class Handlers:
 
         Args:
             video: the video or image file
-            budget: tokens the encoder may keep: a number, "full", "auto" or "auto:SECONDS"; empty: the model's
+            budget: tokens to keep: a number, "full", "auto" or "auto:SECONDS"; empty: the model's own
         """
         if video is None:
             raise ConfigError("An estimate needs a video: give one.")

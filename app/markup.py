@@ -6,12 +6,14 @@ import re
 from collections.abc import Sequence
 from html import escape
 
+from PIL import Image
 from torch import Tensor
 
 from app.answer import Answer, KeptTokens
 from app.estimate import Estimate
 from app.overlay import data_url, kept_mask, paint
 from app.sessions import Media
+from encoder.video import read_clip
 
 # "0:07", "1:02.5", "7 s", "7.5 seconds", "3 sec"; not "10:30 pm"'s day or "16:9" followed by more digits.
 _TIME = re.compile(
@@ -52,8 +54,8 @@ def strip(frames: Tensor, kept: KeptTokens, medium: int, *, side: int, label: st
             continue
         at = clock(kept.times_s[index], tenths=tenths)
         cells.append(
-            f'<button type="button" class="fc-frame" data-seek="{kept.times_s[index]:.3f}" data-medium="{medium}" '
-            f'aria-label="Go to {at}, {counts[index]} tokens kept">{image}'
+            f'<button type="button" class="fc-frame" data-seek="{kept.times_s[index]:.3f}" '
+            f'data-medium="{medium}" aria-label="Go to {at}, {counts[index]} tokens kept">{image}'
             f"<span>{at}<i>{counts[index]}</i></span></button>"
         )
     return f'<div class="fc-frames" role="group" aria-label="{escape(label)}">{"".join(cells)}</div>'
@@ -74,13 +76,13 @@ def cost_line(estimates: Sequence[Estimate], seconds: float | None = None) -> st
     shape = f"{first.frames} × {first.width}×{first.height}" if len(shapes) == 1 else "various sizes"
     share = 100 * gmacs / full
     facts = [
-        ("frames × resolution", f"{many}{shape}"),
-        ("tokens kept of seen", f"<b>{kept}</b> of {seen}"),
-        ("into the language model", f"{sum(e.llm_tokens for e in estimates)} tokens"),
-        ("multiply-accumulates", f"{gmacs:.3g} GMACs"),
+        ("frames × size", f"{many}{shape}"),
+        ("tokens kept", f"<b>{kept}</b> of {seen}"),
+        ("into the LLM", f"{sum(e.llm_tokens for e in estimates)} tokens"),
+        ("to compute", f"{gmacs:.3g} GMACs"),
         ("to the first word", f"≈ <b>{wait:.2f} s</b>"),
-        ("memory it adds", f"{sum(e.peak_mib for e in estimates):.0f} MiB"),
-        ("of the full cost", f"{share:.0f} %"),
+        ("memory", f"{sum(e.peak_mib for e in estimates):.0f} MiB"),
+        ("of full cost", f"{share:.0f} %"),
     ]
     cells = "".join(
         f'<span class="fc-fact"><span>{value}</span><small>{name}</small></span>' for name, value in facts
@@ -122,6 +124,20 @@ def shelf(media: Sequence[Media], shown: int) -> str:
             f'<button type="button" data-remove="{index}" aria-label="Remove {name}">×</button></span>'
         )
     return f'<div class="fc-shelf" role="group" aria-label="Videos and images">{"".join(items)}</div>'
+
+
+def examples(pairs: Sequence[tuple[str, str]]) -> str:
+    """Cards of videos to start from, each with its question; reads one frame of each file."""
+    cards = []
+    for index, (path, question) in enumerate(pairs):
+        frame = read_clip(path, 1, max_side=240).frames[0].numpy()
+        cards.append(
+            f'<button type="button" class="fc-example" data-example="{index}" '
+            f'aria-label="Example: {escape(question)}">'
+            f'<img src="{data_url(Image.fromarray(frame), 240)}" alt="">'
+            f"<span>{escape(question)}</span></button>"
+        )
+    return f'<h3>Or start from an example</h3><div class="fc-examples">{"".join(cards)}</div>'
 
 
 def small_print(answer: Answer) -> str:

@@ -8,248 +8,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from html import escape
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
+from gradio.processing_utils import save_file_to_cache
 
-from app.chat import SHIPPED, VideoChat
-from app.handlers import EMPTY_COST, Handlers
-from app.markup import notice, shelf
+from app.chat import VideoChat
+from app.handlers import Handlers
+from app.layout import Examples, View, default_examples, page_options
+from app.markup import shelf
 from app.sessions import Session, Sessions
-from app.settings import CHOOSE, Range, Settings
+from app.settings import Settings
 from encoder.errors import FluxChatError
 
-THEME = Path(__file__).parent / "theme"
-MEDIA = ["video", "image"]
-QUESTION = "What happens in the video?"
-Examples = Sequence[tuple[str, str]]
-PLACEHOLDER = """\
-### Ask about a video
-Add one on the left, choose how many tokens to look at, and ask.
-"""
-
-
-def page_options() -> dict[str, Any]:
-    """Arguments of `launch` and `mount_gradio_app` that give the page its looks, from local files only."""
-    font = ["ui-sans-serif", "system-ui", "sans-serif"]
-    mono = ["ui-monospace", "monospace"]
-    theme = gr.themes.Base(
-        primary_hue=gr.themes.colors.teal,
-        neutral_hue=gr.themes.colors.slate,
-        radius_size=gr.themes.sizes.radius_md,
-        font=font,
-        font_mono=mono,
-    )
-    return {"theme": theme, "css_paths": [THEME / "page.css"], "footer_links": [], "run_history": False}
-
-
-def default_examples() -> Examples:
-    """Videos that ship with the model, each with a question."""
-    return [(str(path), QUESTION) for path in sorted((SHIPPED / "examples").glob("*.mp4"))]
+__all__ = ["build", "page_options"]
 
 
 def build(chat: VideoChat, examples: Examples | None = None, *, workers: int = 1) -> gr.Blocks:
     """The page around one model, not launched.
 
-    examples: (file, question) pairs to start from; None takes those that ship with the model. workers: answers
-    computed at the same time. The page's `sessions` attribute holds what its visitors have (see `Sessions`).
+    examples: (file, question) pairs to start from; None takes those that ship with the model. workers:
+    answers computed at the same time. The page's attribute `sessions` holds what its visitors have.
     """
     sessions = Sessions(chat.forget)
     handlers = Handlers(chat, sessions)
     page = gr.Blocks(title="FluxChat", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True)
     with page:
-        view = _View(chat, default_examples() if examples is None else examples)
-        _wire(view, handlers, workers)
+        examples = default_examples() if examples is None else examples
+        view = View(chat, examples)
+        _wire(view, handlers, examples, workers)
         _programs(handlers)
         page.unload(_leave(sessions))
     page.queue(max_size=16, default_concurrency_limit=workers)
-    page.sessions = sessions
+    page.sessions = sessions  # type: ignore[attr-defined]
     return page
 
 
-class _View:
-    """Every control of the page, laid out."""
-
-    def __init__(self, chat: VideoChat, examples: Examples) -> None:
-        budgets = Range.of(chat.model)
-        config = chat.model.encoder.config
-        gr.HTML(_header(chat), js_on_load=None, elem_id="fluxchat-header")
-        with gr.Row(elem_id="fluxchat-main", equal_height=False):
-            with gr.Column(scale=5, min_width=320):
-                self._media(examples)
-            with gr.Column(scale=6, min_width=320):
-                self._conversation(budgets, chat)
-                self._advanced(config, chat)
-        self._compare(budgets)
-
-    def _media(self, examples: Examples) -> None:
-        self.video = gr.Video(
-            label="Video",
-            sources=["upload", "webcam"],
-            include_audio=True,
-            webcam_options=gr.WebcamOptions(mirror=False),
-            buttons=[],
-            height=300,
-            elem_id="fluxchat-video",
-        )
-        self.image = gr.Image(
-            label="Image",
-            type="filepath",
-            interactive=False,
-            visible=False,
-            buttons=[],
-            height=300,
-            elem_id="fluxchat-image",
-        )
-        with gr.Row(elem_classes="fc-tight"):
-            self.shelf = gr.HTML(
-                js_on_load=(THEME / "page.js").read_text(), elem_id="fluxchat-shelf", min_width=0
-            )
-            self.more = gr.UploadButton(
-                "Add another",
-                file_types=MEDIA,
-                file_count="multiple",
-                size="sm",
-                scale=0,
-                min_width=120,
-                elem_id="fluxchat-add",
-            )
-        self.problem = gr.HTML(js_on_load=None, elem_id="fluxchat-problem")
-        self.strip = gr.HTML(js_on_load=None, elem_id="fluxchat-strip")
-        self.question = gr.Textbox(
-            label="Question",
-            placeholder="Ask about the video",
-            lines=1,
-            max_lines=4,
-            scale=1,
-            container=False,
-            show_label=False,
-            elem_id="fluxchat-question",
-            render=False,
-        )
-        if examples:
-            gr.Examples(
-                [list(example) for example in examples],
-                [self.video, self.question],
-                cache_examples=False,
-                api_visibility="private",
-                elem_id="fluxchat-examples",
-            )
-
-    def _conversation(self, budgets: Range, chat: VideoChat) -> None:
-        self.chat = gr.Chatbot(
-            label="Conversation",
-            show_label=False,
-            height="clamp(320px, calc(100vh - 350px), 900px)",
-            editable="user",
-            buttons=["copy"],
-            feedback_options=None,
-            placeholder=PLACEHOLDER,
-            elem_id="fluxchat-chat",
-        )
-        with gr.Row(elem_classes="fc-tight", elem_id="fluxchat-ask"):
-            self.question.render()
-            self.send = gr.Button("Send", variant="primary", scale=0, min_width=88, elem_id="fluxchat-send")
-            self.stop = gr.Button(
-                "Stop", variant="stop", scale=0, min_width=88, visible=False, elem_id="fluxchat-stop"
-            )
-        with gr.Row(elem_classes="fc-tight", elem_id="fluxchat-price"):
-            self.budget = gr.Slider(
-                budgets.step,
-                budgets.largest,
-                budgets.near(chat.model.config.default_tokens),
-                step=budgets.step,
-                label="Token budget",
-                info="per video: fewer is faster, more sees finer",
-                scale=1,
-                buttons=[],
-                elem_id="fluxchat-budget",
-            )
-            with gr.Column(scale=0, min_width=170):
-                self.auto = gr.Checkbox(label="auto: answer within", elem_id="fluxchat-auto")
-                self.seconds = gr.Number(
-                    2.0,
-                    label="seconds",
-                    minimum=0.1,
-                    maximum=600,
-                    step=0.1,
-                    show_label=False,
-                    container=False,
-                    visible=False,
-                    elem_id="fluxchat-seconds",
-                )
-        self.cost = gr.HTML(notice(EMPTY_COST), js_on_load=None, elem_id="fluxchat-cost")
-
-    def _advanced(self, config: Any, chat: VideoChat) -> None:
-        with gr.Accordion("Advanced", open=False, elem_id="fluxchat-advanced"):
-            self.system = gr.Textbox(chat.model.config.system or "", label="System prompt", lines=2)
-            with gr.Row():
-                self.temperature = gr.Slider(
-                    0, 2, 0, step=0.05, label="Temperature", info="0: always the likeliest word"
-                )
-                self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
-                self.longest = gr.Slider(8, 1024, 128, step=8, label="Longest answer (tokens)")
-            with gr.Row():
-                frames = [str(count) for count in range(*config.frames_range)]
-                sides = [str(side) for side in range(*config.resolution_range)]
-                self.frames = gr.Dropdown([CHOOSE, *frames], value=CHOOSE, label="Frames")
-                self.resolution = gr.Dropdown([CHOOSE, *sides], value=CHOOSE, label="Resolution (pixels)")
-                self.selector = gr.Dropdown(
-                    [
-                        ("flux: what changes", "flux"),
-                        ("uniform: evenly", "uniform"),
-                        ("random", "random"),
-                        ("tube: random places", "tube"),
-                    ],
-                    value="flux",
-                    label="Which tokens stay",
-                )
-            llm = chat.model.llm
-            dtype = str(llm.dtype).removeprefix("torch.")
-            gr.Markdown(
-                f"Language model: {Path(llm.name).name}, {dtype}, quantised: {llm.quantize or 'no'}; "
-                f"on {chat.device}."
-            )
-            self.clear = gr.Button("New conversation", size="sm", elem_id="fluxchat-clear")
-
-    def _compare(self, budgets: Range) -> None:
-        with gr.Accordion("Compare two budgets", open=False, elem_id="fluxchat-compare"):
-            with gr.Row(elem_classes="fc-tight"):
-                self.both = gr.Textbox(QUESTION, label="Question for both", scale=3)
-                low, high = budgets.near(budgets.largest // 8), budgets.largest
-                limits = (budgets.step, budgets.largest)
-                self.first = gr.Slider(
-                    *limits, low, step=budgets.step, label="First budget", buttons=[], scale=2
-                )
-                self.second = gr.Slider(
-                    *limits, high, step=budgets.step, label="Second budget", buttons=[], scale=2
-                )
-                self.go = gr.Button("Compare", variant="primary", scale=0, min_width=110)
-            with gr.Row():
-                self.left = gr.HTML(js_on_load=None, elem_classes="fc-panel", elem_id="fluxchat-first")
-                self.right = gr.HTML(js_on_load=None, elem_classes="fc-panel", elem_id="fluxchat-second")
-
-    @property
-    def settings(self) -> list[gr.components.Component]:
-        """The controls behind `Settings`, in its order."""
-        return [
-            self.budget,
-            self.auto,
-            self.seconds,
-            self.selector,
-            self.frames,
-            self.resolution,
-            self.system,
-            self.temperature,
-            self.top_p,
-            self.longest,
-        ]
-
-
-def _wire(view: _View, handlers: Handlers, workers: int) -> None:
+def _wire(view: View, handlers: Handlers, examples: Examples, workers: int) -> None:
     """Which event does what."""
     sessions = handlers.sessions
     quick: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 4, "show_progress": "hidden"}
@@ -302,6 +98,12 @@ def _wire(view: _View, handlers: Handlers, workers: int) -> None:
             sessions.remove(session, int(event.index))
         return media_changed(session, "")
 
+    def example_chosen(event: gr.EventData, request: gr.Request) -> list[Any]:
+        session = session_of(request)
+        path, question = examples[int(event.index) % len(examples)]
+        copied = save_file_to_cache(path, view.video.GRADIO_CACHE)
+        return [*media_changed(session, handlers.add(session, [copied])), question]
+
     def cost(request: gr.Request, *values: Any) -> str:
         return handlers.cost(session_of(request), Settings(*values))
 
@@ -317,6 +119,7 @@ def _wire(view: _View, handlers: Handlers, workers: int) -> None:
         view.more.upload(more_added, view.more, media_outputs, **quick),
         view.shelf.select(medium_shown, None, media_outputs, **quick),
         view.shelf.delete(medium_removed, None, media_outputs, **quick),
+        view.shelf.example(example_chosen, None, [*media_outputs, view.question], **quick),
     ):
         refresh(event)
 
@@ -334,8 +137,8 @@ def _wire(view: _View, handlers: Handlers, workers: int) -> None:
         control.change(cost, view.settings, view.cost, trigger_mode="always_last", **quick)
         control.change(strip, view.settings, view.strip, trigger_mode="always_last", **quick)
 
-    idle = [gr.Button(visible=True), gr.Button(visible=False)]
-    working = [gr.Button(visible=False), gr.Button(visible=True)]
+    idle = [gr.update(visible=True), gr.update(visible=False)]
+    working = [gr.update(visible=False), gr.update(visible=True)]
     buttons = [view.send, view.stop]
     at_once: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 
@@ -347,14 +150,14 @@ def _wire(view: _View, handlers: Handlers, workers: int) -> None:
 
     def again(request: gr.Request, event: gr.RetryData) -> list[Any]:
         session = session_of(request)
-        turn = min(int(event.index) // 2, len(session.turns) - 1)
+        turn = min(_turn_of(event.index), len(session.turns) - 1)
         if turn < 0 or not handlers.begin(session, session.turns[turn].question, turn):
             return [gr.skip(), gr.skip(), gr.skip()]
         return [handlers.messages(session), *working]
 
     def edited(request: gr.Request, event: gr.EditData) -> list[Any]:
         session = session_of(request)
-        turn = int(event.index) // 2
+        turn = _turn_of(event.index)
         if turn >= len(session.turns) or not handlers.begin(session, str(event.value), turn):
             return [handlers.messages(session), gr.skip(), gr.skip()]
         return [handlers.messages(session), *working]
@@ -395,6 +198,11 @@ def _wire(view: _View, handlers: Handlers, workers: int) -> None:
     )
 
 
+def _turn_of(index: Any) -> int:
+    """Which turn a message of the chat belongs to: each has two."""
+    return int(index[0] if isinstance(index, (tuple, list)) else index) // 2
+
+
 def _programs(handlers: Handlers) -> None:
     """Gradio's own API: /ask and /estimate, without a session."""
     video, question = gr.File(label="video", visible=False), gr.Textbox(label="question", visible=False)
@@ -424,11 +232,3 @@ def _leave(sessions: Sessions) -> Any:
         sessions.close(str(request.session_hash))
 
     return leave
-
-
-def _header(chat: VideoChat) -> str:
-    return (
-        "<header><h1>Flux<b>Chat</b></h1><p>Ask about videos within a token budget.</p>"
-        f"<span>{escape(chat.name)} · {chat.device}</span>"
-        '<button type="button" id="fluxchat-dark" aria-label="Light or dark">◐</button></header>'
-    )

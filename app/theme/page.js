@@ -32,6 +32,8 @@ document.addEventListener("click", (event) => {
   if (show) return trigger("select", { index: Number(show.dataset.show), time: 0 });
   const remove = event.target.closest("[data-remove]");
   if (remove) return trigger("delete", { index: Number(remove.dataset.remove) });
+  const example = event.target.closest("[data-example]");
+  if (example) return trigger("example", { index: Number(example.dataset.example) });
   if (event.target.closest("#fluxchat-dark")) document.body.classList.toggle("dark");
 }, true);
 
