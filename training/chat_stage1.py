@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from encoder.checkpoint import load_encoder
 from encoder.errors import FluxChatError
+from llm_bridge.attention import use_for_training
 from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
 from llm_bridge.prompt import TimeSentence
@@ -101,6 +102,7 @@ class ChatStage:
 
     def __init__(self, recipe: ChatRecipe, vlm: VideoLanguageModel) -> None:
         self.recipe, self.vlm = recipe, vlm
+        use_for_training(vlm.language_model)
         self.data = ChatData(recipe, vlm)
         self.model = ChatModel(vlm)
 
