@@ -20,12 +20,22 @@ from encoder.errors import BudgetError
 TINY = 1e-12  # keeps 0 / 0 at 0 where all tokens are alike
 
 
-def vid_tldr_schedule(keep: int) -> tuple[int, ...]:
+def vid_tldr_schedule(keep: int, seen: int = 0) -> tuple[int, ...]:
     """Tokens left after each of the first blocks, as in supplement Table 2: 1024 -> (2048, 1536, 1024) and
-    512 -> (1024, 512); other counts in proportion, with three steps from 1024 on."""
+    512 -> (1024, 512); other counts in proportion, with three steps from 1024 on.
+
+    seen: tokens that enter; where halving cannot reach `keep` in so few steps, more follow.
+    """
     if keep < 1:
         raise BudgetError(f"A token budget must be at least 1, not {keep}.")
-    return (2 * keep, 2 * keep - keep // 2, keep) if keep >= 1024 else (2 * keep, keep)
+    targets = [2 * keep, 2 * keep - keep // 2, keep] if keep >= 1024 else [2 * keep, keep]
+    left = seen
+    for target in targets:
+        left = max(target, left - left // 2)
+    while left > keep:
+        targets.append(keep)
+        left = max(keep, left - left // 2)
+    return tuple(targets)
 
 
 def saliency(concentration: Tensor) -> Tensor:
@@ -104,6 +114,11 @@ def merging_block(
     rows = x.split([segment.clips * segment.length for segment in segments])
     q_rows, k_rows = (part.split([len(r) for r in rows]) for part in (q, k))
     for segment, tokens, queries, keys, before in zip(segments, rows, q_rows, k_rows, kept, strict=True):
+        if segment.length <= target + 1:
+            parts.append(tokens)
+            shorter.append(segment)
+            places.append(before)
+            continue
         heads = [t.view(*segment, block.attn.heads, -1).transpose(1, 2) for t in (queries, keys)]
         with torch.no_grad():
             salient = saliency(concentration(*heads))

@@ -81,6 +81,14 @@ def test_equal_tokens_and_attention_stay_finite() -> None:
 )
 def test_published_schedules(keep: int, targets: tuple[int, ...]) -> None:
     assert vid_tldr_schedule(keep) == targets
+    assert vid_tldr_schedule(keep, 4 * keep) == targets
+
+
+@torch.inference_mode()
+def test_schedule_of_a_large_input_reaches_the_target(model: FluxViT) -> None:
+    # 8 x 16 = 128 patches: halving twice leaves 32, so that 20 takes a third block.
+    assert vid_tldr_schedule(20, 128) == (40, 20, 20)
+    assert model(torch.randn(1, 3, 8, 56, 56), merge=vid_tldr_schedule(20, 128)).lengths == [20]
 
 
 def test_sorting_keeps_tokens_with_their_places() -> None:

@@ -83,6 +83,12 @@ class Setting:
         """Tokens before selection."""
         return self.frames * (self.resolution // patch_size) ** 2
 
+    def merging(self, patch_size: int) -> tuple[int, ...] | None:
+        """For FluxViT's `merge`."""
+        if not self.merge or self.keep is None:
+            return None
+        return vid_tldr_schedule(self.keep, self.seen(patch_size))
+
     def check(self, config: FluxViTConfig) -> Setting:
         """Itself; raises ConfigError when the encoder cannot take it."""
         if self.resolution % config.patch_size:
@@ -120,10 +126,25 @@ class Viewer:
     """
 
     def __init__(self, path: str | Path, device: str | None = None, dtype: str = "fp32") -> None:
-        self.encoder = open_encoder(Path(path))
-        self.device = torch.device(device) if device else default_device()
-        self.dtype = DTYPES[dtype]
-        self.encoder.to(self.device, self.dtype).eval().requires_grad_(False)
+        target = torch.device(device) if device else default_device()
+        self.encoder = open_encoder(Path(path)).to(target, DTYPES[dtype]).eval().requires_grad_(False)
+
+    @staticmethod
+    def of(encoder: FluxViT) -> Viewer:
+        """Of an encoder that is loaded and frozen already."""
+        viewer = Viewer.__new__(Viewer)
+        viewer.encoder = encoder
+        return viewer
+
+    @property
+    def device(self) -> torch.device:
+        """Where pixels go."""
+        return self.encoder.cls_token.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self.encoder.cls_token.dtype
 
     @property
     def config(self) -> FluxViTConfig:
@@ -134,7 +155,7 @@ class Viewer:
     def tokens(self, pixels: Sequence[Tensor], setting: Setting, seed: int = 0) -> VisionTokens:
         """Clips (3, T, H, W) of one shape -> their tokens; the seed decides what "random" keeps."""
         batch = torch.stack(list(pixels)).to(self.device, self.dtype)
-        merge = vid_tldr_schedule(setting.keep) if setting.merge and setting.keep is not None else None
+        merge = setting.merging(self.config.patch_size)
         generator = torch.Generator().manual_seed(seed)
         keep = None if setting.merge else setting.keep
         return self.encoder(batch, keep, selector=setting.selector, generator=generator, merge=merge)

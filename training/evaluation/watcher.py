@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from encoder.merging import vid_tldr_schedule
 from encoder.preprocess import preprocess
 from llm_bridge.cache import PrefixCache
 from llm_bridge.generate import Generation, Sampling
@@ -65,7 +64,7 @@ class Watcher:
         side, keep = self.setting.resolution, self.setting.keep
         clip = media.load(self.setting.frames, side)
         pixels = preprocess(clip, side, side, fit=self.model.config.fit)
-        merge = vid_tldr_schedule(keep) if self.setting.merge and keep is not None else None
+        merge = self.setting.merging(self.model.encoder.config.patch_size)
         vision = self.model.encode(
             [pixels],
             [None if merge else keep],

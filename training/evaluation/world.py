@@ -23,7 +23,7 @@ from training.demo_world.wording import QUESTIONS
 from training.demo_world.world import Sample, World
 from training.evaluation.action import accuracies
 from training.evaluation.alignment import Alignment
-from training.evaluation.metrics import retrieval
+from training.evaluation.metrics import Share, retrieval, top_k
 from training.evaluation.results import Journal, Row, run_blocks, table
 from training.evaluation.retrieval import check_widths
 from training.evaluation.run import Run, describe_setting, pack, unpack
@@ -119,6 +119,12 @@ def world_table(results: dict[str, dict[str, Any]]) -> str:
     return table(["task", *runs, "chance"], lines)
 
 
+def choice_share(result: dict[str, Any]) -> Share:
+    """All multiple-choice questions of a result of `score_world`, whatever their task."""
+    rows = [row for task, row in result["tasks"].items() if task.endswith(", choice")]
+    return Share(sum(round(row["accuracy"] * row["n"]) for row in rows), sum(row["n"] for row in rows))
+
+
 # -- the encoder alone --------------------------------------------------------------------------------------
 
 
@@ -148,6 +154,35 @@ class WorldClips:
         return WorldClips(examples, labels, {name: len(part) for name, part in classes.items()})
 
 
+def pooled_features(run: Run, clips: WorldClips, setting: Setting) -> Tensor:
+    """(N, clip_embed_dim) of all clips, on the CPU."""
+
+    def features(pixels: Sequence[Tensor], seed: int) -> Tensor:
+        return run.viewer.pooled(pixels, setting, run.pool, seed)
+
+    rows = run.rows(clips.examples, setting, features, lambda _, found: {"vector": pack(found.mean(dim=0))})
+    return unpack([row["vector"] for row in rows])
+
+
+def attribute_scores(alignment: Alignment, clips: WorldClips, pooled: Tensor) -> dict[str, Tensor]:
+    """Class scores (N, classes) by attribute; raises DataError when a head is for another world."""
+    alignment = alignment.to(pooled.device)
+    scores = {name: alignment.scores(name, pooled) for name in alignment.heads}
+    for name, found in scores.items():
+        if found.shape[1] != clips.counts.get(name):
+            raise DataError(
+                f"The head for {name} tells {found.shape[1]} classes apart, but this world has "
+                f"{clips.counts.get(name, 0)}: choose the --preset it was trained on."
+            )
+    return scores
+
+
+def attribute_hits(run: Run, alignment: Alignment, clips: WorldClips, setting: Setting) -> dict[str, Tensor]:
+    """Whether each clip's noun and motion are told right: (N,) bool each."""
+    scores = attribute_scores(alignment, clips, pooled_features(run, clips, setting))
+    return {name: top_k(found, clips.labels[name], 1) for name, found in scores.items()}
+
+
 def evaluate_encoder(
     run: Run, alignment: Alignment, tower: TextTower | None, clips: WorldClips, setting: Setting
 ) -> dict[str, Any]:
@@ -155,34 +190,21 @@ def evaluate_encoder(
 
     Equal captions count as equally right.
     """
-
-    def features(pixels: Sequence[Tensor], seed: int) -> Tensor:
-        return run.viewer.pooled(pixels, setting, run.pool, seed)
-
-    rows = run.rows(clips.examples, setting, features, lambda _, found: {"vector": pack(found.mean(dim=0))})
-    pooled = unpack([row["vector"] for row in rows])
-    alignment = alignment.to(pooled.device)
-    result: dict[str, Any] = {**describe_setting(setting), "n": len(rows)}
-    for name in alignment.heads:
-        scores = alignment.scores(name, pooled)
-        if scores.shape[1] != clips.counts.get(name):
-            raise DataError(
-                f"The head for {name} tells {scores.shape[1]} classes apart, but this world has "
-                f"{clips.counts.get(name, 0)}: choose the --preset it was trained on."
-            )
+    pooled = pooled_features(run, clips, setting)
+    result: dict[str, Any] = {**describe_setting(setting), "n": len(pooled)}
+    for name, scores in attribute_scores(alignment, clips, pooled).items():
         result[name] = {**accuracies(scores, clips.labels[name]), "chance": 1 / clips.counts[name]}
     if tower is not None:
         check_widths(alignment, tower)
         texts = [example.captions[0] for example in clips.examples]
         vectors, video = tower.embed(texts).cpu(), alignment.unit(pooled)
         owner = list(range(len(texts)))
-        result["retrieval"] = {
-            score: {
-                way: {k: share.to_dict() for k, share in by_k.items()}
-                for way, by_k in retrieval(video, vectors, owner, texts, dsl=dsl, duplicates="equal").items()
+        result["retrieval"] = {}
+        for score, dsl in (("plain", False), ("dual softmax", True)):
+            ways = retrieval(video, vectors, owner, texts, dsl=dsl, duplicates="equal")
+            result["retrieval"][score] = {
+                way: {k: share.to_dict() for k, share in by_k.items()} for way, by_k in ways.items()
             }
-            for score, dsl in (("plain", False), ("dual softmax", True))
-        }
     return result
 
 

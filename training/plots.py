@@ -1,0 +1,193 @@
+"""The paper's training figures from the logs of runs (Figures 2-4).
+
+    python -m training.plots gradnorm runs/umt --out runs/gradnorm.png
+    python -m training.plots convergence runs/f8 runs/f16 --metric noun_flux_128 --out runs/convergence.png
+
+gradnorm: the norm of the gradient of every part of the model, of the projectors above all, and of all parts
+together, over steps. convergence: accuracy on held-out data over epochs, one line per run, such as frame
+counts at the same number of tokens. Both read metrics.jsonl, and can write what they draw as csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from encoder.checkpoint import atomic_path
+from encoder.errors import DataError, FluxChatError
+from training.evaluation.heatmap import figure_of, save_figure
+
+NORM = "grad_norm"
+
+
+@dataclass
+class Curve:
+    """Values over steps (or epochs); what was not finite is left out."""
+
+    name: str
+    x: list[float] = field(default_factory=list)
+    y: list[float] = field(default_factory=list)
+
+    def add(self, x: float, y: float) -> None:
+        """One point."""
+        if math.isfinite(y):
+            self.x.append(x)
+            self.y.append(y)
+
+
+def read_run(run: Path) -> dict[str, Curve]:
+    """Every figure of a run's metrics.jsonl over its steps; raises DataError.
+
+    A line cut short by a stop is skipped; of a step that was repeated after one, the last counts.
+    """
+    path = run / "metrics.jsonl" if run.is_dir() else run
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise DataError(f"Cannot read the log {path}: {error.strerror}.") from error
+    by_step: dict[str, dict[int, float]] = {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+            step = int(row.pop("step"))
+        except (ValueError, KeyError, AttributeError):
+            continue
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                by_step.setdefault(name, {})[step] = float(value)
+    if not by_step:
+        raise DataError(f"{path} holds no figures yet.")
+    curves = {name: Curve(name) for name in by_step}
+    for name, values in by_step.items():
+        for step in sorted(values):
+            curves[name].add(step, values[step])
+    return curves
+
+
+def smooth(values: Sequence[float], width: int) -> list[float]:
+    """Mean over the last `width` values (fewer at the start)."""
+    return [sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(values))]
+
+
+def gradnorm_curves(run: Path, pattern: str = "") -> list[Curve]:
+    """The norm over all parts, and of each part whose name matches; raises DataError when none was logged."""
+    found = read_run(run)
+    if NORM not in found:
+        raise DataError(f"{run} has no gradient norms in its log.")
+    parts = [curve for name, curve in found.items() if name.startswith(NORM + "/")]
+    chosen = [part for part in parts if re.search(pattern, part.name.removeprefix(NORM + "/"))]
+    if pattern and not chosen:
+        names = ", ".join(part.name.removeprefix(NORM + "/") for part in parts) or "none"
+        raise DataError(f"No part of {run} matches {pattern!r}: logged are {names}.")
+    overall = Curve("all parts", found[NORM].x, found[NORM].y)
+    return [overall, *(Curve(part.name.removeprefix(NORM + "/"), part.x, part.y) for part in chosen)]
+
+
+def convergence_curves(
+    runs: Sequence[Path], metric: str, steps_per_epoch: Sequence[float] | None = None
+) -> list[Curve]:
+    """A held-out figure of every run over epochs (over steps without `steps_per_epoch`). Raises DataError."""
+    curves = []
+    for number, run in enumerate(runs):
+        found = read_run(run)
+        curve = found.get(f"eval/{metric}") or found.get(metric)
+        if curve is None:
+            held = [name.removeprefix("eval/") for name in found if name.startswith("eval/")]
+            raise DataError(
+                f"{run} has no figure {metric!r}: it has {', '.join(held) or 'no held-out ones'}."
+            )
+        scale = steps_per_epoch[number] if steps_per_epoch else 1.0
+        curves.append(Curve(run.name, [x / scale for x in curve.x], curve.y))
+    return curves
+
+
+def draw(
+    curves: Sequence[Curve], out: Path, *, x: str, y: str, title: str, width: int = 1, log: bool = False
+) -> None:
+    """One line per curve, smoothed over `width` points, the first one in black when it stands for all."""
+    figure, axes = figure_of((7, 4))
+    for curve in curves:
+        colour = "black" if curve.name == "all parts" else None
+        marker = "o" if len(curve.x) < 40 else None
+        axes.plot(
+            curve.x, smooth(curve.y, width), label=curve.name, color=colour, marker=marker, markersize=3
+        )
+    if log:
+        axes.set_yscale("log")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title(title, fontsize=9)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    save_figure(figure, out)
+
+
+def write_csv(curves: Sequence[Curve], out: Path, x: str) -> None:
+    """One line per point: curve, x, value."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["curve", x, "value"])
+    writer.writerows(
+        [curve.name, at, value] for curve in curves for at, value in zip(curve.x, curve.y, strict=True)
+    )
+    with atomic_path(out) as temporary:
+        temporary.write_text(text.getvalue())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.plots",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    gradnorm = commands.add_parser("gradnorm", help="gradient norm of every part, over steps")
+    gradnorm.add_argument("run", nargs="+", type=Path, help="folder of a run; of several, one file each")
+    gradnorm.add_argument("--parts", default="", metavar="REGEX", help="only these, such as projector")
+    gradnorm.add_argument("--smooth", type=int, default=20, help="steps to average over")
+    convergence = commands.add_parser("convergence", help="held-out accuracy over epochs")
+    convergence.add_argument("run", nargs="+", type=Path, help="folders of runs, one line each")
+    convergence.add_argument("--metric", required=True, help="a held-out figure of the log, without eval/")
+    convergence.add_argument(
+        "--steps-per-epoch", type=float, nargs="+", help="one number, or one per run; default: show steps"
+    )
+    for command in (gradnorm, convergence):
+        command.add_argument("--out", required=True, type=Path, help="PNG; a csv of the same name beside it")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "gradnorm":
+            for run in args.run:
+                out = args.out if len(args.run) == 1 else args.out.with_stem(f"{args.out.stem}_{run.name}")
+                curves = gradnorm_curves(run, args.parts)
+                draw(curves, out, x="step", y="gradient norm", title=run.name, width=args.smooth, log=True)
+                write_csv(curves, out.with_suffix(".csv"), "step")
+                print(f"{out}: {len(curves)} curves, {len(curves[0].x)} steps")
+        else:
+            scales = args.steps_per_epoch
+            if scales is not None and len(scales) == 1:
+                scales *= len(args.run)
+            if scales is not None and len(scales) != len(args.run):
+                raise DataError(f"{len(scales)} steps per epoch were given for {len(args.run)} runs.")
+            curves = convergence_curves(args.run, args.metric, scales)
+            x = "step" if scales is None else "epoch"
+            draw(curves, args.out, x=x, y=args.metric, title=f"{args.metric} on held-out data")
+            write_csv(curves, args.out.with_suffix(".csv"), x)
+            for curve in curves:
+                print(f"{curve.name}: {curve.y[-1]:.4f} after {curve.x[-1]:g} {x}s, best {max(curve.y):.4f}")
+    except FluxChatError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
