@@ -7,6 +7,7 @@ opens in seconds; a JSONL row is parsed when it is asked for.
 from __future__ import annotations
 
 import csv
+import io
 import json
 from array import array
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ def kind_of(path: str | Path) -> Kind:
 def read_classes(path: Path) -> tuple[str, ...]:
     """Class names, one per line, whose numbers are the labels. Raises DataError."""
     try:
-        names = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").split("\n") if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the class names {path}: {reason(error)}.") from error
     if len(set(names)) < len(names) or not names:
@@ -82,11 +83,11 @@ def read_csv(path: Path, root: Path, classes: str | None = None) -> CsvExamples:
     `ID_START_END.mp4` in the root or in a folder with the label's name. Raises DataError naming the line.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"Cannot read the annotations {path}: {reason(error)}.") from error
     names = read_classes(Path(classes)) if classes else ()
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if lines and "youtube_id" in lines[0][1].split(","):
         rows = _official(text, path)
     else:
@@ -114,7 +115,7 @@ def _row(line: str) -> tuple[str, str]:
 def _official(text: str, path: Path) -> list[tuple[int, str, str, str]]:
     """(line, file name, label, folder) of the files that the Kinetics project publishes."""
     rows = []
-    for number, row in enumerate(csv.DictReader(text.splitlines()), 2):
+    for number, row in enumerate(csv.DictReader(io.StringIO(text)), 2):
         try:
             start, end = int(float(row["time_start"])), int(float(row["time_end"]))
             label = (row.get("label") or "").strip()

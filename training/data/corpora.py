@@ -47,7 +47,9 @@ def compare(name: str, found: int) -> str:
     known = corpora()
     if name not in known:
         raise ConfigError(f"There is no corpus {name!r}: known are {', '.join(known)}.")
-    split, expected = min(known[name].clips.items(), key=lambda item: abs(item[1] - found))
+    share = {split: found / count for split, count in known[name].clips.items()}
+    split = min(share, key=lambda split: max(share[split], 1 / max(share[split], 1e-9)))
+    expected = known[name].clips[split]
     if abs(found - expected) <= TOLERANCE * expected:
         return f"as expected of {name}, {split} ({expected:,})"
     return f"{100 * found / expected:.3g} % of {name}, {split} ({expected:,})"

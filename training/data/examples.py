@@ -51,8 +51,9 @@ class VideoData:
     labelled by its object or its motion (`world_label`).
     data_root: folder of relative paths. classes: file with one class name per line, whose numbers are the
     labels. sampling_strategy: as in chat mixtures (all, first:N, end:N, random:N or N%). index_root: folder
-    for the shards' indices, None for beside them. corpus: name in corpora.yaml, so that
-    `python -m training.data check` can compare counts.
+    for the shards' indices, None for beside them. order: "shards" shuffles whole shards and then inside each,
+    so that tars on a slow disk are read one after the other; "all" takes samples from anywhere. corpus: name
+    in corpora.yaml, so that `python -m training.data check` can compare counts.
     """
 
     csv: str | None = None
@@ -64,6 +65,7 @@ class VideoData:
     world_label: Literal["noun", "motion"] = "noun"
     sampling_strategy: str = "all"
     index_root: str | None = None
+    order: Literal["all", "shards"] = "all"
     corpus: str | None = None
 
     def __post_init__(self) -> None:
@@ -95,7 +97,8 @@ class VideoData:
 
             index_root = Path(self.index_root) if self.index_root else None
             names = annotations.read_classes(Path(self.classes)) if self.classes else ()
-            source = ShardExamples(Shards.open(str(root / str(self.shards)), index_root), names)
+            shards = Shards.open(str(root / str(self.shards)), index_root)
+            source = ShardExamples(shards, names, shards.longest if self.order == "shards" else None)
         if not len(source):
             raise DataError(f"{self.name} holds no examples.")
         if self.sampling_strategy == "all":
@@ -152,6 +155,11 @@ class Joined:
         """The datasets as one source."""
         sources = tuple(part.open() for part in data)
         return sources[0] if len(sources) == 1 else Joined(sources)
+
+    @property
+    def window(self) -> int | None:
+        """The largest block that a source wants to be read in."""
+        return max((getattr(source, "window", None) or 0 for source in self.sources), default=0) or None
 
     @property
     def classes(self) -> tuple[str, ...]:

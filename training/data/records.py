@@ -183,7 +183,7 @@ def read_annotations(path: Path, root: Path) -> list[Record]:
     try:
         text = path.read_text()
         if path.suffix == ".jsonl":
-            rows = [json.loads(line) for line in text.splitlines() if line.strip()]
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
             rows = json.loads(text)
     except (OSError, ValueError) as error:

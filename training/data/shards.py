@@ -131,19 +131,25 @@ class Shards:
         shard = bisect_right(self.ends, index)
         place = index - (self.ends[shard - 1] if shard else 0)
         first, last = (int(value) for value in self.starts[shard][place : place + 2])
-        members = []
+        members, key = [], ""
         for name, offset, size in _members(self.paths[shard], first, last):
             key, extension = _split(name)
             members.append(Member(name, extension, offset, size))
+        if not members:
+            raise VideoError(f"The shard {self.paths[shard]} is cut off; download it again.")
         return ShardSample(self.paths[shard], key, tuple(members))
 
 
 @dataclass(frozen=True)
 class ShardExamples:
-    """Samples with a video or image; captions from txt or json, labels from cls or json."""
+    """Samples with a video or image; captions from txt or json, labels from cls or json.
+
+    window: see `epoch_order`; None lets an epoch jump between all shards.
+    """
 
     shards: Shards
     classes: tuple[str, ...] = ()
+    window: int | None = None
 
     def __len__(self) -> int:
         return len(self.shards)

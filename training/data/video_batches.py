@@ -55,9 +55,10 @@ class VideoBatches:
 
     `get(index)` depends on its number, the seed and which files can be read, on nothing else: ranks, threads
     and a resumed run agree. Each epoch has an order of its own. sampling: "segments" takes a random moment
-    inside each of F equal segments (TSN), "middle" their middles. window: see `epoch_order`. threads: clips
-    of a batch that are decoded at a time, None for one per core up to 8. repeats: clips of each example in
-    a batch, drawn differently ("repeated augmentation"). Images become F equal frames.
+    inside each of F equal segments (TSN), "middle" their middles. window: see `epoch_order`; None asks the
+    source. threads: clips of a batch that are decoded at a time, None for one per core up to 8. repeats:
+    clips of each example in a batch, drawn differently ("repeated augmentation"). Images become F equal
+    frames.
     """
 
     def __init__(
@@ -81,7 +82,8 @@ class VideoBatches:
             raise DataError("The dataset holds no examples.")
         self.source, self.grid, self.augment = source, grid, augment
         self.micro_batch, self.seed, self.sampling = micro_batch, seed, sampling
-        self.window, self.repeats = window, repeats
+        self.window = window if window is not None else getattr(source, "window", None)
+        self.repeats = repeats
         self.missing = MissingMedia(Path(out), max_missing)
         self.threads = threads or min(8, micro_batch, usable_cores())
         self._pool: ThreadPoolExecutor | None = None
