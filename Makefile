@@ -34,8 +34,19 @@ check: setup
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
+# Resumes where it was stopped; some hours on two cores.
+RUNS := runs/cpu
+model: setup
+	@$(PY) -m training.demo_world fetch
+	@$(PY) -m training.clip --config training/recipes/cpu/clip.yaml --resume
+	@$(PY) -m training.chat_stage1 --config training/recipes/cpu/chat_stage1.yaml --resume
+	@$(PY) -m training.chat_lora --config training/recipes/cpu/chat_lora.yaml --resume
+	@$(PY) -m training.evaluate world --model $(RUNS)/chat_lora/model --preset solo --clips 300 \
+		--budget 512 256 128 64 32 --out $(RUNS)/world.json
+	@$(PY) -m training.ship --model $(RUNS)/chat_lora/model --figures $(RUNS)/world.json --preset solo
+
 bench: setup
-	@for name in encoder decode estimate second_turn; do $(PY) -m tests.bench.$$name || exit 1; done
+	@for name in encoder decode estimate second_turn stage1 serve; do $(PY) -m tests.bench.$$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,75 @@
+"""The shipped folder: weights copied whole, clips that play, a card whose figures are the measured ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from encoder.video import probe
+from llm_bridge.model import VideoLanguageModel
+from training import chat_stage1, ship
+from training.data import world as world_data
+from training.demo_world.bank import procedural_bank
+from training.demo_world.world import World
+
+
+@pytest.fixture
+def trained(stage1_recipe: Path, tmp_path: Path) -> Path:
+    """A model folder of a short run, of inputs small enough to be quick."""
+    out = tmp_path / "run"
+    assert chat_stage1.main(["--config", str(stage1_recipe), f"loop.out={out}", "loop.max_steps=1"]) == 0
+    config = json.loads((out / "model" / "config.json").read_text())
+    config["encoder"].update(frames_range=[4, 6, 2], resolution_range=[56, 70, 14])
+    config["default_tokens"] = 16
+    (out / "model" / "config.json").write_text(json.dumps(config))
+    return out / "model"
+
+
+@pytest.fixture
+def figures(tmp_path: Path) -> Path:
+    row = {"accuracy": 0.8642, "low": 0.8, "high": 0.91, "n": 77, "chance": 0.25}
+    runs = {"flux 16": {"tasks": {"caption: main object": row}, "multiple choice, mean over tasks": 0.5}}
+    runs["blind"] = {"tasks": {}, "multiple choice, mean over tasks": None}
+    path = tmp_path / "world.json"
+    path.write_text(json.dumps({"runs": runs, "commit": "abc123", "weights": "feed"}))
+    return path
+
+
+def test_the_folder_is_whole(
+    trained: Path, figures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = procedural_bank()
+    monkeypatch.setattr(world_data, "World", lambda split, seed, level: World(split, seed, level, bank))
+    # An untrained model gets nothing right; which clips are taken must not hang on that here.
+    monkeypatch.setattr(ship, "RIGHT", 0)
+    monkeypatch.setattr(ship, "WRONG", 2)
+    out = tmp_path / "pretrained"
+    arguments = ["--model", str(trained), "--figures", str(figures), "--preset", "solo", "--out", str(out)]
+    assert ship.main(arguments) == 0
+    assert VideoLanguageModel.from_pretrained(out, device="cpu").revision() == (
+        VideoLanguageModel.from_pretrained(trained, device="cpu").revision()
+    )
+    examples = json.loads((out / "examples" / "examples.json").read_text())
+    assert len(examples) == 2
+    for example in examples:
+        info = probe(out / "examples" / example["file"])
+        assert (info.codec, info.width) == ("h264", 256)
+        assert not example["right"]
+    text = (out / "README.md").read_text()
+    assert "86.4 [80, 91]" in text
+    assert "abc123" in text
+    assert examples[0]["question"] in text
+    assert not list(tmp_path.glob(".ship-*"))
+
+
+def test_a_missing_part_is_one_line_and_leaves_the_old_folder(
+    figures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pretrained"
+    out.mkdir()
+    (out / "README.md").write_text("old")
+    assert ship.main(["--model", str(tmp_path), "--figures", str(figures), "--out", str(out)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert (out / "README.md").read_text() == "old"

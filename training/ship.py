@@ -1,0 +1,155 @@
+"""Make the folder that ships: weights, example clips with the model's own answers, a card with figures.
+
+    python -m training.ship --model runs/cpu/chat_lora/model --figures runs/cpu/world.json --preset solo
+
+The last step of `make model`. The clips come from the test split of the demo world; five whose questions the
+model answers rightly and one that it gets wrong, each first of its kind from number 0 on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from encoder.checkpoint import save_json
+from encoder.errors import DataError, FluxChatError
+from llm_bridge.model import ADAPTER, VideoLanguageModel
+from training.data.media import FileMedia
+from training.data.world import WorldSource
+from training.demo_world.asking import Question
+from training.demo_world.export import write_video
+from training.demo_world.world import Sample, World
+from training.evaluation.setting import Setting
+from training.evaluation.watcher import Asked, Watcher
+from training.scoring import agrees
+from training.ship_card import card
+
+RIGHT, WRONG = 5, 1
+SIZE, FPS = 256, 12.0
+SHORTEST_S, LONGEST_S = 2.5, 6.0
+PARTS = ("config.json", "encoder.safetensors", "projector.safetensors")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A committed clip and what the model says about it."""
+
+    file: str
+    question: str
+    expected: str
+    answer: str
+    right: bool
+
+
+def suitable(sample: Sample, place: int) -> Question | None:
+    """An open question of a clip that makes a good example, of two kinds in turn; None if there is none."""
+    tasks = ("object", "moving_direction")
+    if not SHORTEST_S <= sample.scene.duration_s <= LONGEST_S:
+        return None
+    wanted = tasks[place % len(tasks)]
+    return next((q for q in sample.questions if q.task == wanted and not q.options), None)
+
+
+def make_examples(model: VideoLanguageModel, world: World, folder: Path) -> list[Example]:
+    """Write clips into a folder until enough are answered rightly and wrongly. Raises DataError if not."""
+    config = model.config.encoder
+    side = max(range(*config.resolution_range))
+    setting = Setting(max(range(*config.frames_range)), side, model.config.default_tokens, "flux")
+    watcher = Watcher(model, setting)
+    folder.mkdir(parents=True)
+    found: list[Example] = []
+    shown: set[str] = set()
+    for number in range(400):
+        sample = world.sample(number)
+        code = sample.scene.actors[0].code
+        question = suitable(sample, len(found))
+        if question is None or code in shown:
+            continue
+        name = f"{world.nouns[code].name.replace(' ', '-')}-{sample.scene.actors[0].motions[0]}.mp4"
+        frames = round(sample.scene.duration_s * FPS)
+        pixels = world.render(sample.scene, [i / FPS for i in range(frames)], SIZE, SIZE)
+        write_video(folder / name, pixels, FPS, crf=26)
+        answer = next(watcher.answers(FileMedia((folder / name,)), number, [Asked(question.question)]))
+        right = agrees(question, answer)
+        if sum(example.right == right for example in found) >= (RIGHT if right else WRONG):
+            (folder / name).unlink()
+            continue
+        shown.add(code)
+        found.append(Example(name, question.question, question.answer, answer, right))
+        if len(found) == RIGHT + WRONG:
+            return sorted(found, key=lambda example: not example.right)
+    raise DataError(f"Only {len(found)} of {RIGHT + WRONG} example clips were found among 400.")
+
+
+def copy_weights(source: Path, target: Path) -> Iterator[Path]:
+    """The model's files, without what only training needs; yields the copies."""
+    for name in PARTS:
+        shutil.copy(source / name, target / name)
+        yield target / name
+    if (source / ADAPTER).is_dir():
+        (target / ADAPTER).mkdir()
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy(source / ADAPTER / name, target / ADAPTER / name)
+            yield target / ADAPTER / name
+        _forget_folders(target / ADAPTER / "adapter_config.json")
+
+
+def _forget_folders(path: Path) -> None:
+    """An adapter's configuration names the folder of its base; here the model's config names the base."""
+    values = json.loads(path.read_text())
+    values["base_model_name_or_path"] = None
+    save_json(values, path)
+
+
+def ship(model: Path, figures: Path, out: Path, preset: Literal["simple", "solo", "full"]) -> None:
+    """Write `out` anew; it is complete or as it was. Raises DataError, ModelError or CheckpointError."""
+    measured: dict[str, Any] = json.loads(figures.read_text())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".ship-") as scratch:
+        built = Path(scratch) / "built"
+        built.mkdir()
+        sizes = {path.name: path.stat().st_size for path in copy_weights(model, built)}
+        loaded = VideoLanguageModel.from_pretrained(built, device="cpu")
+        world = WorldSource("test", preset=preset).open()
+        examples = make_examples(loaded, world, built / "examples")
+        save_json([asdict(example) for example in examples], built / "examples" / "examples.json")
+        (built / "README.md").write_text(card(loaded, world, sizes, measured, [asdict(e) for e in examples]))
+        if out.exists():
+            os.replace(out, Path(scratch) / "old")
+        os.replace(built, out)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.ship",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", type=Path, required=True, help="folder of the trained model")
+    parser.add_argument("--figures", type=Path, required=True, help="JSON of training.evaluate world")
+    parser.add_argument("--preset", choices=["simple", "solo", "full"], default="full", help="of its world")
+    parser.add_argument("--out", type=Path, default=Path("app/pretrained"))
+    args = parser.parse_args(argv)
+    try:
+        ship(args.model, args.figures, args.out, args.preset)
+    except OSError as error:
+        print(f"Cannot read or write {error.filename}: {error.strerror}.", file=sys.stderr)
+        return 2
+    except FluxChatError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

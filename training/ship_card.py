@@ -1,0 +1,122 @@
+"""The model card: what the shipped model is, what it was measured to do, and what it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llm_bridge.model import VideoLanguageModel
+from training.demo_world.world import World
+
+HEAD = """\
+---
+license: apache-2.0
+library_name: fluxchat
+pipeline_tag: video-text-to-text
+base_model: {llm}
+---
+# The model in the box
+
+A {width}-wide, {depth}-block FluxViT ({millions:.1f} M parameters), a {layers}-layer projector and
+{llm}{tuned}, trained on two CPU cores with this project's own commands (`make model`) on videos that it draws
+itself. It knows {nouns} things and {motions} ways to move; shown anything else, **it guesses**.
+
+## What it gets right
+
+{clips} clips of the test split (scenes, backgrounds and wordings that training never showed), greedy answers,
+{frames} frames at {side} x {side}, percent with 95 % intervals. "flux 64" keeps 64 of the {patches} patches;
+"blind" is the same language model without the video.
+
+{table}
+"""
+TAIL = """
+## Examples
+
+{examples}
+
+## How it was made
+
+| file | MB |
+|---|---|
+{files}
+
+Recipes: `training/recipes/cpu/clip.yaml` (Flux-CLIP from nothing, with the names of object and motion as
+further targets), `training/recipes/cpu/chat_stage1.yaml` (projector; encoder and language model
+frozen){lora}. Figures: commit `{commit}`, weights `{weights}`.
+
+## Data and licences
+
+Fluent Emoji by Microsoft (MIT) move over photographs from scikit-image that are free of known restrictions
+and over painted backgrounds: see `training/demo_world/LICENCES.md`. The text targets of Flux-CLIP come from
+all-MiniLM-L6-v2 (Apache-2.0). The language model is not in this folder: `fluxchat fetch` gets it. Weights:
+Apache-2.0.
+
+## Limits
+
+Trained on {objects}, square frames, {shortest:.0f} to {longest:.0f} seconds. On other videos it names one of
+the things it knows. It cannot read, recognise people or hear.
+"""
+
+
+def card(
+    model: VideoLanguageModel,
+    world: World,
+    sizes: Mapping[str, int],
+    measured: Mapping[str, Any],
+    examples: Sequence[Mapping[str, Any]],
+) -> str:
+    """Markdown. measured: the result of `training.evaluate world`; examples: those of the folder."""
+    config = model.config.encoder
+    runs: Mapping[str, Any] = measured["runs"]
+    first = next(iter(runs.values()))
+    side, most = max(range(*config.resolution_range)), world.level.max_objects
+    frames = max(range(*config.frames_range))
+    head = HEAD.format(
+        llm=model.config.llm,
+        width=config.embed_dim,
+        depth=config.depth,
+        millions=sum(p.numel() for p in model.encoder.parameters()) / 1e6,
+        layers=model.config.projector.layers,
+        tuned=" with a LoRA adapter" if model.llm.adapters else "",
+        nouns=len(world.pool),
+        motions=len(world.level.motions),
+        clips=first["tasks"]["caption: main object"]["n"],
+        frames=frames,
+        side=side,
+        patches=frames * (side // config.patch_size) ** 2,
+        table=figures_table(runs),
+    )
+    return head + TAIL.format(
+        examples="\n".join(_example(example) for example in examples),
+        files="\n".join(f"| {name} | {size / 1e6:.1f} |" for name, size in sizes.items()),
+        lora=", `training/recipes/cpu/chat_lora.yaml` (adapter)" if model.llm.adapters else "",
+        commit=measured.get("commit"),
+        weights=measured.get("weights"),
+        objects="one object per clip" if most == 1 else f"up to {most} objects per clip",
+        shortest=world.level.duration_s[0],
+        longest=world.level.duration_s[1],
+    )
+
+
+def figures_table(runs: Mapping[str, Any]) -> str:
+    """Tasks down, runs across; the runs are named by selector and tokens kept."""
+    names = list(runs)
+    lines = [f"| task | {' | '.join(names)} | chance | n |", "|---" * (len(names) + 3) + "|"]
+    for task, row in runs[names[0]]["tasks"].items():
+        cells = [_percent(runs[name]["tasks"].get(task)) for name in names]
+        chance = "" if row.get("chance") is None else f"{100 * row['chance']:.0f}"
+        lines.append(f"| {task} | {' | '.join(cells)} | {chance} | {row['n']} |")
+    key = "multiple choice, mean over tasks"
+    means = [f"{100 * runs[name][key]:.1f}" if runs[name].get(key) is not None else "" for name in names]
+    return "\n".join([*lines, f"| **{key}** | {' | '.join(means)} | | |"])
+
+
+def _percent(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{100 * row['accuracy']:.1f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+
+
+def _example(example: Mapping[str, Any]) -> str:
+    verdict = "right" if example["right"] else f"wrong, it was: {example['expected']}"
+    return f'- `{example["file"]}` - "{example["question"]}" - "{example["answer"]}" ({verdict})'
