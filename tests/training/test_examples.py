@@ -135,7 +135,16 @@ def test_a_late_malformed_row_is_skipped_not_fatal(tmp_path: Path) -> None:
             source[number]
 
 
-@pytest.mark.parametrize("row", ["{broken", "[]", '{"caption": "x"}', '{"video": "a", "label": "run"}'])
+@pytest.mark.parametrize(
+    "row",
+    [
+        "{broken",
+        "[]",
+        '{"caption": "x"}',
+        '{"video": "a", "label": "run"}',
+        '{"video": "a", "start": "soon"}',
+    ],
+)
 def test_malformed_files_are_named(tmp_path: Path, row: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(row)

@@ -53,6 +53,7 @@ def test_time_spans_and_jsonl(tmp_path: Path, llava_json: Path) -> None:
         "{}",
         "[1]",
         '[{"video": "x"}]',
+        '[{"video": "x", "caption": "y", "start": [1]}]',
         '[{"conversations": [{"from": "human", "value": "x"}]}]',
         '[{"conversations": [{"from": "gpt", "value": "x"}, {"from": "human", "value": "y"}]}]',
     ],

@@ -184,10 +184,11 @@ def test_chat_records_from_shards(tmp_path: Path, clip: bytes) -> None:
             ("b.txt", b"Red."),
             ("c.png", png("red")),
             ("d.json", b"{broken"),
+            ("e.json", b'{"caption": "x", "end": "late"}'),
         ],
     )
     (source,) = DatasetConfig(shards="chat.tar", data_root=str(tmp_path)).open()
-    records = [source[index] for index in range(4)]
+    records = [source[index] for index in range(5)]
     assert [record.turns for record in records[:2]] == [(("What?", "Bars."),), (("", "Red."),)]
     assert records[0].media is not None
     assert records[0].media.load(4, 56).frames.shape[0] == 4
@@ -195,5 +196,5 @@ def test_chat_records_from_shards(tmp_path: Path, clip: bytes) -> None:
         assert record.media is not None
         with pytest.raises(VideoError, match=r"chat\.tar"):
             record.media.load(4, 56)
-    (half,) = DatasetConfig(shards="chat.tar", data_root=str(tmp_path), sampling_strategy="first:50%").open()
+    (half,) = DatasetConfig(shards="chat.tar", data_root=str(tmp_path), sampling_strategy="first:40%").open()
     assert [half[index].id for index in range(len(half))] == ["chat.tar/a", "chat.tar/b"]

@@ -181,8 +181,17 @@ def parse_row(row: Any, root: Path, classes: Sequence[str], where: str) -> Examp
     kind: Kind = "video" if row.get("video") else "image" if row.get("image") else kind_of(name)
     captions = parse_captions(row, where)
     label = to_label(row.get("label"), classes, where)
-    media = FileMedia((root / name,), row.get("start"), row.get("end"))
+    media = FileMedia((root / name,), *parse_span(row, where))
     return Example(str(row.get("id", name)), media, label, captions, kind)
+
+
+def parse_span(row: dict[str, Any], where: str) -> tuple[float | None, float | None]:
+    """`start` and `end` in seconds, None where they are not given; raises DataError for anything else."""
+    try:
+        start, end = (None if row.get(key) is None else float(row[key]) for key in ("start", "end"))
+    except (TypeError, ValueError):
+        raise DataError(f"{where} has a start or end that is no number of seconds.") from None
+    return start, end
 
 
 def parse_captions(row: dict[str, Any], where: str) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from training.data.world import WorldSource
 Dataset = VideoData | DatasetConfig
 FRAMES, SIDE = 2, 112  # of a trial reading
 NAMED = 3  # examples that a line names
+PART = 1024  # files that are looked for between two steps of the progress bar
 ANNOTATIONS = ("csv", "jsonl", "json_path", "yaml_path", "shards")
 
 
@@ -149,14 +150,16 @@ def _look(found: Findings, sources: Sequence[Any], most: int | None, tell: Any) 
         return None if gone is None else (example.id, f"there is no file {gone}")
 
     present = []
-    # Threads, since on a network disk each look waits for an answer.
+    # Threads, since on a network disk each look waits for an answer; a part at a time, since lists are long.
     with ThreadPoolExecutor(16) as pool:
-        for done, (number, problem) in enumerate(zip(numbers, pool.map(look, numbers), strict=True), 1):
-            if problem is None:
-                present.append(number)
-            else:
-                found.missing.append(problem)
-            tell(done, count, "looking for files")
+        for start in range(0, count, PART):
+            part = numbers[start : start + PART]
+            for number, problem in zip(part, pool.map(look, part), strict=True):
+                if problem is None:
+                    present.append(number)
+                else:
+                    found.missing.append(problem)
+            tell(start + len(part), count, "looking for files")
     found.looked_at = count
     return present
 
@@ -184,7 +187,7 @@ def _decode(found: Findings, sources: Sequence[Any], present: list[int], sample:
             name = example.id
             if example.media is not None:
                 example.media.load(FRAMES, SIDE)
-        except VideoError as error:
+        except (VideoError, OSError) as error:
             return name, str(error)
         return None
 

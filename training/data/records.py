@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import yaml
 
 from encoder.errors import ConfigError, DataError, VideoError
+from training.data.annotations import parse_span
 from training.data.media import BrokenMedia, FileMedia, Media, WorldMedia, reason
 from training.data.world import WorldSource
 from training.demo_world.wording import QUESTIONS
@@ -168,8 +169,9 @@ class ShardRecords:
             row = {key: value for key, value in facts.items() if key not in ("video", "image")}
             if text and "conversations" not in row:
                 row["caption"] = text
-            record = _record({**row, "id": name}, Path(), f"{sample.shard}, sample {sample.key!r}")
-            found = sample.media(facts.get("start"), facts.get("end"))
+            where = f"{sample.shard}, sample {sample.key!r}"
+            record = _record({**row, "id": name}, Path(), where)
+            found = sample.media(*parse_span(facts, where))
         except (DataError, VideoError) as error:
             return Record(name, BrokenMedia(name, str(error)), (("", ""),))
         return replace(record, media=None if found is None else found[0])
@@ -197,7 +199,7 @@ def _record(row: Any, root: Path, where: str) -> Record:
     try:
         media = row.get("video") or row.get("image")
         paths = tuple(root / part for part in ([media] if isinstance(media, str) else media or ()))
-        found = FileMedia(paths, row.get("start"), row.get("end")) if paths else None
+        found = FileMedia(paths, *parse_span(row, where)) if paths else None
         talk = row.get("conversations")
         turns = (("", str(row["caption"])),) if talk is None else _turns(talk)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from encoder.errors import DataError, VideoError
-from training.data.annotations import parse_captions, to_label
+from training.data.annotations import parse_captions, parse_span, to_label
 from training.data.examples import Example, Kind
 from training.data.media import IMAGES, VIDEOS, ShardMedia
 
@@ -159,15 +159,15 @@ class ShardExamples:
         sample = self.shards.sample(index)
         where = f"{sample.shard}, sample {sample.key!r}"
         facts = sample.json()
-        found = sample.media(facts.get("start"), facts.get("end"))
-        if found is None:
-            raise VideoError(f"{where} holds no video or image.")
         text = sample.text("txt")
         try:
+            found = sample.media(*parse_span(facts, where))
             captions = (text,) if text else parse_captions(facts, where)
             label = to_label(sample.text("cls") or facts.get("label"), self.classes, where)
         except DataError as error:
             raise VideoError(str(error)) from error
+        if found is None:
+            raise VideoError(f"{where} holds no video or image.")
         return Example(f"{sample.shard.name}/{sample.key}", found[0], label, captions, found[1])
 
 

@@ -141,7 +141,7 @@ class VideoBatches:
                 name = example.id
                 clip = example.media.load(frames, resolution, moments=moments)
                 return example, self._pixels(clip.frames, frames, resolution, random.Random(seed))
-            except VideoError as error:
+            except (VideoError, OSError) as error:  # a disk may fail between two looks
                 self.missing.report(name, str(error))
         raise DataError(f"None of the {len(order)} videos or images can be read: see {self.missing.path}.")
 
