@@ -24,7 +24,7 @@ from encoder.errors import ConfigError, FluxChatError
 from encoder.fluxvit import FluxViT
 from encoder.selection import select
 from encoder.tokens import Grid, VisionTokens
-from training.clip import EncoderSource
+from training.clip_model import EncoderSource
 from training.config import LoopConfig, OptimConfig, parse_command
 from training.data.augment import AugmentConfig
 from training.data.examples import Joined, VideoData

@@ -19,7 +19,7 @@ from encoder.selection import select
 from tests import video_files as vf
 from tests.training.tiny_teachers import NARROW, write_stage2
 from training import umt
-from training.clip import EncoderSource
+from training.clip_model import EncoderSource
 from training.config import build, read_recipe
 from training.data import world as world_data
 from training.data.video_batches import VideoBatch
