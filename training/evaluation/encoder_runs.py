@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from encoder.errors import ConfigError
@@ -28,7 +29,7 @@ from training.evaluation.run import Run, header
 from training.evaluation.setting import Setting, Viewer, unmasked
 from training.evaluation.views import Views
 from training.evaluation.world import WorldClips, encoder_table, evaluate_encoder
-from training.text_towers import SentenceTower, TextTower, sentence_tower_path
+from training.text_towers import MINILM, SentenceTower, Tower, open_tower
 
 
 def run_world_encoder(args: argparse.Namespace) -> int:
@@ -42,7 +43,14 @@ def run_world_encoder(args: argparse.Namespace) -> int:
     run = _run(args, viewer, Views(), told)
     clips = WorldClips.of(source)
     results = [evaluate_encoder(run, alignment, tower, clips, setting) for setting in settings]
-    return finish(args, encoder_table(settings, results), told, viewer.device, {}, {"settings": results})
+    return finish(
+        args,
+        encoder_table(settings, results),
+        told,
+        viewer.device,
+        {},
+        {"text tower": _tower_name(args), "settings": results},
+    )
 
 
 def run_retrieval(args: argparse.Namespace) -> int:
@@ -72,7 +80,7 @@ def run_retrieval(args: argparse.Namespace) -> int:
         )
         for setting in settings
     ]
-    more = {"text": "raw" if raw else "plain", "settings": results}
+    more = {"text tower": _tower_name(args), "text": "raw" if raw else "plain", "settings": results}
     return finish(args, retrieval_table(settings, results), told, viewer.device, {}, more)
 
 
@@ -89,7 +97,8 @@ def run_action(args: argparse.Namespace) -> int:
     settings = _encoder_settings(args, viewer)
     options: dict[str, Any] = {} if prompts is None else {"prompts": prompts, "names": names}
     results = [evaluate_action(run, alignment, tower, data, setting, **options) for setting in settings]
-    return finish(args, accuracy_table(settings, results), told, viewer.device, {}, {"settings": results})
+    more = {"text tower": _tower_name(args), "settings": results}
+    return finish(args, accuracy_table(settings, results), told, viewer.device, {}, more)
 
 
 def run_classify(args: argparse.Namespace) -> int:
@@ -116,8 +125,12 @@ def _alignment(args: argparse.Namespace, viewer: Viewer) -> Alignment:
     return read_alignment(args.alignment).to(viewer.device)
 
 
-def _tower(args: argparse.Namespace) -> TextTower:
-    return SentenceTower(args.text_tower or sentence_tower_path())
+def _tower(args: argparse.Namespace) -> Tower:
+    return open_tower(args.text_tower, tokenizer=args.text_tokenizer)
+
+
+def _tower_name(args: argparse.Namespace) -> str:
+    return Path(args.text_tower).name if args.text_tower else MINILM
 
 
 def _run(args: argparse.Namespace, viewer: Viewer, views: Views, told: dict[str, Any]) -> Run:

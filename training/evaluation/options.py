@@ -80,7 +80,11 @@ def _encoder(command: argparse.ArgumentParser, *, required: bool = True) -> None
         "--encoder", required=required, help="a folder, an official file, or a chat model's folder"
     )
     command.add_argument("--alignment", help="alignment.safetensors of training.clip, or its folder")
-    command.add_argument("--text-tower", help="folder of a sentence encoder; default: the small one")
+    command.add_argument(
+        "--text-tower",
+        help="a MobileCLIP file, or a Hugging Face folder; default: the small sentence encoder",
+    )
+    command.add_argument("--text-tokenizer", help="of a MobileCLIP file; default: CLIP's")
     command.add_argument("--pool", type=int, help="pooling head; default: by the number of tokens")
     command.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     command.add_argument("--block", type=int, default=8, help="videos that go through the encoder together")

@@ -151,6 +151,8 @@ class Journal:
     def add(self, rows: Sequence[Row]) -> None:
         """Note finished items, each {"id": ..., ...}."""
         for row in rows:
+            if self.rows.get(row["id"]) == row:
+                continue
             self.rows[row["id"]] = row
             if self._folder is not None:
                 self._append(row)
