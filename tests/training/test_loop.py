@@ -166,31 +166,28 @@ def figures(out: Path, name: str) -> list[float]:
 
 @pytest.mark.parametrize(("sharded", "port"), [("", 29517), ("1", 29518)], ids=["ddp", "fsdp"])
 def test_two_processes_train_like_one(tmp_path: Path, sharded: str, port: int) -> None:
-    one = run(tmp_path / "one", evaluate_every=10)
-    processes(tmp_path / "two", "evaluate_every=10", "poison=14", port=port, SHARDED=sharded)
-    two = losses(tmp_path / "two")
-    # Step 8 is not finite on the first process alone: both skip it, and count it.
-    assert two[:7] == pytest.approx(one[:7], rel=1e-5)
-    assert two[7] != two[7]
-    assert figures(tmp_path / "two", "skipped") == [0] * 7 + [1] * 13
-    poisoned = run(tmp_path / "poisoned", poison=14)
-    assert two[8:] == pytest.approx(poisoned[8:], rel=1e-5)
-    for name in ("grad_norm/net.0", "grad_norm/net.3", "mean"):
-        assert figures(tmp_path / "two", name)[:7] == pytest.approx(
-            figures(tmp_path / "one", name)[:7], rel=1e-4
-        )
-    assert figures(tmp_path / "two", "eval/weight")[1] == pytest.approx(
-        figures_of_model(tmp_path / "poisoned"), rel=1e-5
+    """Each process accumulates two of a step's four micro-batches."""
+    settings = {"batch_size": 16, "evaluate_every": 5}
+    one = run(tmp_path / "one", **settings)
+    poisoned = run(tmp_path / "poisoned", **settings, poison=14)
+    processes(
+        *(tmp_path / "two", "batch_size=16", "evaluate_every=5", "poison=14"), port=port, SHARDED=sharded
     )
+    two = losses(tmp_path / "two")
+    assert two[:3] == pytest.approx(one[:3], rel=1e-5)
+    # Step 4 is not finite on the second process alone: both skip it, and count it.
+    assert two[3] != two[3]
+    assert figures(tmp_path / "two", "skipped") == [0] * 3 + [1] * 7
+    assert two[4:] == pytest.approx(poisoned[4:], rel=1e-5)
+    assert two[4:] != pytest.approx(one[4:], rel=1e-5)
+    for name in ("grad_norm", "grad_norm/net.0", "grad_norm/net.3", "mean", "eval/weight"):
+        wanted = figures(tmp_path / "poisoned", name)
+        assert figures(tmp_path / "two", name) == pytest.approx(wanted, rel=1e-4, nan_ok=True), name
     # What the run leaves is whole, whoever held which part of it.
     found, wanted = (load_file(tmp_path / name / "model.safetensors") for name in ("two", "poisoned"))
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
-
-
-def figures_of_model(out: Path) -> float:
-    return load_file(out / "model.safetensors")["net.0.weight"].abs().sum().item()
 
 
 @pytest.mark.parametrize(
