@@ -23,7 +23,7 @@ from encoder.checkpoint import load_encoder, load_tensors, save_json
 from encoder.errors import CheckpointError, ConfigError, DataError, FluxChatError
 from encoder.fluxvit import FluxViT
 from encoder.selection import select
-from training.clip import EncoderSource
+from training.clip_model import EncoderSource
 from training.config import LoopConfig, OptimConfig, parse_command
 from training.data.augment import AugmentConfig
 from training.data.examples import ExampleSource, Joined, VideoData
@@ -219,6 +219,7 @@ class FinetuneStage:
             max_missing=recipe.max_missing,
             threads=recipe.threads,
             repeats=recipe.repeats,
+            require="label",
         )
         self.held_out = open_held_out(recipe, source.classes)
 
