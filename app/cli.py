@@ -6,6 +6,7 @@ Exit status 0 when answered, 2 for a wrong input with one line on stderr, 130 wh
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -226,6 +227,7 @@ def run_web(args: argparse.Namespace) -> int:
     limits = replace(WEB_LIMITS, max_bytes=args.upload_mib * 2**20)
     with listener, open_chat(args, trusted=False, limits=limits, batch=args.parallel) as chat:
         serve(chat, options, listener)
+    gc.freeze()  # the process ends now: a last search for garbage would take seconds
     return 0
 
 

@@ -148,6 +148,12 @@ def serve(chat: VideoChat, options: LaunchOptions, listener: socket.socket | Non
     """
     options.check()
     listener = listener or bind(options.host, options.port)
+    with contextlib.suppress(KeyboardInterrupt):
+        make_server(chat, options, listener).run([listener])
+
+
+def make_server(chat: VideoChat, options: LaunchOptions, listener: socket.socket) -> uvicorn.Server:
+    """What `serve` runs; its `run([listener])` may be called in another thread, and `should_exit` ends it."""
     app = make_app(chat, options)
     config = uvicorn.Config(
         app,
@@ -157,9 +163,7 @@ def serve(chat: VideoChat, options: LaunchOptions, listener: socket.socket | Non
         timeout_graceful_shutdown=max(1, round(GONE_S)),
         limit_concurrency=1024,
     )
-    server = _Server(config, app.state.server, chat, options, listener)
-    with contextlib.suppress(KeyboardInterrupt):
-        server.run([listener])
+    return _Server(config, app.state.server, chat, options, listener)
 
 
 class _Server(uvicorn.Server):

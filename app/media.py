@@ -240,7 +240,10 @@ class Resolver:
 def too_large(limit: int) -> ApiError:
     """413: larger than `limit` bytes."""
     return ApiError(
-        413, f"That is more than {limit / 2**20:g} MiB: cut or compress it.", code="request_too_large"
+        413,
+        f"That is more than {limit / 2**20:g} MiB: cut or compress it.",
+        code="request_too_large",
+        headers={"Connection": "close"},  # the rest is not read
     )
 
 
