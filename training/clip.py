@@ -189,6 +189,7 @@ class ClipStage:
                 out=recipe.loop.out,
                 max_missing=recipe.max_missing,
                 threads=recipe.threads,
+                require="caption",
             )
             for kind, data in (("image", recipe.images), ("video", recipe.videos))
             if data

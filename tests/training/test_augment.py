@@ -11,14 +11,7 @@ from PIL import Image
 
 from encoder.errors import ConfigError
 from training.config import build
-from training.data.augment import (
-    AugmentConfig,
-    augment,
-    choose_box,
-    crop_view,
-    segment_moments,
-    view_moments,
-)
+from training.data.augment import AugmentConfig, augment, choose_box, segment_moments
 from training.data.rand_augment import OPERATIONS, rand_augment
 
 EVERYTHING = AugmentConfig(crop="resized", flip=0.5, rand_augment=(9, 0.5), rand_operations=4, erase=0.25)
@@ -88,22 +81,10 @@ def test_crops_show_what_they_say() -> None:
     assert np.abs(squashed[0].numpy().astype(int) - exact).max() <= 2
 
 
-def test_three_views_cover_the_long_side() -> None:
-    wide, tall = still(2, 60, 80), still(2, 80, 60)
-    for position, start in enumerate((0, 10, 20)):
-        assert torch.equal(crop_view(wide, 60, position), wide[:, :, start : start + 60])
-        assert torch.equal(crop_view(tall, 60, position), tall[:, start : start + 60])
-    assert torch.equal(crop_view(wide, 60, 0, 1), wide[:, :, 10:70])
-    assert crop_view(wide, 42, 1).shape == (2, 42, 42, 3)
-
-
 @given(count=st.integers(1, 32), seed=st.integers(0, 99))
 def test_moments_stay_in_their_segments(count: int, seed: int) -> None:
     for index, moment in enumerate(segment_moments(count, random.Random(seed))):
         assert index / count <= moment <= (index + 1) / count
-    for clip in range(3):
-        for index, moment in enumerate(view_moments(count, clip, 3)):
-            assert moment == pytest.approx((index + (clip + 1) / 4) / count)
 
 
 @pytest.mark.parametrize("name", list(OPERATIONS))

@@ -213,6 +213,10 @@ def test_sampling_and_shorter_media(tmp_path: Path) -> None:
     assert make(grey(4, frames=1), tmp_path, grid=grid).get(0).pixels.shape == (4, 3, 6, 28, 28)
     with pytest.raises(DataError, match="has no label"):
         make(spied, tmp_path, grid=grid).get(0).labels  # noqa: B018
+    half = ListExamples([Example(str(i), Spy(i), captions=("x",) * (i % 2)) for i in range(8)])
+    captioned = make(half, tmp_path / "half", grid=grid, require="caption").get(0)
+    assert {int(example.id) % 2 for example in captioned.examples} == {1}
+    assert "has no caption" in (tmp_path / "half" / "missing.json").read_text()
     with pytest.raises(DataError, match="no examples"):
         make(grey(0), tmp_path)
 

@@ -143,25 +143,6 @@ def _erase(frames: Tensor, rng: random.Random) -> Tensor:
     return out
 
 
-def crop_view(frames: Tensor, size: int, position: int, positions: int = 3) -> Tensor:
-    """The `position`-th of `positions` square crops along the longer side, uint8 (T, size, size, 3).
-
-    The shorter side becomes `size`; crops start evenly from the first to the last place (the paper's test
-    uses 3); a single one is the centre.
-    """
-    height, width = frames.shape[1:3]
-    side = min(height, width)
-    spare = max(height, width) - side
-    start = round(spare * position / (positions - 1)) if positions > 1 else spare // 2
-    part = frames[:, start : start + side] if height > width else frames[:, :, start : start + side]
-    return resize(part, size, size).contiguous()
-
-
 def segment_moments(count: int, rng: random.Random) -> list[float]:
     """`count` places in 0..1, one anywhere inside each of as many equal segments (TSN)."""
     return [(index + rng.random()) / count for index in range(count)]
-
-
-def view_moments(count: int, clip: int, clips: int) -> list[float]:
-    """Places in 0..1 of test clip `clip` (from 0): (clip + 1) / (clips + 1) into each of `count` segments."""
-    return [(index + (clip + 1) / (clips + 1)) / count for index in range(count)]

@@ -58,7 +58,7 @@ class VideoBatches:
     inside each of F equal segments (TSN), "middle" their middles. window: see `epoch_order`; None asks the
     source. threads: clips of a batch that are decoded at a time, None for one per core up to 8. repeats:
     clips of each example in a batch, drawn differently ("repeated augmentation"). Images become F equal
-    frames.
+    frames. require: examples without this count as unreadable.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class VideoBatches:
         window: int | None = None,
         threads: int | None = None,
         repeats: int = 1,
+        require: Literal["label", "caption"] | None = None,
     ) -> None:
         if micro_batch < 1 or repeats < 1 or micro_batch % repeats:
             raise ConfigError(f"A micro-batch of {micro_batch} does not hold {repeats} clips per example.")
@@ -83,7 +84,7 @@ class VideoBatches:
         self.source, self.grid, self.augment = source, grid, augment
         self.micro_batch, self.seed, self.sampling = micro_batch, seed, sampling
         self.window = window if window is not None else getattr(source, "window", None)
-        self.repeats = repeats
+        self.repeats, self.require = repeats, require
         self.missing = MissingMedia(Path(out), max_missing)
         self.threads = threads or min(8, micro_batch, usable_cores())
         self._pool: ThreadPoolExecutor | None = None
@@ -132,6 +133,7 @@ class VideoBatches:
         # Steps that skip the batch's other examples, and yet meet every example in the end.
         least = self.micro_batch // self.repeats
         step = next(s for s in itertools.count(least) if math.gcd(s, len(order)) == 1)
+        problem = ""
         for attempt in range(len(order)):
             number = int(order[(position + attempt * step) % len(order)])
             self.missing.count()
@@ -139,11 +141,21 @@ class VideoBatches:
             try:
                 example = self.source[number]
                 name = example.id
+                self._check(example)
                 clip = example.media.load(frames, resolution, moments=moments)
                 return example, self._pixels(clip.frames, frames, resolution, random.Random(seed))
             except (VideoError, OSError) as error:  # a disk may fail between two looks
-                self.missing.report(name, str(error))
-        raise DataError(f"None of the {len(order)} videos or images can be read: see {self.missing.path}.")
+                problem = str(error)
+                self.missing.report(name, problem)
+        raise DataError(
+            f"None of the {len(order)} videos or images can be used, the last since: {problem} "
+            f"All are in {self.missing.path}."
+        )
+
+    def _check(self, example: Example) -> None:
+        found = {"label": example.label is not None, "caption": bool(example.captions), None: True}
+        if not found[self.require]:
+            raise VideoError(f"The example {example.id!r} has no {self.require}.")
 
     def _pixels(self, clip: Tensor, frames: int, resolution: int, rng: random.Random) -> Tensor:
         clip = augment(clip, resolution, self.augment, rng)
