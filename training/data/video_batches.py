@@ -133,7 +133,7 @@ class VideoBatches:
         # Steps that skip the batch's other examples, and yet meet every example in the end.
         least = self.micro_batch // self.repeats
         step = next(s for s in itertools.count(least) if math.gcd(s, len(order)) == 1)
-        problem = ""
+        name = problem = ""
         for attempt in range(len(order)):
             number = int(order[(position + attempt * step) % len(order)])
             self.missing.count()
@@ -148,14 +148,14 @@ class VideoBatches:
                 problem = str(error)
                 self.missing.report(name, problem)
         raise DataError(
-            f"None of the {len(order)} videos or images can be used, the last since: {problem} "
+            f"None of the {len(order)} videos or images can be used, {name!r} since: {problem} "
             f"All are in {self.missing.path}."
         )
 
     def _check(self, example: Example) -> None:
         found = {"label": example.label is not None, "caption": bool(example.captions), None: True}
         if not found[self.require]:
-            raise VideoError(f"The example {example.id!r} has no {self.require}.")
+            raise VideoError(f"It has no {self.require}.")
 
     def _pixels(self, clip: Tensor, frames: int, resolution: int, rng: random.Random) -> Tensor:
         clip = augment(clip, resolution, self.augment, rng)
