@@ -42,7 +42,9 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    args = parser(__doc__).parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    args = parser(__doc__).parse_args(given)
+    args.told = ["python", "-m", "training.evaluate", *given]
     try:
         return COMMANDS[args.command](args)
     except FluxChatError as error:

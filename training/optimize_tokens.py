@@ -149,7 +149,7 @@ def optimize(args: argparse.Namespace) -> int:
         if args.install:
             install(rows, Path(args.install))
     more = {"interval": INTERVAL, "frames": grid.frames, "resolutions": grid.resolutions, "runs": runs}
-    write_result(result_file, {**provenance(device, args.recipe), **told, **more}, sharing)
+    write_result(result_file, {**provenance(args.told, device, args.recipe), **told, **more}, sharing)
     return 0
 
 
@@ -319,7 +319,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    args = parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    args = parser().parse_args(given)
+    args.told = ["python", "-m", "training.optimize_tokens", *given]
     try:
         return optimize(args)
     except FluxChatError as error:

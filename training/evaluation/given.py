@@ -92,6 +92,6 @@ def finish(
         label: None if watcher.setting is None else describe_setting(watcher.setting)
         for label, watcher in watchers.items()
     }
-    result = {**provenance(device, args.recipe), **told, "interval": INTERVAL}
+    result = {**provenance(args.told, device, args.recipe), **told, "interval": INTERVAL}
     write_result(path_of(args.out), {**result, **({"inputs": shown} if shown else {}), **figures}, sharing)
     return 0

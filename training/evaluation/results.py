@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,11 +66,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
-
-
-def command_line() -> list[str]:
-    """How this process was called, without folders."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 @dataclass(frozen=True)

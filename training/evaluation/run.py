@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,6 @@ from training.data.examples import Example
 from training.evaluation.results import (
     Journal,
     Row,
-    command_line,
     commit,
     machine,
     run_blocks,
@@ -79,10 +79,10 @@ def header(viewer: Viewer, views: Views, pool: int | None, seed: int, **more: An
     }
 
 
-def provenance(device: torch.device, recipe: str | None = None) -> dict[str, Any]:
+def provenance(command: Sequence[str], device: torch.device, recipe: str | None = None) -> dict[str, Any]:
     """What a result file says besides its figures and its header."""
     return {
-        "command": command_line(),
+        "command": shlex.join(command),
         "commit": commit(),
         "recipe": recipe,
         "decoder": DECODER,
@@ -99,6 +99,19 @@ def describe_setting(setting: Setting) -> dict[str, Any]:
         "selector": "vid-tldr" if setting.merge else setting.selector,
         "optimized": setting.optimized,
     }
+
+
+def setting_of(described: Mapping[str, Any]) -> Setting:
+    """The reverse of `describe_setting`."""
+    merge = described["selector"] == "vid-tldr"
+    return Setting(
+        described["frames"],
+        described["resolution"],
+        described["K"],
+        "flux" if merge else described["selector"],
+        merge,
+        described["optimized"],
+    )
 
 
 def split_missing(examples: Sequence[Example], rows: Sequence[Row]) -> tuple[list[int], dict[str, str]]:

@@ -1,0 +1,238 @@
+"""Chat models under evaluation: the world and MVBench, on a tiny model, as people run them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from encoder.fluxvit import FluxViT
+from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
+from llm_bridge.projector import ProjectorConfig
+from tests import video_files as vf
+from tests.training.tiny_world import TINY, make_cache
+from training.data.media import FileMedia, WorldMedia
+from training.data.world import WorldSource
+from training.evaluate import main
+from training.evaluation.mvbench import Item, score_mvbench, world_items
+from training.evaluation.setting import Setting
+from training.evaluation.watcher import Asked, Watcher
+from training.evaluation.world import choice_share, questions_of, score_world
+
+
+@pytest.fixture(scope="module")
+def model(llm_folder: Callable[[str], Path]) -> VideoLanguageModel:
+    torch.manual_seed(0)
+    config = VLMConfig(llm=str(llm_folder("qwen2")), projector=ProjectorConfig(32, 64), encoder=TINY)
+    return assemble(config, FluxViT(TINY), None, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def saved(model: VideoLanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = tmp_path_factory.getbasetemp() / "chat-cache"
+    if not shared.exists():
+        make_cache(shared)
+    monkeypatch.setenv("FLUXCHAT_CACHE", str(shared))
+
+
+def test_world_command(saved: Path, tmp_path: Path, capsys) -> None:
+    arguments = [
+        *("world", "--model", str(saved), "--device", "cpu", "--clips", "2", "--budget", "8"),
+        *("--preset", "solo", "--out", str(tmp_path / "w.json")),
+    ]
+    assert main(arguments) == 0
+    result = json.loads((tmp_path / "w.json").read_text())
+    assert set(result["runs"]) == {"flux 8", "blind"}
+    assert result["inputs"]["flux 8"] == {
+        "frames": 8,
+        "resolution": 84,
+        "K": 8,
+        "selector": "flux",
+        "optimized": False,
+    }
+    assert result["inputs"]["blind"] is None
+    assert result["decoding"] == "greedy"
+    tasks = result["runs"]["flux 8"]["tasks"]
+    assert tasks["caption: motion"]["n"] == 2
+    assert tasks["caption: main object"]["chance"] == pytest.approx(1 / 12)
+    assert "blind" in capsys.readouterr().out
+    # The answers are journaled: a second run computes none, and the figures are the same.
+    journal = (tmp_path / "w.journal" / "0.jsonl").read_text()
+    assert main(arguments) == 0
+    assert (tmp_path / "w.journal" / "0.jsonl").read_text() == journal
+    assert json.loads((tmp_path / "w.json").read_text())["runs"] == result["runs"]
+
+
+def test_budgets_by_the_models_own_plan(saved: Path, tmp_path: Path) -> None:
+    values = json.loads((saved / "config.json").read_text())
+    values["plan_table"] = [{"tokens": 8, "frames": 4, "resolution": 56}]
+    planned = tmp_path / "model"
+    planned.mkdir()
+    for file in saved.iterdir():
+        (planned / file.name).write_bytes(file.read_bytes())
+    (planned / "config.json").write_text(json.dumps(values))
+    arguments = ["world", "--model", str(planned), "--device", "cpu", "--clips", "1", "--budget", "8"]
+    assert main([*arguments, "--plan", "--no-blind", "--out", str(tmp_path / "w.json")]) == 0
+    [used] = json.loads((tmp_path / "w.json").read_text())["inputs"].values()
+    assert (used["frames"], used["resolution"], used["K"]) == (4, 56, 8)
+
+
+def test_right_answers_get_full_marks() -> None:
+    source = WorldSource(split="test", count=30)
+    world = source.open()
+    answers = {}
+    for number in range(30):
+        answers[number] = [q.answer for q in questions_of(world.sample(number), number)]
+    result = score_world(world, answers)
+    rows = {task: row["accuracy"] for task, row in result["tasks"].items() if "caption" not in task}
+    assert set(rows.values()) == {1.0}
+    share = choice_share(result)
+    assert (share.right, share.total) == (share.total, sum("?" in q for q in _choices(world, 30)))
+    wrong = score_world(world, {n: ["nothing"] * len(said) for n, said in answers.items()})
+    assert choice_share(wrong).right == 0
+    assert len(wrong["examples"]) == 12
+
+
+def _choices(world, count: int) -> list[str]:
+    return [q.question + "?" for n in range(count) for q in world.sample(n).questions if q.options]
+
+
+# -- MVBench ------------------------------------------------------------------------------------------------
+
+
+def mvbench_files(folder: Path) -> tuple[Path, Path]:
+    """Two tasks of three questions; one video is there, one is missing."""
+    annotations, videos = folder / "json", folder / "videos"
+    annotations.mkdir()
+    (videos / "perception" / "videos").mkdir(parents=True)
+    vf.write(videos / "perception" / "videos" / "a.mp4", [i / 10 for i in range(20)], size=(96, 64))
+    row = {"question": "How many?", "candidates": ["1", "2", "3"], "answer": "2"}
+    for task in ("action_count", "state_change"):
+        rows = [
+            {**row, "video": "a.mp4"},
+            {**row, "video": "a.mp4", "answer": "3"},
+            {**row, "video": "b.mp4"},
+        ]
+        (annotations / f"{task}.json").write_text(json.dumps(rows))
+    return annotations, videos
+
+
+def test_mvbench_command_lists_what_is_missing(saved: Path, tmp_path: Path, capsys) -> None:
+    annotations, videos = mvbench_files(tmp_path)
+    arguments = [
+        *("mvbench", "--model", str(saved), "--device", "cpu", "--annotations", str(annotations)),
+        *("--videos", str(videos), "--task", "action_count", "state_change", "--setting", "4x56:8"),
+        *("--no-blind", "--out", str(tmp_path / "m.json")),
+    ]
+    assert main(arguments) == 0
+    result = json.loads((tmp_path / "m.json").read_text())
+    assert set(result["runs"]) == {"4x56:8, flash", "4x56:8, videochat2"}
+    for run in result["runs"].values():
+        assert set(run["missing"]) == {"action_count/2", "state_change/2"}
+        assert not run["complete"]
+        assert run["tasks"]["action_count"]["missing"] == 1
+        assert run["tasks"]["action_count"]["answered"] + run["tasks"]["action_count"]["empty"] == 2
+        assert run["chance"] == pytest.approx(100 / 3)
+    assert "mean over tasks" in capsys.readouterr().out
+
+
+def test_mvbench_on_the_world(saved: Path, tmp_path: Path) -> None:
+    arguments = ["mvbench", "--dataset", "world", "--model", str(saved), "--device", "cpu", "--clips", "2"]
+    arguments += ["--prompt", "flash", "--budget", "8", "--no-blind", "--preset", "solo"]
+    assert main([*arguments, "--out", str(tmp_path / "m.json")]) == 0
+    [run] = json.loads((tmp_path / "m.json").read_text())["runs"].values()
+    assert run["complete"] == (run["mean"] is not None)
+    assert sum(task["questions"] for task in run["tasks"].values()) == len(
+        world_items(WorldSource(split="test", count=2, preset="solo"))
+    )
+
+
+def test_world_questions_in_its_layout() -> None:
+    source = WorldSource(split="test", count=8)
+    world, items = source.open(), world_items(source)
+    assert len({item.id for item in items}) == len(items)
+    first = next(q for q in world.sample(0).questions if q.options)
+    assert items[0].candidates == first.options
+    assert items[0].truth == first.answer_index
+    assert f"Question: {items[0].question}\n" in first.question
+
+
+def test_mvbench_scores_by_hand() -> None:
+    media = FileMedia((Path("x"),))
+    items = [Item(f"{task}/{n}", task, media, "?", ("1", "2"), 1) for task in ("x", "y") for n in range(3)]
+    said = [
+        {"answer": "(B)"},
+        {"answer": "(A)"},
+        {"answer": ""},
+        {"answer": "b"},
+        {"missing": "gone"},
+        {"answer": "hm"},
+    ]
+    result = score_mvbench(items, said, "flash")
+    assert result["tasks"]["x"]["percent"] == 50.0
+    assert result["tasks"]["y"]["percent"] == 50.0
+    assert (result["tasks"]["x"]["empty"], result["tasks"]["y"]["missing"]) == (1, 1)
+    assert (result["mean"], result["chance"], result["unreadable letters"]) == (50.0, 50.0, 1)
+    assert result["missing"] == {"y/1": "gone"}
+
+
+# -- the watcher --------------------------------------------------------------------------------------------
+
+
+def test_each_question_stands_alone(model: VideoLanguageModel) -> None:
+    world = WorldSource(split="test", count=1).open()
+    media = WorldMedia(world, world.sample(0), 0)
+    watcher = Watcher(model, Setting(4, 56, 8))
+    both = list(watcher.answers(media, 0, [Asked("What is there?"), Asked("Where does it go?")]))
+    assert list(watcher.answers(media, 0, [Asked("Where does it go?")])) == both[1:]
+
+
+def test_the_given_beginning_of_an_answer_counts(model: VideoLanguageModel) -> None:
+    world = WorldSource(split="test", count=1).open()
+    media = WorldMedia(world, world.sample(0), 0)
+    watcher = Watcher(model, Setting(4, 56, 8))
+    plain, begun = watcher.answers(media, 0, [Asked("What?"), Asked("What?", prefix="Best option:(")])
+    assert plain != begun
+    with_system = next(iter(watcher.answers(media, 0, [Asked("What?", system="Be brief.")])))
+    assert with_system != plain
+
+
+def test_blind_sees_nothing(model: VideoLanguageModel) -> None:
+    world = WorldSource(split="test", count=2).open()
+    blind = Watcher(model, None)
+    said = [
+        list(blind.answers(WorldMedia(world, world.sample(n), n), n, [Asked("What is there?")]))
+        for n in range(2)
+    ]
+    assert said[0] == said[1]
+
+
+def test_settings_of_the_watcher_reach_the_encoder(model: VideoLanguageModel, monkeypatch) -> None:
+    world = WorldSource(split="test", count=1).open()
+    media = WorldMedia(world, world.sample(0), 0)
+    seen = []
+    encode = model.encode
+
+    def spy(pixels, keep, times_s, **selection):
+        vision = encode(pixels, keep, times_s, **selection)
+        seen.append((tuple(pixels[0].shape), vision.lengths[0], selection["selector"], selection["merge"]))
+        return vision
+
+    monkeypatch.setattr(model, "encode", spy)
+    for text in ("4x56:8", "8x84:16/random", "8x56:32+vid-tldr"):
+        list(Watcher(model, Setting.parse(text)).answers(media, 0, [Asked("?", max_new_tokens=1)]))
+    assert seen == [
+        ((3, 4, 56, 56), 8, "flux", None),
+        ((3, 8, 84, 84), 16, "random", None),
+        ((3, 8, 56, 56), 32, "flux", (64, 32)),
+    ]

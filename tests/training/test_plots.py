@@ -1,0 +1,98 @@
+"""Figures from training logs: what is read, and that it is drawn."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from encoder.errors import DataError
+from training.plots import convergence_curves, gradnorm_curves, main, read_run, smooth
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A log with two parts, held-out figures, a repeated step, a step that was not finite, and a cut line."""
+    folder = tmp_path / "f8"
+    folder.mkdir()
+    rows = [
+        {
+            "step": s,
+            "loss": 5 - s,
+            "grad_norm": 10.0 / s,
+            "grad_norm/align": 6.0 / s,
+            "grad_norm/encoder": 8.0 / s,
+        }
+        for s in (1, 2, 3, 3, 4)
+    ]
+    rows[3]["grad_norm"] = 7.0  # step 3 again, after a resume
+    rows[4]["grad_norm/align"] = float("nan")
+    rows.insert(2, {"step": 2, "eval/noun": 0.5})
+    rows.append({"step": 4, "eval/noun": 0.75, "eval/motion": 0.25})
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 5, "lo')
+    return folder
+
+
+def test_curves(run: Path) -> None:
+    found = read_run(run)
+    assert found["loss"].x == [1, 2, 3, 4]
+    assert found["grad_norm"].y == [10.0, 5.0, 7.0, 2.5]
+    assert found["grad_norm/align"].x == [1, 2, 3]
+    assert found["eval/noun"].y == [0.5, 0.75]
+
+
+def test_gradient_norms_by_part(run: Path) -> None:
+    assert [c.name for c in gradnorm_curves(run)] == ["all parts", "align", "encoder"]
+    assert [c.name for c in gradnorm_curves(run, "^al")] == ["all parts", "align"]
+    with pytest.raises(DataError, match="logged are align, encoder"):
+        gradnorm_curves(run, "projector")
+
+
+def test_convergence_over_epochs(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "f16"
+    other.mkdir()
+    (other / "metrics.jsonl").write_text('{"step": 8, "eval/noun": 0.9}\n')
+    curves = convergence_curves([run, other], "noun", [2, 8])
+    assert [(c.name, c.x, c.y) for c in curves] == [("f8", [1, 2], [0.5, 0.75]), ("f16", [1], [0.9])]
+    with pytest.raises(DataError, match="it has noun, motion"):
+        convergence_curves([run], "verb")
+
+
+def test_smoothing() -> None:
+    assert smooth([1, 2, 3, 6], 2) == [1, 1.5, 2.5, 4.5]
+    assert smooth([1, 2], 1) == [1, 2]
+
+
+def test_commands_draw(run: Path, tmp_path: Path, capsys) -> None:
+    assert main(["gradnorm", str(run), "--out", str(tmp_path / "g.png"), "--smooth", "2"]) == 0
+    assert main(["convergence", str(run), "--metric", "noun", "--out", str(tmp_path / "c.png")]) == 0
+    shown = capsys.readouterr().out
+    assert "3 curves, 4 steps" in shown
+    assert "f8: 0.7500 after 4 steps" in shown
+    for name in ("g", "c"):
+        assert Image.open(tmp_path / f"{name}.png").size[0] > 600
+    rows = list(csv.DictReader((tmp_path / "g.csv").read_text().splitlines()))
+    assert [r["value"] for r in rows if r["curve"] == "all parts"] == ["10.0", "5.0", "7.0", "2.5"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["gradnorm", "none"], "Cannot read the log"),
+        (["convergence", "RUN", "--metric", "noun", "--steps-per-epoch", "1", "2"], "2 steps per epoch"),
+        (["convergence", "RUN", "--metric", "verb"], "no figure 'verb'"),
+    ],
+)
+def test_wrong_use(arguments, words, run, tmp_path, capsys) -> None:
+    filled = [str(run) if a == "RUN" else a for a in arguments]
+    assert main([*filled, "--out", str(tmp_path / "x.png")]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_empty_log(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("\n")
+    with pytest.raises(DataError, match="no figures yet"):
+        read_run(tmp_path)
