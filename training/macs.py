@@ -102,19 +102,19 @@ def internvideo2(config: InternVideo2Config, layers: int, patches: int, chosen: 
     return TeacherSizes(forward, (dim,) * layers, config.clip_embed_dim, True)
 
 
-# EfficientNet-Lite: published side and multiply-accumulates at it, channels of the compared layers.
+# EfficientNet-Lite: side it was made for, multiply-accumulates at it, channels of the compared layers.
 LITE: dict[str, tuple[int, float, tuple[int, int]]] = {
-    "lite0": (224, 407e6, (112, 320)),
-    "lite1": (240, 631e6, (112, 320)),
-    "lite2": (260, 899e6, (120, 352)),
-    "lite3": (280, 1.44e9, (136, 384)),
-    "lite4": (300, 2.64e9, (160, 448)),
+    "lite0": (224, 385e6, (112, 320)),
+    "lite1": (240, 600e6, (112, 320)),
+    "lite2": (260, 860e6, (120, 352)),
+    "lite3": (280, 1.383e9, (136, 384)),
+    "lite4": (300, 2.553e9, (160, 448)),
 }
 LITE_FINAL = 1280
 
 
 def efficientnet(source: EfficientNetLiteSource, frames: int, resolution: int) -> TeacherSizes:
-    """EfficientNet-Lite on every frame; its published cost grows with the area. Raises ConfigError."""
+    """EfficientNet-Lite on every frame; its cost grows with the area. Raises ConfigError."""
     if source.size not in LITE:
         raise ConfigError(f"efficientnet.size must be lite0 to lite4, not {source.size!r}.")
     side, macs, layers = LITE[source.size]
