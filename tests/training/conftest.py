@@ -78,3 +78,11 @@ optim: {{lr: 1e-2, batch_size: 4, micro_batch: 2, epochs: 4}}
 loop: {{out: OUT, precision: fp32, checkpoint_every: 2, keep_checkpoints: 20}}
 """)
     return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images and videos with captions."""
+    from tests.training import clip_corpus
+
+    return clip_corpus.make(tmp_path_factory.mktemp("corpus"))
