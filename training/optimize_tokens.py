@@ -62,7 +62,15 @@ def encoder_score(args: argparse.Namespace, out: Path) -> tuple[Score, Viewer, d
         classes = Path(args.classes) if args.classes else None
         data = read_labelled(args.dataset, Path(args.csv), Path(args.videos or "."), classes)
         data = Labelled(renamed(data.examples)[: args.limit], data.classes)
-        told = header(viewer, Views(fit="crop"), args.pool, args.seed, data=Path(args.csv).name)
+        told = header(
+            viewer,
+            Views(fit="crop"),
+            args.pool,
+            args.seed,
+            dataset=args.dataset,
+            annotations=Path(args.csv).name,
+            preset=None,
+        )
         run = Run(viewer, Journal(out, told), Views(fit="crop"), args.pool, args.seed, args.block)
 
         def by_class(setting: Setting) -> Share:
@@ -144,7 +152,7 @@ def optimize(args: argparse.Namespace) -> int:
             if way == "selector":
                 rows.append(PlanRow(keep, *best))
     if sharing.first:
-        print(_table(runs))
+        print(runs_table(runs))
         save_json([asdict(row) for row in rows], out / "plan_table.json")
         if args.install:
             install(rows, Path(args.install))
@@ -230,7 +238,7 @@ def _described(
     }
 
 
-def _table(runs: Sequence[dict[str, Any]]) -> str:
+def runs_table(runs: Sequence[dict[str, Any]]) -> str:
     """One line per count and way, in percent."""
     lines: list[list[object]] = []
     for run in runs:
@@ -269,7 +277,7 @@ def _world(args: argparse.Namespace) -> WorldSource:
 
 
 def _about(args: argparse.Namespace) -> dict[str, Any]:
-    return {"data": "world, test", "preset": args.preset, "nouns": args.nouns}
+    return {"dataset": "world", "split": "test", "preset": args.preset, "nouns": args.nouns}
 
 
 def parser() -> argparse.ArgumentParser:
