@@ -13,8 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 
 from encoder.checkpoint import load_encoder
 from encoder.config import MICRO
@@ -23,12 +21,8 @@ from encoder.fluxvit import FluxViT
 from tests import video_files as vf
 from training import finetune
 from training.config import build, read_recipe
-from training.data.examples import Example, ListExamples
-from training.data.media import FileMedia
 from training.finetune import FinetuneModel, FinetuneRecipe, FinetuneStage, build_encoder, measure
-from training.heads import read_head_map, slice_heads
 from training.loop import train
-from training.multi_view import ViewConfig, clip_moments, square_crops, view_accuracy, views_of
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "training" / "recipes"
@@ -142,42 +136,6 @@ def test_the_order_of_heads_is_an_option(data: Path, tmp_path: Path) -> None:
 # -- heads --------------------------------------------------------------------------------------------------
 
 
-def test_all_three_heads_keep_their_rows(tmp_path: Path) -> None:
-    old = narrow(5)
-    for number, head in enumerate(old.head):
-        torch.nn.init.constant_(head.bias, number)
-        head.weight.data += torch.arange(5.0)[:, None]
-    sliced = slice_heads(old.state_dict(), [3, 0], 3)
-    new = narrow(2)
-    new.load_state_dict(sliced)
-    for number in range(3):
-        torch.testing.assert_close(new.head[number].weight, old.head[number].weight[[3, 0]])
-        torch.testing.assert_close(new.head[number].bias, torch.full((2,), float(number)))
-
-
-def test_a_single_head_serves_all(tmp_path: Path) -> None:
-    weight = torch.arange(12.0).view(4, 3)
-    sliced = slice_heads({"head.weight": weight, "head.bias": torch.arange(4.0), "x": weight}, [2], 3)
-    assert set(sliced) == {"x", *(f"head.{n}.{k}" for n in range(3) for k in ("weight", "bias"))}
-    torch.testing.assert_close(sliced["head.1.weight"], weight[[2]])
-
-
-def test_maps_by_name_and_by_number(tmp_path: Path) -> None:
-    (tmp_path / "k710.txt").write_text("zumba\nplaying guitar\narchery\n")
-    assert read_head_map(tmp_path / "k710.txt", ["Archery", '"playing_guitar"']) == [2, 1]
-    (tmp_path / "map.json").write_text("[2, 1]")
-    assert read_head_map(tmp_path / "map.json", []) == [2, 1]
-    with pytest.raises(DataError, match="the first is 'skiing'"):
-        read_head_map(tmp_path / "k710.txt", ["archery", "skiing"])
-    with pytest.raises(DataError, match="names of the new classes"):
-        read_head_map(tmp_path / "k710.txt", [])
-    (tmp_path / "bad.json").write_text('{"a": 1}')
-    with pytest.raises(DataError, match="list of row numbers"):
-        read_head_map(tmp_path / "bad.json", [])
-    with pytest.raises(DataError, match="class map"):
-        read_head_map(tmp_path / "nowhere.txt", [])
-
-
 def test_an_encoder_of_more_classes_becomes_one_of_fewer(data: Path, tmp_path: Path) -> None:
     old = narrow(3)
     old.save_pretrained(tmp_path / "k3")
@@ -223,79 +181,6 @@ def test_other_classes_held_out_are_refused(data: Path, tmp_path: Path) -> None:
         FinetuneStage(recipe(data, tmp_path, held_out=[wrong]))
 
 
-# -- views --------------------------------------------------------------------------------------------------
-
-
-@given(frames=st.integers(1, 32), clips=st.integers(1, 8))
-def test_clips_lie_inside_every_segment_in_order(frames: int, clips: int) -> None:
-    moments = [clip_moments(frames, clip, clips) for clip in range(clips)]
-    for segment in range(frames):
-        places = [m[segment] for m in moments]
-        assert segment / frames < places[0]
-        assert places == sorted(places)
-        assert places[-1] < (segment + 1) / frames
-    assert clip_moments(frames, 0, 1) == pytest.approx([(i + 0.5) / frames for i in range(frames)])
-
-
-def test_crops_are_squares_from_end_to_end() -> None:
-    wide = torch.arange(2 * 4 * 10 * 3, dtype=torch.uint8).view(2, 4, 10, 3)
-    left, middle, right = square_crops(wide, 3)
-    assert torch.equal(left, wide[:, :, :4])
-    assert torch.equal(middle, wide[:, :, 3:7])
-    assert torch.equal(right, wide[:, :, 6:])
-    assert torch.equal(square_crops(wide, 1)[0], middle)
-    tall = wide.transpose(1, 2)
-    assert torch.equal(square_crops(tall, 3)[2], tall[:, 6:])
-
-
-def test_views_of_a_video(data: Path) -> None:
-    config = ViewConfig(frames=4, resolution=56, clips=2, crops=3)
-    views = views_of(Example("0", FileMedia((data / "0.mp4",)), 0), config)
-    assert views.shape == (6, 3, 4, 56, 56)
-    # Other moments show other numbers, other crops other parts.
-    assert not torch.equal(views[0], views[3])
-    assert not torch.equal(views[0], views[2])
-
-
-def test_probabilities_are_averaged_not_logits(data: Path) -> None:
-    """Two views: one is sure of class 1, one leans to class 0. Means of logits and probabilities differ."""
-    examples = ListExamples([Example("a", FileMedia((data / "0.mp4",)), 0)], ("x", "y"))
-    logits = torch.tensor([[0.0, 8.0], [5.0, -1.0]])
-    mean_of_logits, mean_of_probabilities = logits.mean(0), logits.softmax(-1).mean(0)
-    assert mean_of_logits.argmax() == 1
-    assert mean_of_probabilities.argmax() == 1
-    logits = torch.tensor([[0.0, 20.0], [3.0, 0.0], [3.0, 0.0]])
-    assert logits.mean(0).argmax() == 1
-    assert logits.softmax(-1).mean(0).argmax() == 0
-    found = view_accuracy(
-        lambda pixels: {7: logits}, examples, ViewConfig(frames=2, resolution=28, clips=1, crops=3)
-    )
-    assert found.shares() == {"top1_7": 1.0, "top5_7": 1.0}
-
-
-def test_ranks_share_the_videos_and_call_the_model_equally_often(data: Path) -> None:
-    items = [Example(str(n), FileMedia((data / f"{n}.mp4",)), n % 2) for n in range(5)]
-    items.append(Example("lost", FileMedia((data / "lost.mp4",)), 0))
-    items.append(Example("bare", FileMedia((data / "5.mp4",)), None))
-    examples = ListExamples(items, ("x", "y"))
-    calls = dict.fromkeys(range(3), 0)
-
-    def on(rank: int):
-        def classify(pixels: torch.Tensor) -> dict[int, torch.Tensor]:
-            calls[rank] += 1
-            return {9: torch.tensor([[1.0, 0.0]]).expand(len(pixels), -1)}
-
-        config = ViewConfig(frames=2, resolution=28, clips=1, crops=1)
-        return view_accuracy(classify, examples, config, rank=rank, ranks=3)
-
-    parts = [on(rank) for rank in range(3)]
-    assert set(calls.values()) == {3}
-    total = parts[0].merged(parts[1:])
-    assert total.videos == 5
-    assert total.shares()["top1_9"] == pytest.approx(3 / 5)
-    assert set(total.unreadable) == {"lost", "bare"}
-
-
 # -- the command --------------------------------------------------------------------------------------------
 
 
@@ -316,24 +201,34 @@ def losses(out: Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def test_the_command_trains_as_it_did_and_tests(data: Path, tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values(data, tmp_path / "run")))
-    command("--config", str(tmp_path / "r.yaml"), "loop.evaluate_every=6")
-    assert losses(tmp_path / "run") == pytest.approx(LOSSES, rel=2e-3)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+def test_the_command_trains_as_it_did_continues_and_tests(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, config = tmp_path / "run", str(tmp_path / "r.yaml")
+    Path(config).write_text(yaml.safe_dump(values(data, out)))
+    command("--config", config, "loop.evaluate_every=6")
+    whole = losses(out)
+    assert whole == pytest.approx(LOSSES, rel=2e-3)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     evaluated = next(row for row in rows if "eval/top1_48" in row)
     assert {f"eval/top1_{count}" for count in (48, 32, 16)} <= evaluated.keys()
     assert rows[0]["tokens_per_s"] > 0
 
-    told = command("--config", str(tmp_path / "r.yaml"), "--test").stdout
-    assert "12 videos, 2 clips x 3 crops" in told
-    found = json.loads((tmp_path / "run" / "test.json").read_text())
-    encoder = load_encoder(tmp_path / "run" / "encoder")
+    shutil.rmtree(out / "checkpoints" / "step_00000006")
+    assert finetune.main(["--config", config, "--resume"]) == 0
+    assert losses(out) == whole
+
+    capsys.readouterr()
+    assert finetune.main(["--config", config, "--test"]) == 0
+    assert "12 videos, 2 clips x 3 crops" in capsys.readouterr().out
+    found = json.loads((out / "test.json").read_text())
+    encoder = load_encoder(out / "encoder")
     assert encoder.config.num_classes == 2
-    config = recipe(data, tmp_path / "run")
-    again = measure(FinetuneModel(encoder, config), FinetuneStage(config).held_out, config.test)
-    assert {name: found[name] for name in again.shares()} == again.shares()
-    assert set(again.top1) == {48, 8}
+    again = recipe(data, out)
+    held_out = FinetuneStage(again).held_out
+    measured = measure(FinetuneModel(encoder, again), held_out, again.test)
+    assert {name: found[name] for name in measured.shares()} == measured.shares()
+    assert set(measured.top1) == {48, 8}
 
 
 @pytest.fixture(scope="module")
