@@ -1,7 +1,7 @@
 """Every table on the demo world for one model, and the page that shows them.
 
     python -m training.results_page --model app/pretrained --clip runs/cpu/clip --results runs/results
-    python -m training.results_page --results runs/results --page training/RESULTS.md      write the page again
+    python -m training.results_page --results runs/results --page training/RESULTS.md   the page alone
 
 Runs one command per table, each of which goes on where it stopped, then writes the page from their result
 files: only what was measured, each table with its command. What people wrote under "Finding:" stays.
@@ -171,6 +171,9 @@ def page(results: Path, told: Sequence[str], old: str = "", pictures: Path | Non
     for section in SECTIONS:
         path = results / f"{section.stem}.json"
         if not path.exists():
+            command = shlex.join(["python", "-m", *section.command])
+            lines = [f"## {section.title}", "", f"Of the shape of {section.of_paper}.", ""]
+            parts.append("\n".join([*lines, f"    {command} ...", "", "Not measured yet."]) + "\n")
             continue
         try:
             result = json.loads(path.read_text())
@@ -200,7 +203,8 @@ def about(result: Result) -> str:
     said += [f"language model {result['llm']}"] if "llm" in result else []
     said += [result["dtype"], f"{machine['device']}, {machine['cpu']}, {machine['threads']} threads"]
     said += [f"recipe {result['recipe']}"] if result.get("recipe") else []
-    said += [f"preset {result['preset']}", f"seed {result['seed']}", f"intervals: {result['interval']}"]
+    said += [f"preset {result['preset']}"] if result.get("preset") else []
+    said += [f"seed {result['seed']}", f"intervals: {result['interval']}"]
     return "; ".join(said) + "."
 
 
