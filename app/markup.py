@@ -80,12 +80,12 @@ def cost_line(estimates: Sequence[Estimate], seconds: float | None = None) -> st
         ("tokens kept", f"<b>{kept}</b> of {seen}"),
         ("into the LLM", f"{sum(e.llm_tokens for e in estimates)} tokens"),
         ("to compute", f"{gmacs:.3g} GMACs"),
-        ("to the first word", f"≈ <b>{wait:.2f} s</b>"),
+        ("to first word", f"≈ <b>{wait:.2f} s</b>"),
         ("memory", f"{sum(e.peak_mib for e in estimates):.0f} MiB"),
         ("of full cost", f"{share:.0f} %"),
     ]
-    cells = "".join(
-        f'<span class="fc-fact"><span>{value}</span><small>{name}</small></span>' for name, value in facts
+    cells = " ".join(
+        f'<span class="fc-fact"><span>{value}</span> <small>{name}</small></span>' for name, value in facts
     )
     meter = (
         f'<span class="fc-meter" role="img" aria-label="{share:.0f} % of the full cost">'
@@ -157,4 +157,4 @@ def small_print(answer: Answer) -> str:
 
 
 def _seconds(value: float) -> str:
-    return "reused" if value == 0 else f"{1000 * value:.0f} ms" if value < 1 else f"{value:.1f} s"
+    return "reused" if value < 5e-4 else f"{1000 * value:.0f} ms" if value < 1 else f"{value:.1f} s"
