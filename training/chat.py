@@ -15,7 +15,6 @@ from typing import Literal
 
 import torch
 
-from encoder.checkpoint import save_json
 from encoder.errors import ConfigError, DataError, VideoError
 from encoder.preprocess import preprocess
 from encoder.tokens import VisionTokens
@@ -24,6 +23,7 @@ from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import Message, Prompt, Visual, render_chat_training, render_plain_training
 from training.config import LoopConfig, OptimConfig
 from training.data.features import FeatureCache, Features, stack
+from training.data.missing import MissingMedia
 from training.data.records import DatasetConfig, Record, RecordSource
 
 CHARACTERS_PER_TOKEN = 4
@@ -89,8 +89,7 @@ class ChatData:
             raise DataError("The datasets hold no records.")
         self._cache = FeatureCache(Path(recipe.feature_cache) if recipe.feature_cache else None)
         self._encoder = vlm.revision(language=False)
-        self._missing: dict[str, str] = {}
-        self._seen = 0
+        self._missing = MissingMedia(Path(recipe.loop.out), recipe.max_missing)
         self._ordered: tuple[int, list[int]] = (-2, [])
         self._window: tuple[tuple[int, int], list[list[int]]] = ((-2, 0), [])
 
@@ -165,24 +164,14 @@ class ChatData:
             if attempt:
                 number = order[(position + attempt * self.recipe.optim.micro_batch) % self._count]
             record = self._record(number)
-            self._seen += 1
+            self._missing.count()
             if record.media is None or self._key(record, keep) in self._cache:
                 return record, None
             try:
                 return record, record.media.load(self.recipe.frames, self.recipe.resolution)
             except VideoError as error:
-                self._report_missing(record, error)
+                self._missing.report(record.id, str(error))
         raise DataError("None of the records' media can be read.")
-
-    def _report_missing(self, record: Record, error: VideoError) -> None:
-        self._missing[record.id] = str(error)
-        out = Path(self.recipe.loop.out)
-        save_json(self._missing, out / "missing.json")
-        if len(self._missing) > max(10, self.recipe.max_missing * self._seen):
-            raise DataError(
-                f"{len(self._missing)} of {self._seen} records cannot be read, more than max_missing allows: "
-                f"see {out / 'missing.json'}."
-            )
 
     # -- what becomes of them ------------------------------------------------------------------------------
 

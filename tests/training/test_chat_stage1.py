@@ -113,7 +113,7 @@ def test_too_many_unreadable_videos_stop_the_run(stage1_recipe: Path, tmp_path: 
         f"loop.out={tmp_path}/out",
     ]
     stage = Stage1(read_recipe(Stage1Recipe, stage1_recipe, overrides))
-    with pytest.raises(DataError, match="more than max_missing allows"):
+    with pytest.raises(DataError, match="more than the allowed share"):
         stage.batch(0)
 
 
