@@ -1,0 +1,169 @@
+"""The server under load: requests/s and time to the first token, decoding together against one at a time.
+
+    python -m tests.bench.serve [--n 3] [--encoder micro] [--tokens 64] [--answer 32] [--clients 1 4 8]
+
+SmolLM2-135M and FluxViT with random weights (the time does not depend on them). Every client asks about a
+video of its own: first a question that finds nothing cached ("cold": decode, encode, prefill, answer), then
+another one ("follow_up"). All clients ask at once. Answers have a fixed length, so that both ways do the same
+work. alone: one answer at a time, the others wait. together: up to eight are decoded in one pass.
+The ways take turns. CPU seconds beside wall seconds tell load from work. same_answers: share of the answers
+that are the same both ways, letter by letter; in half precision a near tie may fall either way.
+Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+
+from app.chat import VideoChat
+from app.launch import LaunchOptions
+from app.server import ServerSettings
+from encoder.config import SIZES
+from encoder.fluxvit import FluxViT
+from llm_bridge.model import DEFAULT_LLM, VideoLanguageModel, VLMConfig, assemble
+from llm_bridge.projector import ProjectorConfig
+from tests import video_files as vf
+from tests.app.serving import question, running
+from tests.bench.common import environment, print_json
+
+WAYS = {"alone": 1, "together": 8}
+QUESTIONS = {"cold": "What is shown in the video?", "follow_up": "And where does it go in the end?"}
+
+
+def ask(address: str, body: dict[str, Any], start: threading.Barrier, found: list[tuple[float, str]]) -> None:
+    """One streamed question; appends the seconds to its first piece, and the answer."""
+    with httpx.Client(timeout=600) as client:
+        start.wait()
+        began = time.perf_counter()
+        with client.stream("POST", f"{address}/v1/chat/completions", json=body) as response:
+            assert response.status_code == 200, response.read()
+            first_s, text = 0.0, ""
+            for line in response.iter_lines():
+                if '"content": "' in line:
+                    text += json.loads(line.removeprefix("data: "))["choices"][0]["delta"]["content"]
+                    first_s = first_s or (time.perf_counter() - began if text else 0.0)
+    found.append((first_s, text))
+
+
+def round_of(address: str, videos: list[str], text: str, tokens: int, answer: int) -> dict[str, Any]:
+    """All clients ask at once: wall and CPU seconds until the last is answered, and what each one got."""
+    found: list[list[tuple[float, str]]] = [[] for _ in videos]
+    start = threading.Barrier(len(videos) + 1)
+    threads = []
+    for video, place in zip(videos, found, strict=True):
+        body = question(text, video, stream=True, token_budget=tokens, max_tokens=answer)
+        threads.append(threading.Thread(target=ask, args=(address, body, start, place)))
+        threads[-1].start()
+    start.wait()
+    wall, cpu = time.perf_counter(), time.process_time()
+    for thread in threads:
+        thread.join()
+    return {
+        "wall_s": time.perf_counter() - wall,
+        "cpu_s": time.process_time() - cpu,
+        "first_s": [place[0][0] for place in found],
+        "texts": [place[0][1] for place in found],
+    }
+
+
+def measure(
+    model: VideoLanguageModel, folder: Path, counts: list[int], n: int, tokens: int, answer: int
+) -> dict[str, Any]:
+    """Rounds by question, number of clients and way."""
+    rounds: dict[tuple[str, int, str], list[dict[str, Any]]] = defaultdict(list)
+    videos = [f"{index}.mp4" for index in range(max(counts))]
+    for index, name in enumerate(videos):
+        vf.write(folder / name, vf.steady(48 + 4 * index), size=(320 + 16 * index, 240))
+    chats = {way: VideoChat(model, trusted=False, batch=rows) for way, rows in WAYS.items()}
+    options = {
+        way: LaunchOptions(page=False, server=ServerSettings(slots=rows, media_root=folder))
+        for way, rows in WAYS.items()
+    }
+    for chat in chats.values():
+        chat._batcher.eos = frozenset()  # every answer has its full length
+    with (
+        running(chats["alone"], options["alone"]) as (alone, _),
+        running(chats["together"], options["together"]) as (together, _),
+    ):
+        addresses = {"alone": alone, "together": together}
+        for repeat in range(-1, n):
+            for count in counts:
+                for way, address in addresses.items():
+                    chats[way].forget()
+                    for kind, text in QUESTIONS.items():
+                        done = round_of(address, videos[:count], text, tokens, answer if repeat >= 0 else 2)
+                        if repeat >= 0:
+                            rounds[kind, count, way].append(done)
+        steps, made, _ = chats["together"].decoding
+    for chat in chats.values():
+        chat.close()
+    found: dict[str, Any] = {kind: {str(count): {} for count in counts} for kind in QUESTIONS}
+    for (kind, count, way), samples in rounds.items():
+        found[kind][str(count)][way] = _figures(samples, count)
+    for kind in QUESTIONS:
+        for count in counts:
+            pair = found[kind][str(count)]
+            texts = [rounds[kind, count, way][-1]["texts"] for way in WAYS]
+            pair["same_answers"] = sum(a == b for a, b in zip(*texts, strict=True)) / count
+            pair["speedup"] = round(pair["together"]["requests_per_s"] / pair["alone"]["requests_per_s"], 2)
+            pair["cpu_speedup"] = round(
+                pair["alone"]["cpu_s_per_request"] / pair["together"]["cpu_s_per_request"], 2
+            )
+    return {"tokens_per_step": round(made / steps, 2), **found}
+
+
+def _figures(samples: list[dict[str, Any]], count: int) -> dict[str, float]:
+    first = sorted(value for sample in samples for value in sample["first_s"])
+    return {
+        "requests_per_s": round(count / statistics.median(sample["wall_s"] for sample in samples), 3),
+        "cpu_s_per_request": round(statistics.median(sample["cpu_s"] for sample in samples) / count, 3),
+        "first_token_p50_s": round(statistics.median(first), 3),
+        "first_token_p95_s": round(first[min(len(first) - 1, round(0.95 * (len(first) - 1)))], 3),
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--n", type=int, default=3, help="rounds of each way, in turn")
+    parser.add_argument("--encoder", choices=list(SIZES), default="micro")
+    parser.add_argument("--tokens", type=int, default=64, help="token budget")
+    parser.add_argument("--answer", type=int, default=32, help="tokens of every answer")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8])
+    args = parser.parse_args()
+    torch.set_num_threads(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    torch.manual_seed(0)
+    encoder = SIZES[args.encoder].replace(num_classes=0, num_pools=0, num_aligners=0)
+    config = VLMConfig(llm=DEFAULT_LLM, projector=ProjectorConfig(encoder.embed_dim, 576), encoder=encoder)
+    model = assemble(config, FluxViT(encoder), None)
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(model, Path(folder), args.clients, args.n, args.tokens, args.answer)
+    print_json(
+        {
+            "bench": "serve",
+            **environment(str(model.llm.dtype).removeprefix("torch.")),
+            "n": args.n,
+            "encoder": args.encoder,
+            "budget": args.tokens,
+            "answer_tokens": args.answer,
+            "results": results,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
