@@ -33,7 +33,7 @@ from training.data.world import WorldSource
 from training.evaluation.alignment import read_alignment
 from training.evaluation.benchmarks import Labelled, read_labelled, renamed
 from training.evaluation.classify import evaluate_classify
-from training.evaluation.given import INTERVAL, sharing_device
+from training.evaluation.given import INTERVAL, about_model, about_world, sharing_device
 from training.evaluation.heatmap import draw_heatmap, write_csv
 from training.evaluation.metrics import Share
 from training.evaluation.results import Journal, Sharing, table, weights_hash, write_result
@@ -81,9 +81,10 @@ def encoder_score(args: argparse.Namespace, out: Path) -> tuple[Score, Viewer, d
     if args.alignment is None:
         raise ConfigError("On the demo world an encoder is judged by its attribute heads: give --alignment.")
     alignment = read_alignment(args.alignment).to(viewer.device)
-    clips = WorldClips.of(_world(args))
+    source = _world(args)
+    clips = WorldClips.of(source)
     beside = weights_hash(alignment.align, *alignment.heads.values())
-    told = header(viewer, Views(), args.pool, args.seed, alignment=beside, **_about(args))
+    told = header(viewer, Views(), args.pool, args.seed, alignment=beside, **about_world(source))
     run = Run(viewer, Journal(out, told), Views(), args.pool, args.seed, args.block)
 
     def by_attribute(setting: Setting) -> Share:
@@ -101,11 +102,9 @@ def model_score(args: argparse.Namespace, out: Path) -> tuple[Score, VideoLangua
     source = _world(args)
     world = source.open()
     told = {
-        "weights": weights_hash(model.encoder, model.projector),
-        "llm": Path(model.llm.name).name,
-        "dtype": str(model.llm.dtype).removeprefix("torch."),
+        **about_model(model),
         "seed": args.seed,
-        **_about(args),
+        **about_world(source),
     }
     journal = Journal(out, told)
 
@@ -274,10 +273,6 @@ def install(rows: Sequence[PlanRow], folder: Path) -> None:
 
 def _world(args: argparse.Namespace) -> WorldSource:
     return WorldSource(split="test", count=args.clips, first=args.first, preset=args.preset, nouns=args.nouns)
-
-
-def _about(args: argparse.Namespace) -> dict[str, Any]:
-    return {"dataset": "world", "split": "test", "preset": args.preset, "nouns": args.nouns}
 
 
 def parser() -> argparse.ArgumentParser:

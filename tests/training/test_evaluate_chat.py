@@ -236,3 +236,19 @@ def test_settings_of_the_watcher_reach_the_encoder(model: VideoLanguageModel, mo
         ((3, 8, 84, 84), 16, "random", None),
         ((3, 8, 56, 56), 32, "flux", (64, 32)),
     ]
+
+
+def test_another_adapter_does_not_continue_a_journal(model: VideoLanguageModel, tmp_path: Path) -> None:
+    import dataclasses
+
+    from training.evaluation.given import about_model
+
+    told = []
+    for content in (b"one", b"two"):
+        (tmp_path / "adapter_model.safetensors").write_bytes(content)
+        model_with = type("M", (), {"encoder": model.encoder, "projector": model.projector})()
+        model_with.llm = dataclasses.replace(model.llm, adapters=(str(tmp_path),))
+        told.append(about_model(model_with))
+    assert told[0]["adapters"] != told[1]["adapters"]
+    assert told[0] == {**told[1], "adapters": told[0]["adapters"]}
+    assert about_model(model)["adapters"] == []

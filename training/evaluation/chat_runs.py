@@ -10,9 +10,17 @@ from encoder.budget import choose_input
 from encoder.errors import ConfigError
 from encoder.selection import Selector
 from llm_bridge.model import VideoLanguageModel
-from training.evaluation.given import about_data, finish, path_of, settings_of, sharing_device, world_source
+from training.evaluation.given import (
+    about_data,
+    about_model,
+    finish,
+    path_of,
+    settings_of,
+    sharing_device,
+    world_source,
+)
 from training.evaluation.mvbench import evaluate_mvbench, mvbench_table, read_mvbench, world_items
-from training.evaluation.results import Journal, weights_hash
+from training.evaluation.results import Journal
 from training.evaluation.setting import Setting
 from training.evaluation.watcher import Watcher
 from training.evaluation.world import evaluate_world, world_table
@@ -82,9 +90,7 @@ def _input_of(model: VideoLanguageModel, keep: int, selector: Selector, plan: bo
 def _told(model: VideoLanguageModel, args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """What a chat model's answers depend on."""
     return {
-        "weights": weights_hash(model.encoder, model.projector),
-        "llm": Path(model.llm.name).name,
-        "dtype": str(model.llm.dtype).removeprefix("torch."),
+        **about_model(model),
         "decoding": "greedy",
         "system": model.config.system,
         "time sentence": model.config.time_sentence,

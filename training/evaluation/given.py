@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +13,12 @@ import torch
 
 from encoder.budget import PlanTable
 from encoder.errors import ConfigError
+from llm_bridge.model import VideoLanguageModel
 from training.config import build
 from training.data.examples import Example, WorldExamples
 from training.data.world import WorldSource
 from training.evaluation.benchmarks import Labelled, read_labelled, renamed
-from training.evaluation.results import Sharing, write_result
+from training.evaluation.results import Sharing, weights_hash, write_result
 from training.evaluation.run import describe_setting, provenance
 from training.evaluation.setting import Setting, from_table
 from training.evaluation.watcher import Watcher
@@ -42,8 +44,33 @@ def about_data(args: argparse.Namespace) -> dict[str, Any]:
     """Which data it is, for journals and results."""
     dataset = "world" if args.command == "world" else args.dataset
     if dataset == "world":
-        return {"dataset": "world", "split": args.split, "preset": args.preset, "nouns": args.nouns}
+        return about_world(world_source(args))
     return {"dataset": dataset, "annotations": args.annotations and Path(args.annotations).name}
+
+
+def about_world(source: WorldSource) -> dict[str, Any]:
+    """Which part of the world, and a hash of its first scenes: another version of the world has another."""
+    world = source.open()
+    seen = repr([world.sample(source.first + number) for number in range(3)])
+    return {
+        "dataset": "world",
+        "split": source.split,
+        "preset": source.preset,
+        "nouns": source.nouns,
+        "scenes": hashlib.blake2b(seen.encode(), digest_size=6).hexdigest(),
+    }
+
+
+def about_model(model: VideoLanguageModel) -> dict[str, Any]:
+    """A chat model's weights: a hash of encoder and projector, the language model, hashes of its adapters."""
+    quantize, *adapters = model.llm.identity.removeprefix(model.llm.name + "|").split("|")
+    return {
+        "weights": weights_hash(model.encoder, model.projector),
+        "llm": Path(model.llm.name).name,
+        "quantize": quantize or None,
+        "adapters": [adapter[:24] for adapter in adapters],
+        "dtype": str(model.llm.dtype).removeprefix("torch."),
+    }
 
 
 def world_source(args: argparse.Namespace) -> WorldSource:
