@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from encoder.preprocess import preprocess
-from llm_bridge.cache import PrefixCache
+from llm_bridge.batching import Batcher
+from llm_bridge.cache import Prefix, PrefixCache
 from llm_bridge.generate import Generation, Sampling
 from llm_bridge.model import VideoLanguageModel
-from llm_bridge.prompt import Message, Visual, render
+from llm_bridge.prompt import Message, Prompt, Visual, render
 from training.data.media import Media
 from training.evaluation.setting import Setting
 
-PREFIX_BYTES = 64 * 2**20
+PREFIX_BYTES = 256 * 2**20
+ROWS = 16  # questions about one item that are decoded together
 
 
 @dataclass(frozen=True)
@@ -38,24 +41,58 @@ class Watcher:
     seed: int = 0
 
     def answers(self, media: Media, number: int, questions: Sequence[Asked]) -> Iterator[str]:
-        """The answer to each question. number: names the item; decides what "random" keeps.
+        """The answer to each question, decoded together, none knowing of the others.
 
-        Raises VideoError when the media cannot be read.
+        number: names the item; decides what "random" keeps. Raises VideoError when the media cannot be read.
         """
-        llm, config = self.model.llm, self.model.config
+        llm = self.model.llm
         visuals, embeddings = self._look(media, number)
         # One cache per item: what came before must not matter.
         prefixes = PrefixCache(PREFIX_BYTES, llm.kv_bytes_per_token)
-        for asked in questions:
-            system = asked.system or config.system
-            messages = [Message.of("system", system)] if system else []
-            messages.append(Message("user", (*visuals, asked.question)))
-            prompt = render(llm.tokenizer, messages, time_form=config.time_sentence)
-            if asked.prefix:
-                ids = llm.tokenizer(asked.prefix, add_special_tokens=False).input_ids
-                prompt = replace(prompt, ids=(*prompt.ids, *ids))
-            sampling = Sampling(max_new_tokens=asked.max_new_tokens)
-            yield "".join(Generation(llm, prompt, embeddings, sampling, prefixes)).strip()
+        prompts = [self._prompt(visuals, asked) for asked in questions]
+        if len(prompts) > 1:
+            self._copy_prefix(prompts, embeddings, prefixes)
+        batcher = Batcher(llm, max_rows=ROWS)
+        running = [
+            iter(Generation(llm, prompt, embeddings, sampling, prefixes, batcher=batcher))
+            for prompt, sampling in zip(
+                prompts, (Sampling(asked.max_new_tokens) for asked in questions), strict=True
+            )
+        ]
+        said: list[list[str]] = [[] for _ in questions]
+        unfinished = list(range(len(questions)))
+        while unfinished:  # in turns, so that all of them are in the batch before it makes many steps
+            for index in list(unfinished):
+                piece = next(running[index], None)
+                if piece is None:
+                    unfinished.remove(index)
+                else:
+                    said[index].append(piece)
+        batcher.close()
+        yield from ("".join(pieces).strip() for pieces in said)
+
+    def _prompt(self, visuals: tuple[Visual, ...], asked: Asked) -> Prompt:
+        tokenizer, config = self.model.llm.tokenizer, self.model.config
+        system = asked.system or config.system
+        messages = [Message.of("system", system)] if system else []
+        messages.append(Message("user", (*visuals, asked.question)))
+        prompt = render(tokenizer, messages, time_form=config.time_sentence)
+        if asked.prefix:
+            ids = tokenizer(asked.prefix, add_special_tokens=False).input_ids
+            prompt = replace(prompt, ids=(*prompt.ids, *ids))
+        return prompt
+
+    def _copy_prefix(
+        self, prompts: Sequence[Prompt], embeddings: Sequence[torch.Tensor], prefixes: PrefixCache
+    ) -> None:
+        """Prefill what the prompts have in common, the video above all, once, and leave a copy for each."""
+        first = Generation(self.model.llm, prompts[0], embeddings, Sampling(max_new_tokens=1), prefixes)
+        for _ in first:
+            pass
+        shared = prefixes.take(prompts[1].cache_keys)
+        if shared is not None:
+            for _ in prompts:
+                prefixes.put(Prefix(shared.keys, copy.deepcopy(shared.kv)))
 
     @torch.inference_mode()
     def _look(self, media: Media, number: int) -> tuple[tuple[Visual, ...], list[torch.Tensor]]:
