@@ -10,6 +10,7 @@ encoder that starts from nothing needs in order to learn direction; 0 leaves it 
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import Sequence
@@ -61,6 +62,7 @@ class ClipRecipe:
     resolutions. siblings: clips of the world per object that differ in motion alone, hard negatives of each
     other.
     image_positions: how the position table serves images (None: as the encoder says).
+    What is compared at once: optim.micro_batch times the ranks; accumulated micro-batches stay apart.
     keeps: token counts, one drawn per step with equal chance (repeat one to favour it). UNVERIFIED: the paper
     does not say which counts Flux-CLIP was trained at. pool: the pooling head; pools: one for each of `keeps`
     instead, as the released fine-tuning has them; UNVERIFIED, InternVideo2's CLIP has a single one.
@@ -151,6 +153,8 @@ class ClipStage:
     """Flux-CLIP for the loop: its data, its model, its evaluation."""
 
     def __init__(self, recipe: ClipRecipe) -> None:
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            raise ConfigError("The temperature cannot be sharded: use ddp.yaml or deepspeed_zero1.yaml.")
         self.recipe = recipe
         torch.manual_seed(recipe.loop.seed)
         self._per_step = recipe.optim.batch_size // recipe.optim.micro_batch

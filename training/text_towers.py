@@ -78,7 +78,9 @@ class Tower(nn.Module):
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> Tensor:
-        """(B, dim) unit vectors, float32, on the tower's device; each distinct text computed once."""
+        """(B, dim) unit vectors, float32, on the tower's device; if frozen, each text computed once."""
+        if any(p.requires_grad for p in self.parameters()):
+            return self(texts)
         with self._lock:
             found = {text: self._known[text] for text in texts if text in self._known}
             new = [text for text in dict.fromkeys(texts) if text not in found]

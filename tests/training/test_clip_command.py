@@ -118,6 +118,12 @@ def test_impossible_recipes(corpus: Path, tmp_path: Path, changes: dict, message
         recipe(corpus, tmp_path, **changes)
 
 
+def test_sharding_is_one_error(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match="The temperature cannot be sharded"):
+        ClipStage(recipe(corpus, tmp_path))
+
+
 def test_recipes_that_do_not_fit_the_encoder(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="3 pools, no pool 3"):
         ClipStage(recipe(corpus, tmp_path, pool=3))

@@ -149,7 +149,7 @@ class Counting(Tower):
 
     def __init__(self, kept: int) -> None:
         super().__init__(kept)
-        self.weight = nn.Parameter(torch.ones(()))
+        self.weight = nn.Parameter(torch.ones(()), requires_grad=False)
         self.computed: list[str] = []
 
     def tokenize(self, texts) -> dict[str, torch.Tensor]:
@@ -173,8 +173,19 @@ def test_each_text_is_computed_once() -> None:
     tower.embed(["a"])
     assert tower.computed[-1] == "a"
     assert torch.equal(Counting(kept=0).embed(["a", "bb", "a"]), first)
-    assert not tower.embed(["a"]).requires_grad
-    assert tower(["a"]).requires_grad
+
+
+def test_a_trained_tower_remembers_nothing() -> None:
+    tower = Counting(kept=9)
+    before = tower.embed(["bb"])
+    tower.requires_grad_(True)
+    assert tower(["bb"]).requires_grad
+    with torch.no_grad():
+        tower.weight.fill_(3.0)
+    found = tower.embed(["bb"])
+    assert not found.requires_grad
+    assert not torch.equal(found, before)
+    assert len(tower.computed) == 3
 
 
 def test_unknown_towers_are_one_sentence(tmp_path: Path) -> None:
