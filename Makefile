@@ -1,4 +1,4 @@
-# make demo   chat with the shipped model          make test    the tests
+# make demo   the page with the shipped model      make test    the tests
 # make setup  the .venv (done by every target)     make check   lint, format, types
 # make model  train the shipped model from nothing make bench   every benchmark, one JSON line each
 
@@ -7,7 +7,6 @@ VENV := .venv
 PY := $(VENV)/bin/python
 # Without an NVIDIA GPU the CPU build of torch is enough, and gigabytes smaller.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
-EXAMPLE := app/pretrained/examples
 
 .PHONY: setup demo test test-slow check bench model clean
 
@@ -21,7 +20,7 @@ $(VENV)/.complete: pyproject.toml constraints-cpu.txt
 	@touch $@
 
 demo: setup
-	@$(PY) -m app chat $(firstword $(wildcard $(EXAMPLE)/*.mp4))
+	@$(PY) -m app web
 
 test: setup
 	@$(PY) -m pytest -m "not slow"

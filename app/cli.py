@@ -137,6 +137,9 @@ def _web_options(parser: argparse.ArgumentParser) -> None:
     load = parser.add_argument_group("load")
     load.add_argument("--parallel", type=int, default=8, metavar="N", help="answers decoded together (8)")
     load.add_argument("--queue", type=int, default=32, metavar="N", help="requests that may wait (32)")
+    load.add_argument(
+        "--cache-mib", type=int, default=1024, metavar="N", help="for follow-up questions (1024)"
+    )
     load.add_argument("--upload-mib", type=int, default=200, metavar="N", help="largest upload (200)")
 
 
@@ -225,7 +228,8 @@ def run_web(args: argparse.Namespace) -> int:
     options = options_of(args)
     listener = bind(options.host, options.port)  # before the model, which takes seconds
     limits = replace(WEB_LIMITS, max_bytes=args.upload_mib * 2**20)
-    with listener, open_chat(args, trusted=False, limits=limits, batch=args.parallel) as chat:
+    bounds: dict[str, Any] = {"limits": limits, "batch": args.parallel, "cache_mib": args.cache_mib}
+    with listener, open_chat(args, trusted=False, **bounds) as chat:
         serve(chat, options, listener)
     gc.freeze()  # the process ends now: a last search for garbage would take seconds
     return 0

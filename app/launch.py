@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import logging
 import os
 import socket
 import threading
@@ -198,6 +199,8 @@ class _Server(uvicorn.Server):
             await asyncio.sleep(0.05)
         draining.cancel()
         self._api.scheduler.close()
+        # What is still open now are pages waiting for news; that they are cut off is no error.
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         await super().shutdown(sockets)
 
     async def _drain(self) -> None:
@@ -230,8 +233,12 @@ def options_of(args: Any) -> LaunchOptions:
 
     Raises ConfigError.
     """
-    if min(args.parallel, args.upload_mib) < 1 or args.queue < 0 or not 0 <= args.port < 65536:
-        raise ConfigError("--parallel and --upload-mib must be at least 1, --queue 0, --port below 65536.")
+    if min(args.parallel, args.upload_mib) < 1 or min(args.queue, args.cache_mib) < 0:
+        raise ConfigError(
+            "--parallel and --upload-mib must be at least 1, --queue and --cache-mib at least 0."
+        )
+    if not 0 <= args.port < 65536:
+        raise ConfigError(f"A port lies between 0 and 65535: --port cannot be {args.port}.")
     options = LaunchOptions(
         host=args.host,
         port=args.port,

@@ -83,7 +83,10 @@ def test_one_line_then_answers_and_sigterm_drains(folder: Path, tmp_path: Path) 
     with (
         web("--projector", folder, "--media-root", tmp_path, TMPDIR=str(tmp_path)) as (process, address),
         ThreadPoolExecutor(1) as pool,
+        # An open page.
+        httpx.stream("GET", f"{address}/gradio_api/heartbeat/abc", timeout=60) as heartbeat,
     ):
+        assert heartbeat.status_code == 200
         assert httpx.get(f"{address}/healthz").json() == {"status": "ok"}
         assert "fluxchat-question" in httpx.get(f"{address}/config", timeout=30).text
         expected = answer(ask(address, "What?", "v.mp4", max_tokens=700, temperature=0.5, seed=1))
@@ -96,8 +99,7 @@ def test_one_line_then_answers_and_sigterm_drains(folder: Path, tmp_path: Path) 
         process.send_signal(signal.SIGTERM)
         assert answer(late.result()) == expected
         status, out, errors = ended(process)
-    assert (status, out) == (0, ""), errors
-    assert "Traceback" not in errors
+    assert (status, out, errors) == (0, "", "")
     assert [path.name for path in tmp_path.glob("fluxchat-*")] == []
     assert video.exists()
 
@@ -121,7 +123,7 @@ def test_secrets_come_from_the_environment_and_ctrl_c_ends_it(folder: Path) -> N
         (["--host", "::"], "add --auth USER:PASSWORD"),
         (["--auth", "nobody"], "must be USER:PASSWORD"),
         (["--media-root", "nowhere"], "not a folder"),
-        (["--port", "99999"], "--port below 65536"),
+        (["--port", "99999"], "--port cannot be 99999"),
         (["--model", "nowhere"], "not a FluxChat model"),
     ],
 )

@@ -1,0 +1,209 @@
+"""A server under mixed load for minutes: does its memory stay flat, does it leave anything behind?
+
+    python -m tests.bench.soak [--seconds 300] [--model DIR]
+
+Starts `fluxchat web` (a tiny model unless one is given) with a temporary folder of its own. Four clients send
+whole and streamed questions, broken-off ones, uploads, rubbish, and questions through the page's API. Memory
+is that of the server and its children. Prints one JSON line; exit status 1 when memory grew by more than 10 %
+after the warm-up (the first third), an answer was wrong, or a process or a file stayed behind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import torch
+from gradio_client import Client, handle_file
+
+from encoder.config import MICRO
+from encoder.fluxvit import FluxViT
+from llm_bridge.model import VLMConfig, assemble
+from llm_bridge.projector import ProjectorConfig
+from tests import tiny_llms
+from tests import video_files as vf
+from tests.app.serving import answer, ask, question, upload
+from tests.bench.common import environment, print_json
+
+CLIENTS = 4
+KINDS = ("whole", "stream", "broken off", "upload", "rubbish", "page")
+GROWTH = 0.10
+GONE_S = 15.0  # for what is still being cleaned up
+
+
+def tiny_model(folder: Path) -> Path:
+    """A small saved model."""
+    encoder = MICRO.replace(embed_dim=32, depth=2, num_heads=2, pool_heads=2, clip_embed_dim=16)
+    llm = str(tiny_llms.make(folder / "llm", "qwen2"))
+    config = VLMConfig(llm=llm, projector=ProjectorConfig(32, 64), encoder=encoder, default_tokens=32)
+    torch.manual_seed(0)
+    assemble(config, FluxViT(encoder), None, device="cpu", dtype=torch.float32).save_pretrained(
+        folder / "model"
+    )
+    return folder / "model"
+
+
+class Load:
+    """What the clients do, and whether the answers were right."""
+
+    def __init__(self, address: str, videos: list[Path]) -> None:
+        self.address, self.videos = address, videos
+        self.done: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self.stop = threading.Event()
+        self.expected = {
+            video.name: answer(ask(address, "What?", video.name, max_tokens=8)) for video in videos
+        }
+
+    def client(self, seed: int) -> None:
+        """One client until `stop`."""
+        chance = random.Random(seed)
+        page = Client(self.address, verbose=False)
+        while not self.stop.is_set():
+            kind, video = chance.choice(KINDS), chance.choice(self.videos)
+            try:
+                getattr(self, kind.replace(" ", "_"))(video, chance, page)
+                self.done[kind] += 1
+            except Exception as error:  # noqa: BLE001 - a soak reports, it does not end
+                self.wrong.append(f"{kind}: {error!r}"[:300])
+        page.close()
+
+    def whole(self, video: Path, chance: random.Random, _: Client) -> None:
+        """One question, one object."""
+        user = f"user {chance.randrange(8)}"
+        self._check(video, answer(ask(self.address, "What?", video.name, max_tokens=8, user=user)))
+
+    def stream(self, video: Path, *_: Any) -> None:
+        """The same as events."""
+        response = ask(self.address, "What?", video.name, max_tokens=8, stream=True)
+        if not response.text.endswith("data: [DONE]\n\n"):
+            self.wrong.append(f"stream: {response.text[-200:]}")
+
+    def broken_off(self, video: Path, chance: random.Random, _: Client) -> None:
+        """A client that leaves in the middle of a long answer."""
+        body = question("Describe it!", video.name, max_tokens=400, stream=True, temperature=1.0)
+        with httpx.stream("POST", f"{self.address}/v1/chat/completions", json=body, timeout=60) as response:
+            for _, _line in zip(range(chance.randrange(1, 8)), response.iter_lines(), strict=False):
+                pass
+
+    def upload(self, video: Path, *_: Any) -> None:
+        """An upload, a question about it, and its end."""
+        file = upload(self.address, video)
+        self._check(video, answer(ask(self.address, "What?", file, max_tokens=8)))
+        httpx.delete(f"{self.address}/v1/files/{file}", timeout=60).raise_for_status()
+
+    def rubbish(self, _: Path, chance: random.Random, __: Client) -> None:
+        """What cannot be decoded."""
+        files = {"file": ("x.mp4", chance.randbytes(chance.randrange(1, 100_000)))}
+        status = httpx.post(f"{self.address}/v1/files", files=files, timeout=60).status_code
+        if status != 400:
+            self.wrong.append(f"rubbish: {status}")
+
+    def page(self, video: Path, _: random.Random, page: Client) -> None:
+        """The page's own API."""
+        text, facts = page.predict(handle_file(str(video)), "What?", "32", api_name="/ask")
+        if not text or facts["usage"]["kept_tokens"] != 32:
+            self.wrong.append(f"page: {facts}")
+
+    def _check(self, video: Path, text: str) -> None:
+        if text != self.expected[video.name]:
+            self.wrong.append(f"{video.name}: {text}")
+
+
+def memory_mib(process: psutil.Process) -> float:
+    """Resident memory of a process and its children."""
+    total = 0
+    for member in (process, *process.children(recursive=True)):
+        try:
+            total += member.memory_info().rss
+        except psutil.NoSuchProcess:
+            continue
+    return total / 2**20
+
+
+def soak(seconds: float, folder: Path, model: Path | None = None) -> dict[str, Any]:
+    """Run the load; what happened, with `problems`, a list that should be empty."""
+    model, media, temp = model or tiny_model(folder), folder / "media", folder / "temp"
+    media.mkdir()
+    temp.mkdir()
+    videos = [vf.write(media / f"{n}.mp4", vf.steady(10 + 5 * n), size=(96 + 16 * n, 64)) for n in range(4)]
+    command = [sys.executable, "-W", "ignore", "-m", "app", "web", "--no-browser", "--port", "0"]
+    command += ["--model", str(model), "--media-root", str(media), "--cache-mib", "64"]
+    env = {**os.environ, "TMPDIR": str(temp), "GRADIO_TEMP_DIR": str(temp / "gradio")}
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
+    try:
+        assert server.stdout is not None
+        load = Load(server.stdout.readline().split()[-1], videos)
+        process = psutil.Process(server.pid)
+        threads = [threading.Thread(target=load.client, args=(seed,)) for seed in range(CLIENTS)]
+        for thread in threads:
+            thread.start()
+        samples = []
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(min(1.0, seconds / 40))
+            samples.append(memory_mib(process))
+        load.stop.set()
+        for thread in threads:
+            thread.join(120)
+        problems = load.wrong[:10]
+        left = _settle(lambda: [child.cmdline()[:3] for child in process.children(recursive=True)])
+        problems += [f"a process stayed: {line}" for line in left]
+        server.send_signal(signal.SIGTERM)
+        status = server.wait(120)
+        if status:
+            problems.append(f"the server ended with {status}")
+        # gradio keeps what people upload to the page for an hour (delete_cache)
+        stayed = _settle(lambda: sorted(path.name for path in temp.iterdir() if path.name != "gradio"))
+        problems += [f"a file stayed: {name}" for name in stayed]
+    finally:
+        server.kill()
+        server.wait()
+    third = len(samples) // 3
+    early, late = statistics.median(samples[third : 2 * third]), statistics.median(samples[2 * third :])
+    if late > (1 + GROWTH) * early:
+        problems.append(f"memory grew from {early:.0f} to {late:.0f} MiB")
+    return {
+        "seconds": seconds,
+        "done": dict(load.done),
+        "memory_mib": {"middle": round(early, 1), "end": round(late, 1), "peak": round(max(samples), 1)},
+        "growth": round(late / early - 1, 4),
+        "problems": problems,
+    }
+
+
+def _settle(look: Any) -> list[Any]:
+    """What is still there after a while."""
+    end = time.monotonic() + GONE_S
+    while (found := look()) and time.monotonic() < end:
+        time.sleep(0.2)
+    return list(found)
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=300)
+    parser.add_argument("--model", type=Path, help="a saved model (default: a tiny one)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = soak(args.seconds, Path(folder), args.model)
+    print_json({"bench": "soak", **environment(), **result})
+    return 1 if result["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
