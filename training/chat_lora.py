@@ -17,13 +17,12 @@ from typing import Literal
 
 import torch
 
-from encoder.errors import ConfigError, FluxChatError
+from encoder.errors import ConfigError
 from llm_bridge.llm import Quantize
 from llm_bridge.model import ADAPTER, VideoLanguageModel
 from training.chat import ChatRecipe
 from training.chat_stage1 import ChatStage
-from training.config import parse_command
-from training.loop import train
+from training.command import run_stage
 
 
 @dataclass(frozen=True)
@@ -101,13 +100,7 @@ class LoraStage(ChatStage):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    try:
-        recipe, resume = parse_command(LoraRecipe, argv, "training.chat_lora", __doc__)
-        train(LoraStage(recipe), recipe.optim, recipe.loop, resume=resume)
-    except FluxChatError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return run_stage(LoraRecipe, LoraStage, "training.chat_lora", __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from encoder.checkpoint import load_encoder
-from encoder.errors import FluxChatError
 from llm_bridge.attention import use_for_training
 from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
 from llm_bridge.prompt import TimeSentence
 from training.chat import ChatBatch, ChatData, ChatRecipe
-from training.config import parse_command
-from training.loop import train
+from training.command import run_stage
 
 
 @dataclass(frozen=True)
@@ -139,13 +137,7 @@ class Stage1(ChatStage):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    try:
-        recipe, resume = parse_command(Stage1Recipe, argv, "training.chat_stage1", __doc__)
-        train(Stage1(recipe), recipe.optim, recipe.loop, resume=resume)
-    except FluxChatError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return run_stage(Stage1Recipe, Stage1, "training.chat_stage1", __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from encoder.checkpoint import save_tensors
 from encoder.config import ImagePositions
-from encoder.errors import ConfigError, FluxChatError
+from encoder.errors import ConfigError
 from encoder.selection import Selector
 from training.clip_data import Captioned, MixtureBatches, WorldBatches, captions_of, still_grid
 from training.clip_model import (
@@ -36,14 +36,14 @@ from training.clip_model import (
     retrieval,
     set_image_positions,
 )
-from training.config import LoopConfig, OptimConfig, parse_command
+from training.command import run_stage
+from training.config import LoopConfig, OptimConfig
 from training.data.augment import AugmentConfig
 from training.data.examples import Joined, VideoData
 from training.data.grids import FlexibleGrid
 from training.data.video_batches import VideoBatches
 from training.data.world import WorldSource
 from training.demo_world.world import World
-from training.loop import train
 from training.losses import contrastive_loss
 from training.text_towers import KEPT_TEXTS, open_tower
 
@@ -291,13 +291,7 @@ class ClipStage:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    try:
-        recipe, resume = parse_command(ClipRecipe, argv, "training.clip", __doc__)
-        train(ClipStage(recipe), recipe.optim, recipe.loop, resume=resume)
-    except FluxChatError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return run_stage(ClipRecipe, ClipStage, "training.clip", __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from encoder.checkpoint import save_tensors
-from encoder.errors import ConfigError, FluxChatError
+from encoder.errors import ConfigError
 from encoder.fluxvit import FluxViT
 from encoder.selection import select
 from encoder.tokens import Grid, VisionTokens
 from training.clip_model import EncoderSource
-from training.config import LoopConfig, OptimConfig, parse_command
+from training.command import run_stage
+from training.config import LoopConfig, OptimConfig
 from training.data.augment import AugmentConfig
 from training.data.examples import Joined, VideoData
 from training.data.grids import FlexibleGrid
@@ -34,7 +35,6 @@ from training.decoders import DecoderConfig, Decoders
 from training.efficientnet import EfficientNetLiteSource
 from training.image_teachers import ImageEncoderSource
 from training.internvideo2 import InternVideo2Source
-from training.loop import train
 from training.losses import cosine_distillation, count_alignment, mean_cosine
 from training.masks import StudentChoice, student_choices, take, visible_count
 from training.teachers import TargetCache, Teacher, TeacherTargets, spaced_layers
@@ -311,13 +311,7 @@ def neighbour_accuracy(features: Tensor, labels: Sequence[int | None]) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    try:
-        recipe, resume = parse_command(UmtRecipe, argv, "training.umt", __doc__)
-        train(UmtStage(recipe), recipe.optim, recipe.loop, resume=resume)
-    except FluxChatError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return run_stage(UmtRecipe, UmtStage, "training.umt", __doc__, argv)
 
 
 if __name__ == "__main__":
