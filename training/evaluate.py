@@ -9,7 +9,8 @@
 
 Results go to --out with all they depend on, and items to a journal beside it, so that the same command goes
 on after a stop; `accelerate launch -m training.evaluate ...` shares the items over GPUs (on CPUs, torchrun).
-Videos that cannot be read are listed and left out. `world` and `mvbench` also run the language model without the video.
+Videos that cannot be read are listed and left out. `world` and `mvbench` also run the language model without
+the video.
 """
 
 from __future__ import annotations
