@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gradio
 import pytest
@@ -31,6 +34,22 @@ def tiny_model(llm_folder: Callable[[str], Path]) -> VideoLanguageModel:
     )
     torch.manual_seed(0)
     return assemble(config, FluxViT(encoder), None, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture
+def steps(tiny_model: VideoLanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Makes every pass of the language model take at least 0.1 s; collects when each began."""
+    language_model, begun = tiny_model.language_model, []
+    forward = language_model.forward
+
+    @functools.wraps(forward)
+    def slower(*args: Any, **options: Any) -> Any:
+        begun.append(time.monotonic())
+        time.sleep(0.1)
+        return forward(*args, **options)
+
+    monkeypatch.setattr(language_model, "forward", slower)
+    return begun
 
 
 @pytest.fixture
