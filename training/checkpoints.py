@@ -73,7 +73,9 @@ def save(
         # Every rank writes its own part of the optimiser; `load` needs the same number of ranks.
         accelerator.wait_for_everyone()
         model.save_checkpoint(str(scratch), tag="deepspeed", exclude_frozen_parameters=True)
-        state = {k: v for k, v in accelerator.get_state_dict(model).items() if k in trainable_state(plain)}
+        # Under ZeRO-3 the main rank alone gets the weights.
+        gathered, trained = accelerator.get_state_dict(model) or {}, trainable_state(plain)
+        state = {name: tensor for name, tensor in gathered.items() if name in trained}
     elif writes or is_sharded(accelerator):
         state = {name: whole(p) for name, p in trainable_state(plain).items()}
         by_name = _optimizer_by_name(plain, optimizer)

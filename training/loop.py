@@ -157,7 +157,7 @@ class _Run:
         self.stage, self.optim, self.loop, self.out = stage, optim, loop, Path(loop.out)
         self.accelerator = open_accelerator(loop.precision)
         self.per_step = optim.batch_size // optim.micro_batch
-        self.share = share_of(self.accelerator, optim)
+        self.share = share_of(self.accelerator, optim, loop.precision)
         self.total = total_steps(stage, optim, loop)
         if self.accelerator.is_main_process:
             _claim(self.out, resume)

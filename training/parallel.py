@@ -37,6 +37,8 @@ def open_accelerator(precision: str) -> Any:
         cpu=not has_gpu,
         kwargs_handlers=[unused],
     )
+    if is_deepspeed(accelerator) and precision == "fp16":
+        raise ConfigError("loop.precision fp16 does not go with DeepSpeed here: use bf16 or fp32.")
     if is_sharded(accelerator) and not accelerator.is_fsdp2:
         raise ConfigError("FSDP needs fsdp_version: 2, as in training/recipes/accelerate/fsdp.yaml.")
     return accelerator
@@ -52,10 +54,10 @@ def is_sharded(accelerator: Any) -> bool:
     return accelerator.distributed_type.value == "FSDP"
 
 
-def share_of(accelerator: Any, optim: OptimConfig) -> int:
+def share_of(accelerator: Any, optim: OptimConfig, precision: str) -> int:
     """Micro-batches of this rank in one step; raises ConfigError when the ranks do not divide them.
 
-    Tells DeepSpeed, which counts micro-batches itself.
+    Tells DeepSpeed, which counts micro-batches and casts by itself.
     """
     per_step, ranks = optim.batch_size // optim.micro_batch, accelerator.num_processes
     if per_step % ranks:
@@ -67,6 +69,9 @@ def share_of(accelerator: Any, optim: OptimConfig) -> int:
             train_micro_batch_size_per_gpu=optim.micro_batch,
             gradient_accumulation_steps=share,
             gradient_clipping=optim.clip_grad or 0.0,
+            # As everywhere else: weights in fp32, products in bf16. Its own bf16 mode casts the weights.
+            bf16={"enabled": False},
+            torch_autocast={"enabled": precision == "bf16", "dtype": "bfloat16"},
         )
     return share
 
@@ -148,9 +153,9 @@ def gathered(model: nn.Module) -> Iterator[None]:
     from torch.distributed.fsdp import FSDPModule
 
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # sharded by ZeRO-3
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        with GatheredParameters(list(model.parameters())):
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
             yield
         return
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -55,7 +55,8 @@ def test_deepspeed_settings_leave_the_recipes_numbers_to_the_recipe(stage: int) 
     path = ROOT / values["deepspeed_config_file"]
     config = HfDeepSpeedConfig(json.loads(path.read_text()))
     assert config.get_value("zero_optimization.stage") == stage
-    # A step whose gradients are not finite is skipped, as without DeepSpeed.
-    assert config.is_true("bf16.check_grad_overflow")
+    # As without DeepSpeed: weights in fp32, products in bf16.
+    assert config.is_false("bf16.enabled")
+    assert config.is_true("torch_autocast.enabled")
     for name in ("gradient_accumulation_steps", "gradient_clipping", "train_micro_batch_size_per_gpu"):
         assert config.get_value(name) == "auto"
