@@ -178,6 +178,11 @@ class VideoChat:
                 self._calibration = Calibration.load_or_measure(self.model)
             return self._calibration
 
+    @property
+    def calibrated(self) -> bool:
+        """Whether estimates are there at once, without measuring the machine first."""
+        return self._calibration is not None
+
     def _plan(self, info: VideoInfo, budget: Budget) -> Plan:
         model = self.model
         predict = None

@@ -72,6 +72,14 @@ class Handlers:
 
     # -- the price ------------------------------------------------------------------------------------------
 
+    def pricing(self, session: Session) -> str:
+        """What stands in the cost line while the price is worked out."""
+        if not session.media:
+            return markup.notice(EMPTY_COST)
+        if self.chat.calibrated:
+            return markup.notice("Working out the price …")
+        return markup.notice("Measuring how fast this machine is: some seconds, once …")
+
     def cost(self, session: Session, settings: Settings) -> str:
         """The cost line for the session's videos."""
         if not session.media:

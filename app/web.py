@@ -17,7 +17,7 @@ from gradio.processing_utils import save_file_to_cache
 from app.chat import VideoChat
 from app.handlers import Handlers
 from app.layout import Examples, View, default_examples, page_options
-from app.markup import shelf
+from app.markup import notice, shelf
 from app.sessions import Session, Sessions
 from app.settings import Settings
 from encoder.errors import FluxChatError
@@ -69,9 +69,11 @@ def _wire(view: View, handlers: Handlers, examples: Examples, workers: int) -> N
             gr.Image(value=path if image else None, visible=image),
             shelf(session.media, session.shown) if session.media else "",
             error,
+            handlers.pricing(session),
+            notice("Reading the frames …") if session.media else "",
         ]
 
-    media_outputs = [view.video, view.image, view.shelf, view.problem]
+    media_outputs = [view.video, view.image, view.shelf, view.problem, view.cost, view.strip]
 
     def video_changed(path: str | None, request: gr.Request) -> list[Any]:
         session = session_of(request)
