@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -70,14 +71,15 @@ class Guard:
         await self._app(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
+        # gradio's login does not cover its MCP tools.
+        protected = ("/v1", "/metrics", "/gradio_api/mcp")
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
-        host, path = headers.get("host", ""), scope["path"]
+        host, path = headers.get("host", ""), re.sub("/+", "/", scope["path"]) + "/"
         if self._hosts is not None and _hostname(host) not in self._hosts:
             raise ApiError(
                 403, "This server answers to the name it was started with only.", code="wrong_host"
             )
-        is_api = path.startswith("/v1/") or path == "/v1"
-        if not is_api and path != "/metrics":
+        if not path.startswith(tuple(f"{start}/" for start in protected)):
             return
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():

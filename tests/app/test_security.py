@@ -401,6 +401,28 @@ def test_downloads_go_to_the_checked_address_and_no_further(host: int) -> None:
     assert len(_Host.seen) == 4
 
 
+@pytest.mark.parametrize("where", ["path", "url"])
+def test_the_pages_api_reads_and_fetches_nothing_else(
+    shared: Serving, media: Path, host: int, where: str
+) -> None:
+    for target in (
+        "/etc/passwd",
+        str(media / "ok.mp4"),
+        f"http://127.0.0.1:{host}/x",
+        f"http://localhost:{host}/x",
+    ):
+        file = {"path": target, where: target, "meta": {"_type": "gradio.FileData"}}
+        body = {"data": [file, "What?", "16"]}
+        joined = httpx.post(f"{shared[0]}/gradio_api/call/ask", json=body, timeout=60)
+        if joined.status_code == 200:
+            events = httpx.get(
+                f"{shared[0]}/gradio_api/call/ask/{joined.json()['event_id']}", timeout=60
+            ).text
+            assert "event: error" in events, (target, events)
+            assert "root:" not in events
+    assert _Host.seen == []
+
+
 def test_an_allowed_host_through_the_api(
     host: int, tiny_model: VideoLanguageModel, media: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -447,7 +469,21 @@ def locked(tiny_model: VideoLanguageModel) -> Iterator[str]:
         yield address
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/v1/files", "/v1/x", "/metrics"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/models",
+        "/v1/chat/completions",
+        "/v1/files",
+        "/v1",
+        "/v1/x",
+        "//v1/models",
+        "/metrics",
+        "/gradio_api/mcp/",
+        "/gradio_api/mcp/sse",
+        "/gradio_api//mcp",
+    ],
+)
 def test_without_the_key_nothing_is_answered(locked: str, path: str) -> None:
     for headers in (
         {},
