@@ -25,8 +25,9 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
-from app.chat import SHIPPED, VideoChat
+from app.chat import VideoChat
 from app.guard import LOCAL, Credentials, Guard
+from app.mount import mount_page
 from app.server import Server, ServerSettings
 from encoder.errors import ConfigError
 from encoder.video import Limits
@@ -96,34 +97,10 @@ def make_app(chat: VideoChat, options: LaunchOptions) -> FastAPI:
     app.state.server = server
     server.install(app)
     if options.page:
-        app = _mount_page(app, chat, options)
+        app = mount_page(app, chat, options)
     hosts = (*LOCAL, *options.hosts) if options.local else options.hosts or None
     app.add_middleware(Guard, credentials=options.credentials, hosts=hosts)
     return app
-
-
-def _mount_page(app: FastAPI, chat: VideoChat, options: LaunchOptions) -> FastAPI:
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    import gradio
-
-    from app.web import build, page_options
-
-    return gradio.mount_gradio_app(
-        app,
-        build(chat, options.examples, workers=options.server.slots),
-        "/",
-        server_name=options.host,
-        server_port=options.port,
-        auth=options.credentials.login,
-        allowed_paths=[],
-        blocked_paths=[str(SHIPPED.parents[1])],
-        show_error=False,
-        max_file_size=options.server.upload_mib * 2**20,
-        ssr_mode=False,
-        enable_monitoring=False,
-        mcp_server=options.mcp,
-        **page_options(),
-    )
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -1,0 +1,82 @@
+"""The page inside the server's application, with what gradio leaves open when it is mounted closed.
+
+Launched, gradio takes as input only files that were uploaded to it. Mounted, it skips that check (6.31): any
+file of the machine could be named as a video. It also fetches whatever public URL a request names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+
+from app.chat import SHIPPED, VideoChat
+from app.download import download
+
+if TYPE_CHECKING:
+    from app.launch import LaunchOptions
+
+
+def mount_page(app: FastAPI, chat: VideoChat, options: LaunchOptions) -> FastAPI:
+    """The application with the page at its root."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    import gradio
+
+    from app.web import build, page_options
+
+    page = build(chat, options.examples, workers=options.server.slots)
+    limit = options.server.upload_mib * 2**20
+    mounted = gradio.mount_gradio_app(
+        app,
+        page,
+        "/",
+        server_name=options.host,
+        server_port=options.port,
+        auth=options.credentials.login,
+        allowed_paths=[],
+        blocked_paths=[str(SHIPPED.parents[1])],
+        show_error=False,
+        max_file_size=limit,
+        ssr_mode=False,
+        enable_monitoring=False,
+        mcp_server=options.mcp,
+        **page_options(),
+    )
+    lock(page, options.server.url_hosts, limit)
+    return mounted
+
+
+def lock(page: Any, hosts: Sequence[str], max_bytes: int) -> None:
+    """Take only uploads as files, and URLs of `hosts` only."""
+    page.has_launched = True  # what gradio's check of paths asks for
+    for block in page.blocks.values():
+        if hasattr(block, "async_move_resource_to_block_cache"):
+            block.async_move_resource_to_block_cache = _Fetcher(block, hosts, max_bytes)
+
+
+class _Fetcher:
+    """Brings what a request names into one component's cache."""
+
+    def __init__(self, block: Any, hosts: Sequence[str], max_bytes: int) -> None:
+        self._block, self._usual = block, block.async_move_resource_to_block_cache
+        self._hosts, self._max_bytes = hosts, max_bytes
+
+    async def __call__(self, source: str | Path | None) -> str | None:
+        if source is None or not str(source).lower().startswith(("http://", "https://")):
+            found: str | None = await self._usual(source)
+            return found
+        content = await asyncio.to_thread(download, str(source), self._hosts, self._max_bytes)
+        folder = tempfile.mkdtemp(dir=self._cache())
+        path = os.path.join(folder, "video")
+        await asyncio.to_thread(Path(path).write_bytes, content)
+        self._block.temp_files.add(path)
+        return path
+
+    def _cache(self) -> str:
+        os.makedirs(self._block.GRADIO_CACHE, exist_ok=True)
+        return str(self._block.GRADIO_CACHE)
