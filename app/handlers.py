@@ -172,7 +172,8 @@ class Handlers:
                 for text, phase, answer in self._answer(session, question, chosen, stop, []):
                     details = "" if answer is None else self._details(session, chosen, answer)
                     waiting = f'<p class="fc-phase">{phase} …</p>' if phase else ""
-                    panels[index] = f"{head}<p>{escape(text)}</p>{waiting}{details}"
+                    linked = markup.link_times(escape(text), session.duration_s, html=True)
+                    panels[index] = f"{head}<p>{linked}</p>{waiting}{details}"
                     yield list(panels)
         except FluxChatError as error:
             panels[:] = [panel or markup.problem(_sentence(error)) for panel in panels]
@@ -184,11 +185,10 @@ class Handlers:
 
     def messages(self, session: Session) -> list[dict[str, Any]]:
         """The conversation for the chat display: two messages for every turn."""
-        duration = max((medium.info.duration_s for medium in session.media), default=0.0)
         shown: list[dict[str, Any]] = []
         for turn in session.turns:
             shown.append({"role": "user", "content": turn.question})
-            text = markup.link_times(turn.text, duration)
+            text = markup.link_times(turn.text, session.duration_s)
             if turn.phase:
                 text = f"{text}\n\n*{turn.phase} …*" if text else f"*{turn.phase} …*"
             if turn.error:
@@ -259,8 +259,10 @@ class Handlers:
                 if (now := time.monotonic()) - shown >= YIELD_S:
                     shown, unseen = now, False
                     yield text, phase, None
-        finally:
+        except GeneratorExit:  # the tab went away
             stream.stop()
+            raise
+        finally:
             worker.join()
         if failed:
             if isinstance(failed[0], FluxChatError):

@@ -174,13 +174,13 @@ class View:
 
     def _advanced(self, config: Any, chat: VideoChat) -> None:
         with gr.Accordion("Advanced", open=False, elem_id="fluxchat-advanced"):
-            self.system = gr.Textbox(chat.model.config.system or "", label="System prompt", lines=2)
+            self.system = gr.Textbox(
+                chat.model.config.system or "", label="System prompt", lines=1, max_lines=4
+            )
             with gr.Row():
-                self.temperature = gr.Slider(
-                    0, 2, 0, step=0.05, label="Temperature", info="0: always the likeliest word"
-                )
-                self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p")
-                self.longest = gr.Slider(8, 1024, 128, step=8, label="Longest answer (tokens)")
+                self.temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", buttons=[])
+                self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", buttons=[])
+                self.longest = gr.Slider(8, 1024, 128, step=8, label="Longest answer", buttons=[])
             with gr.Row():
                 frames = [str(count) for count in range(*config.frames_range)]
                 sides = [str(side) for side in range(*config.resolution_range)]

@@ -28,13 +28,15 @@ def clock(seconds: float, *, tenths: bool = False) -> str:
     return f"{minutes}:{rest // 10:02d}" + (f".{rest % 10}" if tenths else "")
 
 
-def link_times(text: str, duration_s: float) -> str:
-    """Markdown in which every time within the video is a link that moves the player there."""
+def link_times(text: str, duration_s: float, *, html: bool = False) -> str:
+    """Markdown (or HTML) in which every time within the video is a link that moves the player there."""
 
     def link(match: re.Match[str]) -> str:
         minutes, clock_seconds, seconds = match.groups()
         at = 60 * int(minutes) + float(clock_seconds) if minutes else float(seconds)
-        return f"[{match[0]}](#t={at:g})" if at <= duration_s else match[0]
+        if at > duration_s:
+            return match[0]
+        return f'<a href="#t={at:g}">{match[0]}</a>' if html else f"[{match[0]}](#t={at:g})"
 
     return _TIME.sub(link, text)
 

@@ -70,6 +70,11 @@ class Session:
         return self.media[self.shown] if self.media else None
 
     @property
+    def duration_s(self) -> float:
+        """Of the longest video."""
+        return max((medium.info.duration_s for medium in self.media), default=0.0)
+
+    @property
     def history(self) -> list[tuple[str, str]]:
         """Answered turns, for the model; a stopped answer counts as far as it got."""
         return [(turn.question, turn.text) for turn in self.turns if turn.answer is not None and turn.text]

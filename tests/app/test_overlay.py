@@ -19,7 +19,6 @@ from app.chat import VideoChat
 from encoder.tokens import Grid
 from tests.app.conftest import SHORT
 
-
 GRID = Grid(2, 2, 3)
 
 
@@ -127,6 +126,8 @@ def test_strip_of_an_image_has_nowhere_to_go() -> None:
 )
 def test_times_become_links(text: str, linked: str) -> None:
     assert markup.link_times(text, 90.0) == linked
+    html = re.sub(r"\[([^]]*)\]\(([^)]*)\)", r'<a href="\2">\1</a>', linked)
+    assert markup.link_times(text, 90.0, html=True) == html
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from app import markup
 from app.chat import VideoChat
 from app.handlers import Handlers
 from app.sessions import MAX_MEDIA, Media, Session, Sessions
@@ -204,6 +206,11 @@ def test_a_bug_is_not_shown_but_logged(
 def test_compare_gives_each_budget_its_answer(handlers: Handlers, session: Session) -> None:
     first, second = list(handlers.compare(session, "What?", PLAIN, [32, 96]))[-1]
     assert "<h3>32 tokens</h3>" in first
+    for panel, budget in ((first, 32), (second, 96)):
+        answer = handlers.chat.ask(str(SHORT), "What?", budget=budget, max_new_tokens=12)
+        assert answer.text
+        assert markup.link_times(escape(answer.text), session.duration_s, html=True) in panel
+        assert "stopped" not in panel
     assert "32 of" in first
     assert "96 of" in second
     assert "data-seek" in second
