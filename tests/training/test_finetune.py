@@ -297,10 +297,7 @@ def test_two_processes_train_like_one(data: Path, tmp_path: Path) -> None:
         str(tmp_path / "two.yaml"),
         "loop.max_steps=4",
         "loop.evaluate_every=4",
-        launcher=(
-            *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
-            *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "29531"),
-        ),
+        launcher=(*("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29531"),),
     )
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     figures = [
