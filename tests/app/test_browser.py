@@ -38,6 +38,8 @@ ARGUMENTS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
 ]
 PATIENCE_MS = 40_000
 
@@ -265,6 +267,19 @@ def test_example_brings_video_and_question(open_page: Callable[..., Any]) -> Non
     has(page.locator("#fluxchat-cost"), "to first word")
     expect(page.get_by_label("Question", exact=True)).to_have_value("What turns?")
     page.wait_for_function("document.querySelector('#fluxchat-video video').duration > 29")
+
+
+def test_webcam(open_page: Callable[..., Any]) -> None:
+    page = open_page(permissions=["camera", "microphone"])
+    video = page.locator("#fluxchat-video")
+    video.get_by_label("Capture from camera").click()
+    video.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('#fluxchat-video video').videoWidth > 0")
+    video.get_by_title("start recording").click()
+    video.get_by_title("stop recording").click(delay=1500)
+    has(page.locator("#fluxchat-shelf"), ".webm")
+    has(page.locator("#fluxchat-cost"), "to first word")
+    has(page.locator("#fluxchat-strip"), "What the model will look at")
 
 
 def test_bad_file_is_one_sentence(open_page: Callable[..., Any], tmp_path: Path) -> None:
