@@ -1,7 +1,7 @@
 """Commands about training data.
 
     python -m training.data check training/recipes/chat_stage1.yaml
-    python -m training.data check RECIPE --sample 200 datasets.0.data_root=/mnt/data
+    python -m training.data check RECIPE datasets.0.data_root=/mnt/data --sample 200
     python -m training.data corpora [NAME]
 
 `check` looks for every file that a recipe's datasets name, decodes a sample of them, and prints what is
