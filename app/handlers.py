@@ -167,6 +167,8 @@ class Handlers:
         session.busy += 1
         try:
             for index, tokens in enumerate(budgets):
+                if stop.is_set():
+                    return
                 chosen = replace(settings, tokens=int(tokens), auto=False)
                 head = f"<h3>{int(tokens)} tokens</h3>"
                 for text, phase, answer in self._answer(session, question, chosen, stop, []):

@@ -217,6 +217,7 @@ class View:
                     *limits, high, step=budgets.step, label="Second budget", buttons=[], scale=2
                 )
                 self.go = gr.Button("Compare", variant="primary", scale=0, min_width=110)
+                self.halt = gr.Button("Stop", variant="stop", scale=0, min_width=110, visible=False)
             with gr.Row():
                 self.left = gr.HTML(**PLAIN, elem_classes="fc-panel", elem_id="fluxchat-first")
                 self.right = gr.HTML(**PLAIN, elem_classes="fc-panel", elem_id="fluxchat-second")

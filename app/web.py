@@ -190,14 +190,18 @@ def _wire(view: View, handlers: Handlers, examples: Examples, workers: int) -> N
     view.clear.click(cleared, None, [view.chat, *buttons], **at_once)
 
     def compared(request: gr.Request, question: str, first: int, second: int, *values: Any) -> Iterator[Any]:
-        yield from handlers.compare(session_of(request), question, Settings(*values), [first, second])
+        session = session_of(request)
+        for panels in handlers.compare(session, question, Settings(*values), [first, second]):
+            yield [*panels, *working]
+        yield [gr.skip(), gr.skip(), *idle]
 
     view.go.click(
         compared,
         [view.both, view.first, view.second, *view.settings],
-        [view.left, view.right],
+        [view.left, view.right, view.go, view.halt],
         **slow,
     )
+    view.halt.click(stopped, None, None, **at_once)
 
 
 def _turn_of(index: Any) -> int:

@@ -219,6 +219,16 @@ def test_compare_gives_each_budget_its_answer(handlers: Handlers, session: Sessi
     assert all("There is no video yet" in error for error in errors)
 
 
+@pytest.mark.usefixtures("steps")
+def test_a_comparison_can_be_stopped(handlers: Handlers, session: Session) -> None:
+    shown = []
+    for panels in handlers.compare(session, "What?", PLAIN, [32, 96]):
+        shown.append(panels)
+        handlers.stop(session)
+    assert "stopped" in shown[-1][0]
+    assert shown[-1][1] == ""
+
+
 # -- videos and sessions --------------------------------------------------------------------------------
 
 
