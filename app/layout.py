@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -62,8 +63,13 @@ def page_options() -> dict[str, Any]:
 
 
 def default_examples() -> Examples:
-    """Videos that ship with the model, each with a question."""
-    return [(str(path), QUESTION) for path in sorted((SHIPPED / "examples").glob("*.mp4"))]
+    """The clips that ship with the model, each with the question that its list asks."""
+    folder = SHIPPED / "examples"
+    try:
+        asked = json.loads((folder / "examples.json").read_text())
+    except (OSError, ValueError):
+        return [(str(path), QUESTION) for path in sorted(folder.glob("*.mp4"))]
+    return [(str(folder / row["file"]), row["question"]) for row in asked]
 
 
 class View:
