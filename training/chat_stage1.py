@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from encoder.checkpoint import load_encoder
+from encoder.checkpoint import load_encoder, load_tensors, read_tensors
 from llm_bridge.attention import use_for_training
 from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
@@ -38,7 +38,9 @@ class ProjectorSettings:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """encoder: official .pth file or saved folder. llm: hub id, folder or GGUF. The rest: see VLMConfig."""
+    """encoder: official .pth file or saved folder. llm: hub id, folder or GGUF. projector_init: folder or
+    file of a projector to start from. The rest: see VLMConfig.
+    """
 
     encoder: str
     llm: str
@@ -47,6 +49,7 @@ class ModelSource:
     time_sentence: TimeSentence = "short"
     gradient_checkpointing: bool = False
     default_tokens: int = 1024
+    projector_init: str | None = None
 
     def assemble(self, seed: int) -> VideoLanguageModel:
         """The parts with a fresh projector; raises ModelError or CheckpointError."""
@@ -70,6 +73,10 @@ class ModelSource:
         )
         torch.manual_seed(seed)
         model = assemble(config, encoder, None)
+        if self.projector_init is not None:
+            path = Path(self.projector_init)
+            file = path / "projector.safetensors" if path.is_dir() else path
+            load_tensors(model.projector, read_tensors(file))
         if self.gradient_checkpointing:
             model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
             model.language_model.train()  # transformers checkpoints in train mode only
