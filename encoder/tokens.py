@@ -36,6 +36,7 @@ class VisionTokens:
     grids: per clip, its patch grid.
     times_s: per clip, presentation time in seconds of each of its frames, or None when unknown.
     hidden: packed outputs (sum (1 + K_i), C) of the blocks that were asked for, cls first in each clip.
+    summary: (B, clip_embed_dim) pooled feature of each clip, where it was asked for.
     """
 
     packed: Tensor
@@ -44,6 +45,7 @@ class VisionTokens:
     grids: tuple[Grid, ...]
     times_s: tuple[tuple[float, ...], ...] | None = None
     hidden: tuple[Tensor, ...] = ()
+    summary: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -77,6 +79,7 @@ class VisionTokens:
             kept=(self.kept[clip],),
             grids=(self.grids[clip],),
             times_s=None if self.times_s is None else (self.times_s[clip],),
+            summary=None if self.summary is None else self.summary[clip : clip + 1],
         )
 
     def to(self, *args: object, **kwargs: object) -> VisionTokens:
@@ -84,16 +87,21 @@ class VisionTokens:
         packed = self.packed.to(*args, **kwargs)  # type: ignore[call-overload]
         kept = tuple(k.to(packed.device) for k in self.kept)
         hidden = tuple(h.to(packed) for h in self.hidden)
-        return replace(self, packed=packed, cls=self.cls.to(packed), kept=kept, hidden=hidden)
+        summary = None if self.summary is None else self.summary.to(packed)
+        return replace(
+            self, packed=packed, cls=self.cls.to(packed), kept=kept, hidden=hidden, summary=summary
+        )
 
     @staticmethod
     def concatenate(parts: Sequence[VisionTokens]) -> VisionTokens:
         """Several batches as one, in order."""
         times = [p.times_s for p in parts]
+        summaries = [p.summary for p in parts]
         return VisionTokens(
             packed=torch.cat([p.packed for p in parts]),
             cls=torch.cat([p.cls for p in parts]),
             kept=tuple(k for p in parts for k in p.kept),
             grids=tuple(g for p in parts for g in p.grids),
             times_s=None if None in times else tuple(t for p in times for t in p),  # type: ignore[union-attr]
+            summary=None if any(s is None for s in summaries) else torch.cat(summaries),  # type: ignore[arg-type]
         )

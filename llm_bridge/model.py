@@ -34,8 +34,9 @@ class VLMConfig:
     """How the parts are put together.
 
     vision_depth: encoder blocks to run, negative counts from the end; None runs all. Which layer FluxViT chat
-    reads is UNVERIFIED (VideoChat-Flash reads the last but one of its encoder: -1). fit: how a frame of
-    another shape becomes square. plan_table: measured best inputs per token count; empty: the default policy.
+    reads is UNVERIFIED (VideoChat-Flash reads the last but one of its encoder: -1). summary_pool: the pooling
+    head behind the projector's summary tokens. fit: how a frame of another shape becomes square. plan_table:
+    measured best inputs per token count; empty: the default policy.
     """
 
     llm: str
@@ -46,6 +47,7 @@ class VLMConfig:
     fit: Literal["squash", "crop"] = "squash"
     default_tokens: int = 1024
     system: str | None = None
+    summary_pool: int = 1
     plan_table: tuple[PlanRow, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,9 +105,12 @@ class VideoLanguageModel(nn.Module):
         with torch.no_grad():
             cls = self.encoder.cls_token
             clips = [clip.to(cls.device, cls.dtype) for clip in pixels]
-            return self.encoder(
+            vision = self.encoder(
                 clips, list(keep), depth=self.config.vision_depth, times_s=times_s, **selection
             )
+            if self.projector.summary is None:
+                return vision
+            return dataclasses.replace(vision, summary=self.encoder.pool(vision, self.config.summary_pool))
 
     def project(self, vision: VisionTokens) -> list[Tensor]:
         """Embeddings (M_i, D) of every clip for the language model."""

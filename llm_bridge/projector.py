@@ -24,7 +24,9 @@ class ProjectorConfig:
     """in_dim: encoder width. out_dim: language model width. layers: linear layers, a GELU between two.
 
     norm: LayerNorm in front. tokens_per_frame, merge_heads: for kind "merge" (16 per frame, and the number of
-    heads over which tokens are averaged before they are compared).
+    heads over which tokens are averaged before they are compared). summary_tokens: embeddings made of each
+    clip's pooled feature, summary_dim wide, and put before those of its tokens; 0 for none. An encoder that
+    was trained contrastively says in that feature what a clip is about.
     """
 
     in_dim: int
@@ -34,12 +36,16 @@ class ProjectorConfig:
     norm: bool = False
     tokens_per_frame: int = 16
     merge_heads: int = 6
+    summary_tokens: int = 0
+    summary_dim: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in ("mlp", "merge"):
             raise ConfigError(f"A projector is 'mlp' or 'merge', not {self.kind!r}.")
         if self.layers < 1:
             raise ConfigError(f"A projector needs at least one layer, not {self.layers}.")
+        if self.summary_tokens and not self.summary_dim:
+            raise ConfigError("summary_tokens need summary_dim, the width of the pooled feature.")
         if self.kind == "merge" and self.in_dim % self.merge_heads:
             raise ConfigError(f"in_dim {self.in_dim} must be a multiple of merge_heads {self.merge_heads}.")
 
@@ -63,9 +69,21 @@ class Projector(nn.Module):
         for _ in range(config.layers - 1):
             steps += [nn.GELU(), nn.Linear(config.out_dim, config.out_dim)]
         self.mlp = nn.Sequential(*steps)
+        self.summary: nn.Module | None = None
+        if config.summary_tokens:
+            width = config.summary_tokens * config.out_dim
+            self.summary = nn.Sequential(
+                nn.LayerNorm(config.summary_dim),
+                nn.Linear(config.summary_dim, config.out_dim),
+                nn.GELU(),
+                nn.Linear(config.out_dim, width),
+            )
 
     def planned_tokens(self, keep: int, frames: int) -> int:
         """M for a clip of `frames` frames of which `keep` tokens were kept."""
+        return self.config.summary_tokens + self._tokens(keep, frames)
+
+    def _tokens(self, keep: int, frames: int) -> int:
         return keep if self.config.kind == "mlp" else min(keep, self.config.tokens_per_frame * frames)
 
     def forward(self, vision: VisionTokens) -> list[Tensor]:
@@ -74,11 +92,16 @@ class Projector(nn.Module):
         if self.config.kind == "merge":
             merged = [self._merge(vision, index) for index in range(len(vision))]
             tokens, lengths = torch.cat(merged), [len(part) for part in merged]
-        return list(self.mlp(self.norm(tokens)).split(lengths))
+        projected = list(self.mlp(self.norm(tokens)).split(lengths))
+        if self.summary is None:
+            return projected
+        assert vision.summary is not None
+        summaries = self.summary(vision.summary).unflatten(1, (self.config.summary_tokens, -1))
+        return [torch.cat(pair) for pair in zip(summaries, projected, strict=True)]
 
     def _merge(self, vision: VisionTokens, index: int) -> Tensor:
         one = vision.select(index)
-        target = self.planned_tokens(one.lengths[0], one.grids[0].frames)
+        target = self._tokens(one.lengths[0], one.grids[0].frames)
         return merge_tokens(one.packed[None], target, self.config.merge_heads, one.kept[0][None])[0]
 
 

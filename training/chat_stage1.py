@@ -34,6 +34,7 @@ class ProjectorSettings:
     layers: int = 2
     norm: bool = False
     tokens_per_frame: int = 16
+    summary_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class ModelSource:
                 norm=settings.norm,
                 tokens_per_frame=settings.tokens_per_frame,
                 merge_heads=encoder.config.num_heads,
+                summary_tokens=settings.summary_tokens,
+                summary_dim=encoder.config.clip_embed_dim if settings.summary_tokens else 0,
             ),
             vision_depth=self.vision_depth,
             time_sentence=self.time_sentence,

@@ -49,17 +49,15 @@ class WarmStartRecipe(ChatRecipe):
 
 
 def word_loss(visual: Tensor, words: Tensor, table: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(How badly the tokens of one clip together say the words, how far each is from the nearest of them).
+    """(How badly the words of one clip are said, how far each of its tokens is from the nearest of them).
 
     visual: (M, D). words: (W,) rows of table, (V, D) unit embeddings to choose from. Each token is a
-    distribution over them; the mean of all tokens has to give every word its share.
+    distribution over them; every word has to be said by the one token that says it best.
     """
     unit = F.normalize(visual, dim=-1)
-    cosines = unit @ table.T  # [M, V]
-    said = (cosines.float() / temperature).log_softmax(dim=-1)[:, words]
-    mixture = said.logsumexp(dim=0) - torch.tensor(float(len(visual))).log()
-    nearest = cosines[:, words].float().max(dim=1).values
-    return -mixture.mean(), (1 - nearest).mean()
+    cosines = (unit @ table.T).float()  # [M, V]
+    said = (cosines / temperature).log_softmax(dim=-1)[:, words].max(dim=0).values
+    return -said.mean(), (1 - cosines[:, words].max(dim=1).values).mean()
 
 
 class WarmStartModel(nn.Module):

@@ -22,7 +22,8 @@ SHARD_ENTRIES = 256
 
 @dataclass(frozen=True)
 class Features:
-    """One clip after the encoder: tokens (K, C), cls (C,), kept (K,), and when its frames were."""
+    """One clip after the encoder: tokens (K, C), cls (C,), kept (K,), when its frames were, and the pooled
+    feature where the projector reads it."""
 
     tokens: Tensor
     cls: Tensor
@@ -30,6 +31,7 @@ class Features:
     grid: Grid
     times_s: tuple[float, ...]
     duration_s: float
+    summary: Tensor | None = None
 
     @staticmethod
     def of(vision: VisionTokens, index: int, duration_s: float, dtype: torch.dtype) -> Features:
@@ -43,6 +45,7 @@ class Features:
             one.grids[0],
             one.times_s[0],
             duration_s,
+            None if one.summary is None else one.summary[0].to("cpu", dtype),
         )
 
 
@@ -54,6 +57,7 @@ def stack(features: Sequence[Features]) -> VisionTokens:
         kept=tuple(f.kept.long() for f in features),
         grids=tuple(f.grid for f in features),
         times_s=tuple(f.times_s for f in features),
+        summary=torch.stack([f.summary for f in features]) if features[0].summary is not None else None,  # type: ignore[misc]
     )
 
 
@@ -92,7 +96,9 @@ class FeatureCache:
             path, number, facts = self._index[key]
         with safe_open(path, "pt") as file:
             tokens, cls, kept = (file.get_tensor(f"{number}/{part}") for part in ("tokens", "cls", "kept"))
-        return Features(tokens, cls, kept, Grid(*facts["grid"]), tuple(facts["times_s"]), facts["duration_s"])
+            summary = file.get_tensor(f"{number}/summary") if facts.get("summary") else None
+        grid, times = Grid(*facts["grid"]), tuple(facts["times_s"])
+        return Features(tokens, cls, kept, grid, times, facts["duration_s"], summary)
 
     def put(self, key: str, features: Features) -> None:
         """Remember; writes a shard when enough have come."""
@@ -115,10 +121,13 @@ class FeatureCache:
         for number, (key, features) in enumerate(self._pending.items()):
             for part in ("tokens", "cls", "kept"):
                 tensors[f"{number}/{part}"] = getattr(features, part)
+            if features.summary is not None:
+                tensors[f"{number}/summary"] = features.summary
             facts = {
                 "grid": list(features.grid),
                 "times_s": list(features.times_s),
                 "duration_s": features.duration_s,
+                "summary": features.summary is not None,
             }
             entries[key] = {"number": number, **facts}
         name = hashlib.blake2b("".join(self._pending).encode(), digest_size=8).hexdigest()
