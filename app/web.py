@@ -77,6 +77,8 @@ def _wire(view: View, handlers: Handlers, examples: Examples, workers: int) -> N
 
     def video_changed(path: str | None, request: gr.Request) -> list[Any]:
         session = session_of(request)
+        if path is None and session.current is None:  # the player let go of a file that was refused
+            return [gr.skip()] * len(media_outputs)
         error = handlers.show(session, path)
         # The player shows its file already; setting it again would load it twice.
         shown = media_changed(session, error)

@@ -288,10 +288,12 @@ def test_bad_file_is_one_sentence(open_page: Callable[..., Any], tmp_path: Path)
     page = open_page()
     page.locator("#fluxchat-video input[type=file]").set_input_files(str(bad))
     has(page.locator("#fluxchat-problem"), "Cannot read 'bad.mp4'")
+    expect(page.locator("#fluxchat-video input[type=file]")).to_be_attached()  # the player is empty again
     expect(page.locator("#fluxchat-problem [role=alert]")).to_have_count(1)
     expect(page.locator("#fluxchat-shelf .fc-medium")).to_have_count(0)
     ask(page, "   ")
     expect(page.locator("#fluxchat-chat .message")).to_have_count(0)
+    has(page.locator("#fluxchat-problem"), "Cannot read 'bad.mp4'")
 
 
 def test_two_tabs_see_nothing_of_each_other(
