@@ -82,6 +82,8 @@ class WarmStartModel(nn.Module):
             if words:
                 rows = torch.tensor([row_of[word] for word in words], device=visual.device)
                 parts.append(word_loss(visual.to(table), rows, table, self.recipe.temperature))
+        if not parts:  # nothing but common words
+            return 0.0 * torch.cat(visuals).sum(), {}
         length = torch.cat(visuals).float().norm(dim=-1) / self._norm - 1
         said, near = (torch.stack(losses).mean() for losses in zip(*parts, strict=True))
         loss = said + self.recipe.pull * near + length.square().mean()
