@@ -23,7 +23,7 @@ demo: setup
 	@$(PY) -m app web
 
 test: setup
-	@$(PY) -m pytest -m "not slow"
+	@$(PY) -m pytest -m "not slow" -n auto --dist loadfile
 
 test-slow: setup
 	@$(PY) -m pytest
@@ -38,6 +38,7 @@ RUNS := runs/cpu
 model: setup
 	@$(PY) -m training.demo_world fetch
 	@$(PY) -m training.clip --config training/recipes/cpu/clip.yaml --resume
+	@$(PY) -m training.warm_start --config training/recipes/cpu/warm_start.yaml --resume
 	@$(PY) -m training.chat_stage1 --config training/recipes/cpu/chat_stage1.yaml --resume
 	@$(PY) -m training.chat_lora --config training/recipes/cpu/chat_lora.yaml --resume
 	@$(PY) -m training.evaluate world --model $(RUNS)/chat_lora/model --preset solo --clips 300 \
