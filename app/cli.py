@@ -135,7 +135,9 @@ def _web_options(parser: argparse.ArgumentParser) -> None:
         help="URLs of these hosts (public addresses)",
     )
     load = parser.add_argument_group("load")
-    load.add_argument("--parallel", type=int, default=8, metavar="N", help="answers decoded together (8)")
+    load.add_argument(
+        "--parallel", type=int, default=8, metavar="N", help="answers decoded together, 1: in turn (8)"
+    )
     load.add_argument("--queue", type=int, default=32, metavar="N", help="requests that may wait (32)")
     load.add_argument(
         "--cache-mib", type=int, default=1024, metavar="N", help="for follow-up questions (1024)"

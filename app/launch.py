@@ -14,9 +14,10 @@ import importlib.util
 import logging
 import os
 import socket
+import tempfile
 import threading
 import webbrowser
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -126,8 +127,22 @@ def serve(chat: VideoChat, options: LaunchOptions, listener: socket.socket | Non
     """
     options.check()
     listener = listener or bind(options.host, options.port)
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt), _own_uploads():
         make_server(chat, options, listener).run([listener])
+
+
+@contextlib.contextmanager
+def _own_uploads() -> Iterator[None]:
+    """A folder for uploads to the page, unless one is given: gradio's is shared by all its programs."""
+    if "GRADIO_TEMP_DIR" in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="fluxchat-page-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["GRADIO_TEMP_DIR"]
 
 
 def make_server(chat: VideoChat, options: LaunchOptions, listener: socket.socket) -> uvicorn.Server:

@@ -142,7 +142,7 @@ def soak(seconds: float, folder: Path, model: Path | None = None) -> dict[str, A
     videos = [vf.write(media / f"{n}.mp4", vf.steady(10 + 5 * n), size=(96 + 16 * n, 64)) for n in range(4)]
     command = [sys.executable, "-W", "ignore", "-m", "app", "web", "--no-browser", "--port", "0"]
     command += ["--model", str(model), "--media-root", str(media), "--cache-mib", "64"]
-    env = {**os.environ, "TMPDIR": str(temp), "GRADIO_TEMP_DIR": str(temp / "gradio")}
+    env = {**os.environ, "TMPDIR": str(temp)}
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env)
     try:
         assert server.stdout is not None
@@ -166,8 +166,7 @@ def soak(seconds: float, folder: Path, model: Path | None = None) -> dict[str, A
         status = server.wait(120)
         if status:
             problems.append(f"the server ended with {status}")
-        # gradio keeps what people upload to the page for an hour (delete_cache)
-        stayed = _settle(lambda: sorted(path.name for path in temp.iterdir() if path.name != "gradio"))
+        stayed = _settle(lambda: sorted(path.name for path in temp.iterdir()))
         problems += [f"a file stayed: {name}" for name in stayed]
     finally:
         server.kill()
