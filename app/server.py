@@ -11,19 +11,17 @@ client.chat.completions.create(model="fluxchat", messages=[{"role": "user", "con
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.types import Receive, Scope, Send
 
 from app.api_types import MODEL, ApiError, ChatRequest, Reply, TextFilter, parse_chat
 from app.chat import VideoChat
@@ -33,11 +31,11 @@ from app.metrics import Metrics
 from app.readings import declare, record
 from app.scheduler import Job, Scheduler
 from app.turns import AnswerStream, Videos
+from app.wire import ClientGone, EventStream, limited, read_json, until_gone
 
 LOG = logging.getLogger("fluxchat")
 MIB = 2**20
 SWEEP_S = 60.0
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,10 +61,6 @@ class ServerSettings:
     default_tokens: int = 128
     send_s: float = 60.0
     probes: int = 4
-
-
-class ClientGone(Exception):
-    """Nobody reads the answer any more."""
 
 
 @dataclass
@@ -234,7 +228,9 @@ class Server:
             # The first piece decides about the status: most errors come before it.
             first = await until_gone(request, _next(filtered))
             if asked.stream:
-                return EventStream(_events(filtered, first, job, asked), job, self.settings.send_s)
+                return EventStream(
+                    _events(filtered, first, job, asked), job, self.settings.send_s, self._error
+                )
             rest = "" if first is None else await until_gone(request, _joined(filtered))
         except BaseException:
             job.stop()
@@ -301,93 +297,6 @@ async def _events(
     yield reply.chunk({}, job.answer)
     if asked.include_usage:
         yield reply.usage_chunk(job.answer)
-
-
-class EventStream(Response):
-    """Server-sent events that stop the job when the reader goes away or takes nothing for `send_s`."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncIterator[dict[str, Any]], job: Job, send_s: float) -> None:
-        self.status_code, self.background = 200, None
-        self._events, self._job, self._send_s = events, job, send_s
-        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        writing = asyncio.ensure_future(self._write(send))
-        leaving = asyncio.ensure_future(_disconnected(receive))
-        try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            self._job.stop()
-            for task in (writing, leaving):
-                task.cancel()
-            await asyncio.gather(writing, leaving, return_exceptions=True)
-
-    async def _write(self, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-
-        async def put(text: str, more: bool = True) -> None:
-            message = {"type": "http.response.body", "body": text.encode(), "more_body": more}
-            await asyncio.wait_for(send(message), self._send_s)
-
-        try:
-            async for event in self._events:
-                await put(f"data: {json.dumps(event, ensure_ascii=False)}\n\n")
-        except (TimeoutError, asyncio.TimeoutError):
-            return
-        except Exception as error:  # noqa: BLE001 - the status has been sent: the error is an event
-            await put(f"data: {json.dumps(Server._error(error).body)}\n\n")
-        await put("data: [DONE]\n\n", more=False)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        continue
-
-
-async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; cancels it and raises ClientGone when the client goes away first."""
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_disconnected(request.receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGone
-        return working.result()
-    finally:
-        for task in (working, leaving):
-            if not task.done():
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
-
-
-async def limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
-    """The body in blocks; raises ApiError 413 past the limit, whatever its headers say."""
-    length = request.headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > limit:
-        raise too_large(limit)
-    got = 0
-    async for block in request.stream():
-        got += len(block)
-        if got > limit:
-            raise too_large(limit)
-        yield block
-
-
-async def read_json(request: Request, limit: int) -> Any:
-    """The body as JSON; raises ApiError."""
-    # Anything else a foreign page could send without asking first (CORS preflight).
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, "The Content-Type must be application/json.")
-    body = bytearray()
-    async for block in limited(request, limit):
-        body += block
-    try:
-        return await asyncio.to_thread(json.loads, bytes(body))
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, "The body is not valid JSON.") from error
 
 
 def _file(stored: StoredFile) -> dict[str, Any]:

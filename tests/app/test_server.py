@@ -439,6 +439,27 @@ def test_a_failure_nobody_foresaw_is_a_500_without_details(
         assert answer(ask(address, "What?", max_tokens=3)) is not None
 
 
+def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(tiny_model: VideoLanguageModel) -> None:
+    with VideoChat(tiny_model, trusted=False) as chat, running(chat) as (address, server):
+        calls = 0
+
+        def fail(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > 12:
+                raise RuntimeError("secret detail")
+
+        handle = chat.model.llm.model.register_forward_pre_hook(fail)
+        response = ask(address, "What?", max_tokens=60, stream=True)
+        handle.remove()
+        events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
+        assert (response.status_code, events[-1]) == (200, "[DONE]")
+        assert len(events) > 4
+        assert json.loads(events[-2])["error"]["type"] == "server_error"
+        assert "secret" not in response.text
+        until(lambda: server.scheduler.running == 0)
+
+
 # -- parts --------------------------------------------------------------------------------------------------
 
 

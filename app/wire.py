@@ -1,0 +1,119 @@
+"""Reading requests and writing answers: bounded bodies, server-sent events, clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from app.api_types import ApiError
+from app.media import too_large
+from app.scheduler import Job
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """Nobody reads the answer any more."""
+
+
+class EventStream(Response):
+    """Server-sent events that stop the job when the reader goes away or takes nothing for `send_s`.
+
+    failed: an exception as the error that the reader sees, since the status has been sent.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncIterator[dict[str, Any]],
+        job: Job,
+        send_s: float,
+        failed: Callable[[BaseException], ApiError],
+    ) -> None:
+        self.status_code, self.background = 200, None
+        self._events, self._job, self._send_s, self._failed = events, job, send_s, failed
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writing = asyncio.ensure_future(self._write(send))
+        leaving = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._job.stop()
+            for task in (writing, leaving):
+                task.cancel()
+            await asyncio.gather(writing, leaving, return_exceptions=True)
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+
+        async def put(text: str, more: bool = True) -> None:
+            message = {"type": "http.response.body", "body": text.encode(), "more_body": more}
+            await asyncio.wait_for(send(message), self._send_s)
+
+        try:
+            async for event in self._events:
+                await put(f"data: {json.dumps(event, ensure_ascii=False)}\n\n")
+        except (TimeoutError, asyncio.TimeoutError):
+            return
+        except Exception as error:  # noqa: BLE001 - the status has been sent: the error is an event
+            await put(f"data: {json.dumps(self._failed(error).body)}\n\n")
+        await put("data: [DONE]\n\n", more=False)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; cancels it and raises ClientGone when the client goes away first."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            if not task.done():
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+
+
+async def limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
+    """The body in blocks; raises ApiError 413 past the limit, whatever its headers say."""
+    length = request.headers.get("content-length", "0")
+    if not length.isdecimal() or int(length) > limit:
+        raise too_large(limit)
+    got = 0
+    async for block in request.stream():
+        got += len(block)
+        if got > limit:
+            raise too_large(limit)
+        yield block
+
+
+async def read_json(request: Request, limit: int) -> Any:
+    """The body as JSON; raises ApiError."""
+    # Anything else a foreign page could send without asking first (CORS preflight).
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "The Content-Type must be application/json.")
+    body = bytearray()
+    async for block in limited(request, limit):
+        body += block
+    try:
+        return await asyncio.to_thread(json.loads, bytes(body))
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, "The body is not valid JSON.") from error
