@@ -42,7 +42,8 @@ TAIL = """
 
 Recipes: `training/recipes/cpu/clip.yaml` (Flux-CLIP from nothing, with the names of object and motion as
 further targets), `training/recipes/cpu/warm_start.yaml` (the projector learns words; not of the paper),
-`training/recipes/cpu/chat_stage1.yaml` (projector; encoder and language model frozen){lora}. Figures: commit `{commit}`, weights `{weights}`.
+`training/recipes/cpu/chat_stage1.yaml` (projector; encoder and language model
+frozen){lora}. Figures: commit `{commit}`, weights `{weights}`.
 
 ## Data and licences
 
