@@ -23,7 +23,7 @@ demo: setup
 	@$(PY) -m app web
 
 test: setup
-	@$(PY) -m pytest -m "not slow" -n auto --dist loadfile
+	@$(PY) -m pytest -m "not slow"
 
 test-slow: setup
 	@$(PY) -m pytest

@@ -26,12 +26,14 @@ from training.data.records import DatasetConfig, choose_numbers
 from training.finetune import FinetuneRecipe
 from training.macs import config_in, read_encoder
 from training.umt import UmtRecipe
+from training.warm_start import WarmStartRecipe
 
 Kind = Literal["video", "image"]
 # The setting that only this stage's recipes have, in the order in which they are looked for.
 STAGES: dict[str, tuple[str, type[Any]]] = {
     "teacher": ("Flux-UMT", UmtRecipe),
     "start": ("chat, LoRA", LoraRecipe),
+    "negatives": ("projector warm start", WarmStartRecipe),
     "model": ("chat, stage 1", Stage1Recipe),
     "data": ("fine-tuning", FinetuneRecipe),
     "images": ("Flux-CLIP", ClipRecipe),

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from encoder.errors import ConfigError
 from llm_bridge.model import VideoLanguageModel
-from training.chat import ChatBatch, ChatData, ChatRecipe
-from training.chat_stage1 import ModelSource
+from training.chat import ChatBatch, ChatData
+from training.chat_stage1 import Stage1Recipe
 from training.command import run_stage
 
 # Words in more than this share of the answers say nothing about a video.
@@ -32,12 +32,11 @@ COUNTED_BATCHES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmStartRecipe(ChatRecipe):
+class WarmStartRecipe(Stage1Recipe):
     """temperature: of the softmax over words. pull: weight of the distance to the nearest word of the answer.
     negatives: words of the vocabulary, drawn anew for each batch, that the tokens must not say.
     """
 
-    model: ModelSource
     negatives: int = 2048
     temperature: float = 0.05
     pull: float = 1.0

@@ -46,6 +46,7 @@ from training.recipe_facts import (
     stage_of,
 )
 from training.umt import UmtRecipe
+from training.warm_start import WarmStartRecipe
 
 CAPTION_TOKENS = 32  # of a caption, and around it
 CONVERSATION_TOKENS = 256  # of the questions and answers about one video, and around them
@@ -248,8 +249,12 @@ def _chat(recipe: Stage1Recipe | LoraRecipe, path: Path, given: Given) -> Worklo
         found = [
             Part("encoder (frozen)", encoder_macs(config.replace(depth=depth), patches, keep)),
             projector_part(source.projector.layers, config.embed_dim, llm.hidden, visual, learns=learns),
-            replace(llm.part(tokens, text, recomputed=checkpointing), name="language model (frozen)"),
         ]
+        if isinstance(recipe, WarmStartRecipe):  # words are compared, the language model does not run
+            scores = visual * recipe.negatives * llm.hidden
+            return [*found, Part("word scores", scores, scores)]
+        part = llm.part(tokens, text, recomputed=checkpointing)
+        found.append(replace(part, name="language model (frozen)"))
         if adapter:
             again = adapter * tokens if checkpointing else 0
             found.append(trained("adapter", adapter * tokens, recomputed=again))

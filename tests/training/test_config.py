@@ -20,6 +20,7 @@ KINDS = {
     "clip": "ClipRecipe",
     "finetune": "FinetuneRecipe",
     "umt": "UmtRecipe",
+    "warm_start": "WarmStartRecipe",
 }
 
 
