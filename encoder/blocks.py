@@ -61,7 +61,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     On CPUs in half precision by plain matrix products, where the fused kernel is slower than in float32:
     without a graph over chunks of queries (1.7 times faster, see tests/bench/encoder.py), with one all at
-    once (forward and backward 2 to 3 times faster).
+    once.
     """
     scores = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
     graph = torch.is_grad_enabled()

@@ -1,8 +1,8 @@
 """Attention for training through a frozen language model on CPUs in half precision.
 
 There the backward pass of the fused kernel is the slowest part of a step. Plain matrix products, with the
-query heads of a group stacked so that keys and values are never copied, take about a quarter of its time
-(see tests/bench/stage1.py).
+query heads of a group stacked so that keys and values are never copied, are faster (tests/bench/stage1.py
+times whole steps).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def grouped_attention(
 
 
 def use_for_training(model: Any) -> bool:
-    """Switch a model to it where it helps: on CPUs, in half precision, for layouts it is tested on.
+    """Switch a model to it where it helps: on CPUs, in half precision, for layouts with plain attention.
 
     Returns whether it was switched.
     """

@@ -199,8 +199,10 @@ class ChatData:
     def _key(self, record: Record, keep: int) -> str:
         recipe = self.recipe
         media = record.media.key if record.media is not None else ""
-        depth = self.vlm.config.vision_depth
-        return f"{media}|{recipe.frames}|{recipe.resolution}|{keep}|{depth}|{self._encoder}"
+        config = self.vlm.config
+        # Features without the pooled one must not serve a projector that reads it.
+        read = f"{config.vision_depth}|{config.summary_pool if config.projector.summary_tokens else None}"
+        return f"{media}|{recipe.frames}|{recipe.resolution}|{keep}|{read}|{self._encoder}"
 
     def _prompt(self, record: Record, features: Features | None) -> Prompt:
         recipe, tokenizer = self.recipe, self.vlm.llm.tokenizer
