@@ -161,9 +161,9 @@ class Batcher:
         for row in rows:
             if row.kv is not None:
                 ids = torch.tensor([row.tokens[-1:]], device=self.llm.device)
-                out = self.llm.model(input_ids=ids, past_key_values=row.kv, use_cache=True, logits_to_keep=1)
+                scores = self.llm.advance(row.kv, input_ids=ids)
                 self.steps += 1
-                row.push(out.logits[0, -1].float())
+                row.push(scores[0])
         self.made += len(rows)
 
     def _share(self, rows: list[Row]) -> None:

@@ -188,8 +188,7 @@ class Generation:
         return self._step(kv, inputs_embeds=self._embeddings(start)[:, :PREFILL_CHUNK])
 
     def _step(self, kv: Any, **inputs: Tensor) -> Tensor:
-        out = self.llm.model(**inputs, past_key_values=kv, use_cache=True, logits_to_keep=1)
-        return out.logits[0, -1].float()
+        return self.llm.advance(kv, **inputs)[0]
 
     def _decode(self, kv: Any, logits: Tensor | None, keys: list[int]) -> Generator[int, None, None]:
         """New tokens until the end of the turn, the length limit, or a stop."""

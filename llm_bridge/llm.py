@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -93,6 +98,17 @@ class LanguageModel:
     def parameters(self) -> int:
         """Number of parameters."""
         return sum(p.numel() for p in self.model.parameters())
+
+    @cached_property
+    def _cache_argument(self) -> str:
+        """What this model's forward calls its KV cache: transformers 5.24 renamed it."""
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+    def advance(self, kv: Any, **inputs: Tensor) -> Tensor:
+        """Append inputs, named as in the model's forward, to a KV cache; the scores (B, V) after them."""
+        inputs |= {self._cache_argument: kv}
+        return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
 
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Input embeddings of token ids: (N,) -> (N, hidden_size)."""
@@ -210,7 +226,8 @@ def _quantization(quantize: str, dtype: torch.dtype) -> Any:
     if quantize not in ("8bit", "4bit"):
         raise ModelError(f"quantize must be '8bit' or '4bit', not {quantize!r}.")
     try:
-        import bitsandbytes  # noqa: F401
+        with quiet_peft():
+            import bitsandbytes  # noqa: F401
     except Exception as error:
         raise ModelError(
             f"{quantize} needs bitsandbytes, which does not load here: {_first_line(error)}."
@@ -223,17 +240,37 @@ def _quantization(quantize: str, dtype: torch.dtype) -> Any:
 
 
 def _adapt(model: nn.Module, adapter: str | Path, *, merge: bool) -> Any:
-    from peft import PeftModel
+    with quiet_peft():
+        from peft import PeftModel
 
     if Path(adapter).exists() and not (Path(adapter) / "adapter_config.json").exists():
         raise ModelError(f"{adapter} is not an adapter: it has no adapter_config.json.")
     try:
-        adapted = PeftModel.from_pretrained(model, str(adapter))
+        with quiet_peft():
+            adapted = PeftModel.from_pretrained(model, str(adapter))
     except Exception as error:
         raise ModelError(
             f"The adapter {adapter} does not fit the language model: {_first_line(error)}."
         ) from error
     return adapted.merge_and_unload() if merge else adapted
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Around imports and uses of peft: no word about what no user of FluxChat can change.
+
+    It asks for `is_gradient_checkpointing`, which transformers renamed, and brings bitsandbytes along, which
+    says that an optional kernel for CPUs is not installed.
+    """
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _first_line(error: BaseException) -> str:

@@ -71,17 +71,15 @@ class SharedKV:
     def step(self, llm: LanguageModel, tokens: Sequence[int]) -> Tensor:
         """Append one token to every answer; scores (B, V) of the next ones."""
         self._mask[:, self.filled] = 1
-        out = llm.model(
+        scores = llm.advance(
+            self._kv,
             input_ids=torch.tensor(tokens, device=llm.device)[:, None],
             attention_mask=self._mask[:, : self.filled + 1].to(llm.device),
             position_ids=torch.tensor(self.lengths, device=llm.device)[:, None],
-            past_key_values=self._kv,
-            use_cache=True,
-            logits_to_keep=1,
         )
         self.filled += 1
         self.lengths = [length + 1 for length in self.lengths]
-        return out.logits[:, -1].float()
+        return scores
 
     def parts(self, row: int) -> list[tuple[Tensor, Tensor]]:
         """Views of one answer's keys and values, (1, heads, length, width) per layer."""

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from encoder.errors import ConfigError
-from llm_bridge.llm import Quantize
+from llm_bridge.llm import Quantize, quiet_peft
 from llm_bridge.model import ADAPTER, VideoLanguageModel
 from training.chat import ChatRecipe
 from training.chat_stage1 import ChatStage
@@ -71,7 +71,8 @@ class LoraStage(ChatStage):
 
     def _add_adapter(self) -> torch.nn.Module:
         """Put the matrices into the model's own layers; the peft model around them saves them."""
-        from peft import LoraConfig, get_peft_model
+        with quiet_peft():
+            from peft import LoraConfig, get_peft_model
 
         recipe, base = self.recipe, self.vlm.language_model
         if recipe.gradient_checkpointing:
@@ -87,7 +88,8 @@ class LoraStage(ChatStage):
             task_type="CAUSAL_LM",
         )
         try:
-            adapted: torch.nn.Module = get_peft_model(base, config)
+            with quiet_peft():
+                adapted: torch.nn.Module = get_peft_model(base, config)
         except ValueError as error:
             raise ConfigError(f"lora.targets does not fit the language model: {error}.") from error
         return adapted

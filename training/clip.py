@@ -4,8 +4,9 @@
 
 Symmetric InfoNCE against a text tower, over the batches of all ranks, at flexible grids and at a number of
 kept tokens drawn anew for each step. Stage 1 trains the vision projector alone, stage 2 everything. On the
-demo world `attribute_weight` adds a classification of the main object and of its motion, which a small
-encoder that starts from nothing needs in order to learn direction; 0 leaves it out.
+demo world `attribute_weight` adds a classification of what the clip shows, and `patch_weight` one of what
+each kept patch shows, which a small encoder that starts from nothing needs in order to learn direction,
+number and order; 0, the paper's way, leaves them out.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from training.clip_model import (
     ClipSettings,
     EncoderSource,
     Trained,
+    hits,
     load_alignment,
     retrieval,
     set_image_positions,
@@ -59,8 +61,9 @@ class ClipRecipe:
 
     Data: `images` and `videos`, which alternate by step, or `world` (the default, alone). grid: frames and
     resolution of videos, drawn per micro-batch (None: `frames` and `resolution`); images take its
-    resolutions. siblings: clips of the world per object that differ in motion alone, hard negatives of each
-    other.
+    resolutions.
+    siblings: clips of the world per object that differ in motion alone, hard negatives of each other.
+    attribute_weight, patch_weight: of the world's labels of clips and of patches (see WorldLabels).
     image_positions: how the position table serves images (None: as the encoder says).
     What is compared at once: optim.micro_batch times the ranks; accumulated micro-batches stay apart.
     keeps: token counts, one drawn per step with equal chance (repeat one to favour it). UNVERIFIED: the paper
@@ -73,7 +76,8 @@ class ClipRecipe:
     temperature: where it starts; temperature_min: it cannot fall below. positives: pairs that are equally
     right: equal "text", or the same media file ("id", as in the released code).
     text_tower: see `open_tower`; text_tokenizer: of a MobileCLIP file; text_length: most tokens per text;
-    text_cache: texts whose embeddings are remembered.
+    text_cache: texts whose embeddings are remembered; with 0, for captions that hardly repeat, a CPU embeds
+    several at once.
     held_out: captioned data whose first `evaluate_clips` are retrieved in evaluation.
     """
 
@@ -105,6 +109,7 @@ class ClipRecipe:
     temperature_min: float = 0.01
     positives: Literal["text", "id"] = "text"
     attribute_weight: float = 0.0
+    patch_weight: float = 0.0
     pool: int = 1
     pools: tuple[int, ...] | None = None
     held_out: tuple[VideoData, ...] = ()
@@ -114,8 +119,10 @@ class ClipRecipe:
         mixture = bool(self.images or self.videos)
         if mixture and self.world is not None:
             raise ConfigError("Train on images and videos, or on the world: not on both.")
-        if mixture and (self.siblings > 1 or self.attribute_weight):
-            raise ConfigError("siblings and attribute_weight go with the world, not with images and videos.")
+        if mixture and (self.siblings > 1 or self.attribute_weight or self.patch_weight):
+            raise ConfigError(
+                "siblings, attribute_weight and patch_weight go with the world, not with images and videos."
+            )
         if not mixture and self.world is None:
             object.__setattr__(self, "world", WorldSource())
         if self.siblings < 1 or self.optim.micro_batch % self.siblings:
@@ -145,6 +152,7 @@ class ClipRecipe:
             temperature=self.temperature,
             temperature_min=self.temperature_min,
             attribute_weight=self.attribute_weight,
+            patch_weight=self.patch_weight,
             train_text=self.train_text,
         )
 
@@ -167,14 +175,15 @@ class ClipStage:
         )
         # Accelerators differ by rank and are not known yet: there the model embeds texts itself.
         self._embeds_ahead = not recipe.train_text and not torch.accelerator.is_available()
-        labels = self.batches.labels if isinstance(self.batches, WorldBatches) else {}
-        attributes = {name: len(table) for name, table in labels.items()} if recipe.attribute_weight else {}
+        labels = self.batches.labels if isinstance(self.batches, WorldBatches) else None
+        attributes = labels.clip_classes if labels and recipe.attribute_weight else {}
+        patches = labels.patch_classes if labels and recipe.patch_weight else {}
         encoder = recipe.encoder.build()
         if recipe.video_grid.patch_size != encoder.config.patch_size:
             raise ConfigError(f"grid.patch_size must be the encoder's, {encoder.config.patch_size}.")
         set_image_positions(encoder, recipe.image_positions)
         encoder.gradient_checkpointing = recipe.gradient_checkpointing
-        self.model = ClipModel(encoder, self.text, attributes, recipe.settings())
+        self.model = ClipModel(encoder, self.text, attributes, recipe.settings(), patches)
         if recipe.align_init is not None:
             load_alignment(self.model, recipe.align_init)
 
@@ -215,7 +224,9 @@ class ClipStage:
     def _with_text(self, found: Captioned, keep: int) -> ClipBatch:
         text = self.text.embed(found.captions) if self._embeds_ahead else None
         ids = found.ids if self.recipe.positives == "id" else None
-        return ClipBatch(found.pixels, text, found.labels, keep, found.captions, ids, found.kind)
+        return ClipBatch(
+            found.pixels, text, found.labels, keep, found.captions, ids, found.kind, found.patches
+        )
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -234,7 +245,8 @@ class ClipStage:
         recipe, clips = self.recipe, self.recipe.evaluate_clips
         test = World("test", batches.source.seed, batches.world.level)
         counts = sorted(set(recipe.keeps))
-        right: dict[str, float] = {}
+        right: dict[str, int] = {}
+        asked: dict[str, int] = {}
         for start in range(0, clips, EVALUATED_AT_ONCE):
             samples = [test.sample(number) for number in range(start, min(start + EVALUATED_AT_ONCE, clips))]
             found = batches.collate(test, samples, recipe.frames, recipe.resolution)
@@ -242,10 +254,10 @@ class ClipStage:
                 for selector in COMPARED:
                     pooled = self.model.features(found.pixels.to(self._device), keep, selector).float()
                     for name, head in self.model.attributes.items():
-                        hits = (head(pooled).argmax(dim=1).cpu() == found.labels[name]).sum().item()
+                        told, known = hits(head(pooled).cpu(), found.labels[name])
                         key = f"{name}_{selector}_{keep}"
-                        right[key] = right.get(key, 0.0) + hits / clips
-        return right
+                        right[key], asked[key] = right.get(key, 0) + told, asked.get(key, 0) + known
+        return {key: right[key] / max(1, asked[key]) for key in right}
 
     def _retrieval(self) -> dict[str, float]:
         recipe = self.recipe

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from training.data.examples import Example
 from training.data.grids import FlexibleGrid
 from training.data.video_batches import VideoBatches
 from training.data.world import WorldSource, render_clip
+from training.demo_world.labels import WorldLabels
 from training.demo_world.world import Sample, World
 
 MOST = 1 << 30  # no bound on an image's patches
@@ -27,13 +28,15 @@ MOST = 1 << 30  # no bound on an image's patches
 
 @dataclass(frozen=True)
 class Captioned:
-    """pixels (B, 3, F, R, R), a caption each, labels (B,) per attribute, ids (B,), the kind of media."""
+    """pixels (B, 3, F, R, R), a caption each, labels (B,) or (B, classes) per attribute, ids (B,), the kind
+    of media, patch labels (B, F, rows, columns) per attribute."""
 
     pixels: Tensor
     captions: tuple[str, ...]
     labels: dict[str, Tensor]
     ids: Tensor
     kind: str | None = None
+    patches: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Alternation:
@@ -110,7 +113,7 @@ def as_numbers(names: Iterable[str]) -> Tensor:
 
 
 class WorldBatches:
-    """The demo world in order, with the first actor's noun and motion as labels.
+    """The demo world in order, with its labels.
 
     siblings: clips per object that differ in motion alone, side by side.
     """
@@ -118,11 +121,7 @@ class WorldBatches:
     def __init__(self, source: WorldSource, grid: FlexibleGrid, micro_batch: int, siblings: int, seed: int):
         self.source, self.world = source, source.open()
         self._grid, self._micro_batch, self._siblings, self._seed = grid, micro_batch, siblings, seed
-        nouns = sorted({noun.code for noun in self.world.pool})
-        self.labels: dict[str, dict[str, int]] = {
-            "noun": {code: index for index, code in enumerate(nouns)},
-            "motion": {str(motion): index for index, motion in enumerate(self.world.level.motions)},
-        }
+        self.labels = WorldLabels(self.world)
 
     @property
     def micro_batches(self) -> int:
@@ -145,10 +144,12 @@ class WorldBatches:
         """Rendered samples."""
         clips = [render_clip(world, sample, "", frames, resolution) for sample in samples]
         pixels = torch.stack([preprocess(clip, resolution, resolution) for clip in clips])
-        actors = [sample.scene.actors[0] for sample in samples]
-        labels = {
-            "noun": torch.tensor([self.labels["noun"][actor.code] for actor in actors]),
-            "motion": torch.tensor([self.labels["motion"][actor.motions[0]] for actor in actors]),
-        }
+        side = resolution // self._grid.patch_size
+        seen = [
+            self.labels.patches(sample.scene, clip.times_s, side)
+            for sample, clip in zip(samples, clips, strict=True)
+        ]
+        patches = {name: torch.stack([one[name] for one in seen]) for name in self.labels.patch_classes}
         captions = tuple(sample.caption for sample in samples)
-        return Captioned(pixels, captions, labels, as_numbers(captions))
+        labels = self.labels.clips(samples)
+        return Captioned(pixels, captions, labels, as_numbers(captions), patches=patches)

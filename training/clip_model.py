@@ -17,6 +17,7 @@ from encoder.config import SIZES, ImagePositions
 from encoder.errors import CheckpointError, ConfigError
 from encoder.fluxvit import FluxViT
 from encoder.selection import Selector
+from encoder.tokens import VisionTokens
 from training.gather import gather_rows
 from training.losses import contrastive_loss
 from training.text_towers import TextTower, Tower
@@ -52,13 +53,15 @@ class ClipSettings:
     temperature: float = 0.07
     temperature_min: float = 0.01
     attribute_weight: float = 0.0
+    patch_weight: float = 0.0
     train_text: bool = False
 
 
 @dataclass(frozen=True)
 class ClipBatch:
     """pixels (B, 3, T, H, W); text (B, D) unit vectors, or None for the model to embed the captions itself;
-    labels (B,) per attribute; K; ids (B,) of the examples, None to compare texts; the kind of media."""
+    labels (B,) or (B, classes) per attribute; K; ids (B,) of the examples, None to compare texts; the kind of
+    media; patch labels (B, F, rows, columns) per attribute."""
 
     pixels: Tensor
     text: Tensor | None
@@ -67,6 +70,7 @@ class ClipBatch:
     captions: tuple[str, ...] = ()
     ids: Tensor | None = None
     kind: str | None = None
+    patches: dict[str, Tensor] = field(default_factory=dict)
 
 
 class ClipModel(nn.Module):
@@ -76,7 +80,12 @@ class ClipModel(nn.Module):
     """
 
     def __init__(
-        self, encoder: FluxViT, tower: TextTower, attributes: Mapping[str, int], settings: ClipSettings
+        self,
+        encoder: FluxViT,
+        tower: TextTower,
+        attributes: Mapping[str, int],
+        settings: ClipSettings,
+        patches: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__()
         self.encoder, self.settings = encoder, settings
@@ -87,6 +96,9 @@ class ClipModel(nn.Module):
         linear = nn.Linear(width, tower.dim)
         self.align = nn.Sequential(nn.LayerNorm(width), linear) if settings.align_norm else linear
         self.attributes = nn.ModuleDict({name: nn.Linear(width, count) for name, count in attributes.items()})
+        self.patches = nn.ModuleDict(
+            {name: nn.Linear(encoder.config.embed_dim, count) for name, count in (patches or {}).items()}
+        )
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / settings.temperature)))
         if settings.train_text:
             if not isinstance(tower, Tower):
@@ -107,25 +119,25 @@ class ClipModel(nn.Module):
 
     def features(self, pixels: Tensor, keep: int | None, selector: Selector = "flux") -> Tensor:
         """Pooled features (B, clip_embed_dim)."""
-        return self._pooled(pixels, keep, selector)[0]
+        return self._pool(self._tokens(pixels, keep, selector), keep)
 
     def embed(self, pixels: Tensor, keep: int | None, selector: Selector = "flux") -> Tensor:
         """Unit vectors (B, D) in the text space, float32."""
         return F.normalize(self.align(self.features(pixels, keep, selector).float()), dim=-1)
 
-    def _pooled(self, pixels: Tensor, keep: int | None, selector: Selector) -> tuple[Tensor, int]:
-        """Pooled features and how many tokens went into them."""
+    def _tokens(self, pixels: Tensor, keep: int | None, selector: Selector) -> VisionTokens:
         frozen = self.settings.train == "projector"
         with torch.no_grad() if frozen else nullcontext():
-            tokens = self.encoder(pixels, keep, selector=selector)
-        pool = self.settings.pools.get(keep or 0, self.settings.pool)
-        return self.encoder.pool(tokens, pool), sum(tokens.lengths)
+            return self.encoder(pixels, keep, selector=selector)
+
+    def _pool(self, tokens: VisionTokens, keep: int | None) -> Tensor:
+        return self.encoder.pool(tokens, self.settings.pools.get(keep or 0, self.settings.pool))
 
     def forward(self, batch: ClipBatch) -> tuple[Tensor, dict[str, float]]:
         """(loss, figures) of a batch."""
         device = self.log_scale.device
-        pooled, tokens = self._pooled(batch.pixels.to(device), batch.keep, "flux")
-        pooled = pooled.float()
+        tokens = self._tokens(batch.pixels.to(device), batch.keep, "flux")
+        pooled = self._pool(tokens, batch.keep).float()
         # Projected instead of clamped where it is used: at the bound it still has a gradient.
         with torch.no_grad():
             self.log_scale.clamp_(max=math.log(1 / self.settings.temperature_min))
@@ -135,11 +147,23 @@ class ClipModel(nn.Module):
             ids = None if batch.ids is None else gather_rows(batch.ids.to(device))
             loss = contrastive_loss(video, gather_rows(text.float()), self.log_scale.exp(), ids)
             name = "contrastive" if batch.kind is None else f"contrastive_{batch.kind}"
-            figures = {name: loss.item(), "scale": self.log_scale.exp().item(), "tokens": float(tokens)}
+            figures = {
+                name: loss.item(),
+                "scale": self.log_scale.exp().item(),
+                "tokens": float(sum(tokens.lengths)),
+            }
             for name, head in self.attributes.items():
-                wrong = F.cross_entropy(head(pooled), batch.labels[name].to(device))
+                wrong = label_loss(head(pooled), batch.labels[name].to(device))
                 figures[name] = wrong.item()
                 loss = loss + self.settings.attribute_weight * wrong
+            for name, head in self.patches.items():
+                kept = [
+                    labels.flatten()[k.cpu()]
+                    for labels, k in zip(batch.patches[name], tokens.kept, strict=True)
+                ]
+                wrong = label_loss(head(tokens.packed.float()), torch.cat(kept).to(device))
+                figures[f"patch_{name}"] = wrong.item()
+                loss = loss + self.settings.patch_weight * wrong
         return loss, figures
 
     def _text(self, batch: ClipBatch, device: torch.device) -> Tensor:
@@ -157,6 +181,22 @@ class ClipModel(nn.Module):
         return {k: v for k, v in self.state_dict().items() if not k.startswith(outside)}
 
 
+def label_loss(scores: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of (N, classes) with (N,) classes, negative ones left out, or (N, classes) shares."""
+    if labels.is_floating_point():
+        return F.cross_entropy(scores, labels)
+    known = labels >= 0
+    return F.cross_entropy(scores[known], labels[known]) if known.any() else 0.0 * scores.sum()
+
+
+def hits(scores: Tensor, labels: Tensor) -> tuple[int, int]:
+    """(Rows whose best class is right, rows that have a right class); labels as for `label_loss`."""
+    best = scores.argmax(dim=1)
+    if labels.is_floating_point():
+        return int((labels.gather(1, best[:, None]) > 0).sum()), len(labels)
+    return int((best == labels).sum()), int((labels >= 0).sum())
+
+
 def set_image_positions(encoder: FluxViT, how: ImagePositions | None) -> None:
     """How the position table serves a single frame; None leaves the encoder's own way."""
     if how is not None:
@@ -166,11 +206,15 @@ def set_image_positions(encoder: FluxViT, how: ImagePositions | None) -> None:
 def load_alignment(model: ClipModel, path: str) -> None:
     """Continue from an earlier stage's `alignment.safetensors`; raises CheckpointError when it does not fit.
 
-    Attribute heads are taken where both have them.
+    Heads of attributes and patches are taken where both have them.
     """
     tensors = read_tensors(path)
     report = load_tensors(model, tensors, strict=False)
-    lost = [k for k in model.alignment() if k not in report.loaded and not k.startswith("attributes.")]
+    lost = [
+        k
+        for k in model.alignment()
+        if k not in report.loaded and not k.startswith(("attributes.", "patches."))
+    ]
     if lost:
         raise CheckpointError(f"{path} does not fit the recipe's alignment ({lost[0]}): {report}.")
 

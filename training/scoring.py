@@ -29,6 +29,8 @@ _CHANGE_WORDS: Mapping[str, str] = {
     "appears": r"\bappear|shows up|\benters\b",
     "starts": r"\bstart|\bbegin",
 }
+# A time told counts as right when it is this near to the true one.
+NEAR_S = 1.0
 _NUMBERS = ("zero", "one", "two", "three", "four", "five")
 
 
@@ -75,11 +77,25 @@ def agrees(question: Question, text: str) -> bool:
         word = number.group(1) if number else ""
         value = 0 if word in ("none", "no") else _NUMBERS.index(word) if word in _NUMBERS else int(word or -1)
         return value == facts["count"]
+    if "time_s" in facts and "part" not in facts:
+        told = seconds_in(text)
+        return told is not None and abs(told - facts["time_s"]) <= NEAR_S
+    for key in ("first", "last"):
+        if key in facts:
+            return names(text, facts[key])
     if "category" in facts:
         return names(text, facts["category"])
     if "noun" in facts:
         return names(text, facts["noun"])
     return _plain(text) == _plain(question.answer)
+
+
+def seconds_in(text: str) -> float | None:
+    """The time that an answer tells, in seconds: its first number, or 0 for "right at the start"."""
+    number = re.search(r"\d+(?:\.\d+)?", text)
+    if number is not None:
+        return float(number.group())
+    return 0.0 if re.search(r"\b(?:start|beginning)\b", text.lower()) else None
 
 
 def _plain(text: str) -> str:

@@ -33,6 +33,7 @@ CLIP_TOKENIZER = "openai/clip-vit-base-patch16"
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
 KEPT_TEXTS = 1_000_000  # about 2 GB at 512-d
 AT_ONCE = 256  # texts in one batch on an accelerator
+LIKE_LENGTHS = 16  # and on a CPU
 
 
 class TextTower(Protocol):
@@ -84,8 +85,13 @@ class Tower(nn.Module):
         with self._lock:
             found = {text: self._known[text] for text in texts if text in self._known}
             new = [text for text in dict.fromkeys(texts) if text not in found]
-            # On a CPU one by one: the last bits depend on a text's company, and so would a resumed run.
-            size = 1 if self.device.type == "cpu" else AT_ONCE
+            if self.device.type == "cpu":
+                # The last bits depend on a text's company, which memory would make depend on the past: a
+                # resumed run could differ. So one by one, or without memory those of like length together.
+                size = 1 if self._kept else LIKE_LENGTHS
+                new.sort(key=len)
+            else:
+                size = AT_ONCE
             for start in range(0, len(new), size):
                 part = new[start : start + size]
                 with torch.autocast(self.device.type, enabled=False):

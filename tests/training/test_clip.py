@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from encoder.fluxvit import FluxViT
-from training import clip
+from training import clip, clip_model
 from training.clip import ClipRecipe, ClipStage, contrastive_loss
 from training.config import build
 from training.data import world as world_data
@@ -135,3 +136,35 @@ def test_the_alignment_is_saved(tmp_path: Path) -> None:
     assert {"align.weight", "log_scale", "attributes.noun.weight"} <= set(names)
     rows = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert math.isfinite(rows[0]["loss"])
+
+
+def test_patch_labels_are_learned_from_the_kept_tokens(tmp_path: Path) -> None:
+    done = recipe(tmp_path, patch_weight=1.0, siblings=1, world={"count": 64, "preset": "full"})
+    stage = ClipStage(done)
+    batch = stage.batch(0)
+    assert batch.patches["noun"].shape == (8, 4, 4, 4)
+    stage.model.settings = replace(stage.model.settings, patch_weight=0.0)
+    loss, figures = stage.model(batch)
+    assert {"patch_noun", "patch_motion", "count", "first", "change", "event"} <= set(figures)
+    stage.model.settings = replace(stage.model.settings, patch_weight=1.0)
+    assert stage.model(batch)[0].item() == pytest.approx(
+        loss.item() + figures["patch_noun"] + figures["patch_motion"], rel=1e-5
+    )
+    tokens = stage.model.encoder(batch.pixels, batch.keep)
+    scores = stage.model.patches["noun"](tokens.packed).log_softmax(dim=1)
+    by_hand = [
+        -scores[row * batch.keep + place, batch.patches["noun"][row].flatten()[kept]].item()
+        for row in range(8)
+        for place, kept in enumerate(tokens.kept[row])
+    ]
+    assert figures["patch_noun"] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-4)
+
+
+def test_labels_without_an_answer_count_for_nothing() -> None:
+    scores = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    one = clip_model.label_loss(scores[:1], torch.tensor([0]))
+    assert clip_model.label_loss(scores, torch.tensor([0, -100])) == one
+    assert clip_model.label_loss(scores, torch.tensor([-100, -100])) == 0
+    assert clip_model.hits(scores, torch.tensor([1, -100])) == (0, 1)
+    shares = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+    assert clip_model.hits(scores, shares) == (1, 2)

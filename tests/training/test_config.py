@@ -67,7 +67,7 @@ def test_the_papers_stage_one() -> None:
         ("siblings=5", "multiple of siblings"),
         ("optim.betas=[0.9]", "must hold 2 values"),
         ("nonsense", "key=value"),
-        ("frames.x=1", "is not a table"),
+        ("temperature.x=1", "is not a table"),
     ],
 )
 def test_wrong_settings(override: str, message: str) -> None:

@@ -51,6 +51,11 @@ def test_letters(text: str, letter: str | None) -> None:
         ({"noun": "red car"}, "A red car.", "A car."),
         ({"change": "vanishes", "noun": "dog"}, "The dog disappears.", "The dog appears."),
         ({"change": "becomes", "noun": "dog", "into": "cat"}, "It turns into a cat.", "The dog turns."),
+        ({"time_s": 4.2}, "After about 5 seconds.", "After about 6 seconds."),
+        ({"time_s": 0.4}, "Right at the start.", "After about 2 seconds."),
+        ({"time_s": 3.0}, "After 2.5 seconds.", "In the middle."),
+        ({"first": "dog"}, "The dog.", "The cat."),
+        ({"last": "red car"}, "It is the red car.", "The car."),
         ({"change": "stops", "noun": "dog"}, "It stops moving.", "It starts to move."),
     ],
 )

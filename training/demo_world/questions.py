@@ -23,6 +23,7 @@ from training.demo_world.time_questions import (
 from training.demo_world.wording import ANSWERS, DOING, NUMBERS, OPTIONS, Wording
 
 MANY_OPTIONS = 8
+MOST_OBJECTS = 4
 # Motion is asked about only when it lasts for this share of the video: two of eight frames at least.
 LEAST_PRESENCE = 0.3
 # How often the answers that scenes give most often are asked for, so that guessing them does not pay.
@@ -88,8 +89,7 @@ def ask_category(ask: Asker) -> Iterator[Question]:
 def ask_count(ask: Asker) -> Iterator[Question]:
     """How many dogs (or objects)? How many of them move?"""
     actors = ask.scene.actors
-    steady = all(len(a.phases) == 1 and not (a.becomes or a.starts_inside or a.ends_inside) for a in actors)
-    if len(ask.scene.shots) > 1 or not steady:
+    if not steady(ask.scene):
         return
     if len(actors) == 1 and not ask.maybe(ONE_SHARE):
         return
@@ -104,6 +104,14 @@ def ask_count(ask: Asker) -> Iterator[Question]:
         text = ask.text("moving_count")
         answer = NUMBERS[moving] if moving else "none"
         yield from ask.both("moving_count", text, answer, ["none", *NUMBERS[1:]], count=moving)
+
+
+def steady(scene: Scene) -> bool:
+    """Whether the same things, each with one motion, are there from start to end."""
+    calm = all(
+        len(a.phases) == 1 and not (a.becomes or a.starts_inside or a.ends_inside) for a in scene.actors
+    )
+    return len(scene.shots) == 1 and calm
 
 
 def ask_motion(ask: Asker) -> Iterator[Question]:

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from itertools import pairwise, permutations
 
 from training.demo_world.asking import Asker, Question
-from training.demo_world.language import place_of
+from training.demo_world.language import Nouns, place_of
 from training.demo_world.plots import shows
-from training.demo_world.scene import Actor
+from training.demo_world.scene import Actor, Scene
 from training.demo_world.wording import ANSWERS, DOING, PLACES
 
 # Two onsets closer than this (share of the video, seconds) cannot be told apart.
@@ -21,14 +21,25 @@ CHANGE_SHARES = {"same": 0.35, "appears": 0.4}
 MIDDLE_SHARE = 0.25
 
 
+def onsets(scene: Scene, nouns: Nouns) -> list[tuple[float, str]]:
+    """When everything that its name alone identifies can first be seen, earliest first: (seconds, name)."""
+    codes = [actor.code for actor in scene.actors]
+    return sorted(
+        (max(actor.appear_s, shot.start_s), nouns[actor.code].name)
+        for shot in scene.shots
+        for actor in shot.actors
+        if codes.count(actor.code) == 1
+    )
+
+
 def ask_order(ask: Asker) -> Iterator[Question]:
     """Which appears first, which last, and in what order do all of them?"""
-    onsets = sorted((max(a.appear_s, s.start_s), ask.name(a.code)) for s, a in ask.unique)
-    if len(onsets) < 2 or len(ask.unique) < len(ask.scene.actors):
+    begins = onsets(ask.scene, ask.nouns)
+    if len(begins) < 2 or len(begins) < len(ask.scene.actors):
         return
     gap = max(APART_S, APART_SHARE * ask.scene.duration_s)
-    names = [name for _, name in onsets]
-    clear = [later - sooner >= gap for (sooner, _), (later, _) in pairwise(onsets)]
+    names = [name for _, name in begins]
+    clear = [later - sooner >= gap for (sooner, _), (later, _) in pairwise(begins)]
     absent = [noun.name for noun in ask.absent(2)]
     if clear[0]:
         pair = ask.rng.sample((names[0], ask.rng.choice(names[1:])), 2)

@@ -91,7 +91,8 @@ def score_world(world: World, answers: dict[int, list[str]]) -> dict[str, Any]:
         actor = sample.scene.actors[0]
         noun = world.nouns[actor.code]
         count("caption: main object", names(said[0], noun.name, noun.plural), 1 / len(world.pool))
-        count("caption: motion", motion_in(said[0]) == actor.motions[0], 1 / len(world.level.motions))
+        if len(sample.scene.actors) == len(actor.motions) == 1:
+            count("caption: motion", motion_in(said[0]) == actor.motions[0], 1 / len(world.level.motions))
         for question, answer in zip(questions[1:], said[1:], strict=True):
             kind = "choice" if question.options else "open"
             chance = 1 / len(question.options) if question.options else None
@@ -165,14 +166,14 @@ def pooled_features(run: Run, clips: WorldClips, setting: Setting) -> Tensor:
 
 
 def attribute_scores(alignment: Alignment, clips: WorldClips, pooled: Tensor) -> dict[str, Tensor]:
-    """Class scores (N, classes) by attribute; raises DataError when a head is for another world."""
+    """Class scores (N, classes) of noun and motion; raises DataError when a head is for another world."""
     alignment = alignment.to(pooled.device)
-    scores = {name: alignment.scores(name, pooled) for name in alignment.heads}
+    scores = {name: alignment.scores(name, pooled) for name in alignment.heads if name in clips.counts}
     for name, found in scores.items():
-        if found.shape[1] != clips.counts.get(name):
+        if found.shape[1] != clips.counts[name]:
             raise DataError(
                 f"The head for {name} tells {found.shape[1]} classes apart, but this world has "
-                f"{clips.counts.get(name, 0)}: choose the --preset it was trained on."
+                f"{clips.counts[name]}: choose the --preset it was trained on."
             )
     return scores
 
