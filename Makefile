@@ -35,15 +35,17 @@ check: setup
 
 # Resumes where it was stopped; some hours on two cores.
 RUNS := runs/cpu
+STAGE = $(PY) -m training.$(1) --config training/recipes/cpu/$(1).yaml --resume
 model: setup
 	@$(PY) -m training.demo_world fetch
-	@$(PY) -m training.clip --config training/recipes/cpu/clip.yaml --resume
-	@$(PY) -m training.warm_start --config training/recipes/cpu/warm_start.yaml --resume
-	@$(PY) -m training.chat_stage1 --config training/recipes/cpu/chat_stage1.yaml --resume
-	@$(PY) -m training.chat_lora --config training/recipes/cpu/chat_lora.yaml --resume
-	@$(PY) -m training.evaluate world --model $(RUNS)/chat_lora/model --preset solo --clips 300 \
-		--budget 512 256 128 64 32 --out $(RUNS)/world.json
-	@$(PY) -m training.ship --model $(RUNS)/chat_lora/model --figures $(RUNS)/world.json --preset solo
+	@$(call STAGE,umt)
+	@$(call STAGE,clip)
+	@$(call STAGE,warm_start)
+	@$(call STAGE,chat_stage1)
+	@$(call STAGE,chat_lora)
+	@$(PY) -m training.evaluate world --model $(RUNS)/chat_lora/model --clips 200 --budget 64 --out $(RUNS)/world.json
+	@$(PY) -m training.ship --model $(RUNS)/chat_lora/model --figures $(RUNS)/world.json \
+		--alignment $(RUNS)/clip/alignment.safetensors
 
 bench: setup
 	@for name in encoder decode estimate second_turn stage1 serve; do $(PY) -m tests.bench.$$name || exit 1; done

@@ -1,6 +1,7 @@
 """Make the folder that ships: weights, example clips with the model's own answers, a card with figures.
 
-    python -m training.ship --model runs/cpu/chat_lora/model --figures runs/cpu/world.json --preset solo
+    python -m training.ship --model runs/cpu/chat_lora/model --figures runs/cpu/world.json \
+        --alignment runs/cpu/clip/alignment.safetensors
 
 The last step of `make model`. The clips come from the test split of the demo world; five whose questions the
 model answers rightly and one that it gets wrong, each first of its kind from number 0 on.
@@ -33,6 +34,7 @@ from training.scoring import agrees
 from training.ship_card import card
 
 RIGHT, WRONG = 5, 1
+TASKS = ("object", "moving_direction", "count", "appearance_order")
 SIZE, FPS = 256, 12.0
 SHORTEST_S, LONGEST_S = 2.5, 6.0
 PARTS = ("config.json", "encoder.safetensors", "projector.safetensors")
@@ -49,9 +51,8 @@ class Example:
     right: bool
 
 
-def suitable(sample: Sample, place: int) -> Question | None:
-    """An open question of a clip that makes a good example, of two kinds in turn; None if there is none."""
-    tasks = ("object", "moving_direction")
+def suitable(sample: Sample, place: int, tasks: Sequence[str]) -> Question | None:
+    """An open question of a clip that makes a good example, of these tasks in turn; None if there is none."""
     if not SHORTEST_S <= sample.scene.duration_s <= LONGEST_S:
         return None
     wanted = tasks[place % len(tasks)]
@@ -65,12 +66,13 @@ def make_examples(model: VideoLanguageModel, world: World, folder: Path) -> list
     setting = Setting(max(range(*config.frames_range)), side, model.config.default_tokens, "flux")
     watcher = Watcher(model, setting)
     folder.mkdir(parents=True)
+    tasks = TASKS if world.level.plots != ("solo",) else TASKS[:2]
     found: list[Example] = []
     shown: set[str] = set()
     for number in range(400):
         sample = world.sample(number)
         code = sample.scene.actors[0].code
-        question = suitable(sample, len(found))
+        question = suitable(sample, len(found), tasks)
         if question is None or code in shown:
             continue
         name = f"{world.nouns[code].name.replace(' ', '-')}-{sample.scene.actors[0].motions[0]}.mp4"
@@ -109,7 +111,13 @@ def _forget_folders(path: Path) -> None:
     save_json(values, path)
 
 
-def ship(model: Path, figures: Path, out: Path, preset: Literal["simple", "solo", "full"]) -> None:
+def ship(
+    model: Path,
+    figures: Path,
+    out: Path,
+    preset: Literal["simple", "solo", "full"],
+    alignment: Path | None = None,
+) -> None:
     """Write `out` anew; it is complete or as it was. Raises DataError, ModelError or CheckpointError."""
     measured: dict[str, Any] = json.loads(figures.read_text())
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -117,6 +125,9 @@ def ship(model: Path, figures: Path, out: Path, preset: Literal["simple", "solo"
         built = Path(scratch) / "built"
         built.mkdir()
         sizes = {path.name: path.stat().st_size for path in copy_weights(model, built)}
+        if alignment is not None:
+            shutil.copy(alignment, built / "alignment.safetensors")
+            sizes["alignment.safetensors"] = alignment.stat().st_size
         loaded = VideoLanguageModel.from_pretrained(built, device="cpu")
         world = WorldSource("test", preset=preset).open()
         examples = make_examples(loaded, world, built / "examples")
@@ -136,11 +147,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", type=Path, required=True, help="folder of the trained model")
     parser.add_argument("--figures", type=Path, required=True, help="JSON of training.evaluate world")
+    parser.add_argument(
+        "--alignment",
+        type=Path,
+        help="alignment.safetensors of its encoder, for `training.evaluate --encoder`",
+    )
     parser.add_argument("--preset", choices=["simple", "solo", "full"], default="full", help="of its world")
     parser.add_argument("--out", type=Path, default=Path("app/pretrained"))
     args = parser.parse_args(argv)
     try:
-        ship(args.model, args.figures, args.out, args.preset)
+        ship(args.model, args.figures, args.out, args.preset, args.alignment)
     except OSError as error:
         print(f"Cannot read or write {error.filename}: {error.strerror}.", file=sys.stderr)
         return 2

@@ -40,9 +40,9 @@ TAIL = """
 |---|---|
 {files}
 
-Recipes: `training/recipes/cpu/clip.yaml` (Flux-CLIP from nothing, with the names of object and motion as
-further targets), `training/recipes/cpu/warm_start.yaml` (the projector learns words; not of the paper),
-`training/recipes/cpu/chat_stage1.yaml` (projector; encoder and language model
+Recipes, all in `training/recipes/cpu/`: `umt.yaml` (Flux-UMT from nothing), `clip.yaml` (Flux-CLIP, with
+labels of clips and of patches as further targets, which the paper does not have), `warm_start.yaml` (the
+projector learns words; not of the paper), `chat_stage1.yaml` (projector; encoder and language model
 frozen){lora}. Figures: commit `{commit}`, weights `{weights}`.
 
 ## Data and licences
@@ -90,7 +90,7 @@ def card(
     return head + TAIL.format(
         examples="\n".join(_example(example) for example in examples),
         files="\n".join(f"| {name} | {size / 1e6:.1f} |" for name, size in sizes.items()),
-        lora=", `training/recipes/cpu/chat_lora.yaml` (adapter)" if model.llm.adapters else "",
+        lora=", `chat_lora.yaml` (adapter)" if model.llm.adapters else "",
         commit=measured.get("commit"),
         weights=measured.get("weights"),
         objects="one object per clip" if most == 1 else f"up to {most} objects per clip",
