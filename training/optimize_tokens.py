@@ -25,7 +25,6 @@ import torch
 
 from encoder.budget import PlanRow
 from encoder.checkpoint import save_json
-from encoder.cost import time_ms
 from encoder.errors import ConfigError, FluxChatError
 from encoder.selection import Selector
 from llm_bridge.model import VideoLanguageModel, VLMConfig
@@ -187,13 +186,8 @@ def _search(
 
 
 def _times(viewer: Viewer, cells: dict[Cell, Share], keep: int, merge: bool) -> dict[Cell, float]:
-    """Fastest of three runs of one clip, in ms, for each cell."""
-    times = {}
-    for frames, side in cells:
-        pixels = [torch.zeros(3, frames, side, side)]
-        setting = Setting(frames, side, keep, merge=merge)
-        times[(frames, side)] = time_ms(lambda p=pixels, s=setting: viewer.tokens(p, s), viewer.device)  # type: ignore[misc]
-    return times
+    """Milliseconds of one clip for each cell."""
+    return {(frames, side): viewer.ms(Setting(frames, side, keep, merge=merge)) for frames, side in cells}
 
 
 def _described(

@@ -6,6 +6,11 @@
 gradnorm: the norm of the gradient of every part of the model, of the projectors above all, and of all parts
 together, over steps. convergence: accuracy on held-out data over epochs, one line per run, such as frame
 counts at the same number of tokens. Both read metrics.jsonl, and can write what they draw as csv.
+
+    python -m training.plots budget runs/results/world_encoder.json --metric noun --out training/budget.png
+
+budget: accuracy over tokens kept and over measured milliseconds per clip, one line per way to choose them:
+each selector, and fewer frames with all their patches.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +31,7 @@ from encoder.errors import DataError, FluxChatError
 from training.evaluation.heatmap import figure_of, save_figure
 
 NORM = "grad_norm"
+PATCH = 14  # of every FluxViT
 
 
 @dataclass
@@ -130,6 +136,58 @@ def draw(
     save_figure(figure, out)
 
 
+def budget_curves(result: Path, metric: str) -> dict[str, tuple[Curve, Curve]]:
+    """By way to choose tokens: accuracy in percent over tokens, and over milliseconds. Raises DataError."""
+    try:
+        rows = json.loads(result.read_text())["settings"]
+        full = max(row["frames"] for row in rows)
+        points = [
+            (
+                "fewer frames" if row["frames"] < full else row["selector"],
+                row["K"] or row["frames"] * (row["resolution"] // PATCH) ** 2,
+                row["ms_per_clip"],
+                100 * row[metric]["top1"]["value"],
+            )
+            for row in rows
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{result} holds no settings with ms_per_clip and {metric}: "
+            "it must be written by training.evaluate world --encoder."
+        ) from error
+    most = max(points, key=lambda point: point[1])
+    curves: dict[str, tuple[Curve, Curve]] = {}
+    for name, tokens, ms, value in sorted(points, key=lambda point: point[1]):
+        over_tokens, over_ms = curves.setdefault(name, (Curve(name), Curve(name)))
+        over_tokens.add(tokens, value)
+        over_ms.add(ms, value)
+    for name, (over_tokens, over_ms) in curves.items():  # all of them end where every token is kept
+        if name != most[0]:
+            over_tokens.add(most[1], most[3])
+            over_ms.add(most[2], most[3])
+    return curves
+
+
+def draw_budget(curves: Mapping[str, tuple[Curve, Curve]], out: Path, metric: str) -> None:
+    """Two panels that share their accuracy axis."""
+    figure, panels = figure_of((9, 3.6), columns=2)
+    for number, (axes, x) in enumerate(zip(panels, ("tokens kept", "ms per clip"), strict=True)):
+        for name, pair in curves.items():
+            style = {"linewidth": 2.5} if name == "flux" else {"linewidth": 1.2, "linestyle": "--"}
+            axes.plot(pair[number].x, pair[number].y, marker="o", markersize=4, label=name, **style)
+        axes.set_xscale("log", base=2)
+        ticks = sorted({x for pair in curves.values() for x in pair[0].x}) if number == 0 else []
+        if ticks:
+            axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        else:
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel(x)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel(f"{metric}, percent right")
+    panels[0].legend(fontsize=8)
+    save_figure(figure, out)
+
+
 def write_csv(curves: Sequence[Curve], out: Path, x: str) -> None:
     """One line per point: curve, x, value."""
     text = io.StringIO()
@@ -160,7 +218,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     convergence.add_argument(
         "--steps-per-epoch", type=float, nargs="+", help="one number, or one per run; default: show steps"
     )
-    for command in (gradnorm, convergence):
+    budget = commands.add_parser("budget", help="accuracy over tokens and over time")
+    budget.add_argument("result", type=Path, help="result file of training.evaluate world --encoder")
+    budget.add_argument("--metric", default="noun", help="an attribute: noun or motion")
+    for command in (gradnorm, convergence, budget):
         command.add_argument("--out", required=True, type=Path, help="PNG; a csv of the same name beside it")
     args = parser.parse_args(argv)
     try:
@@ -171,6 +232,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 draw(curves, out, x="step", y="gradient norm", title=run.name, width=args.smooth, log=True)
                 write_csv(curves, out.with_suffix(".csv"), "step")
                 print(f"{out}: {len(curves)} curves, {len(curves[0].x)} steps")
+        elif args.command == "budget":
+            by_way = budget_curves(args.result, args.metric)
+            draw_budget(by_way, args.out, args.metric)
+            write_csv([tokens for tokens, _ in by_way.values()], args.out.with_suffix(".csv"), "tokens")
+            print(f"{args.out}: {len(by_way)} ways to choose tokens")
         else:
             scales = args.steps_per_epoch
             if scales is not None and len(scales) == 1:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from encoder.errors import DataError
-from training.plots import convergence_curves, gradnorm_curves, main, read_run, smooth
+from training.plots import budget_curves, convergence_curves, gradnorm_curves, main, read_run, smooth
 
 
 @pytest.fixture
@@ -96,3 +96,43 @@ def test_empty_log(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n")
     with pytest.raises(DataError, match="no figures yet"):
         read_run(tmp_path)
+
+
+def encoder_result(tmp_path: Path) -> Path:
+    """Settings as `training.evaluate world --encoder` writes them."""
+    rows = [
+        {"frames": frames, "resolution": 112, "K": keep, "selector": selector, "ms_per_clip": ms}
+        | {"noun": {"top1": {"value": value}}}
+        for frames, keep, selector, ms, value in (
+            (8, None, "flux", 40.0, 0.9),
+            (8, 64, "flux", 6.0, 0.85),
+            (8, 128, "flux", 11.0, 0.88),
+            (8, 64, "random", 5.0, 0.4),
+            (1, None, "flux", 5.5, 0.3),
+        )
+    ]
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps({"settings": rows}))
+    return path
+
+
+def test_budget_lines_meet_where_every_token_is_kept(tmp_path: Path, capsys) -> None:
+    result = encoder_result(tmp_path)
+    curves = budget_curves(result, "noun")
+    assert set(curves) == {"flux", "random", "fewer frames"}
+    tokens, ms = curves["flux"]
+    assert (tokens.x, tokens.y) == ([64, 128, 512], [85.0, 88.0, 90.0])
+    assert ms.x == [6.0, 11.0, 40.0]
+    assert curves["random"][0].x == [64, 512]
+    assert curves["fewer frames"][0].x == [64, 512]
+    assert {pair[0].y[-1] for pair in curves.values()} == {90.0}
+    out = tmp_path / "budget.png"
+    assert main(["budget", str(result), "--out", str(out)]) == 0
+    assert Image.open(out).width > 500
+    rows = list(csv.reader(out.with_suffix(".csv").open()))
+    assert rows[0] == ["curve", "tokens", "value"]
+    assert len(rows) == 1 + 3 + 2 + 2
+    with pytest.raises(DataError, match="ms_per_clip and motion"):
+        budget_curves(result, "motion")
+    assert main(["budget", str(tmp_path / "none.json"), "--out", str(out)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1

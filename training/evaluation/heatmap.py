@@ -102,14 +102,15 @@ def draw_heatmap(
     save_figure(figure, path)
 
 
-def figure_of(size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure and its axes, without a display or global state; raises ModelError without matplotlib."""
+def figure_of(size: tuple[float, float], columns: int = 1) -> tuple[Any, Any]:
+    """A figure and its axes (several side by side), without a display or global state; raises ModelError
+    without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ModelError("Pictures need matplotlib: pip install 'fluxchat[train]'.") from error
     figure = Figure(figsize=size, layout="constrained")
-    return figure, figure.subplots()
+    return figure, figure.subplots(ncols=columns, sharey=True)
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from encoder.budget import PlanTable
 from encoder.checkpoint import load_encoder, load_tensors, read_tensors
 from encoder.config import FluxViTConfig
+from encoder.cost import time_ms
 from encoder.errors import CheckpointError, ConfigError
 from encoder.fluxvit import FluxViT
 from encoder.merging import vid_tldr_schedule
@@ -159,6 +160,11 @@ class Viewer:
         generator = torch.Generator().manual_seed(seed)
         keep = None if setting.merge else setting.keep
         return self.encoder(batch, keep, selector=setting.selector, generator=generator, merge=merge)
+
+    def ms(self, setting: Setting) -> float:
+        """Fastest of three times that one clip takes, in milliseconds."""
+        pixels = [torch.zeros(3, setting.frames, setting.resolution, setting.resolution)]
+        return time_ms(lambda: self.tokens(pixels, setting), self.device)
 
     @torch.inference_mode()
     def pooled(

@@ -193,6 +193,7 @@ def evaluate_encoder(
     """
     pooled = pooled_features(run, clips, setting)
     result: dict[str, Any] = {**describe_setting(setting), "n": len(pooled)}
+    result["ms_per_clip"] = round(run.viewer.ms(setting), 2)
     for name, scores in attribute_scores(alignment, clips, pooled).items():
         result[name] = {**accuracies(scores, clips.labels[name]), "chance": 1 / clips.counts[name]}
     if tower is not None:
@@ -212,7 +213,7 @@ def evaluate_encoder(
 def encoder_table(settings: Sequence[Setting], results: Sequence[dict[str, Any]]) -> str:
     """One line per setting, in percent."""
     heads = [name for name in results[0] if isinstance(results[0][name], dict) and "top1" in results[0][name]]
-    columns = ["tokens", *heads, "T2V R@1", "R@5", "V2T R@1", "R@5", "T2V R@1, DSL", "n"]
+    columns = ["tokens", *heads, "T2V R@1", "R@5", "V2T R@1", "R@5", "T2V R@1, DSL", "ms", "n"]
     lines = []
     for setting, result in zip(settings, results, strict=True):
         line: list[object] = [setting.label, *(100 * result[name]["top1"]["value"] for name in heads)]
@@ -225,5 +226,5 @@ def encoder_table(settings: Sequence[Setting], results: Sequence[dict[str, Any]]
             ("dual softmax", "T2V", 1),
         ):
             line.append(None if found is None else 100 * found[score][way][f"R@{k}"]["value"])
-        lines.append([*line, result["n"]])
+        lines.append([*line, result.get("ms_per_clip"), result["n"]])
     return table(columns, lines)
