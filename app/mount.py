@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from fastapi import FastAPI
 
@@ -70,12 +71,23 @@ class _Fetcher:
         if source is None or not str(source).lower().startswith(("http://", "https://")):
             found: str | None = await self._usual(source)
             return found
+        if (upload := self._upload(str(source))) is not None:
+            return upload
         content = await asyncio.to_thread(download, str(source), self._hosts, self._max_bytes)
         folder = tempfile.mkdtemp(dir=self._cache())
         path = os.path.join(folder, "video")
         await asyncio.to_thread(Path(path).write_bytes, content)
         self._block.temp_files.add(path)
         return path
+
+    def _upload(self, url: str) -> str | None:
+        """The upload that a URL stands for, as MCP tools name it; the host may be that of a proxy."""
+        _, found, named = urlsplit(url).path.partition("/gradio_api/file=")
+        if not found:
+            return None
+        path = os.path.realpath(unquote(named))
+        inside = path.startswith(os.path.join(os.path.realpath(self._cache()), ""))
+        return path if inside and os.path.isfile(path) else None
 
     def _cache(self) -> str:
         os.makedirs(self._block.GRADIO_CACHE, exist_ok=True)

@@ -165,6 +165,29 @@ def test_a_page_upload_is_never_served_as_a_page(shared: Serving) -> None:
         assert "html" not in got.headers["content-type"]
 
 
+def test_the_url_of_an_upload_stands_for_it_and_other_urls_for_nothing(shared: Serving, media: Path) -> None:
+    """As MCP tools name media: they know URLs alone."""
+    files = {"files": ("ok.mp4", (media / "ok.mp4").read_bytes())}
+    upload = httpx.post(f"{shared[0]}/gradio_api/upload", files=files).json()[0]
+
+    def events(url: str) -> str:
+        data = [{"path": url, "meta": {"_type": "gradio.FileData"}}, "64"]
+        sent = httpx.post(f"{shared[0]}/gradio_api/call/estimate", json={"data": data}, timeout=60)
+        if sent.status_code != 200:
+            return sent.text
+        event = sent.json()["event_id"]
+        return httpx.get(f"{shared[0]}/gradio_api/call/estimate/{event}", timeout=60).text
+
+    assert "event: complete" in events(f"{shared[0]}/gradio_api/file={upload}")
+    for url in (
+        f"{shared[0]}/gradio_api/file=/etc/passwd",
+        f"{shared[0]}/gradio_api/file={upload}/../../../../etc/passwd",
+        f"{shared[0]}/gradio_api/file={media / 'ok.mp4'}",
+        f"{shared[0]}/metrics",
+    ):
+        assert "event: complete" not in events(url), url
+
+
 def test_a_page_upload_is_bounded(shared: Serving) -> None:
     big = {"files": ("x.mp4", b"\0" * (2**20 + 2**16))}
     assert httpx.post(f"{shared[0]}/gradio_api/upload", files=big).status_code == 413
