@@ -48,7 +48,7 @@ model: setup
 		--alignment $(RUNS)/clip/alignment.safetensors
 
 bench: setup
-	@for name in encoder decode estimate second_turn stage1 serve; do $(PY) -m tests.bench.$$name || exit 1; done
+	@for name in encoder decode estimate second_turn start stage1 serve; do $(PY) -m tests.bench.$$name || exit 1; done
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
