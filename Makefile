@@ -34,11 +34,11 @@ check: setup
 	@$(VENV)/bin/mypy
 
 # Resumes where it was stopped; some hours on two cores.
-RUNS := runs/cpu
-STAGE = $(PY) -m training.$(1) --config training/recipes/cpu/$(1).yaml --resume
+RUNS := runs/box
+STAGE = $(PY) -m training.$(1) --config training/recipes/box/$(1).yaml --resume
 model: setup
 	@$(PY) -m training.demo_world fetch
-	@$(call STAGE,umt)
+	@$(PY) -m training.umt --config training/recipes/cpu/umt.yaml --resume
 	@$(call STAGE,clip)
 	@$(call STAGE,warm_start)
 	@$(call STAGE,chat_stage1)
