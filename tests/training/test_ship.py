@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from encoder.checkpoint import save_tensors
 from encoder.video import probe
 from llm_bridge.model import VideoLanguageModel
 from training import chat_stage1, ship
 from training.data import world as world_data
 from training.demo_world.bank import procedural_bank
+from training.demo_world.plots import WorldConfig
 from training.demo_world.world import World
 
 
@@ -46,8 +49,11 @@ def test_the_folder_is_whole(
     monkeypatch.setattr(ship, "RIGHT", 0)
     monkeypatch.setattr(ship, "WRONG", 2)
     out = tmp_path / "pretrained"
+    beside = tmp_path / "beside.safetensors"
+    save_tensors({"align.weight": torch.zeros(2, 3)}, beside)
     arguments = ["--model", str(trained), "--figures", str(figures), "--preset", "solo", "--out", str(out)]
-    assert ship.main(arguments) == 0
+    assert ship.main([*arguments, "--alignment", str(beside)]) == 0
+    assert (out / "alignment.safetensors").read_bytes() == beside.read_bytes()
     assert VideoLanguageModel.from_pretrained(out, device="cpu").revision() == (
         VideoLanguageModel.from_pretrained(trained, device="cpu").revision()
     )
@@ -62,6 +68,18 @@ def test_the_folder_is_whole(
     assert "abc123" in text
     assert examples[0]["question"] in text
     assert not list(tmp_path.glob(".ship-*"))
+
+
+def test_examples_of_the_whole_world_ask_about_number_and_order() -> None:
+    world = World("test", 0, WorldConfig(), procedural_bank())
+    samples = [world.sample(number) for number in range(80)]
+    tasks = {
+        question.task
+        for place in range(len(ship.TASKS))
+        for sample in samples
+        if (question := ship.suitable(sample, place, ship.TASKS)) is not None
+    }
+    assert tasks == set(ship.TASKS)
 
 
 def test_a_missing_part_is_one_line_and_leaves_the_old_folder(
