@@ -38,13 +38,13 @@ RUNS := runs/box
 STAGE = $(PY) -m training.$(1) --config training/recipes/box/$(1).yaml --resume
 model: setup
 	@$(PY) -m training.demo_world fetch
-	@$(PY) -m training.umt --config training/recipes/cpu/umt.yaml --resume
 	@$(call STAGE,clip)
 	@$(call STAGE,warm_start)
 	@$(call STAGE,chat_stage1)
 	@$(call STAGE,chat_lora)
-	@$(PY) -m training.evaluate world --model $(RUNS)/chat_lora/model --clips 200 --budget 64 --out $(RUNS)/world.json
-	@$(PY) -m training.ship --model $(RUNS)/chat_lora/model --figures $(RUNS)/world.json \
+	@$(PY) -m training.evaluate world --model $(RUNS)/chat_lora/model --preset solo --clips 300 \
+		--budget 512 256 128 64 32 --out $(RUNS)/world.json
+	@$(PY) -m training.ship --model $(RUNS)/chat_lora/model --figures $(RUNS)/world.json --preset solo \
 		--alignment $(RUNS)/clip/alignment.safetensors
 
 bench: setup

@@ -40,10 +40,9 @@ TAIL = """
 |---|---|
 {files}
 
-Recipes: `training/recipes/cpu/umt.yaml` (Flux-UMT from nothing); then in `training/recipes/box/`: `clip.yaml`
-(Flux-CLIP, with labels of clips and of patches as further targets, which the paper does not have),
-`warm_start.yaml` (the projector learns words; not of the paper), `chat_stage1.yaml` (projector; encoder and
-language model frozen){lora}. Figures: commit `{commit}`, weights `{weights}`.
+Recipes, all in `training/recipes/box/`: `clip.yaml` (Flux-CLIP from nothing, with the names of object and
+motion as further targets), `warm_start.yaml` (the projector learns words; not of the paper),
+`chat_stage1.yaml` (projector; encoder and language model frozen){lora}. Figures: commit `{commit}`, weights `{weights}`.
 
 ## Data and licences
 
