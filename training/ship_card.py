@@ -42,7 +42,8 @@ TAIL = """
 
 Recipes, all in `training/recipes/box/`: `clip.yaml` (Flux-CLIP from nothing, with the names of object and
 motion as further targets), `warm_start.yaml` (the projector learns words; not of the paper),
-`chat_stage1.yaml` (projector; encoder and language model frozen){lora}. Figures: commit `{commit}`, weights `{weights}`.
+`chat_stage1.yaml` (projector; encoder and language model frozen){lora}. Figures: commit `{commit}`,
+weights `{weights}`.
 
 ## Data and licences
 
