@@ -1,7 +1,6 @@
 """What a scene shows, as class numbers: of the whole clip, and of every patch of every frame.
 
-Flux-CLIP on the demo world can learn them beside the captions. Neither is of the paper: a small encoder that
-starts from nothing learns from them in an hour what captions alone would teach it in days.
+Flux-CLIP on the demo world can learn them beside the captions. Neither is of the paper.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 
 from training.demo_world.questions import MOST_OBJECTS, steady
-from training.demo_world.scene import Actor, Scene, opacity_at, pose_at
-from training.demo_world.time_questions import APART_S, APART_SHARE, change_of, onsets
+from training.demo_world.scene import Scene, opacity_at, pose_at
+from training.demo_world.time_questions import change_of, least_gap, onsets
 from training.demo_world.world import Sample, World
 
 UNKNOWN = -100  # what cross_entropy leaves out
@@ -77,7 +76,7 @@ class WorldLabels:
         found = onsets(scene, self._world.nouns)
         if len(found) < 2 or len(found) < len(scene.actors):
             return UNKNOWN
-        clear = found[1][0] - found[0][0] >= max(APART_S, APART_SHARE * scene.duration_s)
+        clear = found[1][0] - found[0][0] >= least_gap(scene)
         return self._names[found[0][1]] if clear else UNKNOWN
 
     def patches(self, scene: Scene, times_s: Sequence[float], side: int) -> dict[str, Tensor]:
@@ -93,13 +92,8 @@ class WorldLabels:
                 across, down = ((centres - at).abs() <= COVERS * pose.size for at in (pose.x, pose.y))
                 covered = down[:, None] & across[None, :]
                 nouns[frame][covered] = 1 + self.nouns[actor.code_at(time_s)]
-                motions[frame][covered] = 1 + self.motions[_doing(actor, time_s)]
+                motions[frame][covered] = 1 + self.motions[actor.phase_at(time_s).motion]
         return {"noun": nouns, "motion": motions}
-
-
-def _doing(actor: Actor, time_s: float) -> str:
-    """The motion of an actor at a time."""
-    return next((phase for phase in actor.phases if time_s < phase.end_s), actor.phases[-1]).motion
 
 
 def _change(scene: Scene) -> int:

@@ -64,6 +64,10 @@ class Actor:
         """The sprite drawn at a time."""
         return self.becomes if self.becomes is not None and time_s >= self.becomes_s else self.code
 
+    def phase_at(self, time_s: float) -> Phase:
+        """What it does at a time; times outside its phases give the first or last one."""
+        return next((phase for phase in self.phases if time_s < phase.end_s), self.phases[-1])
+
     @property
     def starts_inside(self) -> bool:
         """Whether it appears after the start of its shot."""
@@ -128,7 +132,7 @@ class Scene:
 
 def pose_at(actor: Actor, time_s: float, aspect: float = 1.0) -> Pose:
     """Where an actor is at a time, visible or not; `aspect` = width / height keeps circles round."""
-    phase = next((p for p in actor.phases if time_s < p.end_s), actor.phases[-1])
+    phase = actor.phase_at(time_s)
     u = min(max((time_s - phase.start_s) / max(phase.end_s - phase.start_s, 1e-9), 0.0), 1.0)
     start, end = phase.start, phase.end
     x, y = start.x + u * (end.x - start.x), start.y + u * (end.y - start.y)

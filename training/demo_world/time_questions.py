@@ -21,6 +21,11 @@ CHANGE_SHARES = {"same": 0.35, "appears": 0.4}
 MIDDLE_SHARE = 0.25
 
 
+def least_gap(scene: Scene) -> float:
+    """Seconds by which two onsets must differ for their order to be seen."""
+    return max(APART_S, APART_SHARE * scene.duration_s)
+
+
 def onsets(scene: Scene, nouns: Nouns) -> list[tuple[float, str]]:
     """When everything that its name alone identifies can first be seen, earliest first: (seconds, name)."""
     codes = [actor.code for actor in scene.actors]
@@ -37,7 +42,7 @@ def ask_order(ask: Asker) -> Iterator[Question]:
     begins = onsets(ask.scene, ask.nouns)
     if len(begins) < 2 or len(begins) < len(ask.scene.actors):
         return
-    gap = max(APART_S, APART_SHARE * ask.scene.duration_s)
+    gap = least_gap(ask.scene)
     names = [name for _, name in begins]
     clear = [later - sooner >= gap for (sooner, _), (later, _) in pairwise(begins)]
     absent = [noun.name for noun in ask.absent(2)]
