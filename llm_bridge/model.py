@@ -21,6 +21,7 @@ from encoder.config import FluxViTConfig
 from encoder.errors import ConfigError, ModelError
 from encoder.fluxvit import FluxViT
 from encoder.tokens import VisionTokens
+from llm_bridge.branches import branched_attention
 from llm_bridge.llm import LanguageModel, Quantize, default_device, default_dtype, load_llm
 from llm_bridge.projector import Projector, ProjectorConfig
 from llm_bridge.prompt import IGNORE, PLACEHOLDER, Prompt, TimeSentence
@@ -144,7 +145,11 @@ class VideoLanguageModel(nn.Module):
         if visuals:
             flat = torch.cat(visuals).to(embedded)
             embedded = embedded.masked_scatter(is_visual.unsqueeze(-1), flat)
-        out = self.language_model.get_decoder()(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
+        seen: dict[str, Tensor] = {"attention_mask": mask}
+        if any(prompt.branches for prompt in prompts):
+            visible, positions = branched_attention(prompts, longest, embedded.dtype)
+            seen = {"attention_mask": visible.to(device), "position_ids": positions.to(device)}
+        out = self.language_model.get_decoder()(inputs_embeds=embedded, use_cache=False, **seen)
         predicted = labels[:, 1:] != IGNORE
         return out.last_hidden_state[:, :-1][predicted], labels[:, 1:][predicted]
 
