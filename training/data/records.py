@@ -44,7 +44,7 @@ Turn = tuple[str, str]  # (question, answer)
 
 @dataclass(frozen=True)
 class Record:
-    """A conversation about media (None for text alone), or as many as it has turns, if they are independent."""
+    """A conversation about media (None for text alone); if `independent`, each turn is one of its own."""
 
     id: str
     media: Media | None
