@@ -156,12 +156,10 @@ class WorldRecords:
         choices = [(q.question, q.answer) for q in sample.questions if q.options]
         rng.shuffle(open_questions)
         rng.shuffle(choices)
-        picked = [
-            (choices or open_questions).pop()
-            if rng.random() < self.choices and choices
-            else open_questions.pop()
-            for _ in range(min(self.turns, len(open_questions)))
-        ]
+        picked = []
+        for _ in range(min(self.turns, len(open_questions) + len(choices))):
+            choose = rng.random() < self.choices and choices
+            picked.append((choices if choose or not open_questions else open_questions).pop())
         asked = QUESTIONS["caption"]["train" if self.source.split == "train" else "test"]
         if rng.random() < self.captions:
             picked[rng.randrange(len(picked))] = (rng.choice(asked), sample.caption)
