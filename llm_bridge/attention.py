@@ -84,7 +84,7 @@ def _packed(
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float | None, dropout: float
 ) -> Tensor:
-    """softmax(q k^T * scaling + bias) v of padded rows: (B, H, L, d), as q; k and v (B, G, M, d), bias (L, M)."""
+    """softmax(q k^T * scaling + bias) v; q (B, H, L, d), k and v (B, G, M, d), bias (L, M): as q."""
     batch, heads, length, dim = query.shape
     groups, keys = key.shape[1], key.shape[2]
     scale = dim**-0.5 if scaling is None else scaling
