@@ -45,16 +45,16 @@ def first_label(prompt: Prompt) -> int:
 
 
 def branch_numbers(prompt: Prompt, length: int) -> tuple[Tensor, Tensor]:
-    """(branch, position) of each of `length` places: int64; the beginning is branch 0, PADDING follows."""
-    numbers = torch.full((length,), PADDING)
-    positions = torch.zeros(length, dtype=torch.int64)
+    """(branch, position) of the first `length` places: int64; the beginning is branch 0, PADDING follows."""
+    numbers = torch.full((max(length, len(prompt)),), PADDING)
+    positions = torch.zeros_like(numbers)
     shared = prompt.branches[0][0] if prompt.branches else len(prompt)
     numbers[:shared] = 0
     positions[:shared] = torch.arange(shared)
     for number, (start, end) in enumerate(prompt.branches, start=1):
         numbers[start:end] = number
         positions[start:end] = torch.arange(shared, shared + end - start)
-    return numbers, positions
+    return numbers[:length], positions[:length]
 
 
 def branched_attention(prompts: Sequence[Prompt], length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
