@@ -42,6 +42,9 @@ model: setup
 	@$(call STAGE,warm_start)
 	@$(call STAGE,chat_stage1)
 	@$(call STAGE,chat_lora)
+	@$(PY) -m training.optimize_tokens --encoder $(RUNS)/chat_lora/model --alignment $(RUNS)/clip --pool 1 \
+		--tokens 256 128 64 32 --frames 4 8 16 --resolutions 84 112 --clips 128 --preset solo --no-times \
+		--out $(RUNS)/tokens --install $(RUNS)/chat_lora/model
 	@$(PY) -m training.evaluate world --model $(RUNS)/chat_lora/model --preset solo --clips 300 \
 		--budget 512 256 128 64 32 --out $(RUNS)/world.json
 	@$(PY) -m training.ship --model $(RUNS)/chat_lora/model --figures $(RUNS)/world.json --preset solo \

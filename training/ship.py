@@ -4,7 +4,9 @@
         --preset solo --alignment runs/box/clip/alignment.safetensors
 
 The last step of `make model`. The clips come from the test split of the demo world; five whose questions the
-model answers rightly and one that it gets wrong, each first of its kind from number 0 on.
+model answers rightly and one that it gets wrong, each first of its kind from number 0 on. A plan table that
+`training.optimize_tokens --install` wrote into the model goes along; so does that of the folder before, when
+the encoder it was measured on is still the same.
 """
 
 from __future__ import annotations
@@ -111,6 +113,17 @@ def _forget_folders(path: Path) -> None:
     save_json(values, path)
 
 
+def keep_plan_table(built: Path, before: Path) -> None:
+    """Take over the plan table of the folder `before` when `built` has none and the same encoder."""
+    configs, encoders = [[folder / name for folder in (built, before)] for name in PARTS[:2]]
+    if not all(path.exists() for path in (*configs, *encoders)):
+        return
+    new, old = (json.loads(path.read_text()) for path in configs)
+    same = encoders[0].read_bytes() == encoders[1].read_bytes() and new["encoder"] == old["encoder"]
+    if same and not new.get("plan_table") and old.get("plan_table"):
+        save_json({**new, "plan_table": old["plan_table"]}, configs[0])
+
+
 def ship(
     model: Path,
     figures: Path,
@@ -128,6 +141,7 @@ def ship(
         if alignment is not None:
             shutil.copy(alignment, built / "alignment.safetensors")
             sizes["alignment.safetensors"] = alignment.stat().st_size
+        keep_plan_table(built, out)
         loaded = VideoLanguageModel.from_pretrained(built, device="cpu")
         world = WorldSource("test", preset=preset).open()
         examples = make_examples(loaded, world, built / "examples")

@@ -7,6 +7,7 @@ from typing import Any
 
 from llm_bridge.model import VideoLanguageModel
 from training.demo_world.world import World
+from training.evaluation.goals import percent
 
 HEAD = """\
 ---
@@ -100,22 +101,15 @@ def card(
 
 
 def figures_table(runs: Mapping[str, Any]) -> str:
-    """Tasks down, runs across; the runs are named by selector and tokens kept."""
+    """Goals (bold), then tasks, down and runs across; the runs are named by selector and tokens kept."""
     names = list(runs)
     lines = [f"| task | {' | '.join(names)} | chance | n |", "|---" * (len(names) + 3) + "|"]
-    for task, row in runs[names[0]]["tasks"].items():
-        cells = [_percent(runs[name]["tasks"].get(task)) for name in names]
-        chance = "" if row.get("chance") is None else f"{100 * row['chance']:.0f}"
-        lines.append(f"| {task} | {' | '.join(cells)} | {chance} | {row['n']} |")
-    key = "multiple choice, mean over tasks"
-    means = [f"{100 * runs[name][key]:.1f}" if runs[name].get(key) is not None else "" for name in names]
-    return "\n".join([*lines, f"| **{key}** | {' | '.join(means)} | | |"])
-
-
-def _percent(row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    return f"{100 * row['accuracy']:.1f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+    for part, mark in (("goals", "**"), ("tasks", "")):
+        for task, row in runs[names[0]].get(part, {}).items():
+            cells = [percent(runs[name].get(part, {}).get(task)) or "" for name in names]
+            chance = "" if row.get("chance") is None else f"{100 * row['chance']:.0f}"
+            lines.append(f"| {mark}{task}{mark} | {' | '.join(cells)} | {chance} | {row['n']} |")
+    return "\n".join(lines)
 
 
 def _example(example: Mapping[str, Any]) -> str:
