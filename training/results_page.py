@@ -171,7 +171,7 @@ def _chat_options(args: argparse.Namespace, section: Section) -> list[str]:
     """MVBench's forms are measured at the first token count alone."""
     tokens = args.chat_tokens if section.command[1] == "world" else args.chat_tokens[:1]
     options = ["--model", args.model, "--clips", str(args.chat_clips), "--budget", *map(str, tokens)]
-    return [*options, "--preset", args.chat_preset or args.preset]
+    return [*options, *(["--plan"] if args.plan else []), "--preset", args.chat_preset or args.preset]
 
 
 def _encoder_options(args: argparse.Namespace, section: Section) -> list[str]:
@@ -277,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pool", type=int, help="pooling head that training.clip trained")
     parser.add_argument("--preset", choices=["simple", "solo", "full"], default="solo")
     parser.add_argument("--chat-preset", choices=["simple", "solo", "full"], help="default: --preset")
+    parser.add_argument("--plan", action="store_true", help="the chat model's own input for each budget")
     parser.add_argument(
         "--install", metavar="MODEL", help="write the measured plan table into this model's config.json"
     )

@@ -30,7 +30,7 @@ from training.data.world import WorldSource
 from training.demo_world.asking import Question
 from training.demo_world.export import write_video
 from training.demo_world.world import Sample, World
-from training.evaluation.setting import Setting
+from training.evaluation.chat_runs import input_of
 from training.evaluation.watcher import Asked, Watcher
 from training.scoring import agrees
 from training.ship_card import card
@@ -63,10 +63,7 @@ def suitable(sample: Sample, place: int, tasks: Sequence[str]) -> Question | Non
 
 def make_examples(model: VideoLanguageModel, world: World, folder: Path) -> list[Example]:
     """Write clips into a folder until enough are answered rightly and wrongly. Raises DataError if not."""
-    config = model.config.encoder
-    side = max(range(*config.resolution_range))
-    setting = Setting(max(range(*config.frames_range)), side, model.config.default_tokens, "flux")
-    watcher = Watcher(model, setting)
+    watcher = Watcher(model, input_of(model, model.config.default_tokens))
     folder.mkdir(parents=True)
     tasks = TASKS if world.level.plots != ("solo",) else TASKS[:2]
     found: list[Example] = []

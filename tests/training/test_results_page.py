@@ -92,6 +92,7 @@ def test_every_command_parses() -> None:
         chat_tokens=[64, 16],
         chat_preset="full",
         install="m",
+        plan=True,
         frames=[8],
         resolutions=None,
         pool=1,
@@ -108,6 +109,7 @@ def test_every_command_parses() -> None:
         assert parsed.out.startswith("r/")
         assert parsed.preset == ("full" if "--model" in rest else "solo")
     chat, forms = (parser(None).parse_args(command[2:]) for command in found[:2])
+    assert chat.plan
     assert (chat.budget, chat.compare, forms.budget) == ([64, 16], ["uniform", "random"], [64])
     args.clip = None
     assert [c[2] for c in commands(args)] == ["world", "mvbench"]

@@ -40,8 +40,9 @@ def figures(tmp_path: Path) -> Path:
         "flux 16": {"goals": {"which appears first": row}, "tasks": {"caption: main object": row}}
     }
     runs["blind"] = {"tasks": {}}
+    inputs = {"flux 16": {"frames": 4, "resolution": 56, "K": 16}, "blind": None}
     path = tmp_path / "world.json"
-    path.write_text(json.dumps({"runs": runs, "commit": "abc123", "weights": "feed"}))
+    path.write_text(json.dumps({"runs": runs, "inputs": inputs, "commit": "abc123", "weights": "feed"}))
     return path
 
 
@@ -71,6 +72,7 @@ def test_the_folder_is_whole(
     text = (out / "README.md").read_text()
     assert "| **which appears first** | 86.4 [80, 91] |  | 25 | 77 |" in text
     assert "| caption: main object | 86.4 [80, 91] |  | 25 | 77 |" in text
+    assert '"flux 16" keeps 16 of the 64 patches of 4 frames at 56 x 56; "blind" is' in text
     assert "abc123" in text
     assert examples[0]["question"] in text
     assert not list(tmp_path.glob(".ship-*"))

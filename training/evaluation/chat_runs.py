@@ -78,14 +78,15 @@ def _watchers(model: VideoLanguageModel, args: argparse.Namespace) -> dict[str, 
         runs = [(selector, keep) for selector in args.selector for keep in args.budget]
         runs += [(selector, args.budget[0]) for selector in args.compare]
         settings = {
-            f"{selector} {keep}": _input_of(model, keep, selector, args.plan) for selector, keep in runs
+            f"{selector} {keep}": input_of(model, keep, selector, args.plan) for selector, keep in runs
         }
     watchers = {label: Watcher(model, setting, args.seed) for label, setting in settings.items()}
     return watchers if args.no_blind else {**watchers, "blind": Watcher(model, None)}
 
 
-def _input_of(model: VideoLanguageModel, keep: int, selector: Selector, plan: bool) -> Setting:
-    """The largest trained input, or with `plan` what the model's own policy chooses for a budget."""
+def input_of(model: VideoLanguageModel, keep: int, selector: Selector = "flux", plan: bool = True) -> Setting:
+    """What a budget buys of a long video by the model's plan table or policy; without `plan` the largest
+    trained input."""
     config = model.config.encoder
     frames, side = max(range(*config.frames_range)), max(range(*config.resolution_range))
     if plan:  # the world draws as many frames as are asked for

@@ -119,13 +119,18 @@ def percent(row: Mapping[str, Any] | None) -> str | None:
     return f"{100 * row['accuracy']:.1f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
 
 
+def chance_percent(row: Mapping[str, Any]) -> str:
+    """What guessing gives, as 25 or 12.5; empty where that is unknown."""
+    return f"{100 * row['chance']:.1f}".removesuffix(".0") if "chance" in row else ""
+
+
 def rows_table(first: str, results: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     """Rows down and runs across, in percent with intervals; then chance and the number of questions."""
     runs = list(results)
     lines: list[list[object]] = []
     for name, row in results[runs[0]].items():
-        chance = f"{100 * row['chance']:.0f}" if "chance" in row else ""
-        lines.append([name, *(percent(results[run].get(name)) for run in runs), chance, str(row["n"])])
+        shares = (percent(results[run].get(name)) for run in runs)
+        lines.append([name, *shares, chance_percent(row), str(row["n"])])
     return table([first, *runs, "chance", "n"], lines)
 
 
@@ -136,6 +141,6 @@ def goals_by_run(results: Mapping[str, Mapping[str, Any]]) -> str:
     lines: list[list[object]] = [
         [run, *(percent(result["goals"].get(name)) for name in shown)] for run, result in results.items()
     ]
-    lines.append(["chance", *(f"{100 * of_first[name].get('chance', 0):.1f}" for name in shown)])
+    lines.append(["chance", *(chance_percent(of_first[name]) for name in shown)])
     lines.append(["n", *(str(of_first[name]["n"]) for name in shown)])
     return table(["run", *(GOALS[name] for name in shown)], lines)
