@@ -14,7 +14,6 @@ import importlib.util
 import logging
 import os
 import socket
-import tempfile
 import threading
 import webbrowser
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -29,6 +28,7 @@ from fastapi import FastAPI
 from app.chat import VideoChat
 from app.guard import LOCAL, Credentials, Guard
 from app.mount import mount_page
+from app.scratch import ScratchFolder
 from app.server import Server, ServerSettings
 from encoder.errors import ConfigError
 from encoder.video import Limits
@@ -137,12 +137,13 @@ def _own_uploads() -> Iterator[None]:
     if "GRADIO_TEMP_DIR" in os.environ:
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="fluxchat-page-", ignore_cleanup_errors=True) as folder:
-        os.environ["GRADIO_TEMP_DIR"] = folder
-        try:
-            yield
-        finally:
-            del os.environ["GRADIO_TEMP_DIR"]
+    scratch = ScratchFolder("page")
+    os.environ["GRADIO_TEMP_DIR"] = scratch.path
+    try:
+        yield
+    finally:
+        del os.environ["GRADIO_TEMP_DIR"]
+        scratch.remove()
 
 
 def make_server(chat: VideoChat, options: LaunchOptions, listener: socket.socket) -> uvicorn.Server:

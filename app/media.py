@@ -27,6 +27,7 @@ from typing import BinaryIO
 
 from app.api_types import ApiError
 from app.download import download
+from app.scratch import ScratchFolder
 
 BLOCK = 1 << 20
 _DATA = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),")
@@ -58,7 +59,8 @@ class MediaStore:
     """
 
     def __init__(self, limit_bytes: int = 2 * 2**30, keep_s: float = 3600.0) -> None:
-        self.folder = tempfile.mkdtemp(prefix="fluxchat-files-")
+        self._scratch = ScratchFolder("files")
+        self.folder = self._scratch.path
         self._limit, self._keep_s = limit_bytes, keep_s
         self._files: dict[str, StoredFile] = {}
         self._lock = threading.Lock()
@@ -145,7 +147,7 @@ class MediaStore:
         """Delete all of it."""
         with self._lock:
             self._files.clear()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._scratch.remove()
 
     def _sweep(self, wanted: int) -> None:
         now = time.monotonic()

@@ -21,7 +21,10 @@ from encoder.config import FluxViTConfig
 from encoder.errors import ConfigError, ModelError
 from encoder.fluxvit import FluxViT
 from encoder.tokens import VisionTokens
+from llm_bridge.attention import packs
+from llm_bridge.branches import branched_attention
 from llm_bridge.llm import LanguageModel, Quantize, default_device, default_dtype, load_llm
+from llm_bridge.packing import Packing
 from llm_bridge.projector import Projector, ProjectorConfig
 from llm_bridge.prompt import IGNORE, PLACEHOLDER, Prompt, TimeSentence
 
@@ -131,6 +134,8 @@ class VideoLanguageModel(nn.Module):
 
     def _hidden_at_labels(self, prompts: Sequence[Prompt], visuals: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Last hidden states (P, D) at positions that predict a label, and those labels (P,)."""
+        if packs(self.language_model, max(len(prompt) for prompt in prompts)):
+            return self._packed_hidden(prompts, visuals)
         device, longest = self.llm.device, max(len(prompt) for prompt in prompts)
         ids = torch.full((len(prompts), longest), PLACEHOLDER, device=device)
         labels = torch.full_like(ids, IGNORE)
@@ -139,14 +144,38 @@ class VideoLanguageModel(nn.Module):
             ids[row, : len(prompt)] = torch.tensor(prompt.ids, device=device)
             labels[row, : len(prompt)] = torch.tensor(prompt.labels, device=device)
             mask[row, : len(prompt)] = 1
-        is_visual = (ids == PLACEHOLDER) & mask.bool()
-        embedded = self.llm.embed(ids.clamp_min(0).flatten()).view(*ids.shape, -1)
-        if visuals:
-            flat = torch.cat(visuals).to(embedded)
-            embedded = embedded.masked_scatter(is_visual.unsqueeze(-1), flat)
-        out = self.language_model.get_decoder()(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
+        embedded = self._embed(ids, (ids == PLACEHOLDER) & mask.bool(), visuals)
+        seen: dict[str, Tensor] = {"attention_mask": mask}
+        if any(prompt.branches for prompt in prompts):
+            visible, positions = branched_attention(prompts, longest, embedded.dtype)
+            seen = {"attention_mask": visible.to(device), "position_ids": positions.to(device)}
+        out = self.language_model.get_decoder()(inputs_embeds=embedded, use_cache=False, **seen)
         predicted = labels[:, 1:] != IGNORE
         return out.last_hidden_state[:, :-1][predicted], labels[:, 1:][predicted]
+
+    def _packed_hidden(self, prompts: Sequence[Prompt], visuals: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The same from one row without padding."""
+        packing = Packing.of(prompts)
+        ids = torch.tensor([packing.of_prompts([prompt.ids for prompt in prompts])])
+        following = [(*prompt.labels[1:], IGNORE) for prompt in prompts]
+        labels = torch.tensor(packing.of_prompts(following))
+        embedded = self._embed(ids, ids == PLACEHOLDER, visuals)
+        out = self.language_model.get_decoder()(
+            inputs_embeds=embedded,
+            attention_mask=packing.bias(embedded.dtype).unsqueeze(1),
+            position_ids=torch.tensor([packing.positions]),
+            packing=packing,
+            use_cache=False,
+        )
+        predicted = labels != IGNORE
+        return out.last_hidden_state[0, predicted], labels[predicted]
+
+    def _embed(self, ids: Tensor, is_visual: Tensor, visuals: list[Tensor]) -> Tensor:
+        """Input embeddings (B, L, D) of token ids (B, L), with the visual ones where `is_visual` (B, L)."""
+        embedded = self.llm.embed(ids.clamp_min(0).flatten()).view(*ids.shape, -1)
+        if not visuals:
+            return embedded
+        return embedded.masked_scatter(is_visual.unsqueeze(-1), torch.cat(visuals).to(embedded))
 
     def revision(self, *, language: bool = True) -> str:
         """Hash of the encoder's weights and, unless `language` is False, of the projector's and of the

@@ -57,14 +57,16 @@ class Message:
 class Prompt:
     """Token ids with PLACEHOLDER where a visual embedding belongs.
 
-    visuals: in order of appearance; spans: (start, tokens) of each. labels: ids to learn, IGNORE elsewhere
-    (training only).
+    visuals: in order of appearance; spans: (start, tokens) of each. For training only: labels are ids to
+    learn, IGNORE elsewhere; branches are (start, end) of questions that share all before the first and do not
+    see each other.
     """
 
     ids: tuple[int, ...]
     visuals: tuple[Visual, ...]
     spans: tuple[tuple[int, int], ...]
     labels: tuple[int, ...] = ()
+    branches: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)

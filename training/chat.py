@@ -19,12 +19,13 @@ from encoder.errors import ConfigError, DataError, VideoError
 from encoder.preprocess import preprocess
 from encoder.tokens import VisionTokens
 from encoder.video import Clip
+from llm_bridge.branches import share_beginning
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import Message, Prompt, Visual, render_chat_training, render_plain_training
 from training.config import LoopConfig, OptimConfig
 from training.data.features import FeatureCache, Features, stack
 from training.data.missing import MissingMedia
-from training.data.records import DatasetConfig, Record, RecordSource
+from training.data.records import DatasetConfig, Record, RecordSource, Turn
 
 CHARACTERS_PER_TOKEN = 4
 
@@ -100,6 +101,10 @@ class ChatData:
 
     def batch(self, index: int) -> ChatBatch:
         """Micro-batch number `index`, counted over epochs."""
+        return self.prompted(*self.seen(index))
+
+    def seen(self, index: int) -> tuple[list[Record], list[Features | None]]:
+        """The records of micro-batch `index` and what the encoder gave for the media of each."""
         epoch, within = divmod(index, self.micro_batches)
         keep = random.Random(f"{self.recipe.loop.seed}/{index}/keep").choice(self.recipe.keeps)
         members = self._members(epoch, within)
@@ -107,12 +112,13 @@ class ChatData:
             self._readable(epoch, within * len(members) + slot, number, keep)
             for slot, number in enumerate(members)
         ]
-        return self.collate(pairs, keep)
+        return [record for record, _ in pairs], self._features(pairs, keep)
 
     def held_out(self, count: int) -> ChatBatch:
         """The first records of the order of another epoch, at the largest token count."""
         keep, order = max(self.recipe.keeps), self._order(-1)
-        return self.collate([self._readable(-1, i, order[i % self._count], keep) for i in range(count)], keep)
+        pairs = [self._readable(-1, i, order[i % self._count], keep) for i in range(count)]
+        return self.prompted([record for record, _ in pairs], self._features(pairs, keep))
 
     def flush(self) -> None:
         """Write features that are still in memory."""
@@ -175,11 +181,10 @@ class ChatData:
 
     # -- what becomes of them ------------------------------------------------------------------------------
 
-    def collate(self, pairs: Sequence[tuple[Record, Clip | None]], keep: int) -> ChatBatch:
+    def prompted(self, records: Sequence[Record], seen: Sequence[Features | None]) -> ChatBatch:
         """Prompts and stacked features."""
-        seen = self._features(pairs, keep)
         present = [features for features in seen if features is not None]
-        prompts = [self._prompt(record, features) for (record, _), features in zip(pairs, seen, strict=True)]
+        prompts = [self._prompt(record, features) for record, features in zip(records, seen, strict=True)]
         return ChatBatch(prompts, stack(present) if present else None)
 
     def _features(self, pairs: Sequence[tuple[Record, Clip | None]], keep: int) -> list[Features | None]:
@@ -213,13 +218,18 @@ class ChatData:
             visuals = (Visual(count, duration_s=features.duration_s, times_s=times),)
         if recipe.template == "plain" and visuals:
             prompt = render_plain_training(tokenizer, visuals[0], record.turns[0][1])
+        elif record.independent:
+            prompt = share_beginning([self._conversation(visuals, [turn]) for turn in record.turns])
         else:
-            messages: list[Message] = []
-            for question, answer in record.turns:
-                front = visuals if not messages else ()
-                messages += [Message("user", (*front, question)), Message.of("assistant", answer)]
-            prompt = render_chat_training(tokenizer, messages, time_form=self.vlm.config.time_sentence)
+            prompt = self._conversation(visuals, record.turns)
         return shorten(prompt, recipe.max_length)
+
+    def _conversation(self, visuals: tuple[Visual, ...], turns: Sequence[Turn]) -> Prompt:
+        messages: list[Message] = []
+        for question, answer in turns:
+            front = visuals if not messages else ()
+            messages += [Message("user", (*front, question)), Message.of("assistant", answer)]
+        return render_chat_training(self.vlm.llm.tokenizer, messages, time_form=self.vlm.config.time_sentence)
 
 
 def shorten(prompt: Prompt, limit: int) -> Prompt:
@@ -230,4 +240,5 @@ def shorten(prompt: Prompt, limit: int) -> Prompt:
         raise DataError(
             f"A video takes more than max_length {limit} positions: raise it or keep fewer tokens."
         )
-    return replace(prompt, ids=prompt.ids[:limit], labels=prompt.labels[:limit])
+    branches = tuple((start, min(end, limit)) for start, end in prompt.branches if start < limit)
+    return replace(prompt, ids=prompt.ids[:limit], labels=prompt.labels[:limit], branches=branches)

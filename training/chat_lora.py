@@ -23,6 +23,7 @@ from llm_bridge.model import ADAPTER, VideoLanguageModel
 from training.chat import ChatRecipe
 from training.chat_stage1 import ChatStage
 from training.command import run_stage
+from training.lora_linear import use_for_training
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class LoraStage(ChatStage):
                 adapted: torch.nn.Module = get_peft_model(base, config)
         except ValueError as error:
             raise ConfigError(f"lora.targets does not fit the language model: {error}.") from error
+        use_for_training(adapted)
         return adapted
 
     def finish(self, out: Path) -> None:

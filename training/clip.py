@@ -63,6 +63,7 @@ class ClipRecipe:
     resolutions.
     siblings: clips of the world per object that differ in motion alone, hard negatives of each other.
     attribute_weight, patch_weight: of the world's labels of clips and of patches (see WorldLabels).
+    patch_background: how much a kept patch without an object counts among those with one.
     image_positions: how the position table serves images (None: as the encoder says).
     What is compared at once: optim.micro_batch times the ranks; accumulated micro-batches stay apart.
     keeps: token counts, one drawn per step with equal chance (repeat one to favour it). UNVERIFIED: the paper
@@ -109,6 +110,7 @@ class ClipRecipe:
     positives: Literal["text", "id"] = "text"
     attribute_weight: float = 0.0
     patch_weight: float = 0.0
+    patch_background: float = 1.0
     pool: int = 1
     pools: tuple[int, ...] | None = None
     held_out: tuple[VideoData, ...] = ()
@@ -132,6 +134,8 @@ class ClipRecipe:
             raise ConfigError(f"pools must hold one head for each of {len(self.keeps)} keeps.")
         if not 0 < self.temperature_min <= self.temperature:
             raise ConfigError("temperature_min must lie above 0, and temperature not below it.")
+        if not 0 < self.patch_background <= 1:
+            raise ConfigError("patch_background must lie above 0 and be at most 1.")
         if self.text_cache < 0:
             raise ConfigError("text_cache must not be negative.")
 
@@ -152,6 +156,7 @@ class ClipRecipe:
             temperature_min=self.temperature_min,
             attribute_weight=self.attribute_weight,
             patch_weight=self.patch_weight,
+            patch_background=self.patch_background,
             train_text=self.train_text,
         )
 

@@ -23,6 +23,7 @@ from training.losses import contrastive_loss
 from training.text_towers import TextTower, Tower
 
 Trained = Literal["projector", "all"]
+BACKGROUND = 0  # the class of patches that show no object
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class ClipSettings:
     temperature_min: float = 0.01
     attribute_weight: float = 0.0
     patch_weight: float = 0.0
+    patch_background: float = 1.0
     train_text: bool = False
 
 
@@ -161,7 +163,10 @@ class ClipModel(nn.Module):
                     labels.flatten()[k.cpu()]
                     for labels, k in zip(batch.patches[name], tokens.kept, strict=True)
                 ]
-                wrong = label_loss(head(tokens.packed.float()), torch.cat(kept).to(device))
+                scores = head(tokens.packed.float())
+                share = torch.ones(scores.shape[1], device=device)
+                share[BACKGROUND] = self.settings.patch_background
+                wrong = label_loss(scores, torch.cat(kept).to(device), share)
                 figures[f"patch_{name}"] = wrong.item()
                 loss = loss + self.settings.patch_weight * wrong
         return loss, figures
@@ -181,12 +186,15 @@ class ClipModel(nn.Module):
         return {k: v for k, v in self.state_dict().items() if not k.startswith(outside)}
 
 
-def label_loss(scores: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of (N, classes) with (N,) classes, negative ones left out, or (N, classes) shares."""
+def label_loss(scores: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Cross-entropy of (N, classes) with (N,) classes, negative ones left out, or (N, classes) shares.
+
+    weight: (classes,), how much each class counts in the mean.
+    """
     if labels.is_floating_point():
-        return F.cross_entropy(scores, labels)
+        return F.cross_entropy(scores, labels, weight)
     known = labels >= 0
-    return F.cross_entropy(scores[known], labels[known]) if known.any() else 0.0 * scores.sum()
+    return F.cross_entropy(scores[known], labels[known], weight) if known.any() else 0.0 * scores.sum()
 
 
 def hits(scores: Tensor, labels: Tensor) -> tuple[int, int]:

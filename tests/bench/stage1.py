@@ -4,9 +4,10 @@
 
 Same records, same model, same optimiser. The plain loop does what LLaVA-style trainers do: it encodes every
 clip each time, pads a random batch to its longest, and lets the language model score every position. Ours
-keeps features, sorts by length, scores labelled positions only, and multiplies attention in groups. Both see
-the records several times (one epoch fills the cache, the others read it), in turns. What each has learned is
-the loss per label over the same records, measured in the same plain way; half of them apart, for the noise.
+keeps features, sorts by length, packs prompts behind their common beginning, scores labelled positions only,
+and multiplies attention in groups. Both see the records several times (one epoch fills the cache, the others
+read it), in turns. What each has learned is the loss per label over the same records, measured in the same
+plain way; half of them apart, for the noise.
 """
 
 from __future__ import annotations

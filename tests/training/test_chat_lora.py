@@ -99,6 +99,18 @@ def test_the_projector_can_stay_frozen(recipe: Path, tmp_path: Path) -> None:
     assert all("lora_" in name for name in names)
 
 
+def test_checkpointing_changes_neither_loss_nor_gradients(recipe: Path, tmp_path: Path) -> None:
+    found = []
+    for flag in ("false", "true"):
+        overrides = [f"gradient_checkpointing={flag}", "lora.dropout=0", f"loop.out={tmp_path}"]
+        stage = LoraStage(read_recipe(LoraRecipe, recipe, overrides))
+        stage.model.train()
+        loss, _ = stage.model(stage.batch(0))
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in stage.model.parameters() if p.requires_grad)])
+    assert all(torch.equal(plain, checkpointed) for plain, checkpointed in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize(
     ("override", "word"),
     [

@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from encoder.errors import ConfigError
 from encoder.fluxvit import FluxViT
 from training import clip, clip_model
 from training.clip import ClipRecipe, ClipStage, contrastive_loss
-from training.config import build
+from training.config import LoopConfig, OptimConfig, build
 from training.data import world as world_data
 from training.demo_world.bank import procedural_bank
 from training.demo_world.world import World
@@ -158,6 +159,20 @@ def test_patch_labels_are_learned_from_the_kept_tokens(tmp_path: Path) -> None:
         for place, kept in enumerate(tokens.kept[row])
     ]
     assert figures["patch_noun"] == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-4)
+
+
+def test_patches_without_an_object_can_count_less() -> None:
+    scores = torch.tensor([[2.0, 1.0, 0.0], [0.0, 3.0, 1.0]])
+    labels = torch.tensor([0, 1])
+    wrong = [-scores[row].log_softmax(dim=0)[row].item() for row in range(2)]
+    found = clip_model.label_loss(scores, labels, torch.tensor([0.25, 1.0, 1.0]))
+    assert found.item() == pytest.approx((0.25 * wrong[0] + wrong[1]) / 1.25)
+    with pytest.raises(ConfigError, match="patch_background"):
+        ClipRecipe(
+            optim=OptimConfig(lr=1e-3, batch_size=8, micro_batch=8),
+            loop=LoopConfig(out="x"),
+            patch_background=0.0,
+        )
 
 
 def test_labels_without_an_answer_count_for_nothing() -> None:

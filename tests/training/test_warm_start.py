@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from app.chat import VideoChat
 from encoder.errors import ConfigError
 from llm_bridge.projector import ProjectorConfig
+from tests.training.tiny_world import make_cache
 from training import chat_stage1, warm_start
+from training.config import read_recipe
 from training.warm_start import word_loss
 
 
@@ -55,6 +57,37 @@ def test_the_command_learns_and_stage_one_starts_from_it(
         answer = chat.ask(llava_json.parent / "3.mp4", "What is it?", budget=16, max_new_tokens=4)
         assert answer.usage.kept_tokens == 16
         assert answer.usage.visual_tokens == 18
+
+
+WORLD = "datasets=[{world: {count: 64}, turns: 3, independent: true}]"
+
+
+def test_tokens_learn_the_words_of_scenes_and_stage_one_asks_in_branches(
+    stage1_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLUXCHAT_CACHE", str(make_cache(tmp_path / "cache")))
+    recipe = tmp_path / "warm_start.yaml"
+    text = stage1_recipe.read_text().replace("projector: {norm: true}", "projector: {summary_tokens: 8}")
+    recipe.write_text(text + "negatives: 16\nwords: scene\n")
+    out = tmp_path / "warm"
+    assert warm_start.main(["--config", str(recipe), f"loop.out={out}", WORLD, "loop.max_steps=12"]) == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for kind in ("summary", "patches", "shared"):
+        said = [row[kind] for row in rows if kind in row]
+        assert sum(said[-3:]) < sum(said[:3])
+
+    recipe.write_text(text)
+    options = [f"model.projector_init={out / 'model'}", f"loop.out={tmp_path / 'one'}", "loop.max_steps=2"]
+    assert chat_stage1.main(["--config", str(recipe), *options, WORLD]) == 0
+    stage = chat_stage1.Stage1(read_recipe(chat_stage1.Stage1Recipe, recipe, [*options, WORLD]))
+    assert all(len(prompt.branches) == 3 for prompt in stage.batch(0).prompts)
+
+
+def test_words_of_scenes_need_the_world(stage1_recipe: Path, tmp_path: Path, capsys) -> None:
+    recipe = tmp_path / "warm_start.yaml"
+    recipe.write_text(stage1_recipe.read_text() + "words: scene\n")
+    assert warm_start.main(["--config", str(recipe), f"loop.out={tmp_path / 'out'}"]) == 2
+    assert "needs datasets of the demo world" in capsys.readouterr().err
 
 
 def test_summary_tokens_need_a_width() -> None:

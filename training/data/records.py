@@ -44,11 +44,12 @@ Turn = tuple[str, str]  # (question, answer)
 
 @dataclass(frozen=True)
 class Record:
-    """A conversation about media (None for text alone)."""
+    """A conversation about media (None for text alone); if `independent`, each turn is one of its own."""
 
     id: str
     media: Media | None
     turns: tuple[Turn, ...]
+    independent: bool = False
 
 
 class RecordSource(Protocol):
@@ -69,7 +70,8 @@ class DatasetConfig:
     `python -m training.data check`.
     sampling_strategy: all, first:N, first:x%, end:N, end:x%, random:N or random:x% (VideoChat-Flash's words).
     turns: questions per sample of the world, asked in one conversation; captions: chance that one of them is
-    for a description; choices: share of multiple-choice questions.
+    for a description; choices: share of multiple-choice questions. independent: the turns of a record are
+    questions of their own about its media: no answer sees another (see llm_bridge.branches).
     """
 
     json_path: str | None = None
@@ -82,6 +84,7 @@ class DatasetConfig:
     turns: int = 1
     captions: float = 0.5
     choices: float = 0.3
+    independent: bool = False
     index_root: str | None = None
     corpus: str | None = None
 
@@ -98,6 +101,10 @@ class DatasetConfig:
 
     def open(self) -> list[RecordSource]:
         """Its sources; raises DataError when a file is missing or malformed."""
+        sources = self._open()
+        return [IndependentTurns(source) for source in sources] if self.independent else sources
+
+    def _open(self) -> list[RecordSource]:
         if self.world is not None:
             return [WorldRecords(self.world, self.turns, self.captions, self.choices)]
         if self.json_path is not None:
@@ -111,6 +118,19 @@ class DatasetConfig:
             return [ShardRecords(shards, choose_numbers(len(shards), self.sampling_strategy, self.shards))]
         assert self.yaml_path is not None
         return [source for entry in read_mixture(Path(self.yaml_path)) for source in entry.open()]
+
+
+@dataclass(frozen=True)
+class IndependentTurns:
+    """Records of a source, each turn a question of its own."""
+
+    source: RecordSource
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Record:
+        return replace(self.source[index], independent=True)
 
 
 @dataclass(frozen=True)
@@ -136,12 +156,10 @@ class WorldRecords:
         choices = [(q.question, q.answer) for q in sample.questions if q.options]
         rng.shuffle(open_questions)
         rng.shuffle(choices)
-        picked = [
-            (choices or open_questions).pop()
-            if rng.random() < self.choices and choices
-            else open_questions.pop()
-            for _ in range(min(self.turns, len(open_questions)))
-        ]
+        picked = []
+        for _ in range(min(self.turns, len(open_questions) + len(choices))):
+            choose = rng.random() < self.choices and choices
+            picked.append((choices if choose or not open_questions else open_questions).pop())
         asked = QUESTIONS["caption"]["train" if self.source.split == "train" else "test"]
         if rng.random() < self.captions:
             picked[rng.randrange(len(picked))] = (rng.choice(asked), sample.caption)

@@ -62,7 +62,7 @@ class WorldConfig:
     nouns: int | None = None
     plots: tuple[str, ...] = PLOTS
     duration_s: tuple[float, float] = (2.0, 20.0)
-    size: tuple[float, float] = (0.25, 0.5)
+    size: tuple[float, float] = (0.3, 0.5)
     pans: float = 0.3
     noise: float = 0.5
     jpeg: float = 0.15

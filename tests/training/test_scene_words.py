@@ -1,0 +1,88 @@
+"""What visual tokens are told to say, against the scenes they see; the loss by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from encoder.tokens import Grid
+from training.data.features import Features
+from training.data.media import WorldMedia
+from training.demo_world.bank import procedural_bank
+from training.demo_world.plots import WorldConfig
+from training.demo_world.scene import Actor, Background, Phase, Pose, Scene, Shot
+from training.demo_world.scene_words import BACKGROUND, FIXED_PHRASES, MOTION_WORDS, SceneWords
+from training.demo_world.world import Sample, World
+from training.spoken import Spoken, spoken_by, spoken_losses
+
+WORLD = World("train", 0, WorldConfig(), procedural_bank())
+WORDS = SceneWords(WORLD)
+
+
+def test_the_clip_says_what_questions_ask() -> None:
+    asked = 0
+    for sample in map(WORLD.sample, range(200)):
+        phrases = WORDS.clip(sample.scene)
+        first, moves, count, _, _ = phrases[:FIXED_PHRASES]
+        shown = {WORLD.nouns[actor.code].name for actor in sample.scene.actors}
+        shown |= {WORLD.nouns[a.becomes].name for a in sample.scene.actors if a.becomes}
+        assert set(phrases[FIXED_PHRASES:]) == shown
+        assert first in shown
+        for question in sample.questions:
+            if question.facts.get("first"):
+                assert first == question.facts["first"]
+                asked += 1
+            if question.task == "count":
+                assert count == ("one", "two", "three", "four")[question.facts["count"] - 1]
+            if question.task == "moving_direction" and question.facts["noun"] == first:
+                assert moves == MOTION_WORDS[question.facts["motion"]]
+    assert asked > 20
+
+
+def two_shots() -> tuple[Scene, str, str]:
+    code, other = sorted(noun.code for noun in WORLD.pool)[:2]
+
+    def shot(start_s: float, kind: str, sprite: str) -> Shot:
+        path = Phase("left", start_s, start_s + 4.0, Pose(0.75, 0.5, 0.3), Pose(0.25, 0.5, 0.3))
+        return Shot(start_s, start_s + 4.0, Background(kind, 0), (Actor(sprite, (path,)),))  # type: ignore[arg-type]
+
+    scene = Scene(8.0, (shot(0.0, "sea", code), shot(4.0, "gradient", other)), 0)
+    return scene, WORLD.nouns[code].name, WORLD.nouns[other].name
+
+
+def test_patches_say_the_object_or_the_place() -> None:
+    scene, before, after = two_shots()
+    found = WORDS.patches(scene, (0.0, 7.9), 8)
+    said = [{found.phrases[kind] for kind in frame.unique().tolist()} for frame in found.which]
+    assert said == [{f"{before} left", "sea"}, {f"{after} left", BACKGROUND}]
+    assert found.phrases[found.which[0, 4, 5]] == f"{before} left"
+
+
+def ids_of(phrase: str) -> tuple[int, ...]:
+    return tuple(sum(map(ord, word)) for word in phrase.split())
+
+
+@pytest.mark.parametrize("summary_tokens", [0, 3, 8])
+def test_kept_patches_get_their_own_words(summary_tokens: int) -> None:
+    scene, before, _ = two_shots()
+    media = WorldMedia(WORLD, Sample(scene, "", ()), 0)
+    kept = torch.tensor([0, 4 * 8 + 5], dtype=torch.int32)
+    grid, times = Grid(2, 8, 8), (0.0, 7.9)
+    features = Features(torch.zeros(2, 4), torch.zeros(4), kept, grid, times, 8.0)
+    spoken = spoken_by(media, features, summary_tokens, WORDS, ids_of)
+    places = (summary_tokens, summary_tokens + 1)
+    assert spoken.patches == ((places[0], ids_of("sea")), (places[1], ids_of(f"{before} left")))
+    assert len(spoken.summary) == (3 if summary_tokens == 8 else 0)  # neither a count nor a change
+    assert all(first < last <= summary_tokens for first, last, _ in spoken.shared)
+    assert bool(spoken.shared) == bool(summary_tokens)
+
+
+def test_losses_by_hand() -> None:
+    scores = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]))
+    spoken = Spoken(((0, (10,)),), ((2, (10, 12)),), ((0, 2, (11,)),))
+    found = spoken_losses(scores, spoken, {10: 0, 11: 1, 12: 2})
+    assert found["summary"].exp().item() == pytest.approx(2.0)
+    assert found["patches"].item() == pytest.approx(-(torch.tensor([0.2, 0.6]).log().mean().item()))
+    assert found["shared"].exp().item() == pytest.approx(1 / 0.8)
+    assert spoken.words == {10, 11, 12}
+    assert spoken_losses(scores, Spoken((), (), ()), {}) == {}
