@@ -42,8 +42,11 @@ model: setup
 	@$(call STAGE,warm_start)
 	@$(call STAGE,chat_stage1)
 	@$(call STAGE,chat_lora)
+	@$(PY) -m training.optimize_tokens --encoder $(RUNS)/chat_lora/model --alignment $(RUNS)/clip --pool 1 \
+		--tokens 256 128 64 32 --frames 4 8 16 --resolutions 84 112 --clips 128 --preset solo --no-times \
+		--out $(RUNS)/tokens --install $(RUNS)/chat_lora/model
 	@$(PY) -m training.evaluate world --model $(RUNS)/chat_lora/model --preset solo --clips 300 \
-		--budget 512 256 128 64 32 --out $(RUNS)/world.json
+		--budget 64 32 16 --compare uniform random --plan --out $(RUNS)/world.json
 	@$(PY) -m training.ship --model $(RUNS)/chat_lora/model --figures $(RUNS)/world.json --preset solo \
 		--alignment $(RUNS)/clip/alignment.safetensors
 

@@ -70,7 +70,10 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class PlanTable:
-    """Best input setting per token count, ascending; `training.optimize_tokens` measures one."""
+    """Best input setting per token count, ascending; `training.optimize_tokens` measures one.
+
+    A count between two rows takes the input of the next larger one; see `input_for` for counts beyond all.
+    """
 
     rows: tuple[PlanRow, ...]
 
@@ -230,10 +233,25 @@ def _full_plan(max_frames: int, config: FluxViTConfig) -> Plan:
 
 
 def _plan(keep: int, max_frames: int, config: FluxViTConfig, table: PlanTable | None) -> Plan:
-    if table is not None:
-        row = table.lookup(keep)
-        frames, side = min(row.frames, max_frames), row.resolution
-    else:
-        frames, side = choose_input(keep, max_frames, config)
+    frames, side = input_for(keep, max_frames, config, table)
     seen = frames * (side // config.patch_size) ** 2
     return Plan(frames, side, side, min(keep, seen), config.patch_size)
+
+
+def input_for(keep: int, max_frames: int, config: FluxViTConfig, table: PlanTable | None) -> tuple[int, int]:
+    """(frames, resolution) for K kept tokens: what was measured for them, else the policy's.
+
+    Where the table does not apply (K beyond its last row, or a clip with fewer frames than the row wants) its
+    input still serves if it has K patches, or no fewer than the policy's.
+    """
+    policy = choose_input(keep, max_frames, config)
+    if table is None:
+        return policy
+    row = table.lookup(keep)
+    measured = min(row.frames, max_frames), row.resolution
+
+    def seen(size: tuple[int, int]) -> int:
+        return size[0] * (size[1] // config.patch_size) ** 2
+
+    applies = keep <= row.tokens and row.frames <= max_frames
+    return measured if applies or seen(measured) >= min(keep, seen(policy)) else policy

@@ -1,11 +1,13 @@
 """The paper's tables, one command each; each also runs on the demo world, so that anybody can.
 
     python -m training.evaluate world --model app/pretrained --clips 200 --budget 128 --out runs/world.json
+    python -m training.evaluate world --model app/pretrained --budget 64 32 16 --compare uniform random ...
     python -m training.evaluate world --encoder runs/clip/encoder --alignment runs/clip --preset simple
     python -m training.evaluate retrieval --dataset msrvtt --encoder flux_b.pth --alignment clip.safetensors
     python -m training.evaluate action --dataset k400 ...     zero-shot, by prompts
     python -m training.evaluate classify --dataset ssv2 ...   by trained heads, clips x crops
     python -m training.evaluate mvbench --model DIR --annotations DIR --videos DIR
+    python -m training.evaluate mvbench --model DIR --dataset world ...
 
 Results go to --out with all they depend on, and items to a journal beside it, so that the same command goes
 on after a stop; `accelerate launch -m training.evaluate ...` shares the items over GPUs (on CPUs, torchrun).

@@ -8,7 +8,7 @@
 Measures the full grid and the linear search on the demo world's test clips (by attribute heads, or by the
 answers of a chat model) or on a labelled csv, and writes result.json, and per count a csv and a heatmap.
 plan_table.json holds the best input of each count: --install MODEL puts it into a model's config.json, where
-budgets find it. Goes on where it stopped.
+budgets find it: one between two counts takes the input of the larger. Goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from encoder.budget import PlanRow
+from encoder.budget import PlanRow, PlanTable
 from encoder.checkpoint import save_json
 from encoder.errors import ConfigError, FluxChatError
 from encoder.selection import Selector
@@ -49,7 +49,7 @@ from training.evaluation.token_search import (
 )
 from training.evaluation.views import Views
 from training.evaluation.watcher import Watcher
-from training.evaluation.world import WorldClips, attribute_hits, choice_share, evaluate_world
+from training.evaluation.world import WorldClips, answer_share, attribute_hits, evaluate_world
 
 Score = Callable[[Setting], Share]
 
@@ -96,7 +96,7 @@ def encoder_score(args: argparse.Namespace, out: Path) -> tuple[Score, Viewer, d
 
 
 def model_score(args: argparse.Namespace, out: Path) -> tuple[Score, VideoLanguageModel, dict[str, Any]]:
-    """Multiple-choice accuracy of a chat model on the world."""
+    """Accuracy of a chat model's answers on the world, of multiple-choice or of open questions."""
     model = VideoLanguageModel.from_pretrained(args.model, device=sharing_device(args.device))
     source = _world(args)
     world = source.open()
@@ -109,15 +109,22 @@ def model_score(args: argparse.Namespace, out: Path) -> tuple[Score, VideoLangua
 
     def score(setting: Setting) -> Share:
         watcher = Watcher(model, setting, args.seed)
-        return choice_share(evaluate_world(watcher, world, source.first, source.count, str(setting), journal))
+        result = evaluate_world(watcher, world, source.first, source.count, journal)
+        return answer_share(result, "open" if args.metric == "open" else "choice")
 
-    return score, model, {**told, "metric": "multiple-choice answers"}
+    return score, model, {**told, "metric": f"{args.metric} questions"}
 
 
 def optimize(args: argparse.Namespace) -> int:
     """Everything the command does."""
     if (args.encoder is None) == (args.model is None):
         raise ConfigError("Give either --encoder or --model.")
+    metrics = ("joint", "noun", "motion") if args.model is None else ("choice", "open")
+    args.metric = args.metric or metrics[0]
+    if args.metric not in metrics:
+        raise ConfigError(f"--metric {args.metric} does not go with this: use one of {', '.join(metrics)}.")
+    if args.install:
+        model_config(Path(args.install))  # before hours of measuring
     out, sharing = Path(args.out), Sharing()
     result_file = out / "result.json"
     score: Score
@@ -254,15 +261,19 @@ def runs_table(runs: Sequence[dict[str, Any]]) -> str:
     return table([*columns, "interval of best", "ms"], lines)
 
 
-def install(rows: Sequence[PlanRow], folder: Path) -> None:
-    """Put a plan table into a model's config.json. Raises ConfigError when that is not a model's."""
+def model_config(folder: Path) -> VLMConfig:
+    """A model's config.json. Raises ConfigError when the folder is not a model's."""
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_text())
+        return VLMConfig.from_dict(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
         raise ConfigError(f"Cannot read {path}: {error}.") from error
-    values["plan_table"] = [asdict(row) for row in sorted(rows, key=lambda row: row.tokens)]
-    save_json(VLMConfig.from_dict(values).to_dict(), path)
+
+
+def install(rows: Sequence[PlanRow], folder: Path) -> None:
+    """Put a plan table into a model's config.json. Raises ConfigError when that is not a model's."""
+    table = PlanTable.of(rows).rows
+    save_json(replace(model_config(folder), plan_table=table).to_dict(), folder / "config.json")
 
 
 def _world(args: argparse.Namespace) -> WorldSource:
@@ -278,8 +289,13 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--encoder", help="a folder, an official file, or a chat model's folder")
     top.add_argument("--alignment", help="of training.clip: attribute heads that judge on the demo world")
-    top.add_argument("--metric", choices=["joint", "noun", "motion"], default="joint", help="of those heads")
-    top.add_argument("--model", help="a chat model, judged by its multiple-choice answers")
+    top.add_argument("--model", help="a chat model, judged by its answers")
+    top.add_argument(
+        "--metric",
+        choices=["joint", "noun", "motion", "choice", "open"],
+        help="right by the heads for noun, motion or both (joint, default); with --model: right answers to "
+        "multiple-choice (default) or open questions",
+    )
     top.add_argument("--csv", help="a labelled test set instead of the world: class heads judge")
     top.add_argument("--videos", help="folder of the csv's videos")
     top.add_argument("--classes", help="file of class names")

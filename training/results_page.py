@@ -1,6 +1,7 @@
 """Every table on the demo world for one model, and the page that shows them.
 
     python -m training.results_page --model app/pretrained --clip runs/cpu/clip --results runs/results
+    python -m training.results_page --model app/pretrained --chat-clips 200 --chat-tokens 64 32 16 ...
     python -m training.results_page --results runs/results --page training/RESULTS.md   the page alone
 
 Runs one command per table, each of which goes on where it stopped, then writes the page from their result
@@ -16,7 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 from encoder.checkpoint import atomic_path
 from encoder.errors import DataError, FluxChatError
 from training.evaluation.action import accuracy_table
+from training.evaluation.goals import goals_by_run
 from training.evaluation.mvbench import mvbench_table
 from training.evaluation.retrieval import retrieval_table
 from training.evaluation.run import setting_of
@@ -54,8 +56,8 @@ def _by_setting(draw: Callable[[Any, Any], str]) -> Callable[[Result], str]:
 
 @dataclass(frozen=True)
 class Section:
-    """One table. stem: of its result file; command: module and arguments, without the shared ones; needs:
-    "model" or "clip"; of_paper: the table of which it has the shape."""
+    """One table. stem: of its result file, which several may share; command: module and arguments, without
+    the shared ones; needs: "model" or "clip"; of_paper: the table of which it has the shape."""
 
     title: str
     stem: str
@@ -65,15 +67,30 @@ class Section:
     show: Callable[[Result], str]
 
 
+def _against_blind(runs: Mapping[str, Any]) -> str:
+    """The first run beside the one without video; the other runs have a table of their own."""
+    chosen = dict.fromkeys([next(iter(runs)), *(["blind"] if "blind" in runs else [])])
+    return world_table({name: runs[name] for name in chosen})
+
+
 _EVALUATE = "training.evaluate"
+_CHAT = (_EVALUATE, "world", "--compare", "uniform", "random")
 SECTIONS: tuple[Section, ...] = (
     Section(
         "What the chat model answers",
         "world_chat",
-        (_EVALUATE, "world", "--selector", "flux", "random"),
+        _CHAT,
         "model",
-        "the chat table (Table 10) and the selectors (Table 2)",
-        lambda result: world_table(result["runs"]),
+        "the chat table (Table 10)",
+        lambda result: _against_blind(result["runs"]),
+    ),
+    Section(
+        "Fewer tokens and other selectors: what the chat model answers",
+        "world_chat",
+        _CHAT,
+        "model",
+        "the chat table (Table 10) and the selectors (Table 2); the same clips and questions in every line",
+        lambda result: goals_by_run(result["runs"]),
     ),
     Section(
         "Multiple choice in MVBench's forms",
@@ -127,30 +144,46 @@ SECTIONS: tuple[Section, ...] = (
 
 
 def commands(args: argparse.Namespace) -> list[list[str]]:
-    """One command per section whose model or training.clip run is given."""
+    """One command per result file whose model or training.clip run is given."""
+    by_stem = {section.stem: section for section in SECTIONS}
     found = []
-    for section in SECTIONS:
+    for section in by_stem.values():
         out = Path(args.results) / f"{section.stem}.json"
-        tokens = [str(count) for count in args.tokens]
-        shared = ["--preset", args.preset, *(["--recipe", args.recipe] if args.recipe else [])]
         if section.needs == "model" and args.model:
-            options = ["--model", args.model, "--clips", str(args.chat_clips), "--budget", *tokens]
+            options = _chat_options(args, section)
         elif section.needs == "clip" and args.clip:
-            options = ["--encoder", str(Path(args.clip) / "encoder"), "--alignment", args.clip]
-            options += [
-                "--clips",
-                str(args.clips),
-                *(["--pool", str(args.pool)] if args.pool is not None else []),
-            ]
-            options += ["--tokens" if "optimize" in section.command[0] else "--budget", *tokens]
+            options = _encoder_options(args, section)
         else:
             continue
-        if "optimize" in section.command[0]:
+        if _searches(section):
             out = out.parent
-            options += ["--frames", *map(str, args.frames)] if args.frames else []
-            options += ["--resolutions", *map(str, args.resolutions)] if args.resolutions else []
-        found.append(["-m", *section.command, *options, *shared, "--out", str(out)])
+        recipe = ["--recipe", args.recipe] if args.recipe else []
+        found.append(["-m", *section.command, *options, *recipe, "--out", str(out)])
     return found
+
+
+def _searches(section: Section) -> bool:
+    """Whether it is Token Optimization."""
+    return section.command[0] == "training.optimize_tokens"
+
+
+def _chat_options(args: argparse.Namespace, section: Section) -> list[str]:
+    """MVBench's forms are measured at the first token count alone."""
+    tokens = args.chat_tokens if section.command[1] == "world" else args.chat_tokens[:1]
+    options = ["--model", args.model, "--clips", str(args.chat_clips), "--budget", *map(str, tokens)]
+    return [*options, *(["--plan"] if args.plan else []), "--preset", args.chat_preset or args.preset]
+
+
+def _encoder_options(args: argparse.Namespace, section: Section) -> list[str]:
+    options = ["--encoder", str(Path(args.clip) / "encoder"), "--alignment", args.clip]
+    options += ["--clips", str(args.clips)]
+    options += ["--pool", str(args.pool)] if args.pool is not None else []
+    options += ["--tokens" if _searches(section) else "--budget", *map(str, args.tokens)]
+    if _searches(section):
+        options += ["--frames", *map(str, args.frames)] if args.frames else []
+        options += ["--resolutions", *map(str, args.resolutions)] if args.resolutions else []
+        options += ["--install", args.install] if args.install else []
+    return [*options, "--preset", args.preset]
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -231,11 +264,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--page", metavar="FILE", help="Markdown to write, such as training/RESULTS.md")
     parser.add_argument("--clips", type=int, default=512, help="for the encoder")
     parser.add_argument("--chat-clips", type=int, default=200, help="for the chat model")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 64, 32])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 64, 32], help="of the encoder")
+    parser.add_argument(
+        "--chat-tokens",
+        type=int,
+        nargs="+",
+        default=[64, 32, 16],
+        help="of the chat model; at the first also other selectors and MVBench's forms",
+    )
     parser.add_argument("--frames", type=int, nargs="+", help="of Token Optimization; default: trained range")
     parser.add_argument("--resolutions", type=int, nargs="+", help="of Token Optimization; likewise")
     parser.add_argument("--pool", type=int, help="pooling head that training.clip trained")
     parser.add_argument("--preset", choices=["simple", "solo", "full"], default="solo")
+    parser.add_argument("--chat-preset", choices=["simple", "solo", "full"], help="default: --preset")
+    parser.add_argument("--plan", action="store_true", help="the chat model's own input for each budget")
+    parser.add_argument(
+        "--install", metavar="MODEL", help="write the measured plan table into this model's config.json"
+    )
     parser.add_argument("--recipe", help="what the weights were trained with")
     given = sys.argv[1:] if argv is None else list(argv)
     args = parser.parse_args(given)

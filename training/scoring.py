@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from training.demo_world.asking import Question
@@ -110,3 +110,17 @@ def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
     centre = (share + z * z / (2 * total)) / scale
     half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / scale
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mean_interval(shares: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """95 % interval of the mean of independent shares (right, total), each weighing the same.
+
+    MOVER: the distances of each share to its Wilson limits add as squares (Zou and Donner 2008). Raises
+    ZeroDivisionError for no shares.
+    """
+    values = [right / total if total else 0.5 for right, total in shares]
+    limits = [wilson(right, total) for right, total in shares]
+    mean = sum(values) / len(values)
+    below = math.hypot(*(v - low for v, (low, _) in zip(values, limits, strict=True))) / len(values)
+    above = math.hypot(*(high - v for v, (_, high) in zip(values, limits, strict=True))) / len(values)
+    return max(0.0, mean - below), min(1.0, mean + above)

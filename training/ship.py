@@ -4,7 +4,9 @@
         --preset solo --alignment runs/box/clip/alignment.safetensors
 
 The last step of `make model`. The clips come from the test split of the demo world; five whose questions the
-model answers rightly and one that it gets wrong, each first of its kind from number 0 on.
+model answers rightly and one that it gets wrong, each first of its kind from number 0 on. A plan table that
+`training.optimize_tokens --install` wrote into the model goes along; so does that of the folder before, when
+the encoder it was measured on is still the same.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from training.data.world import WorldSource
 from training.demo_world.asking import Question
 from training.demo_world.export import write_video
 from training.demo_world.world import Sample, World
-from training.evaluation.setting import Setting
+from training.evaluation.chat_runs import input_of
 from training.evaluation.watcher import Asked, Watcher
 from training.scoring import agrees
 from training.ship_card import card
@@ -61,10 +63,7 @@ def suitable(sample: Sample, place: int, tasks: Sequence[str]) -> Question | Non
 
 def make_examples(model: VideoLanguageModel, world: World, folder: Path) -> list[Example]:
     """Write clips into a folder until enough are answered rightly and wrongly. Raises DataError if not."""
-    config = model.config.encoder
-    side = max(range(*config.resolution_range))
-    setting = Setting(max(range(*config.frames_range)), side, model.config.default_tokens, "flux")
-    watcher = Watcher(model, setting)
+    watcher = Watcher(model, input_of(model, model.config.default_tokens))
     folder.mkdir(parents=True)
     tasks = TASKS if world.level.plots != ("solo",) else TASKS[:2]
     found: list[Example] = []
@@ -111,6 +110,17 @@ def _forget_folders(path: Path) -> None:
     save_json(values, path)
 
 
+def keep_plan_table(built: Path, before: Path) -> None:
+    """Take over the plan table of the folder `before` when `built` has none and the same encoder."""
+    configs, encoders = [[folder / name for folder in (built, before)] for name in PARTS[:2]]
+    if not all(path.exists() for path in (*configs, *encoders)):
+        return
+    new, old = (json.loads(path.read_text()) for path in configs)
+    same = encoders[0].read_bytes() == encoders[1].read_bytes() and new["encoder"] == old["encoder"]
+    if same and not new.get("plan_table") and old.get("plan_table"):
+        save_json({**new, "plan_table": old["plan_table"]}, configs[0])
+
+
 def ship(
     model: Path,
     figures: Path,
@@ -128,6 +138,7 @@ def ship(
         if alignment is not None:
             shutil.copy(alignment, built / "alignment.safetensors")
             sizes["alignment.safetensors"] = alignment.stat().st_size
+        keep_plan_table(built, out)
         loaded = VideoLanguageModel.from_pretrained(built, device="cpu")
         world = WorldSource("test", preset=preset).open()
         examples = make_examples(loaded, world, built / "examples")

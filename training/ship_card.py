@@ -7,6 +7,7 @@ from typing import Any
 
 from llm_bridge.model import VideoLanguageModel
 from training.demo_world.world import World
+from training.evaluation.goals import chance_percent, percent
 
 HEAD = """\
 ---
@@ -24,8 +25,7 @@ itself. It knows {nouns} things and {motions} ways to move; shown anything else,
 ## What it gets right
 
 {clips} clips of the test split (scenes, backgrounds and wordings that training never showed), greedy answers,
-{frames} frames at {side} x {side}, percent with 95 % intervals. "flux 64" keeps 64 of the {patches} patches;
-"blind" is the same language model without the video.
+percent with 95 % intervals. {inputs}; "blind" is the same language model without the video.
 
 {table}
 """
@@ -70,8 +70,7 @@ def card(
     config = model.config.encoder
     runs: Mapping[str, Any] = measured["runs"]
     first = next(iter(runs.values()))
-    side, most = max(range(*config.resolution_range)), world.level.max_objects
-    frames = max(range(*config.frames_range))
+    most = world.level.max_objects
     head = HEAD.format(
         llm=model.config.llm,
         width=config.embed_dim,
@@ -82,9 +81,9 @@ def card(
         nouns=len(world.pool),
         motions=len(world.level.motions),
         clips=first["tasks"]["caption: main object"]["n"],
-        frames=frames,
-        side=side,
-        patches=frames * (side // config.patch_size) ** 2,
+        inputs="; ".join(
+            _input(run, shown, config.patch_size) for run, shown in measured["inputs"].items() if shown
+        ),
         table=figures_table(runs),
     )
     return head + TAIL.format(
@@ -99,23 +98,23 @@ def card(
     )
 
 
+def _input(run: str, shown: Mapping[str, Any], patch_size: int) -> str:
+    """What a run was shown, from a result file's "inputs"."""
+    frames, side = shown["frames"], shown["resolution"]
+    patches = frames * (side // patch_size) ** 2
+    return f'"{run}" keeps {shown["K"]} of the {patches} patches of {frames} frames at {side} x {side}'
+
+
 def figures_table(runs: Mapping[str, Any]) -> str:
-    """Tasks down, runs across; the runs are named by selector and tokens kept."""
+    """Goals (bold), then tasks, down and runs across; the runs are named by selector and tokens kept."""
     names = list(runs)
     lines = [f"| task | {' | '.join(names)} | chance | n |", "|---" * (len(names) + 3) + "|"]
-    for task, row in runs[names[0]]["tasks"].items():
-        cells = [_percent(runs[name]["tasks"].get(task)) for name in names]
-        chance = "" if row.get("chance") is None else f"{100 * row['chance']:.0f}"
-        lines.append(f"| {task} | {' | '.join(cells)} | {chance} | {row['n']} |")
-    key = "multiple choice, mean over tasks"
-    means = [f"{100 * runs[name][key]:.1f}" if runs[name].get(key) is not None else "" for name in names]
-    return "\n".join([*lines, f"| **{key}** | {' | '.join(means)} | | |"])
-
-
-def _percent(row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    return f"{100 * row['accuracy']:.1f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
+    for part, mark in (("goals", "**"), ("tasks", "")):
+        for task, row in runs[names[0]].get(part, {}).items():
+            cells = [percent(runs[name].get(part, {}).get(task)) or "" for name in names]
+            shares, chance = " | ".join(cells), chance_percent(row)
+            lines.append(f"| {mark}{task}{mark} | {shares} | {chance} | {row['n']} |")
+    return "\n".join(lines)
 
 
 def _example(example: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from encoder.budget import Budget, Plan, PlanTable
+from encoder.budget import Budget, Plan, PlanRow, PlanTable
 from encoder.config import BASE, MICRO, SIZES, SMALL
 from encoder.cost import Speed, encoder_features, encoder_macs, encoder_mib
 from encoder.errors import BudgetError
@@ -93,9 +93,37 @@ def test_measured_table_replaces_the_policy(tmp_path: Path) -> None:
     table = PlanTable.read(path)
     assert Budget(100).plan(Video(), MICRO, table=table) == Plan(12, 98, 98, 100)
     assert Budget(64).plan(Video(), MICRO, table=table).frames == 8
+    # Between rows the next larger one decides, below all of them the first.
+    assert (
+        Budget(65).plan(Video(), MICRO, table=table).grid
+        == Budget(256).plan(Video(), MICRO, table=table).grid
+    )
+    assert Budget(3).plan(Video(), MICRO, table=table) == Plan(8, 84, 84, 3)
     path.write_text('[{"tokens": 256}]')
     with pytest.raises(BudgetError, match="Cannot read the plan table"):
         PlanTable.read(path)
+
+
+@given(st.integers(1, 4000), st.integers(1, 40))
+def test_a_measured_table_never_takes_tokens_away(tokens: int, frames: int) -> None:
+    """Beyond its last row, and for short clips, a budget buys what it bought without the table."""
+    table = PlanTable.of([PlanRow(64, 4, 56), PlanRow(128, 24, 56)])
+    video = Video(frames=frames)
+    measured, plain = (Budget(tokens).plan(video, SMALL, table=t) for t in (table, None))
+    row = table.lookup(tokens)
+    if tokens <= row.tokens and frames >= row.frames:
+        assert (measured.frames, measured.height) == (row.frames, row.resolution)
+    else:
+        assert measured.keep >= plain.keep
+    assert measured.frames <= frames
+
+
+def test_a_table_beyond_the_trained_range_goes_on_beyond_its_last_row() -> None:
+    config = MICRO.replace(frames_range=(8, 10, 2), resolution_range=(112, 126, 14))
+    table = PlanTable.of([PlanRow(64, 16, 112)])
+    plans = [Budget(tokens).plan(Video(), config, table=table) for tokens in (64, 600, 2000)]
+    assert [plan.keep for plan in plans] == [64, 600, 1024]
+    assert {plan.frames for plan in plans} == {16}
 
 
 @pytest.mark.parametrize(

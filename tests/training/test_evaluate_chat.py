@@ -17,10 +17,10 @@ from tests.training.tiny_world import TINY, make_cache
 from training.data.media import FileMedia, WorldMedia
 from training.data.world import WorldSource
 from training.evaluate import main
-from training.evaluation.mvbench import Item, score_mvbench, world_items
+from training.evaluation.goals import NAMED, UNSEEN, goals_by_run
+from training.evaluation.mvbench import TASKS, Item, by_video, mvbench_table, score_mvbench, world_items
 from training.evaluation.setting import Setting
 from training.evaluation.watcher import Asked, Watcher
-from training.evaluation.world import choice_share, questions_of, score_world
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +65,46 @@ def test_world_command(saved: Path, tmp_path: Path, capsys) -> None:
     tasks = result["runs"]["flux 8"]["tasks"]
     assert tasks["caption: motion"]["n"] == 2
     assert tasks["caption: main object"]["chance"] == pytest.approx(1 / 12)
-    assert "blind" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "blind" in shown
+    goals = result["runs"]["flux 8"]["goals"]
+    assert goals[NAMED]["n"] == goals[UNSEEN]["n"] == 2
+    assert set(goals) == set(result["runs"]["blind"]["goals"])
+    assert all(row["low"] <= row["accuracy"] <= row["high"] and "chance" in row for row in goals.values())
+    assert all(name in shown for name in goals)
     # The answers are journaled: a second run computes none, and the figures are the same.
     journal = (tmp_path / "w.journal" / "0.jsonl").read_text()
     assert main(arguments) == 0
     assert (tmp_path / "w.journal" / "0.jsonl").read_text() == journal
     assert json.loads((tmp_path / "w.json").read_text())["runs"] == result["runs"]
+
+
+def test_budgets_and_selectors_on_the_same_clips(saved: Path, tmp_path: Path) -> None:
+    arguments = ["world", "--model", str(saved), "--device", "cpu", "--clips", "2", "--preset", "solo"]
+    arguments += ["--compare", "uniform", "random", "--unseen-clips", "0", "--out", str(tmp_path / "w.json")]
+    assert main([*arguments, "--budget", "8"]) == 0
+    journal = tmp_path / "w.journal" / "0.jsonl"
+    before = journal.read_text()
+    assert main([*arguments, "--budget", "8", "4"]) == 0
+    result = json.loads((tmp_path / "w.json").read_text())
+    assert list(result["runs"]) == ["flux 8", "flux 4", "uniform 8", "random 8", "blind"]
+    assert UNSEEN not in result["runs"]["blind"]["goals"]
+    # One more budget asks about its own clips alone.
+    added = [json.loads(line)["id"] for line in journal.read_text().removeprefix(before).splitlines()]
+    assert added == ["8x84:4|0", "8x84:4|1"]
+    lines = goals_by_run(result["runs"]).splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["run", *result["runs"], "chance", "n"]
+
+
+def test_another_plan_answers_anew(saved: Path, tmp_path: Path) -> None:
+    """What the journal holds of one input does not stand for another with as many tokens."""
+    arguments = ["world", "--model", str(saved), "--device", "cpu", "--clips", "1", "--preset", "solo"]
+    arguments += ["--budget", "8", "--no-blind", "--unseen-clips", "0", "--out", str(tmp_path / "w.json")]
+    journal = tmp_path / "w.journal" / "0.jsonl"
+    assert main(arguments) == 0
+    assert main([*arguments, "--plan"]) == 0
+    inputs = [json.loads(line)["id"] for line in journal.read_text().splitlines()[1:]]
+    assert len(set(inputs)) == 2
 
 
 def test_budgets_by_the_models_own_plan(saved: Path, tmp_path: Path) -> None:
@@ -85,26 +119,6 @@ def test_budgets_by_the_models_own_plan(saved: Path, tmp_path: Path) -> None:
     assert main([*arguments, "--plan", "--no-blind", "--out", str(tmp_path / "w.json")]) == 0
     [used] = json.loads((tmp_path / "w.json").read_text())["inputs"].values()
     assert (used["frames"], used["resolution"], used["K"]) == (4, 56, 8)
-
-
-def test_right_answers_get_full_marks() -> None:
-    source = WorldSource(split="test", count=30)
-    world = source.open()
-    answers = {}
-    for number in range(30):
-        answers[number] = [q.answer for q in questions_of(world.sample(number), number)]
-    result = score_world(world, answers)
-    rows = {task: row["accuracy"] for task, row in result["tasks"].items() if "caption" not in task}
-    assert set(rows.values()) == {1.0}
-    share = choice_share(result)
-    assert (share.right, share.total) == (share.total, sum("?" in q for q in _choices(world, 30)))
-    wrong = score_world(world, {n: ["nothing"] * len(said) for n, said in answers.items()})
-    assert choice_share(wrong).right == 0
-    assert len(wrong["examples"]) == 12
-
-
-def _choices(world, count: int) -> list[str]:
-    return [q.question + "?" for n in range(count) for q in world.sample(n).questions if q.options]
 
 
 # -- MVBench ------------------------------------------------------------------------------------------------
@@ -149,8 +163,18 @@ def test_mvbench_command_lists_what_is_missing(saved: Path, tmp_path: Path, caps
 def test_mvbench_on_the_world(saved: Path, tmp_path: Path) -> None:
     arguments = ["mvbench", "--dataset", "world", "--model", str(saved), "--device", "cpu", "--clips", "2"]
     arguments += ["--prompt", "flash", "--budget", "8", "--no-blind", "--preset", "solo"]
-    assert main([*arguments, "--out", str(tmp_path / "m.json")]) == 0
-    [run] = json.loads((tmp_path / "m.json").read_text())["runs"].values()
+    out = tmp_path / "m.json"
+    assert main([*arguments, "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert {"command", "commit", "machine", "weights", "scenes", "preset", "seed", "interval"} <= set(result)
+    # Stopped within a line: only that clip's questions are asked again, and the figures are the same.
+    journal = tmp_path / "m.journal" / "0.jsonl"
+    whole = journal.read_text()
+    journal.write_text(whole[: int(0.8 * len(whole))])
+    assert main([*arguments, "--out", str(out)]) == 0
+    assert {*journal.read_text().splitlines()} == {*whole.splitlines()}
+    [run] = json.loads(out.read_text())["runs"].values()
+    assert run == next(iter(result["runs"].values()))
     assert run["complete"] == (run["mean"] is not None)
     assert sum(task["questions"] for task in run["tasks"].values()) == len(
         world_items(WorldSource(split="test", count=2, preset="solo"))
@@ -165,6 +189,26 @@ def test_world_questions_in_its_layout() -> None:
     assert items[0].candidates == first.options
     assert items[0].truth == first.answer_index
     assert f"Question: {items[0].question}\n" in first.question
+    assert max(len(item.candidates) for item in items) <= 5
+    blocks = by_video(items)
+    assert [n for block in blocks for n in block] == list(range(len(items)))
+    assert len(blocks) == 8
+
+
+def test_the_world_in_mvbenchs_tasks() -> None:
+    items = world_items(WorldSource(split="test", count=80))
+    said = [{"answer": f"({chr(65 + item.truth)})"} for item in items]
+    result = score_mvbench(items, said, "flash")
+    assert (result["mean"], result["high"]) == (100.0, 100.0)
+    assert result["low"] > 90
+    order = list(result["tasks"])
+    shared = [task for task in TASKS if task in order]
+    assert order[: len(shared)] == shared
+    assert {"action_localization", "action_sequence", "moving_direction", "scene_transition"} <= set(shared)
+    assert result["tasks"]["existence"]["chance"] == 50
+    text = mvbench_table({"all": result})
+    assert f"{len(shared)} of MVBench's 20 tasks" in text
+    assert "100.0 [" in text
 
 
 def test_mvbench_scores_by_hand() -> None:

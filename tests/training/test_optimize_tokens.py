@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from app import VideoChat
 from encoder.budget import PlanTable
 from encoder.errors import ConfigError
-from llm_bridge.model import VLMConfig
+from encoder.fluxvit import FluxViT
+from llm_bridge.model import VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
 from tests.training.tiny_world import TINY, make_cache, make_encoder
+from training.data.world import WorldSource
 from training.evaluation.heatmap import draw_heatmap
 from training.evaluation.metrics import Share
 from training.evaluation.token_search import Cell, Grid, Measured, best_cell, full_search, linear_search
@@ -107,8 +111,6 @@ def test_wrong_grids(frames: tuple[int, ...], sides: tuple[int, ...]) -> None:
 
 
 def test_heatmap_shows_the_grid(tmp_path: Path) -> None:
-    from PIL import Image
-
     cells = {cell: hill(*cell) for cell in PAPER.cells}
     linear = linear_search(PAPER, 1024, hill)
     draw_heatmap(PAPER, 1024, cells, tmp_path / "full.png", title="x", linear=linear)
@@ -187,6 +189,47 @@ def test_the_command(run, cache, tmp_path, monkeypatch, capsys) -> None:
     assert [r["cells"] for r in again["runs"]] == [r["cells"] for r in result["runs"]]
 
 
+def test_an_installed_table_decides_about_budgets(
+    run: Path, cache: Path, tmp_path: Path, monkeypatch, llm_folder
+) -> None:
+    """From the measured grid to what a VideoChat of that folder samples."""
+    monkeypatch.setenv("FLUXCHAT_CACHE", str(cache))
+    model = tmp_path / "model"
+    config = VLMConfig(llm=str(llm_folder("qwen2")), projector=ProjectorConfig(32, 64), encoder=TINY)
+    assemble(config, FluxViT(TINY), None, device="cpu").save_pretrained(model)
+    assert main(command(run, tmp_path / "out", "--no-times", "--install", str(model))) == 0
+    table = PlanTable.read(tmp_path / "out" / "plan_table.json")
+    clip = [Image.new("RGB", (84, 84), (20 * i, 0, 0)) for i in range(12)]
+    with VideoChat(model=model, device="cpu") as chat:
+        assert chat.model.plan_table == table
+        for budget in (8, 16, 20, 32):
+            row, plan = table.lookup(budget), chat.plan(clip, budget)
+            assert (plan.frames, plan.height, plan.keep) == (row.frames, row.resolution, budget)
+        assert chat.plan(clip, 100).keep == 100
+        auto = chat.plan(clip, "auto:0.000001")
+        assert (auto.frames, auto.height) == (table.rows[0].frames, table.rows[0].resolution)
+
+
+def test_a_chat_model_is_judged_by_its_answers(cache: Path, tmp_path: Path, monkeypatch, llm_folder) -> None:
+    monkeypatch.setenv("FLUXCHAT_CACHE", str(cache))
+    config = VLMConfig(llm=str(llm_folder("qwen2")), projector=ProjectorConfig(32, 64), encoder=TINY)
+    assemble(config, FluxViT(TINY), None, device="cpu").save_pretrained(tmp_path / "model")
+    arguments = ["--model", str(tmp_path / "model"), "--device", "cpu", "--tokens", "8", "--frames", "4"]
+    arguments += ["--resolutions", "56", "--clips", "2", "--preset", "solo", "--no-times"]
+    arguments += ["--out", str(tmp_path / "out")]
+    totals = {}
+    for metric in ("choice", "open"):
+        assert main([*arguments, "--metric", metric]) == 0
+        result = json.loads((tmp_path / "out" / "result.json").read_text())
+        assert result["metric"] == f"{metric} questions"
+        totals[metric] = result["runs"][0]["cells"]["4x56"]["n"]
+    world = WorldSource(split="test", count=2, preset="solo").open()
+    questions = [question for number in range(2) for question in world.sample(number).questions]
+    choices = sum(bool(question.options) for question in questions)
+    # Each clip's caption is asked for the thing and for its motion.
+    assert totals == {"choice": choices, "open": len(questions) - choices + 4}
+
+
 def test_joint_is_noun_and_motion_on_the_same_clip(run, cache, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("FLUXCHAT_CACHE", str(cache))
     shares = {}
@@ -207,6 +250,7 @@ def test_joint_is_noun_and_motion_on_the_same_clip(run, cache, tmp_path, monkeyp
         (["--resolutions", "60"], "multiples of 14"),
         (["--model", "x"], "either --encoder or --model"),
         (["--install", "none"], "Cannot read none"),
+        (["--metric", "open"], "use one of joint, noun, motion"),
     ],
 )
 def test_wrong_use(more, words, run, cache, tmp_path, monkeypatch, capsys) -> None:

@@ -11,6 +11,7 @@ from encoder.errors import DataError
 from tests.training.tiny_towers import sentence_folder
 from tests.training.tiny_world import make_cache, make_encoder
 from training import evaluate
+from training.evaluation.goals import GOALS
 from training.results_page import SECTIONS, commands, findings, main, page
 
 
@@ -38,6 +39,18 @@ def test_tables_with_their_commands_and_sources(results: Path) -> None:
     share = 100 * told["settings"][0]["scores"]["plain"]["T2V"]["R@1"]["value"]
     assert f"{share:.1f}" in text.split("## Retrieval by caption")[1].split("## ")[0]
     assert text.count("Not measured yet.") == len(SECTIONS) - 2
+
+
+def test_the_chat_tables_share_one_result(results: Path, tmp_path: Path) -> None:
+    rows = {name: {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 9, "chance": 0.25} for name in GOALS}
+    runs = {name: {"goals": rows, "tasks": {}} for name in ("flux 64", "flux 16", "random 64", "blind")}
+    about = json.loads((results / "retrieval.json").read_text())
+    (tmp_path / "world_chat.json").write_text(json.dumps({**about, "runs": runs}))
+    first, second = page(tmp_path, ["x"]).split("\n## ")[1:3]
+    assert "flux 64" in first
+    assert "blind" in first
+    assert "flux 16" not in first
+    assert [line.split("  ")[0] for line in second.splitlines() if "50.0 [40, 60]" in line] == list(runs)
 
 
 def test_findings_stay(results: Path) -> None:
@@ -76,6 +89,10 @@ def test_every_command_parses() -> None:
         clips=8,
         chat_clips=4,
         tokens=[64, 32],
+        chat_tokens=[64, 16],
+        chat_preset="full",
+        install="m",
+        plan=True,
         frames=[8],
         resolutions=None,
         pool=1,
@@ -83,13 +100,17 @@ def test_every_command_parses() -> None:
         recipe="cpu/clip.yaml",
     )
     found = commands(args)
-    assert len(found) == len(SECTIONS)
+    assert len(found) == len({section.stem for section in SECTIONS})
     for command in found:
         module, rest = command[1], command[2:]
         known = token_parser() if module == "training.optimize_tokens" else parser(None)
         parsed = known.parse_args(rest)
         assert parsed.recipe == "cpu/clip.yaml"
         assert parsed.out.startswith("r/")
+        assert parsed.preset == ("full" if "--model" in rest else "solo")
+    chat, forms = (parser(None).parse_args(command[2:]) for command in found[:2])
+    assert chat.plan
+    assert (chat.budget, chat.compare, forms.budget) == ([64, 16], ["uniform", "random"], [64])
     args.clip = None
     assert [c[2] for c in commands(args)] == ["world", "mvbench"]
 

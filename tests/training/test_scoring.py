@@ -8,7 +8,7 @@ from training.demo_world.asking import Question
 from training.demo_world.bank import procedural_bank
 from training.demo_world.wording import ANSWERS, MOVES
 from training.demo_world.world import World
-from training.scoring import agrees, letter_in, motion_in, names, wilson
+from training.scoring import agrees, letter_in, mean_interval, motion_in, names, wilson
 
 
 @pytest.mark.parametrize("motion", MOVES)
@@ -95,3 +95,19 @@ def test_wilson_by_hand() -> None:
     low, high = wilson(50, 100)
     assert (low, high) == pytest.approx((0.40383, 0.59617), abs=1e-4)
     assert wilson(0, 0) == (0.0, 1.0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 50)), min_size=1, max_size=8))
+def test_the_interval_of_a_mean_holds_it(shares) -> None:
+    shares = [(min(right, total), total) for right, total in shares]
+    low, high = mean_interval(shares)
+    mean = sum(right / total for right, total in shares) / len(shares)
+    assert 0 <= low <= mean + 1e-9
+    assert mean - 1e-9 <= high <= 1
+
+
+def test_the_interval_of_a_mean_by_hand() -> None:
+    assert mean_interval([(3, 10)]) == pytest.approx(wilson(3, 10))
+    # Four like shares: half the distances of one.
+    low, high = wilson(50, 100)
+    assert mean_interval([(50, 100)] * 4) == pytest.approx((0.5 - (0.5 - low) / 2, 0.5 + (high - 0.5) / 2))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from encoder.checkpoint import save_tensors
+from encoder.budget import PlanRow
+from encoder.checkpoint import read_tensors, save_tensors
 from encoder.video import probe
 from llm_bridge.model import VideoLanguageModel
 from training import chat_stage1, ship
@@ -16,6 +18,7 @@ from training.data import world as world_data
 from training.demo_world.bank import procedural_bank
 from training.demo_world.plots import WorldConfig
 from training.demo_world.world import World
+from training.optimize_tokens import install, model_config
 
 
 @pytest.fixture
@@ -33,10 +36,13 @@ def trained(stage1_recipe: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def figures(tmp_path: Path) -> Path:
     row = {"accuracy": 0.8642, "low": 0.8, "high": 0.91, "n": 77, "chance": 0.25}
-    runs = {"flux 16": {"tasks": {"caption: main object": row}, "multiple choice, mean over tasks": 0.5}}
-    runs["blind"] = {"tasks": {}, "multiple choice, mean over tasks": None}
+    runs: dict[str, Any] = {
+        "flux 16": {"goals": {"which appears first": row}, "tasks": {"caption: main object": row}}
+    }
+    runs["blind"] = {"tasks": {}}
+    inputs = {"flux 16": {"frames": 4, "resolution": 56, "K": 16}, "blind": None}
     path = tmp_path / "world.json"
-    path.write_text(json.dumps({"runs": runs, "commit": "abc123", "weights": "feed"}))
+    path.write_text(json.dumps({"runs": runs, "inputs": inputs, "commit": "abc123", "weights": "feed"}))
     return path
 
 
@@ -64,10 +70,23 @@ def test_the_folder_is_whole(
         assert (info.codec, info.width) == ("h264", 256)
         assert not example["right"]
     text = (out / "README.md").read_text()
-    assert "86.4 [80, 91]" in text
+    assert "| **which appears first** | 86.4 [80, 91] |  | 25 | 77 |" in text
+    assert "| caption: main object | 86.4 [80, 91] |  | 25 | 77 |" in text
+    assert '"flux 16" keeps 16 of the 64 patches of 4 frames at 56 x 56; "blind" is' in text
     assert "abc123" in text
     assert examples[0]["question"] in text
     assert not list(tmp_path.glob(".ship-*"))
+    # A plan table in the old folder stays with the same encoder, and goes with another.
+    install([PlanRow(16, 4, 56)], out)
+    assert ship.main([*arguments]) == 0
+    assert model_config(out).plan_table == (PlanRow(16, 4, 56),)
+    weights = read_tensors(trained / "encoder.safetensors")
+    save_tensors({name: value + 1 for name, value in weights.items()}, trained / "encoder.safetensors")
+    assert ship.main([*arguments]) == 0
+    assert model_config(out).plan_table == ()
+    install([PlanRow(32, 4, 56)], trained)
+    assert ship.main([*arguments]) == 0
+    assert model_config(out).plan_table == (PlanRow(32, 4, 56),)
 
 
 def test_examples_of_the_whole_world_ask_about_number_and_order() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from encoder.budget import choose_input
+from encoder.budget import input_for
 from encoder.errors import ConfigError
 from encoder.selection import Selector
 from llm_bridge.model import VideoLanguageModel
@@ -19,11 +21,12 @@ from training.evaluation.given import (
     sharing_device,
     world_source,
 )
+from training.evaluation.goals import UNSEEN
 from training.evaluation.mvbench import evaluate_mvbench, mvbench_table, read_mvbench, world_items
 from training.evaluation.results import Journal
 from training.evaluation.setting import Setting
 from training.evaluation.watcher import Watcher
-from training.evaluation.world import evaluate_world, world_table
+from training.evaluation.world import evaluate_unseen, evaluate_world, world_table
 
 
 def run_world_chat(args: argparse.Namespace) -> int:
@@ -35,9 +38,15 @@ def run_world_chat(args: argparse.Namespace) -> int:
     journal = Journal(path_of(args.out), told)
     world = source.open()
     results = {
-        label: evaluate_world(watcher, world, source.first, source.count, label, journal)
+        label: evaluate_world(watcher, world, source.first, source.count, journal)
         for label, watcher in watchers.items()
     }
+    unseen = source.count if args.unseen_clips is None else args.unseen_clips
+    if unseen and source.split == "test":
+        strange = replace(source, split="unseen").open()
+        for label, watcher in watchers.items():
+            row = evaluate_unseen(watcher, strange, source.first, unseen, journal)
+            results[label]["goals"][UNSEEN] = row
     return finish(args, world_table(results), told, model.device, watchers, {"runs": results})
 
 
@@ -54,7 +63,7 @@ def run_mvbench(args: argparse.Namespace) -> int:
     told = _told(model, args, **about_data(args))
     journal = Journal(path_of(args.out), told)
     results = {
-        f"{label}, {form}": evaluate_mvbench(watcher, items, form, journal, label)
+        f"{label}, {form}": evaluate_mvbench(watcher, items, form, journal)
         for form in args.prompt
         for label, watcher in watchers.items()
     }
@@ -66,24 +75,22 @@ def _watchers(model: VideoLanguageModel, args: argparse.Namespace) -> dict[str, 
     if args.setting or args.plan_table:
         settings = {str(s): s.check(model.config.encoder) for s in settings_of(args, model.config.encoder)}
     else:
+        runs = [(selector, keep) for selector in args.selector for keep in args.budget]
+        runs += [(selector, args.budget[0]) for selector in args.compare]
         settings = {
-            f"{selector} {keep}": _input_of(model, keep, selector, args.plan)
-            for selector in args.selector
-            for keep in args.budget
+            f"{selector} {keep}": input_of(model, keep, selector, args.plan) for selector, keep in runs
         }
     watchers = {label: Watcher(model, setting, args.seed) for label, setting in settings.items()}
     return watchers if args.no_blind else {**watchers, "blind": Watcher(model, None)}
 
 
-def _input_of(model: VideoLanguageModel, keep: int, selector: Selector, plan: bool) -> Setting:
-    """The largest trained input, or with `plan` what the model's own policy chooses for a budget."""
+def input_of(model: VideoLanguageModel, keep: int, selector: Selector = "flux", plan: bool = True) -> Setting:
+    """What a budget buys of a long video by the model's plan table or policy; without `plan` the largest
+    trained input."""
     config = model.config.encoder
     frames, side = max(range(*config.frames_range)), max(range(*config.resolution_range))
-    if plan and model.plan_table is not None:
-        row = model.plan_table.lookup(keep)
-        frames, side = row.frames, row.resolution
-    elif plan:
-        frames, side = choose_input(keep, frames, config)
+    if plan:  # the world draws as many frames as are asked for
+        frames, side = input_for(keep, sys.maxsize, config, model.plan_table)
     return Setting(frames, side, keep, selector)
 
 

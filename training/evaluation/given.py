@@ -23,7 +23,7 @@ from training.evaluation.run import describe_setting, provenance
 from training.evaluation.setting import Setting, from_table
 from training.evaluation.watcher import Watcher
 
-INTERVAL = "Wilson, 95 %"
+INTERVAL = "Wilson, 95 % (means over tasks: MOVER)"
 
 
 def sharing_device(asked: str | None) -> str | None:

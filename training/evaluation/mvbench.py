@@ -2,7 +2,7 @@
 
 "flash" is VideoChat-Flash's (the lmms-eval task), "videochat2" that of the benchmark's own notebook. A video
 that cannot be found or read is listed and never guessed; answers without any text are left out of a task's
-share, as in the published code, and counted.
+share, as in the published code, and counted. The demo world's questions come in the same layout.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +20,10 @@ from encoder.video import Clip, read_clip
 from training.data.media import IMAGES, FileMedia, Media, WorldMedia
 from training.data.world import WorldSource
 from training.evaluation.benchmarks import find_video
-from training.evaluation.metrics import letter_flash, letter_videochat2, mvbench_scores
+from training.evaluation.metrics import TaskScore, letter_flash, letter_videochat2, mvbench_scores
 from training.evaluation.results import Journal, Row, run_blocks, table
 from training.evaluation.watcher import Asked, Watcher
-from training.scoring import wilson
+from training.scoring import mean_interval, wilson
 
 Form = Literal["flash", "videochat2"]
 FRAME_FOLDERS_FPS = 3.0
@@ -71,6 +72,11 @@ TASKS: Mapping[str, Task] = {
     ),
     "counterfactual_inference": _CLEVRER,
 }
+
+
+# Tasks of the demo world that MVBench has under another name, and the options that its letters reach.
+AS_IN_MVBENCH: Mapping[str, str] = {"localisation_part": "action_localization"}
+MOST_OPTIONS = 5
 
 
 @dataclass(frozen=True)
@@ -165,26 +171,29 @@ def locate(task: Task, videos: Path, name: str, start_s: float | None, end_s: fl
 
 
 def world_items(source: WorldSource) -> list[Item]:
-    """The demo world's multiple-choice questions as such items; a task is named as in the world."""
+    """The demo world's multiple-choice questions as such items.
+
+    Task names are MVBench's where it has the task. Questions with more options than the published readers of
+    letters know are left out.
+    """
     world = source.open()
     items = []
     for number in range(source.first, source.first + source.count):
         sample = world.sample(number)
         media = WorldMedia(world, sample, number)
-        for place, question in enumerate(q for q in sample.questions if q.options):
+        for place, question in enumerate(q for q in sample.questions if 0 < len(q.options) <= MOST_OPTIONS):
+            task = AS_IN_MVBENCH.get(question.task, question.task)
             # The world asks in a form of its own; the bare question is its first line.
             text = question.question.partition("\n")[0].removeprefix("Question: ")
-            items.append(
-                Item(
-                    f"{question.task}/{number}.{place}",
-                    question.task,
-                    media,
-                    text,
-                    question.options,
-                    question.answer_index or 0,
-                )
-            )
+            truth = question.answer_index or 0
+            items.append(Item(f"{task}/{number}.{place}", task, media, text, question.options, truth))
     return items
+
+
+def by_video(items: Sequence[Item]) -> list[range]:
+    """Numbers of neighbouring items about the same media: their questions are answered together."""
+    starts = [n for n, item in enumerate(items) if not n or item.media.key != items[n - 1].media.key]
+    return [range(start, end) for start, end in pairwise([*starts, len(items)])]
 
 
 def ask(item: Item, form: Form) -> Asked:
@@ -203,27 +212,26 @@ LETTERS: Mapping[Form, Callable[[str], str | None]] = {
 }
 
 
-def evaluate_mvbench(
-    watcher: Watcher, items: Sequence[Item], form: Form, journal: Journal, label: str
-) -> dict[str, Any]:
+def evaluate_mvbench(watcher: Watcher, items: Sequence[Item], form: Form, journal: Journal) -> dict[str, Any]:
     """Score by task and their mean, with the missing videos."""
 
     def work(numbers: Sequence[int]) -> list[Row]:
-        rows: list[Row] = []
-        for number in numbers:
-            try:
-                [answer] = watcher.answers(items[number].media, number, [ask(items[number], form)])
-                rows.append({"answer": answer})
-            except VideoError as error:
-                rows.append({"missing": str(error)})
-        return rows
+        asked = [ask(items[number], form) for number in numbers]
+        try:
+            said = list(watcher.answers(items[numbers[0]].media, numbers[0], asked))
+        except VideoError as error:
+            return [{"missing": str(error)} for _ in numbers]
+        return [{"answer": answer} for answer in said]
 
-    rows = run_blocks([f"{label}|{form}|{item.id}" for item in items], work, journal, block=1, label=label)
+    label = f"{watcher.key}|{form}"
+    rows = run_blocks(
+        [f"{label}|{item.id}" for item in items], work, journal, block=by_video(items), label=label
+    )
     return score_mvbench(items, rows, form)
 
 
 def score_mvbench(items: Sequence[Item], rows: Sequence[Row], form: Form) -> dict[str, Any]:
-    """Figures of rows {"answer"} or {"missing"} in the order of the items."""
+    """Figures of rows {"answer"} or {"missing"} in the order of the items; tasks in MVBench's order."""
     answered = [
         {
             "task": item.task,
@@ -236,39 +244,59 @@ def score_mvbench(items: Sequence[Item], rows: Sequence[Row], form: Form) -> dic
     ]
     scores, mean = mvbench_scores(answered)
     gone = {i.id: row["missing"] for i, row in zip(items, rows, strict=True) if "missing" in row}
-    asked = {task: sum(item.task == task for item in items) for task in dict.fromkeys(i.task for i in items)}
-    tasks: dict[str, Any] = {}
-    for task, count in asked.items():
-        score = scores.get(task)
-        low, high = wilson(score.right, score.answered) if score else (0.0, 1.0)
-        tasks[task] = {
-            "percent": None if score is None else score.percent,
-            "low": round(100 * low, 2),
-            "high": round(100 * high, 2),
-            "answered": score.answered if score else 0,
-            "empty": score.empty if score else 0,
-            "missing": sum(item.task == task and item.id in gone for item in items),
-            "questions": count,
-        }
-    chance = sum(1 / len(item.candidates) for item in items) / len(items)
-    complete = not gone and mean is not None
+    order = [*TASKS, *(item.task for item in items)]
+    tasks = {
+        task: _task_row([item for item in items if item.task == task], scores.get(task), gone)
+        for task in sorted({item.task for item in items}, key=order.index)
+    }
+    found = [score for score in scores.values() if score.answered]
+    low, high = mean_interval([(score.right, score.answered) for score in found]) if found else (0.0, 1.0)
     return {
         "prompt": form,
         "tasks": tasks,
         "mean": mean,
-        "complete": complete,
-        "chance": 100 * chance,
+        "low": round(100 * low, 2),
+        "high": round(100 * high, 2),
+        "complete": not gone and mean is not None,
+        "chance": sum(row["chance"] for row in tasks.values()) / len(tasks),
         "unreadable letters": sum(row["letter"] is None and bool(row["answer"].strip()) for row in answered),
         "missing": gone,
     }
 
 
+def _task_row(items: Sequence[Item], score: TaskScore | None, gone: Mapping[str, str]) -> dict[str, Any]:
+    """One task's share in percent with its interval; score: None when no video of it could be read."""
+    low, high = wilson(score.right, score.answered) if score else (0.0, 1.0)
+    return {
+        "percent": None if score is None else score.percent,
+        "low": round(100 * low, 2),
+        "high": round(100 * high, 2),
+        "chance": 100 * sum(1 / len(item.candidates) for item in items) / len(items),
+        "answered": score.answered if score else 0,
+        "empty": score.empty if score else 0,
+        "missing": sum(item.id in gone for item in items),
+        "questions": len(items),
+    }
+
+
 def mvbench_table(results: Mapping[str, dict[str, Any]]) -> str:
-    """Tasks down, runs across, in percent; the mean last."""
-    runs = list(results)
+    """Tasks down, runs across, in percent with intervals; the mean over tasks last, and what is MVBench's."""
+
+    def cell(value: float | None, row: Mapping[str, Any]) -> str | None:
+        return None if value is None else f"{value:.1f} [{row['low']:.0f}, {row['high']:.0f}]"
+
+    runs, first = list(results), next(iter(results.values()))
     lines: list[list[object]] = []
-    for task in results[runs[0]]["tasks"]:
-        lines.append([task, *(results[run]["tasks"][task]["percent"] for run in runs)])
-    lines.append(["mean over tasks", *(results[run]["mean"] for run in runs)])
-    lines.append(["missing", *(str(len(results[run]["missing"])) for run in runs)])
-    return table(["task", *runs], lines)
+    for task, row in first["tasks"].items():
+        of_task = [results[run]["tasks"][task] for run in runs]
+        shares = (cell(own["percent"], own) for own in of_task)
+        lines.append([task, *shares, f"{row['chance']:.0f}", str(row["questions"])])
+    questions = sum(row["questions"] for row in first["tasks"].values())
+    means = (cell(results[run]["mean"], results[run]) for run in runs)
+    lines.append(["mean over tasks", *means, f"{first['chance']:.0f}", str(questions)])
+    for name, count in (("no letter", "unreadable letters"), ("missing", "missing")):
+        totals = [results[run][count] for run in runs]
+        lines.append([name, *(str(n if isinstance(n, int) else len(n)) for n in totals), "", ""])
+    common = sum(task in TASKS for task in first["tasks"])
+    said = f"{common} of MVBench's {len(TASKS)} tasks, {len(first['tasks']) - common} others."
+    return f"{table(['task', *runs, 'chance', 'n'], lines)}\n{said}"

@@ -25,6 +25,12 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     _encoder(world, required=False)
     _budgets(world, [128])
     _chat(world)
+    world.add_argument(
+        "--unseen-clips",
+        type=int,
+        metavar="N",
+        help="with --model: also the kind of N things that training never showed; default: as --clips",
+    )
     world.add_argument("--no-retrieval", action="store_true", help="with --encoder: attribute heads alone")
 
     retrieval = commands.add_parser("retrieval", help="zero-shot text-to-video and video-to-text retrieval")
@@ -103,6 +109,14 @@ def _budgets(command: argparse.ArgumentParser, default: list[int] | None) -> Non
 
 
 def _chat(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        choices=SELECTORS,
+        metavar="SELECTOR",
+        help="further selectors, at the first budget alone",
+    )
     command.add_argument("--plan", action="store_true", help="the model's own input for each budget")
     command.add_argument("--no-blind", action="store_true", help="skip the run without video")
 

@@ -170,20 +170,23 @@ def run_blocks(
     work: Callable[[Sequence[int]], Sequence[Row]],
     journal: Journal,
     *,
-    block: int,
+    block: int | Sequence[range],
     label: str,
 ) -> list[Row]:
     """Rows of all items in order, from the journal where it has them, else from `work`.
 
-    ids: one per item, all different (DataError). work: numbers of a block's items -> a row for each, whose
-    "id" is set here; it is always given whole blocks, so that a row never depends on what was done before.
+    ids: one per item, all different (DataError). block: how many items go together, or which. work: numbers
+    of a block's items -> a row for each, whose "id" is set here; it is always given whole blocks, so that a
+    row never depends on what was done before.
     """
     from tqdm.auto import tqdm
 
     if len(set(ids)) != len(ids):
         twice = next(name for position, name in enumerate(ids) if name in set(ids[:position]))
         raise DataError(f"The annotations name {twice!r} twice: items need names of their own.")
-    blocks = [range(start, min(start + block, len(ids))) for start in range(0, len(ids), block)]
+    blocks = block
+    if isinstance(blocks, int):
+        blocks = [range(start, min(start + blocks, len(ids))) for start in range(0, len(ids), blocks)]
     sharing = journal.sharing
     mine = [
         numbers

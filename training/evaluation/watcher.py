@@ -40,6 +40,11 @@ class Watcher:
     setting: Setting | None
     seed: int = 0
 
+    @property
+    def key(self) -> str:
+        """Names the input in journals; the model and the seed are named by their header."""
+        return "blind" if self.setting is None else str(self.setting)
+
     def answers(self, media: Media, number: int, questions: Sequence[Asked]) -> Iterator[str]:
         """The answer to each question, decoded together, none knowing of the others.
 

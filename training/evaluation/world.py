@@ -1,15 +1,18 @@
 """The demo world's held-out clips: what a chat model answers about them, and what its encoder alone tells.
 
 Clips, backgrounds and wordings of the test split were never trained on. A chat model describes every clip
-(is the main object named, is its motion told) and answers its questions, open and multiple choice. An encoder
-names object and motion by the heads that Flux-CLIP trained, and finds clips by caption and captions by clip.
+(is the main object named, is its motion told) and answers its questions, open and multiple choice; of things
+that training never showed it tells the kind. An encoder names object and motion by the heads that Flux-CLIP
+trained, and finds clips by caption and captions by clip.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import count, islice
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,32 +26,25 @@ from training.demo_world.wording import QUESTIONS
 from training.demo_world.world import Sample, World
 from training.evaluation.action import accuracies
 from training.evaluation.alignment import Alignment
+from training.evaluation.goals import (
+    MOTION,
+    NAMED,
+    Tally,
+    goal_of,
+    goal_rows,
+    mean_of,
+    rows_table,
+)
 from training.evaluation.metrics import Share, retrieval, top_k
 from training.evaluation.results import Journal, Row, run_blocks, table
 from training.evaluation.retrieval import check_widths
 from training.evaluation.run import Run, describe_setting, pack, unpack
 from training.evaluation.setting import Setting
 from training.evaluation.watcher import Asked, Watcher
-from training.scoring import agrees, motion_in, names, wilson
+from training.scoring import agrees, motion_in, names
 from training.text_towers import TextTower
 
 SHOWN = 12
-
-
-@dataclass
-class Tally:
-    """Right answers and trials of one task, and what guessing would give."""
-
-    right: int = 0
-    total: int = 0
-    chance: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Share with its interval."""
-        low, high = wilson(self.right, self.total)
-        share = self.right / self.total if self.total else 0.0
-        rounded = {"accuracy": round(share, 4), "low": round(low, 4), "high": round(high, 4), "n": self.total}
-        return rounded | ({} if self.chance is None else {"chance": self.chance})
 
 
 def questions_of(sample: Sample, number: int) -> list[Question]:
@@ -57,72 +53,113 @@ def questions_of(sample: Sample, number: int) -> list[Question]:
     return [Question("caption", asked[number % len(asked)], sample.caption), *sample.questions]
 
 
-def evaluate_world(
-    watcher: Watcher, world: World, first: int, clips: int, label: str, journal: Journal
-) -> dict[str, Any]:
-    """Accuracy by task over `clips` samples from number `first` on, with some answers to read."""
+def category_of(sample: Sample) -> list[Question]:
+    """The question for its kind among 8, where a sample has it: things never named in training have kinds."""
+    return [question for question in sample.questions if question.task == "category_of_8"]
 
-    def work(numbers: Sequence[int]) -> list[Row]:
+
+def answers_by_number(
+    watcher: Watcher,
+    world: World,
+    numbers: Sequence[int],
+    questions: Callable[[Sample, int], Sequence[Question]],
+    label: str,
+    journal: Journal,
+) -> dict[int, list[str]]:
+    """What is answered about each sample. label: names this run and these questions in the journal."""
+
+    def work(places: Sequence[int]) -> list[Row]:
         rows: list[Row] = []
-        for number in (first + place for place in numbers):
+        for number in (numbers[place] for place in places):
             sample = world.sample(number)
-            asked = [Asked(q.question) for q in questions_of(sample, number)]
+            asked = [Asked(question.question) for question in questions(sample, number)]
             media = WorldMedia(world, sample, number)
             rows.append({"answers": list(watcher.answers(media, number, asked))})
         return rows
 
-    ids = [f"{label}|{number}" for number in range(first, first + clips)]
-    rows = run_blocks(ids, work, journal, block=1, label=label)
-    return score_world(world, {first + place: row["answers"] for place, row in enumerate(rows)})
+    rows = run_blocks([f"{label}|{n}" for n in numbers], work, journal, block=1, label=label)
+    return {number: row["answers"] for number, row in zip(numbers, rows, strict=True)}
 
 
-def score_world(world: World, answers: dict[int, list[str]]) -> dict[str, Any]:
+def evaluate_world(
+    watcher: Watcher, world: World, first: int, clips: int, journal: Journal
+) -> dict[str, Any]:
+    """Accuracy by goal and by task over `clips` samples from number `first` on, with some answers to read."""
+    numbers = range(first, first + clips)
+    return score_world(world, answers_by_number(watcher, world, numbers, questions_of, watcher.key, journal))
+
+
+def evaluate_unseen(
+    watcher: Watcher, world: World, first: int, clips: int, journal: Journal
+) -> dict[str, Any]:
+    """The row of `UNSEEN` over the next `clips` samples that can be asked for their kind.
+
+    world: of the split "unseen", whose things training never showed.
+    """
+    numbers = list(islice((n for n in count(first) if category_of(world.sample(n))), clips))
+    label = f"unseen {watcher.key}"
+    said = answers_by_number(watcher, world, numbers, lambda sample, _: category_of(sample), label, journal)
+    tally = Tally()
+    for number, [answer] in said.items():
+        [question] = category_of(world.sample(number))
+        tally.add(agrees(question, answer), 1 / len(question.options))
+    return tally.to_dict()
+
+
+def score_world(world: World, answers: Mapping[int, Sequence[str]]) -> dict[str, Any]:
     """The figures of answers by sample number, each list as `questions_of` asks."""
-    tallies: dict[str, Tally] = {}
+    tasks: dict[str, Tally] = defaultdict(Tally)
+    goals: dict[str, Tally] = defaultdict(Tally)
     shown: list[dict[str, Any]] = []
-
-    def count(task: str, right: bool, chance: float | None = None) -> None:
-        tally = tallies.setdefault(task, Tally(chance=chance))
-        tally.right, tally.total = tally.right + right, tally.total + 1
-
     for number, said in answers.items():
         sample = world.sample(number)
         questions = questions_of(sample, number)
-        actor = sample.scene.actors[0]
-        noun = world.nouns[actor.code]
-        count("caption: main object", names(said[0], noun.name, noun.plural), 1 / len(world.pool))
-        if len(sample.scene.actors) == len(actor.motions) == 1:
-            count("caption: motion", motion_in(said[0]) == actor.motions[0], 1 / len(world.level.motions))
+        _count_caption(world, sample, said[0], tasks, goals)
         for question, answer in zip(questions[1:], said[1:], strict=True):
-            kind = "choice" if question.options else "open"
-            chance = 1 / len(question.options) if question.options else None
-            count(f"{question.task}, {kind}", agrees(question, answer), chance)
+            right, kind = agrees(question, answer), "choice" if question.options else "open"
+            goal = goal_of(question, sample.scene)
+            chance = 1 / len(question.options) if question.options else goal[1] if goal else None
+            tasks[f"{question.task}, {kind}"].add(right, chance)
+            if goal:
+                goals[goal[0]].add(right, chance)
         if len(shown) < SHOWN:
             rows = [[q.question, q.answer, a] for q, a in zip(questions, said, strict=True)]
             shown.append({"number": number, "asked, expected, answered": rows[:4]})
-    by_task = {task: tally.to_dict() for task, tally in sorted(tallies.items())}
-    choices = [row["accuracy"] for task, row in by_task.items() if task.endswith(", choice")]
-    mean = sum(choices) / len(choices) if choices else None
-    return {"tasks": by_task, "multiple choice, mean over tasks": mean, "examples": shown}
+    choices = [tally for task, tally in sorted(tasks.items()) if task.endswith(", choice")]
+    return {
+        "goals": goal_rows(goals, choices),
+        "tasks": {task: tally.to_dict() for task, tally in sorted(tasks.items())},
+        "multiple choice, mean over tasks": mean_of(choices)["accuracy"] if choices else None,
+        "examples": shown,
+    }
 
 
-def world_table(results: dict[str, dict[str, Any]]) -> str:
-    """Tasks down, runs across, in percent with intervals."""
-    runs = list(results)
-    lines: list[list[object]] = []
-    for task in results[runs[0]]["tasks"]:
-        line: list[object] = [task]
-        for run in runs:
-            row = results[run]["tasks"][task]
-            line.append(f"{100 * row['accuracy']:.1f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]")
-        chance = results[runs[0]]["tasks"][task].get("chance")
-        lines.append([*line, "" if chance is None else f"{100 * chance:.0f}"])
-    return table(["task", *runs, "chance"], lines)
+def _count_caption(
+    world: World, sample: Sample, text: str, tasks: dict[str, Tally], goals: dict[str, Tally]
+) -> None:
+    """Is the main object named, is its motion told (of clips with one thing that does one)?"""
+    actor = sample.scene.actors[0]
+    noun = world.nouns[actor.code]
+    named = names(text, noun.name, noun.plural)
+    for tally in (tasks["caption: main object"], goals[NAMED]):
+        tally.add(named, 1 / len(world.pool))
+    if len(sample.scene.actors) == len(actor.motions) == 1:
+        told = motion_in(text) == actor.motions[0]
+        for tally in (tasks["caption: motion"], goals[MOTION]):
+            tally.add(told, 1 / len(world.level.motions))
 
 
-def choice_share(result: dict[str, Any]) -> Share:
-    """All multiple-choice questions of a result of `score_world`, whatever their task."""
-    rows = [row for task, row in result["tasks"].items() if task.endswith(", choice")]
+def world_table(results: Mapping[str, dict[str, Any]]) -> str:
+    """Goals, then tasks, down; runs across, in percent with intervals."""
+    parts = (("goal", "goals"), ("task", "tasks"))
+    return "\n\n".join(
+        rows_table(head, {run: result[part] for run, result in results.items()}) for head, part in parts
+    )
+
+
+def answer_share(result: dict[str, Any], kind: Literal["choice", "open"]) -> Share:
+    """All multiple-choice, or all open, questions of a result of `score_world`, whatever their task."""
+    rows = [row for task, row in result["tasks"].items() if task.endswith(", choice") == (kind == "choice")]
     return Share(sum(round(row["accuracy"] * row["n"]) for row in rows), sum(row["n"] for row in rows))
 
 
