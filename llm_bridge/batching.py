@@ -7,8 +7,8 @@ Decoding reads every weight once per step, so that answers after the first are n
 leave between any two steps; shorter ones are padded on the left, where the mask hides it. All computing is
 in one thread, first come, first served: a new question's encoding and prefill take turns with the steps.
 
-In float32 the answers are those made alone. In half precision a matrix product of several rows rounds in
-another way than that of one (neither is nearer to float32), so that a near tie may fall either way.
+On CPUs the answers are those made alone, bit by bit (see batch_invariance.py). On GPUs a matrix product of
+several rows may round otherwise than that of one, so that a near tie may fall either way.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from encoder.errors import ModelError
+from llm_bridge.batch_invariance import make_batch_invariant
 
 Quantize = Literal["8bit", "4bit"]
 
@@ -188,6 +189,7 @@ def load_llm(
     for adapter in adapters:
         model = _adapt(model, adapter, merge=quantize is None)
     model.eval().requires_grad_(False)
+    make_batch_invariant(model)
     return LanguageModel(model, tokenizer, str(name), quantize, tuple(map(str, adapters)))
 
 

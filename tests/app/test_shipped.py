@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,20 @@ def test_the_answer_comes_from_the_video(chat: VideoChat, tmp_path: Path) -> Non
     question = "Describe the video."
     files = [SHIPPED / "examples" / example["file"] for example in EXAMPLES]
     assert len({chat.ask(file, question).text for file in files}) >= 4
+
+
+def test_eight_at_once_get_the_answers_they_get_alone(chat: VideoChat) -> None:
+    asked = [(example["file"], example["question"]) for example in EXAMPLES]
+    asked += [(file, "Tell me a story about it.") for file, _ in asked[:2]]
+
+    def ask(pair: tuple[str, str]) -> str:
+        return chat.ask(SHIPPED / "examples" / pair[0], pair[1], scope=" ".join(pair), max_new_tokens=32).text
+
+    chat.forget()
+    alone = [ask(pair) for pair in asked]
+    chat.forget()
+    steps, made, _ = chat.decoding
+    with ThreadPoolExecutor(len(asked)) as pool:
+        together = list(pool.map(ask, asked))
+    assert together == alone
+    assert chat.decoding[0] - steps < chat.decoding[1] - made

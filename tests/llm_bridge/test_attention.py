@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from llm_bridge.attention import NAME, grouped_attention, use_for_training
+from llm_bridge.batch_invariance import NAME as BY_ROW
 from llm_bridge.llm import load_llm
 
 
@@ -35,7 +36,7 @@ def test_a_model_gives_the_same_scores_and_gradients(llm_folder, layout: str) ->
     results = []
     for switch in (False, True):
         llm = load_llm(llm_folder(layout), device="cpu", dtype=torch.bfloat16)
-        assert llm.model.config._attn_implementation == "sdpa"
+        assert llm.model.config._attn_implementation == BY_ROW  # the fused kernel, when training
         if switch:
             assert use_for_training(llm.model)
             assert llm.model.config._attn_implementation == NAME
@@ -56,4 +57,4 @@ def test_a_model_gives_the_same_scores_and_gradients(llm_folder, layout: str) ->
 def test_full_precision_keeps_the_fused_kernel(llm_folder) -> None:
     llm = load_llm(llm_folder("qwen2"), device="cpu", dtype=torch.float32)
     assert not use_for_training(llm.model)
-    assert llm.model.config._attn_implementation == "sdpa"
+    assert llm.model.config._attn_implementation == BY_ROW

@@ -1,0 +1,106 @@
+"""Decoding beside others gives the bits of decoding alone, on CPUs."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm_bridge.batch_invariance import RowInvariantLinear, left_padding, make_batch_invariant
+from llm_bridge.batching import Batcher
+from llm_bridge.generate import Generation, Sampling
+from llm_bridge.llm import LanguageModel, default_dtype, load_llm
+from llm_bridge.prompt import Message, Visual, render
+from llm_bridge.shared_kv import SharedKV, own_parts
+from tests import tiny_llms
+
+STEPS = 32
+VISUAL_TOKENS = (3, 40, 1, 120, 17, 64, 90, 8)
+DTYPES = [
+    torch.float32,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(
+            default_dtype(torch.device("cpu")) != torch.bfloat16, reason="this processor emulates bfloat16"
+        ),
+    ),
+]
+
+
+@pytest.fixture(params=["llama", "qwen2"])
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    # Wide enough inside that oneDNN divides the sums of a single row.
+    return tiny_llms.make(tmp_path / "llm", request.param, intermediate_size=1536)
+
+
+def generation(llm: LanguageModel, index: int, batcher: Batcher | None) -> Generation:
+    tokens = VISUAL_TOKENS[index]
+    visual = torch.randn(tokens, llm.hidden_size, generator=torch.Generator().manual_seed(index))
+    words = "What is in the video? " * (1 + index % 3)
+    prompt = render(llm.tokenizer, [Message.of("user", Visual(tokens, f"clip {index}"), words)])
+    return Generation(llm, prompt, [visual], Sampling(STEPS), batcher=batcher)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_have_the_same_bits(folder: Path, dtype: torch.dtype) -> None:
+    llm = load_llm(folder, device="cpu", dtype=dtype)
+    kvs, tokens = [], []
+    with torch.inference_mode():
+        for index in range(len(VISUAL_TOKENS)):
+            alone = generation(llm, index, None)
+            kvs.append(alone._new_kv())
+            scores = alone._prefill(kvs[-1], 0)
+            assert scores is not None
+            tokens.append(int(scores.argmax()))
+        shared = SharedKV([own_parts(kv) for kv in kvs])
+        for step in range(STEPS):
+            together = shared.step(llm, tokens)
+            single = [
+                llm.advance(kv, input_ids=torch.tensor([[t]])) for t, kv in zip(tokens, kvs, strict=True)
+            ]
+            assert torch.equal(together, torch.cat(single)), f"step {step}"
+            tokens = together.argmax(dim=1).tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_answers_are_the_same(folder: Path, dtype: torch.dtype) -> None:
+    llm = load_llm(folder, device="cpu", dtype=dtype)
+    everyone = range(len(VISUAL_TOKENS))
+    alone = ["".join(generation(llm, i, None)) for i in everyone]
+    batcher = Batcher(llm, max_rows=5)
+    with ThreadPoolExecutor(len(everyone)) as pool:
+        together = list(pool.map("".join, [generation(llm, i, batcher) for i in everyone]))
+    batcher.close()
+    assert together == alone
+    assert batcher.steps < batcher.made
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_rows_do_not_depend_on_their_number(dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(1536, 576, bias=bias, dtype=dtype)
+    inputs = torch.randn(64, 1, 1536, dtype=dtype)
+    expected = plain(inputs).detach()
+    plain.__class__ = RowInvariantLinear
+    with torch.inference_mode():
+        whole = plain(inputs)
+        for rows in (1, 2, 3, 5, 8):
+            assert torch.equal(torch.cat([plain(part) for part in inputs.split(rows)]), whole), rows
+        assert plain(inputs[0, 0]).shape == (576,)
+    torch.testing.assert_close(whole, expected)
+    assert plain(inputs).requires_grad
+
+
+def test_left_padding_is_read_from_the_mask() -> None:
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]).bool()[:, None, None]
+    assert left_padding(mask) == [2, 0]
+    assert left_padding(torch.tensor([[1, 0, 1, 1]]).bool()[:, None, None]) is None
+    assert left_padding(torch.zeros(1, 1, 1, 4)) is None
+
+
+def test_another_attention_is_left_alone(folder: Path) -> None:
+    llm = load_llm(folder, device="cpu", dtype=torch.float32)
+    llm.model.set_attn_implementation("eager")
+    assert not make_batch_invariant(llm.model)
+    assert llm.model.config._attn_implementation == "eager"
