@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llm_bridge.batch_invariance import RowInvariantLinear
+
 
 def use_for_training(adapted: nn.Module) -> int:
     """Switch the adapted layers to it where it helps and applies; returns how many were switched.
@@ -37,7 +39,8 @@ def lora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Te
 
 def _applies(layer: Any) -> bool:
     base, active = layer.get_base_layer(), layer.active_adapters
-    if len(active) != 1 or type(base) is not nn.Linear or layer.lora_variant or layer.fan_in_fan_out:
+    plain = type(base) in (nn.Linear, RowInvariantLinear)
+    if len(active) != 1 or not plain or layer.lora_variant or layer.fan_in_fan_out:
         return False
     a, b, dropout = (part[active[0]] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
     half = base.weight.device.type == "cpu" and base.weight.dtype in (torch.bfloat16, torch.float16)
