@@ -122,29 +122,40 @@ def test_a_sliding_window_cache_is_not_reused(tmp_path) -> None:
         assert stats.cached_tokens == 0
 
 
+class Layer:
+    is_sliding = False
+
+
+Layer.__name__ = "DynamicLayer"
+
+
+class KV:
+    def __init__(self, length: int) -> None:
+        self.length, self.layers = length, [Layer()]
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def crop(self, amount: int) -> None:
+        self.length += amount
+
+
 @pytest.mark.parametrize("minimum", [1, 16])
 def test_a_prefix_is_taken_by_one_only(minimum: int) -> None:
-    from llm_bridge.cache import Prefix
-
-    class Layer:
-        is_sliding = False
-
-    Layer.__name__ = "DynamicLayer"
-
-    class KV:
-        def __init__(self) -> None:
-            self.length, self.layers = 40, [Layer()]
-
-        def get_seq_length(self) -> int:
-            return self.length
-
-        def crop(self, amount: int) -> None:
-            self.length += amount
-
     prefixes = PrefixCache(10**9, 1)
-    prefixes.put(Prefix(tuple(range(40)), KV()))
+    prefixes.put(Prefix(tuple(range(40)), KV(40)))
     taken = prefixes.take([*range(20), 999, 1000], minimum)
     assert taken is not None
     assert taken.keys == tuple(range(20))
     assert taken.kv.length == 20
     assert prefixes.take(list(range(40)), minimum) is None
+
+
+def test_a_template_alone_takes_nobodys_video() -> None:
+    prefixes = PrefixCache(1 << 30, 1)
+    template, video = list(range(24)), list(range(100, 200))
+    prefixes.put(Prefix((*template, *video), KV(124)))
+    assert prefixes.take([*template, 500, 501]) is None  # another video
+    taken = prefixes.take([*template, *video[:80], 900, 901])  # the same one, and another question
+    assert taken is not None
+    assert len(taken.keys) == 104
