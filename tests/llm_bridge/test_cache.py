@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_bridge.cache import ByteLRU, PrefixCache
+from llm_bridge.cache import ByteLRU, Prefix, PrefixCache
 from llm_bridge.generate import Generation, GenerationStats, Sampling
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.prompt import Message, Visual, render
