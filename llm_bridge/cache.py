@@ -94,7 +94,8 @@ class PrefixCache:
         """The scope's entry sharing the longest prefix with `keys`, rewound; None if none shares `minimum`.
 
         An entry that would lose more than half stays: a chat template that all prompts begin with is not
-        worth another conversation's video. At least one position is left to compute, since the next token's scores come from it.
+        worth another conversation's video. At least one position is left to compute, since the next token's
+        scores come from it.
         """
         with self._lock:
             best, shared = None, minimum - 1
