@@ -35,19 +35,20 @@ check: setup
 
 # Resumes where it was stopped; some hours on two cores.
 RUNS := runs/box
-STAGE = $(PY) -m training.$(1) --config training/recipes/box/$(1).yaml --resume
+RECIPE = --config training/recipes/$(1).yaml --resume
+# Where the language model computes, each core takes half of a batch.
+BOTH := $(VENV)/bin/torchrun --nproc-per-node 2 -m
+model: export OMP_NUM_THREADS = 1
 model: setup
 	@$(PY) -m training.demo_world fetch
-	@$(call STAGE,clip)
-	@$(call STAGE,warm_start)
-	@$(call STAGE,chat_stage1)
-	@$(call STAGE,chat_lora)
-	@$(PY) -m training.optimize_tokens --encoder $(RUNS)/chat_lora/model --alignment $(RUNS)/clip --pool 1 \
-		--tokens 256 128 64 32 --frames 4 8 16 --resolutions 84 112 --clips 128 --preset solo --no-times \
-		--out $(RUNS)/tokens --install $(RUNS)/chat_lora/model
-	@$(PY) -m training.evaluate world --model $(RUNS)/chat_lora/model --preset solo --clips 300 \
-		--budget 64 32 16 --compare uniform random --plan --out $(RUNS)/world.json
-	@$(PY) -m training.ship --model $(RUNS)/chat_lora/model --figures $(RUNS)/world.json --preset solo \
+	@$(PY) -m training.umt $(call RECIPE,cpu/umt)
+	@$(PY) -m training.clip $(call RECIPE,box/clip)
+	@$(PY) -m training.warm_start $(call RECIPE,box/warm_start)
+	@$(BOTH) training.chat_stage1 $(call RECIPE,box/chat_stage1)
+	@$(BOTH) training.chat_lora $(call RECIPE,box/chat_lora)
+	@$(PY) -m training.evaluate world --model $(RUNS)/chat_lora/model --clips 300 --budget 128 64 32 \
+		--compare uniform random --out $(RUNS)/world.json
+	@$(PY) -m training.ship --model $(RUNS)/chat_lora/model --figures $(RUNS)/world.json \
 		--alignment $(RUNS)/clip/alignment.safetensors
 
 bench: setup

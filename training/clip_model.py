@@ -28,10 +28,7 @@ BACKGROUND = 0  # the class of patches that show no object
 
 @dataclass(frozen=True)
 class EncoderSource:
-    """A size, or weights to start from (official file or saved folder), with changed settings.
-
-    With weights, settings that change their shapes are refused.
-    """
+    """A size with changed settings, or weights to start from (official file or saved folder)."""
 
     size: str = "micro"
     init: str | None = None
@@ -40,17 +37,10 @@ class EncoderSource:
     def build(self) -> FluxViT:
         """The encoder; raises ConfigError or CheckpointError."""
         if self.init is not None:
-            return self._with_settings(load_encoder(self.init))
+            return load_encoder(self.init)
         if self.size not in SIZES:
             raise ConfigError(f"encoder.size must be one of {', '.join(SIZES)}, not {self.size!r}.")
         return FluxViT(SIZES[self.size].from_dict({**SIZES[self.size].to_dict(), **self.settings}))
-
-    def _with_settings(self, loaded: FluxViT) -> FluxViT:
-        if not self.settings:
-            return loaded
-        changed = FluxViT(loaded.config.from_dict({**loaded.config.to_dict(), **self.settings}))
-        load_tensors(changed, loaded.state_dict())
-        return changed
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,13 @@ Flux-CLIP on the demo world can learn them beside the captions. Neither is of th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from training.demo_world.questions import MOST_OBJECTS, steady
 from training.demo_world.scene import Scene, opacity_at, pose_at
-from training.demo_world.time_questions import change_of, least_gap, onsets
+from training.demo_world.time_questions import change_of, happenings, least_gap, onsets
 from training.demo_world.world import Sample, World
 
 UNKNOWN = -100  # what cross_entropy leaves out
@@ -104,12 +103,7 @@ def _change(scene: Scene) -> int:
 
 def _event(scene: Scene) -> int:
     """The part of the clip in which its only event lies."""
-    times = [shot.start_s for shot in scene.shots[1:]]
-    for actor in scene.actors:
-        times += [actor.appear_s] if actor.starts_inside else []
-        times += [actor.disappear_s] if actor.ends_inside else []
-        times += [actor.becomes_s] if actor.becomes else []
-        times += [before.end_s for before, _ in pairwise(actor.phases)]
+    times = [happening.at_s for happening in happenings(scene)]
     if len(times) != 1:
         return UNKNOWN
     return min(int(times[0] / scene.duration_s * EVENT_PARTS), EVENT_PARTS - 1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise, permutations
+from typing import Literal
 
 from training.demo_world.asking import Asker, Question
 from training.demo_world.language import Nouns, place_of
 from training.demo_world.plots import shows
-from training.demo_world.scene import Actor, Scene
+from training.demo_world.scene import Actor, Motion, Scene
 from training.demo_world.wording import ANSWERS, DOING, PLACES
 
 # Two onsets closer than this (share of the video, seconds) cannot be told apart.
@@ -104,6 +106,32 @@ def ask_transition(ask: Asker) -> Iterator[Question]:
     yield from ask.both("scene_transition", text, right, wrong, f"it changes {right}", **facts)
 
 
+@dataclass(frozen=True)
+class Happening:
+    """Something that happens at a moment: a cut (actor None), or what an actor does; motion: a new one."""
+
+    at_s: float
+    actor: Actor | None
+    kind: Literal["cut", "appears", "vanishes", "becomes", "moves", "rests"]
+    motion: Motion | None = None
+
+
+def happenings(scene: Scene) -> list[Happening]:
+    """All that happens in a scene, actor by actor, then the cuts."""
+    found = []
+    for actor in scene.actors:
+        if actor.starts_inside:
+            found.append(Happening(actor.appear_s, actor, "appears"))
+        if actor.ends_inside:
+            found.append(Happening(actor.disappear_s, actor, "vanishes"))
+        if actor.becomes:
+            found.append(Happening(actor.becomes_s, actor, "becomes"))
+        for before, after in pairwise(actor.phases):
+            kind: Literal["moves", "rests"] = "rests" if after.motion == "still" else "moves"
+            found.append(Happening(before.end_s, actor, kind, after.motion))
+    return found + [Happening(shot.start_s, None, "cut") for shot in scene.shots[1:]]
+
+
 def change_of(actor: Actor) -> str | None:
     """The one change of state of an actor, or None."""
     if actor.becomes:
@@ -180,21 +208,30 @@ def _after(seconds: int) -> str:
 
 def _events(ask: Asker) -> list[tuple[float, str, str]]:
     """What happens at a known time: (seconds, "the dog appear", "the dog appears")."""
+    unique = [actor for _, actor in ask.unique]
     events = []
-    for _, actor in ask.unique:
-        the = f"the {ask.name(actor.code)}"
-        if actor.starts_inside:
-            events.append((actor.appear_s, f"{the} appear", f"{the} appears"))
-        if actor.ends_inside:
-            events.append((actor.disappear_s, f"{the} disappear", f"{the} disappears"))
-        if actor.becomes:
-            into = ask.nouns[actor.becomes].indefinite
-            events.append((actor.becomes_s, f"{the} turn into {into}", f"{the} turns into {into}"))
-        for before, after in pairwise(actor.phases):
-            doing = f"start {DOING[after.motion]}", f"starts {DOING[after.motion]}"
-            if after.motion == "still":
-                doing = "stop moving", "stops moving"
-            events.append((before.end_s, f"{the} {doing[0]}", f"{the} {doing[1]}"))
-    if len(ask.scene.shots) == 2:
-        events.append((ask.scene.shots[1].start_s, "the scene change", "the scene changes"))
+    for happening in happenings(ask.scene):
+        actor = happening.actor
+        if actor is None:
+            if len(ask.scene.shots) == 2:
+                events.append((happening.at_s, "the scene change", "the scene changes"))
+        elif actor in unique:
+            the, (base, third) = f"the {ask.name(actor.code)}", _happens(ask, happening, actor)
+            events.append((happening.at_s, f"{the} {base}", f"{the} {third}"))
     return events
+
+
+def _happens(ask: Asker, happening: Happening, actor: Actor) -> tuple[str, str]:
+    """Base form and third person: ("appear", "appears")."""
+    if happening.kind == "becomes":
+        into = ask.nouns[actor.becomes or ""].indefinite
+        return f"turn into {into}", f"turns into {into}"
+    if happening.kind == "moves":
+        assert happening.motion is not None
+        doing = DOING[happening.motion]
+        return f"start {doing}", f"starts {doing}"
+    return {
+        "appears": ("appear", "appears"),
+        "vanishes": ("disappear", "disappears"),
+        "rests": ("stop moving", "stops moving"),
+    }[happening.kind]
