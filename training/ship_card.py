@@ -40,9 +40,9 @@ TAIL = """
 |---|---|
 {files}
 
-Recipes, all in `training/recipes/box/`: `clip.yaml` (Flux-CLIP from nothing, with the names of object and
-motion as further targets), `warm_start.yaml` (the projector learns words; not of the paper),
-`chat_stage1.yaml` (projector; encoder and language model frozen){lora}. Figures: commit `{commit}`,
+Recipes in `training/recipes/`, in this order: `cpu/umt.yaml` (Flux-UMT from nothing), `box/clip.yaml` (Flux-CLIP;
+what clips and patches show are further targets), `box/warm_start.yaml` (the projector learns words; not of the
+paper), `box/chat_stage1.yaml` (projector; encoder and language model frozen){lora}. Figures: commit `{commit}`,
 weights `{weights}`.
 
 ## Data and licences
@@ -89,7 +89,7 @@ def card(
     return head + TAIL.format(
         examples="\n".join(_example(example) for example in examples),
         files="\n".join(f"| {name} | {size / 1e6:.1f} |" for name, size in sizes.items()),
-        lora=", `chat_lora.yaml` (adapter)" if model.llm.adapters else "",
+        lora=", `box/chat_lora.yaml` (adapter)" if model.llm.adapters else "",
         commit=measured.get("commit"),
         weights=measured.get("weights"),
         objects="one object per clip" if most == 1 else f"up to {most} objects per clip",
