@@ -40,10 +40,10 @@ TAIL = """
 |---|---|
 {files}
 
-Recipes in `training/recipes/`, in this order: `cpu/umt.yaml` (Flux-UMT from nothing), `box/clip.yaml` (Flux-CLIP;
-what clips and patches show are further targets), `box/warm_start.yaml` (the projector learns words; not of the
-paper), `box/chat_stage1.yaml` (projector; encoder and language model frozen){lora}. Figures: commit `{commit}`,
-weights `{weights}`.
+Recipes in `training/recipes/`, in this order: `cpu/umt.yaml` (Flux-UMT from nothing), `box/clip.yaml`
+(Flux-CLIP; what clips and patches show are further targets), `box/warm_start.yaml` (the projector learns
+words; not of the paper), `box/chat_stage1.yaml` (projector; encoder and language model frozen){lora}.
+Figures: commit `{commit}`, weights `{weights}`.
 
 ## Data and licences
 
