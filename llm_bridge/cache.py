@@ -93,9 +93,9 @@ class PrefixCache:
     def take(self, keys: Sequence[int], minimum: int = 16, scope: str = "") -> Prefix | None:
         """The scope's entry sharing the longest prefix with `keys`, rewound; None if none shares `minimum`.
 
-        An entry that would lose more than half stays: a chat template that all prompts begin with is not
-        worth another conversation's video. At least one position is left to compute, since the next token's
-        scores come from it.
+        An entry that would lose more than half, video and all, stays: a chat template that all prompts begin
+        with is not worth another conversation. At least one position is left to compute, since the next
+        token's scores come from it.
         """
         with self._lock:
             best, shared = None, minimum - 1
@@ -103,7 +103,8 @@ class PrefixCache:
                 if entry.scope != scope:
                     continue
                 common = _common(entry.keys, keys, len(keys) - 1)
-                if common > shared and 2 * common >= len(entry.keys):
+                worth = 2 * common >= len(entry.keys) or any(key < 0 for key in entry.keys[:common])
+                if common > shared and worth:
                     best, shared = entry, common
             if best is None:
                 self._misses += 1

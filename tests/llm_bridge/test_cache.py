@@ -156,6 +156,11 @@ def test_a_template_alone_takes_nobodys_video() -> None:
     template, video = list(range(24)), list(range(100, 200))
     prefixes.put(Prefix((*template, *video), KV(124)))
     assert prefixes.take([*template, 500, 501]) is None  # another video
+    seen = PrefixCache(1 << 30, 1)
+    seen.put(Prefix((*template, *range(-50, 0), *range(300, 500)), KV(274)))
+    again = seen.take([*template, *range(-50, 0), 900, 901])  # the same one, after a long answer
+    assert again is not None
+    assert len(again.keys) == 74
     taken = prefixes.take([*template, *video[:80], 900, 901])  # the same one, and another question
     assert taken is not None
     assert len(taken.keys) == 104
