@@ -6,7 +6,7 @@ hides the others, so that the loss is that of separate conversations, while the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
@@ -23,8 +23,7 @@ def share_beginning(prompts: Sequence[Prompt]) -> Prompt:
 
     Raises ValueError when a visual or a label is not the same in all of them.
     """
-    columns = zip(*((zip(p.ids, p.labels, strict=True)) for p in prompts), strict=False)
-    shared = len(list(takewhile(lambda column: len(set(column)) == 1, columns)))
+    shared = common_length([list(zip(p.ids, p.labels, strict=True)) for p in prompts])
     # Every branch needs a first position of its own, from which its first label is predicted.
     shared = min(shared, *(first_label(prompt) - 1 for prompt in prompts))
     first = prompts[0]
@@ -37,6 +36,11 @@ def share_beginning(prompts: Sequence[Prompt]) -> Prompt:
         ids += prompt.ids[shared:]
         labels += prompt.labels[shared:]
     return replace(first, ids=tuple(ids), labels=tuple(labels), branches=tuple(branches))
+
+
+def common_length(rows: Sequence[Sequence[Hashable]]) -> int:
+    """How many first values all rows have in common."""
+    return len(list(takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))))
 
 
 def first_label(prompt: Prompt) -> int:
@@ -57,13 +61,17 @@ def branch_numbers(prompt: Prompt, length: int) -> tuple[Tensor, Tensor]:
     return numbers[:length], positions[:length]
 
 
+def sees(queries: Tensor, keys: Tensor) -> Tensor:
+    """Whether branches (B, L) see branches (B, M): the beginning and themselves, bool (B, L, M)."""
+    return (keys[:, None] == 0) | (keys[:, None] == queries[:, :, None])
+
+
 def branched_attention(prompts: Sequence[Prompt], length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(additive mask (B, 1, L, L), positions (B, L)) of prompts that are padded to `length`."""
     pairs = [branch_numbers(prompt, length) for prompt in prompts]
     numbers, positions = (torch.stack(part) for part in zip(*pairs, strict=True))
     before = torch.ones(length, length, dtype=torch.bool).tril()
-    visible = (numbers[:, None, :] == 0) | (numbers[:, None, :] == numbers[:, :, None])
     # Padding sees its own kind: a row of nothing but hidden keys has no softmax.
-    hidden = ~(visible & before)
+    hidden = ~(sees(numbers, numbers) & before)
     mask = torch.zeros(len(prompts), 1, length, length, dtype=dtype)
     return mask.masked_fill_(hidden[:, None], torch.finfo(dtype).min), positions

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm_bridge.branches import branch_numbers
-from llm_bridge.prompt import IGNORE, PLACEHOLDER, Prompt
+from llm_bridge.branches import branch_numbers, common_length, first_label, sees
+from llm_bridge.prompt import PLACEHOLDER, Prompt
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Packing:
     def of(prompts: Sequence[Prompt]) -> Packing:
         """Without the last position of each prompt, which predicts nothing."""
         ends = [max(1, len(p) - (p.ids[-1] != PLACEHOLDER)) for p in prompts]
-        common = _common([p.ids for p in prompts]) if len(prompts) > 1 else 0
+        common = common_length([p.ids for p in prompts]) if len(prompts) > 1 else 0
         limits = [_shareable(prompt, end) for prompt, end in zip(prompts, ends, strict=True)]
         shared = min(common, *limits)
         branched = tuple(prompts) if any(prompt.branches for prompt in prompts) else ()
@@ -80,24 +80,16 @@ class Packing:
         hidden = torch.ones(1, longest, self.shared + longest, dtype=torch.bool).triu(self.shared + 1)
         if self.branched:
             keys = torch.stack([branch_numbers(p, self.shared + longest)[0] for p in self.branched])
-            queries = keys[:, self.shared :, None]
-            hidden = hidden | ((keys[:, None] != 0) & (keys[:, None] != queries))
+            hidden = hidden | ~sees(keys[:, self.shared :], keys)
         return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min)
-
-
-def _common(rows: Sequence[Sequence[int]]) -> int:
-    """How many first values all rows have in common."""
-    columns = enumerate(zip(*rows, strict=False))
-    return next((place for place, column in columns if len(set(column)) > 1), min(map(len, rows)))
 
 
 def _shareable(prompt: Prompt, end: int) -> int:
     """How long a common beginning may be: before visuals, branches and what predicts a label, one position
     left."""
     visual = min((start for start, _ in prompt.spans), default=end)
-    label = next((place for place, label in enumerate(prompt.labels) if label != IGNORE), end)
     beginning = prompt.branches[0][0] if prompt.branches else end
-    return max(0, min(visual, label - 1, beginning, end - 1))
+    return max(0, min(visual, first_label(prompt) - 1, beginning, end - 1))
 
 
 def unpack(x: Tensor, packing: Packing, *, shared: bool) -> Tensor:

@@ -1,7 +1,7 @@
 """Make the folder that ships: weights, example clips with the model's own answers, a card with figures.
 
     python -m training.ship --model runs/box/chat_lora/model --figures runs/box/world.json \
-        --preset solo --alignment runs/box/clip/alignment.safetensors
+        --alignment runs/box/clip/alignment.safetensors
 
 The last step of `make model`. The clips come from the test split of the demo world; five whose questions the
 model answers rightly and one that it gets wrong, each first of its kind from number 0 on. A plan table that

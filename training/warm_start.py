@@ -29,7 +29,7 @@ from llm_bridge.prompt import Prompt
 from training.chat import ChatData
 from training.chat_stage1 import Stage1Recipe
 from training.command import run_stage
-from training.data.features import Features
+from training.data.features import Features, stack
 from training.data.media import Media, WorldMedia
 from training.demo_world.scene_words import SceneWords
 from training.demo_world.world import World
@@ -148,13 +148,12 @@ class WarmStart:
         records, seen = self.data.seen(index)
         if not any(seen):
             raise DataError("The warm start needs records with media.")
-        prompted = self.data.prompted(records, seen)
-        assert prompted.vision is not None
-        if self.recipe.words == "answers":
-            prompts = [prompt for prompt in prompted.prompts if prompt.visuals]
-            return WordBatch(prompted.vision, [sorted(_answered(p) - self._common) for p in prompts])
         pairs = [(record.media, one) for record, one in zip(records, seen, strict=True) if one is not None]
-        return WordBatch(prompted.vision, [self._spoken(media, one) for media, one in pairs])
+        vision = stack([one for _, one in pairs])
+        if self.recipe.words == "scene":
+            return WordBatch(vision, [self._spoken(media, one) for media, one in pairs])
+        prompts = [prompt for prompt in self.data.prompted(records, seen).prompts if prompt.visuals]
+        return WordBatch(vision, [sorted(_answered(prompt) - self._common) for prompt in prompts])
 
     def _spoken(self, media: Media | None, features: Features) -> Spoken:
         if not isinstance(media, WorldMedia):

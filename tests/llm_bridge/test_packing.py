@@ -10,6 +10,7 @@ import torch
 
 from encoder.config import MICRO
 from encoder.fluxvit import FluxViT
+from encoder.tokens import VisionTokens
 from llm_bridge import attention, model
 from llm_bridge.attention import register
 from llm_bridge.branches import share_beginning
@@ -82,6 +83,21 @@ def parts(request: pytest.FixtureRequest, llm_folder: Callable[[str], Path]) -> 
     return made
 
 
+def assert_packed_as_padded(
+    parts: VideoLanguageModel, prompts: list[Prompt], vision: VisionTokens, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradients of the projector are the same both ways."""
+    found = []
+    for packed in (True, False):
+        monkeypatch.setattr(model, "packs", lambda *_, packed=packed: packed)
+        parts.zero_grad()
+        loss = parts.loss(prompts, vision)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in parts.projector.parameters())])
+    for ours, padded in zip(*found, strict=True):
+        torch.testing.assert_close(ours, padded, atol=1e-5, rtol=1e-3)
+
+
 def test_a_batch_has_the_loss_and_gradients_of_a_padded_one(
     parts: VideoLanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,15 +111,7 @@ def test_a_batch_has_the_loss_and_gradients_of_a_padded_one(
         for keep, answer in ANSWERS.items()
     ]
     assert Packing.of(prompts).shared > 1
-    found = []
-    for packed in (True, False):
-        monkeypatch.setattr(model, "packs", lambda *_, packed=packed: packed)
-        parts.zero_grad()
-        loss = parts.loss(prompts, vision)
-        loss.backward()
-        found.append([loss.detach(), *(p.grad for p in parts.projector.parameters())])
-    for ours, padded in zip(*found, strict=True):
-        torch.testing.assert_close(ours, padded, atol=1e-5, rtol=1e-3)
+    assert_packed_as_padded(parts, prompts, vision, monkeypatch)
 
 
 def test_branches_pack_as_they_pad(parts: VideoLanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,15 +131,7 @@ def test_branches_pack_as_they_pad(parts: VideoLanguageModel, monkeypatch: pytes
     ]
     assert Packing.of(prompts).shared > 1
     assert len({len(prompt.branches) for prompt in prompts}) > 1
-    found = []
-    for packed in (True, False):
-        monkeypatch.setattr(model, "packs", lambda *_, packed=packed: packed)
-        parts.zero_grad()
-        loss = parts.loss(prompts, vision)
-        loss.backward()
-        found.append([loss.detach(), *(p.grad for p in parts.projector.parameters())])
-    for ours, padded in zip(*found, strict=True):
-        torch.testing.assert_close(ours, padded, atol=1e-5, rtol=1e-3)
+    assert_packed_as_padded(parts, prompts, vision, monkeypatch)
 
 
 def test_a_window_shorter_than_the_prompts_keeps_padding(parts: VideoLanguageModel) -> None:
