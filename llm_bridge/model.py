@@ -23,6 +23,7 @@ from encoder.fluxvit import FluxViT
 from encoder.tokens import VisionTokens
 from llm_bridge.attention import packs
 from llm_bridge.branches import branched_attention
+from llm_bridge.label_weights import Weighting, label_weights
 from llm_bridge.llm import LanguageModel, Quantize, default_device, default_dtype, load_llm
 from llm_bridge.packing import Packing
 from llm_bridge.projector import Projector, ProjectorConfig
@@ -120,8 +121,10 @@ class VideoLanguageModel(nn.Module):
         weight = self.projector.mlp[0].weight
         return self.projector(vision.to(weight.device, weight.dtype))
 
-    def loss(self, prompts: Sequence[Prompt], vision: VisionTokens | None) -> Tensor:
-        """Mean cross-entropy over all labelled positions of a batch.
+    def loss(
+        self, prompts: Sequence[Prompt], vision: VisionTokens | None, weighting: Weighting = "token"
+    ) -> Tensor:
+        """Mean cross-entropy over the labelled positions of a batch, weighted as `label_weights` says.
 
         prompts: with labels; vision: the clips of all prompts in order (None when there is none). Scores are
         computed at labelled positions only.
@@ -130,7 +133,10 @@ class VideoLanguageModel(nn.Module):
         logits = self.language_model.get_output_embeddings()(hidden).float()
         if cap := getattr(self.language_model.config.get_text_config(), "final_logit_softcapping", None):
             logits = cap * torch.tanh(logits / cap)
-        return F.cross_entropy(logits, targets)
+        if weighting == "token":
+            return F.cross_entropy(logits, targets)
+        weights = label_weights(prompts, weighting).to(logits.device)
+        return (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
 
     def _hidden_at_labels(self, prompts: Sequence[Prompt], visuals: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Last hidden states (P, D) at positions that predict a label, and those labels (P,)."""
@@ -204,16 +210,16 @@ class VideoLanguageModel(nn.Module):
         device_map: str | dict[str, Any] | None = None,
         quantize: Quantize | None = None,
         adapters: Sequence[str | Path] = (),
+        tuned: bool = True,
     ) -> VideoLanguageModel:
         """Read what `save_pretrained` wrote and load the language model it names (or `llm`, or `encoder`).
 
-        A folder with an `adapter` was tuned with LoRA, which applies unless `llm` replaces its base.
+        A folder with an `adapter` was tuned with LoRA, which applies unless `llm` replaces its base
+        or `tuned` is False.
         dtype is the language model's; on CPUs the encoder and projector run in float32, elsewhere in dtype.
         Raises ModelError, CheckpointError or ConfigError: one sentence, what was wrong and what to do.
         """
-        folder = Path(folder)
-        if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
-            folder = folder / "model"  # the output of a training stage
+        folder = model_folder(folder)
         try:
             config = VLMConfig.from_dict(json.loads((folder / "config.json").read_text()))
         except (OSError, ValueError) as error:
@@ -228,7 +234,7 @@ class VideoLanguageModel(nn.Module):
             config = dataclasses.replace(config, encoder=vision.config)
         projector = Projector(config.projector)
         load_tensors(projector, read_tensors(folder / "projector.safetensors"))
-        if llm is None and (folder / ADAPTER).is_dir():
+        if tuned and llm is None and (folder / ADAPTER).is_dir():
             adapters = (folder / ADAPTER, *adapters)
         return assemble(
             config,
@@ -241,6 +247,13 @@ class VideoLanguageModel(nn.Module):
             quantize=quantize,
             adapters=adapters,
         )
+
+
+def model_folder(folder: str | Path) -> Path:
+    """The folder of the model itself: that of a training stage's output holds it as `model`."""
+    folder = Path(folder)
+    inside = not (folder / "config.json").exists() and (folder / "model" / "config.json").exists()
+    return folder / "model" if inside else folder
 
 
 def assemble(

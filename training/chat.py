@@ -20,6 +20,7 @@ from encoder.preprocess import preprocess
 from encoder.tokens import VisionTokens
 from encoder.video import Clip
 from llm_bridge.branches import share_beginning
+from llm_bridge.label_weights import Weighting
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import Message, Prompt, Visual, render_chat_training, render_plain_training
 from training.config import LoopConfig, OptimConfig
@@ -30,15 +31,26 @@ from training.data.records import DatasetConfig, Record, RecordSource, Turn
 CHARACTERS_PER_TOKEN = 4
 
 
+@dataclass(frozen=True)
+class ChatInput:
+    """What the encoder sees of a clip, and the tokens that it keeps."""
+
+    frames: int
+    resolution: int
+    keep: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChatRecipe:
     """The data of a chat stage.
 
-    frames, resolution: what the encoder sees. keeps: token counts, one drawn per micro-batch. template:
-    "plain" (caption right after the video, as the field's stage 1 does) or "chat" (the language model's own
-    template). max_length: longer samples lose their end. bucket: micro-batches among which records are sorted
-    by length, so that little is padded; 1 leaves them in random order. max_missing: share of unreadable media
-    that stops the run. feature_cache: folder for encoder outputs, so that no clip is encoded twice.
+    frames, resolution: what the encoder sees. keeps: token counts, one drawn per micro-batch. inputs: what to
+    draw from instead, where frames and resolution vary too; one named twice is drawn twice as often.
+    template: "plain" (caption right after the video, as the field's stage 1 does) or "chat" (the language
+    model's own template). max_length: longer samples lose their end. bucket: micro-batches among which
+    records are sorted by length, so that little is padded; 1 leaves them in random order. weighting: of long
+    and short answers in the loss (see llm_bridge.label_weights). max_missing: share of unreadable media that
+    stops the run. feature_cache: folder for encoder outputs, so that no clip is encoded twice.
     """
 
     datasets: tuple[DatasetConfig, ...]
@@ -47,9 +59,11 @@ class ChatRecipe:
     frames: int = 16
     resolution: int = 224
     keeps: tuple[int, ...] = (1024,)
+    inputs: tuple[ChatInput, ...] = ()
     template: Literal["plain", "chat"] = "plain"
     max_length: int = 8192
     bucket: int = 1
+    weighting: Weighting = "token"
     max_missing: float = 0.01
     feature_cache: str | None = None
     evaluate_records: int = 0
@@ -59,8 +73,20 @@ class ChatRecipe:
             raise ConfigError("datasets must name at least one dataset.")
         if not self.keeps:
             raise ConfigError("keeps must name at least one token count.")
+        if any(min(i.frames, i.resolution, i.keep) < 1 for i in self.inputs):
+            raise ConfigError("inputs must have frames, resolution and keep of at least 1 each.")
         if self.bucket < 1:
             raise ConfigError(f"bucket must be at least 1 micro-batch, not {self.bucket}.")
+
+    @property
+    def drawn(self) -> tuple[ChatInput, ...]:
+        """What one is drawn of for each micro-batch."""
+        return self.inputs or tuple(ChatInput(self.frames, self.resolution, keep) for keep in self.keeps)
+
+    @property
+    def longest(self) -> ChatInput:
+        """The one with the most tokens."""
+        return max(self.drawn, key=lambda one: one.keep)
 
 
 @dataclass(frozen=True)
@@ -106,19 +132,19 @@ class ChatData:
     def seen(self, index: int) -> tuple[list[Record], list[Features | None]]:
         """The records of micro-batch `index` and what the encoder gave for the media of each."""
         epoch, within = divmod(index, self.micro_batches)
-        keep = random.Random(f"{self.recipe.loop.seed}/{index}/keep").choice(self.recipe.keeps)
+        view = random.Random(f"{self.recipe.loop.seed}/{index}/keep").choice(self.recipe.drawn)
         members = self._members(epoch, within)
         pairs = [
-            self._readable(epoch, within * len(members) + slot, number, keep)
+            self._readable(epoch, within * len(members) + slot, number, view)
             for slot, number in enumerate(members)
         ]
-        return [record for record, _ in pairs], self._features(pairs, keep)
+        return [record for record, _ in pairs], self._features(pairs, view)
 
     def held_out(self, count: int) -> ChatBatch:
         """The first records of the order of another epoch, at the largest token count."""
-        keep, order = max(self.recipe.keeps), self._order(-1)
-        pairs = [self._readable(-1, i, order[i % self._count], keep) for i in range(count)]
-        return self.prompted([record for record, _ in pairs], self._features(pairs, keep))
+        view, order = self.recipe.longest, self._order(-1)
+        pairs = [self._readable(-1, i, order[i % self._count], view) for i in range(count)]
+        return self.prompted([record for record, _ in pairs], self._features(pairs, view))
 
     def flush(self) -> None:
         """Write features that are still in memory."""
@@ -151,7 +177,7 @@ class ChatData:
     def _length(self, number: int) -> int:
         """About how many positions a record takes."""
         record = self._record(number)
-        visual = max(self.recipe.keeps) if record.media is not None else 0
+        visual = self.recipe.longest.keep if record.media is not None else 0
         return visual + sum(len(part) for turn in record.turns for part in turn) // CHARACTERS_PER_TOKEN
 
     def _record(self, index: int) -> Record:
@@ -162,7 +188,9 @@ class ChatData:
             index -= len(source)
         raise IndexError(index)
 
-    def _readable(self, epoch: int, position: int, number: int, keep: int) -> tuple[Record, Clip | None]:
+    def _readable(
+        self, epoch: int, position: int, number: int, view: ChatInput
+    ) -> tuple[Record, Clip | None]:
         """A record, or the next of the order whose media can be read; its clip unless there is none or its
         features are known."""
         order = self._order(epoch)
@@ -171,10 +199,10 @@ class ChatData:
                 number = order[(position + attempt * self.recipe.optim.micro_batch) % self._count]
             record = self._record(number)
             self._missing.count()
-            if record.media is None or self._key(record, keep) in self._cache:
+            if record.media is None or self._key(record, view) in self._cache:
                 return record, None
             try:
-                return record, record.media.load(self.recipe.frames, self.recipe.resolution)
+                return record, record.media.load(view.frames, view.resolution)
             except VideoError as error:
                 self._missing.report(record.id, str(error))
         raise DataError("None of the records' media can be read.")
@@ -187,27 +215,28 @@ class ChatData:
         prompts = [self._prompt(record, features) for record, features in zip(records, seen, strict=True)]
         return ChatBatch(prompts, stack(present) if present else None)
 
-    def _features(self, pairs: Sequence[tuple[Record, Clip | None]], keep: int) -> list[Features | None]:
+    def _features(
+        self, pairs: Sequence[tuple[Record, Clip | None]], view: ChatInput
+    ) -> list[Features | None]:
         """Encoder outputs in order; what the cache lacks goes through the encoder as one batch."""
-        found = {number: self._cache.get(self._key(record, keep)) for number, (record, _) in enumerate(pairs)}
+        found = {number: self._cache.get(self._key(record, view)) for number, (record, _) in enumerate(pairs)}
         new = [number for number, (_, clip) in enumerate(pairs) if clip is not None and found[number] is None]
         if new:
             clips = [clip for number in new if (clip := pairs[number][1]) is not None]
-            pixels = [preprocess(clip, self.recipe.resolution, self.recipe.resolution) for clip in clips]
-            vision = self.vlm.encode(pixels, [keep] * len(new), [clip.times_s for clip in clips])
+            pixels = [preprocess(clip, view.resolution, view.resolution) for clip in clips]
+            vision = self.vlm.encode(pixels, [view.keep] * len(new), [clip.times_s for clip in clips])
             for index, number in enumerate(new):
                 features = Features.of(vision, index, clips[index].duration_s, torch.bfloat16)
-                self._cache.put(self._key(pairs[number][0], keep), features)
+                self._cache.put(self._key(pairs[number][0], view), features)
                 found[number] = features
         return [found[number] for number in range(len(pairs))]
 
-    def _key(self, record: Record, keep: int) -> str:
-        recipe = self.recipe
+    def _key(self, record: Record, view: ChatInput) -> str:
         media = record.media.key if record.media is not None else ""
         config = self.vlm.config
         # Features without the pooled one must not serve a projector that reads it.
         read = f"{config.vision_depth}|{config.summary_pool if config.projector.summary_tokens else None}"
-        return f"{media}|{recipe.frames}|{recipe.resolution}|{keep}|{read}|{self._encoder}"
+        return f"{media}|{view.frames}|{view.resolution}|{view.keep}|{read}|{self._encoder}"
 
     def _prompt(self, record: Record, features: Features | None) -> Prompt:
         recipe, tokenizer = self.recipe, self.vlm.llm.tokenizer
@@ -218,10 +247,9 @@ class ChatData:
             visuals = (Visual(count, duration_s=features.duration_s, times_s=times),)
         if recipe.template == "plain" and visuals:
             prompt = render_plain_training(tokenizer, visuals[0], record.turns[0][1])
-        elif record.independent:
-            prompt = share_beginning([self._conversation(visuals, [turn]) for turn in record.turns])
         else:
-            prompt = self._conversation(visuals, record.turns)
+            talks = [self._conversation(visuals, turns) for turns in record.conversations]
+            prompt = talks[0] if len(talks) == 1 else share_beginning(talks)
         return shorten(prompt, recipe.max_length)
 
     def _conversation(self, visuals: tuple[Visual, ...], turns: Sequence[Turn]) -> Prompt:

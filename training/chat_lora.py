@@ -13,13 +13,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from encoder.errors import ConfigError
 from llm_bridge.llm import Quantize, quiet_peft
-from llm_bridge.model import ADAPTER, VideoLanguageModel
+from llm_bridge.model import ADAPTER, VideoLanguageModel, model_folder
 from training.chat import ChatRecipe
 from training.chat_stage1 import ChatStage
 from training.command import run_stage
@@ -48,7 +48,8 @@ class LoraSettings:
 class LoraRecipe(ChatRecipe):
     """Everything a LoRA run depends on.
 
-    start: folder of a model from stage 1. quantize: "4bit" or "8bit" base weights through bitsandbytes.
+    start: folder of a model from stage 1, or from this stage, whose adapter then goes on learning.
+    quantize: "4bit" or "8bit" base weights through bitsandbytes.
     train_projector: let the projector go on learning beside the adapter.
     """
 
@@ -64,7 +65,7 @@ class LoraStage(ChatStage):
     """Adapter matrices in the language model's linear layers are trained, and the projector if wanted."""
 
     def __init__(self, recipe: LoraRecipe) -> None:
-        vlm = VideoLanguageModel.from_pretrained(recipe.start, quantize=recipe.quantize)
+        vlm = VideoLanguageModel.from_pretrained(recipe.start, quantize=recipe.quantize, tuned=False)
         super().__init__(recipe, vlm)
         self.recipe: LoraRecipe = recipe
         self.adapted = self._add_adapter()
@@ -73,7 +74,7 @@ class LoraStage(ChatStage):
     def _add_adapter(self) -> torch.nn.Module:
         """Put the matrices into the model's own layers; the peft model around them saves them."""
         with quiet_peft():
-            from peft import LoraConfig, get_peft_model
+            from peft import LoraConfig, PeftModel, get_peft_model
 
         recipe, base = self.recipe, self.vlm.language_model
         if recipe.gradient_checkpointing:
@@ -88,9 +89,15 @@ class LoraStage(ChatStage):
             target_modules="all-linear" if everywhere else list(settings.targets),
             task_type="CAUSAL_LM",
         )
+        learnt = model_folder(recipe.start) / ADAPTER
+        adapted: torch.nn.Module
         try:
             with quiet_peft():
-                adapted: torch.nn.Module = get_peft_model(base, config)
+                if learnt.is_dir():
+                    _check_same_size(LoraConfig.from_pretrained(str(learnt)), settings)
+                    adapted = PeftModel.from_pretrained(base, str(learnt), is_trainable=True)
+                else:
+                    adapted = get_peft_model(base, config)
         except ValueError as error:
             raise ConfigError(f"lora.targets does not fit the language model: {error}.") from error
         use_for_training(adapted)
@@ -100,6 +107,15 @@ class LoraStage(ChatStage):
         """Write the model folder with the adapter inside."""
         self.adapted.save_pretrained(str(out / "model" / ADAPTER))  # type: ignore[operator]
         super().finish(out)
+
+
+def _check_same_size(learnt: Any, settings: LoraSettings) -> None:
+    """Raises ConfigError when an adapter to go on from is of another size than the recipe asks for."""
+    if (learnt.r, learnt.lora_alpha) != (settings.rank, settings.alpha):
+        raise ConfigError(
+            f"The adapter to go on from has rank {learnt.r} and alpha {learnt.lora_alpha:g}, the recipe says "
+            f"{settings.rank} and {settings.alpha:g}: name the same, or start without an adapter."
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from encoder.checkpoint import load_encoder, load_tensors, read_tensors
 from llm_bridge.attention import use_for_training
+from llm_bridge.label_weights import Weighting
 from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
 from llm_bridge.prompt import TimeSentence
@@ -96,13 +97,13 @@ class Stage1Recipe(ChatRecipe):
 class ChatModel(nn.Module):
     """The whole model as the loop trains it: loss of a batch, gradients where the stage switched them on."""
 
-    def __init__(self, model: VideoLanguageModel) -> None:
+    def __init__(self, model: VideoLanguageModel, weighting: Weighting = "token") -> None:
         super().__init__()
-        self.model = model
+        self.model, self.weighting = model, weighting
 
     def forward(self, batch: ChatBatch) -> tuple[Tensor, dict[str, float]]:
         """(loss, figures)."""
-        return self.model.loss(batch.prompts, batch.vision), batch.figures
+        return self.model.loss(batch.prompts, batch.vision, self.weighting), batch.figures
 
 
 class ChatStage:
@@ -112,7 +113,7 @@ class ChatStage:
         self.recipe, self.vlm = recipe, vlm
         use_for_training(vlm.language_model)
         self.data = ChatData(recipe, vlm)
-        self.model = ChatModel(vlm)
+        self.model = ChatModel(vlm, recipe.weighting)
 
     @property
     def micro_batches(self) -> int:
@@ -129,7 +130,7 @@ class ChatStage:
             return {}
         with torch.no_grad():
             batch = self.data.held_out(self.recipe.evaluate_records)
-            return {"loss": float(self.vlm.loss(batch.prompts, batch.vision))}
+            return {"loss": float(self.vlm.loss(batch.prompts, batch.vision, self.recipe.weighting))}
 
     def finish(self, out: Path) -> None:
         """Write the model folder: projector and encoder weights, and the language model's name."""

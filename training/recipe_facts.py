@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -142,8 +143,9 @@ def find_encoder(
 
 
 def made_by(result: str, path: Path, seen: Sequence[Path] = ()) -> Path | None:
-    """The recipe in the same folder whose run writes `result`."""
-    for other in sorted(path.parent.glob("*.yaml")):
+    """The recipe whose run writes `result`: in the same folder, or in one beside it."""
+    beside = sorted(path.parent.glob("*.yaml")), sorted(path.parent.parent.glob("*/*.yaml"))
+    for other in dict.fromkeys(chain.from_iterable(beside)):
         if other == path or other in seen:
             continue
         loop = read_values(other).get("loop")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from encoder.config import FluxViTConfig
 from encoder.cost import encoder_macs
-from training.chat import ChatRecipe
+from training.chat import ChatInput, ChatRecipe
 from training.chat_lora import LoraRecipe
 from training.chat_stage1 import Stage1Recipe
 from training.clip import ClipRecipe
@@ -239,9 +239,9 @@ def _chat(recipe: Stage1Recipe | LoraRecipe, path: Path, given: Given) -> Worklo
         checkpointing, learns = recipe.gradient_checkpointing, recipe.train_projector
         adapter = llm.adapter(recipe.lora.rank, recipe.lora.targets)
 
-    def parts(frames: int, keep: int) -> list[Part]:
-        patches = frames * (recipe.resolution // config.patch_size) ** 2
-        keep = min(keep, patches)
+    def parts(frames: int, view: ChatInput) -> list[Part]:
+        patches = frames * (view.resolution // config.patch_size) ** 2
+        keep = min(view.keep, patches)
         visual = keep
         if source.projector.kind == "merge":
             visual = min(keep, source.projector.tokens_per_frame * frames)
@@ -261,8 +261,10 @@ def _chat(recipe: Stage1Recipe | LoraRecipe, path: Path, given: Given) -> Worklo
         return found
 
     samples = count_samples(recipe.datasets, given.samples)
-    frames_of: dict[Kind, int] = {"image": 1, "video": recipe.frames}
-    costs = {kind: mean_parts([parts(frames_of[kind], keep) for keep in recipe.keeps]) for kind in samples}
+    costs = {
+        kind: mean_parts([parts(1 if kind == "image" else view.frames, view) for view in recipe.drawn])
+        for kind in samples
+    }
     notes = (
         f"{text} tokens of text in a sample, all of them scored",
         "every clip encoded each time (feature_cache saves it in later epochs)",

@@ -104,7 +104,7 @@ def test_mixture(tmp_path: Path, llava_json: Path) -> None:
 def test_the_world_as_conversations() -> None:
     source = build(WorldSource, {"count": 50, "preset": "simple"}, "world")
     world = World("train", 0, bank=procedural_bank())
-    records = WorldRecords(source, turns=3, captions=0.5, choices=0.3, _world=[world])
+    records = WorldRecords(source, DatasetConfig(world=source, turns=3), [world])
     assert len(records) == 50
     captions = choices = 0
     for index in range(50):

@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,8 +20,9 @@ from encoder.errors import ConfigError, DataError, VideoError
 from training.data.annotations import parse_span
 from training.data.media import BrokenMedia, FileMedia, Media, WorldMedia, reason
 from training.data.world import WorldSource
+from training.demo_world.asking import Question, is_choice_of
 from training.demo_world.wording import QUESTIONS
-from training.demo_world.world import World
+from training.demo_world.world import Sample, World
 
 if TYPE_CHECKING:
     from training.data.shards import Shards
@@ -44,12 +46,16 @@ Turn = tuple[str, str]  # (question, answer)
 
 @dataclass(frozen=True)
 class Record:
-    """A conversation about media (None for text alone); if `independent`, each turn is one of its own."""
+    """Conversations about the same media (None for text alone), mostly a single one; none sees another."""
 
     id: str
     media: Media | None
-    turns: tuple[Turn, ...]
-    independent: bool = False
+    conversations: tuple[tuple[Turn, ...], ...]
+
+    @property
+    def turns(self) -> tuple[Turn, ...]:
+        """The turns of all of them."""
+        return tuple(turn for turns in self.conversations for turn in turns)
 
 
 class RecordSource(Protocol):
@@ -70,8 +76,10 @@ class DatasetConfig:
     `python -m training.data check`.
     sampling_strategy: all, first:N, first:x%, end:N, end:x%, random:N or random:x% (VideoChat-Flash's words).
     turns: questions per sample of the world, asked in one conversation; captions: chance that one of them is
-    for a description; choices: share of multiple-choice questions. independent: the turns of a record are
-    questions of their own about its media: no answer sees another (see llm_bridge.branches).
+    for a description; choices: share of multiple-choice questions; told: share of these that follow the same
+    question in its open form, with its answer. rounds: how often everything is asked anew, in other words and
+    with other options, before `turns` questions are picked. independent: the turns of a record are
+    conversations of their own about its media: no answer sees another (see llm_bridge.branches).
     """
 
     json_path: str | None = None
@@ -84,6 +92,8 @@ class DatasetConfig:
     turns: int = 1
     captions: float = 0.5
     choices: float = 0.3
+    told: float = 0.0
+    rounds: int = 1
     independent: bool = False
     index_root: str | None = None
     corpus: str | None = None
@@ -91,6 +101,8 @@ class DatasetConfig:
     def __post_init__(self) -> None:
         if sum(part is not None for part in (self.json_path, self.yaml_path, self.shards, self.world)) != 1:
             raise ConfigError("A dataset needs exactly one of json_path, yaml_path, shards and world.")
+        if self.rounds < 1:
+            raise ConfigError(f"rounds must be at least 1, not {self.rounds}.")
 
     @property
     def name(self) -> str:
@@ -101,12 +113,12 @@ class DatasetConfig:
 
     def open(self) -> list[RecordSource]:
         """Its sources; raises DataError when a file is missing or malformed."""
+        if self.world is not None:
+            return [WorldRecords(self.world, self)]
         sources = self._open()
         return [IndependentTurns(source) for source in sources] if self.independent else sources
 
     def _open(self) -> list[RecordSource]:
-        if self.world is not None:
-            return [WorldRecords(self.world, self.turns, self.captions, self.choices)]
         if self.json_path is not None:
             records = read_annotations(Path(self.json_path), Path(self.data_root))
             return [sample_records(records, self.sampling_strategy, self.json_path)]
@@ -122,7 +134,7 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class IndependentTurns:
-    """Records of a source, each turn a question of its own."""
+    """Records of a source, each turn a conversation of its own."""
 
     source: RecordSource
 
@@ -130,17 +142,16 @@ class IndependentTurns:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Record:
-        return replace(self.source[index], independent=True)
+        record = self.source[index]
+        return replace(record, conversations=tuple((turn,) for turn in record.turns))
 
 
 @dataclass(frozen=True)
 class WorldRecords:
-    """The demo world as conversations of `turns` questions each."""
+    """The demo world as conversations, asked as `config` says."""
 
     source: WorldSource
-    turns: int
-    captions: float
-    choices: float
+    config: DatasetConfig
     _world: list[World] = field(default_factory=list, compare=False)
 
     def __len__(self) -> int:
@@ -152,18 +163,38 @@ class WorldRecords:
         world, number = self._world[0], self.source.first + index
         sample = world.sample(number)
         rng = random.Random(f"{self.source.seed}/{number}/turns")
-        open_questions = [(q.question, q.answer) for q in sample.questions if not q.options]
-        choices = [(q.question, q.answer) for q in sample.questions if q.options]
-        rng.shuffle(open_questions)
+        talks = self._talks(self._questions(world, sample, number), rng)
+        asked = QUESTIONS["caption"]["train" if self.source.split == "train" else "test"]
+        if rng.random() < self.config.captions:
+            talks[rng.randrange(len(talks))] = ((rng.choice(asked), sample.caption),)
+        if not self.config.independent:
+            talks = [tuple(turn for talk in talks for turn in talk)]
+        return Record(f"world-{number}", WorldMedia(world, sample, number), tuple(talks))
+
+    def _questions(self, world: World, sample: Sample, number: int) -> list[Question]:
+        """All that may be asked, the same thing in the same words once."""
+        again = (world.ask_again(sample, number, turn) for turn in range(1, self.config.rounds))
+        found = {(q.question, q.answer): q for asked in (sample.questions, *again) for q in asked}
+        return list(found.values())
+
+    def _talks(self, asked: Sequence[Question], rng: random.Random) -> list[tuple[Turn, ...]]:
+        """Questions picked at random, each with what was asked right before it."""
+        open_forms = [((q.question, q.answer),) for q in asked if not q.options]
+        choices = [self._choice(q, before, rng) for before, q in pairwise((None, *asked)) if q and q.options]
+        rng.shuffle(open_forms)
         rng.shuffle(choices)
         picked = []
-        for _ in range(min(self.turns, len(open_questions) + len(choices))):
-            choose = rng.random() < self.choices and choices
-            picked.append((choices if choose or not open_questions else open_questions).pop())
-        asked = QUESTIONS["caption"]["train" if self.source.split == "train" else "test"]
-        if rng.random() < self.captions:
-            picked[rng.randrange(len(picked))] = (rng.choice(asked), sample.caption)
-        return Record(f"world-{number}", WorldMedia(world, sample, number), tuple(picked))
+        for _ in range(min(self.config.turns, len(open_forms) + len(choices))):
+            choose = rng.random() < self.config.choices and choices
+            picked.append((choices if choose or not open_forms else open_forms).pop())
+        return picked
+
+    def _choice(self, question: Question, before: Question | None, rng: random.Random) -> tuple[Turn, ...]:
+        """A multiple-choice question, in some cases after the same question in its open form."""
+        turn = (question.question, question.answer)
+        if before is None or before.options or not is_choice_of(question, before):
+            return (turn,)
+        return ((before.question, before.answer), turn) if rng.random() < self.config.told else (turn,)
 
 
 @dataclass(frozen=True)
@@ -191,7 +222,7 @@ class ShardRecords:
             record = _record({**row, "id": name}, Path(), where)
             found = sample.media(*parse_span(facts, where))
         except (DataError, VideoError) as error:
-            return Record(name, BrokenMedia(name, str(error)), (("", ""),))
+            return Record(name, BrokenMedia(name, str(error)), ((("", ""),),))
         return replace(record, media=None if found is None else found[0])
 
 
@@ -222,7 +253,7 @@ def _record(row: Any, root: Path, where: str) -> Record:
         turns = (("", str(row["caption"])),) if talk is None else _turns(talk)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{where} is not LLaVA-style: {type(error).__name__} {error}.") from error
-    return Record(str(row.get("id", where)), found, turns)
+    return Record(str(row.get("id", where)), found, (turns,))
 
 
 def _turns(conversation: Sequence[dict[str, str]]) -> tuple[Turn, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 from training.demo_world.language import Nouns
 from training.demo_world.nouns import Noun, with_article
 from training.demo_world.scene import Actor, Scene, Shot
-from training.demo_world.wording import QUESTIONS, Wording, sentence
+from training.demo_world.wording import FILMS, QUESTIONS, Wording, sentence
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,11 @@ def multiple_choice(question: str, options: Sequence[str]) -> str:
     return f"Question: {question}\nOption:\n{letters}Only give the best option."
 
 
+def is_choice_of(question: Question, other: Question) -> bool:
+    """Whether `question` asks with options what `other` asks without."""
+    return bool(question.options) and question.question == multiple_choice(other.question, question.options)
+
+
 @dataclass(frozen=True)
 class Asker:
     """What is needed to ask about a scene: names, the nouns wrong options come from, wording and chance."""
@@ -54,7 +59,10 @@ class Asker:
 
     def text(self, template: str, **words: str) -> str:
         """One of the wordings of a question."""
-        return self.rng.choice(QUESTIONS[template][self.wording]).format(**words)
+        words_of = self.rng.choice(QUESTIONS[template][self.wording])
+        if self.wording == "train" and "video" in words_of:
+            words_of = words_of.replace("video", self.rng.choice(FILMS))
+        return words_of.format(**words)
 
     def open(self, task: str, text: str, answer: str, **facts: Any) -> Question:
         """The open form; the answer is a sentence."""

@@ -186,7 +186,7 @@ def ask_localisation(ask: Asker) -> Iterator[Question]:
     part, into = divmod(at / duration * 3, 1)
     usual = int(part) == 1 and not ask.maybe(MIDDLE_SHARE)
     if PART_MARGIN <= into <= 1 - PART_MARGIN and not usual:
-        text, right = ask.text("localisation_part", event=event), PARTS[int(part)]
+        text, right = ask.text("localisation_part", event=event, event_s=event_s), PARTS[int(part)]
         yield from ask.both("localisation_part", text, right, PARTS, time_s=exact, part=int(part))
 
 

@@ -95,14 +95,25 @@ class World:
             samples.append(self._describe(scene, "solo", self._rng(index, f"words {motion}")))
         return samples
 
+    def ask_again(self, sample: Sample, index: int, turn: int) -> tuple[Question, ...]:
+        """The questions of sample number `index` in other words and with other options, anew per turn."""
+        return self._ask(sample.scene, self._rng(index, f"words again {turn}"))
+
     def render(self, scene: Scene, times_s: Sequence[float], height: int, width: int) -> np.ndarray:
         """The frames of a scene with this world's sprites: uint8 (T, height, width, 3), RGB."""
         return render(scene, times_s, height, width, self.bank)
 
     def _describe(self, scene: Scene, plot: str, rng: random.Random) -> Sample:
-        wording: Wording = "train" if self.split == "train" else "test"
-        text = caption(scene, self.nouns, wording, rng)
-        return Sample(scene, text, questions(scene, self.nouns, self._stage.nouns, wording, rng), plot)
+        text = caption(scene, self.nouns, self.wording, rng)
+        return Sample(scene, text, self._ask(scene, rng), plot)
+
+    def _ask(self, scene: Scene, rng: random.Random) -> tuple[Question, ...]:
+        return questions(scene, self.nouns, self._stage.nouns, self.wording, rng)
+
+    @property
+    def wording(self) -> Wording:
+        """Which templates it asks with."""
+        return "train" if self.split == "train" else "test"
 
     def _rng(self, index: int, purpose: str) -> random.Random:
         # A string seed is hashed the same way in every process.
