@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm_bridge.packing import Packing, pack, unpack
+from llm_bridge.packing import Packing
 
 NAME = "grouped_matmul"
 SUPPORTED = frozenset({"llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3"})
@@ -32,13 +32,11 @@ def grouped_attention(
     """softmax(q k^T * scaling + mask) v; heads (B, H, L, d), keys and values (B, G, N, d) -> (B, L, H, d).
 
     attention_mask: additive, (B, 1, L, N), or None for no mask. packing: q, k and v are one packed batch
-    (1, H or G, N, d) and the mask is the packing's, (1 or B, 1, L, shared + L).
+    (1, H or G, N, d), which says itself who sees whom; the mask is not read.
     """
+    dropout = dropout if module.training else 0.0
     if packing is not None:
-        assert attention_mask is not None
-        q, k, v = (heads[0].transpose(0, 1) for heads in (query, key, value))
-        dropout = dropout if module.training else 0.0
-        return _packed(q, k, v, attention_mask[:, 0], packing, scaling, dropout).unsqueeze(0), None
+        return _packed(query[0], key[0], value[0], packing, scaling, dropout).unsqueeze(0), None
     batch, heads, length, dim = query.shape
     groups, keys = key.shape[1], key.shape[2]
     stacked = query.reshape(batch * groups, heads // groups * length, dim)
@@ -46,60 +44,35 @@ def grouped_attention(
     scores = torch.bmm(stacked * scale, key.reshape(batch * groups, keys, dim).transpose(1, 2))
     if attention_mask is not None:
         scores.view(batch, heads, length, keys).add_(attention_mask.to(scores.dtype))
-    weights = scores.softmax(dim=-1)
-    if dropout:
-        weights = nn.functional.dropout(weights, dropout, module.training)
-    mixed = torch.bmm(weights, value.reshape(batch * groups, keys, -1))
+    mixed = _mix(scores, value.reshape(batch * groups, keys, -1), dropout)
     return mixed.view(batch, heads, length, -1).transpose(1, 2).contiguous(), None
 
 
 def _packed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor,
-    packing: Packing,
-    scaling: float | None,
-    dropout: float,
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float | None, dropout: float
 ) -> Tensor:
-    """Attention of a packed batch: q (N, H, d), k and v (N, G, d), bias (1 or B, L, shared + L)."""
-    rows = _attend(
-        unpack(query, packing, shared=False),
-        unpack(key, packing, shared=True),
-        unpack(value, packing, shared=True),
-        bias,
-        scaling,
-        dropout,
-    )
-    own = pack(rows, packing)
-    if not packing.shared:
-        return own
-    first = [x[: packing.shared].transpose(0, 1).unsqueeze(0) for x in (query, key, value)]
-    # The mask's top left corner is shifted by the shared positions: theirs is plainly causal.
-    causal = torch.full((packing.shared, packing.shared), torch.finfo(bias.dtype).min, dtype=bias.dtype)
-    shared = _attend(first[0], first[1], first[2], causal.triu(1).unsqueeze(0), scaling, dropout)
-    return torch.cat([shared[0].transpose(0, 1), own])
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scaling: float | None, dropout: float
-) -> Tensor:
-    """softmax(q k^T * scaling + bias) v; q (B, H, L, d), k and v (B, G, M, d), bias (1 or B, L, M): as q."""
-    batch, heads, length, dim = query.shape
-    groups, keys = key.shape[1], key.shape[2]
+    """Attention of a packed batch, block by block: q (H, N, d), k and v (G, N, d) -> (N, H, d)."""
+    heads, _, dim = query.shape
+    repeat = heads // len(key)
     scale = dim**-0.5 if scaling is None else scaling
-    each = bias[:, None, None].expand(-1, groups, heads // groups, -1, -1)
-    scores = torch.baddbmm(
-        each.reshape(-1, heads // groups * length, keys) if len(bias) > 1 else each[0, 0].flatten(0, 1),
-        query.reshape(batch * groups, heads // groups * length, dim),
-        key.reshape(batch * groups, keys, dim).transpose(1, 2),
-        alpha=scale,
-    )
+    lengths = [block.length for block in packing.blocks]
+    queries, keys, values = (x.split(lengths, dim=1) for x in (query, key, value))
+    rows = []
+    for number, (block, bias) in enumerate(
+        zip(packing.blocks, packing.biases(repeat, query.dtype), strict=True)
+    ):
+        seen = (*block.before, number)
+        k, v = (torch.cat([x[place] for place in seen], dim=1) for x in (keys, values))
+        stacked = queries[number].reshape(len(key), repeat * block.length, dim)
+        scores = torch.baddbmm(bias, stacked, k.transpose(1, 2), alpha=scale)
+        rows.append(_mix(scores, v, dropout).view(heads, block.length, -1).transpose(0, 1))
+    return torch.cat(rows)
+
+
+def _mix(scores: Tensor, value: Tensor, dropout: float) -> Tensor:
+    """softmax(scores) v."""
     weights = scores.softmax(dim=-1)
-    if dropout:
-        weights = nn.functional.dropout(weights, dropout)
-    mixed = torch.bmm(weights, value.reshape(batch * groups, keys, dim))
-    return mixed.view(batch, heads, length, dim)
+    return torch.bmm(nn.functional.dropout(weights, dropout) if dropout else weights, value)
 
 
 def packs(model: Any, longest: int) -> bool:

@@ -168,7 +168,7 @@ class VideoLanguageModel(nn.Module):
         embedded = self._embed(ids, ids == PLACEHOLDER, visuals)
         out = self.language_model.get_decoder()(
             inputs_embeds=embedded,
-            attention_mask=packing.bias(embedded.dtype).unsqueeze(1),
+            attention_mask=embedded.new_zeros(1, 1, 1, 1),  # of four dimensions: no other is made
             position_ids=torch.tensor([packing.positions]),
             packing=packing,
             use_cache=False,

@@ -1,8 +1,9 @@
 """What the chat stages share: conversations about videos become batches with labels.
 
 A micro-batch is a pure function of its number: records are shuffled anew for each epoch, those of like length
-share a micro-batch (`bucket`), one token count is drawn for it, and what the frozen encoder gave for a clip
-is kept on disk when `feature_cache` names a folder.
+share a micro-batch (`bucket`), and what the frozen encoder gave for a clip is kept on disk when
+`feature_cache` names a folder. The micro-batches of a step have one token count and like lengths, so that no
+process waits long for another.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class ChatInput:
 class ChatRecipe:
     """The data of a chat stage.
 
-    frames, resolution: what the encoder sees. keeps: token counts, one drawn per micro-batch. inputs: what to
+    frames, resolution: what the encoder sees. keeps: token counts, one drawn per step. inputs: what to
     draw from instead, where frames and resolution vary too; one named twice is drawn twice as often.
     template: "plain" (caption right after the video, as the field's stage 1 does) or "chat" (the language
     model's own template). max_length: longer samples lose their end. bucket: micro-batches among which
@@ -125,6 +126,10 @@ class ChatData:
         """Micro-batches in one epoch."""
         return max(1, self._count // self.recipe.optim.micro_batch)
 
+    @property
+    def _per_step(self) -> int:
+        return self.recipe.optim.batch_size // self.recipe.optim.micro_batch
+
     def batch(self, index: int) -> ChatBatch:
         """Micro-batch number `index`, counted over epochs."""
         return self.prompted(*self.seen(index))
@@ -132,7 +137,8 @@ class ChatData:
     def seen(self, index: int) -> tuple[list[Record], list[Features | None]]:
         """The records of micro-batch `index` and what the encoder gave for the media of each."""
         epoch, within = divmod(index, self.micro_batches)
-        view = random.Random(f"{self.recipe.loop.seed}/{index}/keep").choice(self.recipe.drawn)
+        step = index // self._per_step
+        view = random.Random(f"{self.recipe.loop.seed}/{step}/keep").choice(self.recipe.drawn)
         members = self._members(epoch, within)
         pairs = [
             self._readable(epoch, within * len(members) + slot, number, view)
@@ -169,8 +175,10 @@ class ChatData:
             members = [order[position % self._count] for position in range(first, last)]
             if bucket > 1:
                 members.sort(key=lambda record: (self._length(record), record))
-            batches = [members[start : start + size] for start in range(0, len(members), size)]
-            random.Random(f"{self.recipe.loop.seed}/{epoch}/{number}/bucket").shuffle(batches)
+            width = size * self._per_step
+            steps = [members[start : start + width] for start in range(0, len(members), width)]
+            random.Random(f"{self.recipe.loop.seed}/{epoch}/{number}/bucket").shuffle(steps)
+            batches = [step[start : start + size] for step in steps for start in range(0, len(step), size)]
             self._window = ((epoch, number), batches)
         return self._window[1][place]
 

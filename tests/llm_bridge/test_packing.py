@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from encoder.config import MICRO
 from encoder.fluxvit import FluxViT
 from encoder.tokens import VisionTokens
 from llm_bridge import attention, model
+from llm_bridge import packing as packing_module
 from llm_bridge.attention import register
-from llm_bridge.branches import share_beginning
+from llm_bridge.branches import branch_numbers, share_beginning
 from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
-from llm_bridge.packing import Packing, pack, unpack
+from llm_bridge.packing import Block, Packing
 from llm_bridge.projector import ProjectorConfig
 from llm_bridge.prompt import IGNORE, Message, Prompt, Visual, render_chat_training
 
@@ -28,45 +32,70 @@ def text(ids: list[int], first_label: int) -> Prompt:
     return Prompt(tuple(ids), (), (), tuple(labels))
 
 
-@pytest.mark.parametrize(("shared", "lengths"), [(0, (3, 1, 4)), (2, (1, 3)), (3, (2,))])
-def test_gradients_of_unpacking_and_packing(shared: int, lengths: tuple[int, ...]) -> None:
-    packing = Packing(shared, lengths)
-    x = torch.randn(shared + sum(lengths), 2, 3, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(len(lengths), 2, shared + max(lengths), 3, dtype=torch.float64)
-    weights.view(-1, 3)[:, :] *= torch.tensor([1.0, 2.0, 3.0])
-    filled = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    weights[:, :, shared:] *= filled[:, None, :, None]  # what lies at padding never counts
-
-    def keys(x: torch.Tensor) -> torch.Tensor:
-        return unpack(x, packing, shared=True) * weights
-
-    def there_and_back(x: torch.Tensor) -> torch.Tensor:
-        return pack(unpack(x, packing, shared=False), packing)
-
-    assert torch.autograd.gradcheck(keys, x)
-    assert torch.autograd.gradcheck(there_and_back, x)
-    assert torch.equal(there_and_back(x), x[shared:])
-
-
-def test_packing_gives_padding_no_gradient() -> None:
-    packing = Packing(1, (3, 1))
-    rows = torch.randn(2, 2, 3, 4, requires_grad=True)
-    pack(rows, packing).sum().backward()
-    assert rows.grad is not None
-    assert rows.grad[:, :, 1:].sum() == 2 * 2 * 4  # two positions, heads and dimensions of the first row
-    assert not rows.grad[1, :, 1:].any()
+def shared_and_lengths(prompts: list[Prompt]) -> tuple[int, tuple[int, ...]]:
+    packing = Packing.of(prompts)
+    return packing.shared, packing.lengths
 
 
 def test_what_is_shared_ends_before_labels_visuals_and_the_last_position() -> None:
     same = [text([1, 2, 3, 4, 5, 6], 4), text([1, 2, 3, 4, 5, 7], 4)]
-    assert Packing.of(same) == Packing(3, (2, 2))  # position 3 predicts the first label
-    assert Packing.of(same[:1]) == Packing(0, (5,))
+    assert shared_and_lengths(same) == (3, (2, 2))  # position 3 predicts the first label
+    assert shared_and_lengths(same[:1]) == (0, (5,))
     unlabelled = [text([1, 2, 3], 3), text([1, 2, 3, 4], 4)]
-    assert Packing.of(unlabelled) == Packing(1, (1, 2))
+    assert shared_and_lengths(unlabelled) == (1, (1, 2))
     visual = Visual(2)
     seen = [Prompt((1, 2, -1, -1, 3), (visual,), ((2, 2),), (IGNORE,) * 4 + (3,))] * 2
     assert Packing.of(seen).shared == 2
     assert Packing.of(seen).positions == [0, 1, 2, 3, 2, 3]
+
+
+def branched(beginning: int, *lengths: int) -> Prompt:
+    """A prompt of branches of these lengths, the last position of each is learned."""
+    ids = list(range(1, beginning + 1))
+    labels, branches = [IGNORE] * beginning, []
+    for length in lengths:
+        branches.append((len(ids), len(ids) + length))
+        ids += [50 + len(ids)] * length
+        labels += [IGNORE] * (length - 1) + [ids[-1]]
+    return Prompt(tuple(ids), (), (), tuple(labels), tuple(branches))
+
+
+def test_branches_attend_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing_module, "GROUP", 5)
+    packing = Packing.of([branched(4, 2, 3, 2, 7), branched(2, 3, 4)])
+    assert packing.shared == 2
+    blocks = [Block((), (2,)), Block((0,), (2,)), Block((0, 1), (2, 3)), Block((0, 1), (2,))]
+    # Its last position predicts nothing; the second prompt has no beginning of its own.
+    assert packing.blocks == [*blocks, Block((0, 1), (6,)), Block((0,), (3,)), Block((0,), (3,))]
+    assert sum(block.length for block in packing.blocks) == len(packing.positions)
+
+
+@given(
+    st.lists(st.tuples(st.integers(2, 6), st.lists(st.integers(2, 5), min_size=1, max_size=4)), min_size=1),
+    st.integers(2, 9),
+)
+def test_every_position_sees_what_its_prompt_lets_it(made: list[tuple[int, list[int]]], group: int) -> None:
+    prompts = [branched(beginning, *lengths) for beginning, lengths in made]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing_module, "GROUP", group)
+        packing = Packing.of(prompts)
+        starts = [0, *accumulate(block.length for block in packing.blocks)]
+        places = [range(start, end) for start, end in pairwise(starts)]
+        seen_by: dict[int, set[int]] = {}
+        for number, (block, bias) in enumerate(
+            zip(packing.blocks, packing.biases(1, torch.float32), strict=True)
+        ):
+            keys = [key for before in (*block.before, number) for key in places[before]]
+            for place, row in zip(places[number], bias, strict=True):
+                seen_by[place] = {key for key, value in zip(keys, row.tolist(), strict=True) if value == 0}
+    start = packing.shared
+    for prompt, length in zip(prompts, packing.lengths, strict=True):
+        numbers, _ = branch_numbers(prompt, packing.shared + length)
+        for own in range(packing.shared, packing.shared + length):
+            wanted = {key for key in range(own + 1) if numbers[key] in (0, numbers[own])}
+            offset = start - packing.shared
+            assert seen_by[own + offset] == {key if key < packing.shared else key + offset for key in wanted}
+        start += length
 
 
 @pytest.fixture(params=["llama", "qwen2", "qwen3"])
