@@ -46,9 +46,10 @@ model: setup
 	@$(PY) -m training.warm_start $(call RECIPE,box/warm_start)
 	@$(BOTH) training.chat_stage1 $(call RECIPE,box/chat_stage1)
 	@$(BOTH) training.chat_lora $(call RECIPE,box/chat_lora)
-	@$(PY) -m training.evaluate world --model $(RUNS)/chat_lora/model --clips 300 --budget 128 64 32 \
+	@$(BOTH) training.chat_lora $(call RECIPE,box/chat_lora_answers)
+	@$(PY) -m training.evaluate world --model $(RUNS)/chat_lora_answers/model --clips 300 --budget 128 64 32 \
 		--compare uniform random --out $(RUNS)/world.json
-	@$(PY) -m training.ship --model $(RUNS)/chat_lora/model --figures $(RUNS)/world.json \
+	@$(PY) -m training.ship --model $(RUNS)/chat_lora_answers/model --figures $(RUNS)/world.json \
 		--alignment $(RUNS)/clip/alignment.safetensors
 
 bench: setup

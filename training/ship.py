@@ -1,6 +1,6 @@
 """Make the folder that ships: weights, example clips with the model's own answers, a card with figures.
 
-    python -m training.ship --model runs/box/chat_lora/model --figures runs/box/world.json \
+    python -m training.ship --model runs/box/chat_lora_answers/model --figures runs/box/world.json \
         --alignment runs/box/clip/alignment.safetensors
 
 The last step of `make model`. The clips come from the test split of the demo world; five whose questions the

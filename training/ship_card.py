@@ -89,7 +89,9 @@ def card(
     return head + TAIL.format(
         examples="\n".join(_example(example) for example in examples),
         files="\n".join(f"| {name} | {size / 1e6:.1f} |" for name, size in sizes.items()),
-        lora=", `box/chat_lora.yaml` (adapter)" if model.llm.adapters else "",
+        lora=", `box/chat_lora.yaml` and `box/chat_lora_answers.yaml` (adapter)"
+        if model.llm.adapters
+        else "",
         commit=measured.get("commit"),
         weights=measured.get("weights"),
         objects="one object per clip" if most == 1 else f"up to {most} objects per clip",

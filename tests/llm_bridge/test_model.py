@@ -57,6 +57,22 @@ def test_loss_equals_the_direct_computation(model: VideoLanguageModel) -> None:
     torch.testing.assert_close(model.loss(prompts, vision), losses / count, atol=1e-5, rtol=1e-5)
 
 
+def test_the_loss_of_answers_is_the_mean_of_theirs(model: VideoLanguageModel) -> None:
+    keeps, answers = [5, 9, 7], ["A dog.", "It moves to the left, then up, and then it stays there.", "No."]
+    vision = vision_of(model, keeps)
+    prompts = [
+        render_chat_training(
+            model.llm.tokenizer,
+            [Message.of("user", Visual(keep, "k"), "What?"), Message.of("assistant", answer)],
+        )
+        for keep, answer in zip(keeps, answers, strict=True)
+    ]
+    alone = [model.loss([prompt], vision.select(number)) for number, prompt in enumerate(prompts)]
+    found = model.loss(prompts, vision, "answer")
+    torch.testing.assert_close(found, torch.stack(alone).mean(), atol=1e-5, rtol=1e-5)
+    assert abs(found - model.loss(prompts, vision)) > 1e-4
+
+
 def test_gradients_reach_the_projector_alone(model: VideoLanguageModel) -> None:
     model.projector.requires_grad_(True)
     vision = vision_of(model, [6])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encoder.config import MICRO
@@ -70,6 +70,7 @@ def test_branches_attend_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(block.length for block in packing.blocks) == len(packing.positions)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(2, 6), st.lists(st.integers(2, 5), min_size=1, max_size=4)), min_size=1),
     st.integers(2, 9),

@@ -99,6 +99,29 @@ def test_the_projector_can_stay_frozen(recipe: Path, tmp_path: Path) -> None:
     assert all("lora_" in name for name in names)
 
 
+def test_an_adapter_goes_on_learning(
+    finished: Path, recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = finished / "model"
+    again = ["--config", str(recipe), f"start={model}", f"loop.out={tmp_path}", "loop.max_steps=1"]
+    assert chat_lora.main([*again, "optim.lr=1e-9", "lora.dropout=0"]) == 0
+    before, after = (
+        load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (model, tmp_path / "model")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    stage = LoraStage(read_recipe(LoraRecipe, recipe, [f"start={finished}", "lora.dropout=0"]))
+    batch = stage.batch(0)
+    plain, merged = (
+        VideoLanguageModel.from_pretrained(model, device="cpu", tuned=tuned).loss(batch.prompts, batch.vision)
+        for tuned in (False, True)
+    )
+    # Merged into weights of half precision, it is rounded.
+    assert abs(stage.model(batch)[0] - merged) < 0.1 * abs(plain - merged)
+    assert chat_lora.main([*again, "lora.rank=8"]) == 2
+    assert "rank 4 and alpha 8, the recipe says 8 and 8" in capsys.readouterr().err
+
+
 def test_checkpointing_changes_neither_loss_nor_gradients(recipe: Path, tmp_path: Path) -> None:
     found = []
     for flag in ("false", "true"):

@@ -79,6 +79,16 @@ def test_an_unreadable_video_is_named_and_passed_over(finished: Path) -> None:
     assert "no such file" in missing["lost"]
 
 
+def test_the_micro_batches_of_a_step_see_alike(stage1_recipe: Path, tmp_path: Path) -> None:
+    views = "[{frames: 4, resolution: 56, keep: 8}, {frames: 2, resolution: 84, keep: 16}]"
+    overrides = [f"loop.out={tmp_path}", f"inputs={views}", "bucket=4"]
+    data = Stage1(read_recipe(Stage1Recipe, stage1_recipe, overrides)).data
+    steps = [(data.batch(2 * step), data.batch(2 * step + 1)) for step in range(8)]
+    seen = [{grid.frames for b in step if b.vision for grid in b.vision.grids} - {1} for step in steps]
+    assert {frames for found in seen for frames in found} == {2, 4}
+    assert all(len(found) == 1 for found in seen)
+
+
 def test_resume_is_bit_equal(finished: Path, stage1_recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)

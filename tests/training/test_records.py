@@ -118,6 +118,43 @@ def test_the_world_as_conversations() -> None:
     assert choices > 5
 
 
+def asked(**settings: object) -> WorldRecords:
+    """Records of a rich world."""
+    source = build(WorldSource, {"count": 40}, "world")
+    config = DatasetConfig(world=source, captions=0.0, **settings)  # type: ignore[arg-type]
+    return WorldRecords(source, config, [World("train", 0, bank=procedural_bank())])
+
+
+def test_the_world_is_asked_more_than_once() -> None:
+    once, thrice = asked(turns=99), asked(turns=99, rounds=3)
+    for number in range(20):
+        few, many = set(once[number].turns), set(thrice[number].turns)
+        assert few < many
+        assert len(many) == len(thrice[number].turns)
+    with pytest.raises(ConfigError, match="rounds must be at least 1"):
+        DatasetConfig(json_path="x", rounds=0)
+
+
+def test_a_choice_may_follow_its_open_form() -> None:
+    for told, least, most in ((0.0, 0, 0), (0.5, 80, 140), (1.0, 180, 280)):
+        records = asked(turns=8, choices=1.0, told=told, independent=True)
+        talks = [talk for record in map(records.__getitem__, range(40)) for talk in record.conversations]
+        pairs = [talk for talk in talks if len(talk) == 2]
+        assert least <= len(pairs) <= most
+        for (question, answer), (choice, right) in pairs:
+            assert choice.startswith(f"Question: {question}\nOption:")
+            assert "Option:" not in question
+            assert answer
+            assert right.startswith("(")
+
+
+def test_independent_turns_are_conversations() -> None:
+    together, apart = asked(turns=4), asked(turns=4, independent=True)
+    assert [len(talk) for talk in together[3].conversations] == [4]
+    assert [len(talk) for talk in apart[3].conversations] == [1] * 4
+    assert together[3].turns == apart[3].turns
+
+
 def features(seed: int) -> Features:
     generator = torch.Generator().manual_seed(seed)
     return Features(
