@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from llm_bridge.llm import LanguageModel, load_llm
+from llm_bridge.model import VideoLanguageModel
 from tests import tiny_llms
+from tests.llm_bridge.tiny_vlm import tiny_vlm
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +31,9 @@ def tiny_llm(llm_folder: Callable[[str], Path]) -> Callable[[str], LanguageModel
 def llm(request: pytest.FixtureRequest, tiny_llm: Callable[[str], LanguageModel]) -> LanguageModel:
     """Every layout in turn."""
     return tiny_llm(request.param)
+
+
+@pytest.fixture
+def model(llm_folder: Callable[[str], Path]) -> VideoLanguageModel:
+    """A tiny model of all parts."""
+    return tiny_vlm(llm_folder("qwen2"))

@@ -13,12 +13,12 @@ from llm_bridge.attention import NAME, use_for_training
 from llm_bridge.branches import branch_numbers, branched_attention, first_label, share_beginning
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import IGNORE, Message, Prompt, Visual, render_chat_training
-from tests.llm_bridge.test_model import model, vision_of  # noqa: F401
+from tests.llm_bridge.tiny_vlm import vision_of
 
 TURNS = [("What?", "A dog."), ("What moves, and where to?", "It moves to the left."), ("How many?", "Two.")]
 
 
-def conversations(model: VideoLanguageModel, keep: int) -> list[Prompt]:  # noqa: F811
+def conversations(model: VideoLanguageModel, keep: int) -> list[Prompt]:
     visual = Visual(keep, "k", duration_s=4.0, times_s=(0.0, 1.0, 2.0, 3.0))
     return [
         render_chat_training(
@@ -29,7 +29,7 @@ def conversations(model: VideoLanguageModel, keep: int) -> list[Prompt]:  # noqa
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_the_loss_is_that_of_separate_conversations(model: VideoLanguageModel, half: bool) -> None:  # noqa: F811
+def test_the_loss_is_that_of_separate_conversations(model: VideoLanguageModel, half: bool) -> None:
     if half:
         model.language_model.to(torch.bfloat16)
         assert use_for_training(model.language_model)
@@ -49,7 +49,7 @@ def test_the_loss_is_that_of_separate_conversations(model: VideoLanguageModel, h
     torch.testing.assert_close(found, total / count, atol=tolerance, rtol=tolerance)
 
 
-def test_a_branch_does_not_see_another(model: VideoLanguageModel) -> None:  # noqa: F811
+def test_a_branch_does_not_see_another(model: VideoLanguageModel) -> None:
     vision = vision_of(model, [7])
     one = share_beginning(conversations(model, 7))
     start, end = one.branches[1]

@@ -9,29 +9,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoder.config import MICRO
 from encoder.errors import CheckpointError, ConfigError, FluxChatError, ModelError
 from encoder.fluxvit import FluxViT
 from encoder.tokens import Grid, VisionTokens
-from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
+from llm_bridge.model import VideoLanguageModel
 from llm_bridge.projector import Projector, ProjectorConfig, load_llava_projector
 from llm_bridge.prompt import IGNORE, Message, Visual, render_chat_training
-
-ENCODER = MICRO.replace(embed_dim=32, depth=2, num_heads=2, pool_heads=2, clip_embed_dim=16)
-
-
-@pytest.fixture
-def model(llm_folder) -> VideoLanguageModel:
-    torch.manual_seed(0)
-    config = VLMConfig(
-        llm=str(llm_folder("qwen2")), projector=ProjectorConfig(32, 64, norm=True), encoder=ENCODER
-    )
-    return assemble(config, FluxViT(ENCODER), None, device="cpu", dtype=torch.float32)
-
-
-def vision_of(model: VideoLanguageModel, keeps: list[int]) -> VisionTokens:
-    clips = [torch.randn(3, 4, 28, 28, generator=torch.Generator().manual_seed(i)) for i in range(len(keeps))]
-    return model.encode(clips, keeps, [(0.0, 1.0, 2.0, 3.0)] * len(keeps))
+from tests.llm_bridge.tiny_vlm import ENCODER, vision_of
 
 
 def test_loss_equals_the_direct_computation(model: VideoLanguageModel) -> None:

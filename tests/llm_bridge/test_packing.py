@@ -11,19 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoder.config import MICRO
-from encoder.fluxvit import FluxViT
 from encoder.tokens import VisionTokens
 from llm_bridge import attention, model
 from llm_bridge import packing as packing_module
 from llm_bridge.attention import register
 from llm_bridge.branches import branch_numbers, share_beginning
-from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
+from llm_bridge.model import VideoLanguageModel
 from llm_bridge.packing import Block, Packing
-from llm_bridge.projector import ProjectorConfig
 from llm_bridge.prompt import IGNORE, Message, Prompt, Visual, render_chat_training
+from tests.llm_bridge.tiny_vlm import tiny_vlm
 
-ENCODER = MICRO.replace(embed_dim=32, depth=2, num_heads=2, pool_heads=2, clip_embed_dim=16)
 ANSWERS = {5: "A dog.", 9: "It moves to the left, then up, and stays there.", 7: "No."}
 
 
@@ -102,11 +99,7 @@ def test_every_position_sees_what_its_prompt_lets_it(made: list[tuple[int, list[
 @pytest.fixture(params=["llama", "qwen2", "qwen3"])
 def parts(request: pytest.FixtureRequest, llm_folder: Callable[[str], Path]) -> VideoLanguageModel:
     """A tiny model in full precision that attends as half precision does in training."""
-    torch.manual_seed(0)
-    config = VLMConfig(
-        llm=str(llm_folder(request.param)), projector=ProjectorConfig(32, 64, norm=True), encoder=ENCODER
-    )
-    made = assemble(config, FluxViT(ENCODER), None, device="cpu", dtype=torch.float32)
+    made = tiny_vlm(llm_folder(request.param))
     register()
     made.language_model.set_attn_implementation(attention.NAME)
     made.projector.requires_grad_(True)
