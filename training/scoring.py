@@ -53,16 +53,40 @@ def letter_in(text: str) -> str | None:
     return (found.group(1) or found.group(2)).upper() if found else None
 
 
+def says_yes(text: str) -> bool | None:
+    """Whether an answer says yes or no: the word it begins with, else the last of them; None for neither."""
+    words = re.findall(r"[a-z]+", text.lower())
+    said = [word for word in words if word in ("yes", "no")]
+    if not said:
+        return None
+    return (words[0] if words[0] in ("yes", "no") else said[-1]) == "yes"
+
+
+def option_in(text: str, options: Sequence[str]) -> int | None:
+    """The number of the option that an answer chooses, or None.
+
+    By its letter when the answer begins with one, "(B)", "B." or "B:"; else by its words when the text holds
+    those of one option alone, as VLMEvalKit infers options from texts; else by a letter anywhere.
+    """
+    begun = re.match(r"\s*(?:\(([A-Ha-h])\)|([A-H])(?:[.):]|\s*$))", text)
+    said = f" {_plain(text)} "
+    held = [number for number, option in enumerate(options) if f" {_plain(option)} " in said]
+    if begun is None and len(held) == 1:
+        return held[0]
+    letter = letter_in(text)
+    return ord(letter) - ord("A") if letter else None
+
+
 def agrees(question: Question, text: str) -> bool:
-    """Whether an answer is right: by letter for multiple choice, by its facts otherwise."""
+    """Whether an answer is right: by the option chosen for multiple choice, by its facts otherwise."""
     if question.options:
-        return letter_in(text) == chr(ord("A") + (question.answer_index or 0))
+        return option_in(text, question.options) == question.answer_index
     facts: Mapping[str, Any] = question.facts
     lowered = text.lower().strip()
     if _plain(text) and _plain(text) == _plain(question.answer):  # irregular plurals
         return True
     if "present" in facts:
-        return lowered.startswith("yes" if facts["present"] else "no")
+        return says_yes(lowered) == facts["present"]
     if "change" in facts:
         if facts["change"] == "becomes":
             return names(text, facts["into"])

@@ -19,7 +19,7 @@ from training.data.records import (
 )
 from training.data.world import WorldSource
 from training.demo_world.bank import procedural_bank
-from training.demo_world.wording import QUESTIONS
+from training.demo_world.wording import QUESTIONS, sentence
 from training.demo_world.world import World
 
 
@@ -146,6 +146,17 @@ def test_a_choice_may_follow_its_open_form() -> None:
             assert "Option:" not in question
             assert answer
             assert right.startswith("(")
+
+
+def test_a_choice_may_be_answered_in_words() -> None:
+    by_letter, by_words = (
+        asked(turns=8, choices=1.0, independent=True, choose_by=way) for way in ("letter", "words")
+    )
+    for (asked_first, letter), (asked_again, words) in zip(
+        by_letter[5].turns, by_words[5].turns, strict=True
+    ):
+        assert asked_first == asked_again
+        assert words == sentence(letter.partition(") ")[2] or letter)
 
 
 def test_independent_turns_are_conversations() -> None:

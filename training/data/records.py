@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import yaml
 
@@ -21,7 +21,7 @@ from training.data.annotations import parse_span
 from training.data.media import BrokenMedia, FileMedia, Media, WorldMedia, reason
 from training.data.world import WorldSource
 from training.demo_world.asking import Question, is_choice_of
-from training.demo_world.wording import QUESTIONS
+from training.demo_world.wording import QUESTIONS, sentence
 from training.demo_world.world import Sample, World
 
 if TYPE_CHECKING:
@@ -77,9 +77,10 @@ class DatasetConfig:
     sampling_strategy: all, first:N, first:x%, end:N, end:x%, random:N or random:x% (VideoChat-Flash's words).
     turns: questions per sample of the world, asked in one conversation; captions: chance that one of them is
     for a description; choices: share of multiple-choice questions; told: share of these that follow the same
-    question in its open form, with its answer. rounds: how often everything is asked anew, in other words and
-    with other options, before `turns` questions are picked. independent: the turns of a record are
-    conversations of their own about its media: no answer sees another (see llm_bridge.branches).
+    question in its open form, with its answer; choose_by: how they are answered, by "letter" as MVBench asks,
+    "(B) left", or with the "words" of the option alone, "Left." rounds: how often everything is asked anew,
+    in other words and with other options, before `turns` questions are picked. independent: the turns of a
+    record are conversations of their own about its media: no answer sees another (see llm_bridge.branches).
     """
 
     json_path: str | None = None
@@ -94,6 +95,7 @@ class DatasetConfig:
     choices: float = 0.3
     told: float = 0.0
     rounds: int = 1
+    choose_by: Literal["letter", "words"] = "letter"
     independent: bool = False
     index_root: str | None = None
     corpus: str | None = None
@@ -191,7 +193,9 @@ class WorldRecords:
 
     def _choice(self, question: Question, before: Question | None, rng: random.Random) -> tuple[Turn, ...]:
         """A multiple-choice question, in some cases after the same question in its open form."""
-        turn = (question.question, question.answer)
+        by_words = self.config.choose_by == "words"
+        right = question.options[question.answer_index or 0]
+        turn = (question.question, sentence(right) if by_words else question.answer)
         if before is None or before.options or not is_choice_of(question, before):
             return (turn,)
         return ((before.question, before.answer), turn) if rng.random() < self.config.told else (turn,)

@@ -6,6 +6,7 @@ Task names are MVBench's where it has them. A question is asked only where its a
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from training.demo_world.asking import Asker, Question, kind_phrase
@@ -42,15 +43,24 @@ def questions(
 
 
 def ask_existence(ask: Asker) -> Iterator[Question]:
-    """Is there a dog? Yes and no are equally likely. Which of these four is there?"""
+    """Is there a dog? Yes or no, equally likely, after what is seen. Which of these four is there?"""
     present = ask.rng.random() < 0.5
     noun = ask.nouns[ask.rng.choice(ask.shown)] if present else ask.absent(1)[0]
     text = ask.text("existence", noun=noun.indefinite)
     right, wrong = ("yes", "no") if present else ("no", "yes")
-    yield from ask.both("existence", text, right, [wrong], noun=noun.name, present=present)
+    answer = f"I see {_listed(ask)}, so {right}"
+    yield from ask.both("existence", text, right, [wrong], answer, noun=noun.name, present=present)
     shown = ask.nouns[ask.rng.choice(ask.shown)]
     others = [other.indefinite for other in ask.absent(3)]
     yield ask.choice("object_existence", ask.text("which_exists"), shown.indefinite, others, noun=shown.name)
+
+
+def _listed(ask: Asker) -> str:
+    """Everything shown: "a dog and two cats"."""
+    counts = Counter(actor.code for actor in ask.scene.actors)
+    nouns = [(ask.nouns[code], counts.get(code, 1)) for code in ask.shown]
+    *names, last = [f"{NUMBERS[n]} {noun.plural}" if n > 1 else noun.indefinite for noun, n in nouns]
+    return f"{', '.join(names)} and {last}" if names else last
 
 
 def ask_object(ask: Asker) -> Iterator[Question]:
