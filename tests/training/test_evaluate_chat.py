@@ -206,6 +206,10 @@ def test_the_world_in_mvbenchs_tasks() -> None:
     assert order[: len(shared)] == shared
     assert {"action_localization", "action_sequence", "moving_direction", "scene_transition"} <= set(shared)
     assert result["tasks"]["existence"]["chance"] == 50
+    in_words = [{"answer": item.candidates[item.truth].capitalize() + "."} for item in items]
+    assert score_mvbench(items, in_words, "words")["mean"] == 100.0
+    assert score_mvbench(items, said, "words")["mean"] == 100.0
+    assert score_mvbench(items, in_words, "flash")["mean"] < 50
     text = mvbench_table({"all": result})
     assert f"{len(shared)} of MVBench's 20 tasks" in text
     assert "100.0 [" in text

@@ -8,7 +8,7 @@ from training.demo_world.asking import Question
 from training.demo_world.bank import procedural_bank
 from training.demo_world.wording import ANSWERS, MOVES
 from training.demo_world.world import World
-from training.scoring import agrees, letter_in, mean_interval, motion_in, names, wilson
+from training.scoring import agrees, letter_in, mean_interval, motion_in, names, option_in, says_yes, wilson
 
 
 @pytest.mark.parametrize("motion", MOVES)
@@ -36,6 +36,44 @@ def test_names_whole_words() -> None:
 )
 def test_letters(text: str, letter: str | None) -> None:
     assert letter_in(text) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "chosen"),
+    [
+        ("(B) a cat", 1),
+        ("b) a dog", 0),
+        ("A dog.", 0),
+        ("A. a cat", 0),
+        ("It is a cat.", 1),
+        ("A dog and a cat.", 0),  # both are named: the letter that stands alone decides
+        ("Option C", 2),
+        ("a dogfish", None),
+        ("", None),
+    ],
+)
+def test_an_option_is_chosen_by_letter_or_by_words(text: str, chosen: int | None) -> None:
+    assert option_in(text, ["a dog", "a cat", "after 1 second"]) == chosen
+
+
+def test_options_of_numbers_are_not_mixed_up() -> None:
+    options = [f"after about {seconds} seconds" for seconds in (1, 11, 3, 13)]
+    for number, option in enumerate(options):
+        assert option_in(f"{option.capitalize()}.", options) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "yes"),
+    [
+        ("Yes, no doubt.", True),
+        ("I see a dog, so yes.", True),
+        ("I see a nose and yesterday's cup, so no.", False),
+        ("No.", False),
+        ("A dog.", None),
+    ],
+)
+def test_yes_and_no(text: str, yes: bool | None) -> None:
+    assert says_yes(text) == yes
 
 
 @pytest.mark.parametrize(

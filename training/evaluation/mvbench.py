@@ -23,9 +23,9 @@ from training.evaluation.benchmarks import find_video
 from training.evaluation.metrics import TaskScore, letter_flash, letter_videochat2, mvbench_scores
 from training.evaluation.results import Journal, Row, run_blocks, table
 from training.evaluation.watcher import Asked, Watcher
-from training.scoring import mean_interval, wilson
+from training.scoring import mean_interval, option_in, wilson
 
-Form = Literal["flash", "videochat2"]
+Form = Literal["flash", "videochat2", "words"]
 FRAME_FOLDERS_FPS = 3.0
 SYSTEM = (
     "Carefully watch the video and pay attention to the cause and sequence of events, the detail and "
@@ -199,16 +199,23 @@ def by_video(items: Sequence[Item]) -> list[range]:
 def ask(item: Item, form: Form) -> Asked:
     """The question as it is put to the model."""
     options = "".join(f"({chr(65 + i)}) {candidate}\n" for i, candidate in enumerate(item.candidates))
-    if form == "flash":
+    if form != "videochat2":
         text = f"Question: {item.question}\nOption:\n{options}Only give the best option."
         return Asked(text, max_new_tokens=16)
     text = f"Question: {item.question}\nOptions:\n{options}\nOnly give the best option."
     return Asked(text, system=SYSTEM, prefix="Best option:(", max_new_tokens=16)
 
 
-LETTERS: Mapping[Form, Callable[[str], str | None]] = {
-    "flash": letter_flash,
-    "videochat2": letter_videochat2,
+def letter_by_words(text: str, candidates: Sequence[str]) -> str | None:
+    """The letter of the option that an answer chooses, by its letter or its words."""
+    number = option_in(text, candidates)
+    return None if number is None else chr(65 + number)
+
+
+LETTERS: Mapping[Form, Callable[[str, Sequence[str]], str | None]] = {
+    "flash": lambda text, _: letter_flash(text),
+    "videochat2": lambda text, _: letter_videochat2(text),
+    "words": letter_by_words,
 }
 
 
@@ -236,7 +243,7 @@ def score_mvbench(items: Sequence[Item], rows: Sequence[Row], form: Form) -> dic
         {
             "task": item.task,
             "answer": row["answer"],
-            "letter": LETTERS[form](row["answer"]),
+            "letter": LETTERS[form](row["answer"], item.candidates),
             "truth": chr(65 + item.truth),
         }
         for item, row in zip(items, rows, strict=True)

@@ -71,7 +71,12 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     mvbench.add_argument("--videos", metavar="DIR", help="the folder of star, perception, clevrer, ...")
     mvbench.add_argument("--task", nargs="+", choices=list(TASKS), metavar="TASK", help="only these")
     mvbench.add_argument(
-        "--prompt", nargs="+", choices=["flash", "videochat2"], default=["flash", "videochat2"]
+        "--prompt",
+        nargs="+",
+        choices=["flash", "videochat2", "words"],
+        default=["flash", "videochat2"],
+        help="of VideoChat-Flash or VideoChat2, with their readers of letters; words: as flash, but the "
+        "words of an option count as its letter",
     )
     _budgets(mvbench, [128])
     _chat(mvbench)
