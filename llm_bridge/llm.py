@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from encoder.errors import ModelError
+from llm_bridge.adapters import apply_adapter, first_line, quiet_peft
 from llm_bridge.batch_invariance import make_batch_invariant
 
 Quantize = Literal["8bit", "4bit"]
@@ -182,12 +180,12 @@ def load_llm(
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"Cannot load the language model {name}: {_first_line(error)}.") from error
+        raise ModelError(f"Cannot load the language model {name}: {first_line(error)}.") from error
     finally:
         if bars:
             logging.enable_progress_bar()
     for adapter in adapters:
-        model = _adapt(model, adapter, merge=quantize is None)
+        model = apply_adapter(model, adapter, merge=quantize is None)
     model.eval().requires_grad_(False)
     make_batch_invariant(model)
     return LanguageModel(model, tokenizer, str(name), quantize, tuple(map(str, adapters)))
@@ -221,7 +219,7 @@ def _load_tokenizer(folder: str, gguf: str | None, revision: str | None) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:
-        raise ModelError(f"Cannot load the tokenizer of {folder}: {_first_line(error)}.") from error
+        raise ModelError(f"Cannot load the tokenizer of {folder}: {first_line(error)}.") from error
 
 
 def _quantization(quantize: str, dtype: torch.dtype) -> Any:
@@ -232,49 +230,10 @@ def _quantization(quantize: str, dtype: torch.dtype) -> Any:
             import bitsandbytes  # noqa: F401
     except Exception as error:
         raise ModelError(
-            f"{quantize} needs bitsandbytes, which does not load here: {_first_line(error)}."
+            f"{quantize} needs bitsandbytes, which does not load here: {first_line(error)}."
         ) from error
     from transformers import BitsAndBytesConfig
 
     if quantize == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-
-
-def _adapt(model: nn.Module, adapter: str | Path, *, merge: bool) -> Any:
-    with quiet_peft():
-        from peft import PeftModel
-
-    if Path(adapter).exists() and not (Path(adapter) / "adapter_config.json").exists():
-        raise ModelError(f"{adapter} is not an adapter: it has no adapter_config.json.")
-    try:
-        with quiet_peft():
-            adapted = PeftModel.from_pretrained(model, str(adapter))
-    except Exception as error:
-        raise ModelError(
-            f"The adapter {adapter} does not fit the language model: {_first_line(error)}."
-        ) from error
-    return adapted.merge_and_unload() if merge else adapted
-
-
-@contextmanager
-def quiet_peft() -> Iterator[None]:
-    """Around imports and uses of peft: no word about what no user of FluxChat can change.
-
-    It asks for `is_gradient_checkpointing`, which transformers renamed, and brings bitsandbytes along, which
-    says that an optional kernel for CPUs is not installed.
-    """
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -18,7 +18,8 @@ from typing import Any, Literal
 import torch
 
 from encoder.errors import ConfigError
-from llm_bridge.llm import Quantize, quiet_peft
+from llm_bridge.adapters import quiet_peft
+from llm_bridge.llm import Quantize
 from llm_bridge.model import ADAPTER, VideoLanguageModel, model_folder
 from training.chat import ChatRecipe
 from training.chat_stage1 import ChatStage
