@@ -5,7 +5,8 @@
     python -m training.results_page --results runs/results --page training/RESULTS.md   the page alone
 
 Runs one command per table, each of which goes on where it stopped, then writes the page from their result
-files: only what was measured, each table with its command. What people wrote under "Finding:" stays.
+files: only what was measured, each table with its command. What people wrote under "Finding:" stays, and so
+does a table whose result file is gone.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from training.evaluation.world import encoder_table, world_table
 from training.optimize_tokens import runs_table
 
 Result = dict[str, Any]
+NOT_MEASURED = "Not measured yet."
 INTRODUCTION = """\
 # Results
 
@@ -95,7 +97,7 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         "Multiple choice in MVBench's forms",
         "mvbench",
-        (_EVALUATE, "mvbench", "--dataset", "world"),
+        (_EVALUATE, "mvbench", "--dataset", "world", "--prompt", "flash", "videochat2", "words"),
         "model",
         "the chat table (Table 10)",
         lambda result: mvbench_table(result["runs"]),
@@ -195,18 +197,22 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def page(results: Path, told: Sequence[str], old: str = "", pictures: Path | None = None) -> str:
-    """Markdown of all result files that are there. old: the page before, whose findings are kept.
+    """Markdown of all result files that are there. old: the page before, whose findings are kept, and its
+    tables where there is no file.
 
     pictures: folder beside the page that the heatmaps are copied to.
     """
-    kept = findings(old)
+    kept, before = findings(old), sections(old)
     parts = [INTRODUCTION.format(command=shlex.join(told))]
     for section in SECTIONS:
         path = results / f"{section.stem}.json"
+        if not path.exists() and NOT_MEASURED not in before.get(section.title, NOT_MEASURED):
+            parts.append(f"## {section.title}\n{before[section.title].rstrip()}\n")
+            continue
         if not path.exists():
             command = shlex.join(["python", "-m", *section.command])
             lines = [f"## {section.title}", "", f"Of the shape of {section.of_paper}.", ""]
-            parts.append("\n".join([*lines, f"    {command} ...", "", "Not measured yet."]) + "\n")
+            parts.append("\n".join([*lines, f"    {command} ...", "", NOT_MEASURED]) + "\n")
             continue
         try:
             result = json.loads(path.read_text())
@@ -244,11 +250,16 @@ def about(result: Result) -> str:
 def findings(text: str) -> dict[str, str]:
     """The paragraph that begins with "Finding:" under each heading of a page."""
     found = {}
-    for part in re.split(r"^## ", text, flags=re.M)[1:]:
-        title, _, body = part.partition("\n")
+    for title, body in sections(text).items():
         if said := re.search(r"^Finding:.*?(?=\n\s*\n|\Z)", body, flags=re.M | re.S):
-            found[title.strip()] = said.group(0).strip()
+            found[title] = said.group(0).strip()
     return found
+
+
+def sections(text: str) -> dict[str, str]:
+    """What stands under each heading of a page."""
+    parts = (part.partition("\n") for part in re.split(r"^## ", text, flags=re.M)[1:])
+    return {title.strip(): body for title, _, body in parts}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

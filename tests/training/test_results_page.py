@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,20 @@ def test_findings_stay(results: Path) -> None:
     second = page(results, ["x"], edited)
     assert said in second.split("## Retrieval by caption")[1].split("## ")[0]
     assert page(results, ["x"], second) == second
+
+
+def test_tables_stay_when_their_files_are_gone(results: Path, tmp_path: Path) -> None:
+    old = page(results, ["x"])
+    for gone in (tmp_path, tmp_path / "again"):
+        gone.mkdir(exist_ok=True)
+        assert page(gone, ["x"], old) == old
+    shutil.copy(results / "retrieval.json", tmp_path)
+    told = json.loads((tmp_path / "retrieval.json").read_text())
+    (tmp_path / "retrieval.json").write_text(json.dumps({**told, "command": "python of another day"}))
+    new = page(tmp_path, ["x"], old)
+    assert new != old
+    assert new.count("python of another day") == 1
+    assert new.split("## Classification")[1] == old.split("## Classification")[1]
 
 
 def test_damaged_results(tmp_path: Path) -> None:
