@@ -135,19 +135,6 @@ def test_the_world_is_asked_more_than_once() -> None:
         DatasetConfig(json_path="x", rounds=0)
 
 
-def test_a_choice_may_follow_its_open_form() -> None:
-    for told, least, most in ((0.0, 0, 0), (0.5, 80, 140), (1.0, 180, 280)):
-        records = asked(turns=8, choices=1.0, told=told, independent=True)
-        talks = [talk for record in map(records.__getitem__, range(40)) for talk in record.conversations]
-        pairs = [talk for talk in talks if len(talk) == 2]
-        assert least <= len(pairs) <= most
-        for (question, answer), (choice, right) in pairs:
-            assert choice.startswith(f"Question: {question}\nOption:")
-            assert "Option:" not in question
-            assert answer
-            assert right.startswith("(")
-
-
 def test_a_choice_may_be_answered_in_words() -> None:
     by_letter, by_words = (
         asked(turns=8, choices=1.0, independent=True, choose_by=way) for way in ("letter", "words")

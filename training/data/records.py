@@ -10,7 +10,6 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -20,7 +19,7 @@ from encoder.errors import ConfigError, DataError, VideoError
 from training.data.annotations import parse_span
 from training.data.media import BrokenMedia, FileMedia, Media, WorldMedia, reason
 from training.data.world import WorldSource
-from training.demo_world.asking import Question, is_choice_of
+from training.demo_world.asking import Question
 from training.demo_world.wording import QUESTIONS, sentence
 from training.demo_world.world import Sample, World
 
@@ -76,11 +75,11 @@ class DatasetConfig:
     `python -m training.data check`.
     sampling_strategy: all, first:N, first:x%, end:N, end:x%, random:N or random:x% (VideoChat-Flash's words).
     turns: questions per sample of the world, asked in one conversation; captions: chance that one of them is
-    for a description; choices: share of multiple-choice questions; told: share of these that follow the same
-    question in its open form, with its answer; choose_by: how they are answered, by "letter" as MVBench asks,
-    "(B) left", or with the "words" of the option alone, "Left." rounds: how often everything is asked anew,
-    in other words and with other options, before `turns` questions are picked. independent: the turns of a
-    record are conversations of their own about its media: no answer sees another (see llm_bridge.branches).
+    for a description; choices: share of multiple-choice questions; choose_by: how these are answered, by
+    "letter" as MVBench asks, "(B) left", or with the "words" of the option alone, "Left." rounds: how often
+    everything is asked anew, in other words and with other options, before `turns` questions are picked.
+    independent: the turns of a record are conversations of their own about its media: no answer sees another
+    (see llm_bridge.branches).
     """
 
     json_path: str | None = None
@@ -93,7 +92,6 @@ class DatasetConfig:
     turns: int = 1
     captions: float = 0.5
     choices: float = 0.3
-    told: float = 0.0
     rounds: int = 1
     choose_by: Literal["letter", "words"] = "letter"
     independent: bool = False
@@ -165,13 +163,12 @@ class WorldRecords:
         world, number = self._world[0], self.source.first + index
         sample = world.sample(number)
         rng = random.Random(f"{self.source.seed}/{number}/turns")
-        talks = self._talks(self._questions(world, sample, number), rng)
+        turns = self._turns(self._questions(world, sample, number), rng)
         asked = QUESTIONS["caption"]["train" if self.source.split == "train" else "test"]
         if rng.random() < self.config.captions:
-            talks[rng.randrange(len(talks))] = ((rng.choice(asked), sample.caption),)
-        if not self.config.independent:
-            talks = [tuple(turn for talk in talks for turn in talk)]
-        return Record(f"world-{number}", WorldMedia(world, sample, number), tuple(talks))
+            turns[rng.randrange(len(turns))] = (rng.choice(asked), sample.caption)
+        conversations = [(turn,) for turn in turns] if self.config.independent else [tuple(turns)]
+        return Record(f"world-{number}", WorldMedia(world, sample, number), tuple(conversations))
 
     def _questions(self, world: World, sample: Sample, number: int) -> list[Question]:
         """All that may be asked, the same thing in the same words once."""
@@ -179,10 +176,10 @@ class WorldRecords:
         found = {(q.question, q.answer): q for asked in (sample.questions, *again) for q in asked}
         return list(found.values())
 
-    def _talks(self, asked: Sequence[Question], rng: random.Random) -> list[tuple[Turn, ...]]:
-        """Questions picked at random, each with what was asked right before it."""
-        open_forms = [((q.question, q.answer),) for q in asked if not q.options]
-        choices = [self._choice(q, before, rng) for before, q in pairwise((None, *asked)) if q and q.options]
+    def _turns(self, asked: Sequence[Question], rng: random.Random) -> list[Turn]:
+        """Questions picked at random."""
+        open_forms = [(q.question, q.answer) for q in asked if not q.options]
+        choices = [(q.question, self._chosen(q)) for q in asked if q.options]
         rng.shuffle(open_forms)
         rng.shuffle(choices)
         picked = []
@@ -191,14 +188,11 @@ class WorldRecords:
             picked.append((choices if choose or not open_forms else open_forms).pop())
         return picked
 
-    def _choice(self, question: Question, before: Question | None, rng: random.Random) -> tuple[Turn, ...]:
-        """A multiple-choice question, in some cases after the same question in its open form."""
-        by_words = self.config.choose_by == "words"
-        right = question.options[question.answer_index or 0]
-        turn = (question.question, sentence(right) if by_words else question.answer)
-        if before is None or before.options or not is_choice_of(question, before):
-            return (turn,)
-        return ((before.question, before.answer), turn) if rng.random() < self.config.told else (turn,)
+    def _chosen(self, question: Question) -> str:
+        """The answer to a multiple-choice question."""
+        if self.config.choose_by == "letter":
+            return question.answer
+        return sentence(question.options[question.answer_index or 0])
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,6 @@ def multiple_choice(question: str, options: Sequence[str]) -> str:
     return f"Question: {question}\nOption:\n{letters}Only give the best option."
 
 
-def is_choice_of(question: Question, other: Question) -> bool:
-    """Whether `question` asks with options what `other` asks without."""
-    return bool(question.options) and question.question == multiple_choice(other.question, question.options)
-
-
 @dataclass(frozen=True)
 class Asker:
     """What is needed to ask about a scene: names, the nouns wrong options come from, wording and chance."""
