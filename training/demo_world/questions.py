@@ -43,12 +43,12 @@ def questions(
 
 
 def ask_existence(ask: Asker) -> Iterator[Question]:
-    """Is there a dog? Yes or no, equally likely, after what is seen. Which of these four is there?"""
+    """Is there a dog? Yes or no, equally likely, and what is seen. Which of these four is there?"""
     present = ask.rng.random() < 0.5
     noun = ask.nouns[ask.rng.choice(ask.shown)] if present else ask.absent(1)[0]
     text = ask.text("existence", noun=noun.indefinite)
     right, wrong = ("yes", "no") if present else ("no", "yes")
-    answer = f"I see {_listed(ask)}, so {right}"
+    answer = f"{right}, I see {_listed(ask)}"
     yield from ask.both("existence", text, right, [wrong], answer, noun=noun.name, present=present)
     shown = ask.nouns[ask.rng.choice(ask.shown)]
     others = [other.indefinite for other in ask.absent(3)]
