@@ -474,7 +474,7 @@ QUESTIONS: Mapping[str, Split] = {
             "At which stage of the video does {event}?",
             "Is it early or late in the video that {event_s}?",
             "Say when {event_s}: at the beginning, in the middle, or at the end.",
-            "When in the video does {event}?",
+            "In which stretch of the video does {event}?",
         ),
         "test": ("In which third of the clip does {event}?", "Roughly where in the clip does {event}?"),
     },
