@@ -124,17 +124,16 @@ def test_a_small_clip_does_not_pay_for_a_large_one() -> None:
     large, small = pixels(3, 16, 168, 168), [pixels(3, 4, 28, 28, seed=i) for i in range(15)]
 
     def cpu_seconds(run) -> float:
-        times = []
-        for _ in range(3):
-            start = time.process_time()
-            with torch.inference_mode():
-                run()
-            times.append(time.process_time() - start)
-        return min(times)
+        start = time.process_time()
+        with torch.inference_mode():
+            run()
+        return time.process_time() - start
 
-    mixed = cpu_seconds(lambda: model([large, *small]))
-    padded = cpu_seconds(lambda: model(large.expand(4, -1, -1, -1, -1)))
-    assert mixed < padded / 2
+    mixed, padded = [], []
+    for _ in range(4):  # in turns, so that a busy moment falls on both
+        mixed.append(cpu_seconds(lambda: model([large, *small])))
+        padded.append(cpu_seconds(lambda: model(large.expand(4, -1, -1, -1, -1))))
+    assert min(mixed) < min(padded) / 2
 
 
 def test_static_clip_breaks_ties_in_raster_order(tiny: FluxViT) -> None:

@@ -22,7 +22,8 @@ from training.demo_world.bank import SpriteBank, procedural_bank
 from training.demo_world.nouns import load_nouns, of_split, with_article
 from training.demo_world.plots import PLOTS
 from training.demo_world.scene import DIRECTIONS, MOTIONS, opacity_at, pose_at, visible_fraction
-from training.demo_world.wording import MOVES, QUESTIONS, third_person
+from training.demo_world.templates import QUESTIONS
+from training.demo_world.wording import MOVES, third_person
 from training.demo_world.world import Sample, Split, World, WorldConfig
 
 BANK = procedural_bank()

@@ -19,7 +19,8 @@ from training.data.records import (
 )
 from training.data.world import WorldSource
 from training.demo_world.bank import procedural_bank
-from training.demo_world.wording import QUESTIONS, sentence
+from training.demo_world.templates import QUESTIONS
+from training.demo_world.wording import sentence
 from training.demo_world.world import World
 
 

@@ -20,7 +20,8 @@ from training.data.annotations import parse_span
 from training.data.media import BrokenMedia, FileMedia, Media, WorldMedia, reason
 from training.data.world import WorldSource
 from training.demo_world.asking import Question
-from training.demo_world.wording import QUESTIONS, sentence
+from training.demo_world.templates import QUESTIONS
+from training.demo_world.wording import sentence
 from training.demo_world.world import Sample, World
 
 if TYPE_CHECKING:

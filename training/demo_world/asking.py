@@ -11,7 +11,8 @@ from typing import Any
 from training.demo_world.language import Nouns
 from training.demo_world.nouns import Noun, with_article
 from training.demo_world.scene import Actor, Scene, Shot
-from training.demo_world.wording import FILMS, QUESTIONS, Wording, sentence
+from training.demo_world.templates import FILMS, QUESTIONS
+from training.demo_world.wording import Wording, sentence
 
 
 @dataclass(frozen=True)

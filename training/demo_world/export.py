@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from encoder.errors import ConfigError
-from training.demo_world.wording import QUESTIONS, Wording
+from training.demo_world.templates import QUESTIONS
+from training.demo_world.wording import Wording
 from training.demo_world.world import Sample, World
 
 QUESTIONS_PER_VIDEO = 4

@@ -22,7 +22,7 @@ from training.data.examples import Example, WorldExamples
 from training.data.media import WorldMedia
 from training.data.world import WorldSource
 from training.demo_world.asking import Question
-from training.demo_world.wording import QUESTIONS
+from training.demo_world.templates import QUESTIONS
 from training.demo_world.world import Sample, World
 from training.evaluation.action import accuracies
 from training.evaluation.alignment import Alignment
