@@ -14,20 +14,14 @@ from encoder.fluxvit import FluxViT
 from encoder.tokens import Grid, VisionTokens
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.projector import Projector, ProjectorConfig, load_llava_projector
-from llm_bridge.prompt import IGNORE, Message, Visual, render_chat_training
-from tests.llm_bridge.tiny_vlm import ENCODER, vision_of
+from llm_bridge.prompt import IGNORE
+from tests.llm_bridge.tiny_vlm import ENCODER, answered, vision_of
 
 
 def test_loss_equals_the_direct_computation(model: VideoLanguageModel) -> None:
     keeps, answers = [5, 9], ["A dog.", "It moves to the left, then up."]
     vision = vision_of(model, keeps)
-    prompts = [
-        render_chat_training(
-            model.llm.tokenizer,
-            [Message.of("user", Visual(keep, "k"), "What?"), Message.of("assistant", answer)],
-        )
-        for keep, answer in zip(keeps, answers, strict=True)
-    ]
+    prompts = [answered(model, keep, answer) for keep, answer in zip(keeps, answers, strict=True)]
     losses, count = torch.zeros(()), 0
     for prompt, visual in zip(prompts, model.project(vision), strict=True):
         ids = torch.tensor(prompt.ids)
@@ -44,13 +38,7 @@ def test_loss_equals_the_direct_computation(model: VideoLanguageModel) -> None:
 def test_the_loss_of_answers_is_the_mean_of_theirs(model: VideoLanguageModel) -> None:
     keeps, answers = [5, 9, 7], ["A dog.", "It moves to the left, then up, and then it stays there.", "No."]
     vision = vision_of(model, keeps)
-    prompts = [
-        render_chat_training(
-            model.llm.tokenizer,
-            [Message.of("user", Visual(keep, "k"), "What?"), Message.of("assistant", answer)],
-        )
-        for keep, answer in zip(keeps, answers, strict=True)
-    ]
+    prompts = [answered(model, keep, answer) for keep, answer in zip(keeps, answers, strict=True)]
     alone = [model.loss([prompt], vision.select(number)) for number, prompt in enumerate(prompts)]
     found = model.loss(prompts, vision, "answer")
     torch.testing.assert_close(found, torch.stack(alone).mean(), atol=1e-5, rtol=1e-5)
@@ -60,10 +48,7 @@ def test_the_loss_of_answers_is_the_mean_of_theirs(model: VideoLanguageModel) ->
 def test_gradients_reach_the_projector_alone(model: VideoLanguageModel) -> None:
     model.projector.requires_grad_(True)
     vision = vision_of(model, [6])
-    prompt = render_chat_training(
-        model.llm.tokenizer, [Message.of("user", Visual(6, "k"), "What?"), Message.of("assistant", "A dog.")]
-    )
-    model.loss([prompt], vision).backward()
+    model.loss([answered(model, 6, "A dog.")], vision).backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
     assert with_gradient == {f"projector.{name}" for name, _ in model.projector.named_parameters()}
     assert all(p.grad.abs().sum() > 0 for p in model.projector.parameters() if p.grad is not None)

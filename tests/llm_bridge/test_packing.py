@@ -19,7 +19,7 @@ from llm_bridge.branches import branch_numbers, share_beginning
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.packing import Block, Packing
 from llm_bridge.prompt import IGNORE, Message, Prompt, Visual, render_chat_training
-from tests.llm_bridge.tiny_vlm import tiny_vlm
+from tests.llm_bridge.tiny_vlm import answered, tiny_vlm
 
 ANSWERS = {5: "A dog.", 9: "It moves to the left, then up, and stays there.", 7: "No."}
 
@@ -126,13 +126,7 @@ def test_a_batch_has_the_loss_and_gradients_of_a_padded_one(
 ) -> None:
     clips = [torch.randn(3, 4, 28, 28) for _ in ANSWERS]
     vision = parts.encode(clips, list(ANSWERS), [(0.0, 1.0, 2.0, 3.0)] * len(clips))
-    prompts = [
-        render_chat_training(
-            parts.llm.tokenizer,
-            [Message.of("user", Visual(keep, "k"), "What?"), Message.of("assistant", answer)],
-        )
-        for keep, answer in ANSWERS.items()
-    ]
+    prompts = [answered(parts, keep, answer) for keep, answer in ANSWERS.items()]
     assert Packing.of(prompts).shared > 1
     assert_packed_as_padded(parts, prompts, vision, monkeypatch)
 

@@ -11,6 +11,7 @@ from encoder.fluxvit import FluxViT
 from encoder.tokens import VisionTokens
 from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
+from llm_bridge.prompt import Message, Prompt, Visual, render_chat_training
 
 ENCODER = MICRO.replace(embed_dim=32, depth=2, num_heads=2, pool_heads=2, clip_embed_dim=16)
 
@@ -25,3 +26,11 @@ def tiny_vlm(llm: Path) -> VideoLanguageModel:
 def vision_of(model: VideoLanguageModel, keeps: list[int]) -> VisionTokens:
     clips = [torch.randn(3, 4, 28, 28, generator=torch.Generator().manual_seed(i)) for i in range(len(keeps))]
     return model.encode(clips, keeps, [(0.0, 1.0, 2.0, 3.0)] * len(keeps))
+
+
+def answered(model: VideoLanguageModel, keep: int, answer: str) -> Prompt:
+    """A question about a clip of `keep` tokens, with an answer to learn."""
+    return render_chat_training(
+        model.llm.tokenizer,
+        [Message.of("user", Visual(keep, "k"), "What?"), Message.of("assistant", answer)],
+    )
