@@ -71,6 +71,13 @@ class VisionTokens:
         grid = self.grids[clip]
         return self.kept[clip] // (grid.height * grid.width)
 
+    def seconds_of(self, clip: int) -> Tensor:
+        """(K_i,) float32: when each kept token of one clip was seen; 0 where times are unknown."""
+        times = () if self.times_s is None else self.times_s[clip]
+        if not times:
+            return torch.zeros(len(self.kept[clip]), device=self.packed.device)
+        return torch.tensor(times, device=self.packed.device)[self.frame_of(clip)]
+
     def select(self, clip: int) -> VisionTokens:
         """One clip of the batch as a batch of one."""
         return VisionTokens(

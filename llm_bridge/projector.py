@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,7 +27,9 @@ class ProjectorConfig:
     norm: LayerNorm in front. tokens_per_frame, merge_heads: for kind "merge" (16 per frame, and the number of
     heads over which tokens are averaged before they are compared). summary_tokens: embeddings made of each
     clip's pooled feature, summary_dim wide, and put before those of its tokens; 0 for none. An encoder that
-    was trained contrastively says in that feature what a clip is about.
+    was trained contrastively says in that feature what a clip is about. time_periods: with n, what a token
+    says of the moment of its frame is added to its embedding: a linear map, zero at first, of sine and cosine
+    of the seconds at periods of 2, 4, ... 2^n; 0 leaves times to the prompt. Not of the paper.
     """
 
     in_dim: int
@@ -38,6 +41,7 @@ class ProjectorConfig:
     merge_heads: int = 6
     summary_tokens: int = 0
     summary_dim: int = 0
+    time_periods: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in ("mlp", "merge"):
@@ -46,6 +50,10 @@ class ProjectorConfig:
             raise ConfigError(f"A projector needs at least one layer, not {self.layers}.")
         if self.summary_tokens and not self.summary_dim:
             raise ConfigError("summary_tokens need summary_dim, the width of the pooled feature.")
+        if self.time_periods < 0:
+            raise ConfigError(f"time_periods must not be negative, not {self.time_periods}.")
+        if self.time_periods and self.kind == "merge":
+            raise ConfigError("time_periods go with kind 'mlp': merged tokens are of several moments.")
         if self.kind == "merge" and self.in_dim % self.merge_heads:
             raise ConfigError(f"in_dim {self.in_dim} must be a multiple of merge_heads {self.merge_heads}.")
 
@@ -69,6 +77,10 @@ class Projector(nn.Module):
         for _ in range(config.layers - 1):
             steps += [nn.GELU(), nn.Linear(config.out_dim, config.out_dim)]
         self.mlp = nn.Sequential(*steps)
+        self.time: nn.Linear | None = None
+        if config.time_periods:
+            self.time = nn.Linear(2 * config.time_periods, config.out_dim, bias=False)
+            nn.init.zeros_(self.time.weight)
         self.summary: nn.Module | None = None
         if config.summary_tokens:
             width = config.summary_tokens * config.out_dim
@@ -92,7 +104,11 @@ class Projector(nn.Module):
         if self.config.kind == "merge":
             merged = [self._merge(vision, index) for index in range(len(vision))]
             tokens, lengths = torch.cat(merged), [len(part) for part in merged]
-        projected = list(self.mlp(self.norm(tokens)).split(lengths))
+        embedded = self.mlp(self.norm(tokens))
+        if self.time is not None:
+            seconds = torch.cat([vision.seconds_of(clip) for clip in range(len(vision))])
+            embedded = embedded + self.time(time_waves(seconds, self.config.time_periods).to(embedded))
+        projected = list(embedded.split(lengths))
         if self.summary is None:
             return projected
         assert vision.summary is not None
@@ -103,6 +119,13 @@ class Projector(nn.Module):
         one = vision.select(index)
         target = self._tokens(one.lengths[0], one.grids[0].frames)
         return merge_tokens(one.packed[None], target, self.config.merge_heads, one.kept[0][None])[0]
+
+
+def time_waves(seconds: Tensor, periods: int) -> Tensor:
+    """(N,) seconds -> (N, 2 * periods): sine, then cosine, at periods of 2, 4, ... seconds."""
+    lengths = 2.0 ** torch.arange(1, periods + 1, device=seconds.device)
+    angles = 2 * math.pi * seconds[:, None] / lengths
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def load_llava_projector(projector: Projector, tensors: Mapping[str, Tensor]) -> None:

@@ -16,15 +16,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from encoder.errors import ConfigError
 from llm_bridge.adapters import quiet_peft
+from llm_bridge.label_weights import Weighting
 from llm_bridge.llm import Quantize
 from llm_bridge.model import ADAPTER, VideoLanguageModel, model_folder
-from training.chat import ChatRecipe
-from training.chat_stage1 import ChatStage
+from training.chat import ChatBatch, ChatRecipe
+from training.chat_stage1 import ChatModel, ChatStage
 from training.command import run_stage
 from training.lora_linear import use_for_training
+from training.spoken import Narrator, Spoken, WordTable, scene_losses
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,52 @@ class LoraRecipe(ChatRecipe):
     start: folder of a model from stage 1, or from this stage, whose adapter then goes on learning.
     quantize: "4bit" or "8bit" base weights through bitsandbytes.
     train_projector: let the projector go on learning beside the adapter.
+    scene_words: weight of the warm start's loss beside that of the answers, for datasets of the demo world:
+    each visual token goes on saying the word of what its patch shows, from which the projector drifts else.
     """
 
     start: str
     lora: LoraSettings = field(default_factory=LoraSettings)
     quantize: Quantize | None = None
     train_projector: bool = True
+    scene_words: float = 0.0
     gradient_checkpointing: bool = False
     template: Literal["plain", "chat"] = "chat"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scene_words < 0:
+            raise ConfigError(f"scene_words must not be negative, not {self.scene_words}.")
+        if self.scene_words and not self.train_projector:
+            raise ConfigError("scene_words teach the projector: they need train_projector.")
+
+
+@dataclass(frozen=True)
+class ToldBatch(ChatBatch):
+    """A batch that also knows what the visual tokens of each of its clips should say."""
+
+    told: tuple[Spoken, ...]
+
+
+class ToldModel(ChatModel):
+    """The loss of the answers and, weighted, that of what the visual tokens say."""
+
+    def __init__(self, model: VideoLanguageModel, weighting: Weighting, scene_words: float) -> None:
+        super().__init__(model, weighting)
+        self._scene_words, self._table = scene_words, WordTable(model.llm)
+
+    def forward(self, batch: ChatBatch) -> tuple[Tensor, dict[str, float]]:
+        """(loss, figures)."""
+        loss, figures = super().forward(batch)
+        if not isinstance(batch, ToldBatch) or batch.vision is None:
+            return loss, figures
+        words = scene_losses(self.model.project(batch.vision), batch.told, self._table)
+        said = torch.stack(list(words.values())).sum()
+        return loss + self._scene_words * said, {
+            **figures,
+            "answers": loss.item(),
+            **{name: value.item() for name, value in words.items()},
+        }
 
 
 class LoraStage(ChatStage):
@@ -71,6 +112,19 @@ class LoraStage(ChatStage):
         self.recipe: LoraRecipe = recipe
         self.adapted = self._add_adapter()
         vlm.projector.requires_grad_(recipe.train_projector)
+        if recipe.scene_words:
+            self._narrator = Narrator(vlm)
+            self.model = ToldModel(vlm, recipe.weighting, recipe.scene_words)
+
+    def batch(self, index: int) -> ChatBatch:
+        """Micro-batch number `index`."""
+        if not self.recipe.scene_words:
+            return super().batch(index)
+        records, seen = self.data.seen(index)
+        batch = self.data.prompted(records, seen)
+        pairs = zip(records, seen, strict=True)
+        told = tuple(self._narrator.told(record.media, one) for record, one in pairs if one is not None)
+        return ToldBatch(batch.prompts, batch.vision, told)
 
     def _add_adapter(self) -> torch.nn.Module:
         """Put the matrices into the model's own layers; the peft model around them saves them."""

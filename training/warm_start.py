@@ -29,16 +29,12 @@ from llm_bridge.prompt import Prompt
 from training.chat import ChatData
 from training.chat_stage1 import Stage1Recipe
 from training.command import run_stage
-from training.data.features import Features, stack
-from training.data.media import Media, WorldMedia
-from training.demo_world.scene_words import SceneWords
-from training.demo_world.world import World
-from training.spoken import Spoken, spoken_by, spoken_losses
+from training.data.features import stack
+from training.spoken import NEGATIVES, TEMPERATURE, Narrator, Spoken, WordTable, scene_losses
 
 # Words in more than this share of the answers say nothing about a video.
 COMMON_SHARE = 0.15
 COUNTED_BATCHES = 8
-FILLERS = frozenset({"of", "a", "pair", "piece", "set"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +46,8 @@ class WarmStartRecipe(Stage1Recipe):
     """
 
     words: Literal["answers", "scene"] = "answers"
-    negatives: int = 2048
-    temperature: float = 0.05
+    negatives: int = NEGATIVES
+    temperature: float = TEMPERATURE
     pull: float = 1.0
 
     def __post_init__(self) -> None:
@@ -74,10 +70,11 @@ def word_loss(visual: Tensor, words: Tensor, table: Tensor, temperature: float) 
 
 @dataclass(frozen=True)
 class WordBatch:
-    """Clips, and per clip the words that its tokens should say: in any way, or as told."""
+    """Clips, and per clip the words that its tokens should say: in any way, or as they are told to."""
 
     vision: VisionTokens
-    words: Sequence[list[int] | Spoken]
+    words: Sequence[list[int]] = ()
+    told: Sequence[Spoken] = ()
 
 
 class WarmStartModel(nn.Module):
@@ -86,44 +83,37 @@ class WarmStartModel(nn.Module):
     def __init__(self, vlm: VideoLanguageModel, recipe: WarmStartRecipe) -> None:
         super().__init__()
         self.vlm, self.recipe = vlm, recipe
-        table = vlm.llm.model.get_input_embeddings().weight.detach()
-        self._norm = table.float().norm(dim=-1).mean()
-        self._table = F.normalize(table.float(), dim=-1).to(table.dtype)
+        self._table = WordTable(vlm.llm, recipe.negatives)
 
     def forward(self, batch: WordBatch) -> tuple[Tensor, dict[str, float]]:
         """(loss, figures) over the clips of a batch."""
         visuals = self.vlm.project(batch.vision)
-        table, row_of = self._candidates(batch.words)
-        parts: dict[str, list[Tensor]] = {}
-        for visual, words in zip(visuals, batch.words, strict=True):
-            for name, value in self._losses(visual.to(table), words, table, row_of).items():
-                parts.setdefault(name, []).append(value)
-        length = torch.cat(visuals).float().norm(dim=-1) / self._norm - 1
-        means = {name: torch.stack(values).mean() for name, values in parts.items()}
+        if batch.told:
+            means = scene_losses(visuals, batch.told, self._table, self.recipe.temperature)
+        else:
+            means = self._answer_losses(visuals, batch.words)
+        length = torch.cat(visuals).float().norm(dim=-1) / self._table.norm - 1
         weights = {"distance": self.recipe.pull}
         loss = length.square().mean() + sum(weights.get(name, 1.0) * value for name, value in means.items())
         return loss, {name: value.item() for name, value in means.items()}
 
-    def _losses(
-        self, visual: Tensor, words: list[int] | Spoken, table: Tensor, row_of: dict[int, int]
-    ) -> dict[str, Tensor]:
-        """How badly one clip says its words, by name; nothing when it has none."""
-        if isinstance(words, Spoken):
-            cosines = (F.normalize(visual, dim=-1) @ table.T).float()
-            return spoken_losses((cosines / self.recipe.temperature).log_softmax(dim=-1), words, row_of)
-        if not words:  # nothing but common words
-            return {}
-        rows = torch.tensor([row_of[word] for word in words], device=visual.device)
-        said, near = word_loss(visual, rows, table, self.recipe.temperature)
-        return {"words": said, "distance": near}
-
-    def _candidates(self, said: Sequence[list[int] | Spoken]) -> tuple[Tensor, dict[int, int]]:
-        """Embeddings of all words of the batch and of others drawn by chance; the row of each word."""
-        found = (one.words if isinstance(one, Spoken) else one for one in said)
-        words = sorted({word for some in found for word in some})
-        drawn = torch.randint(len(self._table), (self.recipe.negatives,)).tolist()
-        ids = words + sorted(set(drawn) - set(words))
-        return self._table[ids], {word: row for row, word in enumerate(words)}
+    def _answer_losses(self, visuals: Sequence[Tensor], words: Sequence[list[int]]) -> dict[str, Tensor]:
+        """Means of `word_loss`; nothing when no clip has any but common words."""
+        table, row_of = self._table.candidates(word for some in words for word in some)
+        pairs = [
+            word_loss(
+                visual.to(table),
+                torch.tensor([row_of[word] for word in some], device=visual.device),
+                table,
+                self.recipe.temperature,
+            )
+            for visual, some in zip(visuals, words, strict=True)
+            if some
+        ]
+        return {
+            name: torch.stack(values).mean()
+            for name, values in zip(("words", "distance"), zip(*pairs, strict=True), strict=False)
+        }
 
 
 class WarmStart:
@@ -135,7 +125,7 @@ class WarmStart:
         self.vlm.projector.requires_grad_(True)
         self.data = ChatData(recipe, self.vlm)
         self.model = WarmStartModel(self.vlm, recipe)
-        self._scenes: dict[World, SceneWords] = {}
+        self._narrator = Narrator(self.vlm)
         self._common = self._in_most_answers() if recipe.words == "answers" else set()
 
     @property
@@ -151,22 +141,9 @@ class WarmStart:
         pairs = [(record.media, one) for record, one in zip(records, seen, strict=True) if one is not None]
         vision = stack([one for _, one in pairs])
         if self.recipe.words == "scene":
-            return WordBatch(vision, [self._spoken(media, one) for media, one in pairs])
+            return WordBatch(vision, told=[self._narrator.told(media, one) for media, one in pairs])
         prompts = [prompt for prompt in self.data.prompted(records, seen).prompts if prompt.visuals]
         return WordBatch(vision, [sorted(_answered(prompt) - self._common) for prompt in prompts])
-
-    def _spoken(self, media: Media | None, features: Features) -> Spoken:
-        if not isinstance(media, WorldMedia):
-            raise DataError("words: scene needs datasets of the demo world; use words: answers.")
-        if media.world not in self._scenes:
-            self._scenes[media.world] = SceneWords(media.world)
-        summary_tokens = self.recipe.model.projector.summary_tokens
-        return spoken_by(media, features, summary_tokens, self._scenes[media.world], self._ids_of)
-
-    def _ids_of(self, phrase: str) -> tuple[int, ...]:
-        """Ids of a phrase as it stands inside a sentence; fillers like "of" say nothing."""
-        words = " ".join(word for word in phrase.split() if word not in FILLERS)
-        return tuple(self.vlm.llm.tokenizer(f" {words}", add_special_tokens=False).input_ids) if words else ()
 
     def _in_most_answers(self) -> set[int]:
         """Ids in so many answers that they tell nothing, and those that end an answer."""

@@ -1,6 +1,7 @@
 """The three parts together: loss, gradients, saving and loading; and the projector alone."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,29 @@ def test_projector_counts_and_independence(keeps: list[int], kind, norm: bool) -
         torch.testing.assert_close(part, projector(vision.select(index))[0], atol=1e-5, rtol=1e-4)
 
 
+def test_tokens_can_say_when_they_were_seen() -> None:
+    torch.manual_seed(0)
+    plain = Projector(ProjectorConfig(32, 24))
+    timed = Projector(ProjectorConfig(32, 24, time_periods=6))
+    timed.load_state_dict(plain.state_dict(), strict=False)
+    times = (0.5, 1.5, 3.0, 20.0)
+    vision = dataclasses.replace(tokens([40]), times_s=(times,))
+    assert torch.equal(timed(vision)[0], plain(vision)[0])  # nothing is said before it is learnt
+
+    assert timed.time is not None
+    torch.nn.init.normal_(timed.time.weight)
+    said = timed(vision)[0] - plain(vision)[0]
+    frames = vision.frame_of(0)
+    for frame, seconds in enumerate(times):
+        waves = [2 * math.pi * seconds / 2**power for power in range(1, 7)]
+        wave = torch.tensor([math.sin(w) for w in waves] + [math.cos(w) for w in waves])
+        expected = (timed.time.weight @ wave).expand(int((frames == frame).sum()), -1)
+        torch.testing.assert_close(said[frames == frame], expected, atol=1e-4, rtol=1e-4)
+    unknown = timed(tokens([40]))[0]
+    image = timed(dataclasses.replace(tokens([40]), times_s=((),)))[0]
+    assert torch.equal(unknown, image)
+
+
 @pytest.mark.parametrize(
     ("kind", "names"), [("mlp", "mm_projector.{}"), ("merge", "model.mm_projector.mlp.{}")]
 )
@@ -141,7 +165,15 @@ def test_llava_weights_load(kind, names: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"kind": "linear"}, {"layers": 0}, {"kind": "merge", "merge_heads": 5}, {"depth": 2}]
+    "wrong",
+    [
+        {"kind": "linear"},
+        {"layers": 0},
+        {"kind": "merge", "merge_heads": 5},
+        {"depth": 2},
+        {"time_periods": -1},
+        {"kind": "merge", "merge_heads": 4, "time_periods": 2},
+    ],
 )
 def test_wrong_projector_settings(wrong: dict) -> None:
     with pytest.raises(ConfigError):

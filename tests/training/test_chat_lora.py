@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from app.chat import VideoChat
 from llm_bridge.model import VideoLanguageModel
+from tests.training.tiny_world import make_cache
 from training import chat_lora, chat_stage1
 from training.chat_lora import LoraRecipe, LoraStage
 from training.config import read_recipe
@@ -149,3 +150,33 @@ def test_wrong_recipes_end_in_one_line(
     assert chat_lora.main(["--config", str(recipe), f"loop.out={tmp_path / 'x'}", override]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert word in said
+
+
+WORLD = "datasets=[{world: {count: 64}, turns: 2, independent: true}]"
+
+
+def test_visual_tokens_go_on_saying_what_they_show(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLUXCHAT_CACHE", str(make_cache(tmp_path / "cache")))
+    options = [WORLD, "scene_words=0.5", "optim.lr=5e-3", "loop.max_steps=12"]
+    assert chat_lora.main(["--config", str(recipe), f"loop.out={tmp_path / 'out'}", *options]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    said = [row["patches"] for row in rows]
+    assert sum(said[-3:]) < 0.95 * sum(said[:3])
+    for row in rows:
+        parts = sum(row.get(name, 0.0) for name in ("summary", "patches", "shared"))
+        assert row["loss"] == pytest.approx(row["answers"] + 0.5 * parts, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["scene_words=0.5"], "need datasets of the demo world"),
+        (["scene_words=-1"], "must not be negative"),
+        (["scene_words=1", "train_projector=false"], "they need train_projector"),
+    ],
+)
+def test_words_of_scenes_that_cannot_be_learnt(recipe: Path, tmp_path: Path, capsys, options, told) -> None:
+    assert chat_lora.main(["--config", str(recipe), f"loop.out={tmp_path / 'out'}", *options]) == 2
+    assert told in capsys.readouterr().err

@@ -25,6 +25,7 @@ from training.demo_world.scene import DIRECTIONS, MOTIONS, opacity_at, pose_at, 
 from training.demo_world.templates import QUESTIONS
 from training.demo_world.wording import MOVES, third_person
 from training.demo_world.world import Sample, Split, World, WorldConfig
+from training.scoring import agrees
 
 BANK = procedural_bank()
 SPLITS: tuple[Split, ...] = ("train", "test", "unseen")
@@ -158,6 +159,10 @@ def test_answers_agree_with_the_geometry(many: list[Sample]) -> None:
             elif question.task == "object_existence":
                 assert [name for name in shown if question.answer.endswith(name)] == [facts["noun"]]
                 assert sum(option.split(" ", 1)[1] in shown for option in question.options) == 1
+            elif question.task == "object_list":
+                assert set(facts["shown"]) == shown
+                assert agrees(question, question.answer)
+                assert not agrees(question, question.answer.replace(facts["shown"][-1], "gap"))
             elif question.task == "moving_direction":
                 actor = by_name[facts["noun"]]
                 phase = actor.phases[0]
@@ -189,7 +194,7 @@ def test_answers_agree_with_the_geometry(many: list[Sample]) -> None:
                 ]
                 assert onsets == sorted(onsets)
                 assert all(b - a >= 0.7 for a, b in pairwise(onsets))
-    assert len(checked) == 15
+    assert len(checked) == 16
     assert min(checked.values()) >= 50
 
 

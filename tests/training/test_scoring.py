@@ -46,7 +46,10 @@ def test_letters(text: str, letter: str | None) -> None:
         ("A dog.", 0),
         ("A. a cat", 0),
         ("It is a cat.", 1),
-        ("A dog and a cat.", 0),  # both are named: the letter that stands alone decides
+        ("A dog and a cat.", None),  # both are named, and the A is an article
+        ("A dog and a cat: (B)", 1),
+        ("A bus.", None),
+        ("Answer A is right", 0),
         ("Option C", 2),
         ("a dogfish", None),
         ("", None),

@@ -85,6 +85,13 @@ def ask_object(ask: Asker) -> Iterator[Question]:
         yield from ask.both("object", text, f"the {name}", wrong, noun=name)
 
 
+def ask_all_objects(ask: Asker) -> Iterator[Question]:
+    """What are all the things that are shown, where there are several kinds?"""
+    if len(ask.shown) > 1:
+        names = tuple(ask.name(code) for code in ask.shown)
+        yield ask.open("object_list", ask.text("object_list"), _listed(ask), shown=names)
+
+
 def ask_category(ask: Asker) -> Iterator[Question]:
     """What kind of thing is it, openly, among 4 and among 8?"""
     if len(ask.shown) > 1:
@@ -168,4 +175,5 @@ KINDS: Sequence[Callable[[Asker], Iterator[Question]]] = (
     ask_transition,
     ask_change,
     ask_localisation,
+    ask_all_objects,
 )

@@ -97,6 +97,23 @@ QUESTIONS: Mapping[str, Split] = {
         ),
         "test": ("What is the clip about?", "Name the object in this clip.", "What can be seen here?"),
     },
+    "object_list": {
+        "train": (
+            "What objects are in the video?",
+            "What is shown in the video?",
+            "What do you see in the video?",
+            "What is in this video?",
+            "Which things can be seen?",
+            "Tell me what is shown.",
+            "Name what you see.",
+            "List everything that is shown.",
+            "Which objects do you see?",
+            "What things appear in the video?",
+            "Name everything in the video.",
+            "Tell me all that can be seen.",
+        ),
+        "test": ("Name all objects in the clip.", "Which things does the clip show?"),
+    },
     "object_by_motion": {
         "train": (
             "Which object is {doing}?",

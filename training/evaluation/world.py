@@ -45,6 +45,7 @@ from training.scoring import agrees, motion_in, names
 from training.text_towers import TextTower
 
 SHOWN = 12
+ANSWER_TOKENS = 64  # the longest captions need some fifty
 
 
 def questions_of(sample: Sample, number: int) -> list[Question]:
@@ -72,7 +73,7 @@ def answers_by_number(
         rows: list[Row] = []
         for number in (numbers[place] for place in places):
             sample = world.sample(number)
-            asked = [Asked(question.question) for question in questions(sample, number)]
+            asked = [Asked(q.question, max_new_tokens=ANSWER_TOKENS) for q in questions(sample, number)]
             media = WorldMedia(world, sample, number)
             rows.append({"answers": list(watcher.answers(media, number, asked))})
         return rows
