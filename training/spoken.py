@@ -122,7 +122,9 @@ class Narrator:
     def told(self, media: Media | None, features: Features) -> Spoken:
         """For one clip; raises DataError for media that are not of the world."""
         if not isinstance(media, WorldMedia):
-            raise DataError("The words of scenes need datasets of the demo world.")
+            raise DataError(
+                "The words of scenes need datasets of the demo world: name these alone, or learn without the words."
+            )
         if media.world not in self._scenes:
             self._scenes[media.world] = SceneWords(media.world)
         return spoken_by(media, features, self._summary_tokens, self._scenes[media.world], self._ids_of)
