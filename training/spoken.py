@@ -123,7 +123,7 @@ class Narrator:
         """For one clip; raises DataError for media that are not of the world."""
         if not isinstance(media, WorldMedia):
             raise DataError(
-                "The words of scenes need datasets of the demo world: name these alone, or learn without the words."
+                "The words of scenes need datasets of the demo world: name such, or learn without them."
             )
         if media.world not in self._scenes:
             self._scenes[media.world] = SceneWords(media.world)
