@@ -89,7 +89,9 @@ def agrees(question: Question, text: str) -> bool:
     if _plain(text) and _plain(text) == _plain(question.answer):  # irregular plurals
         return True
     if "shown" in facts:
-        return all(names(text, name) for name in facts["shown"])
+        listed = re.split(r",|;|\n|\band\b", lowered)
+        things = sum(bool(_plain(part)) for part in listed)
+        return things == len(facts["shown"]) and all(names(text, name) for name in facts["shown"])
     if "present" in facts:
         return says_yes(lowered) == facts["present"]
     if "change" in facts:

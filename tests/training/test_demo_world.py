@@ -163,6 +163,7 @@ def test_answers_agree_with_the_geometry(many: list[Sample]) -> None:
                 assert set(facts["shown"]) == shown
                 assert agrees(question, question.answer)
                 assert not agrees(question, question.answer.replace(facts["shown"][-1], "gap"))
+                assert not agrees(question, f"A gap, {question.answer}")  # more than is shown
             elif question.task == "moving_direction":
                 actor = by_name[facts["noun"]]
                 phase = actor.phases[0]
@@ -180,6 +181,10 @@ def test_answers_agree_with_the_geometry(many: list[Sample]) -> None:
                 assert facts["count"] == moved
             elif question.task == "scene_transition":
                 assert len(scene.shots) == 2
+                if question.options:  # each place as often as the others, each change in both directions
+                    ways = {tuple(option.removeprefix("from ").split(" to ")) for option in question.options}
+                    assert {(there, here) for here, there in ways} == ways
+                    assert len({here for here, _ in ways}) == 4
             elif question.task.startswith("localisation"):
                 assert 0.0 < facts["time_s"] < scene.duration_s
                 if "part" in facts:

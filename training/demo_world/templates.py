@@ -31,6 +31,7 @@ QUESTIONS: Mapping[str, Split] = {
             "In a few words, what happens?",
             "Give me a caption.",
             "What do we see in this video?",
+            "What is shown in the video?",
         ),
         "test": (
             "Give a short description of this clip.",
@@ -82,7 +83,6 @@ QUESTIONS: Mapping[str, Split] = {
     "object": {
         "train": (
             "What object is in the video?",
-            "What is shown in the video?",
             "What do you see in the video?",
             "Which object is this?",
             "What is the main object?",
@@ -101,7 +101,6 @@ QUESTIONS: Mapping[str, Split] = {
     "object_list": {
         "train": (
             "What objects are in the video?",
-            "What is shown in the video?",
             "What do you see in the video?",
             "What is in this video?",
             "Which things can be seen?",

@@ -100,7 +100,8 @@ def ask_transition(ask: Asker) -> Iterator[Question]:
     start, end = places[0][0], places[1][0]
     third, fourth = ask.rng.sample([name for name, _ in PLACES.values() if name not in (start, end)], 2)
     right = f"from {start} to {end}"
-    wrong = [f"from {end} to {start}", f"from {start} to {third}", f"from {fourth} to {end}"]
+    # Each place stands in two options, each pair in both orders: the options alone give nothing away.
+    wrong = [f"from {end} to {start}", f"from {third} to {fourth}", f"from {fourth} to {third}"]
     facts = {"from": start, "to": end}
     text = ask.text("scene_transition")
     yield from ask.both("scene_transition", text, right, wrong, f"it changes {right}", **facts)
