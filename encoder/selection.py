@@ -17,6 +17,8 @@ from encoder.tokens import Grid
 
 Selector = Literal["flux", "random", "tube", "uniform"]
 
+GOLDEN = 40503  # the golden ratio's fractional part, in 1 / 2**16
+
 
 def group_frames(frames: int) -> list[int]:
     """Frames per group, e.g. 16 -> [4, 4, 4, 4].
@@ -115,9 +117,15 @@ def select_tube(
 
 
 def select_uniform(batch: int, grid: Grid, keep: int, device: torch.device) -> Tensor:
-    """Patches at equal raster distances, shifted from frame to frame by the rounding: (B, keep)."""
-    spaced = (torch.arange(keep, device=device) * 2 + 1) * grid.size // (2 * keep)
-    return spaced.expand(batch, keep)
+    """One patch of each of `keep` equal stretches of the raster: (B, keep).
+
+    Where in its stretch goes by the golden ratio: at equal distances, a width that the distance divides would
+    leave all patches in a few columns.
+    """
+    number = torch.arange(keep, device=device)
+    first, end = number * grid.size // keep, (number + 1) * grid.size // keep
+    place = number * GOLDEN % 2**16 * (end - first) // 2**16
+    return (first + place).expand(batch, keep)
 
 
 def select(

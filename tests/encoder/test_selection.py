@@ -1,5 +1,7 @@
 """The selector against hand-computed cases and a direct reading of its definition."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,24 @@ def test_random_and_tube_follow_their_generator() -> None:
         assert torch.equal(first, second)
     tube = select(patches, grid, 8, selector="tube")
     assert (tube.view(2, 4, 2) % 6 == (tube.view(2, 4, 2) % 6)[:, :1]).all()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12), st.data())
+def test_uniform_takes_one_of_each_stretch(frames: int, height: int, width: int, data) -> None:
+    grid = Grid(frames, height, width)
+    keep = data.draw(st.integers(1, grid.size))
+    [kept] = select(torch.zeros(1, grid.size, 3), grid, keep, selector="uniform").tolist()
+    borders = [number * grid.size // keep for number in range(keep + 1)]
+    stretches = pairwise(borders)
+    assert all(first <= one < end for one, (first, end) in zip(kept, stretches, strict=True))
+
+
+@pytest.mark.parametrize("keep", [256, 128, 64])
+def test_uniform_takes_as_many_of_each_frame_row_and_column(keep: int) -> None:
+    [kept] = select(torch.zeros(1, 512, 3), Grid(8, 8, 8), keep, selector="uniform")
+    for place in (kept // 64, kept // 8 % 8, kept % 8):
+        assert (torch.bincount(place, minlength=8) - keep // 8).abs().max() <= 1
 
 
 def test_unknown_selector() -> None:
