@@ -10,7 +10,7 @@ counts at the same number of tokens. Both read metrics.jsonl, and can write what
     python -m training.plots budget runs/results/world_encoder.json --metric noun --out training/budget.png
 
 budget: accuracy over tokens kept and over measured milliseconds per clip, one line per way to choose them:
-each selector, and fewer frames with all their patches.
+each selector, fewer frames with all their patches, and the best frames and resolution at each count.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from training.evaluation.heatmap import figure_of, save_figure
 
 NORM = "grad_norm"
 PATCH = 14  # of every FluxViT
+FEWER_FRAMES, BEST_INPUT = "fewer frames", "best frames x resolution"
 
 
 @dataclass
@@ -136,35 +137,66 @@ def draw(
     save_figure(figure, out)
 
 
-def budget_curves(result: Path, metric: str) -> dict[str, tuple[Curve, Curve]]:
-    """By way to choose tokens: accuracy in percent over tokens, and over milliseconds. Raises DataError."""
+@dataclass(frozen=True)
+class _Point:
+    """One setting of a result file."""
+
+    grid: tuple[int, int]
+    selector: str
+    patches: int
+    tokens: int
+    ms: float
+    value: float
+
+
+def _points(result: Path, metric: str) -> list[_Point]:
+    """Every setting, by tokens kept; raises DataError."""
     try:
-        rows = json.loads(result.read_text())["settings"]
-        full = max(row["frames"] for row in rows)
-        points = [
-            (
-                "fewer frames" if row["frames"] < full else row["selector"],
-                row["K"] or row["frames"] * (row["resolution"] // PATCH) ** 2,
-                row["ms_per_clip"],
-                100 * row[metric]["top1"]["value"],
-            )
-            for row in rows
-        ]
+        points = []
+        for row in json.loads(result.read_text())["settings"]:
+            patches = row["frames"] * (row["resolution"] // PATCH) ** 2
+            grid, value = (row["frames"], row["resolution"]), 100 * row[metric]["top1"]["value"]
+            ms, tokens = row["ms_per_clip"], row["K"] or patches
+            points.append(_Point(grid, row["selector"], patches, tokens, ms, value))
+        return sorted(points, key=lambda point: point.tokens)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{result} holds no settings with ms_per_clip and {metric}: "
             "it must be written by training.evaluate world --encoder."
         ) from error
-    most = max(points, key=lambda point: point[1])
+
+
+def budget_curves(result: Path, metric: str) -> dict[str, tuple[Curve, Curve]]:
+    """By way to choose tokens: accuracy in percent over tokens, and over milliseconds. Raises DataError.
+
+    All start from the setting that keeps the most patches of which it drops none. Other inputs that drop none
+    are FEWER_FRAMES; those that do are BEST_INPUT, at each count the best of all that flux chose from.
+    """
+    points = _points(result, metric)
+    whole = [point for point in points if point.tokens >= point.patches]
+    if not whole:
+        raise DataError(f"{result} holds no setting that keeps every token: measure one.")
+    most = whole[-1]
     curves: dict[str, tuple[Curve, Curve]] = {}
-    for name, tokens, ms, value in sorted(points, key=lambda point: point[1]):
+
+    def add(name: str, point: _Point) -> None:
         over_tokens, over_ms = curves.setdefault(name, (Curve(name), Curve(name)))
-        over_tokens.add(tokens, value)
-        over_ms.add(ms, value)
-    for name, (over_tokens, over_ms) in curves.items():  # all of them end where every token is kept
-        if name != most[0]:
-            over_tokens.add(most[1], most[3])
-            over_ms.add(most[2], most[3])
+        over_tokens.add(point.tokens, point.value)
+        over_ms.add(point.ms, point.value)
+
+    searched = [p for p in points if p.selector == "flux" and p.tokens < p.patches]
+    for point in points:
+        if point.grid == most.grid:
+            add(point.selector, point)
+        elif point.tokens >= point.patches:
+            add(FEWER_FRAMES, point)
+    if any(point.grid != most.grid for point in searched):
+        for tokens in sorted({point.tokens for point in searched}):
+            same = [point for point in searched if point.tokens == tokens]
+            add(BEST_INPUT, max(same, key=lambda point: point.value))
+    for name, (over_tokens, _) in curves.items():  # all of them end where every token is kept
+        if name != most.selector and over_tokens.x[-1] < most.tokens:
+            add(name, most)
     return curves
 
 

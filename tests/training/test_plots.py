@@ -116,6 +116,23 @@ def encoder_result(tmp_path: Path) -> Path:
     return path
 
 
+def test_the_best_input_at_each_count_has_a_line_of_its_own(tmp_path: Path) -> None:
+    result = encoder_result(tmp_path)
+    rows = json.loads(result.read_text())["settings"]
+    for frames, keep, value in ((16, 64, 0.8), (16, 128, 0.91), (4, 128, 0.89)):
+        other = {"frames": frames, "K": keep, "noun": {"top1": {"value": value}}}
+        rows.append({**rows[1], **other, "ms_per_clip": 2.0 * frames})
+    result.write_text(json.dumps({"settings": rows}))
+    curves = budget_curves(result, "noun")
+    tokens, ms = curves["best frames x resolution"]
+    assert (tokens.x, tokens.y) == ([64, 128, 512], [85.0, 91.0, 90.0])
+    assert ms.x == [6.0, 32.0, 40.0]
+    assert curves["flux"][0].y == [85.0, 88.0, 90.0]
+    result.write_text(json.dumps({"settings": rows[1:3]}))
+    with pytest.raises(DataError, match="keeps every token"):
+        budget_curves(result, "noun")
+
+
 def test_budget_lines_meet_where_every_token_is_kept(tmp_path: Path, capsys) -> None:
     result = encoder_result(tmp_path)
     curves = budget_curves(result, "noun")
