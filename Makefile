@@ -47,7 +47,10 @@ model: setup
 	@$(BOTH) training.chat_stage1 $(call RECIPE,box/chat_stage1)
 	@$(BOTH) training.chat_lora $(call RECIPE,box/chat_lora)
 	@$(BOTH) training.chat_lora $(call RECIPE,box/chat_lora_answers)
-	@$(PY) -m training.evaluate world --model $(RUNS)/chat_lora_answers/model --clips 300 --budget 128 64 32 \
+	@$(PY) -m training.optimize_tokens --model $(RUNS)/chat_lora_answers/model --metric open --preset full \
+		--first 100000 --clips 30 --tokens 64 128 256 --frames 8 16 --resolutions 112 --search full --no-times \
+		--install $(RUNS)/chat_lora_answers/model --out $(RUNS)/plan
+	@$(PY) -m training.evaluate world --model $(RUNS)/chat_lora_answers/model --clips 300 --budget 256 128 64 --plan \
 		--compare uniform random --out $(RUNS)/world.json
 	@$(PY) -m training.ship --model $(RUNS)/chat_lora_answers/model --figures $(RUNS)/world.json \
 		--alignment $(RUNS)/clip/alignment.safetensors
