@@ -36,13 +36,13 @@ check: setup
 # Resumes where it was stopped; some hours on two cores.
 RUNS := runs/box
 RECIPE = --config training/recipes/$(1).yaml --resume
-# Where the language model computes, each core takes half of a batch.
+# Where most of the time goes, each core takes half of a batch.
 BOTH := $(VENV)/bin/torchrun --nproc-per-node 2 -m
 model: export OMP_NUM_THREADS = 1
 model: setup
 	@$(PY) -m training.demo_world fetch
 	@$(PY) -m training.umt $(call RECIPE,cpu/umt)
-	@$(PY) -m training.clip $(call RECIPE,box/clip)
+	@$(BOTH) training.clip $(call RECIPE,box/clip) optim.micro_batch=32
 	@$(PY) -m training.warm_start $(call RECIPE,box/warm_start)
 	@$(BOTH) training.chat_stage1 $(call RECIPE,box/chat_stage1)
 	@$(BOTH) training.chat_lora $(call RECIPE,box/chat_lora)
