@@ -106,6 +106,7 @@ def test_cached_features_give_the_same_losses_without_encoding(
     # A process of its own, as the finished run: another number of threads rounds differently.
     assert command(stage1_recipe, tmp_path / "first", *overrides).returncode == 0
     assert losses(tmp_path / "first") == losses(finished)
+    overrides.append(f"loop.out={tmp_path / 'first'}")
     stage = Stage1(read_recipe(Stage1Recipe, stage1_recipe, overrides))
     calls = []
     stage.vlm.encoder.register_forward_hook(lambda *_: calls.append(1))
