@@ -15,9 +15,16 @@ from app.overlay import data_url, kept_mask, paint
 from app.sessions import Media
 from encoder.video import read_clip
 
-# "0:07", "1:02.5", "7 s", "7.5 seconds", "3 sec"; not "10:30 pm"'s day or "16:9" followed by more digits.
+_COUNTING = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+    "twenty",
+)
+# "0:07", "1:02.5", "7 s", "7.5 seconds", "3 sec", "three seconds"; not "10:30 pm"'s day or "16:9" followed by
+# more digits.
 _TIME = re.compile(
-    r"(?<![\w:.#])(?:(\d{1,3}):([0-5]\d(?:\.\d+)?)|(\d+(?:\.\d+)?)\s?(?:s|secs?|seconds?))(?![\w:])"
+    r"(?<![\w:.#])(?:(\d{1,3}):([0-5]\d(?:\.\d+)?)|(\d+(?:\.\d+)?)\s?(?:s|secs?|seconds?)"
+    rf"|(?<!-)((?i:{'|'.join(_COUNTING)})) seconds?)(?![\w:])"
 )
 
 
@@ -32,8 +39,11 @@ def link_times(text: str, duration_s: float, *, html: bool = False) -> str:
     """Markdown (or HTML) in which every time within the video is a link that moves the player there."""
 
     def link(match: re.Match[str]) -> str:
-        minutes, clock_seconds, seconds = match.groups()
-        at = 60 * int(minutes) + float(clock_seconds) if minutes else float(seconds)
+        minutes, clock_seconds, seconds, word = match.groups()
+        if minutes:
+            at = 60 * int(minutes) + float(clock_seconds)
+        else:
+            at = float(seconds or _COUNTING.index(word.lower()))
         if at > duration_s:
             return match[0]
         return f'<a href="#t={at:g}">{match[0]}</a>' if html else f"[{match[0]}](#t={at:g})"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from training.demo_world.asking import Question
+from training.demo_world.wording import COUNTING
 
 # Words that tell a motion, in any wording the world or a language model uses; more telling ones first.
 _MOTION_WORDS: Mapping[str, str] = {
@@ -31,7 +32,7 @@ _CHANGE_WORDS: Mapping[str, str] = {
 }
 # A time told counts as right when it is this near to the true one.
 NEAR_S = 1.0
-_NUMBERS = ("zero", "one", "two", "three", "four", "five")
+_NUMBER = rf"(\d+(?:\.\d+)?|\b(?:{'|'.join(COUNTING)})\b)"
 
 
 def motion_in(text: str) -> str | None:
@@ -104,10 +105,8 @@ def agrees(question: Question, text: str) -> bool:
     if "motion" in facts:
         return motion_in(text) == facts["motion"]
     if "count" in facts:
-        number = re.search(rf"\b(\d+|{'|'.join(_NUMBERS)}|none|no)\b", lowered)
-        word = number.group(1) if number else ""
-        value = 0 if word in ("none", "no") else _NUMBERS.index(word) if word in _NUMBERS else int(word or -1)
-        return value == facts["count"]
+        found = re.search(rf"{_NUMBER}|\bno(?:ne)?\b", lowered)
+        return found is not None and _value(found.group(1) or "zero") == facts["count"]
     if "time_s" in facts and "part" not in facts:
         told = seconds_in(text)
         return told is not None and abs(told - facts["time_s"]) <= NEAR_S
@@ -122,11 +121,17 @@ def agrees(question: Question, text: str) -> bool:
 
 
 def seconds_in(text: str) -> float | None:
-    """The time that an answer tells, in seconds: its first number, or 0 for "right at the start"."""
-    number = re.search(r"\d+(?:\.\d+)?", text)
-    if number is not None:
-        return float(number.group())
-    return 0.0 if re.search(r"\b(?:start|beginning)\b", text.lower()) else None
+    """The time that an answer tells, in seconds: its first number, "5" or "five", or 0 for "at the start"."""
+    lowered = text.lower()
+    found = re.search(_NUMBER, lowered)
+    if found is not None:
+        return _value(found.group(1))
+    return 0.0 if re.search(r"\b(?:start|beginning)\b", lowered) else None
+
+
+def _value(number: str) -> float:
+    """Of a number in digits or in words."""
+    return float(COUNTING.index(number) if number in COUNTING else number)
 
 
 def _plain(text: str) -> str:

@@ -117,6 +117,7 @@ class Narrator:
     def __init__(self, vlm: VideoLanguageModel) -> None:
         self._tokenizer = vlm.llm.tokenizer
         self._summary_tokens = vlm.config.projector.summary_tokens
+        self._seconds = vlm.config.projector.time_periods > 0
         self._scenes: dict[World, SceneWords] = {}
 
     def told(self, media: Media | None, features: Features) -> Spoken:
@@ -126,7 +127,7 @@ class Narrator:
                 "The words of scenes need datasets of the demo world: name such, or learn without them."
             )
         if media.world not in self._scenes:
-            self._scenes[media.world] = SceneWords(media.world)
+            self._scenes[media.world] = SceneWords(media.world, seconds=self._seconds)
         return spoken_by(media, features, self._summary_tokens, self._scenes[media.world], self._ids_of)
 
     def _ids_of(self, phrase: str) -> WordIds:

@@ -119,6 +119,9 @@ def test_strip_of_an_image_has_nowhere_to_go() -> None:
         ("It appears at 0:07.", "It appears at [0:07](#t=7)."),
         ("From 1:02.5 on", "From [1:02.5](#t=62.5) on"),
         ("after about 3 seconds, or 4.5 s", "after about [3 seconds](#t=3), or [4.5 s](#t=4.5)"),
+        ("After about Three seconds.", "After about [Three seconds](#t=3)."),
+        ("twenty-five seconds in", "twenty-five seconds in"),
+        ("one of ten, someone seconds it", "one of ten, someone seconds it"),
         ("3 sheep, 2 secrets, 5secs", "3 sheep, 2 secrets, [5secs](#t=5)"),
         ("at 3:00 there is nothing", "at 3:00 there is nothing"),  # past the end
         ("a 16:9 picture at 12:345 or x1:02", "a 16:9 picture at 12:345 or x1:02"),

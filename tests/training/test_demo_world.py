@@ -21,11 +21,12 @@ from encoder.errors import ConfigError, DataError
 from training.demo_world.bank import SpriteBank, procedural_bank
 from training.demo_world.nouns import load_nouns, of_split, with_article
 from training.demo_world.plots import PLOTS
+from training.demo_world.questions import TASKS
 from training.demo_world.scene import DIRECTIONS, MOTIONS, opacity_at, pose_at, visible_fraction
 from training.demo_world.templates import QUESTIONS
 from training.demo_world.wording import MOVES, third_person
 from training.demo_world.world import Sample, Split, World, WorldConfig
-from training.scoring import agrees
+from training.scoring import agrees, seconds_in
 
 BANK = procedural_bank()
 SPLITS: tuple[Split, ...] = ("train", "test", "unseen")
@@ -234,13 +235,18 @@ def test_letters_and_answers_are_balanced(many: list[Sample]) -> None:
         assert max(values.values()) / sum(values.values()) < most, (task, values)
 
 
+def test_every_task_is_asked(many: list[Sample]) -> None:
+    assert {question.task for sample in many for question in sample.questions} == set(TASKS)
+
+
 def test_the_right_time_is_no_middle_option(many: list[Sample]) -> None:
     ranks: Counter[int] = Counter()
     for sample in many:
         for question in sample.questions:
             if question.task == "localisation" and question.options:
-                seconds = [int(re.findall(r"\d+", option)[0]) for option in question.options]
-                ranks[sorted(seconds).index(seconds[question.answer_index or 0])] += 1
+                seconds = [seconds_in(option) for option in question.options]
+                assert None not in seconds
+                ranks[sorted(seconds).index(seconds[question.answer_index or 0])] += 1  # type: ignore[type-var]
     assert max(ranks.values()) / sum(ranks.values()) < 0.4
 
 

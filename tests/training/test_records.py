@@ -136,6 +136,17 @@ def test_the_world_is_asked_more_than_once() -> None:
         DatasetConfig(json_path="x", rounds=0)
 
 
+def test_a_favoured_task_is_asked_more_often() -> None:
+    def share(records: WorldRecords) -> float:
+        turns = [question for number in range(40) for question, _ in records[number].turns]
+        return sum("second" in question or "When" in question for question in turns) / len(turns)
+
+    few, many = asked(turns=4, choices=0.0), asked(turns=4, choices=0.0, favour=("localisation",) * 4)
+    assert 0 < 1.5 * share(few) < share(many)
+    with pytest.raises(ConfigError, match="unknown task 'time': known are existence"):
+        DatasetConfig(json_path="x", favour=("time",))
+
+
 def test_a_choice_may_be_answered_in_words() -> None:
     by_letter, by_words = (
         asked(turns=8, choices=1.0, independent=True, choose_by=way) for way in ("letter", "words")

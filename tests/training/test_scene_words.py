@@ -58,6 +58,19 @@ def test_patches_say_the_object_or_the_place() -> None:
     assert found.phrases[found.which[0, 4, 5]] == f"{before} left"
 
 
+def test_patches_say_the_second_as_answers_do() -> None:
+    scene, before, after = two_shots()
+    found = SceneWords(WORLD, seconds=True).patches(scene, (0.2, 3.4, 7.9), 8)
+    said = [{found.phrases[kind] for kind in frame.unique().tolist()} for frame in found.which]
+    assert said == [
+        {f"{before} left start", "sea start"},
+        {f"{before} left three", "sea three"},
+        {f"{after} left eight", f"{BACKGROUND} eight"},
+    ]
+    late = SceneWords(WORLD, seconds=True).patches(scene, (21.0,), 8)
+    assert set(late.phrases) == {f"{after} left", BACKGROUND}
+
+
 def ids_of(phrase: str) -> tuple[int, ...]:
     return tuple(sum(map(ord, word)) for word in phrase.split())
 

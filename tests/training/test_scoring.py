@@ -8,7 +8,17 @@ from training.demo_world.asking import Question
 from training.demo_world.bank import procedural_bank
 from training.demo_world.wording import ANSWERS, MOVES
 from training.demo_world.world import World
-from training.scoring import agrees, letter_in, mean_interval, motion_in, names, option_in, says_yes, wilson
+from training.scoring import (
+    agrees,
+    letter_in,
+    mean_interval,
+    motion_in,
+    names,
+    option_in,
+    says_yes,
+    seconds_in,
+    wilson,
+)
 
 
 @pytest.mark.parametrize("motion", MOVES)
@@ -57,6 +67,20 @@ def test_letters(text: str, letter: str | None) -> None:
 )
 def test_an_option_is_chosen_by_letter_or_by_words(text: str, chosen: int | None) -> None:
     assert option_in(text, ["a dog", "a cat", "after 1 second"]) == chosen
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("After about 5 seconds.", 5.0),
+        ("At 4.5s, the dog", 4.5),
+        ("After about sixteen seconds.", 16.0),
+        ("Right at the start.", 0.0),
+        ("Someone often sees it at the end.", None),
+    ],
+)
+def test_times_are_read_in_digits_and_in_words(text: str, seconds: float | None) -> None:
+    assert seconds_in(text) == seconds
 
 
 def test_options_of_numbers_are_not_mixed_up() -> None:

@@ -20,6 +20,7 @@ from training.data.annotations import parse_span
 from training.data.media import BrokenMedia, FileMedia, Media, WorldMedia, reason
 from training.data.world import WorldSource
 from training.demo_world.asking import Question
+from training.demo_world.questions import TASKS
 from training.demo_world.templates import QUESTIONS
 from training.demo_world.wording import sentence
 from training.demo_world.world import Sample, World
@@ -79,6 +80,7 @@ class DatasetConfig:
     for a description; choices: share of multiple-choice questions; choose_by: how these are answered, by
     "letter" as MVBench asks, "(B) left", or with the "words" of the option alone, "Left." rounds: how often
     everything is asked anew, in other words and with other options, before `turns` questions are picked.
+    favour: tasks whose questions are likelier to be picked: named once, twice as likely, and so on.
     independent: the turns of a record are conversations of their own about its media: no answer sees another
     (see llm_bridge.branches).
     """
@@ -94,6 +96,7 @@ class DatasetConfig:
     captions: float = 0.5
     choices: float = 0.3
     rounds: int = 1
+    favour: tuple[str, ...] = ()
     choose_by: Literal["letter", "words"] = "letter"
     independent: bool = False
     index_root: str | None = None
@@ -104,6 +107,8 @@ class DatasetConfig:
             raise ConfigError("A dataset needs exactly one of json_path, yaml_path, shards and world.")
         if self.rounds < 1:
             raise ConfigError(f"rounds must be at least 1, not {self.rounds}.")
+        if unknown := sorted(set(self.favour) - set(TASKS)):
+            raise ConfigError(f"favour names the unknown task {unknown[0]!r}: known are {', '.join(TASKS)}.")
 
     @property
     def name(self) -> str:
@@ -179,15 +184,20 @@ class WorldRecords:
 
     def _turns(self, asked: Sequence[Question], rng: random.Random) -> list[Turn]:
         """Questions picked at random."""
-        open_forms = [(q.question, q.answer) for q in asked if not q.options]
-        choices = [(q.question, self._chosen(q)) for q in asked if q.options]
-        rng.shuffle(open_forms)
-        rng.shuffle(choices)
+        drawn = self._shuffled(asked, rng)
+        open_forms = [(q.question, q.answer) for q in drawn if not q.options]
+        choices = [(q.question, self._chosen(q)) for q in drawn if q.options]
         picked = []
         for _ in range(min(self.config.turns, len(open_forms) + len(choices))):
             choose = rng.random() < self.config.choices and choices
             picked.append((choices if choose or not open_forms else open_forms).pop())
         return picked
+
+    def _shuffled(self, asked: Sequence[Question], rng: random.Random) -> list[Question]:
+        """In random order, favoured ones rather later, as weighted sampling without replacement draws them
+        from the end (Efraimidis and Spirakis 2006)."""
+        named = self.config.favour.count
+        return sorted(asked, key=lambda question: rng.random() ** (1 / (1 + named(question.task))))
 
     def _chosen(self, question: Question) -> str:
         """The answer to a multiple-choice question."""

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 
 from training.demo_world.nouns import Noun
-from training.demo_world.scene import Actor, Background, Scene, Shot
+from training.demo_world.scene import Actor, Background, Scene, Shot, largest_first
 from training.demo_world.wording import MOVES, NUMBERS, PLACES, Wording, sentence, third_person
 
 Nouns = Mapping[str, Noun]
@@ -41,7 +41,7 @@ def _join(clauses: list[str], rng: random.Random) -> str:
 def _clauses(shot: Shot, nouns: Nouns, wording: Wording, rng: random.Random) -> list[str]:
     """One clause per actor; actors of one kind that do the same share a clause ("three dogs move up")."""
     groups: dict[tuple, list[Actor]] = {}
-    for actor in sorted(shot.actors, key=lambda a: a.appear_s):
+    for actor in largest_first(shot):
         groups.setdefault((actor.code, actor.motions, actor.appear_s, actor.disappear_s), []).append(actor)
     clauses = []
     for number, actors in enumerate(groups.values()):

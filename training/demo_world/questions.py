@@ -23,6 +23,11 @@ from training.demo_world.time_questions import (
 )
 from training.demo_world.wording import ANSWERS, DOING, NUMBERS, OPTIONS, Wording
 
+TASKS = (
+    *("existence", "object_existence", "object", "object_list", "category", "category_of_8"),
+    *("count", "moving_count", "moving_direction", "action", "action_sequence", "appearance_order"),
+    *("scene_transition", "state_change", "localisation", "localisation_part"),
+)
 MANY_OPTIONS = 8
 MOST_OBJECTS = 4
 # Motion is asked about only when it lasts for this share of the video: two of eight frames at least.

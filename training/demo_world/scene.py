@@ -145,6 +145,19 @@ def pose_at(actor: Actor, time_s: float, aspect: float = 1.0) -> Pose:
     return Pose(x, y, size, start.angle + u * (end.angle - start.angle))
 
 
+def largest_first(shot: Shot) -> list[Actor]:
+    """The actors of a shot as a viewer would list them: by when they appear, of those together the largest.
+
+    Sizes are those in the middle of the time that each is there.
+    """
+
+    def rank(actor: Actor) -> tuple[float, float]:
+        start_s, end_s = max(shot.start_s, actor.appear_s), min(shot.end_s, actor.disappear_s)
+        return start_s, -pose_at(actor, (start_s + end_s) / 2).size
+
+    return sorted(shot.actors, key=rank)
+
+
 def opacity_at(actor: Actor, time_s: float) -> float:
     """0.0 (not there) to 1.0; objects fade in and out over FADE_S, but not at the borders of a shot."""
     if not actor.appear_s <= time_s < actor.disappear_s:

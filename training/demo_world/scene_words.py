@@ -16,7 +16,7 @@ from training.demo_world.language import place_of
 from training.demo_world.questions import steady
 from training.demo_world.scene import Motion, Scene, Shot
 from training.demo_world.time_questions import change_of, onsets
-from training.demo_world.wording import NUMBERS
+from training.demo_world.wording import COUNTING, NUMBERS
 from training.demo_world.world import World
 
 # The one word by which answers tell a motion from the others.
@@ -54,10 +54,10 @@ FIXED_PHRASES = 5
 
 
 class SceneWords:
-    """The words of a world's scenes."""
+    """The words of a world's scenes. seconds: patches also say when, as answers do: "five", or "start"."""
 
-    def __init__(self, world: World) -> None:
-        self._world, self._labels = world, WorldLabels(world)
+    def __init__(self, world: World, *, seconds: bool = False) -> None:
+        self._world, self._labels, self._seconds = world, WorldLabels(world), seconds
         self._motions = [MOTION_WORDS[motion] for motion in world.level.motions]
         self._nouns = [world.nouns[code].name for code in self._labels.nouns]
 
@@ -76,19 +76,35 @@ class SceneWords:
         return (first, moves, count, change, places, *shown)
 
     def patches(self, scene: Scene, times_s: Sequence[float], side: int) -> PatchWords:
-        """Each patch of `side` x `side` per frame: the name and motion of the object there, or the place."""
+        """Each patch of `side` x `side` per frame: the name and motion of the object there, or the place.
+
+        Then, with `seconds`, the whole second of its frame.
+        """
         labels = self._labels.patches(scene, times_s, side)
-        pairs = torch.stack([labels["noun"], labels["motion"]], dim=-1)
+        second = torch.tensor([round(time) if self._seconds else -1 for time in times_s])
+        seconds = second[:, None, None].expand_as(labels["noun"])
+        told = torch.stack([labels["noun"], labels["motion"], seconds], dim=-1)
         shot = torch.tensor([scene.shots.index(scene.shot_at(time)) for time in times_s])
-        pairs[..., 1] += (pairs[..., 0] == 0) * shot[:, None, None]  # nothing there: the shot instead
-        kinds, which = pairs.flatten(0, 2).unique(dim=0, return_inverse=True)
+        told[..., 1] += (told[..., 0] == 0) * shot[:, None, None]  # nothing there: the shot instead
+        kinds, which = told.flatten(0, 2).unique(dim=0, return_inverse=True)
         phrases = [
-            f"{self._nouns[noun - 1]} {self._motions[other - 1]}"
-            if noun
-            else _place(scene.shots[other]) or BACKGROUND
-            for noun, other in kinds.tolist()
+            " ".join(filter(None, (self._what(scene, noun, other), _second(second))))
+            for noun, other, second in kinds.tolist()
         ]
         return PatchWords(tuple(phrases), which.view(labels["noun"].shape))
+
+    def _what(self, scene: Scene, noun: int, other: int) -> str:
+        """An object and its motion by their labels; without an object, the place of shot number `other`."""
+        if noun:
+            return f"{self._nouns[noun - 1]} {self._motions[other - 1]}"
+        return _place(scene.shots[other]) or BACKGROUND
+
+
+def _second(second: int) -> str:
+    """The word for a second as answers name it; nothing for -1 and beyond the words."""
+    if second == 0:
+        return "start"
+    return COUNTING[second] if 0 < second < len(COUNTING) else ""
 
 
 def _place(shot: Shot) -> str:

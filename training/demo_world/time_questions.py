@@ -11,7 +11,7 @@ from training.demo_world.asking import Asker, Question
 from training.demo_world.language import Nouns, place_of
 from training.demo_world.plots import shows
 from training.demo_world.scene import Actor, Motion, Scene
-from training.demo_world.wording import ANSWERS, DOING, PLACES
+from training.demo_world.wording import ANSWERS, COUNTING, DOING, PLACES
 
 # Two onsets closer than this (share of the video, seconds) cannot be told apart.
 APART_SHARE, APART_S = 0.1, 0.7
@@ -204,7 +204,11 @@ def _wrong_seconds(ask: Asker, seconds: int, duration_s: float) -> list[int]:
 
 
 def _after(seconds: int) -> str:
-    return f"after about {seconds} second{'' if seconds == 1 else 's'}" if seconds else "right at the start"
+    if seconds == 0:
+        return "right at the start"
+    # A word is one token, where digits are one each: read greedily, 10 to 13 would win against 7 by their 1.
+    number = COUNTING[seconds] if seconds < len(COUNTING) else str(seconds)
+    return f"after about {number} second{'' if seconds == 1 else 's'}"
 
 
 def _events(ask: Asker) -> list[tuple[float, str, str]]:

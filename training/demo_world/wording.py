@@ -101,7 +101,12 @@ PLACES: Mapping[str, tuple[str, str]] = {
     "grass": ("grass", "over grass"),
     "brick": ("a brick wall", "in front of a brick wall"),
 }
-NUMBERS = ("no", "one", "two", "three", "four")
+COUNTING = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+    "twenty",
+)
+NUMBERS = ("no", *COUNTING[1:5])
 
 
 def third_person(phrase: str) -> str:
