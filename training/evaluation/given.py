@@ -111,14 +111,14 @@ def finish(
     watchers: dict[str, Watcher],
     figures: dict[str, Any],
 ) -> int:
-    """Print the table, write the file."""
+    """Write the file, then print the table: a reader that closes the pipe must not lose the figures."""
     sharing = Sharing()
-    if sharing.first:
-        print(text)
     shown = {
         label: None if watcher.setting is None else describe_setting(watcher.setting)
         for label, watcher in watchers.items()
     }
     result = {**provenance(args.told, device, args.recipe), **told, "interval": INTERVAL}
     write_result(path_of(args.out), {**result, **({"inputs": shown} if shown else {}), **figures}, sharing)
+    if sharing.first:
+        print(text)
     return 0
