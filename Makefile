@@ -48,7 +48,7 @@ model: setup
 	@$(BOTH) training.chat_lora $(call RECIPE,box/chat_lora)
 	@$(BOTH) training.chat_lora $(call RECIPE,box/chat_lora_answers)
 	@$(PY) -m training.optimize_tokens --model $(RUNS)/chat_lora_answers/model --metric open --preset full \
-		--first 100000 --clips 30 --tokens 64 128 256 --frames 8 16 --resolutions 112 --search full --no-times \
+		--first 100000 --clips 90 --tokens 64 128 256 --frames 8 16 --resolutions 112 --search full --no-times \
 		--install $(RUNS)/chat_lora_answers/model --out $(RUNS)/plan
 	@$(PY) -m training.evaluate world --model $(RUNS)/chat_lora_answers/model --clips 300 --budget 256 128 64 --plan \
 		--compare uniform random --out $(RUNS)/world.json
