@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -9,7 +11,9 @@ from encoder.tokens import Grid
 from training.data.features import Features
 from training.data.media import WorldMedia
 from training.demo_world.bank import procedural_bank
+from training.demo_world.language import caption
 from training.demo_world.plots import WorldConfig
+from training.demo_world.questions import questions
 from training.demo_world.scene import Actor, Background, Phase, Pose, Scene, Shot
 from training.demo_world.scene_words import BACKGROUND, FIXED_PHRASES, MOTION_WORDS, SceneWords
 from training.demo_world.world import Sample, World
@@ -69,6 +73,22 @@ def test_patches_say_the_second_as_answers_do() -> None:
     ]
     late = SceneWords(WORLD, seconds=True).patches(scene, (21.0,), 8)
     assert set(late.phrases) == {f"{after} left", BACKGROUND}
+
+
+def test_captions_and_lists_tell_of_the_largest_first() -> None:
+    codes = sorted(noun.code for noun in WORLD.pool)[:3]
+
+    def actor(code: str, size: float, appear_s: float) -> Actor:
+        pose = Pose(0.5, 0.5, size)
+        return Actor(code, (Phase("still", appear_s, 8.0, pose, pose),), appear_s=appear_s)
+
+    actors = (actor(codes[0], 0.5, 3.0), actor(codes[1], 0.2, 0.0), actor(codes[2], 0.3, 0.0))
+    scene = Scene(8.0, (Shot(0.0, 8.0, Background("gradient", 0), actors),), 0)
+    names = [WORLD.nouns[code].name for code in (codes[2], codes[1], codes[0])]
+    told = caption(scene, WORLD.nouns, "train", random.Random(0))
+    assert sorted(names, key=told.index) == names
+    asked = questions(scene, WORLD.nouns, WORLD.pool, "train", random.Random(0))
+    assert [question.facts["shown"] for question in asked if question.task == "object_list"] == [tuple(names)]
 
 
 def ids_of(phrase: str) -> tuple[int, ...]:

@@ -206,7 +206,7 @@ def _wrong_seconds(ask: Asker, seconds: int, duration_s: float) -> list[int]:
 def _after(seconds: int) -> str:
     if seconds == 0:
         return "right at the start"
-    # A word is one token, where digits are one each: read greedily, 10 to 13 would win against 7 by their 1.
+    # A word is one token, where language models like SmolLM2 decide on a number digit by digit.
     number = COUNTING[seconds] if seconds < len(COUNTING) else str(seconds)
     return f"after about {number} second{'' if seconds == 1 else 's'}"
 
