@@ -165,7 +165,7 @@ def ask_motion(ask: Asker) -> Iterator[Question]:
 def _presence(scene: Scene, actor: Actor) -> float:
     """The share of the video during which an actor is there."""
     shot = next(shot for shot in scene.shots if actor in shot.actors)
-    start_s, end_s = max(shot.start_s, actor.appear_s), min(shot.end_s, actor.disappear_s)
+    start_s, end_s = shot.presence(actor)
     return (end_s - start_s) / scene.duration_s
 
 

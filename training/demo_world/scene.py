@@ -109,6 +109,10 @@ class Shot:
     pan: tuple[float, float] = (0.0, 0.0)
     light: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
+    def presence(self, actor: Actor) -> tuple[float, float]:
+        """From when to when an actor is there, in seconds of the video."""
+        return max(self.start_s, actor.appear_s), min(self.end_s, actor.disappear_s)
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -152,7 +156,7 @@ def largest_first(shot: Shot) -> list[Actor]:
     """
 
     def rank(actor: Actor) -> tuple[float, float]:
-        start_s, end_s = max(shot.start_s, actor.appear_s), min(shot.end_s, actor.disappear_s)
+        start_s, end_s = shot.presence(actor)
         return start_s, -pose_at(actor, (start_s + end_s) / 2).size
 
     return sorted(shot.actors, key=rank)

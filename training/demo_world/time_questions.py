@@ -32,7 +32,7 @@ def onsets(scene: Scene, nouns: Nouns) -> list[tuple[float, str]]:
     """When everything that its name alone identifies can first be seen, earliest first: (seconds, name)."""
     codes = [actor.code for actor in scene.actors]
     return sorted(
-        (max(actor.appear_s, shot.start_s), nouns[actor.code].name)
+        (shot.presence(actor)[0], nouns[actor.code].name)
         for shot in scene.shots
         for actor in shot.actors
         if codes.count(actor.code) == 1
