@@ -15,6 +15,7 @@ from training.evaluation.goals import (
     GOALS,
     MOTION,
     NAMED,
+    PARTS,
     PRESENCE,
     TIME,
     UNSEEN,
@@ -44,6 +45,11 @@ def test_right_answers_get_full_marks() -> None:
         row = result["goals"][goal]
         assert (row["accuracy"], row["high"]) == (1.0, 1.0)
         assert 0 < row["chance"] < 1
+    assert {len(sample.scene.shown) for sample in map(world.sample, range(30))} >= {1, 2, 3}
+    for goal in (NAMED, DIRECTION, TIME):  # parts are of clips, none left out, none counted twice
+        parts = [row["n"] for part, row in result["parts"].items() if PARTS[part][0] == goal]
+        assert len(parts) > 1
+        assert sum(parts) == result["goals"][goal]["n"]
     share = answer_share(result, "choice")
     assert (share.right, share.total) == (share.total, sum("?" in q for q in _choices(world, 30)))
     everything = sum(len(said) for said in answers.values())

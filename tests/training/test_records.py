@@ -8,6 +8,7 @@ import torch
 
 from encoder.errors import ConfigError, DataError
 from encoder.tokens import Grid
+from tests.training.tiny_world import make_cache
 from training.config import build
 from training.data.features import FeatureCache, Features, stack
 from training.data.records import (
@@ -145,6 +146,17 @@ def test_a_favoured_task_is_asked_more_often() -> None:
     assert 0 < 1.5 * share(few) < share(many)
     with pytest.raises(ConfigError, match="unknown task 'time': known are existence"):
         DatasetConfig(json_path="x", favour=("time",))
+
+
+def test_a_dataset_may_keep_to_some_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUXCHAT_CACHE", str(make_cache(tmp_path)))
+    source = WorldSource(split="train", count=60, plots=("several", "several", "cut"))
+    world = source.open()
+    found = [world.sample(number).plot for number in range(60)]
+    assert set(found) == {"several", "cut"}
+    assert found.count("several") > found.count("cut")  # named twice
+    with pytest.raises(ConfigError, match=r"\['crowd'\].*plots are solo"):
+        WorldSource(plots=("crowd",)).open()
 
 
 def test_a_choice_may_be_answered_in_words() -> None:

@@ -44,7 +44,10 @@ def test_tables_with_their_commands_and_sources(results: Path) -> None:
 
 def test_the_chat_tables_share_one_result(results: Path, tmp_path: Path) -> None:
     rows = {name: {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 9, "chance": 0.25} for name in GOALS}
-    runs = {name: {"goals": rows, "tasks": {}} for name in ("flux 64", "flux 16", "random 64", "blind")}
+    runs = {
+        name: {"goals": rows, "parts": {}, "tasks": {}}
+        for name in ("flux 64", "flux 16", "random 64", "blind")
+    }
     about = json.loads((results / "retrieval.json").read_text())
     (tmp_path / "world_chat.json").write_text(json.dumps({**about, "runs": runs}))
     first, second = page(tmp_path, ["x"]).split("\n## ")[1:3]

@@ -16,7 +16,11 @@ from training.demo_world.world import Sample, Split, World
 
 @dataclass(frozen=True)
 class WorldSource:
-    """Which part of the world, how many samples, and how rich. first: number of the first sample."""
+    """Which part of the world, how many samples, and how rich.
+
+    first: number of the first sample. plots: in place of the preset's (see `WorldConfig`); a plot named
+    twice comes twice as often.
+    """
 
     split: Split = "train"
     count: int = 100_000
@@ -24,6 +28,7 @@ class WorldSource:
     first: int = 0
     preset: Literal["simple", "solo", "full"] = "full"
     nouns: int | None = None
+    plots: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1:
@@ -35,6 +40,8 @@ class WorldSource:
         level = presets[self.preset]()
         if self.nouns is not None:
             level = replace(level, nouns=self.nouns)
+        if self.plots is not None:
+            level = replace(level, plots=self.plots)
         return World(self.split, self.seed, level)
 
 

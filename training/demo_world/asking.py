@@ -10,7 +10,7 @@ from typing import Any
 
 from training.demo_world.language import Nouns
 from training.demo_world.nouns import Noun, with_article
-from training.demo_world.scene import Actor, Scene, Shot, largest_first
+from training.demo_world.scene import Actor, Scene, Shot
 from training.demo_world.templates import FILMS, QUESTIONS
 from training.demo_world.wording import Wording, sentence
 
@@ -93,9 +93,7 @@ class Asker:
     @cached_property
     def shown(self) -> tuple[str, ...]:
         """The codes of everything that can be seen at some time, as captions tell of it."""
-        actors = [actor for shot in self.scene.shots for actor in largest_first(shot)]
-        codes = [code for actor in actors for code in (actor.code, actor.becomes) if code]
-        return tuple(dict.fromkeys(codes))
+        return self.scene.shown
 
     @cached_property
     def unique(self) -> list[tuple[Shot, Actor]]:

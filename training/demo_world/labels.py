@@ -61,9 +61,8 @@ class WorldLabels:
         return {"noun": torch.stack([self._shown(scene) for scene in scenes])} | labels
 
     def _shown(self, scene: Scene) -> Tensor:
-        codes = {a.code for a in scene.actors} | {a.becomes for a in scene.actors if a.becomes}
         shares = torch.zeros(len(self.nouns))
-        shares[[self.nouns[code] for code in codes]] = 1 / len(codes)
+        shares[[self.nouns[code] for code in scene.shown]] = 1 / len(scene.shown)
         return shares
 
     def _motion(self, scene: Scene) -> int:

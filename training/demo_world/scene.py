@@ -133,6 +133,13 @@ class Scene:
         """All actors of all shots."""
         return tuple(actor for shot in self.shots for actor in shot.actors)
 
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The codes of everything that can be seen at some time, each once, as captions tell of it."""
+        actors = [actor for shot in self.shots for actor in largest_first(shot)]
+        codes = [code for actor in actors for code in (actor.code, actor.becomes) if code]
+        return tuple(dict.fromkeys(codes))
+
 
 def pose_at(actor: Actor, time_s: float, aspect: float = 1.0) -> Pose:
     """Where an actor is at a time, visible or not; `aspect` = width / height keeps circles round."""

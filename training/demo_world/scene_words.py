@@ -71,8 +71,7 @@ class SceneWords:
         count = NUMBERS[len(scene.actors)] if steady(scene) else ""
         change = CHANGE_WORDS[change_of(scene.actors[0])] if len(scene.actors) == 1 else ""
         places = " ".join(place for shot in scene.shots if (place := _place(shot)))
-        codes = [a.code for a in scene.actors] + [a.becomes for a in scene.actors if a.becomes]
-        shown = dict.fromkeys(self._world.nouns[code].name for code in codes)
+        shown = dict.fromkeys(self._world.nouns[code].name for code in scene.shown)
         return (first, moves, count, change, places, *shown)
 
     def patches(self, scene: Scene, times_s: Sequence[float], side: int) -> PatchWords:

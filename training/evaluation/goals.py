@@ -6,7 +6,7 @@ counts it (the mean over task types). Each has its 95 % interval and what guessi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,19 @@ GOALS: Mapping[str, str] = {
     TIME: "time",
     CHOICE: "choice",
     UNSEEN: "unseen",
+}
+
+
+# Which clips of a goal are easy and which are hard: rows of their own.
+PARTS: Mapping[str, tuple[str, Callable[[Scene], bool]]] = {
+    "object, clips with one kind of thing": (NAMED, lambda scene: len(scene.shown) == 1),
+    "object, clips with two kinds": (NAMED, lambda scene: len(scene.shown) == 2),
+    "object, clips with more kinds": (NAMED, lambda scene: len(scene.shown) > 2),
+    "direction, clips with one thing": (DIRECTION, lambda scene: len(scene.actors) == 1),
+    "direction, clips with several": (DIRECTION, lambda scene: len(scene.actors) > 1),
+    "time, clips below 6 s": (TIME, lambda scene: scene.duration_s < 6),
+    "time, clips from 6 to 12 s": (TIME, lambda scene: 6 <= scene.duration_s < 12),
+    "time, clips from 12 s on": (TIME, lambda scene: scene.duration_s >= 12),
 }
 
 
@@ -100,6 +113,11 @@ def goal_of(question: Question, scene: Scene) -> tuple[str, float] | None:
         near = min(facts["time_s"] + NEAR_S, scene.duration_s) - max(facts["time_s"] - NEAR_S, 0.0)
         return TIME, near / scene.duration_s
     return None
+
+
+def part_of(goal: str, scene: Scene) -> str | None:
+    """The one of PARTS that a scene is of; None for a goal without parts."""
+    return next((name for name, (whole, holds) in PARTS.items() if whole == goal and holds(scene)), None)
 
 
 def goal_rows(tallies: Mapping[str, Tally], choices: Sequence[Tally]) -> dict[str, Any]:

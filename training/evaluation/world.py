@@ -29,10 +29,12 @@ from training.evaluation.alignment import Alignment
 from training.evaluation.goals import (
     MOTION,
     NAMED,
+    PARTS,
     Tally,
     goal_of,
     goal_rows,
     mean_of,
+    part_of,
     rows_table,
 )
 from training.evaluation.metrics import Share, retrieval, top_k
@@ -111,11 +113,12 @@ def score_world(world: World, answers: Mapping[int, Sequence[str]]) -> dict[str,
     """The figures of answers by sample number, each list as `questions_of` asks."""
     tasks: dict[str, Tally] = defaultdict(Tally)
     goals: dict[str, Tally] = defaultdict(Tally)
+    parts: dict[str, Tally] = defaultdict(Tally)
     shown: list[dict[str, Any]] = []
     for number, said in answers.items():
         sample = world.sample(number)
         questions = questions_of(sample, number)
-        _count_caption(world, sample, said[0], tasks, goals)
+        _count_caption(world, sample, said[0], tasks, goals, parts)
         for question, answer in zip(questions[1:], said[1:], strict=True):
             right, kind = agrees(question, answer), "choice" if question.options else "open"
             goal = goal_of(question, sample.scene)
@@ -123,12 +126,15 @@ def score_world(world: World, answers: Mapping[int, Sequence[str]]) -> dict[str,
             tasks[f"{question.task}, {kind}"].add(right, chance)
             if goal:
                 goals[goal[0]].add(right, chance)
+                if part := part_of(goal[0], sample.scene):
+                    parts[part].add(right, chance)
         if len(shown) < SHOWN:
             rows = [[q.question, q.answer, a] for q, a in zip(questions, said, strict=True)]
             shown.append({"number": number, "asked, expected, answered": rows[:4]})
     choices = [tally for task, tally in sorted(tasks.items()) if task.endswith(", choice")]
     return {
         "goals": goal_rows(goals, choices),
+        "parts": {part: parts[part].to_dict() for part in PARTS if part in parts},
         "tasks": {task: tally.to_dict() for task, tally in sorted(tasks.items())},
         "multiple choice, mean over tasks": mean_of(choices)["accuracy"] if choices else None,
         "examples": shown,
@@ -136,13 +142,19 @@ def score_world(world: World, answers: Mapping[int, Sequence[str]]) -> dict[str,
 
 
 def _count_caption(
-    world: World, sample: Sample, text: str, tasks: dict[str, Tally], goals: dict[str, Tally]
+    world: World,
+    sample: Sample,
+    text: str,
+    tasks: dict[str, Tally],
+    goals: dict[str, Tally],
+    parts: dict[str, Tally],
 ) -> None:
     """Is the main object named, is its motion told (of clips with one thing that does one)?"""
     actor = sample.scene.actors[0]
     noun = world.nouns[actor.code]
     named = names(text, noun.name, noun.plural)
-    for tally in (tasks["caption: main object"], goals[NAMED]):
+    part = part_of(NAMED, sample.scene)
+    for tally in (tasks["caption: main object"], goals[NAMED], *([parts[part]] if part else [])):
         tally.add(named, 1 / len(world.pool))
     if len(sample.scene.actors) == len(actor.motions) == 1:
         told = motion_in(text) == actor.motions[0]
@@ -151,10 +163,10 @@ def _count_caption(
 
 
 def world_table(results: Mapping[str, dict[str, Any]]) -> str:
-    """Goals, then tasks, down; runs across, in percent with intervals."""
-    parts = (("goal", "goals"), ("task", "tasks"))
+    """Goals, their parts and tasks down; runs across, in percent with intervals."""
+    blocks = (("goal", "goals"), ("part of a goal", "parts"), ("task", "tasks"))
     return "\n\n".join(
-        rows_table(head, {run: result[part] for run, result in results.items()}) for head, part in parts
+        rows_table(head, {run: result[block] for run, result in results.items()}) for head, block in blocks
     )
 
 
