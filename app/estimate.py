@@ -21,6 +21,7 @@ from llm_bridge.model import VideoLanguageModel
 
 QUESTION_TOKENS = 48  # template, time sentence and a short question around the visual embeddings
 PREFILL_SIZES = (64, 256, 512)
+DRIFT = 1.6
 # Decoders seek between samples: at most about this many frames are decoded for each.
 FRAMES_PER_SAMPLE = 130
 
@@ -120,15 +121,23 @@ class Calibration:
 
     @staticmethod
     def load_or_measure(model: VideoLanguageModel) -> Calibration:
-        """From the cache of this machine, or measured now (some seconds) and cached."""
+        """From the cache of this machine, or measured now (some seconds) and cached.
+
+        What was measured while the machine was busy would stay wrong: a short prefill that takes DRIFT times
+        more or less than told has everything measured anew.
+        """
         path = cache_dir() / "calibration" / f"{_fingerprint(model)}.json"
         try:
             values = json.loads(path.read_text())
-            return Calibration(**{name: Speed(tuple(values[name]["weights"])) for name in values})
-        except (OSError, ValueError, KeyError, TypeError):
-            calibration = Calibration.measure(model)
-            save_json(asdict(calibration), path)
-            return calibration
+            calibration = Calibration(**{name: Speed(tuple(values[name]["weights"])) for name in values})
+            told = calibration.prefill.milliseconds(_prefill_features(PREFILL_SIZES[0]))
+            if 1 / DRIFT < _prefill_ms(model, PREFILL_SIZES[0]) / told < DRIFT:
+                return calibration
+        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
+            pass
+        calibration = Calibration.measure(model)
+        save_json(asdict(calibration), path)
+        return calibration
 
     @staticmethod
     @torch.inference_mode()
@@ -139,15 +148,20 @@ class Calibration:
             model.project(model.encode(list(pixels), [keep]))
 
         encoded = calibrate_encoder(model.encoder, encode)
-        width = model.llm.hidden_size
-        embeddings = torch.zeros(1, max(PREFILL_SIZES), width, device=model.llm.device, dtype=model.llm.dtype)
-
-        def prefill(tokens: int) -> None:
-            model.language_model(inputs_embeds=embeddings[:, :tokens], use_cache=True, logits_to_keep=1)
-
-        times = [time_ms(lambda n=n: prefill(n), model.llm.device) for n in PREFILL_SIZES]  # type: ignore[misc]
+        times = [_prefill_ms(model, tokens) for tokens in PREFILL_SIZES]
         prefilled = Speed.fit([_prefill_features(n) for n in PREFILL_SIZES], times)
         return Calibration(_measure_decode(), encoded, prefilled)
+
+
+@torch.inference_mode()
+def _prefill_ms(model: VideoLanguageModel, tokens: int) -> float:
+    """How long the language model takes now to read so many tokens."""
+    embeddings = torch.zeros(1, tokens, model.llm.hidden_size, device=model.llm.device, dtype=model.llm.dtype)
+
+    def prefill() -> None:
+        model.language_model(inputs_embeds=embeddings, use_cache=True, logits_to_keep=1)
+
+    return time_ms(prefill, model.llm.device)
 
 
 def _measure_decode() -> Speed:

@@ -1,6 +1,7 @@
 """VideoChat as programs use it: answers, caches, streams, conversations, threads, prices, errors."""
 
 import io
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from app.chat import VideoChat, Videos
+from app.estimate import Calibration
 from encoder.budget import Budget
 from encoder.errors import BudgetError, ConfigError, FluxChatError, ModelError, VideoError
 from encoder.video import read_clip
@@ -191,6 +193,24 @@ def test_the_price_grows_with_the_budget(
     fast = chat.plan(WORLD, Budget.auto(1e-6))
     slow = chat.plan(WORLD, "auto:1000")
     assert fast.keep < slow.keep
+
+
+@pytest.mark.parametrize("measured_on_a_machine_so_many_times_slower", [8.0, 1 / 8])
+def test_a_calibration_that_no_longer_holds_is_replaced(
+    tiny_model: VideoLanguageModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    measured_on_a_machine_so_many_times_slower: float,
+) -> None:
+    monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path))
+    now = Calibration.load_or_measure(tiny_model).prefill.milliseconds([1.0, 64.0, 64.0**2])
+    [path] = (tmp_path / "calibration").iterdir()
+    values = json.loads(path.read_text())
+    values["prefill"]["weights"] = [measured_on_a_machine_so_many_times_slower * now, 0.0, 0.0]
+    path.write_text(json.dumps(values))
+    again = Calibration.load_or_measure(tiny_model)
+    assert again.prefill.weights != tuple(values["prefill"]["weights"])
+    assert json.loads(path.read_text())["prefill"]["weights"] == list(again.prefill.weights)
 
 
 @pytest.mark.parametrize(
