@@ -21,6 +21,7 @@ from llm_bridge.model import VideoLanguageModel
 
 QUESTION_TOKENS = 48  # template, time sentence and a short question around the visual embeddings
 PREFILL_SIZES = (64, 256, 512)
+# A kept calibration holds while a prefill takes less than so many times more, or less, than it tells.
 DRIFT = 1.6
 # Decoders seek between samples: at most about this many frames are decoded for each.
 FRAMES_PER_SAMPLE = 130
@@ -123,21 +124,29 @@ class Calibration:
     def load_or_measure(model: VideoLanguageModel) -> Calibration:
         """From the cache of this machine, or measured now (some seconds) and cached.
 
-        What was measured while the machine was busy would stay wrong: a short prefill that takes DRIFT times
-        more or less than told has everything measured anew.
+        One that no longer holds is replaced: what was measured on a busy machine would stay wrong.
         """
         path = cache_dir() / "calibration" / f"{_fingerprint(model)}.json"
+        calibration = Calibration._read(path)
+        if calibration is None or not calibration.holds(model):
+            calibration = Calibration.measure(model)
+            save_json(asdict(calibration), path)
+        return calibration
+
+    @staticmethod
+    def _read(path: Path) -> Calibration | None:
+        """The one in a file; None where there is none that can be read."""
         try:
             values = json.loads(path.read_text())
-            calibration = Calibration(**{name: Speed(tuple(values[name]["weights"])) for name in values})
-            told = calibration.prefill.milliseconds(_prefill_features(PREFILL_SIZES[0]))
-            if 1 / DRIFT < _prefill_ms(model, PREFILL_SIZES[0]) / told < DRIFT:
-                return calibration
-        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError):
-            pass
-        calibration = Calibration.measure(model)
-        save_json(asdict(calibration), path)
-        return calibration
+            return Calibration(**{name: Speed(tuple(values[name]["weights"])) for name in values})
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def holds(self, model: VideoLanguageModel) -> bool:
+        """Whether a short prefill takes about as long now as this tells; takes some tenths of a second."""
+        tokens = PREFILL_SIZES[0]
+        told = self.prefill.milliseconds(_prefill_features(tokens))
+        return told / DRIFT < _prefill_ms(model, tokens) < told * DRIFT
 
     @staticmethod
     @torch.inference_mode()

@@ -62,7 +62,8 @@ class WorldLabels:
 
     def _shown(self, scene: Scene) -> Tensor:
         shares = torch.zeros(len(self.nouns))
-        shares[[self.nouns[code] for code in scene.shown]] = 1 / len(scene.shown)
+        shown = [self.nouns[code] for code in scene.shown]
+        shares[shown] = 1 / len(shown)
         return shares
 
     def _motion(self, scene: Scene) -> int:

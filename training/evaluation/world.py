@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from training.data.examples import Example, WorldExamples
 from training.data.media import WorldMedia
 from training.data.world import WorldSource
 from training.demo_world.asking import Question
+from training.demo_world.scene import Scene
 from training.demo_world.templates import QUESTIONS
 from training.demo_world.world import Sample, World
 from training.evaluation.action import accuracies
@@ -109,57 +110,60 @@ def evaluate_unseen(
     return tally.to_dict()
 
 
+@dataclass
+class _Counts:
+    """Right answers by task, by goal and by part of a goal."""
+
+    tasks: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
+    goals: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
+    parts: dict[str, Tally] = field(default_factory=lambda: defaultdict(Tally))
+
+    def add_goal(self, goal: str, scene: Scene, right: bool, chance: float | None) -> None:
+        """One answer that counts for a goal, and for the part of it that its clip is of."""
+        self.goals[goal].add(right, chance)
+        if part := part_of(goal, scene):
+            self.parts[part].add(right, chance)
+
+
 def score_world(world: World, answers: Mapping[int, Sequence[str]]) -> dict[str, Any]:
     """The figures of answers by sample number, each list as `questions_of` asks."""
-    tasks: dict[str, Tally] = defaultdict(Tally)
-    goals: dict[str, Tally] = defaultdict(Tally)
-    parts: dict[str, Tally] = defaultdict(Tally)
+    counts = _Counts()
     shown: list[dict[str, Any]] = []
     for number, said in answers.items():
         sample = world.sample(number)
         questions = questions_of(sample, number)
-        _count_caption(world, sample, said[0], tasks, goals, parts)
+        _count_caption(world, sample, said[0], counts)
         for question, answer in zip(questions[1:], said[1:], strict=True):
             right, kind = agrees(question, answer), "choice" if question.options else "open"
             goal = goal_of(question, sample.scene)
             chance = 1 / len(question.options) if question.options else goal[1] if goal else None
-            tasks[f"{question.task}, {kind}"].add(right, chance)
+            counts.tasks[f"{question.task}, {kind}"].add(right, chance)
             if goal:
-                goals[goal[0]].add(right, chance)
-                if part := part_of(goal[0], sample.scene):
-                    parts[part].add(right, chance)
+                counts.add_goal(goal[0], sample.scene, right, chance)
         if len(shown) < SHOWN:
             rows = [[q.question, q.answer, a] for q, a in zip(questions, said, strict=True)]
             shown.append({"number": number, "asked, expected, answered": rows[:4]})
-    choices = [tally for task, tally in sorted(tasks.items()) if task.endswith(", choice")]
+    choices = [tally for task, tally in sorted(counts.tasks.items()) if task.endswith(", choice")]
     return {
-        "goals": goal_rows(goals, choices),
-        "parts": {part: parts[part].to_dict() for part in PARTS if part in parts},
-        "tasks": {task: tally.to_dict() for task, tally in sorted(tasks.items())},
+        "goals": goal_rows(counts.goals, choices),
+        "parts": {part: counts.parts[part].to_dict() for part in PARTS if part in counts.parts},
+        "tasks": {task: tally.to_dict() for task, tally in sorted(counts.tasks.items())},
         "multiple choice, mean over tasks": mean_of(choices)["accuracy"] if choices else None,
         "examples": shown,
     }
 
 
-def _count_caption(
-    world: World,
-    sample: Sample,
-    text: str,
-    tasks: dict[str, Tally],
-    goals: dict[str, Tally],
-    parts: dict[str, Tally],
-) -> None:
+def _count_caption(world: World, sample: Sample, text: str, counts: _Counts) -> None:
     """Is the main object named, is its motion told (of clips with one thing that does one)?"""
     actor = sample.scene.actors[0]
     noun = world.nouns[actor.code]
-    named = names(text, noun.name, noun.plural)
-    part = part_of(NAMED, sample.scene)
-    for tally in (tasks["caption: main object"], goals[NAMED], *([parts[part]] if part else [])):
-        tally.add(named, 1 / len(world.pool))
+    named, guess = names(text, noun.name, noun.plural), 1 / len(world.pool)
+    counts.tasks["caption: main object"].add(named, guess)
+    counts.add_goal(NAMED, sample.scene, named, guess)
     if len(sample.scene.actors) == len(actor.motions) == 1:
-        told = motion_in(text) == actor.motions[0]
-        for tally in (tasks["caption: motion"], goals[MOTION]):
-            tally.add(told, 1 / len(world.level.motions))
+        told, guess = motion_in(text) == actor.motions[0], 1 / len(world.level.motions)
+        counts.tasks["caption: motion"].add(told, guess)
+        counts.add_goal(MOTION, sample.scene, told, guess)
 
 
 def world_table(results: Mapping[str, dict[str, Any]]) -> str:
