@@ -18,7 +18,7 @@ RUN case "$VARIANT" in \
       *) echo "VARIANT must be cpu or cuda, not $VARIANT." >&2; exit 1 ;; \
     esac
 
-COPY pyproject.toml README.md LICENSE NOTICE ./
+COPY pyproject.toml README.md LICENSE NOTICE fluxchat.py ./
 COPY encoder encoder
 COPY llm_bridge llm_bridge
 COPY training training
