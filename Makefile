@@ -1,6 +1,7 @@
 # make demo   the page with the shipped model      make test    the tests
 # make setup  the .venv (done by every target)     make check   lint, format, types
 # make model  train the shipped model from nothing make bench   every benchmark, one JSON line each
+# make gpu    right and fast on a GPU, in minutes  (DEVICE=cpu: the same paths, tiny)
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ PY := $(VENV)/bin/python
 # Without an NVIDIA GPU the CPU build of torch is enough, and gigabytes smaller.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 
-.PHONY: setup demo test test-slow check bench model clean
+.PHONY: setup demo test test-slow check bench gpu model clean
 
 setup: $(VENV)/.complete
 
@@ -57,6 +58,11 @@ model: setup
 
 bench: setup
 	@for name in encoder decode estimate second_turn start stage1 serve; do $(PY) -m tests.bench.$$name || exit 1; done
+
+# Runs where nothing can be installed: whatever python has torch and transformers.
+GPU_PY = $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+gpu:
+	@$(GPU_PY) -m tests.bench.gpu $(if $(DEVICE),--device $(DEVICE)) $(if $(ONLY),--only $(ONLY))
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

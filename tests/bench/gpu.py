@@ -1,0 +1,457 @@
+"""The proof on a GPU, in one command of a few minutes: right, then fast.
+
+    python -m tests.bench.gpu                       every part, on the accelerator
+    python -m tests.bench.gpu --only encoder decode
+    python -m tests.bench.gpu --device cpu          the same paths with tiny models, to try the script itself
+
+Needs torch, transformers, accelerate, safetensors, numpy and PyYAML (pytest for the part "tests"); no
+network, no weights, no video: clips are random tensors, models are made on the card. Parts: tests (of the
+encoder), golden (the official numbers in float32 and bfloat16), encoder (clips/s at each token count, as a
+share of the card's own large matrix product), first_token, decode (tokens/s of 1, 8 and 32 answers at a
+time), umt and stage1 (30 training steps). A part that fails says so and the others go on. Writes
+tests/bench/results/gpu.json, prints it as one JSON line; exit status 1 when a part failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from encoder.config import BASE, MICRO, SMALL, FluxViTConfig
+from encoder.cost import encoder_macs
+from encoder.fluxvit import FluxViT
+from tests.bench.common import environment, interleave, print_json, summary
+
+RESULT = Path(__file__).parent / "results" / "gpu.json"
+GOLDEN = Path(__file__).parent.parent / "data" / "fluxvit_golden.safetensors"
+ENCODER_TESTS = ("fluxvit", "selection", "positions", "merging_tokens", "checkpoint", "budget", "golden")
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large everything is: `FULL` on a GPU, `TINY` to try the script on a CPU."""
+
+    encoders: dict[str, FluxViTConfig]
+    frames: int
+    side: int
+    keeps: tuple[int, ...]
+    batch: int
+    gemm: int
+    n: int
+    llm: dict[str, int]
+    visual_tokens: tuple[int, ...]
+    rows: tuple[int, ...]
+    new_tokens: int
+    teacher: dict[str, Any]
+    teacher_tokens: int
+    counts: tuple[int, ...]
+    clips: int
+    steps: int
+    records: int
+
+
+FULL = Scale(
+    encoders={"small": SMALL, "base": BASE},
+    frames=16,
+    side=224,
+    keeps=(3072, 2048, 1024, 512),
+    batch=16,
+    gemm=8192,
+    n=10,
+    # Qwen2.5-1.5B's shape
+    llm={
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "max_position_embeddings": 8192,
+        "vocab_size": 151936,
+    },
+    visual_tokens=(256, 1024),
+    rows=(1, 8, 32),
+    new_tokens=64,
+    teacher={},
+    teacher_tokens=2048,
+    counts=(2048, 1536, 1024),
+    clips=16,
+    steps=30,
+    records=16,
+)
+TINY = Scale(
+    encoders={"micro": MICRO},
+    frames=8,
+    side=112,
+    keeps=(512, 256, 128),
+    batch=2,
+    gemm=512,
+    n=2,
+    llm={"num_hidden_layers": 2, "max_position_embeddings": 2048},
+    visual_tokens=(32, 128),
+    rows=(1, 4),
+    new_tokens=8,
+    teacher={
+        "embed_dim": 64,
+        "depth": 4,
+        "num_heads": 4,
+        "pool_heads": 4,
+        "pos_frames": 8,
+        "pos_height": 8,
+        "pos_width": 8,
+        "clip_embed_dim": 32,
+    },
+    teacher_tokens=256,
+    counts=(256, 192, 128),
+    clips=2,
+    steps=2,
+    records=2,
+)
+
+
+class Bench:
+    """The parts, on one device at one scale."""
+
+    def __init__(self, device: torch.device, scale: Scale) -> None:
+        self.device, self.scale = device, scale
+        torch.backends.cuda.matmul.allow_tf32 = False  # float32 means float32 where numbers are compared
+
+    # -- right ----------------------------------------------------------------------------------------------
+
+    def tests(self) -> dict[str, Any]:
+        """The encoder's tests, as pytest runs them."""
+        files = [f"tests/encoder/test_{name}.py" for name in ENCODER_TESTS]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        last = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip()[-300:]]
+        if done.returncode:
+            raise RuntimeError("\n".join(done.stdout.strip().splitlines()[-15:]) or last[0])
+        return {"pytest": last[0]}
+
+    @torch.inference_mode()
+    def golden(self) -> dict[str, Any]:
+        """Largest difference from the official outputs in float32; in bfloat16 on the same tokens."""
+        from safetensors import safe_open
+
+        from encoder.golden import rule_model, rule_pixels
+
+        with safe_open(str(GOLDEN), "pt") as file:
+            cases = {name: json.loads(text) for name, text in (file.metadata() or {}).items()}
+            expected = {name: file.get_tensor(f"{name}/pooled") for name in cases}
+        found: dict[str, Any] = {}
+        models: dict[str, FluxViT] = {}
+        for name, case in sorted(cases.items()):
+            size = name.split("_")[0]
+            if size not in models:
+                models[size] = rule_model(size).to(self.device)
+            model = models[size]
+            pixels = rule_pixels(case["seed"], case["B"], case["T"], case["S"]).to(self.device)
+            exact = model(pixels, case["keep"], compat_truncation=True)
+            pooled = model.pool(exact, case["head"])
+            difference = (pooled.cpu() - expected[name]).abs().max().item()
+            half = copy.deepcopy(model).bfloat16()
+            same = half.encode(half.embed(pixels.bfloat16()), exact.grids[0], torch.stack(exact.kept))
+            rough = half.pool(same, case["head"]).float()
+            cosine = torch.cosine_similarity(rough, pooled, dim=-1).min().item()
+            found[name] = {"float32_difference": difference, "bfloat16_cosine": round(cosine, 5)}
+            if difference > 1e-3 or cosine < 0.99:
+                raise RuntimeError(f"{name} differs from the official outputs: {found[name]}")
+        return found
+
+    # -- fast: the encoder ----------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def encoder(self) -> dict[str, Any]:
+        """bfloat16 clips/s at every token count, plain and compiled, and the share of a product's rate."""
+        scale, found = self.scale, dict[str, Any]()
+        for size, config in scale.encoders.items():
+            model = FluxViT(config).eval().to(self.device, torch.bfloat16)
+            pixels = torch.randn(scale.batch, 3, scale.frames, scale.side, scale.side)
+            pixels = pixels.to(self.device, torch.bfloat16)
+            seen = scale.frames * (scale.side // config.patch_size) ** 2
+            found[size] = {"plain": self._rates(model, pixels, seen)}
+            for block in model.blocks:
+                block.compile(dynamic=False)
+            found[size]["compiled"] = self._rates(model, pixels, seen)
+            most, least = (str(keep) for keep in (max(scale.keeps), min(scale.keeps)))
+            compiled = found[size]["compiled"]
+            found[size]["speedup"] = round(compiled[least]["clips_per_s"] / compiled[most]["clips_per_s"], 2)
+        return found
+
+    def _rates(self, model: FluxViT, pixels: Tensor, seen: int) -> dict[str, Any]:
+        scale = self.scale
+        matrix = torch.randn(scale.gemm, scale.gemm).to(self.device, torch.bfloat16)
+        cases: dict[str, Callable[[], object]] = {"gemm": self._waited(lambda: matrix @ matrix)}
+        for keep in scale.keeps:
+            cases[str(keep)] = self._waited(lambda keep=keep: model(pixels, keep))  # type: ignore[misc]
+        samples = interleave(cases, scale.n, warmup=2)
+        gemm = summary(samples.pop("gemm"))
+        rate = scale.gemm**3 / gemm["median_ms"] * 1e3
+        found: dict[str, Any] = {"gemm_tflops": round(2 * rate / 1e12, 2), "gemm_spread": gemm["spread"]}
+        for keep, seconds in samples.items():
+            row = summary(seconds)
+            macs = encoder_macs(model.config, seen, int(keep)) * len(pixels)
+            found[keep] = {
+                "clips_per_s": round(len(pixels) / row["median_ms"] * 1e3, 1),
+                "gemm_share": round(macs / row["median_ms"] * 1e3 / rate, 3),
+                **row,
+            }
+        return found
+
+    def _waited(self, run: Callable[[], object]) -> Callable[[], None]:
+        def timed() -> None:
+            run()
+            self._wait()
+
+        return timed
+
+    def _wait(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    # -- fast: answers --------------------------------------------------------------------------------------
+
+    def first_token(self) -> dict[str, Any]:
+        """Milliseconds from a prompt with visual tokens to the first word, nothing cached."""
+        llm, found = self._llm(), dict[str, Any]()
+        for count in self.scale.visual_tokens:
+            run = self._waited(lambda count=count: next(iter(self._generation(llm, count, 1))))  # type: ignore[misc]
+            found[str(count)] = summary(interleave({"": run}, self.scale.n, warmup=2)[""])
+        return found
+
+    def decode(self) -> dict[str, Any]:
+        """Tokens per second of several answers decoded together, and each answer's own share."""
+        from llm_bridge.batching import Batcher
+
+        llm, found = self._llm(), dict[str, Any]()
+        for rows in self.scale.rows:
+            batcher = Batcher(llm, rows)
+            for _ in range(2):  # the first round warms up
+                answers = [
+                    self._generation(llm, self.scale.visual_tokens[0], self.scale.new_tokens, batcher)
+                    for _ in range(rows)
+                ]
+                threads = [threading.Thread(target=_read, args=(answer,)) for answer in answers]
+                steps, made, began = batcher.steps, batcher.made, time.perf_counter()
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                self._wait()
+                seconds = time.perf_counter() - began
+            batcher.close()
+            made = sum(answer.stats.completion_tokens for answer in answers)
+            alone = [answer.stats.tokens_per_s for answer in answers]
+            found[str(rows)] = {
+                "tokens_per_s": round(made / seconds, 1),
+                "tokens_per_s_of_an_answer": round(sum(alone) / rows, 1),
+                "tokens": made,
+                "steps": batcher.steps - steps,
+            }
+        return found
+
+    def _llm(self) -> Any:
+        """A random language model of the scale's shape, made on the device."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
+
+        from llm_bridge.llm import LanguageModel
+        from tests import tiny_llms
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = tiny_llms.make(Path(folder), "qwen2")
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            small = json.loads((path / "config.json").read_text())
+        small = {key: value for key, value in small.items() if key not in ("layer_types", "model_type")}
+        config = Qwen2Config(**{**small, **self.scale.llm, "eos_token_id": None, "initializer_range": 0.02})
+        torch.manual_seed(0)
+        with self.device:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        return LanguageModel(model.to(self.device).eval().requires_grad_(False), tokenizer, "random")
+
+    def _generation(self, llm: Any, count: int, new_tokens: int, batcher: Any = None) -> Any:
+        from llm_bridge.generate import Generation, Sampling
+        from llm_bridge.prompt import Message, Visual, render
+
+        visual = Visual(count, "clip", 8.0, tuple(float(t) for t in range(8)))
+        prompt = render(llm.tokenizer, [Message.of("user", visual, "What happens in the video?")])
+        embedding = torch.randn(count, llm.hidden_size, device=self.device).to(llm.dtype)
+        return Generation(llm, prompt, [embedding], Sampling(max_new_tokens=new_tokens), batcher=batcher)
+
+    # -- fast: training -------------------------------------------------------------------------------------
+
+    def umt(self) -> dict[str, Any]:
+        """Flux-UMT steps of the smallest encoder: clips/s and memory, bfloat16 autocast, float32 weights."""
+        from training.config import LoopConfig, OptimConfig
+        from training.data.video_batches import VideoBatch
+        from training.internvideo2 import (
+            InternVideo2,
+            InternVideo2Config,
+            InternVideo2Source,
+            InternVideo2Teacher,
+            spaced_layers,
+        )
+        from training.umt import TeacherSource, UmtModel, UmtRecipe
+
+        scale = self.scale
+        config = next(iter(scale.encoders.values())).replace(num_classes=0)
+        teacher_config = InternVideo2Config.from_dict(scale.teacher)
+        count = min(6, teacher_config.depth, config.depth)
+        torch.manual_seed(0)
+        with self.device:
+            encoder, big = FluxViT(config), InternVideo2(teacher_config)
+        layers = spaced_layers(teacher_config.depth, count, 3.34 if teacher_config.depth >= 20 else 1)
+        recipe = UmtRecipe(
+            optim=OptimConfig(lr=1e-3, batch_size=scale.clips, micro_batch=scale.clips),
+            loop=LoopConfig(out="-"),
+            teacher=TeacherSource(internvideo2=InternVideo2Source(weights="-")),
+            data=(),
+            teacher_tokens=scale.teacher_tokens,
+            counts=scale.counts,
+        )
+        teacher = InternVideo2Teacher(big, layers, precision="bf16")
+        model = UmtModel(encoder, teacher, recipe).to(self.device).train()
+        pixels = torch.randn(scale.clips, 3, scale.frames, scale.side, scale.side, device=self.device)
+        batch = VideoBatch(examples=(), pixels=pixels, index=0)
+        return self._train(model, lambda: model(batch)[0], scale.clips, "clips_per_s")
+
+    def stage1(self) -> dict[str, Any]:
+        """Chat stage 1 steps: the projector learns, encoder and language model are frozen."""
+        from llm_bridge.model import VideoLanguageModel, VLMConfig
+        from llm_bridge.projector import Projector, ProjectorConfig
+        from llm_bridge.prompt import Message, Visual, render_chat_training
+
+        scale, llm = self.scale, self._llm()
+        encoder_config = next(iter(scale.encoders.values())).replace(num_classes=0)
+        projector = Projector(ProjectorConfig(encoder_config.embed_dim, llm.hidden_size, norm=True))
+        config = VLMConfig(
+            llm="random",
+            projector=projector.config,
+            encoder=encoder_config,
+            default_tokens=scale.visual_tokens[0],
+        )
+        encoder = FluxViT(encoder_config).to(self.device, torch.bfloat16).eval().requires_grad_(False)
+        model = VideoLanguageModel(config, encoder, projector.to(self.device), llm)
+        clips = list(torch.randn(scale.records, 3, scale.frames, scale.side, scale.side, device=self.device))
+        visual = Visual(scale.visual_tokens[0], "clip", 8.0, (0.0, 4.0))
+        words = " ".join(["two birds fly away over the sea"] * 6)
+        talk = [Message.of("user", visual, "What happens?"), Message.of("assistant", words)]
+        prompts = [render_chat_training(llm.tokenizer, talk)] * scale.records
+
+        def loss() -> Tensor:
+            vision = model.encode(clips, [scale.visual_tokens[0]] * len(clips))
+            return model.loss(prompts, vision)
+
+        return self._train(projector, loss, scale.records, "samples_per_s")
+
+    def _train(
+        self, learns: torch.nn.Module, loss_of: Callable[[], Tensor], samples: int, name: str
+    ) -> dict[str, Any]:
+        """Optimiser steps in bfloat16 autocast; the first third warms up."""
+        optimizer = torch.optim.AdamW([p for p in learns.parameters() if p.requires_grad], lr=1e-4)
+        losses: list[float] = []
+        seconds: list[float] = []
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        for _ in range(self.scale.steps):
+            self._wait()
+            began = time.perf_counter()
+            with torch.autocast(self.device.type, dtype=torch.bfloat16):
+                loss = loss_of()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            self._wait()
+            seconds.append(time.perf_counter() - began)
+            losses.append(loss.item())
+        row = summary(seconds[len(seconds) // 3 :])
+        if not all(map(torch.isfinite, torch.tensor(losses))):
+            raise RuntimeError(f"The loss is not finite: {losses}")
+        found = {name: round(samples / row["median_ms"] * 1e3, 2), **row, "batch": samples}
+        found |= {"loss_first": round(losses[0], 4), "loss_last": round(losses[-1], 4)}
+        if self.device.type == "cuda":
+            found["peak_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)
+        return found
+
+
+PARTS = ("tests", "golden", "encoder", "first_token", "decode", "umt", "stage1")
+
+
+def _read(pieces: Iterator[str]) -> None:
+    for _ in pieces:
+        continue
+
+
+@contextmanager
+def _freed(device: torch.device) -> Iterator[None]:
+    """What a part held is given back before the next one."""
+    import gc
+
+    try:
+        yield
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def run(parts: Sequence[str], device: torch.device, scale: Scale) -> dict[str, Any]:
+    """The figures of every part; a part that failed holds its error."""
+    bench, found = Bench(device, scale), dict[str, Any]()
+    for part in parts:
+        began = time.perf_counter()
+        print(f"{part} ...", file=sys.stderr, flush=True)
+        with _freed(device):
+            try:
+                found[part] = getattr(bench, part)()
+            except Exception as error:  # noqa: BLE001 - the other parts go on
+                found[part] = {"error": f"{type(error).__name__}: {error}"[:2000]}
+                traceback.print_exc()
+        found[part]["seconds"] = round(time.perf_counter() - began, 1)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+    parser.add_argument("--device", help="cpu runs everything tiny (default: the accelerator)")
+    parser.add_argument("--out", type=Path, help="the JSON file (default: tests/bench/results/gpu.json)")
+    args = parser.parse_args(argv)
+    if args.device is None and not torch.accelerator.is_available():
+        print("There is no accelerator here: --device cpu tries this with tiny models.", file=sys.stderr)
+        return 2
+    device = torch.device(args.device or torch.accelerator.current_accelerator())  # type: ignore[arg-type]
+    tiny = device.type == "cpu"
+    began = time.perf_counter()
+    found = run(args.only, device, TINY if tiny else FULL)
+    result: dict[str, Any] = {"bench": "gpu", **environment("bfloat16"), "tiny": tiny}
+    if device.type == "cuda":
+        result["card"] = torch.cuda.get_device_name(device)
+    result |= {**found, "seconds": round(time.perf_counter() - began, 1)}
+    out = args.out or (None if tiny else RESULT)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    print_json(result)
+    return 1 if any("error" in found[part] for part in args.only) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

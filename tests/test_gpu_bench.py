@@ -1,0 +1,47 @@
+"""The script that runs on a lent GPU works before there is one: on a CPU, with what such a machine has."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ABSENT = ("pydantic", "av", "decord", "gguf", "bitsandbytes", "gradio", "sentencepiece", "fastapi")
+BLOCKED = f"""
+import importlib.machinery, runpy, sys
+
+found = importlib.machinery.PathFinder.find_spec
+importlib.machinery.PathFinder.find_spec = lambda name, *rest: (
+    None if name.split(".")[0] in {ABSENT} else found(name, *rest)
+)
+sys.argv = ["gpu", *sys.argv[1:]]
+runpy.run_module("tests.bench.gpu", run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_every_part_runs_without_what_a_bare_machine_lacks(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, "-c", BLOCKED, "--device", "cpu", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert result == json.loads(out.read_text())
+    assert result["tiny"]
+    for case in result["golden"].values():
+        assert not isinstance(case, dict) or case["float32_difference"] < 1e-4
+    assert result["encoder"]["micro"]["speedup"] > 1
+    assert all(row["tokens"] > 0 for row in result["decode"].values() if isinstance(row, dict))
+
+
+def test_a_machine_without_an_accelerator_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    from tests.bench.gpu import main
+
+    if torch.accelerator.is_available():
+        pytest.skip("there is an accelerator")
+    assert main([]) == 2
+    assert "--device cpu" in capsys.readouterr().err
