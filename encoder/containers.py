@@ -263,7 +263,7 @@ def _claimed_s(
 
     end, last: where the pictures and where all streams really end, as time stamps. A container whose header
     has one length for all streams is right when its longest stream, maybe the sound, has that length, or
-    ends at that time: a segment of a longer recording (times from 4 s on, say) is written either way.
+    ends at that time: of a segment of a longer recording (times from 4 s on, say) FFmpeg writes the end.
     skipped: length of what an AVI counts before its first frame.
     """
     if stream.duration is not None:
@@ -273,8 +273,16 @@ def _claimed_s(
         return claimed - skipped
     whole = container.duration / 1e6 if container.duration and not _guessed_length(container) else 0.0
     begin = (container.start_time or 0) / 1e6
+    if whole > begin and _by_ffmpeg(container):
+        whole -= begin
     as_length, as_end = last - begin >= whole - LIE_S, begin < whole <= last + LIE_S
     return end - zero if as_length or (as_end and not _cut(container)) else whole
+
+
+def _by_ffmpeg(container: Any) -> bool:
+    """Whether FFmpeg wrote a Matroska file: its "length" is the time at which the last stream ends."""
+    tags = (value for key, value in container.metadata.items() if key.lower() == "encoder")
+    return "matroska" in container.format.name and any(tag.startswith("Lavf") for tag in tags)
 
 
 def _guessed_length(container: Any) -> bool:

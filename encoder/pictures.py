@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from encoder.errors import VideoError
-from encoder.stills import eight_bits, end_times, moving_frames, upright_rgb
+from encoder.stills import eight_bits, end_times, moving_frames, playing, upright_rgb
 
 
 def is_pictures(source: Any) -> bool:
@@ -22,7 +22,10 @@ def is_pictures(source: Any) -> bool:
 
 def is_animation(source: Any) -> bool:
     """Whether a source is a Pillow image that moves: an opened GIF, APNG, WebP or AVIF of several frames."""
-    return _is_pil(source) and len(moving_frames(source)) > 1
+    if not _is_pil(source):
+        return False
+    with _one_sentence():
+        return len(moving_frames(source)) > 1
 
 
 def read_animation(image: Any, max_pixels: int, max_bytes: int) -> tuple[Tensor, list[float]]:
@@ -31,22 +34,18 @@ def read_animation(image: Any, max_pixels: int, max_bytes: int) -> tuple[Tensor,
     The image is left at the frame at which it was. Raises VideoError for frames over max_pixels, together
     over max_bytes, or damaged.
     """
-    moving, here = moving_frames(image), image.tell()
+    moving = moving_frames(image)
     _check_size(image.width, image.height, max_pixels)
     if len(moving) * image.width * image.height * 3 > max_bytes:
         raise VideoError(
             f"The {len(moving)} frames of {image.width} x {image.height} need more than "
             f"{max_bytes >> 20} MiB; give the animation as a file."
         )
-    try:
-        with _one_sentence():
-            ends, frames = end_times(image), []
-            for index in moving:
-                image.seek(index)
-                frames.append(_rgb(image))
-    finally:
-        with suppress(Exception):
-            image.seek(here)
+    with _one_sentence(), playing(image):
+        ends, frames = end_times(image), []
+        for index in moving:
+            image.seek(index)
+            frames.append(_rgb(image))
     return torch.stack(frames), ends
 
 
@@ -66,7 +65,7 @@ def read_pictures(source: Any, max_pixels: int) -> Tensor:
         return torch.stack(images)
     if _is_array(source) and source.ndim == 4:
         pixels = _pixels(source)
-        if pixels.shape[-1] not in (1, 3, 4) or pixels.numel() == 0:
+        if not _channels_last(pixels):
             raise VideoError(f"Pixels must be (T, H, W, 3), not {tuple(pixels.shape)}; reorder its axes.")
         _check_size(pixels.shape[2], pixels.shape[1], max_pixels)
         return pixels if pixels.shape[-1] == 3 else torch.stack([_three_channels(one) for one in pixels])
@@ -91,10 +90,16 @@ def _one(image: Any, max_pixels: int) -> Tensor:
     pixels = _pixels(image)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
-    if pixels.ndim != 3 or pixels.shape[-1] not in (1, 3, 4) or pixels.numel() == 0:
+    if pixels.ndim != 3 or not _channels_last(pixels):
         raise VideoError(f"An image must be (H, W, 3), not {tuple(pixels.shape)}; reorder its axes.")
     _check_size(pixels.shape[1], pixels.shape[0], max_pixels)
     return _three_channels(pixels)
+
+
+def _channels_last(pixels: Tensor) -> bool:
+    """Whether (..., H, W, C) is grey, RGB or RGBA; what may as well be (..., C, H, W) is not."""
+    rows, channels = pixels.shape[-3], pixels.shape[-1]
+    return pixels.numel() > 0 and (channels == 3 or (channels in (1, 4) and rows not in (1, 3, 4)))
 
 
 def _rgb(image: Any) -> Tensor:

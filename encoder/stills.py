@@ -8,6 +8,7 @@ that are already in memory.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from encoder.containers import Header, Rules
@@ -94,7 +95,7 @@ def decode_image(
     """Frames of an image file: the one picture, or those on screen at the given times."""
     from PIL import Image
 
-    with _open(path, rules) as image:
+    with _open(path, rules) as image, playing(image):
         moving = moving_frames(image)
         starts = [0.0, *end_times(image)[:-1]] if moving else [0.0]
         shown, pixels = -1, b""
@@ -116,6 +117,24 @@ def moving_frames(image: Any) -> range:
     first = 1 if image.info.get("default_image") else 0  # a PNG's picture for readers that cannot animate
     count = getattr(image, "n_frames", 1)
     return range(first, count) if count - first > 1 else range(0)
+
+
+@contextmanager
+def playing(image: Any) -> Iterator[None]:
+    """While an animated Pillow image is read frame by frame; after that it is at the frame where it was."""
+    here = image.tell()
+    around = image.format == "WEBP" and getattr(image, "rawmode", None) == "RGBX"
+    if around:  # Pillow drops the alpha where no frame has any, but around smaller frames there is nothing
+        image.rawmode = image._mode = "RGBA"
+    try:
+        yield
+    finally:
+        with suppress(Exception):  # a damaged file
+            if around:
+                image.rawmode, image._mode = "RGBX", "RGB"
+                image.seek(0 if here else 1)
+                image.load()
+            image.seek(here)
 
 
 def end_times(image: Any) -> list[float]:

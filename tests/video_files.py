@@ -82,14 +82,8 @@ def write(
     sound_s: float = 0.0,
     rate: int = 25,
     container_options: dict[str, str] | None = None,
-    pose: tuple[int, bool] | None = None,
-    aspect: Fraction | None = None,
-    first: int = 0,
 ) -> Path:
-    """A video whose frame i carries number first + i and is shown from times_s[i] on. size: (width, height).
-
-    pose: quarter turns counter-clockwise and a mirror after them, as a display matrix. aspect: of one pixel.
-    """
+    """A video whose frame i carries number i and is shown from times_s[i] on. size: (width, height)."""
     need_encoder(encoder)
     tick = Fraction(1, 100 if encoder == "gif" else 1000)
     if path.suffix == ".avi" or path.suffix in RAW:
@@ -102,10 +96,6 @@ def write(
         stream.options = {**_FAST.get(encoder, {}), "g": str(gop), **(options or {})}
         if rotate:
             stream.set_display_rotation(rotate)
-        if pose:
-            stream.set_display_rotation(90 * pose[0], hflip=pose[1])
-        if aspect:
-            stream.codec_context.sample_aspect_ratio = aspect
         sound = (
             container.add_stream("aac" if path.suffix in (".mp4", ".mov") else "mp2", rate=44100)
             if sound_s
@@ -114,7 +104,7 @@ def write(
         ends = [*times_s[1:], last_s if last_s is not None else times_s[-1] + 1 / rate]
         durations: dict[int, int] = {}
         for i, (start, end) in enumerate(zip(times_s, ends, strict=True)):
-            frame = av.VideoFrame.from_ndarray(numbered(first + i, *size), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(numbered(i, *size), format="rgb24")
             if pix_fmt != "rgb24":
                 frame = frame.reformat(format=pix_fmt)
             frame.pts, frame.time_base = round(start / tick), tick
