@@ -19,13 +19,11 @@ COUNTED = frozenset(
     ("h264", "hevc", "vvc", "evc", "obu", "m4v", "mpegvideo", "mjpeg", "h263", "h261", "vc1", "cavsvideo")
 )
 # Demuxers an untrusted file may use: none of them opens a second file or a network address.
-SAFE_CONTAINERS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,ivf,h264,hevc,obu,m4v,yuv4mpegpipe"
-)
+SAFE_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,ivf,h264,hevc,obu,m4v,yuv4mpegpipe"
 LIE_S, LIE_SHARE = 1.0, 0.05  # a stated length may exceed the true one by this much before it is a lie
 LAST_TICK = 1 << 62
 BACK_S = (3.0, 30.0, 0.0)  # steps back from the end to a key frame, where a file has no index
-MAX_DELAY = 16  # frames that a decoder holds back; where an AVI's first frame is later, nothing was shown before
+MAX_DELAY = 16  # frames that a decoder holds back; an AVI whose first frame is later begins with nothing
 DEFAULT_FPS = 25  # of a raw stream that names no rate, as in FFmpeg
 
 
@@ -256,9 +254,7 @@ def _holds_one(path: str, rules: Rules) -> bool:
         return next(frames, None) is None
 
 
-def _claimed_s(
-    container: Any, stream: Any, zero: float, end: float, last: float, skipped: float
-) -> float:
+def _claimed_s(container: Any, stream: Any, zero: float, end: float, last: float, skipped: float) -> float:
     """Length of the pictures by the header, seconds; their true length where the header is right.
 
     end, last: where the pictures and where all streams really end, as time stamps. A container whose header
@@ -269,7 +265,7 @@ def _claimed_s(
     if stream.duration is not None:
         claimed = float(stream.duration * stream.time_base)
         if container.format.name == "avi" and stream.frames and stream.average_rate:
-            claimed = max(claimed, float(stream.frames / stream.average_rate))  # duration follows the file size
+            claimed = max(claimed, float(stream.frames / stream.average_rate))  # it shrinks with the file
         return claimed - skipped
     whole = container.duration / 1e6 if container.duration and not _guessed_length(container) else 0.0
     begin = (container.start_time or 0) / 1e6

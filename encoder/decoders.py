@@ -260,7 +260,6 @@ class _Cursor:
             except av.error.InvalidDataError:
                 continue  # counted as lost if it is wanted
 
-
     def _counted(self) -> Iterator[Any]:
         """Frames of a raw stream, `step` ticks apart; what cannot be decoded takes its time as well."""
         import av
@@ -326,7 +325,10 @@ def _decord_run(
         shown, picture = -1, memoryview(b"")
         for index in shown_at(pts_s, times_s):
             if index != shown:
-                shown, picture = index, reader[index].asnumpy().data.cast("B")
+                pixels = reader[index].asnumpy()
+                if pixels.shape != (size[1], size[0], 3):  # it takes the padding of rows for pixels
+                    raise VideoError("decord gives frames of another size; use decoder='auto'")
+                shown, picture = index, pixels.data.cast("B")
             yield pts_s[index], picture
     finally:
         del reader  # an idle reader keeps decoding ahead: memory grows until it is gone
