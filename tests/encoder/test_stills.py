@@ -1,4 +1,4 @@
-"""Pictures of every kind, in files and in memory: one still has one frame, animations have their own times."""
+"""Pictures of every kind, in files and in memory: a still has one frame, animations have their times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intact files are read whatever their times look like: segments, raw streams, gaps, wrap-around; cut ones are not."""
+"""Intact files are read whatever their times look like (segments, raw streams, gaps); cut ones are not."""
 
 from __future__ import annotations
 
