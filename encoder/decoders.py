@@ -305,7 +305,7 @@ def _composed(frame: Any, size: tuple[int, int], header: Header, reformatter: An
 
     whole = reformatter.reformat(frame, frame.width, frame.height, format="rgba")
     plane, extent = whole.planes[0], (frame.width, frame.height)
-    picture = Image.frombuffer("RGBA", extent, memoryview(plane), "raw", "RGBA", plane.line_size, 1)
+    picture = Image.frombuffer("RGBA", extent, bytes(plane), "raw", "RGBA", plane.line_size, 1)
     left, top, right, bottom = header.crop or (0.0, 0.0, 1.0, 1.0)
     box = (left * extent[0], top * extent[1], right * extent[0], bottom * extent[1])
     return flat_rgb(picture).resize(size, Image.Resampling.BICUBIC, box).tobytes()

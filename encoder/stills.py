@@ -1,4 +1,6 @@
-"""Image files, still or animated, through Pillow, and the one place where transparency meets a colour.
+"""Image files, still or animated, and the one place where transparency meets a colour.
+
+Pillow reads them; of HEIC, FFmpeg decodes the tiles (heif.py).
 
 PNG, WebP and AVIF may be animated: then they are videos. Of a file with several pages or sizes (TIFF, ICO,
 MPO) the first picture counts. Colour profiles are not applied. Runs in the decoding child, and on pictures
@@ -11,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from encoder import heif
 from encoder.containers import Header, Rules
 from encoder.errors import VideoError
 from encoder.sampling import shown_at
@@ -37,7 +40,7 @@ _SHORTEST_MS, _USUAL_MS = 10, 100  # browsers show pictures "without" a duration
 
 
 def is_image(head: bytes) -> bool:
-    """Whether the first HEAD_BYTES of a file are those of an image format handled here (not GIF or HEIC)."""
+    """Whether the first HEAD_BYTES of a file are those of an image format handled here (not GIF)."""
     return _format(head) is not None
 
 
@@ -47,15 +50,16 @@ def _format(head: bytes) -> str | None:
     if head[4:8] == b"ftyp":
         size = min(int.from_bytes(head[:4], "big"), len(head))
         brands = {head[8:12], *(head[at : at + 4] for at in range(16, size - 3, 4))}
-        return "AVIF" if brands & {b"avif", b"avis"} else None
+        if brands & {b"avif", b"avis"}:
+            return "AVIF"
+        return "HEIC" if head[8:12] in heif.BRANDS else None  # its sequences are videos for FFmpeg
     return next((name for start, name in _STARTS if head.startswith(start)), None)
 
 
 def _open(path: str, rules: Rules) -> Any:
     from PIL import Image
 
-    with open(path, "rb") as file:
-        name = _format(file.read(HEAD_BYTES)) or ""
+    name = _name(path)
     if name not in _CODECS:
         raise VideoError(f"no decoder for {name or 'its format'} is installed; save it as PNG or JPEG")
     rules.check_codec(_CODECS[name])
@@ -65,8 +69,18 @@ def _open(path: str, rules: Rules) -> Any:
     return image
 
 
+def _name(path: str) -> str:
+    with open(path, "rb") as file:
+        return _format(file.read(HEAD_BYTES)) or ""
+
+
 def inspect_image(path: str, rules: Rules) -> Header:
     """Header of an image file; an animated one is a video. Raises VideoError when a rule is broken."""
+    if _name(path) == "HEIC":
+        rules.check_codec("hevc")
+        photo = heif.describe(path)
+        rules.check_pixels(photo.width, photo.height)
+        return Header(*photo.upright, frames=1, codec="hevc", container="heic", kind="image", pillow=True)
     with _open(path, rules) as image:
         moving = moving_frames(image)
         duration = end_times(image)[-1] if moving else 0.0
@@ -95,6 +109,11 @@ def decode_image(
     """Frames of an image file: the one picture, or those on screen at the given times."""
     from PIL import Image
 
+    if header.container == "heic":
+        whole = heif.compose(path, heif.describe(path), rules)
+        pixels = whole.resize(size, Image.Resampling.BICUBIC).tobytes()
+        yield from ((0.0, pixels) for _ in times_s)
+        return
     with _open(path, rules) as image, playing(image):
         moving = moving_frames(image)
         starts = [0.0, *end_times(image)[:-1]] if moving else [0.0]

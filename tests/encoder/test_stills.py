@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -184,8 +187,6 @@ def test_sixteen_bits_are_scaled(level):
 
 
 def test_a_sixteen_bit_png_in_colour():
-    import struct
-    import zlib
 
     rows = b"".join(b"\0" + struct.pack(">4H", 40_000, 0, 65_535, 65_535) * 4 for _ in range(4))
 
@@ -253,3 +254,116 @@ def test_limits_hold_for_pictures_in_memory():
             read_clip(source, limits=Limits(max_pixels=1000))
     with pytest.raises(VideoError, match="need more than 0 MiB; give the animation as a file"):
         read_clip(moving, limits=Limits(memory_mib=0))
+
+
+def box(kind: bytes, *parts: bytes) -> bytes:
+    return struct.pack(">I4s", 8 + sum(map(len, parts)), kind) + b"".join(parts)
+
+
+def full(kind: bytes, version: int, flags: int, *parts: bytes) -> bytes:
+    return box(kind, bytes([version]) + flags.to_bytes(3, "big"), *parts)
+
+
+def inside(data: bytes, *path: bytes) -> bytes:
+    """Content of a box in a box in ... an mp4."""
+    skip = {b"stsd": 8, b"hvc1": 78, b"hev1": 78}
+    for name in path:
+        at = 0
+        while data[at + 4 : at + 8] != name:
+            at += struct.unpack_from(">I", data, at)[0]
+        data = data[at + 8 : at + struct.unpack_from(">I", data, at)[0]][skip.get(name, 0) :]
+    return data
+
+
+def hevc_tile(picture: np.ndarray, path: Path) -> tuple[bytes, bytes]:
+    """(hvcC, sample) of one HEVC key frame."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx265", rate=1)
+        stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
+        stream.codec_context.codec_tag = "hvc1"
+        stream.options = {"x265-params": "log-level=none:pools=1", "crf": "10"}
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        frame = frame.reformat(format="yuv420p")
+        frame.pts = 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    data = path.read_bytes()
+    entry = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"hvc1", b"hvcC")
+    return inside(data, *entry), inside(data, b"mdat")
+
+
+def heic(picture: np.ndarray, folder: Path, *, columns: int, rows: int, tile: int, moves: bytes) -> bytes:
+    """A HEIC photo of columns x rows tiles; `picture` may be smaller than they are. moves: irot, imir."""
+    height, width = picture.shape[:2]
+    room = np.zeros((rows * tile, columns * tile, 3), np.uint8)
+    room[:height, :width] = picture
+    parts = [
+        hevc_tile(room[y * tile : (y + 1) * tile, x * tile : (x + 1) * tile], folder / "tile.mp4")
+        for y in range(rows)
+        for x in range(columns)
+    ]
+    samples, count = [sample for _, sample in parts], len(parts)
+    grid = bytes([0, 0, rows - 1, columns - 1]) + struct.pack(">HH", width, height)
+    entries = [full(b"infe", 2, 0, struct.pack(">HH", 1, 0), b"grid", b"\0")]
+    entries += [full(b"infe", 2, 1, struct.pack(">HH", i + 2, 0), b"hvc1", b"\0") for i in range(count)]
+    tiles = struct.pack(f">HH{count}H", 1, count, *range(2, count + 2))
+    known = [
+        full(b"ispe", 0, 0, struct.pack(">II", tile, tile)),
+        box(b"hvcC", parts[0][0]),
+        full(b"ispe", 0, 0, struct.pack(">II", width, height)),
+    ]
+    turns = [box(kind, bytes([value])) for kind, value in zip((b"irot", b"imir"), moves, strict=False)]
+    own = [3, *(4 + i for i in range(len(turns)))]
+    links = struct.pack(">HB", 1, len(own)) + bytes(own)
+    links += b"".join(struct.pack(">HB", i + 2, 2) + bytes([1, 0x82]) for i in range(count))
+
+    def meta(start: int) -> bytes:
+        places = struct.pack(">HHHHII", 1, 1, 0, 1, 0, len(grid))  # in idat
+        at = start
+        for i, sample in enumerate(samples):
+            places += struct.pack(">HHHHII", i + 2, 0, 0, 1, at, len(sample))
+            at += len(sample)
+        return full(
+            b"meta",
+            *(0, 0),
+            full(b"hdlr", 0, 0, b"\0" * 4, b"pict", b"\0" * 13),
+            full(b"pitm", 0, 0, struct.pack(">H", 1)),
+            full(b"iloc", 1, 0, bytes([0x44, 0]), struct.pack(">H", count + 1), places),
+            full(b"iinf", 0, 0, struct.pack(">H", count + 1), *entries),
+            full(b"iref", 0, 0, box(b"dimg", tiles)),
+            box(
+                b"iprp",
+                box(b"ipco", *known, *turns),
+                full(b"ipma", 0, 0, struct.pack(">I", count + 1), links),
+            ),
+            box(b"idat", grid),
+        )
+
+    head = box(b"ftyp", b"heic", b"\0" * 4, b"mif1heic")
+    return head + meta(len(head) + len(meta(0)) + 8) + box(b"mdat", *samples)
+
+
+@pytest.mark.parametrize(
+    ("moves", "turns", "mirror"), [(b"", 0, False), (b"\1", 1, False), (b"\3\1", 3, True)]
+)
+def test_a_photo_in_tiles_is_seen_whole_and_upright(tmp_path, moves, turns, mirror):
+    vf.need_encoder("libx265")
+    picture = vf.numbered(2730, 120, 72)
+    data = heic(picture, tmp_path, columns=2, rows=2, tile=64, moves=moves)
+    want = np.rot90(picture, turns)
+    want = want[:, ::-1] if mirror else want
+    for trusted in (True, False):
+        clip = read_clip(data, 4, trusted=trusted)
+        assert (clip.info.kind, clip.info.codec, clip.frames.shape) == ("image", "hevc", (1, *want.shape))
+        assert (clip.info.height, clip.info.width) == want.shape[:2]
+        assert np.abs(clip.frames[0].numpy().astype(int) - want).mean() < 12
+    with pytest.raises(VideoError, match="'hevc' is not allowed"):
+        probe(data, limits=Limits(codecs=("h264",)))
+
+
+def test_a_photo_whose_tiles_are_missing_is_refused(tmp_path):
+    vf.need_encoder("libx265")
+    data = heic(vf.numbered(1, 128, 64), tmp_path, columns=2, rows=1, tile=64, moves=b"")
+    for bad in (data[:-200], data.replace(b"dimg", b"none"), data.replace(b"pitm", b"none"), data[:200]):
+        with pytest.raises(VideoError):
+            read_clip(bad, trusted=False)
