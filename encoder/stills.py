@@ -2,9 +2,9 @@
 
 Pillow reads them; of HEIC, FFmpeg decodes the tiles (heif.py).
 
-PNG, WebP and AVIF may be animated: then they are videos. Of a file with several pages or sizes (TIFF, ICO,
-MPO) the first picture counts. Colour profiles are not applied. Runs in the decoding child, and on pictures
-that are already in memory.
+PNG, WebP and AVIF may be animated: then they are videos. Of a file with several pages (TIFF, MPO) the first
+counts, of one with several sizes (ICO) the largest. Colour profiles are not applied. Runs in the decoding
+child, and on pictures that are already in memory.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def inspect_image(path: str, rules: Rules) -> Header:
         photo = heif.describe(path)
         rules.check_pixels(photo.width, photo.height)
         return Header(*photo.upright, frames=1, codec="hevc", container="heic", kind="image", pillow=True)
-    with _open(path, rules) as image:
+    with _one_sentence(), _open(path, rules) as image:
         moving = moving_frames(image)
         duration = end_times(image)[-1] if moving else 0.0
         width, height = image.size
@@ -114,7 +114,7 @@ def decode_image(
         pixels = whole.resize(size, Image.Resampling.BICUBIC).tobytes()
         yield from ((0.0, pixels) for _ in times_s)
         return
-    with _open(path, rules) as image, playing(image):
+    with _one_sentence(), _open(path, rules) as image, playing(image):
         moving = moving_frames(image)
         starts = [0.0, *end_times(image)[:-1]] if moving else [0.0]
         shown, pixels = -1, b""
@@ -136,6 +136,15 @@ def moving_frames(image: Any) -> range:
     first = 1 if image.info.get("default_image") else 0  # a PNG's picture for readers that cannot animate
     count = getattr(image, "n_frames", 1)
     return range(first, count) if count - first > 1 else range(0)
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Whatever Pillow finds wrong in a file of a known format is damage."""
+    try:
+        yield
+    except (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError) as error:
+        raise VideoError("it is damaged or cut off; export or download it again") from error
 
 
 @contextmanager

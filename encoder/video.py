@@ -33,7 +33,7 @@ from encoder.sandbox import Crashed, Decoded, OutOfTime, Sandbox
 UNTRUSTED_CODECS = (
     *("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"),
     *("gif", "png", "jpeg", "webp", "bmp"),
-    "rawvideo",
+    "rawvideo",  # y4m
 )
 DECORD_SHARE = 0.6  # of the time limit; when decord hangs, PyAV has the rest
 Decoder = Literal["auto", "decord", "pyav"]
@@ -60,8 +60,9 @@ class Limits:
 class VideoInfo:
     """What is known of a source without its frames.
 
-    width, height: upright pixels. duration_s: length of the pictures, 0.0 for one image. frames: count
-    where the header has one. rotation: degrees (clockwise) by which stored frames were turned.
+    width, height: display pixels, which are square and upright, after cropping. duration_s: length of the
+    pictures, 0.0 for one image. frames: count where the header has one. rotation: degrees (clockwise) by
+    which stored frames were turned, after they were mirrored where the file says so.
     digest: hash of the content, a cache key.
     """
 
@@ -128,10 +129,13 @@ def read_clip(
 ) -> Clip:
     """Read `frames` frames from the middles of as many equal parts of [start_s, end_s].
 
-    source: path, bytes, binary file object, one image, a list of images (PIL, array, tensor) or a uint8
-    array (T, H, W, 3). at_s: exact times instead (seconds; sorted). moments: places in [start_s, end_s]
-    instead, from 0 (its start) to 1 (sorted). Each frame is the one a player shows at its time. A still image
-    gives T = 1. Lists and arrays count as a video of `fps` frames per second.
+    source: path, bytes, binary file object, one image, a list of images (PIL, array, tensor) or an array
+    (T, H, W, C) of uint8 or uint16, C = 1, 3 or 4 (RGBA). Lists and arrays count as a video of `fps` frames
+    per second. An image that moves (GIF, APNG, WebP, AVIF) is a video with its own times; a still, or a
+    video of one picture, is an image and gives T = 1. What is transparent becomes white; HDR values and
+    colour profiles are left alone.
+    at_s: exact times instead (seconds; sorted). moments: places in [start_s, end_s] instead, from 0 (its
+    start) to 1 (sorted). Each frame is the one a player shows at its time.
     max_side: shrink frames whose longer side exceeds it while decoding.
     decoder: "auto" is decord for trusted files that it reads well, else PyAV. trusted=False: PyAV only,
     allowed codecs only, in a child process of its own.

@@ -247,6 +247,14 @@ def test_a_damaged_image_object_is_one_sentence(tmp_path):
         read_clip(closed)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF", "TIFF", "JPEG2000"])
+def test_a_still_that_is_cut_off_is_called_so(kind):
+    noise = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
+    data = saved(Image.fromarray(noise), kind)
+    with pytest.raises(VideoError, match="cut off"):
+        read_clip(data[: len(data) * 9 // 10])
+
+
 def test_limits_hold_for_pictures_in_memory():
     moving = Image.open(io.BytesIO(animation("GIF")))
     for source in (moving, Image.new("RGB", (64, 64)), np.zeros((64, 64, 4), np.uint8)):
@@ -264,32 +272,20 @@ def full(kind: bytes, version: int, flags: int, *parts: bytes) -> bytes:
     return box(kind, bytes([version]) + flags.to_bytes(3, "big"), *parts)
 
 
-def inside(data: bytes, *path: bytes) -> bytes:
-    """Content of a box in a box in ... an mp4."""
-    skip = {b"stsd": 8, b"hvc1": 78, b"hev1": 78}
-    for name in path:
-        at = 0
-        while data[at + 4 : at + 8] != name:
-            at += struct.unpack_from(">I", data, at)[0]
-        data = data[at + 8 : at + struct.unpack_from(">I", data, at)[0]][skip.get(name, 0) :]
-    return data
-
-
 def hevc_tile(picture: np.ndarray, path: Path) -> tuple[bytes, bytes]:
     """(hvcC, sample) of one HEVC key frame."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx265", rate=1)
         stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], "yuv420p"
-        stream.codec_context.codec_tag = "hvc1"
         stream.options = {"x265-params": "log-level=none:pools=1", "crf": "10"}
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
         frame = frame.reformat(format="yuv420p")
         frame.pts = 0
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    data = path.read_bytes()
-    entry = (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", b"hvc1", b"hvcC")
-    return inside(data, *entry), inside(data, b"mdat")
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return bytes(stream.codec_context.extradata), bytes(next(container.demux(stream)))
 
 
 def heic(picture: np.ndarray, folder: Path, *, columns: int, rows: int, tile: int, moves: bytes) -> bytes:
@@ -298,7 +294,7 @@ def heic(picture: np.ndarray, folder: Path, *, columns: int, rows: int, tile: in
     room = np.zeros((rows * tile, columns * tile, 3), np.uint8)
     room[:height, :width] = picture
     parts = [
-        hevc_tile(room[y * tile : (y + 1) * tile, x * tile : (x + 1) * tile], folder / "tile.mp4")
+        hevc_tile(room[y * tile : (y + 1) * tile, x * tile : (x + 1) * tile], folder / "tile.mkv")
         for y in range(rows)
         for x in range(columns)
     ]

@@ -89,6 +89,17 @@ def test_raw_streams_that_the_allow_list_leaves_out(tmp_path):
         read_clip(path, 5, trusted=False)
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.mov"])
+def test_what_an_edit_list_leaves_out_is_not_shown(tmp_path, name):
+    """The muxer writes an edit list for frames before 0."""
+    times = [t - 0.2 for t in vf.steady(24)]
+    path = vf.write(tmp_path / name, times, options=REORDERED, size=SIZE, gop=8)
+    for trusted in (True, False):
+        clip = read_clip(path, at_s=[0.01 + t for t in vf.steady(19)], trusted=trusted)
+        assert [vf.number_in(frame.numpy()) for frame in clip.frames] == list(range(5, 24))
+        assert clip.duration_s == pytest.approx(0.76, abs=0.041)
+
+
 @pytest.mark.parametrize("before_s", [0.3, 0.02])
 def test_the_clock_of_a_transport_stream_wraps_around(tmp_path, before_s):
     times = vf.steady(14)
