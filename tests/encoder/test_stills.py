@@ -281,8 +281,9 @@ def hevc_tile(picture: np.ndarray, path: Path) -> tuple[bytes, bytes]:
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
         frame = frame.reformat(format="yuv420p")
         frame.pts = 0
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
+        for packet in (*stream.encode(frame), *stream.encode()):
+            packet.pts = packet.dts = 0  # x265 leaves the decoding time of a lone frame to chance
+            container.mux(packet)
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         return bytes(stream.codec_context.extradata), bytes(next(container.demux(stream)))
