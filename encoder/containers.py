@@ -154,6 +154,8 @@ def inspect(path: str, rules: Rules) -> Header:
     if length is None:
         raise VideoError("none of its pictures can be read; it is damaged or cut off, export it again")
     if length.frames == 1 and not length.lies and _holds_one(path, rules):
+        if name == "gif" and not _ends_with(path, b";"):  # the decoder does not mind half a picture
+            raise VideoError("it is cut off; export or download it again")
         return replace(length, kind="image", duration_s=0.0, claimed_s=0.0)
     rules.check_duration(length.duration_s)
     return length
@@ -244,6 +246,13 @@ def _counted(container: Any, stream: Any, header: Header) -> Header | None:
     step = step or round(1 / (stream.guessed_rate or DEFAULT_FPS) / stream.time_base)
     length = count * float(step * stream.time_base)
     return replace(header, duration_s=length, claimed_s=length, frames=count, step=step)
+
+
+def _ends_with(path: str, last: bytes) -> bool:
+    """Whether a file ends with a byte, but for some zeros of padding."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+        return file.read().rstrip(b"\0").endswith(last)
 
 
 def _holds_one(path: str, rules: Rules) -> bool:

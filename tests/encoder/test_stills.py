@@ -95,9 +95,7 @@ def test_an_animation_is_a_video_wherever_it_comes_from(tmp_path, kind):
     opened = Image.open(io.BytesIO(data))
     opened.seek(2)
     for source in (path, data, io.BytesIO(data), opened):
-        for trusted in (True, False):
-            if hasattr(source, "seek") and source is not opened:
-                source.seek(0)
+        for trusted in (True, False) if source is data else (True,):
             clip = read_clip(source, 5, trusted=trusted)
             assert (clip.info.kind, clip.info.frames) == ("video", 4)
             assert clip.duration_s == pytest.approx(1.0)
@@ -247,7 +245,7 @@ def test_a_damaged_image_object_is_one_sentence(tmp_path):
         read_clip(closed)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF", "TIFF", "JPEG2000"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF", "TIFF", "JPEG2000", "GIF"])
 def test_a_still_that_is_cut_off_is_called_so(kind):
     noise = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
     data = saved(Image.fromarray(noise), kind)

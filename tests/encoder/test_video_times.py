@@ -23,10 +23,10 @@ def is_read_right(path: Path, times_s: list[float], last_s: float = 0.04) -> Non
         assert list(clip.times_s) == pytest.approx(times_s, abs=0.006)
         assert clip.duration_s == pytest.approx(times_s[-1] + last_s, abs=0.041)
         assert clip.info.kind == "video"
-        assert len(read_clip(path, 5, trusted=trusted).times_s) == 5  # up to the end as the header says it
+    assert len(read_clip(path, 5).times_s) == 5  # up to the end as the header says it
 
 
-@pytest.mark.parametrize("start_s", [0.0, 4.0, 100.0])
+@pytest.mark.parametrize("start_s", [4.0, 100.0])
 @pytest.mark.parametrize(
     ("name", "encoder", "options"),
     [
@@ -35,14 +35,11 @@ def is_read_right(path: Path, times_s: list[float], last_s: float = 0.04) -> Non
         ("a.mp4", "libx264", {}),
         ("a.mov", "libx264", {}),
         ("a.ts", "libx264", {}),
-        ("a.avi", "mpeg4", {"bf": "2"}),
         ("live.mkv", "libx264", {}),
         ("fragments.mp4", "libx264", {}),
     ],
 )
 def test_a_segment_of_a_longer_recording_starts_at_zero(tmp_path, name, encoder, options, start_s):
-    if name == "a.avi" and start_s:
-        pytest.skip("AVI counts frames from 0")
     container = {"live.mkv": {"live": "1"}, "fragments.mp4": {"movflags": "frag_keyframe+empty_moov"}}
     times = vf.steady(14)
     path = vf.write(
@@ -171,7 +168,7 @@ def test_one_picture_is_an_image_and_two_are_a_video(tmp_path, suffix, encoder, 
             assert clip.duration_s == pytest.approx(0.0 if count == 1 else 0.08, abs=0.041)
 
 
-@pytest.mark.parametrize("start_s", [0.0, 4.0, 100.0])
+@pytest.mark.parametrize("start_s", [4.0, 100.0])
 @pytest.mark.parametrize("name", ["a.mkv", "a.webm", "a.mp4"])
 def test_a_segment_that_is_cut_off_is_still_called_so(tmp_path, name, start_s):
     times = [start_s + t for t in vf.steady(100)]
