@@ -57,13 +57,14 @@ def choose_times(header: Header, request: dict[str, Any]) -> list[float]:
 
 def frames_of(
     path: str, header: Header, times_s: Sequence[float], size: tuple[int, int], rules: Rules, decoder: str
-) -> Iterator[tuple[float, bytes | memoryview, int]]:
-    """(time, RGB bytes, quarter turns still to make) of each wanted frame, by the decoder that suits.
+) -> Iterator[tuple[float, bytes | memoryview, int, bool]]:
+    """(time, RGB bytes, turns, mirror) of each wanted frame, by the decoder that suits.
 
-    `size` is upright. With decoder "auto", frames that decord cannot deliver come from PyAV.
+    `size` is upright; turns and mirror are what is still to be done (Shape). With decoder "auto", frames that
+    decord cannot deliver come from PyAV.
     """
-    if header.kind == "image" or header.container in ("png", "jpeg", "webp", "bmp"):
-        yield from ((t, rgb, 0) for t, rgb in stills.decode_image(path, header, times_s, size, rules))
+    if header.pillow:
+        yield from ((t, rgb, 0, False) for t, rgb in stills.decode_image(path, header, times_s, size, rules))
         return
     if decoder == "auto" and not decoders.decord_suits(path, header, times_s, rules):
         decoder = "pyav"
@@ -71,7 +72,7 @@ def frames_of(
     if decoder != "pyav":
         try:
             for t, rgb in decoders.decode_decord(path, header, times_s, size, rules):
-                yield t, rgb, 0
+                yield t, rgb, 0, False
                 done += 1
             return
         except VideoError:
@@ -84,7 +85,7 @@ def frames_of(
                 ) from error
     raw = size if header.turns % 2 == 0 else size[::-1]
     for t, rgb in decoders.decode_pyav(path, header, times_s[done:], raw, rules):
-        yield t, rgb, header.turns
+        yield t, rgb, header.turns, header.mirror
 
 
 def answer(request: dict[str, Any], out: BinaryIO) -> None:
@@ -93,7 +94,7 @@ def answer(request: dict[str, Any], out: BinaryIO) -> None:
         rules = Rules(**request["rules"])
         path = request["path"]
         with open(path, "rb") as file:
-            image = stills.is_image(file.read(16))
+            image = stills.is_image(file.read(stills.HEAD_BYTES))
         header = (stills.inspect_image if image else inspect)(path, rules)
         size = fit_within(header.width, header.height, request["max_side"])
         times = choose_times(header, request) if request["frames"] else []
@@ -103,8 +104,8 @@ def answer(request: dict[str, Any], out: BinaryIO) -> None:
         reply = {"header": asdict(header), "count": len(times), "width": size[0], "height": size[1]}
         _line(out, reply)
         if times:
-            for t, rgb, turns in frames_of(path, header, times, size, rules, request["decoder"]):
-                _line(out, {"time": round(t, 6), "turns": turns})
+            for t, rgb, turns, mirror in frames_of(path, header, times, size, rules, request["decoder"]):
+                _line(out, {"time": round(t, 6), "turns": turns, "mirror": mirror})
                 out.write(rgb)
     except VideoError as error:
         _line(out, {"error": str(error)})

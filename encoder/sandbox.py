@@ -88,11 +88,11 @@ class _Worker:
         times = []
         for frame in frames:
             message = self._message()
-            turns = int(message["turns"])
-            if turns:  # PyAV does not turn frames, decord has done so
+            turns, mirror = int(message["turns"]), bool(message["mirror"])
+            if turns or mirror:  # PyAV does not turn frames, decord has done so
                 stored = torch.empty((width, height, 3) if turns % 2 else frame.shape, dtype=torch.uint8)
                 self._fill(stored)
-                frame.copy_(stored.rot90(turns, (0, 1)))
+                frame.copy_((stored.flip(1) if mirror else stored).rot90(turns, (0, 1)))
             else:
                 self._fill(frame)
             times.append(float(message["time"]))
