@@ -142,6 +142,25 @@ class VideoChat:
             stop=stop,
         )
 
+    def stream_messages(self, messages: Sequence[Message], **options: Any) -> AnswerStream:
+        """The answer to the last of several messages; options as in `stream`.
+
+        PROVISIONAL: media are put in front of the conversation, and what `Sampling` does not know is dropped.
+        """
+        turns = [message for message in messages if message.role != "system"]
+        system = "\n".join(str(part) for m in messages if m.role == "system" for part in m.content)
+        media = [part for message in messages for part in message.content if not isinstance(part, str)]
+        texts = ["\n".join(part for part in message.content if isinstance(part, str)) for message in turns]
+        for name in ("min_p", "repetition_penalty", "min_tokens", "stop_token_ids", "logit_bias"):
+            options.pop(name, None)
+        return self.stream(
+            Videos([medium.source.read() for medium in media]),  # type: ignore[attr-defined]
+            texts[-1],
+            history=[Message.of(turn.role, text) for turn, text in zip(turns, texts[:-1], strict=False)],
+            system=system or None,
+            **options,
+        )
+
     def conversation(self, video: Any = None, **options: Any) -> Conversation:
         """A conversation of many turns; options as in `stream` are the defaults of every turn."""
         return Conversation(self, video, options)

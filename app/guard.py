@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.api_types import ApiError
 
+ANONYMOUS = "anonymous-"
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
@@ -91,6 +92,11 @@ class Guard:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer" if self._credentials.login is None else "Basic"},
             )
+
+
+def is_anonymous(client: str) -> bool:
+    """Whether a `fluxchat.client` has neither key nor login."""
+    return not client or client.startswith(ANONYMOUS)
 
 
 def error_response(error: ApiError) -> JSONResponse:

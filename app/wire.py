@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from app.api_types import ApiError
+from app.json_body import decode_json
 from app.media import too_large
 from app.scheduler import Job
 
@@ -113,7 +114,4 @@ async def read_json(request: Request, limit: int) -> Any:
     body = bytearray()
     async for block in limited(request, limit):
         body += block
-    try:
-        return await asyncio.to_thread(json.loads, bytes(body))
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, "The body is not valid JSON.") from error
+    return await asyncio.to_thread(decode_json, body)

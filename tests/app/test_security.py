@@ -20,6 +20,7 @@ import pytest
 from app import download as fetching
 from app.api_types import ApiError
 from app.chat import VideoChat
+from app.chat_request import Reference
 from app.download import download, is_public
 from app.guard import Credentials
 from app.launch import WEB_LIMITS, LaunchOptions
@@ -109,7 +110,8 @@ def test_without_a_root_no_path_works(tmp_path: Path) -> None:
 
     path = vf.write(tmp_path / "v.mp4", vf.steady(5))
     store = MediaStore()
-    with pytest.raises(ApiError, match="no such media"), Resolver(store).open([str(path)]):
+    named = [Reference(str(path))]
+    with pytest.raises(ApiError, match="no such media"), Resolver(store).open(named):
         pass
     store.close()
 
@@ -450,7 +452,7 @@ def test_an_allowed_host_through_the_api(
     host: int, tiny_model: VideoLanguageModel, media: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = (media / "ok.mp4").read_bytes()
-    monkeypatch.setattr("app.media.download", lambda url, hosts, limit: content)
+    monkeypatch.setattr("app.media.fetch", lambda url, hosts, limit, into, cancelled: into.write(content))
     options = LaunchOptions(page=False, server=ServerSettings(url_hosts=("videos.example",)))
     with VideoChat(tiny_model, trusted=False) as chat, running(chat, options) as (address, _):
         fetched = answer(ask(address, "What?", "http://videos.example/ok.mp4", max_tokens=6))

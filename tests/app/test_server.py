@@ -219,15 +219,23 @@ def test_stop_texts(shared: Serving) -> None:
     ("change", "status", "param"),
     [
         ({"messages": []}, 400, "messages"),
-        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "messages[0]"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, 400, "messages[0].role"),
         (
             {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
             400,
             "messages",
         ),
         ({"messages": [{"role": "user", "content": "  "}]}, 400, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, 400, "messages[0]"),
-        ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, 400, "messages[0]"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+            400,
+            "messages[0].content[0]",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "video_url"}]}]},
+            400,
+            "messages[0].content[0].video_url",
+        ),
         ({"messages": ["hi"]}, 400, "messages[0]"),
         ({"messages": "hi"}, 400, "messages"),
         ({"model": "other"}, 404, "model"),
@@ -236,13 +244,13 @@ def test_stop_texts(shared: Serving) -> None:
         ({"response_format": {"type": "json_object"}}, 400, "response_format"),
         ({"logprobs": True}, 400, "logprobs"),
         ({"temperature": "hot"}, 400, "temperature"),
-        ({"temperature": 99}, 400, None),
-        ({"top_p": 0}, 400, None),
+        ({"temperature": 99}, 400, "temperature"),
+        ({"top_p": 0}, 400, "top_p"),
         ({"max_tokens": 0}, 400, "max_tokens"),
         ({"max_completion_tokens": 1.5}, 400, "max_completion_tokens"),
         ({"seed": True}, 400, "seed"),
         ({"stream": "yes"}, 400, "stream"),
-        ({"stop": [1]}, 400, "stop"),
+        ({"stop": [1]}, 400, "stop[0]"),
         ({"token_budget": [1]}, 400, "token_budget"),
         ({"token_budget": "many"}, 400, "token_budget"),
         ({"selector": "best"}, 400, "selector"),
@@ -276,7 +284,7 @@ def test_an_error_of_a_stream_is_a_status(shared: Serving) -> None:
 
 def test_unknown_urls_are_json(shared: Serving) -> None:
     assert httpx.get(f"{shared[0]}/v1/completions").json()["error"]["code"] == "unknown_url"
-    assert httpx.get(f"{shared[0]}/v1/chat/completions").status_code == 404
+    assert httpx.get(f"{shared[0]}/v1/chat/completions").status_code == 405
     assert httpx.get(f"{shared[0]}/v1/files/file-{'0' * 32}").json()["error"]["code"] == "file_not_found"
 
 
