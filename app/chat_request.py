@@ -205,7 +205,7 @@ def refusal(error: ValidationError, model: type[BaseModel]) -> ApiError:
     errors = error.errors(include_url=False, include_context=True)
     unknown = [found for found in errors if found["type"] == "extra_forbidden"]
     found = next((e for e in unknown if _nearest(model, e["loc"])), errors[0])
-    kind, path = found["type"], _path(found["loc"])
+    kind, path = found["type"], _path(found["loc"], named=found["type"] == "extra_forbidden")
     if kind == "extra_forbidden":
         nearest = _nearest(model, found["loc"])
         advice = f"did you mean {nearest}?" if nearest else "leave it out."
@@ -280,13 +280,13 @@ def _wrong_alternative(kind: str, found: Mapping[str, Any], context: Mapping[str
     return f"is of the type {told!r}, which cannot stand here: use one of {tags}"
 
 
-def _path(loc: Sequence[str | int]) -> str:
-    """messages[1].content[0].text"""
+def _path(loc: Sequence[str | int], named: bool = False) -> str:
+    """messages[1].content[0].text; named: the last step is a field, whatever it looks like."""
     path = ""
     for index, step in enumerate(loc):
         if isinstance(step, int):
             path += f"[{step}]"
-        elif step == "[key]" or (step.startswith(ALTERNATIVE) and index + 1 < len(loc)):
+        elif step == "[key]" or (step.startswith(ALTERNATIVE) and not (named and index + 1 == len(loc))):
             continue
         else:
             path += f".{step[:80]}" if path else step[:80]

@@ -29,7 +29,7 @@ from app.api_types import ApiError
 from app.beneath import open_beneath
 from app.chat_request import Reference
 from app.data_urls import DataError, TooLarge, decode_data, is_data_url
-from app.download import fetch
+from app.download import fetch, parse
 from app.guard import is_anonymous
 from app.messages import Media
 from app.scratch import ScratchFolder
@@ -382,9 +382,7 @@ class Resolver:
             stored = self.store.find(value, client)
             return self._stored(stored, stack), stored.name
         if value.lower().startswith(("http:", "https:")):
-            return stack.enter_context(self._fetched(value, cancelled)), _last(
-                urllib.parse.urlsplit(value).path
-            )
+            return self._fetched(value, cancelled, stack)
         return stack.enter_context(self._under_root(value)), _last(value)
 
     def _stored(self, stored: StoredFile, stack: ExitStack) -> BinaryIO:
@@ -398,10 +396,11 @@ class Resolver:
         except DataError as error:
             raise _refused(str(error)) from None
 
-    def _fetched(self, url: str, cancelled: threading.Event | None, stack: ExitStack) -> BinaryIO:
+    def _fetched(self, url: str, cancelled: threading.Event | None, stack: ExitStack) -> tuple[BinaryIO, str]:
         if not self.hosts:
             raise _refused("This server fetches nothing: send a data: URL, or upload to /v1/files.")
-        incoming = self.store.receive(_last(urllib.parse.urlsplit(url).path), key=f"url-{uuid.uuid4().hex}")
+        name = _last(parse(url, self.hosts).path.partition("?")[0])
+        incoming = self.store.receive(name, key=f"url-{uuid.uuid4().hex}")
         try:
             fetch(url, self.hosts, self.max_bytes, incoming, cancelled)
             file = stack.enter_context(open(incoming.path, "rb"))  # noqa: SIM115 - before it can be swept away
@@ -411,7 +410,7 @@ class Resolver:
         stored = incoming.keep()
         if self.store.hold(stored.path):
             stack.callback(self.store.release, stored.path)  # deletes it
-        return file
+        return file, name
 
     def _under_root(self, url: str) -> BinaryIO:
         # One message for all: a stranger must not learn which files there are elsewhere.
