@@ -47,23 +47,71 @@ def test_addresses_of_the_public_internet(address: str) -> None:
 @pytest.mark.parametrize(
     "address",
     # this network, private, shared, loopback, link-local
-    ["0.0.0.0", "0.1.2.3", "10.1.2.3", "100.64.0.1", "100.127.255.255", "127.0.0.1", "127.255.255.254"]
-    + ["169.254.169.254", "172.16.0.1", "172.31.255.255", "192.168.1.1"]
-    # protocol assignments, documentation, relays, benchmarks, multicast, reserved, broadcast
-    + ["192.0.0.1", "192.0.0.10", "192.0.0.170", "192.0.2.1", "192.88.99.1", "198.18.0.1", "198.19.255.255"]
-    + ["198.51.100.1", "203.0.113.1", "224.0.0.1", "239.1.1.1", "240.0.0.1", "255.255.255.255"]
-    # IPv6: unspecified, loopback, link-local, site-local, unique local, multicast, discard
-    + ["::", "::1", "fe80::1", "fec0::1", "fc00::1", "fd00:ec2::254", "ff02::1", "ff0e::1", "100::1"]
-    # documentation, benchmarks, ORCHID, segment routing, 6bone
-    + ["2001:db8::1", "3fff::1", "2001:2::1", "2001:10::1", "2001:20::1", "5f00::1", "3ffe::1", "4000::1"]
-    # IPv4 inside of IPv6: mapped, compatible, translated, NAT64, 6to4, Teredo, ISATAP; public ones too
-    + ["::ffff:127.0.0.1", "::ffff:8.8.8.8", "::127.0.0.1", "::8.8.8.8", "::ffff:0:127.0.0.1"]
-    + ["64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "64:ff9b:1::7f00:1", "64:ff9b:1::808:808", "2002:7f00:1::"]
-    + ["2002:a9fe:a9fe::1", "2001::5ef5:79fb", "2001:0:0:0:0:0:807f:fffe"]
-    + ["2606:4700::5efe:127.0.0.1", "2606:4700::200:5efe:10.0.0.1"]
-    # zones, and what is no address
-    + ["fe80::1%eth0", "2606:2800:220:1::1%1", "2606:2800:220:1::1%25eth0"]
-    + [
+    [
+        "0.0.0.0",
+        "0.1.2.3",
+        "10.1.2.3",
+        "100.64.0.1",
+        "100.127.255.255",
+        "127.0.0.1",
+        "127.255.255.254",
+        "169.254.169.254",
+        "172.16.0.1",
+        "172.31.255.255",
+        "192.168.1.1",
+        # protocol assignments, documentation, relays, benchmarks, multicast, reserved, broadcast
+        "192.0.0.1",
+        "192.0.0.10",
+        "192.0.0.170",
+        "192.0.2.1",
+        "192.88.99.1",
+        "198.18.0.1",
+        "198.19.255.255",
+        "198.51.100.1",
+        "203.0.113.1",
+        "224.0.0.1",
+        "239.1.1.1",
+        "240.0.0.1",
+        "255.255.255.255",
+        # IPv6: unspecified, loopback, link-local, site-local, unique local, multicast, discard
+        "::",
+        "::1",
+        "fe80::1",
+        "fec0::1",
+        "fc00::1",
+        "fd00:ec2::254",
+        "ff02::1",
+        "ff0e::1",
+        "100::1",
+        # documentation, benchmarks, ORCHID, segment routing, 6bone
+        "2001:db8::1",
+        "3fff::1",
+        "2001:2::1",
+        "2001:10::1",
+        "2001:20::1",
+        "5f00::1",
+        "3ffe::1",
+        "4000::1",
+        # IPv4 inside of IPv6: mapped, compatible, translated, NAT64, 6to4, Teredo, ISATAP; public ones too
+        "::ffff:127.0.0.1",
+        "::ffff:8.8.8.8",
+        "::127.0.0.1",
+        "::8.8.8.8",
+        "::ffff:0:127.0.0.1",
+        "64:ff9b::7f00:1",
+        "64:ff9b::a9fe:a9fe",
+        "64:ff9b:1::7f00:1",
+        "64:ff9b:1::808:808",
+        "2002:7f00:1::",
+        "2002:a9fe:a9fe::1",
+        "2001::5ef5:79fb",
+        "2001:0:0:0:0:0:807f:fffe",
+        "2606:4700::5efe:127.0.0.1",
+        "2606:4700::200:5efe:10.0.0.1",
+        # zones, and what is no address
+        "fe80::1%eth0",
+        "2606:2800:220:1::1%1",
+        "2606:2800:220:1::1%25eth0",
         "2130706433",
         "0x7f000001",
         "0177.0.0.1",
@@ -118,38 +166,61 @@ def test_urls_of_allowed_hosts(url: str, expected: tuple[str, int, str, bool] | 
 @pytest.mark.parametrize(
     "url",
     # names that look like an allowed one
-    ["http://videos.example.evil.example/", "http://evilvideos.example/", "http://videos.example../"]
-    + ["http://.videos.example/", "http://videos%2eexample/", "http://videos.exam\u00adple.evil/"]
-    # names and numbers that are this machine
-    + ["http://localhost/", "http://LOCALHOST./", "http://localhost.evil.com/", "http://127.0.0.1/"]
-    + ["http://2130706433/", "http://0x7f000001/", "http://0177.0.0.1/", "http://127.1/", "http://[::1]/"]
-    + ["http://[::ffff:127.0.0.1]/", "http://0/", "http://①②⑦.⓪.⓪.①/"]
-    # users, passwords, what different readers read differently
-    + ["http://videos.example@127.0.0.1/", "http://user:word@videos.example/", "http://@videos.example/"]
-    + [
+    [
+        "http://videos.example.evil.example/",
+        "http://evilvideos.example/",
+        "http://videos.example../",
+        "http://.videos.example/",
+        "http://videos%2eexample/",
+        "http://videos.exam\u00adple.evil/",
+        # names and numbers that are this machine
+        "http://localhost/",
+        "http://LOCALHOST./",
+        "http://localhost.evil.com/",
+        "http://127.0.0.1/",
+        "http://2130706433/",
+        "http://0x7f000001/",
+        "http://0177.0.0.1/",
+        "http://127.1/",
+        "http://[::1]/",
+        "http://[::ffff:127.0.0.1]/",
+        "http://0/",
+        "http://①②⑦.⓪.⓪.①/",
+        # users, passwords, what different readers read differently
+        "http://videos.example@127.0.0.1/",
+        "http://user:word@videos.example/",
+        "http://@videos.example/",
         "http://127.0.0.1#videos.example",
         "http://127.0.0.1?@videos.example",
         "http://127.0.0.1\\@videos.example",
-    ]
-    + ["http:\\\\videos.example/", "http://videos.example\\@127.0.0.1/", "http:///videos.example/", "http://"]
-    + ["http:videos.example", "//videos.example/", "videos.example/a.mp4"]
-    # blanks and control characters
-    + ["http://videos.example/a b", "http://videos.example/\r\nHost: evil", "ht\ntp://videos.example/"]
-    + [
+        "http:\\\\videos.example/",
+        "http://videos.example\\@127.0.0.1/",
+        "http:///videos.example/",
+        "http://",
+        "http:videos.example",
+        "//videos.example/",
+        "videos.example/a.mp4",
+        # blanks and control characters
+        "http://videos.example/a b",
+        "http://videos.example/\r\nHost: evil",
+        "ht\ntp://videos.example/",
         " http://videos.example/",
         "http://videos.example/\0",
         "http://videos.exam\tple/",
         "http://videos.example/\x7f",
-    ]
-    # ports and schemes
-    + ["http://videos.example:0/", "http://videos.example:65536/", "http://videos.example:-1/"]
-    + [
+        # ports and schemes
+        "http://videos.example:0/",
+        "http://videos.example:65536/",
+        "http://videos.example:-1/",
         "http://videos.example:x/",
         "http://videos.example:８０/",
         "ftp://videos.example/",
         "file://videos.example/",
-    ]
-    + ["gopher://videos.example/", "javascript://videos.example/", "http://[videos.example]/", "http://[/"],
+        "gopher://videos.example/",
+        "javascript://videos.example/",
+        "http://[videos.example]/",
+        "http://[/",
+    ],
 )
 def test_urls_that_are_not_fetched(url: str) -> None:
     with pytest.raises(ApiError) as caught:
