@@ -20,18 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from app.api_types import MODEL, ApiError, ChatRequest, Reply, TextFilter, parse_chat
 from app.chat import VideoChat
 from app.guard import error_response
-from app.media import MediaStore, Resolver, StoredFile, too_large
+from app.media import MediaStore, Resolver, StoredFile
 from app.metrics import Metrics
 from app.readings import declare, record
 from app.scheduler import Job, Scheduler
 from app.turns import AnswerStream, Videos
-from app.wire import ClientGone, EventStream, limited, read_json, until_gone
+from app.uploads import receive_files
+from app.wire import ClientGone, EventStream, check_text, longest_text, read_json, until_gone
 
 LOG = logging.getLogger("fluxchat")
 MIB = 2**20
@@ -46,7 +46,8 @@ class ServerSettings:
     url_hosts: hosts that may be fetched from. upload_mib: one file. body_mib: one JSON body, data: URLs
     included. store_mib, keep_s: all uploaded files, and for how long unused ones stay. max_tokens: longest
     answer; default_tokens: when the request does not say. send_s: a reader that takes nothing for so long is
-    gone. probes: uploads looked at at a time.
+    gone. probes: uploads looked at at a time. bodies_mib: all JSON bodies that are being sent or answered;
+    uploads: under way at a time.
     """
 
     slots: int = 8
@@ -61,6 +62,8 @@ class ServerSettings:
     default_tokens: int = 128
     send_s: float = 60.0
     probes: int = 4
+    bodies_mib: int = 256
+    uploads: int = 64
 
 
 @dataclass
@@ -177,42 +180,24 @@ class Server:
     async def upload(self, request: Request) -> Response:
         """Keep a video or image that can be read; what cannot is refused and deleted."""
         limit = self.settings.upload_mib * MIB
-        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-            raise ApiError(415, "Send the file as multipart/form-data, in a field named file.")
-        parser = MultiPartParser(
-            request.headers, limited(request, limit + MIB), max_files=1, max_fields=16, max_part_size=65536
-        )
-        try:
-            form = await parser.parse()
-        except (MultiPartException, KeyError, ValueError) as error:
-            raise ApiError(400, f"The upload cannot be read: {error}.", param="file") from error
-        try:
-            upload = form.get("file")
-            if upload is None or isinstance(upload, str):
-                raise ApiError(400, "The upload lacks a file, in a field named file.", param="file")
-            if (upload.size or 0) > limit:
-                raise too_large(limit)
-            name = (upload.filename or "file").replace("\\", "/").rpartition("/")[2][:200]
-            stored = await asyncio.to_thread(self.store.add, upload.file, name)
-        finally:
-            await form.close()
+        [stored] = await receive_files(request, self.store, "file", limit=limit)
         try:
             async with self._probing:
                 info = await asyncio.to_thread(self.chat.probe, stored.path)
         except BaseException:
-            self.store.delete(stored.id)
+            self.store.delete(stored.id, stored.client)
             raise
         media = {"kind": info.kind, "width": info.width, "height": info.height, "codec": info.codec}
         return JSONResponse({**_file(stored), "media": {**media, "duration_s": info.duration_s}})
 
     async def file(self, request: Request) -> Response:
         """What is known of an uploaded file."""
-        return JSONResponse(_file(self.store.find(request.path_params["name"])))
+        return JSONResponse(_file(self.store.find(request.path_params["name"], client_of(request))))
 
     async def delete_file(self, request: Request) -> Response:
         """Delete an uploaded file."""
         name = request.path_params["name"]
-        self.store.delete(name)
+        self.store.delete(name, client_of(request))
         return JSONResponse({"id": name, "object": "file", "deleted": True})
 
     # -- chat -----------------------------------------------------------------------------------------------
@@ -221,8 +206,10 @@ class Server:
         """An answer, whole or as server-sent events."""
         arrived = time.monotonic()
         self.scheduler.check()  # before a body of many megabytes is read
-        asked = parse_chat(await read_json(request, self.settings.body_mib * MIB))
-        job = await until_gone(request, self.scheduler.start(lambda: self._stream(asked)))
+        body = await read_json(request, self.settings.body_mib * MIB)
+        check_text(body, longest_text(self.chat))
+        asked, client = parse_chat(body), client_of(request)
+        job = await until_gone(request, self.scheduler.start(lambda: self._stream(asked, client)))
         filtered = self._filtered(job, asked, arrived)
         try:
             # The first piece decides about the status: most errors come before it.
@@ -239,10 +226,10 @@ class Server:
         return JSONResponse(Reply().whole((first or "") + rest, job.answer))
 
     @contextmanager
-    def _stream(self, asked: ChatRequest) -> Iterator[AnswerStream]:
+    def _stream(self, asked: ChatRequest, client: str) -> Iterator[AnswerStream]:
         """The question as VideoChat takes it, in the job's thread; its files stay until the answer ends."""
         longest = min(asked.max_tokens or self.settings.default_tokens, self.settings.max_tokens)
-        with self._resolver.open(asked.media) as paths:
+        with self._resolver.open(asked.media, client) as paths:
             yield self.chat.stream(
                 Videos(paths),
                 asked.question,
@@ -255,7 +242,7 @@ class Server:
                 top_p=asked.top_p,
                 top_k=asked.top_k,
                 seed=asked.seed,
-                scope=f"api {asked.user}",
+                scope=f"api {client} {asked.user}",
             )
 
     async def _filtered(self, job: Job, asked: ChatRequest, arrived: float) -> AsyncIterator[str]:
@@ -297,6 +284,11 @@ async def _events(
     yield reply.chunk({}, job.answer)
     if asked.include_usage:
         yield reply.usage_chunk(job.answer)
+
+
+def client_of(request: Request) -> str:
+    """Whose request it is (guard.py)."""
+    return str(request.scope.get("fluxchat.client", ""))
 
 
 def _file(stored: StoredFile) -> dict[str, Any]:
