@@ -39,6 +39,7 @@ examples:
   fluxchat web --llm Qwen/Qwen2.5-7B-Instruct --encoder fluxvit_b.pth --projector runs/stage1 \\
                --quantize 4bit --device-map auto           your own parts, on one or more GPUs
   fluxchat web --host 0.0.0.0 --auth ann:secret --api-key k    others log in, programs send the key
+  fluxchat web --host 0.0.0.0 --api-keys keys.txt              a key for each, with its own rate and quota
 
 programs (any OpenAI client; more extras in the README):
   curl http://127.0.0.1:7860/v1/files -F file=@clip.mp4                              gives an id
@@ -46,7 +47,8 @@ programs (any OpenAI client; more extras in the README):
     "model": "fluxchat", "token_budget": 128, "messages": [{"role": "user", "content": [
       {"type": "video_url", "video_url": {"url": "file-..."}}, {"type": "text", "text": "What moves?"}]}]}'
 
-SIGTERM lets running answers finish. FLUXCHAT_AUTH and FLUXCHAT_API_KEY keep secrets out of the process list.
+SIGTERM or Ctrl-C lets running answers finish; a second one ends them.
+FLUXCHAT_AUTH and FLUXCHAT_API_KEY keep secrets out of the process list.
 """
 
 
@@ -114,16 +116,31 @@ def _generation_options(parser: argparse.ArgumentParser) -> None:
 def _web_options(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where")
     where.add_argument(
-        "--host", default="127.0.0.1", help="address to bind to; others than 127.0.0.1 need --auth"
+        "--host", default="127.0.0.1", help="address to bind to; others than 127.0.0.1 need a key or login"
     )
     where.add_argument("--port", type=int, default=7860, metavar="N", help="0: any free one (7860)")
     where.add_argument("--no-browser", dest="browser", action="store_false", help="do not open the page")
     where.add_argument("--mcp", action="store_true", help="offer ask and estimate as MCP tools (extra: mcp)")
     who = parser.add_argument_group("who may use it")
     who.add_argument("--auth", metavar="USER:PASSWORD", help="what people log in with")
-    who.add_argument("--api-key", metavar="KEY", help="what programs send as a bearer token")
+    who.add_argument(
+        "--api-key", metavar="KEY", help="what programs send as a bearer token; the page asks for it too"
+    )
+    who.add_argument(
+        "--api-keys",
+        metavar="FILE",
+        help="several keys, one a line: NAME KEY [rate=N] [quota=N]; KEY may be sha256:HEX, rate is requests "
+        "a minute, quota requests a day; # begins a comment; the file is read again when it changes",
+    )
     who.add_argument(
         "--allow-host", metavar="NAME", nargs="+", default=[], help="further names it is asked by (a proxy's)"
+    )
+    who.add_argument(
+        "--proxy",
+        metavar="ADDRESS",
+        nargs="+",
+        default=["127.0.0.1"],
+        help="proxies that say truly whom they ask for (127.0.0.1)",
     )
     media = parser.add_argument_group("videos that requests may name, besides uploads and data: URLs")
     media.add_argument("--media-root", metavar="DIR", help="files under this folder, by path")
@@ -143,6 +160,19 @@ def _web_options(parser: argparse.ArgumentParser) -> None:
         "--cache-mib", type=int, default=1024, metavar="N", help="for follow-up questions (1024)"
     )
     load.add_argument("--upload-mib", type=int, default=200, metavar="N", help="largest upload (200)")
+    load.add_argument(
+        "--store-mib", type=int, default=2048, metavar="N", help="all files that clients sent (2048)"
+    )
+    load.add_argument(
+        "--max-connections", type=int, default=1000, metavar="N", help="connections at a time (1000)"
+    )
+    load.add_argument(
+        "--connections-per-address",
+        type=int,
+        default=128,
+        metavar="N",
+        help="of them from one address (128); behind a proxy that is all of them",
+    )
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:

@@ -173,7 +173,7 @@ class MediaStore:
             self._release(stored, delete=False)
 
     def hold(self, path: str) -> bool:
-        """Keep the file of that path until `release`; False when it is not the store's. Raises ApiError 404."""
+        """Keep the file of that path until `release`; False when the store has none. Raises ApiError 404."""
         with self._lock:
             stored = self._by_path.get(path)
         if stored is None:

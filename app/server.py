@@ -25,7 +25,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -34,7 +33,7 @@ from app.api_types import ApiError, Reply, TextFilter
 from app.chat import SHIPPED, VideoChat
 from app.chat_request import ChatRequest, Reference, parse_chat, refusal
 from app.guard import error_response
-from app.media import MediaStore, Resolver, StoredFile, too_large
+from app.media import MediaStore, Resolver, StoredFile
 from app.messages import Media
 from app.metrics import Metrics
 from app.openapi import POLICY, Operation, describe, page
@@ -53,7 +52,8 @@ from app.schemas import (
 )
 from app.scrub import Scrubber
 from app.turns import AnswerStream
-from app.wire import ClientGone, EventStream, limited, read_json, until_gone
+from app.uploads import receive_files
+from app.wire import ClientGone, EventStream, check_text, longest_text, read_json, until_gone
 from encoder.errors import VideoError
 from encoder.video import VideoInfo
 from llm_bridge.prompt import Message
@@ -73,7 +73,8 @@ class ServerSettings:
     url_hosts: hosts that may be fetched from. upload_mib: one file. body_mib: one JSON body, data: URLs
     included. store_mib, keep_s: all uploaded files, and for how long unused ones stay. max_tokens: longest
     answer; default_tokens: when the request does not say. send_s: a reader that takes nothing for so long is
-    gone. probes: uploads looked at at a time.
+    gone. probes: uploads looked at at a time. bodies_mib: all JSON bodies that are being sent or answered;
+    uploads: under way at a time.
     """
 
     slots: int = 8
@@ -88,6 +89,8 @@ class ServerSettings:
     default_tokens: int = 128
     send_s: float = 60.0
     probes: int = 4
+    bodies_mib: int = 256
+    uploads: int = 64
 
 
 @dataclass
@@ -270,25 +273,7 @@ class Server:
     async def upload(self, request: Request) -> Response:
         """Keep a video or image that can be read; what cannot is refused and deleted."""
         limit = self.settings.upload_mib * MIB
-        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-            raise ApiError(415, "Send the file as multipart/form-data, in a field named file.")
-        parser = MultiPartParser(
-            request.headers, limited(request, limit + MIB), max_files=1, max_fields=16, max_part_size=65536
-        )
-        try:
-            form = await parser.parse()
-        except (MultiPartException, KeyError, ValueError) as error:
-            raise ApiError(400, f"The upload cannot be read: {error}.", param="file") from error
-        try:
-            upload = form.get("file")
-            if upload is None or isinstance(upload, str):
-                raise ApiError(400, "The upload lacks a file, in a field named file.", param="file")
-            if (upload.size or 0) > limit:
-                raise too_large(limit)
-            name = _file_name(upload.filename or "file")
-            stored = await asyncio.to_thread(self.store.add, upload.file, name, client_of(request))
-        finally:
-            await form.close()
+        [stored] = await receive_files(request, self.store, "file", limit=limit)
         try:
             async with self._probing:
                 info = await asyncio.to_thread(self._probe, stored)
@@ -344,7 +329,9 @@ class Server:
         """An answer, whole or as server-sent events."""
         arrived = time.monotonic()
         self.scheduler.check()  # before a body of many megabytes is read
-        asked = parse_chat(await read_json(request, self.settings.body_mib * MIB))
+        body = await read_json(request, self.settings.body_mib * MIB)
+        check_text(body, longest_text(self.chat))
+        asked = parse_chat(body)
         self._check(asked)
         stop, client = threading.Event(), client_of(request)
         try:
@@ -475,12 +462,6 @@ def _where(message: str, media: Sequence[Media], references: Sequence[Reference]
         return references[0].param
     named = [index for index, medium in enumerate(media) if medium.name and medium.name in message]
     return references[named[0]].param if len(named) == 1 else "messages"
-
-
-def _file_name(name: str) -> str:
-    """The last part of a file's name, without what cannot be shown."""
-    last = name.replace("\\", "/").rpartition("/")[2]
-    return "".join(sign for sign in last if sign.isprintable())[:200] or "file"
 
 
 def _fits(template: str, path: str) -> bool:
