@@ -390,7 +390,7 @@ class VideoChat(Uncopied):
     def _hold(self, medium: Media, label: str) -> Held:
         """What can be read of a medium more than once."""
         check_source(medium, label)
-        return self._sources.hold(medium.source)
+        return self._sources.hold(medium.source, label)
 
     def _info(self, held: Held, label: str) -> VideoInfo:
         video = held.source
@@ -552,16 +552,13 @@ def _too_long(limit: int, text: int, media: int, answer: int, turns: int) -> Con
     excess = text + media + answer - limit
     parts = {
         "videos": (media, f"lower the token budget: its videos take {media}"),
-        "text": (
-            text,
-            "shorten the question" if turns == 1 else "start a new conversation, or shorten the question",
-        ),
+        "text": (text, "shorten the question" + ("" if turns == 1 else ", or start a new conversation")),
         "answer": (answer, f"lower max_new_tokens, which is {answer}"),
     }
     enough = [name for name, (tokens, _) in parts.items() if tokens > excess]
     chosen = max(enough or parts, key=lambda name: parts[name][0])
     what = "question" if turns == 1 else "conversation"
     return ContextError(
-        f"The {what} is {excess} tokens too long for this language model, whose context is {limit} with the "
-        f"answer: {parts[chosen][1]}."
+        f"The {what} is {excess} tokens too long for the language model's context of {limit}: "
+        f"{parts[chosen][1]}."
     )

@@ -72,10 +72,10 @@ def media_of(video: Any) -> tuple[Media, ...]:
     return tuple(as_media(one) for one in videos)
 
 
-def question_text(question: Any) -> str:
+def question_text(question: Any, what: str = "The question") -> str:
     """The question without surrounding blanks; raises ConfigError when it is no text, or nothing is left."""
-    if not check_text(question, "The question").strip():
-        raise ConfigError("The question is empty: ask something in words.")
+    if not check_text(question, what).strip():
+        raise ConfigError(f"{what} is empty: ask something in words.")
     return question.strip()
 
 
@@ -94,16 +94,18 @@ def question_messages(
         messages.append(Message.of("system", check_text(system, "The system prompt")))
     for turn in _turns(history):
         messages += [turn] if isinstance(turn, Message) else _pair(turn)
-    if isinstance(video, str) and isinstance(question, str) and _swapped(video, question):
-        raise ConfigError("The video comes first, then the question: ask(video, question).")
+    check_order(video, question)
     messages.append(Message.of("user", question_text(question)))
     first = next(index for index, message in enumerate(messages) if message.role == "user")
     messages[first] = Message("user", (*media_of(video), *messages[first].content))
     return tuple(messages)
 
 
-def _swapped(video: str, question: str) -> bool:
-    return not os.path.lexists(video) and os.path.isfile(question)
+def check_order(video: Any, question: Any) -> None:
+    """Raises ConfigError when a question stands where its video should, and the other way round."""
+    texts = isinstance(video, str) and isinstance(question, str)
+    if texts and os.path.isfile(question) and not os.path.lexists(video):
+        raise ConfigError("The video comes first, then the question.")
 
 
 def _turns(history: Any) -> Sequence[Any]:
@@ -117,7 +119,8 @@ def _pair(turn: Any) -> list[Message[Media]]:
     if isinstance(turn, (str, bytes, dict)) or not isinstance(turn, Sequence) or len(turn) != 2:
         raise ConfigError("history must be a list of (question, answer) pairs, the oldest first.")
     answer = check_text(turn[1], "An answer of the history")
-    return [Message.of("user", question_text(turn[0])), Message.of("assistant", answer)]
+    question = question_text(turn[0], "A question of the history")
+    return [Message.of("user", question), Message.of("assistant", answer)]
 
 
 _WHOSE = {

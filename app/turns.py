@@ -206,11 +206,11 @@ class Conversation(Uncopied):
             raise ConfigError("A conversation keeps its own history: leave history out.")
         chosen = {**self.options, **options}
         system = chosen.pop("system", None)
-        front: tuple[Message[Media], ...] = (
-            (Message.of("system", check_text(system, "The system prompt")),) if system else ()
-        )
         asked: Message[Media] = Message("user", (*self._new, question_text(question)))
-        stream = self._chat.stream_messages((*front, *self._messages, asked), **chosen)
+        messages = [*self._messages, asked]
+        if system:
+            messages.insert(0, Message.of("system", check_text(system, "The system prompt")))
+        stream = self._chat.stream_messages(messages, **chosen)
         stream.then(lambda answer: self._keep(asked, answer))
         return stream
 

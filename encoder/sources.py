@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 BLOCK = 1 << 20
 PATIENCE = 15  # a source may take so many times the limit in seconds in all, as long as it goes on
 _DESCRIPTORS = "/proc/self/fd"
+_PIPE = "check what should write to it"
 _OWN_DESCRIPTOR = re.compile(r"/(?:proc/(?:self|thread-self|(\d+))|dev)/fd/(\d+)")
 
 
@@ -65,25 +66,26 @@ def _discard(file: BinaryIO, owner: int) -> None:
         os.unlink(file.name)
 
 
-def hold(source: Any, limits: Limits) -> Held:
+def hold(source: Any, limits: Limits, label: str | None = None) -> Held:
     """A source as one that can be read again.
 
     What can be read again already (paths of files, bytes, images, clips) passes unchanged, and so does what
     is no source at all; the reader says so. limits: `max_bytes` of a copy; nothing may come for `seconds`,
-    and the whole may take PATIENCE times as long. Raises VideoError.
+    and the whole may take PATIENCE times as long. label: what errors call it. Raises VideoError.
     """
     if isinstance(source, Held):
         return source
     if isinstance(source, (str, os.PathLike)):
-        return _hold_path(source, limits)
+        return _hold_path(source, limits, label)
     if callable(getattr(source, "read", None)) and not isinstance(source, type):
-        return _hold_file(source, limits)
+        return _hold_file(source, limits, label)
     return Held(source)
 
 
-def _hold_path(source: str | os.PathLike[str], limits: Limits) -> Held:
+def _hold_path(source: str | os.PathLike[str], limits: Limits, label: str | None) -> Held:
     path = os.path.abspath(os.fsdecode(source))
     name = os.path.basename(path)
+    label = label or repr(name)
     own = _own_descriptor(path)
     try:
         status = os.stat(path) if own is None else os.fstat(own)
@@ -91,15 +93,15 @@ def _hold_path(source: str | os.PathLike[str], limits: Limits) -> Held:
         return Held(source)
     if own is None:
         if stat.S_ISFIFO(status.st_mode):
-            return _copied(lambda: open(path, "rb", buffering=0), limits, name)
+            return _copied(lambda: open(path, "rb", buffering=0), limits, name, label, _PIPE)
         return Held(source)
     if os.isatty(own):
-        raise VideoError(f"Cannot read {name!r}: it is a terminal; pipe a video into it, or name a file.")
+        raise VideoError(f"Cannot read {label}: it is a terminal; pipe a video into it, or name a file.")
     # The same number may mean another file in a decoding child: only this process can open it.
     file = os.fdopen(os.dup(own), "rb", buffering=0)
     if stat.S_ISREG(status.st_mode) and os.path.isdir(_DESCRIPTORS):
         return Held(None, name, file)
-    return _copied(lambda: file, limits, name)
+    return _copied(lambda: file, limits, name, label, _PIPE)
 
 
 def _own_descriptor(path: str) -> int | None:
@@ -112,13 +114,14 @@ def _own_descriptor(path: str) -> int | None:
     return int(found[2])
 
 
-def _hold_file(source: Any, limits: Limits) -> Held:
+def _hold_file(source: Any, limits: Limits, label: str | None) -> Held:
     name = source_name(source)
+    label = label or (repr(name) if name else "the video")
     if isinstance(source, io.TextIOBase):
-        raise VideoError(f"Cannot read {_quoted(name)}: it is open as text; open it in binary mode ('rb').")
+        raise VideoError(f"Cannot read {label}: it is open as text; open it in binary mode ('rb').")
     if (descriptor := _whole_file(source)) is not None:
         return Held(None, name, os.fdopen(os.dup(descriptor), "rb", buffering=0))
-    return _copied(lambda: source, limits, name)
+    return _copied(lambda: source, limits, name, label, "give one that stands at its start (seek(0))")
 
 
 def source_name(source: Any) -> str:
@@ -130,10 +133,6 @@ def source_name(source: Any) -> str:
         return ""
     path = os.fsdecode(value)
     return os.path.basename(path.rstrip(os.sep)) or path
-
-
-def _quoted(name: str) -> str:
-    return repr(name) if name else "the video"
 
 
 def _whole_file(source: Any) -> int | None:
@@ -157,8 +156,8 @@ def _whole_file(source: Any) -> int | None:
         return None
 
 
-def _copied(open_source: Callable[[], Any], limits: Limits, name: str) -> Held:
-    """A one-pass source's bytes in a temporary file."""
+def _copied(open_source: Callable[[], Any], limits: Limits, name: str, label: str, cure: str) -> Held:
+    """A one-pass source's bytes in a temporary file. cure: what to do when there are none."""
     if os.path.isdir(_DESCRIPTORS):
         file: BinaryIO = tempfile.TemporaryFile(prefix="fluxchat-")  # noqa: SIM115 - the Held closes it
     else:
@@ -173,9 +172,9 @@ def _copied(open_source: Callable[[], Any], limits: Limits, name: str) -> Held:
     if problem is None and copy.bytes > limits.max_bytes:
         problem = f"it has more than the {limits.max_bytes} bytes allowed; cut or compress it"
     if problem is None and copy.bytes == 0:
-        problem = "it gives 0 bytes; give one with a video in it, from its start (seek(0))"
+        problem = f"it gives 0 bytes; {cure}"
     if problem is not None:
-        raise VideoError(f"Cannot read {_quoted(name)}: {problem}.") from copy.error
+        raise VideoError(f"Cannot read {label}: {problem}.") from copy.error
     file.flush()
     return held
 
@@ -235,7 +234,7 @@ class _Copy(threading.Thread):
             if self._done.wait(max(0.0, min(idle, rest))):
                 return self._problem
             if self._moved + limits.seconds <= time.monotonic():
-                return f"nothing came from it for {limits.seconds:g} s; check what should write to it"
+                return f"nothing came from it for {limits.seconds:g} s; {_PIPE}"
             if rest <= 0:
                 return f"it did not end within {PATIENCE * limits.seconds:g} s; save it to a file first"
 
@@ -252,15 +251,15 @@ class HeldSources:
         self._by_object: weakref.WeakKeyDictionary[Any, _Entry] = weakref.WeakKeyDictionary()
         self._by_key: dict[Any, _Entry] = {}
 
-    def hold(self, source: Any) -> Held:
+    def hold(self, source: Any, label: str | None = None) -> Held:
         """As `hold`; a file object is read again only when it was moved since. Raises VideoError."""
         entry = self._entry(source)
         if entry is None:
-            return hold(source, self._limits)
+            return hold(source, self._limits, label)
         with entry.lock:
             place = _place(source)
             if entry.held is None or (place is not None and place != entry.place):
-                entry.held = hold(source, self._limits)
+                entry.held = hold(source, self._limits, label)
                 entry.place = _place(source)
             return entry.held
 
