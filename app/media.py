@@ -365,9 +365,9 @@ class Resolver:
                 try:
                     file, name = self._open(reference, client, cancelled, stack)
                 except ApiError as error:
-                    which = f"medium {index + 1} of {count}" if count > 1 else ""
+                    which = f"video {index + 1} of {count}" if count > 1 else ""
                     raise error.about(reference.param, which) from error.__cause__
-                media.append(Media(file, _display(reference.name or name, index, count)))
+                media.append(Media(file, _display(reference.name or name)))
             yield media
 
     def _open(
@@ -443,13 +443,9 @@ def _last(path: str) -> str:
     return urllib.parse.unquote(path).replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
-def _display(name: str, index: int, count: int) -> str:
-    """What errors call a medium: its user's name for it, and which of several it is."""
-    plain = "".join(sign for sign in _last(name) if sign.isprintable())[:100]
-    if count == 1:
-        return plain
-    which = f"medium {index + 1} of {count}"
-    return f"{plain} ({which})" if plain else which
+def _display(name: str) -> str:
+    """What errors call a medium: the last part of its user's name for it, without what cannot be shown."""
+    return "".join(sign for sign in _last(name) if sign.isprintable())[:100]
 
 
 def too_large(limit: int) -> ApiError:

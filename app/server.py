@@ -460,7 +460,8 @@ def _where(message: str, media: Sequence[Media], references: Sequence[Reference]
     """The field that named the medium an error is about; all messages when it does not say."""
     if len(references) == 1:
         return references[0].param
-    named = [index for index, medium in enumerate(media) if medium.name and medium.name in message]
+    count = len(media)
+    named = [index for index in range(count) if media[index].label(index, count) in message]
     return references[named[0]].param if len(named) == 1 else "messages"
 
 

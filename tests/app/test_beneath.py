@@ -247,8 +247,8 @@ def test_files_of_others_are_not_there(resolver: Resolver, root: Path) -> None:
 
 def test_which_of_several_media_is_wrong(resolver: Resolver) -> None:
     named = [Reference("ok.mp4", "a"), Reference("data:;base64,QQ", "b"), Reference("missing.mp4", "c")]
-    with pytest.raises(ApiError, match=r"\(medium 3 of 3\)\.$") as caught, resolver.open(named):
+    with pytest.raises(ApiError, match=r"\(video 3 of 3\)\.$") as caught, resolver.open(named):
         pass
     assert caught.value.body["error"]["param"] == "c"
     with resolver.open(named[:2]) as media:
-        assert [medium.name for medium in media] == ["ok.mp4 (medium 1 of 2)", "medium 2 of 2"]
+        assert [medium.name for medium in media] == ["ok.mp4", ""]

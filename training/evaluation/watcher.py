@@ -79,7 +79,7 @@ class Watcher:
     def _prompt(self, visuals: tuple[Visual, ...], asked: Asked) -> Prompt:
         tokenizer, config = self.model.llm.tokenizer, self.model.config
         system = asked.system or config.system
-        messages = [Message.of("system", system)] if system else []
+        messages: list[Message[Visual]] = [Message.of("system", system)] if system else []
         messages.append(Message("user", (*visuals, asked.question)))
         prompt = render(tokenizer, messages, time_form=config.time_sentence)
         if asked.prefix:
