@@ -10,7 +10,7 @@ import torch
 
 from llm_bridge.batching import Batcher
 from llm_bridge.cache import PrefixCache
-from llm_bridge.generate import Generation, GenerationStats, Sampling
+from llm_bridge.generate import Generation, GenerationStats, Sampling, cache_of, piece_ends
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.prompt import Message, Visual, render
 from tests import tiny_llms
@@ -77,8 +77,9 @@ def test_scores_equal_those_alone(llm: LanguageModel) -> None:
     with torch.inference_mode():
         for index in (0, 1, 3):
             alone = generation(llm, index, None)
-            kvs.append(alone._new_kv())
-            last.append(alone._prefill(kvs[-1], 0))
+            kv, scores = alone._prefill(piece_ends(alone.prompt))
+            kvs.append(kv)
+            last.append(scores)
         shared = SharedKV([own_parts(kv) for kv in kvs])
         tokens = [int(scores.argmax()) for scores in last]
         for step in range(80):  # past the room that the buffers are made with
@@ -94,7 +95,7 @@ def test_scores_equal_those_alone(llm: LanguageModel) -> None:
             torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4, msg=f"step {step}")
             tokens = expected.argmax(dim=1).tolist()
         for row, kv in enumerate(kvs):
-            for (keys, values), layer in zip(own_parts(shared.extract(row, llm)), kv.layers, strict=True):
+            for (keys, values), layer in zip(own_parts(cache_of(llm, shared.copies(row))), kv.layers, strict=True):
                 torch.testing.assert_close(keys, layer.keys, atol=1e-4, rtol=1e-4)
                 torch.testing.assert_close(values, layer.values, atol=1e-4, rtol=1e-4)
 

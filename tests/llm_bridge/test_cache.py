@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_bridge.cache import ByteLRU, Prefix, PrefixCache
+from llm_bridge.cache import ByteLRU, PrefixCache
 from llm_bridge.generate import Generation, GenerationStats, Sampling
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.prompt import Message, Visual, render
@@ -120,47 +120,3 @@ def test_a_sliding_window_cache_is_not_reused(tmp_path) -> None:
         found, stats = ask(llm, "a", [question], prefixes)
         assert found == expected
         assert stats.cached_tokens == 0
-
-
-class Layer:
-    is_sliding = False
-
-
-Layer.__name__ = "DynamicLayer"
-
-
-class KV:
-    def __init__(self, length: int) -> None:
-        self.length, self.layers = length, [Layer()]
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def crop(self, amount: int) -> None:
-        self.length += amount
-
-
-@pytest.mark.parametrize("minimum", [1, 16])
-def test_a_prefix_is_taken_by_one_only(minimum: int) -> None:
-    prefixes = PrefixCache(10**9, 1)
-    prefixes.put(Prefix(tuple(range(40)), KV(40)))
-    taken = prefixes.take([*range(20), 999, 1000], minimum)
-    assert taken is not None
-    assert taken.keys == tuple(range(20))
-    assert taken.kv.length == 20
-    assert prefixes.take(list(range(40)), minimum) is None
-
-
-def test_a_template_alone_takes_nobodys_video() -> None:
-    prefixes = PrefixCache(1 << 30, 1)
-    template, video = list(range(24)), list(range(100, 200))
-    prefixes.put(Prefix((*template, *video), KV(124)))
-    assert prefixes.take([*template, 500, 501]) is None  # another video
-    seen = PrefixCache(1 << 30, 1)
-    seen.put(Prefix((*template, *range(-50, 0), *range(300, 500)), KV(274)))
-    again = seen.take([*template, *range(-50, 0), 900, 901])  # the same one, after a long answer
-    assert again is not None
-    assert len(again.keys) == 74
-    taken = prefixes.take([*template, *video[:80], 900, 901])  # the same one, and another question
-    assert taken is not None
-    assert len(taken.keys) == 104
