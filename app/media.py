@@ -386,7 +386,7 @@ class Resolver:
         return stack.enter_context(self._under_root(value)), _last(value)
 
     def _stored(self, stored: StoredFile, stack: ExitStack) -> BinaryIO:
-        return stack.enter_context(open(stack.enter_context(self.store.use(stored)), "rb"))
+        return stack.enter_context(_opened(stack.enter_context(self.store.use(stored))))
 
     def _data(self, text: str) -> tuple[bytes, str]:
         try:
@@ -403,7 +403,7 @@ class Resolver:
         incoming = self.store.receive(name, key=f"url-{uuid.uuid4().hex}")
         try:
             fetch(url, self.hosts, self.max_bytes, incoming, cancelled)
-            file = stack.enter_context(open(incoming.path, "rb"))  # noqa: SIM115 - before it can be swept away
+            file = stack.enter_context(_opened(incoming.path))  # before it can be swept away
         except BaseException:
             incoming.drop()
             raise
@@ -424,6 +424,11 @@ class Resolver:
 
     def _or_root(self) -> str:
         return "." if self.root is None else ", or a path under the media root."
+
+
+def _opened(path: str) -> BinaryIO:
+    """A file of the store; its object does not know its name, so that no error can tell it."""
+    return os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), "rb")
 
 
 def _file_name(url: str) -> str:

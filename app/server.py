@@ -287,10 +287,9 @@ class Server:
         """What is known of an upload; raises ApiError that calls it by its user's name."""
         try:
             with self.store.use(stored) as path, open(path, "rb") as file:
-                return self.chat.probe(file)
+                return self.chat.probe(Media(file, stored.name))
         except VideoError as error:
-            message = str(error).replace("the video", repr(stored.name), 1)
-            raise ApiError(400, message, code="invalid_media", param="file") from error
+            raise ApiError.of(error).about("file") from error
 
     async def files(self, request: Request) -> Response:
         """The caller's own files."""
