@@ -54,7 +54,7 @@ class ChatRequest:
     end the answer. label: sets apart what is kept for one user of the caller from what is kept for another.
     """
 
-    messages: tuple[Message, ...]
+    messages: tuple[Message[Reference], ...]
     stream: bool
     include_usage: bool
     max_tokens: int | None
@@ -67,7 +67,7 @@ class ChatRequest:
     @property
     def media(self) -> list[Reference]:
         """All that is named, in order."""
-        return [part for message in self.messages for part in message.content if not isinstance(part, str)]  # type: ignore[misc]
+        return [part for message in self.messages for part in message.content if not isinstance(part, str)]
 
 
 def parse_chat(body: Any) -> ChatRequest:
@@ -122,7 +122,7 @@ def _longest(asked: ChatBody) -> int | None:
 # -- the conversation ---------------------------------------------------------------------------------------
 
 
-def _conversation(asked: ChatBody) -> Iterator[Message]:
+def _conversation(asked: ChatBody) -> Iterator[Message[Reference]]:
     """Messages with alternating roles; those of one role in a row are one."""
     turns: list[tuple[str, list[str | Reference]]] = []
     for index, message in enumerate(asked.messages):

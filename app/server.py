@@ -445,11 +445,11 @@ def client_of(request: Request) -> str:
     return str(request.scope.get("fluxchat.client", ""))
 
 
-def _resolved(messages: Sequence[Message], media: Sequence[Media]) -> list[Message]:
+def _resolved(messages: Sequence[Message[Reference]], media: Sequence[Media]) -> list[Message[Media]]:
     """The messages with media in the places of what named them."""
     found = iter(media)
 
-    def parts(message: Message) -> tuple[Any, ...]:
+    def parts(message: Message[Reference]) -> tuple[str | Media, ...]:
         return tuple(part if isinstance(part, str) else next(found) for part in message.content)
 
     return [Message(message.role, parts(message)) for message in messages]
