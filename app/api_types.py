@@ -31,7 +31,9 @@ class ApiError(Exception):
         message, param = _one_line(message), None if param is None else _one_line(param)
         super().__init__(message)
         self.status, self.headers = status, dict(headers or {})
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.body: dict[str, dict[str, Any]] = {
+            "error": {"message": message, "type": kind, "param": param, "code": code}
+        }
 
     def told(self, scrub: Callable[[str], str]) -> ApiError:
         """The same with its sentence and field as `scrub` leaves them."""
@@ -44,14 +46,8 @@ class ApiError(Exception):
         """The same, about one field of the request; what: added to the sentence in brackets."""
         detail = self.body["error"]
         message = f"{detail['message'].removesuffix('.')} ({what})." if what else detail["message"]
-        return ApiError(
-            self.status,
-            str(message),
-            kind=str(detail["type"]),
-            code=detail["code"],
-            param=param,
-            headers=self.headers,
-        )
+        kind, code = detail["type"], detail["code"]
+        return ApiError(self.status, message, kind=kind, code=code, param=param, headers=self.headers)
 
     @staticmethod
     def of(error: BaseException) -> ApiError:

@@ -29,7 +29,8 @@ from app.schemas import (
     TextPart,
     Url,
 )
-from llm_bridge.prompt import Message
+from encoder.selection import Selector
+from llm_bridge.prompt import Message, Role
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class ChatRequest:
     sampling: Mapping[str, Any]
     stop: tuple[str, ...]
     token_budget: int | str | None
-    selector: str
+    selector: Selector
     label: str
 
     @property
@@ -124,9 +125,9 @@ def _longest(asked: ChatBody) -> int | None:
 
 def _conversation(asked: ChatBody) -> Iterator[Message[Reference]]:
     """Messages with alternating roles; those of one role in a row are one."""
-    turns: list[tuple[str, list[str | Reference]]] = []
+    turns: list[tuple[Role, list[str | Reference]]] = []
     for index, message in enumerate(asked.messages):
-        role = "system" if message.role == "developer" else message.role
+        role: Role = "system" if message.role == "developer" else message.role
         parts = list(_parts(message.content, f"messages[{index}].content"))
         if role == "assistant" and not any(other == "user" for other, _ in turns):
             raise ApiError(400, "The conversation must begin with the user.", param=f"messages[{index}].role")
@@ -134,15 +135,15 @@ def _conversation(asked: ChatBody) -> Iterator[Message[Reference]]:
             turns[-1][1].extend(parts)
         elif parts or role != "system":
             turns.append((role, parts))
-    role, question = turns[-1] if turns else ("", [])
-    if role != "user":
+    last, question = turns[-1] if turns else ("system", [])
+    if last != "user":
         raise ApiError(400, "The last message must be the user's question.", param="messages")
     if not any(isinstance(part, str) and part.strip() for part in question):
         raise ApiError(400, "The question is empty: ask something in words.", param="messages")
     if sum(isinstance(part, Reference) for _, parts in turns for part in parts) > MAX_MEDIA:
         raise ApiError(400, f"At most {MAX_MEDIA} videos and images fit one request.", param="messages")
     for role, parts in turns:
-        yield Message(role, tuple(_joined(parts)))  # type: ignore[arg-type]
+        yield Message(role, tuple(_joined(parts)))
 
 
 def _joined(parts: Sequence[str | Reference]) -> Iterator[Any]:
@@ -276,8 +277,8 @@ def _wrong_alternative(kind: str, found: Mapping[str, Any], context: Mapping[str
     if kind == "union_tag_not_found":
         return "must have a type: text, video_url, image_url or file"
     told = str(value.get("type", ""))[:40]
-    tags = ", ".join(re.findall(f"'{ALTERNATIVE}([a-z_]+)'", context["expected_tags"]))
-    return f"is of the type {told!r}, which cannot stand here: use one of {tags}"
+    usable = ", ".join(re.findall(f"'{ALTERNATIVE}([a-z_]+)'", context["expected_tags"]))
+    return f"is of the type {told!r}, which cannot stand here: use one of {usable}"
 
 
 def _path(loc: Sequence[str | int], named: bool = False) -> str:

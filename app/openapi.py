@@ -40,8 +40,8 @@ class Operation:
 
 def describe(operations: Sequence[Operation], title: str, version: str) -> dict[str, Any]:
     """The OpenAPI document."""
-    models = {ErrorBody, *(model for o in operations for model in (o.answer, o.body) if model is not None)}
-    ordered = sorted(models, key=lambda model: model.__name__)
+    models = {model for o in operations for model in (ErrorBody, o.answer, o.body) if model is not None}
+    ordered: list[type[BaseModel]] = sorted(models, key=lambda model: model.__name__)
     _, definitions = models_json_schema([(model, "validation") for model in ordered], ref_template=_TEMPLATE)
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:

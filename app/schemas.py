@@ -21,6 +21,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from encoder.selection import Selector
+
 MODEL = "fluxchat"
 MAX_MEDIA = 16  # videos and images in one request
 MAX_MESSAGES = 1024
@@ -283,7 +285,7 @@ class ChatBody(Strict):
         TokenBudget,
         Field(description="Visual tokens per video: a number, 'full', 'auto' or 'auto:SECONDS'."),
     ] = None
-    selector: Literal["flux", "uniform", "random"] | None = None
+    selector: Selector | None = None
 
     # How the answer is drawn. temperature 0 (the default) is greedy.
     temperature: Annotated[float, Field(ge=0, le=10)] | None = None

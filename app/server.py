@@ -173,7 +173,7 @@ class Server:
         for path in ("/v1", "/v1/{rest:path}", *others):
             app.router.routes.append(Route(path, nothing, include_in_schema=False))
         app.openapi = lambda: self._document  # type: ignore[method-assign]
-        app.add_exception_handler(HTTPException, self._answering(self.nothing, "other"))  # type: ignore[arg-type]
+        app.add_exception_handler(HTTPException, self._answering(self.nothing, "other"))
 
     async def tidy(self) -> None:
         """Delete files that nobody uses any more, now and then; runs until it is cancelled."""
@@ -379,7 +379,7 @@ class Server:
                 yield self.chat.stream_messages(
                     _resolved(asked.messages, media),
                     budget=asked.token_budget,
-                    selector=asked.selector,  # type: ignore[arg-type]
+                    selector=asked.selector,
                     max_new_tokens=self._longest(asked),
                     scope=" ".join(filter(None, ("api", client, asked.label))),
                     stop=stop,
