@@ -128,7 +128,7 @@ def _conversation(asked: ChatBody) -> Iterator[Message[Reference]]:
     turns: list[tuple[Role, list[str | Reference]]] = []
     for index, message in enumerate(asked.messages):
         role: Role = "system" if message.role == "developer" else message.role
-        parts = list(_parts(message.content, f"messages[{index}].content"))
+        parts = list(_parts(message.content, f"messages[{index}].content", role))
         if role == "assistant" and not any(other == "user" for other, _ in turns):
             raise ApiError(400, "The conversation must begin with the user.", param=f"messages[{index}].role")
         if turns and turns[-1][0] == role:
@@ -161,21 +161,29 @@ def _joined(parts: Sequence[str | Reference]) -> Iterator[Any]:
         yield "\n".join(lines)
 
 
-def _parts(content: Any, path: str) -> Iterator[str | Reference]:
+def _parts(content: Any, path: str, role: Role) -> Iterator[str | Reference]:
     """The texts that are not empty, and the media, of a message's content."""
     if isinstance(content, str):
         if content:
-            yield content
+            yield _words(content, path, role)
         return
     for index, part in enumerate(content):
-        if isinstance(part, TextPart):
-            found: str | Reference = part.text
-        elif isinstance(part, RefusalPart):
-            found = part.refusal
+        if isinstance(part, (TextPart, RefusalPart)):
+            key = "text" if isinstance(part, TextPart) else "refusal"
+            found: str | Reference = _words(getattr(part, key), f"{path}[{index}].{key}", role)
         else:
             found = _reference(part, f"{path}[{index}]")
         if found != "":
             yield found
+
+
+def _words(text: str, path: str, role: Role) -> str:
+    """A text that every tokenizer can read. A model may have said a NUL; people have not."""
+    if "\0" not in text:
+        return text
+    if role == "assistant":
+        return text.replace("\0", "")
+    raise ApiError(400, f"{path} has a NUL character: take it out.", param=path)
 
 
 def _reference(part: Strict, path: str) -> Reference:

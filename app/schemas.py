@@ -404,7 +404,7 @@ class ErrorBody(BaseModel):
 
 
 class FileObject(BaseModel):
-    """An uploaded file. created_at, expires_at: seconds since 1970."""
+    """An uploaded file. created_at: seconds since 1970. media: its kind, size and codec, when it comes."""
 
     id: str
     object: Literal["file"] = "file"
@@ -413,6 +413,7 @@ class FileObject(BaseModel):
     filename: str
     purpose: str = "user_data"
     status: str = "processed"
+    media: dict[str, Any] | None = None
 
 
 class FileList(BaseModel):

@@ -206,7 +206,8 @@ class Server:
         known = ApiError.of(error)
         if known.status == 500:
             LOG.error("A request failed", exc_info=error)
-        return known.told(self._scrub)
+        # What Python's callers know by another name.
+        return known.told(lambda text: self._scrub(text).replace("max_new_tokens", "max_tokens"))
 
     # -- small routes ---------------------------------------------------------------------------------------
 

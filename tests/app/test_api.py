@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import httpx
 import openai
 import pytest
 
+from app import download as fetching
 from app.api_types import ApiError
 from app.chat import VideoChat
 from app.chat_request import Reference, parse_chat
@@ -277,6 +281,46 @@ def test_what_the_model_cannot_do_is_400(shared: Serving, change: dict[str, Any]
     error = error_of(response)
     assert error["param"] == param
     assert error["code"] != "context_length_exceeded"
+
+
+def test_advice_is_in_the_words_of_the_api(shared: Serving) -> None:
+    error = error_of(ask(shared[0], "What?", max_tokens=1024))
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    assert "max_tokens" in error["message"]
+    assert "max_new_tokens" not in error["message"]
+
+
+def test_who_leaves_during_a_transfer_ends_it(
+    tiny_model: VideoLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+
+    def host(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.1 200 OK\r\n\r\nx")
+            while connection.recv(100):  # until the server goes away
+                continue
+        ended.set()
+
+    monkeypatch.setattr(fetching, "public_address", lambda name, port: "127.0.0.1")
+    options = LaunchOptions(page=False, server=ServerSettings(url_hosts=("videos.example",)))
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        VideoChat(tiny_model, trusted=False) as chat,
+        running(chat, options) as (address, server),
+    ):
+        threading.Thread(target=host, args=(listener,), daemon=True).start()
+        body = question("What?", f"http://videos.example:{listener.getsockname()[1]}/a.mp4")
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{address}/v1/chat/completions", json=body, timeout=0.5)
+        assert ended.wait(9), "it went on for nobody"
+        end = time.monotonic() + 20
+        while server.scheduler.running:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert not list(Path(server.store.folder).iterdir())
 
 
 def test_half_a_character_is_400_wherever_it_is(shared: Serving) -> None:

@@ -96,6 +96,16 @@ def test_any_sequence_of_parts_is_read_in_order(kinds: list[str]) -> None:
     assert "\n".join(found).split("\n") == [*names, "?"]
 
 
+def test_a_nul_is_the_askers_fault_but_not_the_models() -> None:
+    asked = parsed(user(text("a")), {"role": "assistant", "content": "b\0c"}, user(text("d")))
+    assert content(asked)[1] == ("assistant", ["bc"])
+    for message, param in (
+        ({"role": "user", "content": "a\0"}, "messages[0].content"),
+        (user(text("a"), text("\0")), "messages[0].content[1].text"),
+    ):
+        assert refused({"messages": [message]}).body["error"]["param"] == param
+
+
 # -- how media are named ------------------------------------------------------------------------------------
 
 
