@@ -64,7 +64,8 @@ class Bodies:
         length = Headers(scope=scope).get("content-length", "")
         declared = int(length[:18]) if length.isdecimal() else None
         pool = self._small if declared is not None and declared <= SMALL else self._large
-        if declared is not None and pool.used + declared > pool.limit:
+        # What is too large for any route is told so there.
+        if declared is not None and declared <= pool.limit < pool.used + declared:
             raise _full("Too many large requests are under way")
         taken = 0
         refused: ApiError | None = None

@@ -267,7 +267,7 @@ class Incoming:
         self._uploaded, self.bytes, self._open = key is None, 0, True
         self._folder: str | None = None
         self._lock = threading.Lock()  # it may be dropped while a thread still writes
-        with _disk():
+        with disk_errors():
             if page is None:
                 handle, self.path = tempfile.mkstemp(dir=store.folder)
             else:
@@ -280,7 +280,7 @@ class Incoming:
 
     def write(self, block: bytes | bytearray) -> None:
         """More of it; raises ApiError when the store or the disk is full."""
-        with self._lock, _disk():
+        with self._lock, disk_errors():
             if not self._open:
                 return
             self._store._reserve(len(block))
@@ -313,7 +313,7 @@ class Incoming:
 
 
 @contextmanager
-def _disk() -> Iterator[None]:
+def disk_errors() -> Iterator[None]:
     """Trouble with the disk as an ApiError."""
     try:
         yield

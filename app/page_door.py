@@ -25,7 +25,7 @@ from app.api_types import ApiError
 from app.guard import is_anonymous
 from app.media import MediaStore
 from app.uploads import receive_files
-from app.wire import ClientGone, limited, parse_json
+from app.wire import ClientGone, parse_json, read_body
 
 BODY_BYTES = 4 << 20
 MOST_FILES = 16  # in one upload
@@ -82,15 +82,13 @@ class PageDoor:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "The Content-Type must be application/json.")
-        body = bytearray()
-        async for block in limited(request, BODY_BYTES):
-            body += block
+        body = await read_body(request, BODY_BYTES)
         value = await parse_json(body, request.scope.get("fluxchat.parsing"))
         if isinstance(value, dict) and isinstance(value.get("session_hash"), str):
             self._bind(value["session_hash"], client)
         for text, is_file in _texts(value):
             self._check(text, is_file, client)
-        return bytes(body)
+        return body
 
     def _bind(self, session: str, client: str) -> None:
         """A session is its first user's; nobody else finds it. Who has no name is known by it alone."""

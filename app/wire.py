@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,13 +16,14 @@ from starlette.types import Receive, Scope, Send
 
 from app.api_types import ApiError
 from app.json_body import decode_json
-from app.media import too_large
+from app.media import disk_errors, too_large
 from app.scheduler import Job
 
 if TYPE_CHECKING:
     from app.chat import VideoChat
 
 T = TypeVar("T")
+SPOOL = 1 << 20  # bytes of a body that stay in memory while the rest comes
 INLINE = 1 << 16  # bytes of JSON that are parsed at once, in a millisecond
 
 
@@ -122,13 +124,25 @@ async def read_json(request: Request, limit: int) -> Any:
     # Anything else a foreign page could send without asking first (CORS preflight).
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "The Content-Type must be application/json.")
-    body = bytearray()
-    async for block in limited(request, limit):
-        body += block
-    return await parse_json(body, request.scope.get("fluxchat.parsing"))
+    return await parse_json(await read_body(request, limit), request.scope.get("fluxchat.parsing"))
 
 
-async def parse_json(body: bytes | bytearray, one_at_a_time: asyncio.Semaphore | None = None) -> Any:
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body; raises ApiError. What has come of a large one waits on the disk for the rest."""
+    with tempfile.SpooledTemporaryFile(SPOOL) as spool:
+        got = 0
+        async for block in limited(request, limit):
+            got += len(block)
+            with disk_errors():
+                if got <= SPOOL:
+                    spool.write(block)
+                else:
+                    await asyncio.to_thread(spool.write, block)
+        spool.seek(0)
+        return spool.read() if got <= SPOOL else await asyncio.to_thread(spool.read)
+
+
+async def parse_json(body: bytes, one_at_a_time: asyncio.Semaphore | None = None) -> Any:
     """JSON as Python objects; raises ApiError. A large one is parsed in a thread, in its turn."""
     if len(body) <= INLINE:
         return decode_json(body)

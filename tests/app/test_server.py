@@ -299,9 +299,9 @@ def test_health_and_metrics(tiny_model: VideoLanguageModel, clips: list[Path]) -
     with VideoChat(tiny_model, trusted=False) as chat, running(chat) as (address, _):
         assert httpx.get(f"{address}/healthz").json() == {"status": "ok"}
         url = upload(address, clips[0])
-        with httpx.Client(timeout=60) as client:  # what was kept is for this connection
+        with httpx.Client(timeout=60) as client:  # one connection is one client
+            body = question("What?", url, token_budget=16, max_tokens=5)
             for _ in range(2):
-                body = question("What?", url, token_budget=16, max_tokens=5)
                 answer(client.post(f"{address}/v1/chat/completions", json=body))
         ask(address, "What?", "data:,")
         text = httpx.get(f"{address}/metrics").text
