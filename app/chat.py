@@ -558,7 +558,7 @@ def _too_long(limit: int, text: int, media: int, answer: int, turns: int) -> Con
     enough = [name for name, (tokens, _) in parts.items() if tokens > excess]
     chosen = max(enough or parts, key=lambda name: parts[name][0])
     what = "question" if turns == 1 else "conversation"
+    many = "1 token" if excess == 1 else f"{excess} tokens"
     return ContextError(
-        f"The {what} is {excess} tokens too long for the language model's context of {limit}: "
-        f"{parts[chosen][1]}."
+        f"The {what} is {many} too long for the language model's context of {limit}: {parts[chosen][1]}."
     )

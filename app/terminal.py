@@ -42,7 +42,7 @@ def converse(chat: VideoChat, video: Any, options: dict[str, Any]) -> int:
         if not line:
             continue
         if not interactive:
-            print(f"> {line}")
+            print("> " + line.encode(errors="backslashreplace").decode())
         name, _, value = line[1:].partition(" ")
         if line.startswith("/") and name in QUIT:
             return 0

@@ -12,6 +12,8 @@ from __future__ import annotations
 import io
 import os
 import re
+import select
+import socket
 import stat
 import tempfile
 import threading
@@ -169,6 +171,7 @@ def _copied(open_source: Callable[[], Any], limits: Limits, name: str, label: st
         problem = copy.wait(limits)
     finally:
         copy.left = True
+        copy.join(0.2)  # so that nothing of a source that can be waited for is in use any more
     if problem is None and copy.bytes > limits.max_bytes:
         problem = f"it has more than the {limits.max_bytes} bytes allowed; cut or compress it"
     if problem is None and copy.bytes == 0:
@@ -206,7 +209,10 @@ class _Copy(threading.Thread):
         source = self._open()
         # What is there at once, rather than a whole block: a slow source is not a silent one.
         read = getattr(source, "read1", None) or source.read
+        waited_for = _awaitable(source)
         while self.bytes < self._most and not self.left:
+            if waited_for is not None and not waited_for.poll(50):
+                continue
             block = read(min(BLOCK, self._most - self.bytes))
             if block is None:  # nothing yet, of a source that does not block
                 time.sleep(0.01)
@@ -237,6 +243,22 @@ class _Copy(threading.Thread):
                 return f"nothing came from it for {limits.seconds:g} s; {_PIPE}"
             if rest <= 0:
                 return f"it did not end within {PATIENCE * limits.seconds:g} s; save it to a file first"
+
+
+def _awaitable(source: Any) -> select.poll | None:
+    """What tells whether a pipe or socket has something to read; None for what may have it in a buffer.
+
+    A thread that waits inside a file object keeps whoever closes it waiting, too.
+    """
+    raw = source.raw if type(source) in (io.BufferedReader, io.BufferedRandom) else source
+    plain = type(raw) is io.FileIO
+    if isinstance(raw, socket.SocketIO):
+        plain = type(getattr(raw, "_sock", None)) is socket.socket  # one with TLS has a buffer of its own
+    if not plain or not hasattr(select, "poll"):
+        return None
+    poll = select.poll()
+    poll.register(raw.fileno(), select.POLLIN)
+    return poll
 
 
 class HeldSources:
