@@ -7,8 +7,8 @@ Decoding reads every weight once per step, so that answers after the first are n
 leave between any two steps; shorter ones are padded on the left, where the mask hides it. All computing is
 in one thread, first come, first served: a new question's encoding and prefill take turns with the steps.
 
-One answer's failure is its own. What goes wrong in choosing its token ends it alone. A pass that fails is tried
-again for each answer by itself, and those that it served are decoded in turn from then on.
+One answer's failure is its own. What goes wrong in choosing its token ends it alone. A pass that fails is
+tried again for each answer by itself, and those that it served are decoded in turn from then on.
 
 On CPUs the answers are those made alone, bit by bit (see batch_invariance.py). On GPUs a matrix product of
 several rows may round otherwise than that of one, so that a near tie may fall either way.
@@ -43,8 +43,8 @@ CLOSED = "The model was closed, so that nothing is computed any more: load it ag
 class Row:
     """One answer among those being decoded: iterate for token ids; `leave` at the end, whatever happened.
 
-    tokens: made so far; may be ahead of the reader. finish: how it ended, error: what ended it instead, each None
-    while it runs. in_turn: decoded by itself, since a pass that it shared failed.
+    tokens: made so far; may be ahead of the reader. finish: how it ended, error: what ended it instead, both
+    None while it runs. in_turn: decoded by itself, since a pass that it shared failed.
     """
 
     def __init__(
@@ -140,8 +140,8 @@ class Batcher:
         """Raises ModelError in a forked process, where there is no computing thread and locks may be held."""
         if os.getpid() != self._process:
             raise ModelError(
-                "The model was loaded before this process was forked, and cannot compute here: load it in the "
-                "process that asks."
+                "The model was loaded before this process was forked, and cannot compute here: load it in "
+                "the process that asks."
             )
 
     def _submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
@@ -152,7 +152,12 @@ class Batcher:
             raise ModelError(CLOSED) from None
 
     def join(
-        self, kv: Any, logits: Tensor, sampling: Sampling, stop: threading.Event, choose: Chooser | None = None
+        self,
+        kv: Any,
+        logits: Tensor,
+        sampling: Sampling,
+        stop: threading.Event,
+        choose: Chooser | None = None,
     ) -> Row:
         """Decode from a prefilled KV cache and the scores (V,) of the first token on.
 
@@ -272,7 +277,7 @@ class Batcher:
             row.kv = None
 
     def _part(self, rows: list[Row]) -> None:
-        """Give these answers and all in the shared buffers a cache of their own, as it was before the step."""
+        """Give these answers, and all in the shared buffers, a cache of their own as before the step."""
         shared, sharing = self._shared, self._sharing
         self._shared, self._sharing = None, []
         for row in rows:

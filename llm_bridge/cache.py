@@ -184,7 +184,7 @@ def _names(keys: Sequence[int], ends: Sequence[int], scope: str) -> Iterator[tup
 
 
 def rewindable(kv: Any) -> bool:
-    """Whether a KV cache keeps every position, so that a stretch of it is what a shorter prompt would have."""
+    """Whether a KV cache keeps every position, so that its beginning is that of a shorter prompt."""
     layers = getattr(kv, "layers", None) or []
     return bool(layers) and all(
         type(layer).__name__ == "DynamicLayer" and not getattr(layer, "is_sliding", False) for layer in layers

@@ -1,8 +1,8 @@
 """Token-by-token answers: prefill what the cache lacks, then decode; stops within one token when told to.
 
-A prompt is prefilled in pieces whose ends depend on it alone (see `piece_ends`), and only whole pieces are reused.
-So every kernel sees the same shapes and values whatever was asked before, and gives the same bits. KV of decoded
-tokens is not that of prefilled ones to the bit: a follow-up question prefills the answer before it.
+A prompt is prefilled in pieces whose ends depend on it alone (see `piece_ends`), and only whole pieces are
+reused. So every kernel sees the same shapes and values whatever was asked before, and gives the same bits. KV
+of decoded tokens is not that of prefilled ones to the bit: a follow-up question prefills the last answer.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class StreamingDecoder:
 def piece_ends(prompt: Prompt) -> list[int]:
     """Where the pieces end that a prompt is prefilled in; the last one is its length.
 
-    At the end of each visual and where an answer begins, of earlier turns too, so that another question about the
-    same video and the next turn of a conversation find all of what they have in common with this one.
+    At the end of each visual and where an answer begins, of earlier turns too, so that another question about
+    the same video and the next turn of a conversation find all of what they have in common with this one.
     """
     mark = prompt.ids[-MARK:]
     wanted = {start + count for start, count in prompt.spans} | {len(prompt)}
@@ -128,22 +128,25 @@ class Generation:
     """One answer in the making: iterate for text pieces, then read `stats`.
 
     prompt and visuals: what is asked; visuals are (M, D), one per span of the prompt. stop: set it, from any
-    thread, and computing ends within one token. prefixes: KV to start from and to leave the prompt's in, unless
-    the answer fails, that of `scope` only. batcher: computes for several generations at once, each in a thread
-    of its own. Raises on iteration: BudgetError when prompt and answer exceed the model's context, ConfigError
-    when the sampling names tokens that the model lacks, ModelError when its scores are no numbers.
+    thread, and computing ends within one token. prefixes: KV to start from and to leave the prompt's in,
+    unless the answer fails, that of `scope` only. batcher: computes for several generations at once, each in
+    a thread of its own.
+    Raises on iteration: BudgetError when prompt and answer exceed the model's context, ConfigError when the
+    sampling names tokens that the model lacks, ModelError when its scores are no numbers.
     """
 
     llm: LanguageModel
     prompt: Prompt
     visuals: Sequence[Tensor]
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     prefixes: PrefixCache | None = None
     scope: str = ""
     stop: threading.Event = field(default_factory=threading.Event)
     stats: GenerationStats = field(default_factory=GenerationStats)
     batcher: Batcher | None = None
-    _pieces: list[Piece] = field(default_factory=list, init=False, repr=False)  # of the prompt, from its start
+    _pieces: list[Piece] = field(
+        default_factory=list, init=False, repr=False
+    )  # of the prompt, from its start
 
     def __iter__(self) -> Iterator[str]:
         if self.batcher is not None:

@@ -3,9 +3,9 @@
     choose = Chooser(Sampling(temperature=0.7, top_p=0.9, seed=1), prompt_ids, end_ids)
     token = choose(scores)
 
-The rules are transformers' own, in its order for generation, except that logit_bias comes behind the repetition
-penalty, so that its numbers mean the same with one. The temperature divides float64 scores whose greatest is 0,
-where none overflows.
+The rules are transformers' own, in its order for generation, except that logit_bias comes behind the
+repetition penalty, so that its numbers mean the same with one. The temperature divides float64 scores whose
+greatest is 0, where none overflows.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ class Chooser:
         top, best = scores.max(dim=-1)
         if not math.isfinite(float(top)):
             raise ModelError(
-                "The language model's scores are not finite numbers: load it with dtype float32, or check its "
-                "weights."
+                "The language model's scores are not finite numbers: load it with dtype float32, or check "
+                "its weights."
             )
         if self._greedy and self._rules is None:
             return int(best)
@@ -172,9 +172,7 @@ def _rules(sampling: Sampling, prompt_length: int, end_ids: Collection[int]) -> 
         bias = {(token,): value for token, value in sampling.logit_bias.items()}
         rules.append(SequenceBiasLogitsProcessor(bias))  # type: ignore[arg-type]
     if sampling.min_tokens and end_ids:
-        rules.append(
-            MinNewTokensLengthLogitsProcessor(prompt_length, sampling.min_tokens, sorted(end_ids))
-        )
+        rules.append(MinNewTokensLengthLogitsProcessor(prompt_length, sampling.min_tokens, sorted(end_ids)))
     return LogitsProcessorList(rules) if rules else None
 
 
@@ -220,7 +218,9 @@ def _biases(value: Any) -> LogitBias:
         raise ConfigError(f"logit_bias must map token ids to numbers, not be {_shown(value)}.")
     return LogitBias(
         {
-            _whole("Each token id of logit_bias", token, 0): _real("Each value of logit_bias", bias, -100, 100)
+            _whole("Each token id of logit_bias", token, 0): _real(
+                "Each value of logit_bias", bias, -100, 100
+            )
             for token, bias in value.items()
         }
     )
@@ -233,5 +233,3 @@ def _shown(value: Any) -> str:
     except Exception:  # noqa: BLE001 - a foreign object's repr; huge integers have none either
         text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
-
-

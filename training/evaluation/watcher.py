@@ -86,9 +86,7 @@ class Watcher:
             prompt = replace(prompt, ids=(*prompt.ids, *ids))
         return prompt
 
-    def _read_once(
-        self, prompt: Prompt, embeddings: Sequence[torch.Tensor], prefixes: PrefixCache
-    ) -> None:
+    def _read_once(self, prompt: Prompt, embeddings: Sequence[torch.Tensor], prefixes: PrefixCache) -> None:
         """Prefill what the prompts have in common, the video above all, before they all ask for it."""
         for _ in Generation(self.model.llm, prompt, embeddings, Sampling(max_new_tokens=1), prefixes):
             pass
