@@ -209,7 +209,7 @@ def _web_options(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=128,
         metavar="N",
-        help="of them from one address (128); behind a proxy that is all of them",
+        help="of them from one address that is no --proxy (128)",
     )
 
 

@@ -13,7 +13,7 @@ import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ KEPT = 64  # connections beyond the limit, for /healthz
 class ConnectionLimits:
     """Bounds on connections, in seconds and bytes.
 
-    total, per_address: connections at a time, in all and from one address (this machine: all of them).
+    total, per_address: connections at a time, in all and from one address (this machine and proxies: any).
     head_s: for a request's first line and headers. body_s: without a byte of a body, and before its average
     rate must be at least body_rate a second. send_s: for a reader that takes nothing; send_rate: what it must
     take of a large answer.
@@ -46,10 +46,15 @@ class ConnectionLimits:
 
 
 class Connections:
-    """All connections of one server. clock: seconds, monotonic."""
+    """All connections of one server. proxies: addresses that may have any number. clock: seconds."""
 
-    def __init__(self, limits: ConnectionLimits, clock: Callable[[], float] = time.monotonic) -> None:
-        self.limits, self.clock = limits, clock
+    def __init__(
+        self,
+        limits: ConnectionLimits,
+        proxies: Collection[str] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limits, self.proxies, self.clock = limits, frozenset(proxies), clock
         self._open: dict[Connection, str] = {}
         self._by_address: Counter[str] = Counter()
 
@@ -65,7 +70,8 @@ class Connections:
         self._open[connection] = address
         self._by_address[address] += 1
         limits = self.limits
-        if not _is_here(address) and self._by_address[address] > limits.per_address:
+        single = not _is_here(address) and address not in self.proxies
+        if single and self._by_address[address] > limits.per_address:
             return self._make_room(connection, address)
         if len(self._open) > limits.total:
             return self._make_room(connection, None) or len(self._open) <= limits.total + KEPT
@@ -154,6 +160,9 @@ class Connection(H11Protocol):
             self._body_bytes = 0
         elif self.conn.trailing_data[0]:  # a part of one
             self._head_begun = self.waiting_since
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """There are no websockets here; that somebody asks for one is no news."""
 
     def pause_writing(self) -> None:
         waiting = self.transport.get_write_buffer_size()

@@ -212,7 +212,7 @@ class Guard:
         path = scope["path"]
         self._check_host(headers)
         self._check_origin(headers, scope, path)
-        address = scope["client"][0] if scope.get("client") else ""
+        address = scope["client"][0][:64] if scope.get("client") else ""
         if path in ("/login", "/logout") and self._lock.credentials.needed:
             return await self._log(path, scope, headers, receive, address)
         if path in OPEN:

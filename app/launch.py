@@ -44,6 +44,7 @@ WEB_LIMITS = Limits(
 GONE_S = 2.0  # for connections that stay open without a question
 STOPPED_S = 0.5  # for answers that were told to stop at once
 END_S = 1.5  # from the second signal to the end of the process, whatever its threads do
+SWITCH_S = 1e-3  # what a computing thread may keep the event loop waiting, a fifth of Python's own
 FILES, SPARE_FILES = 4096, 200  # open files to ask the system for, and those that are no connections
 
 
@@ -156,6 +157,7 @@ def serve(chat: VideoChat, options: LaunchOptions, listener: socket.socket | Non
     if files is not None:
         total = max(32, min(options.connections.total, files - SPARE_FILES))
         options = replace(options, connections=replace(options.connections, total=total))
+    sys.setswitchinterval(SWITCH_S)
     with contextlib.suppress(KeyboardInterrupt), _own_uploads() as tidy:
         server = make_server(chat, options, listener)
         server.ends_with = tidy
@@ -200,7 +202,7 @@ def _more_files() -> int | None:
 def make_server(chat: VideoChat, options: LaunchOptions, listener: socket.socket) -> _Server:
     """What `serve` runs; its `run([listener])` may be called in another thread, and `should_exit` ends it."""
     app = make_app(chat, options)
-    connections = Connections(options.connections)
+    connections = Connections(options.connections, options.proxies)
     app.state.server.metrics.read("fluxchat_connections", "Open connections.", lambda: len(connections))
     config = uvicorn.Config(
         app,

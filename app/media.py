@@ -35,6 +35,7 @@ from app.messages import Media
 from app.scratch import ScratchFolder
 
 BLOCK = 1 << 20
+PAGE_KEEP_S = 600.0  # what came to the page and is no session's
 _FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 
 
@@ -239,7 +240,8 @@ class MediaStore:
         idle = sorted((f for f in self._files.values() if not f.users), key=lambda f: f.used)
         for file in idle:
             crowded = self._bytes + self._coming + wanted > self._limit and not file.uploaded
-            if crowded or now - file.used > self._keep_s:
+            keep_s = self._keep_s if file.folder is None else min(self._keep_s, PAGE_KEEP_S)
+            if crowded or now - file.used > keep_s:
                 self._drop(file)
 
     def _drop(self, stored: StoredFile) -> None:

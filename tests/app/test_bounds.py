@@ -31,13 +31,14 @@ from app.media import MediaStore
 from app.server import Server, ServerSettings
 from app.sessions import Sessions
 from app.uploads import file_name
-from app.wire import MAX_ITEMS, check_text, longest_text, read_json
+from app.wire import check_text, longest_text, read_json
 from llm_bridge.model import VideoLanguageModel
 from tests import video_files as vf
 from tests.app.conftest import SHORT
 from tests.app.serving import ask, running
 
 Serving = tuple[str, Server]
+PARTS = 250_000  # more than a body may have
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
@@ -177,6 +178,39 @@ def test_connections_that_work_are_not_pushed_out(tiny_model: VideoLanguageModel
         assert server is not None
 
 
+class Held:
+    """A connection as `Connections` sees it."""
+
+    def __init__(self, since: float, waiting: bool = True) -> None:
+        self.waiting_since, self.waiting, self.ended = since, waiting, False
+
+    def end(self, _: object) -> None:
+        self.ended = True
+
+
+def test_who_waits_longest_makes_room_for_his_own_address_first() -> None:
+    connections = Connections(ConnectionLimits(total=6, per_address=2), proxies=["9.9.9.9"])
+
+    def come(held: Held, address: str) -> Any:
+        return connections.add(held, address)  # type: ignore[arg-type]
+
+    old, first, second, third = Held(0), Held(1), Held(2), Held(3)
+    for held, address in ((old, "1.1.1.1"), (first, "2.2.2.2"), (second, "2.2.2.2"), (third, "2.2.2.2")):
+        assert come(held, address)
+    assert [held.ended for held in (old, first, second, third)] == [False, True, False, False]
+    connections.remove(first)  # type: ignore[arg-type]
+    second.waiting = third.waiting = False
+    refused = Held(4)
+    assert not come(refused, "2.2.2.2")
+    connections.remove(refused)  # type: ignore[arg-type]
+    # A proxy's and this machine's own are limited together with all others only.
+    assert all(come(Held(5, waiting=False), "9.9.9.9") for _ in range(3))
+    assert not connections.full()
+    assert come(Held(6, waiting=False), "127.0.0.1")
+    assert old.ended
+    assert connections.full()
+
+
 # -- bodies -------------------------------------------------------------------------------------------------
 
 
@@ -235,11 +269,11 @@ async def test_bodies_are_bounded_together_until_they_are_answered() -> None:
     "body",
     [
         b"[" * 100_000,
-        b"[" + b"[]," * (MAX_ITEMS + 1) + b"[]]",
-        b"[" + b"1," * (MAX_ITEMS + 1) + b"1]",
+        b"[" + b"[]," * (PARTS + 1) + b"[]]",
+        b"[" + b"1," * (PARTS + 1) + b"1]",
         b'{"messages": ' + b"9" * 100_000 + b"}",
         b'{"a":' * 50_000,
-        b"{" + b"".join(b'"%d":0,' % n for n in range(MAX_ITEMS)) + b'"x":0}',
+        b"{" + b"".join(b'"%d":0,' % n for n in range(PARTS)) + b'"x":0}',
     ],
     ids=["depth", "lists", "numbers", "digits", "objects", "keys"],
 )
@@ -322,6 +356,17 @@ def test_a_file_in_use_stays_and_keeps_its_room(store: MediaStore, monkeypatch: 
     assert store.release(stored.path)
     assert not Path(stored.path).parent.exists()
     store.add_bytes(b"y" * 300)
+
+
+def test_what_came_to_the_page_and_is_no_sessions_goes_soon(
+    store: MediaStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.media.PAGE_KEEP_S", 0.0)
+    named = store.add(io.BytesIO(b"1"), "a")
+    page = store.add(io.BytesIO(b"2"), "b", page=store.folder)
+    store.sweep()
+    assert store.find(named.id) is named
+    assert not Path(page.path).exists()
 
 
 def test_who_may_have_a_file(store: MediaStore) -> None:
