@@ -27,12 +27,13 @@ from app.messages import (
     check_messages,
     check_selector,
     check_source,
+    named,
     question_messages,
 )
 from app.preview import Preview, choose, kept_tokens, thumbnails
 from app.turns import AnswerStream, Conversation, StopSignal, Uncopied
 from encoder.budget import Budget, Plan
-from encoder.errors import ConfigError, ContextError, ModelError
+from encoder.errors import ConfigError, ContextError, ModelError, VideoError
 from encoder.preprocess import preprocess
 from encoder.selection import Selector
 from encoder.sources import Held, HeldSources
@@ -402,7 +403,10 @@ class VideoChat(Uncopied):
             key = (os.path.abspath(video), status.st_size, status.st_mtime_ns, status.st_ino)
             if (known := self._infos.get(key)) is not None:
                 return known
-        info = probe(video, trusted=self._trusted, limits=self._limits, name=label)
+        try:
+            info = probe(video, trusted=self._trusted, limits=self._limits, name=label)
+        except VideoError as error:
+            raise named(error, label) from error.__cause__
         if key is not None:
             self._infos.put(key, info)
         return info

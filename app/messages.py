@@ -18,6 +18,7 @@ from encoder.sources import Held, source_name
 from encoder.video import Clip
 from llm_bridge.prompt import Message, Role, check_text
 
+NAMELESS = "the video"  # what errors call one that has no name
 # Several letters before the colon: one is a drive.
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):", re.IGNORECASE)
 
@@ -37,7 +38,7 @@ class Media:
         name = self.name or source_name(self.source)
         own = repr(name) if name else ""
         if count == 1:
-            return own or "the video"
+            return own or NAMELESS
         return f"video {index + 1} of {count}" + (f" ({own})" if own else "")
 
 
@@ -200,6 +201,14 @@ def _check_path(path: str, label: str) -> None:
             f"Cannot read {label}: it is an address, and nothing is fetched here; "
             "download the video first and give the path of the file."
         )
+
+
+def named(error: VideoError, label: str) -> VideoError:
+    """The error, with what it is about where it does not say so."""
+    text = str(error)
+    if label in text or label == NAMELESS:
+        return error
+    return VideoError(f"Cannot read {label}: {text[:1].lower()}{text[1:]}")
 
 
 def check_selector(selector: Any) -> None:

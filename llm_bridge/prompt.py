@@ -134,12 +134,20 @@ def check_text(text: Any, what: str = "The text") -> str:
         if not text.isascii():
             text.encode()
     except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        # Python keeps a byte that is no UTF-8, of an argument or a file name, in these.
+        byte = 0xDC80 <= code <= 0xDCFF
+        found = (
+            f"a byte that is not UTF-8 (0x{code - 0xDC00:02x})"
+            if byte
+            else f"half a character ({chr(code)!a})"
+        )
         raise ConfigError(
-            f"{what} is not valid Unicode: it has half a character ({text[error.start]!a}) at position "
-            f"{error.start}; decode it anew, or take that out."
+            f"{what} is not valid Unicode: it has {found} at position {error.start}; "
+            "send it as UTF-8, or take that out."
         ) from None
-    if (found := text.find("\0")) >= 0:
-        raise ConfigError(f"{what} has a NUL character at position {found}; take it out.")
+    if (nul := text.find("\0")) >= 0:
+        raise ConfigError(f"{what} has a NUL character at position {nul}; take it out.")
     return text
 
 

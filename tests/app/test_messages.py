@@ -60,6 +60,12 @@ SOURCES: dict[str, tuple[Any, str]] = {
     "closed file": (closed(), "closed file"),
     "missing, second": (Videos([SHORT, "nowhere.mp4"]), r"video 2 of 2 \('nowhere.mp4'\): there is no such"),
     "named by the caller": (Media(b"not a video", "holiday.mp4"), "Cannot read 'holiday.mp4': it is not a"),
+    "pictures, second": (
+        Videos([RED, [RED, RED.resize((8, 8))]]),
+        "video 2 of 2: the images.*differ in size",
+    ),
+    "number, second": (Videos([RED, 7]), "video 2 of 2: a video cannot be a int"),
+    "named pictures": (Media([], "trip"), "'trip': the list of images is empty"),
     "named, of three": (Videos(RED, Media(b"x" * 99, "b.mp4"), RED), r"video 2 of 3 \('b.mp4'\): it is not"),
     "not UTF-8": (BAD_BYTES, r"caf\\udce9.mp4.*no such file"),
 }
