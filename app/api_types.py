@@ -1,26 +1,22 @@
-"""What programs send to and get from the server: OpenAI's chat completions, checked field by field.
-
-Nothing is ignored silently that would change the answer: what this server cannot do is an error.
-"""
+"""What programs get from the server: OpenAI's chat completions, whole or in pieces, and its errors."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from app.answer import Answer
-from encoder.errors import BudgetError, ConfigError, FluxChatError, ModelError, VideoError
+from app.schemas import MODEL
+from encoder.errors import BudgetError, ContextError, FluxChatError, ModelError, VideoError
 
-MODEL = "fluxchat"
-MAX_MEDIA = 16  # videos and images in one request
-MAX_STOPS = 4
+LONGEST = 1000  # characters of an error's sentence
 
 
 class ApiError(Exception):
-    """An answer that is an error, in OpenAI's shape."""
+    """An answer that is an error, in OpenAI's shape. message: one line, always valid Unicode."""
 
     def __init__(
         self,
@@ -32,227 +28,57 @@ class ApiError(Exception):
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        message, param = _one_line(message), None if param is None else _one_line(param)
         super().__init__(message)
         self.status, self.headers = status, dict(headers or {})
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        self.body: dict[str, dict[str, Any]] = {
+            "error": {"message": message, "type": kind, "param": param, "code": code}
+        }
+
+    def told(self, scrub: Callable[[str], str]) -> ApiError:
+        """The same with its sentence and field as `scrub` leaves them."""
+        for key in ("message", "param"):
+            if isinstance(text := self.body["error"][key], str):
+                self.body["error"][key] = scrub(text)
+        return self
+
+    def about(self, param: str, what: str = "") -> ApiError:
+        """The same, about one field of the request; what: added to the sentence in brackets."""
+        detail = self.body["error"]
+        message = f"{detail['message'].removesuffix('.')} ({what})." if what else detail["message"]
+        kind, code = detail["type"], detail["code"]
+        return ApiError(self.status, message, kind=kind, code=code, param=param, headers=self.headers)
 
     @staticmethod
     def of(error: BaseException) -> ApiError:
         """The same for what asking can raise; what nobody foresaw is a 500 without details."""
         if isinstance(error, ApiError):
             return error
-        message = " ".join(str(error).split())
+        message = str(error)
         if isinstance(error, VideoError):
             return ApiError(400, message, code="invalid_media", param="messages")
+        if isinstance(error, ContextError):
+            return ApiError(400, message, code="context_length_exceeded", param="messages")
         if isinstance(error, BudgetError):
-            return ApiError(400, message, code="context_length_exceeded", param="token_budget")
-        if isinstance(error, ConfigError):
-            return ApiError(400, message)
+            return ApiError(400, message, code="invalid_budget", param="token_budget")
         if isinstance(error, ModelError):
+            if type(error.__cause__).__module__.startswith("jinja2"):  # it refuses these roles in this order
+                return ApiError(400, message, code="unsupported_conversation", param="messages")
             return ApiError(503, message, kind="server_error", code="model_unavailable")
         if isinstance(error, FluxChatError):
             return ApiError(400, message)
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             text = "The server ran out of memory: lower token_budget, or try again later."
-            return ApiError(503, text, kind="server_error", code="out_of_memory")
+            return ApiError(
+                503, text, kind="server_error", code="out_of_memory", headers={"Retry-After": "10"}
+            )
         return ApiError(500, "The server failed; its log says why.", kind="server_error")
 
 
-@dataclass(frozen=True)
-class ChatRequest:
-    """A request that was understood. turns: earlier (question, answer) pairs. media: urls as they were sent.
-
-    max_tokens None: the server's default. stop: texts that end the answer.
-    """
-
-    question: str
-    turns: tuple[tuple[str, str], ...]
-    media: tuple[str, ...]
-    system: str | None
-    stream: bool
-    include_usage: bool
-    max_tokens: int | None
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int | None
-    stop: tuple[str, ...]
-    token_budget: int | str | None
-    selector: str
-    user: str
-
-
-# What these may be set to: the values that change nothing here.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "tools": (None, []),
-    "functions": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "function_call": (None, "none", "auto"),
-    "logit_bias": (None, {}),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "response_format": (None, {"type": "text"}),
-    "audio": (None,),
-    "modalities": (None, ["text"]),
-}
-_SELECTORS = ("flux", "uniform", "random")
-
-
-def parse_chat(body: Any) -> ChatRequest:
-    """A decoded JSON body as a ChatRequest; raises ApiError naming the parameter that is wrong."""
-    if not isinstance(body, dict):
-        raise ApiError(400, "The body must be a JSON object.")
-    model = body.get("model", MODEL)
-    if model != MODEL:
-        raise ApiError(
-            404,
-            f"There is no model {str(model)[:80]!r} here: use {MODEL!r}.",
-            code="model_not_found",
-            param="model",
-        )
-    for name, values in _NEUTRAL.items():
-        if body.get(name) not in values:
-            raise ApiError(400, f"This server cannot do what {name} asks for: leave it out.", param=name)
-    options = body.get("stream_options") or {}
-    if not isinstance(options, dict):
-        raise ApiError(400, "stream_options must be an object.", param="stream_options")
-    system, turns, question, media = _conversation(body.get("messages"))
-    longest = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-    budget = body.get("token_budget")
-    if isinstance(budget, bool) or not isinstance(budget, (int, str, type(None))):
-        raise ApiError(
-            400, "token_budget must be a number, 'full', 'auto' or 'auto:SECONDS'.", param="token_budget"
-        )
-    return ChatRequest(
-        question=question,
-        turns=turns,
-        media=media,
-        system=system,
-        stream=_flag(body, "stream"),
-        include_usage=_flag(options, "include_usage"),
-        max_tokens=_integer(body, longest, None, 1),
-        temperature=_number(body, "temperature", 0.0),
-        top_p=_number(body, "top_p", 1.0),
-        top_k=_integer(body, "top_k", 0, 0) or 0,
-        seed=_integer(body, "seed", None, -(2**63)),
-        stop=_stops(body.get("stop")),
-        token_budget=budget,
-        selector=_choice(body, "selector", _SELECTORS),
-        user=str(body.get("user") or "")[:256],
-    )
-
-
-def _flag(body: Mapping[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value not in (None, True, False):
-        raise ApiError(400, f"{name} must be true or false.", param=name)
-    return bool(value)
-
-
-def _integer(body: Mapping[str, Any], name: str, default: int | None, least: int) -> int | None:
-    value = body.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
-        raise ApiError(400, f"{name} must be a whole number, at least {least}.", param=name)
-    return value
-
-
-def _number(body: Mapping[str, Any], name: str, default: float) -> float:
-    value = body.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ApiError(400, f"{name} must be a number.", param=name)
-    return float(value)
-
-
-def _choice(body: Mapping[str, Any], name: str, values: Sequence[str]) -> str:
-    value = body.get(name)
-    if value is None:
-        return values[0]
-    if value not in values:
-        raise ApiError(400, f"{name} must be one of {', '.join(values)}.", param=name)
-    return str(value)
-
-
-def _stops(value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else value if value is not None else []
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS:
-        raise ApiError(400, f"stop must be a text or a list of up to {MAX_STOPS}.", param="stop")
-    if not all(isinstance(stop, str) and stop for stop in stops):
-        raise ApiError(400, "stop must consist of texts that are not empty.", param="stop")
-    return tuple(stops)
-
-
-def _conversation(
-    messages: Any,
-) -> tuple[str | None, tuple[tuple[str, str], ...], str, tuple[str, ...]]:
-    """(system prompt, earlier turns, question, media) of a list of messages."""
-    if not isinstance(messages, list) or not messages:
-        raise ApiError(400, "messages must be a list with at least one message.", param="messages")
-    system: list[str] = []
-    texts: list[str] = []  # user, assistant, user, ...
-    media: list[str] = []
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ("system", "developer", "user", "assistant"):
-            raise ApiError(400, f"{where} needs a role: system, user or assistant.", param=where)
-        text, found = _content(message.get("content"), where)
-        if found and role != "user":
-            raise ApiError(400, f"{where}: only the user can show videos.", param=where)
-        if role in ("system", "developer"):
-            system.append(text)
-            continue
-        media += found
-        is_user = len(texts) % 2 == 0  # whose turn it is
-        if (role == "user") == is_user:
-            texts.append(text)
-        elif texts:  # twice the same role: one turn
-            texts[-1] = f"{texts[-1]}\n{text}".strip()
-        else:
-            raise ApiError(400, f"{where}: the conversation must begin with the user.", param=where)
-    if len(texts) % 2 == 0:
-        raise ApiError(400, "The last message must be the user's question.", param="messages")
-    if not texts[-1].strip():
-        raise ApiError(400, "The question is empty: ask something in words.", param="messages")
-    if len(media) > MAX_MEDIA:
-        raise ApiError(400, f"At most {MAX_MEDIA} videos and images fit one request.", param="messages")
-    turns = tuple((texts[i] or "Look at this.", texts[i + 1]) for i in range(0, len(texts) - 1, 2))
-    return "\n".join(system).strip() or None, turns, texts[-1], tuple(media)
-
-
-def _content(content: Any, where: str) -> tuple[str, list[str]]:
-    """(text, media urls) of a message's content, a text or a list of parts."""
-    if content is None or isinstance(content, str):
-        return content or "", []
-    if not isinstance(content, list):
-        raise ApiError(400, f"{where}.content must be a text or a list of parts.", param=where)
-    texts, media = [], []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif kind in ("video_url", "image_url", "input_video", "input_image"):
-            value = part.get(kind, part.get(f"{kind.removeprefix('input_')}_url"))
-            value = value.get("url") if isinstance(value, dict) else value
-            if not isinstance(value, str) or not value:
-                raise ApiError(400, f"{where}: {kind} needs a url.", param=where)
-            media.append(value)
-        elif kind == "file" and isinstance(part.get("file"), dict):
-            value = part["file"].get("file_id") or part["file"].get("file_data")
-            if not isinstance(value, str) or not value:
-                raise ApiError(400, f"{where}: file needs a file_id or file_data.", param=where)
-            media.append(value)
-        else:
-            raise ApiError(
-                400, f"{where} has a part that is not text, video_url, image_url or file.", param=where
-            )
-    return "\n".join(texts), media
+def _one_line(text: str) -> str:
+    """A text that fits one line of JSON: no line breaks, no halves of characters, not endless."""
+    line = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
 
 
 @dataclass

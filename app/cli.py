@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import io
 import json
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from encoder.errors import ConfigError, FluxChatError
 
@@ -25,6 +26,7 @@ examples:
   fluxchat ask clip.mp4 "How many dogs are there?" --budget 64      fewer tokens: faster, may miss detail
   fluxchat ask clip.mp4 "Describe it." --budget auto:1.5            as many tokens as answer within 1.5 s
   fluxchat ask clip.mp4 "Describe it." --json                       text, tokens and timings for programs
+  yt-dlp -o - URL | fluxchat ask - "What is it about?"              a video from another program
   fluxchat chat clip.mp4                                            many questions, streaming answers
   fluxchat web                                                      the page and the API, on this machine
   fluxchat estimate clip.mp4 --budget 512                           the price, before anything runs
@@ -39,6 +41,7 @@ examples:
   fluxchat web --llm Qwen/Qwen2.5-7B-Instruct --encoder fluxvit_b.pth --projector runs/stage1 \\
                --quantize 4bit --device-map auto           your own parts, on one or more GPUs
   fluxchat web --host 0.0.0.0 --auth ann:secret --api-key k    others log in, programs send the key
+  fluxchat web --host 0.0.0.0 --api-keys keys.txt              a key for each, with its own rate and quota
 
 programs (any OpenAI client; more extras in the README):
   curl http://127.0.0.1:7860/v1/files -F file=@clip.mp4                              gives an id
@@ -46,13 +49,31 @@ programs (any OpenAI client; more extras in the README):
     "model": "fluxchat", "token_budget": 128, "messages": [{"role": "user", "content": [
       {"type": "video_url", "video_url": {"url": "file-..."}}, {"type": "text", "text": "What moves?"}]}]}'
 
-SIGTERM lets running answers finish. FLUXCHAT_AUTH and FLUXCHAT_API_KEY keep secrets out of the process list.
+SIGTERM or Ctrl-C lets running answers finish; a second one ends them.
+FLUXCHAT_AUTH and FLUXCHAT_API_KEY keep secrets out of the process list.
 """
+
+
+SAMPLING_EXAMPLES = """\
+how an answer is drawn:
+  By default it is greedy: the likeliest token each time, the same answer every time. For varied answers
+  raise --temperature (0.7, say) and cut off what is unlikely with --top-p 0.9, --top-k 40 or --min-p 0.05;
+  --seed makes them repeatable. --repetition-penalty 1.1 helps against an answer that goes round in circles.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the command line in one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        message = " ".join(message.split())
+        message = message if len(message) <= 300 else f"{message[:300]}..."
+        self.exit(2, f"fluxchat: {message}; see {self.prog} --help\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """All commands and options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fluxchat",
         description="Ask questions about videos within the token budget you choose.",
         epilog=EXAMPLES,
@@ -60,18 +81,22 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    ask = commands.add_parser("ask", help="one question about a video or image")
-    ask.add_argument("video", help="a video or image file")
+    how: dict[str, Any] = {
+        "epilog": SAMPLING_EXAMPLES,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+    ask = commands.add_parser("ask", help="one question about a video or image", **how)
+    ask.add_argument("video", help="a video or image file; - reads it from standard input")
     ask.add_argument("question", help="what you want to know, in quotes")
     ask.add_argument("--json", action="store_true", help="print text, usage, timings and kept tokens as JSON")
     _generation_options(ask)
 
-    chat = commands.add_parser("chat", help="a conversation in the terminal")
+    chat = commands.add_parser("chat", help="a conversation in the terminal", **how)
     chat.add_argument("video", nargs="?", help="a video or image file; /video PATH changes it later")
     _generation_options(chat)
 
     estimate = commands.add_parser("estimate", help="what a budget costs on a video: tokens, MACs, ms, MiB")
-    estimate.add_argument("video", help="a video or image file")
+    estimate.add_argument("video", help="a video or image file; - reads it from standard input")
     estimate.add_argument("--json", action="store_true", help="print the figures as JSON")
     _budget_option(estimate)
 
@@ -94,6 +119,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+# Options that are fields of Sampling: name, type, how --help shows the value, what it says.
+SAMPLING: tuple[tuple[str, type, str, str], ...] = (
+    ("max_new_tokens", int, "N", "longest answer, in tokens (128)"),
+    ("min_tokens", int, "N", "shortest answer, in tokens (0)"),
+    ("temperature", float, "T", "0 is greedy, the default; higher is more varied"),
+    ("top_p", float, "P", "draw from the likeliest tokens that together have this probability (1.0: all)"),
+    ("top_k", int, "K", "draw from the K likeliest tokens (0: all)"),
+    ("min_p", float, "P", "leave out tokens below this share of the likeliest one's probability (0.0)"),
+    ("repetition_penalty", float, "R", "above 1: what was said before becomes less likely (1.0: off)"),
+    ("seed", int, "N", "from 0 up; makes drawn answers repeatable"),
+)
+
+
 def _budget_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget",
@@ -104,26 +142,43 @@ def _budget_option(parser: argparse.ArgumentParser) -> None:
 
 def _generation_options(parser: argparse.ArgumentParser) -> None:
     _budget_option(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="longest answer (128)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, the default")
-    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus of the sampling distribution (1.0)")
-    parser.add_argument("--seed", type=int, help="for repeatable sampling")
-    parser.add_argument("--system", help="system prompt")
+    parser.add_argument("--system", metavar="TEXT", help="system prompt: how to answer, who to be")
+    drawing = parser.add_argument_group("the answer")
+    for name, kind, metavar, text in SAMPLING:
+        # What is not given has the default of `Sampling`.
+        drawing.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text
+        )
 
 
 def _web_options(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where")
     where.add_argument(
-        "--host", default="127.0.0.1", help="address to bind to; others than 127.0.0.1 need --auth"
+        "--host", default="127.0.0.1", help="address to bind to; others than 127.0.0.1 need a key or login"
     )
     where.add_argument("--port", type=int, default=7860, metavar="N", help="0: any free one (7860)")
     where.add_argument("--no-browser", dest="browser", action="store_false", help="do not open the page")
     where.add_argument("--mcp", action="store_true", help="offer ask and estimate as MCP tools (extra: mcp)")
     who = parser.add_argument_group("who may use it")
     who.add_argument("--auth", metavar="USER:PASSWORD", help="what people log in with")
-    who.add_argument("--api-key", metavar="KEY", help="what programs send as a bearer token")
+    who.add_argument(
+        "--api-key", metavar="KEY", help="what programs send as a bearer token; the page asks for it too"
+    )
+    who.add_argument(
+        "--api-keys",
+        metavar="FILE",
+        help="several keys, one a line: NAME KEY [rate=N] [quota=N]; KEY may be sha256:HEX, rate is requests "
+        "a minute, quota requests a day; # begins a comment; the file is read again when it changes",
+    )
     who.add_argument(
         "--allow-host", metavar="NAME", nargs="+", default=[], help="further names it is asked by (a proxy's)"
+    )
+    who.add_argument(
+        "--proxy",
+        metavar="ADDRESS",
+        nargs="+",
+        default=["127.0.0.1"],
+        help="proxies that say truly whom they ask for (127.0.0.1)",
     )
     media = parser.add_argument_group("videos that requests may name, besides uploads and data: URLs")
     media.add_argument("--media-root", metavar="DIR", help="files under this folder, by path")
@@ -143,6 +198,19 @@ def _web_options(parser: argparse.ArgumentParser) -> None:
         "--cache-mib", type=int, default=1024, metavar="N", help="for follow-up questions (1024)"
     )
     load.add_argument("--upload-mib", type=int, default=200, metavar="N", help="largest upload (200)")
+    load.add_argument(
+        "--store-mib", type=int, default=2048, metavar="N", help="all files that clients sent (2048)"
+    )
+    load.add_argument(
+        "--max-connections", type=int, default=1000, metavar="N", help="connections at a time (1000)"
+    )
+    load.add_argument(
+        "--connections-per-address",
+        type=int,
+        default=128,
+        metavar="N",
+        help="of them from one address that is no --proxy (128)",
+    )
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
@@ -184,14 +252,12 @@ def open_chat(args: argparse.Namespace, **options: Any) -> VideoChat:
 
 
 def _generation(args: argparse.Namespace) -> dict[str, Any]:
-    return {
-        "budget": args.budget,
-        "system": args.system,
-        "max_new_tokens": args.max_new_tokens,
-        "temperature": args.temperature,
-        "top_p": args.top_p,
-        "seed": args.seed,
-    }
+    return {"budget": args.budget, "system": args.system, **_sampling(args)}
+
+
+def _sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of the answer that were given."""
+    return {name: getattr(args, name) for name, *_ in SAMPLING if name in args}
 
 
 def run_ask(args: argparse.Namespace) -> int:
@@ -260,18 +326,36 @@ def run_fetch(args: argparse.Namespace) -> int:
 
 def _check_inputs(args: argparse.Namespace) -> None:
     """Refuse what cannot work before the model is loaded, which takes seconds."""
+    from app.messages import Media, check_order, check_source, question_text
     from encoder.budget import Budget
-    from encoder.video import probe
+    from encoder.sources import hold
+    from encoder.video import DEFAULT_LIMITS, probe
     from llm_bridge.generate import Sampling
+    from llm_bridge.prompt import check_text
 
     if args.budget is not None:
         Budget.of(args.budget)
-    if "temperature" in args:
-        Sampling(args.max_new_tokens, args.temperature, args.top_p, seed=args.seed)
-    if not getattr(args, "question", "?").strip():
-        raise ConfigError("The question is empty: ask something in words.")
-    if args.video is not None:
-        probe(args.video)
+    if "question" in args:
+        question_text(args.question)
+        check_order(args.video, args.question)
+    if getattr(args, "system", None) is not None:
+        check_text(args.system, "The system prompt")
+    Sampling(**_sampling(args))
+    if args.video is None:
+        return
+    if args.command == "chat" and args.video in ("-", "/dev/stdin"):
+        raise ConfigError("Standard input brings the questions of a chat: give the video as a file.")
+    medium = Media(args.video)
+    if args.video == "-":
+        if sys.stdin is None:
+            raise ConfigError("There is no standard input: name a file instead of -.")
+        medium = Media("/dev/stdin" if os.path.lexists("/dev/stdin") else sys.stdin.buffer, "standard input")
+    label = medium.label()
+    check_source(medium, label)
+    # From here on it can be read again, whatever it is.
+    held = hold(medium.source, DEFAULT_LIMITS, label)
+    probe(held.source, name=label)
+    args.video = Media(held, medium.name or held.name)
 
 
 def _quiet_libraries() -> None:
@@ -281,8 +365,20 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def _forgiving_streams() -> None:
+    """No character that a terminal cannot show, or that is not valid where it is read, ends a command."""
+    for stream, errors in (
+        (sys.stdin, "surrogateescape"),
+        (sys.stdout, "backslashreplace"),
+        (sys.stderr, "backslashreplace"),
+    ):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    _forgiving_streams()
     args = build_parser().parse_args(argv)
     _quiet_libraries()
     run = {

@@ -20,9 +20,11 @@ from gradio.components.chatbot import ComponentMessage
 
 from app import markup
 from app.answer import Answer
+from app.api_types import ApiError
 from app.chat import VideoChat, Videos
 from app.sessions import Media, Session, Sessions, Turn
 from app.settings import Settings
+from app.wire import longest_text
 from encoder.errors import ConfigError, FluxChatError
 
 LOG = logging.getLogger("fluxchat")
@@ -67,8 +69,16 @@ class Handlers:
                 medium = Media(path, Path(path).name, self.chat.probe(path))
                 self.sessions.add(session, medium)
             except FluxChatError as error:
+                self.sessions.discard(path)
                 errors.append(markup.problem(_sentence(error)))
         return errors[0] if errors else ""
+
+    def add_copy(self, session: Session, path: str) -> str:
+        """One of our own files, as if it had been uploaded; returns an error as HTML."""
+        try:
+            return self.add(session, [self.sessions.copy(path)])
+        except (ApiError, OSError) as error:  # no room for it
+            return markup.problem(_sentence(error))
 
     # -- the price ------------------------------------------------------------------------------------------
 
@@ -97,7 +107,7 @@ class Handlers:
         if medium is None:
             return ""
         try:
-            seen = self.chat.preview(medium.path, settings.budget, settings.selector, scope=session.id)
+            seen = self.chat.preview(medium.path, settings.budget, settings.selector, scope=session.scope)
         except FluxChatError as error:
             return markup.problem(_sentence(error))
         kept, grid = len(seen.kept.indices), seen.kept.grid
@@ -140,7 +150,7 @@ class Handlers:
                 turn.error, turn.phase = "Stopped.", ""
             session.busy -= 1
             if session.closed:
-                self.chat.forget(session.id)
+                self.chat.forget(session.scope)
 
     def stop(self, session: Session) -> None:
         """End what the session computes within one token."""
@@ -183,7 +193,7 @@ class Handlers:
         finally:
             session.busy -= 1
             if session.closed:
-                self.chat.forget(session.id)
+                self.chat.forget(session.scope)
 
     def messages(self, session: Session) -> list[dict[str, Any]]:
         """The conversation for the chat display: two messages for every turn."""
@@ -216,6 +226,7 @@ class Handlers:
         history: list[tuple[str, str]],
     ) -> Iterator[tuple[str, str, Answer | None]]:
         """(text so far, what is being done, the answer when it is there), at most every YIELD_S seconds."""
+        self._check_length(question, settings.system)
         news: queue.Queue[str | None] = queue.Queue()
         phase = ""
 
@@ -228,7 +239,7 @@ class Handlers:
             Videos(medium.path for medium in session.media),
             question,
             history=history,
-            scope=session.id,
+            scope=session.scope,
             progress=tell,
             stop=stop,
             **settings.options(),
@@ -273,12 +284,18 @@ class Handlers:
             raise FluxChatError(SURPRISE)
         yield stream.answer.text, "", stream.answer
 
+    def _check_length(self, *texts: str) -> None:
+        """Raises ConfigError for what can never fit the model, before it is tokenised."""
+        limit = longest_text(self.chat)
+        if sum(map(len, texts)) > limit:
+            raise ConfigError(f"That is too long: a question has at most {limit} characters.")
+
     def _details(self, session: Session, settings: Settings, answer: Answer) -> str:
         """Strips of what was looked at, and the small print."""
         strips = []
         for index, (medium, kept) in enumerate(zip(session.media, answer.kept, strict=False)):
             frames = self.chat.preview(
-                medium.path, settings.budget, settings.selector, scope=session.id
+                medium.path, settings.budget, settings.selector, scope=session.scope
             ).frames
             if len(frames) == kept.grid.frames:
                 label = f"What it looked at in {medium.name}"
@@ -287,7 +304,9 @@ class Handlers:
 
     # -- programs -------------------------------------------------------------------------------------------
 
-    def api_ask(self, video: str | None, question: str, budget: str = "") -> tuple[str, dict[str, Any]]:
+    def api_ask(
+        self, video: str | None, question: str, budget: str = "", *, scope: str = ""
+    ) -> tuple[str, dict[str, Any]]:
         """Answer one question about a video or image.
 
         Args:
@@ -295,7 +314,8 @@ class Handlers:
             question: what you want to know
             budget: tokens to keep: a number, "full", "auto" or "auto:SECONDS"; empty: the model's own
         """
-        answer = self.chat.ask(video, question, budget=budget.strip() or None)
+        self._check_length(question)
+        answer = self.chat.ask(video, question, budget=budget.strip() or None, scope=scope)
         return answer.text, answer.to_dict()
 
     def api_estimate(self, video: str | None, budget: str = "") -> dict[str, Any]:
@@ -310,6 +330,6 @@ class Handlers:
         return asdict(self.chat.estimate(video, budget.strip() or None))
 
 
-def _sentence(error: FluxChatError) -> str:
+def _sentence(error: Exception) -> str:
     """Its message on one line."""
     return " ".join(str(error).split())

@@ -2,8 +2,8 @@
 
     serve(VideoChat(trusted=False, limits=WEB_LIMITS), port=7860)
 
-Bound to this machine unless people must log in. One line on stdout when it is ready; SIGTERM lets the answers
-that are being made finish.
+Bound to this machine unless people must log in. One line on stdout when it is ready, one on stderr that says
+what guards it; SIGTERM lets the answers that are being made finish, a second one ends them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import contextlib
 import importlib.util
 import logging
 import os
+import signal
 import socket
+import sys
 import threading
 import webbrowser
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,8 +27,10 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from app.bodies import Bodies
 from app.chat import VideoChat
-from app.guard import LOCAL, Credentials, Guard
+from app.connections import ConnectionLimits, Connections
+from app.guard import LOCAL, Credentials, Guard, Lock
 from app.mount import mount_page
 from app.scratch import ScratchFolder
 from app.server import Server, ServerSettings
@@ -38,16 +42,21 @@ WEB_LIMITS = Limits(
     seconds=20.0, max_pixels=8192 * 4320, max_duration_s=3600.0, max_bytes=200 * 2**20, memory_mib=2048
 )
 GONE_S = 2.0  # for connections that stay open without a question
+STOPPED_S = 0.5  # for answers that were told to stop at once
+END_S = 1.5  # from the second signal to the end of the process, whatever its threads do
+SWITCH_S = 1e-3  # what a computing thread may keep the event loop waiting, a fifth of Python's own
+FILES, SPARE_FILES = 4096, 200  # open files to ask the system for, and those that are no connections
 
 
 @dataclass(frozen=True)
 class LaunchOptions:
     """How to serve. host, port: 0 takes any free port. credentials: who may use it.
 
-    hosts: further names it may be asked by (behind a proxy). public: bind elsewhere without a login, for
-    places that have their own. examples: (file, question) pairs of the page, None for the shipped ones.
-    mcp: offer ask and estimate as MCP tools. page: serve the page too. browser: open it. drain_s: how long a
-    SIGTERM lets answers go on.
+    hosts: further names it may be asked by (behind a proxy). proxies: addresses whose X-Forwarded-For is
+    believed. connections: bounds on them. public: bind elsewhere without a login, for places that have their
+    own, and may show the page in a frame. examples: (file, question) pairs of the page, None for the
+    shipped ones. mcp: offer ask and estimate as MCP tools. page: serve the page too. browser: open it.
+    drain_s: how long a SIGTERM lets answers go on.
     """
 
     host: str = "127.0.0.1"
@@ -55,6 +64,8 @@ class LaunchOptions:
     credentials: Credentials = field(default_factory=Credentials)
     server: ServerSettings = field(default_factory=ServerSettings)
     hosts: tuple[str, ...] = ()
+    proxies: tuple[str, ...] = ("127.0.0.1",)
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     public: bool = False
     examples: Sequence[tuple[str, str]] | None = None
     mcp: bool = False
@@ -64,9 +75,10 @@ class LaunchOptions:
 
     def check(self) -> None:
         """Raises ConfigError for what would be unsafe or cannot work."""
-        if not self.local and self.credentials.login is None and not self.public:
+        if not self.local and not self.credentials.needed and not self.public:
             raise ConfigError(
-                f"Binding to {self.host} lets others in: add --auth USER:PASSWORD, or stay on 127.0.0.1."
+                f"Binding to {self.host} lets others in: add --auth USER:PASSWORD or --api-key KEY, "
+                "or stay on 127.0.0.1."
             )
         if self.server.media_root is not None and not self.server.media_root.is_dir():
             raise ConfigError(f"The media root {self.server.media_root} is not a folder.")
@@ -80,8 +92,12 @@ class LaunchOptions:
 
 
 def make_app(chat: VideoChat, options: LaunchOptions) -> FastAPI:
-    """Page and API as one ASGI application; `app.state.server` is the API's Server."""
+    """Page and API as one ASGI application; `app.state.server` is the API's Server.
+
+    Raises ConfigError.
+    """
     options.check()
+    lock = Lock(options.credentials)
     server = Server(chat, options.server)
 
     @contextlib.asynccontextmanager
@@ -95,12 +111,22 @@ def make_app(chat: VideoChat, options: LaunchOptions) -> FastAPI:
 
     # The usual documentation pages load scripts from elsewhere.
     app = FastAPI(title="FluxChat", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.state.server = server
+    app.state.server, app.state.sessions = server, None
     server.install(app)
     if options.page:
-        app = mount_page(app, chat, options)
+        app = mount_page(app, chat, server, options)
     hosts = (*LOCAL, *options.hosts) if options.local else options.hosts or None
-    app.add_middleware(Guard, credentials=options.credentials, hosts=hosts)
+    app.add_middleware(Bodies, limit=options.server.bodies_mib * 2**20, uploads=options.server.uploads)
+    app.add_middleware(
+        Guard, lock=lock, hosts=hosts, framed=options.public, closing=lambda: server.scheduler.draining
+    )
+    if options.credentials.needed:
+        for what, name in (
+            ("total", "fluxchat_key_requests_total"),
+            ("refused", "fluxchat_key_refused_total"),
+        ):
+            text = "Requests by key." if what == "total" else "Requests past a key's rate or quota."
+            server.metrics.read(name, text, lambda what=what: lock.keys.counts(what), "counter")  # type: ignore[misc]
     return app
 
 
@@ -121,69 +147,114 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(chat: VideoChat, options: LaunchOptions, listener: socket.socket | None = None) -> None:
-    """Serve until SIGTERM or Ctrl-C. listener: a socket of `bind`, when it was wanted before the model.
+    """Serve until SIGTERM or Ctrl-C; a second one ends the process within 2 s, whatever its threads do.
 
-    Raises ConfigError before anything starts.
+    listener: a socket of `bind`, when it was wanted before the model. Raises ConfigError, before it starts.
     """
     options.check()
     listener = listener or bind(options.host, options.port)
-    with contextlib.suppress(KeyboardInterrupt), _own_uploads():
-        make_server(chat, options, listener).run([listener])
+    files = _more_files()
+    if files is not None:
+        total = max(32, min(options.connections.total, files - SPARE_FILES))
+        options = replace(options, connections=replace(options.connections, total=total))
+    sys.setswitchinterval(SWITCH_S)
+    with contextlib.suppress(KeyboardInterrupt), _own_uploads() as tidy:
+        server = make_server(chat, options, listener)
+        server.ends_with = tidy
+        server.run([listener])
 
 
 @contextlib.contextmanager
-def _own_uploads() -> Iterator[None]:
-    """A folder for uploads to the page, unless one is given: gradio's is shared by all its programs."""
+def _own_uploads() -> Iterator[Callable[[], None]]:
+    """A folder for uploads to the page, unless one is given: gradio's is shared by all its programs.
+
+    Gives what deletes it, for a process that ends at once.
+    """
     if "GRADIO_TEMP_DIR" in os.environ:
-        yield
+        yield lambda: None
         return
     scratch = ScratchFolder("page")
     os.environ["GRADIO_TEMP_DIR"] = scratch.path
     try:
-        yield
+        yield scratch.remove
     finally:
         del os.environ["GRADIO_TEMP_DIR"]
         scratch.remove()
 
 
-def make_server(chat: VideoChat, options: LaunchOptions, listener: socket.socket) -> uvicorn.Server:
+def _more_files() -> int | None:
+    """Ask for more open files, each connection being one; how many there may be, None where nobody says."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= FILES:
+        return FILES
+    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (ValueError, OSError):
+        return int(soft)
+    return int(wanted)
+
+
+def make_server(chat: VideoChat, options: LaunchOptions, listener: socket.socket) -> _Server:
     """What `serve` runs; its `run([listener])` may be called in another thread, and `should_exit` ends it."""
     app = make_app(chat, options)
+    connections = Connections(options.connections, options.proxies)
+    app.state.server.metrics.read("fluxchat_connections", "Open connections.", lambda: len(connections))
     config = uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=max(1, round(GONE_S)),
-        limit_concurrency=1024,
+        http=connections.protocol,  # type: ignore[arg-type]
+        ws="none",
+        forwarded_allow_ips=",".join(options.proxies),
     )
-    return _Server(config, app.state.server, chat, options, listener)
+    return _Server(config, app, chat, options, listener, connections)
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that says when it is ready and drains when told to end; a second signal ends it at once."""
+    """uvicorn that says when it is ready and drains when told to end; a second signal ends it at once.
+
+    ends_with: set when the process is the server's own, so that it may be ended: what must be done before.
+    """
 
     def __init__(
         self,
         config: uvicorn.Config,
-        api: Server,
+        app: FastAPI,
         chat: VideoChat,
         options: LaunchOptions,
         listener: socket.socket,
+        connections: Connections,
     ) -> None:
         super().__init__(config)
-        self._api, self._chat, self._options, self._listener = api, chat, options, listener
+        self._app, self._chat, self._options, self._listener = app, chat, options, listener
+        self._api: Server = app.state.server
+        self._connections = connections
+        self.ends_with: Callable[[], None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         address = _address(self._listener)
         print(f"FluxChat is ready at {address}", flush=True)
+        print(guard_line(self._options), file=sys.stderr, flush=True)
         if self._options.browser:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:  # once a second
+            self._connections.sweep()
+        return await super().on_tick(counter)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
+        if self.should_exit and not self.force_exit:
             self.force_exit = True
+            self._end_in(END_S, 128 + sig)
         self.should_exit = True  # not passed on to uvicorn, which would raise the signal again at the end
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -192,9 +263,21 @@ class _Server(uvicorn.Server):
             await asyncio.sleep(0.05)
         draining.cancel()
         self._api.scheduler.close()
+        if self._app.state.sessions is not None:
+            threading.Thread(target=self._app.state.sessions.close_all, daemon=True).start()
+        loop = asyncio.get_running_loop()
+        end = loop.time() + (STOPPED_S if self.force_exit else GONE_S)
+        while self._busy and loop.time() < end:
+            await asyncio.sleep(0.02)
+        self._api.scheduler.abandon()
+        if self._busy:  # a thread that cannot be stopped must not keep the process
+            self._end_in(GONE_S + END_S, 1)
+        await asyncio.sleep(0.05)
         # What is still open now are pages waiting for news; that they are cut off is no error.
         logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         await super().shutdown(sockets)
+        if self.force_exit:  # uvicorn leaves out the application's own end then
+            self._api.close()
 
     async def _drain(self) -> None:
         loop = asyncio.get_running_loop()
@@ -202,6 +285,43 @@ class _Server(uvicorn.Server):
         await self._api.scheduler.drain(self._options.drain_s)
         while self._chat.decoding[2] and loop.time() < end:  # the page's answers
             await asyncio.sleep(0.05)
+
+    @property
+    def _busy(self) -> bool:
+        return self._api.scheduler.running > 0 or self._chat.decoding[2] > 0
+
+    def _end_in(self, seconds: float, status: int) -> None:
+        """End the process then, if it is still there and ours."""
+        if self.ends_with is None:
+            return
+
+        def end() -> None:
+            self._api.store.close()
+            if self.ends_with is not None:
+                self.ends_with()
+            _kill_children()
+            os._exit(status)
+
+        timer = threading.Timer(seconds, end)
+        timer.daemon = True
+        timer.start()
+
+
+def _kill_children() -> None:
+    """Decoders of this process must not outlive it."""
+    with contextlib.suppress(Exception):  # the process ends whatever happens
+        import psutil
+
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.send_signal(signal.SIGKILL)
+
+
+def guard_line(options: LaunchOptions, *notes: str) -> str:
+    """What guards this server, in one line; notes: more of it."""
+    who = f"asks for {options.credentials}" if options.credentials.needed else str(options.credentials)
+    where = "only this machine can connect" if options.local else f"bound to {options.host}"
+    return "FluxChat: " + "; ".join((who, where, *notes)) + "."
 
 
 def _address(listener: socket.socket) -> str:
@@ -226,10 +346,12 @@ def options_of(args: Any) -> LaunchOptions:
 
     Raises ConfigError.
     """
-    if min(args.parallel, args.upload_mib) < 1 or min(args.queue, args.cache_mib) < 0:
+    if min(args.parallel, args.upload_mib, args.store_mib) < 1 or min(args.queue, args.cache_mib) < 0:
         raise ConfigError(
-            "--parallel and --upload-mib must be at least 1, --queue and --cache-mib at least 0."
+            "--parallel, --upload-mib and --store-mib must be at least 1, --queue and --cache-mib at least 0."
         )
+    if min(args.max_connections, args.connections_per_address) < 1:
+        raise ConfigError("--max-connections and --connections-per-address must be at least 1.")
     if not 0 <= args.port < 65536:
         raise ConfigError(f"A port lies between 0 and 65535: --port cannot be {args.port}.")
     options = LaunchOptions(
@@ -238,6 +360,7 @@ def options_of(args: Any) -> LaunchOptions:
         credentials=Credentials(
             args.api_key or os.environ.get("FLUXCHAT_API_KEY") or None,
             login_of(args.auth or os.environ.get("FLUXCHAT_AUTH") or None),
+            None if args.api_keys is None else Path(args.api_keys),
         ),
         server=ServerSettings(
             slots=args.parallel,
@@ -245,10 +368,14 @@ def options_of(args: Any) -> LaunchOptions:
             media_root=None if args.media_root is None else Path(args.media_root),
             url_hosts=tuple(args.allow_url_host),
             upload_mib=args.upload_mib,
+            store_mib=max(args.store_mib, args.upload_mib),
         ),
         hosts=tuple(args.allow_host),
+        proxies=tuple(args.proxy),
+        connections=ConnectionLimits(args.max_connections, args.connections_per_address),
         mcp=args.mcp,
         browser=args.browser,
     )
     options.check()
+    Lock(options.credentials)  # a file of keys that is wrong is said before the model is loaded
     return options

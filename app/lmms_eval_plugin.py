@@ -135,8 +135,11 @@ def sampling(generation: dict[str, Any]) -> dict[str, Any]:
     temperature = float(generation.get("temperature") or 0.0)
     if generation.get("do_sample", temperature > 0) and temperature > 0:
         chosen |= {"temperature": temperature, "seed": 0}
-        if generation.get("top_p"):
-            chosen["top_p"] = float(generation["top_p"])
+        for name, kind in (("top_p", float), ("top_k", int), ("min_p", float)):
+            if generation.get(name):
+                chosen[name] = kind(generation[name])
+    if generation.get("repetition_penalty"):
+        chosen["repetition_penalty"] = float(generation["repetition_penalty"])
     return chosen
 
 

@@ -7,38 +7,46 @@ file of the machine could be named as a video. It also fetches whatever public U
 from __future__ import annotations
 
 import asyncio
+import io
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 
 from app.chat import SHIPPED, VideoChat
 from app.download import download
+from app.media import MediaStore
+from app.page_door import PageDoor, PageUploads
+from app.server import Server
 
 if TYPE_CHECKING:
     from app.launch import LaunchOptions
 
 
-def mount_page(app: FastAPI, chat: VideoChat, options: LaunchOptions) -> FastAPI:
-    """The application with the page at its root."""
+def mount_page(app: FastAPI, chat: VideoChat, server: Server, options: LaunchOptions) -> FastAPI:
+    """The application with the page at its root; its uploads go to the server's store."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio
+    from gradio.utils import get_upload_folder
 
     from app.web import build, page_options
 
-    page = build(chat, options.examples, workers=options.server.slots)
-    limit = options.server.upload_mib * 2**20
+    folder, limit = get_upload_folder(), options.server.upload_mib * 2**20
+    page = build(chat, options.examples, workers=options.server.slots, store=server.store)
+    uploads = PageUploads(server.store, folder, limit)
+    app.router.add_route("/gradio_api/upload", uploads.upload, ["POST"])
+    app.router.add_route("/gradio_api/upload_progress", uploads.progress, ["GET"])
     mounted = gradio.mount_gradio_app(
         app,
         page,
         "/",
         server_name=options.host,
         server_port=options.port,
-        auth=options.credentials.login,
+        # The guard has let in who comes here.
+        auth_dependency=_name if options.credentials.needed else None,
         allowed_paths=[],
         blocked_paths=[str(SHIPPED.parents[1])],
         show_error=False,
@@ -48,24 +56,36 @@ def mount_page(app: FastAPI, chat: VideoChat, options: LaunchOptions) -> FastAPI
         mcp_server=options.mcp,
         **page_options(),
     )
-    lock(page, options.server.url_hosts, limit)
+    lock(page, server.store, options.server.url_hosts, limit)
+    mount: Any = mounted.routes[-1]
+    mount.app = PageDoor(mount.app, server.store, folder, options.server.url_hosts, mcp=options.mcp)
+    app.state.sessions = page.sessions  # type: ignore[attr-defined]
     return mounted
 
 
-def lock(page: Any, hosts: Sequence[str], max_bytes: int) -> None:
-    """Take only uploads as files, and URLs of `hosts` only."""
+def _name(request: Request) -> str | None:
+    name: str | None = request.scope.get("fluxchat.name")
+    return name
+
+
+def lock(page: Any, store: MediaStore, hosts: Sequence[str], max_bytes: int) -> None:
+    """Take only uploads as files, and URLs of `hosts` only; leave files to our own decoders."""
+    from gradio import processing_utils
+
+    # Gradio would run ffmpeg over what a stranger uploaded, outside of the sandbox.
+    processing_utils.ffmpeg_installed = lambda: False
     page.has_launched = True  # what gradio's check of paths asks for
     for block in page.blocks.values():
         if hasattr(block, "async_move_resource_to_block_cache"):
-            block.async_move_resource_to_block_cache = _Fetcher(block, hosts, max_bytes)
+            block.async_move_resource_to_block_cache = _Fetcher(block, store, hosts, max_bytes)
 
 
 class _Fetcher:
     """Brings what a request names into one component's cache."""
 
-    def __init__(self, block: Any, hosts: Sequence[str], max_bytes: int) -> None:
+    def __init__(self, block: Any, store: MediaStore, hosts: Sequence[str], max_bytes: int) -> None:
         self._block, self._usual = block, block.async_move_resource_to_block_cache
-        self._hosts, self._max_bytes = hosts, max_bytes
+        self._store, self._hosts, self._max_bytes = store, hosts, max_bytes
 
     async def __call__(self, source: str | Path | None) -> str | None:
         if source is None or not str(source).lower().startswith(("http://", "https://")):
@@ -74,11 +94,8 @@ class _Fetcher:
         if (upload := self._upload(str(source))) is not None:
             return upload
         content = await asyncio.to_thread(download, str(source), self._hosts, self._max_bytes)
-        folder = tempfile.mkdtemp(dir=self._cache())
-        path = os.path.join(folder, "video")
-        await asyncio.to_thread(Path(path).write_bytes, content)
-        self._block.temp_files.add(path)
-        return path
+        stored = await asyncio.to_thread(self._store.add, io.BytesIO(content), "video", page=self._cache())
+        return stored.path
 
     def _upload(self, url: str) -> str | None:
         """The upload that a URL stands for, as MCP tools name it; the host may be that of a proxy."""

@@ -18,6 +18,7 @@ from typing import Any
 
 from app.answer import Answer
 from app.api_types import ApiError
+from app.guard import shutting_down
 from app.turns import AnswerStream
 
 Source = Callable[[], AbstractContextManager[AnswerStream]]
@@ -49,6 +50,11 @@ class Job:
             error = caught
         self._tell(error if error is not None else _END)
 
+    def abandon(self, error: BaseException) -> None:
+        """Tell the reader so now, whatever the thread still does."""
+        self.stop()
+        self._pieces.put_nowait(error)
+
     def _tell(self, item: Any) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, item)
@@ -76,7 +82,7 @@ class Scheduler:
         self._jobs: set[Job] = set()
         self._waiting = 0
         self._usual_s = 5.0  # how long an answer takes, a moving average
-        self._draining = False
+        self._draining = self._closed = False
 
     @property
     def running(self) -> int:
@@ -96,13 +102,7 @@ class Scheduler:
     def check(self) -> None:
         """Raises ApiError when a request is refused: 429 past the queue's length, 503 at the end."""
         if self._draining:
-            raise ApiError(
-                503,
-                "The server is shutting down: ask it again in a moment.",
-                kind="server_error",
-                code="shutting_down",
-                headers={"Retry-After": "5"},
-            )
+            raise shutting_down()
         if self._free.locked() and self._waiting >= self._queue:
             seconds = max(1, math.ceil(self._usual_s * (self._waiting + 1) / self._slots))
             raise ApiError(
@@ -124,6 +124,9 @@ class Scheduler:
             await self._free.acquire()
         finally:
             self._waiting -= 1
+        if self._closed:
+            self._free.release()
+            raise shutting_down()
         job = Job()
         self._jobs.add(job)
         started = time.monotonic()
@@ -146,8 +149,15 @@ class Scheduler:
             job.stop()
 
     def close(self) -> None:
-        """Stop everything."""
-        self._draining = True
+        """Stop everything; who waits gets a 503."""
+        self._draining = self._closed = True
         for job in self._jobs:
             job.stop()
+        for _ in range(self._waiting):
+            self._free.release()
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def abandon(self) -> None:
+        """After `close`: a 503 for whoever still waits for an answer whose thread does not end."""
+        for job in self._jobs:
+            job.abandon(shutting_down())

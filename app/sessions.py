@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
+import shutil
 import tempfile
 import threading
 import time
@@ -12,10 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.answer import Answer
+from app.api_types import ApiError
+from app.media import MediaStore
 from encoder.errors import ConfigError
 from encoder.video import VideoInfo
 
 IDLE_S = 1800.0
+KEPT_S = 3600.0  # for uploads that no session ever used
+MAX_SESSIONS = 1000
 MAX_MEDIA = 8  # videos and images in one conversation
 MAX_SECONDS = 4 * 3600.0  # of video in one conversation
 
@@ -53,9 +60,13 @@ class Turn:
 
 @dataclass
 class Session:
-    """One tab's conversation. `stop` ends what it computes now; a new event is made for each question."""
+    """One tab's conversation. `stop` ends what it computes now; a new event is made for each question.
+
+    scope: what a model keeps for it, under a name that nobody can guess.
+    """
 
     id: str
+    scope: str = field(default_factory=lambda: secrets.token_urlsafe(16))
     media: list[Media] = field(default_factory=list)
     shown: int = 0
     turns: list[Turn] = field(default_factory=list)
@@ -102,15 +113,22 @@ class Session:
 class Sessions:
     """All sessions by id. Thread-safe; a thread that lives while there are sessions frees the idle ones.
 
-    forget: frees what a model keeps for a session id. uploads: only files below this folder are ever deleted
-    (default: where Gradio puts uploads), each when no session uses it any more.
+    forget: frees what a model keeps for a session's scope. uploads: only files below this folder are ever
+    deleted (default: where Gradio puts uploads), each when no session uses it any more. store: what has the
+    files that came over the server's own doors, and keeps them while a session uses them.
     """
 
     def __init__(
-        self, forget: Callable[[str], None], *, idle_s: float = IDLE_S, uploads: str | Path | None = None
+        self,
+        forget: Callable[[str], None],
+        *,
+        idle_s: float = IDLE_S,
+        uploads: str | Path | None = None,
+        store: MediaStore | None = None,
     ) -> None:
         folder = uploads or os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio"
-        self._uploads = Path(folder).resolve()
+        self.uploads = Path(folder).resolve()
+        self.store = store
         self._forget, self._idle_s = forget, idle_s
         self._sessions: dict[str, Session] = {}
         self._files: Counter[str] = Counter()
@@ -122,7 +140,16 @@ class Sessions:
         return len(self._sessions)
 
     def get(self, session_id: str) -> Session:
-        """The session, made on its first visit; counts as a sign of life."""
+        """The session, made on its first visit; counts as a sign of life.
+
+        Past MAX_SESSIONS, the one that has idled longest makes room.
+        """
+        with self._lock:
+            session = self._sessions.get(session_id)
+            idle = [s for s in self._sessions.values() if not s.busy]
+            oldest = min(idle, key=lambda s: s.touched) if idle else None
+        if session is None and oldest is not None and len(self._sessions) >= MAX_SESSIONS:
+            self.close(oldest.id)
         with self._lock:
             session = self._sessions.get(session_id)
             if session is None:
@@ -133,11 +160,34 @@ class Sessions:
             session.touched = time.monotonic()
             return session
 
+    def copy(self, path: str | Path) -> str:
+        """A copy of one of our own files, as if it had been uploaded."""
+        if self.store is not None:
+            with open(path, "rb") as source:
+                return self.store.add(source, Path(path).name, page=self.uploads).path
+        self.uploads.mkdir(parents=True, exist_ok=True)
+        return shutil.copy(path, tempfile.mkdtemp(dir=self.uploads))
+
     def add(self, session: Session, medium: Media) -> None:
         """Bring a video or image in; raises ConfigError when the session holds too many."""
         with self._lock:
+            if session.closed:
+                raise ConfigError("This conversation has ended: reload the page.")
             session.add(medium)
+            try:
+                if self.store is not None:
+                    self.store.hold(medium.path)
+            except ApiError as error:  # deleted a moment ago
+                session.media.remove(medium)
+                session.shown = max(0, len(session.media) - 1)
+                raise ConfigError(str(error)) from None
             self._files[medium.path] += 1
+
+    def discard(self, path: str) -> None:
+        """Delete an upload that was not taken, unless a session has it."""
+        with self._lock:
+            if path not in self._files and self.store is not None and self.store.hold(path):
+                self.store.release(path)
 
     def remove(self, session: Session, index: int) -> None:
         """Take a video or image out and delete its upload if nobody else has it."""
@@ -159,7 +209,7 @@ class Sessions:
                 self._release(medium)
             session.media.clear()
             session.turns.clear()
-        self._forget(session_id)
+        self._forget(session.scope)
 
     def close_all(self) -> None:
         """Free everything; for shutting down."""
@@ -174,6 +224,17 @@ class Sessions:
             idle = [s.id for s in self._sessions.values() if s.touched < limit and not s.busy]
         for session_id in idle:
             self.close(session_id)
+        if self.store is None:  # which has its own sweep
+            self._sweep_uploads()
+
+    def _sweep_uploads(self) -> None:
+        """Delete old files that no session uses, with folders that are empty then."""
+        limit = time.time() - max(KEPT_S, self._idle_s)
+        for path in self.uploads.glob("*/*") if self.uploads.is_dir() else ():
+            with self._lock, contextlib.suppress(OSError):
+                if str(path) not in self._files and path.is_file() and path.stat().st_mtime < limit:
+                    path.unlink()
+                    path.parent.rmdir()
 
     def _reap(self) -> None:
         while not self._wake.wait(min(60.0, self._idle_s / 2)):
@@ -184,10 +245,13 @@ class Sessions:
                     return
 
     def _release(self, medium: Media) -> None:
+        kept = self.store is not None and self.store.release(medium.path)
         self._files[medium.path] -= 1
         if self._files[medium.path] > 0:
             return
         del self._files[medium.path]
         path = Path(medium.path).resolve()
-        if self._uploads in path.parents:
+        if not kept and self.uploads in path.parents:
             path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()  # if nothing else is in it

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from encoder.errors import FluxChatError
+from encoder.errors import ConfigError, FluxChatError
 
 if TYPE_CHECKING:
     from app.answer import Answer
@@ -19,60 +20,113 @@ HELP = """\
 Ask anything about the video. Commands:
   /budget N      tokens the encoder may keep: a number, full, auto or auto:SECONDS
   /video PATH    talk about another video or image
+  /add PATH      another video or image beside it, for the next question
   /estimate      what the budget costs on this video
   /new           forget the conversation
   /quit          leave (or Ctrl-D); Ctrl-C stops an answer"""
+QUIT = ("quit", "exit", "q")
 
 
-def converse(chat: VideoChat, video: str | None, options: dict[str, Any]) -> int:
-    """Read questions until /quit or end of input; returns the exit status."""
-    interactive = sys.stdin.isatty()
-    conversation = chat.conversation(video, **options)
+def converse(chat: VideoChat, video: Any, options: dict[str, Any]) -> int:
+    """Read questions until /quit or end of input; returns the exit status. video: as `ask` takes it."""
+    interactive = sys.stdin is not None and sys.stdin.isatty()
     if interactive:
         print(f"{chat.name} on {chat.device}. {HELP}\n")
-    if video is not None:
-        print(f"Video: {video}\n{chat.estimate(video, options['budget'])}\n")
+    terminal = Terminal(chat, video, options)
+    terminal.introduce()
     while True:
         try:
             line = input("> " if interactive else "").strip()
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt, RuntimeError):  # RuntimeError: there is no standard input
             return 0
         if not line:
             continue
         if not interactive:
-            print(f"> {line}")
+            print("> " + line.encode(errors="backslashreplace").decode())
+        name, _, value = line[1:].partition(" ")
+        if line.startswith("/") and name in QUIT:
+            return 0
         try:
             if line.startswith("/"):
-                name, _, value = line[1:].partition(" ")
-                if name in ("quit", "exit", "q"):
-                    return 0
-                if name == "budget":
-                    chat.plan_budget(value)
-                    options["budget"] = value
-                    conversation.options["budget"] = value
-                elif name == "video":
-                    video = value.strip()
-                    conversation = chat.conversation(video, **options)
-                elif name == "new":
-                    conversation = chat.conversation(video, **options)
-                elif name != "estimate":
-                    print(HELP)
-                    continue
-                if video is not None and name != "new":
-                    print(chat.estimate(video, options["budget"]))
-                continue
-            answer = _print_stream(conversation.stream(line))
-            print(f"   [{_small_print(answer)}]\n", flush=True)
+                terminal.command(name, value.strip())
+            else:
+                terminal.ask(line)
         except FluxChatError as error:
-            print(f"! {error}")
+            print(f"! {' '.join(str(error).split())}", flush=True)
+
+
+class Terminal:
+    """What is being talked about. A command that fails changes nothing."""
+
+    def __init__(self, chat: VideoChat, video: Any, options: dict[str, Any]) -> None:
+        self.chat, self.video, self.options = chat, video, dict(options)
+        self.conversation = chat.conversation(video, **self.options)
+
+    def introduce(self) -> None:
+        """Say what the conversation is about, and the price; raises FluxChatError."""
+        from app.messages import as_media
+
+        if self.video is not None:
+            label = as_media(self.video).label()
+            print(f"Video: {label}\n{self.chat.estimate(self.video, self.options['budget'])}\n", flush=True)
+
+    def command(self, name: str, value: str) -> None:
+        """Run one; raises FluxChatError."""
+        if name == "budget":
+            self._set_budget(value)
+        elif name == "video":
+            self._show(_path(value, name))
+        elif name == "add":
+            self.conversation.add(_path(value, name))
+            print("It comes with the next question.", flush=True)
+        elif name == "new":
+            self.conversation = self.chat.conversation(self.video, **self.options)
+            print("A new conversation.", flush=True)
+        elif name == "estimate":
+            if self.video is None:
+                raise ConfigError("There is no video yet: /video PATH takes one.")
+            print(self.chat.estimate(self.video, self.options["budget"]), flush=True)
+        else:
+            print(HELP, flush=True)
+
+    def ask(self, question: str) -> None:
+        """Answer as it comes; raises FluxChatError."""
+        answer = _print_stream(self.conversation.stream(question))
+        print(f"   [{_small_print(answer)}]\n", flush=True)
+
+    def _set_budget(self, value: str) -> None:
+        self.chat.plan_budget(value)
+        price = None if self.video is None else self.chat.estimate(self.video, value)
+        self.options["budget"] = self.conversation.options["budget"] = value
+        print(f"Budget: {value}" if price is None else price, flush=True)
+
+    def _show(self, path: str) -> None:
+        medium = self.chat.keep(path)
+        price = self.chat.estimate(medium, self.options["budget"])
+        self.conversation, self.video = self.chat.conversation(medium, **self.options), medium
+        print(price, flush=True)
+
+
+def _path(value: str, command: str) -> str:
+    """A path as people type or drop it: quoted, or from the home folder; raises ConfigError without one."""
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" and not os.path.lexists(value):
+        value = value[1:-1]
+    if not value:
+        raise ConfigError(f"Say which file: /{command} PATH.")
+    return os.path.expanduser(value)
 
 
 def _print_stream(stream: AnswerStream) -> Answer:
     """Show the answer as it comes; Ctrl-C stops the computation and keeps what is there."""
-    with _interrupt_stops(stream):
-        for piece in stream:
-            print(piece, end="", flush=True)
-    print()
+    begun = False
+    try:
+        with _interrupt_stops(stream):
+            for piece in stream:
+                print(piece, end="", flush=True)
+                begun = True
+    finally:
+        if begun:
+            print()
     return stream.answer
 
 

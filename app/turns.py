@@ -2,57 +2,74 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
 
 from app.answer import Answer, Seen, Timings, Usage
-from encoder.budget import Budget
-from encoder.errors import ConfigError, FluxChatError
-from encoder.selection import Selector
-from llm_bridge.generate import Generation, Sampling
-from llm_bridge.prompt import Message, render
+from app.messages import Media, Videos, as_media, media_of, question_text
+from encoder.errors import ConfigError, FluxChatError, ModelError
+from encoder.video import VideoInfo
+from llm_bridge.generate import Generation, GenerationStats
+from llm_bridge.prompt import Message, check_text
 
-if TYPE_CHECKING:
-    from app.chat import VideoChat
-
-# What begins ("decode", "encode", "prefill"), of which video, of how many.
-Progress = Callable[[str, int, int], None]
+__all__ = ["AnswerStream", "Conversation", "Videos"]
 
 
-class Videos(list[Any]):
-    """Several videos or images for one question: `chat.ask(Videos(["a.mp4", "b.jpg"]), "Which one?")`."""
+class NotCopied(ModelError, pickle.PicklingError):
+    """An object that belongs to one process: neither pickled nor copied."""
 
 
-class AnswerStream:
-    """An answer in the making: iterate for pieces of text, `stop()` from any thread, then read `answer`."""
+class Uncopied:
+    """Something with a model, threads and caches behind it: it stays in its process, as it is."""
+
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        raise NotCopied(
+            f"{type(self).__name__} objects cannot be pickled or copied: make a VideoChat in each process."
+        )
+
+
+class StopSignal(threading.Event):
+    """An event that is also set when one of the others is."""
+
+    def __init__(self, *others: Any) -> None:
+        super().__init__()
+        self._others = others
+
+    def is_set(self) -> bool:
+        return super().is_set() or any(other.is_set() for other in self._others)
+
+
+class AnswerStream(Uncopied):
+    """An answer in the making: iterate once for pieces of text, `stop()` from any thread, read `answer`.
+
+    prepare: looks at the media and gives what was seen and the generation, ready to run. check: raises
+    ModelError when no answer can be made any more.
+    """
 
     def __init__(
         self,
-        chat: VideoChat,
-        videos: list[Any],
-        question: str,
-        *,
-        budget: Budget | int | str | None,
-        history: Sequence[Message | tuple[str, str]],
-        system: str | None,
-        selector: Selector,
-        sampling: Sampling,
-        scope: str,
-        progress: Progress | None,
-        stop: threading.Event | None,
+        prepare: Callable[[StopSignal], tuple[Sequence[Seen], Generation]],
+        check: Callable[[], None],
+        stop: StopSignal,
     ) -> None:
-        self._chat, self._videos, self._question = chat, videos, question
-        self._budget, self._history, self._system = budget, history, system
-        self._selector, self._sampling = selector, sampling
-        self._scope, self._progress = scope, progress
-        self._stop = threading.Event() if stop is None else stop
+        self._prepare, self._check, self._stop = prepare, check, stop
+        self._listeners: list[Callable[[Answer], None]] = []
+        self._begun = False
         self._answer: Answer | None = None
 
     def stop(self) -> None:
         """End computing within one token; what was said so far stays."""
         self._stop.set()
+
+    def then(self, listener: Callable[[Answer], None]) -> None:
+        """Have a function told the answer once it has ended: complete, or stopped, but not failed."""
+        self._listeners.append(listener)
 
     @property
     def answer(self) -> Answer:
@@ -62,90 +79,119 @@ class AnswerStream:
         return self._answer
 
     def __iter__(self) -> Iterator[str]:
-        chat, start = self._chat, time.perf_counter()
-        looks = [self._look(index, video) for index, video in enumerate(self._videos)]
-        messages, visuals = self._messages(looks)
-        prompt = render(chat.model.llm.tokenizer, messages, time_form=chat.model.config.time_sentence)
-        if self._progress is not None:
-            self._progress("prefill", 0, 1)
+        if self._begun:
+            raise FluxChatError("This stream was read already: read its `answer`, or ask again.")
+        self._begun = True
+        start = time.perf_counter()
+        looks, generation = self._prepare(self._stop)
         prepared = time.perf_counter() - start
-        generation = Generation(
-            chat.model.llm,
-            prompt,
-            [v.embedding for v in visuals],
-            self._sampling,
-            chat._prefixes,
-            self._scope,
-            self._stop,
-            batcher=chat._batcher,
-        )
         pieces: list[str] = []
         try:
             for piece in generation:
                 pieces.append(piece)
                 yield piece
-        finally:
-            stats = generation.stats
-            self._answer = Answer(
-                text="".join(pieces).strip(),
-                usage=Usage(
-                    seen_tokens=sum(look.kept.grid.size for look in looks),
-                    kept_tokens=sum(len(look.kept.indices) for look in looks),
-                    visual_tokens=sum(look.visual.tokens for look in looks),
-                    prompt_tokens=stats.prompt_tokens,
-                    cached_tokens=stats.cached_tokens,
-                    completion_tokens=stats.completion_tokens,
-                ),
-                timings=Timings(
-                    decode_s=sum(look.decode_s for look in looks),
-                    encode_s=sum(look.encode_s for look in looks),
-                    prefill_s=stats.prefill_s,
-                    first_token_s=prepared + stats.first_token_s,
-                    total_s=time.perf_counter() - start,
-                    tokens_per_s=stats.tokens_per_s,
-                ),
-                kept=tuple(look.kept for look in looks),
-                finish=stats.finish,
-            )
+                self._check()
+            self._check()
+        except Exception:  # an answer that failed is none
+            raise
+        except BaseException:  # the reader left, or Ctrl-C: a stop
+            self._end(looks, replace(generation.stats, finish="cancelled"), pieces, prepared, start)
+            raise
+        self._end(looks, generation.stats, pieces, prepared, start)
 
-    def _look(self, index: int, video: Any) -> Seen:
-        def tell(what: str) -> None:
-            if self._progress is not None:
-                self._progress(what, index, len(self._videos))
-
-        return self._chat.look(video, self._budget, self._selector, scope=self._scope, progress=tell)
-
-    def _messages(self, looks: list[Seen]) -> tuple[list[Message], list[Seen]]:
-        """The conversation with the videos in its first user turn, and what is seen, in order."""
-        system = self._system or self._chat.model.config.system
-        messages = [Message.of("system", system)] if system else []
-        turns: list[Message] = []
-        for turn in self._history:
-            if isinstance(turn, Message):
-                turns.append(turn)
-            else:
-                turns += [Message.of("user", question_text(turn[0])), Message.of("assistant", str(turn[1]))]
-        turns.append(Message.of("user", self._question))
-        visuals = [look.visual for look in looks]
-        turns[0] = Message("user", (*visuals, *turns[0].content))
-        return messages + turns, looks
+    def _end(
+        self, looks: Sequence[Seen], stats: GenerationStats, pieces: list[str], prepared: float, start: float
+    ) -> None:
+        """Make the answer and tell it."""
+        self._answer = Answer(
+            text="".join(pieces).strip(),
+            usage=Usage(
+                seen_tokens=sum(look.kept.grid.size for look in looks),
+                kept_tokens=sum(len(look.kept.indices) for look in looks),
+                visual_tokens=sum(look.visual.tokens for look in looks),
+                prompt_tokens=stats.prompt_tokens,
+                cached_tokens=stats.cached_tokens,
+                completion_tokens=stats.completion_tokens,
+            ),
+            timings=Timings(
+                decode_s=sum(look.decode_s for look in looks),
+                encode_s=sum(look.encode_s for look in looks),
+                prefill_s=stats.prefill_s,
+                first_token_s=prepared + stats.first_token_s,
+                total_s=time.perf_counter() - start,
+                tokens_per_s=stats.tokens_per_s,
+            ),
+            kept=tuple(look.kept for look in looks),
+            finish=stats.finish,
+        )
+        for listener in self._listeners:
+            listener(self._answer)
 
 
-class Conversation:
+class Asked(Protocol):
+    """What a conversation needs of a VideoChat."""
+
+    def stream_messages(self, messages: Sequence[Message[Media]], **options: Any) -> AnswerStream: ...
+
+    def probe(self, video: Any) -> VideoInfo: ...
+
+    def keep(self, video: Any) -> Media: ...
+
+
+class Conversation(Uncopied):
     """Many turns about one or more videos; follow-ups pay only for their own words.
 
-    `add` brings in another video for the next question. Not for several threads at once.
+    `add` brings in another video for the next question. A turn is kept when its answer is complete, or was
+    stopped after its first words; a question that is refused or fails changes nothing. Not for several
+    threads at once. options: defaults of every turn, may be changed between turns.
     """
 
-    def __init__(self, chat: VideoChat, video: Any, options: dict[str, Any]) -> None:
+    def __init__(self, chat: Asked, video: Any, options: dict[str, Any]) -> None:
+        if "history" in options:
+            raise ConfigError("A conversation keeps its own history: leave history out.")
         self._chat = chat
         self.options = options
-        self.videos = list(video) if isinstance(video, Videos) else [] if video is None else [video]
-        self.turns: list[tuple[str, str]] = []
+        self._messages: tuple[Message[Media], ...] = ()  # user, assistant, user, ...
+        self._new = tuple(chat.keep(medium) for medium in media_of(video))  # for the next question
+
+    @property
+    def turns(self) -> list[tuple[str, str]]:
+        """The (question, answer) pairs so far."""
+        texts = [message.text for message in self._messages]
+        return list(zip(texts[::2], texts[1::2], strict=True))
+
+    @property
+    def videos(self) -> list[Any]:
+        """The videos and images so far, those for the next question last."""
+        return [medium.source for medium in (*self._shown(), *self._new)]
+
+    def _shown(self) -> list[Media]:
+        return [part for message in self._messages for part in message.content if isinstance(part, Media)]
 
     def add(self, video: Any) -> None:
-        """Another video or image; it joins the others at the start of the conversation."""
-        self.videos.append(video)
+        """Another video or image (or a `Videos`), which comes with the next question.
+
+        Raises VideoError when one cannot be read; then none is added.
+        """
+        new = tuple(self._chat.keep(medium) for medium in media_of(video))
+        for medium in new:
+            self._chat.probe(medium)
+        self._new += new
+
+    def drop(self, video: Any) -> None:
+        """Take a video or image out again, wherever it was shown; the words about it stay.
+
+        video: as it was given, or its path. Raises ConfigError when it is not in the conversation.
+        """
+
+        if not any(_same(medium, video) for medium in (*self._shown(), *self._new)):
+            raise ConfigError("That video is not in this conversation: see its `videos`.")
+
+        def stays(part: str | Media) -> bool:
+            return not (isinstance(part, Media) and _same(part, video))
+
+        self._messages = tuple(Message(m.role, tuple(filter(stays, m.content))) for m in self._messages)
+        self._new = tuple(filter(stays, self._new))
 
     def ask(self, question: str, **options: Any) -> Answer:
         """The next question; options override the conversation's for this turn."""
@@ -156,29 +202,31 @@ class Conversation:
 
     def stream(self, question: str, **options: Any) -> AnswerStream:
         """The next question, streamed; a stopped answer stays in the conversation as far as it got."""
-        return _ConversationStream(self, question, {**self.options, **options})
+        if "history" in options:
+            raise ConfigError("A conversation keeps its own history: leave history out.")
+        chosen = {**self.options, **options}
+        system = chosen.pop("system", None)
+        asked: Message[Media] = Message("user", (*self._new, question_text(question)))
+        messages = [*self._messages, asked]
+        if system:
+            messages.insert(0, Message.of("system", check_text(system, "The system prompt")))
+        stream = self._chat.stream_messages(messages, **chosen)
+        stream.then(lambda answer: self._keep(asked, answer))
+        return stream
+
+    def _keep(self, asked: Message[Media], answer: Answer) -> None:
+        """Add a turn, unless it was stopped before its first word."""
+        if answer.finish == "cancelled" and not answer.text:
+            return
+        shown = {id(medium) for medium in self._shown()}
+        content = tuple(part for part in asked.content if id(part) not in shown)
+        self._messages += (Message("user", content), Message.of("assistant", answer.text))
+        self._new = tuple(medium for medium in self._new if all(medium is not part for part in content))
 
 
-class _ConversationStream(AnswerStream):
-    """Adds its turn to the conversation when it ends."""
-
-    def __init__(self, conversation: Conversation, question: str, options: dict[str, Any]) -> None:
-        stream = conversation._chat.stream(
-            Videos(conversation.videos), question, **{**options, "history": list(conversation.turns)}
-        )
-        self.__dict__.update(stream.__dict__)
-        self._conversation = conversation
-
-    def __iter__(self) -> Iterator[str]:
-        try:
-            yield from super().__iter__()
-        finally:
-            if self._answer is not None:
-                self._conversation.turns.append((self._question, self._answer.text))
-
-
-def question_text(question: str) -> str:
-    """The question without surrounding blanks; raises ConfigError when nothing is left."""
-    if not isinstance(question, str) or not question.strip():
-        raise ConfigError("The question is empty: ask something in words.")
-    return question.strip()
+def _same(medium: Media, video: Any) -> bool:
+    """Whether a medium is what somebody names: itself, its source, or the path of it."""
+    if medium is video or medium.source is as_media(video).source:
+        return True
+    paths = (medium.source, video)
+    return all(isinstance(path, (str, os.PathLike)) for path in paths) and Path(paths[0]) == Path(paths[1])

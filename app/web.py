@@ -8,16 +8,17 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
-from gradio.processing_utils import save_file_to_cache
 
 from app.chat import VideoChat
 from app.handlers import Handlers
 from app.layout import Examples, View, default_examples, page_options
 from app.markup import notice, shelf
+from app.media import MediaStore
 from app.sessions import Session, Sessions
 from app.settings import Settings
 from encoder.errors import FluxChatError
@@ -25,15 +26,23 @@ from encoder.errors import FluxChatError
 __all__ = ["build", "page_options"]
 
 
-def build(chat: VideoChat, examples: Examples | None = None, *, workers: int = 1) -> gr.Blocks:
+def build(
+    chat: VideoChat,
+    examples: Examples | None = None,
+    *,
+    workers: int = 1,
+    store: MediaStore | None = None,
+) -> gr.Blocks:
     """The page around one model, not launched.
 
     examples: (file, question) pairs to start from; None takes those that ship with the model. workers:
-    answers computed at the same time. The page's attribute `sessions` holds what its visitors have.
+    answers computed at the same time. store: where uploads are, when a server receives them. The page's
+    attribute `sessions` holds what its visitors have.
     """
-    sessions = Sessions(chat.forget)
+    sessions = Sessions(chat.forget, store=store)
     handlers = Handlers(chat, sessions)
-    page = gr.Blocks(title="FluxChat", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True)
+    # Gradio would delete by age what somebody still talks about: the sessions delete instead.
+    page = gr.Blocks(title="FluxChat", analytics_enabled=False, delete_cache=None, fill_width=True)
     with page:
         examples = default_examples() if examples is None else examples
         view = View(chat, examples)
@@ -105,8 +114,7 @@ def _wire(view: View, handlers: Handlers, examples: Examples, workers: int) -> N
     def example_chosen(event: gr.EventData, request: gr.Request) -> list[Any]:
         session = session_of(request)
         path, question = examples[int(event.index) % len(examples)]
-        copied = save_file_to_cache(path, view.video.GRADIO_CACHE)
-        return [*media_changed(session, handlers.add(session, [copied])), question]
+        return [*media_changed(session, handlers.add_copy(session, path)), question]
 
     def cost(request: gr.Request, *values: Any) -> str:
         return handlers.cost(session_of(request), Settings(*values))
@@ -217,9 +225,11 @@ def _programs(handlers: Handlers) -> None:
     budget = gr.Textbox(label="budget", visible=False)
     text, facts = gr.Textbox(label="answer", visible=False), gr.JSON(label="facts", visible=False)
 
-    def ask(video: str | None, question: str, budget: str = "") -> tuple[str, dict[str, Any]]:
+    def ask(
+        video: str | None, question: str, budget: str = "", request: gr.Request | None = None
+    ) -> tuple[str, dict[str, Any]]:
         try:
-            return handlers.api_ask(video, question, budget)
+            return handlers.api_ask(video, question, budget, scope=_client_of(request))
         except FluxChatError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
@@ -233,6 +243,12 @@ def _programs(handlers: Handlers) -> None:
     asked, priced = gr.Button(visible=False), gr.Button(visible=False)
     asked.click(ask, [video, question, budget], [text, facts], api_name="ask", concurrency_id="model")
     priced.click(estimate, [video, budget], facts, api_name="estimate", concurrency_limit=4)
+
+
+def _client_of(request: gr.Request | None) -> str:
+    """Whose answers may share what is kept: one client's, else nobody's."""
+    scope = getattr(getattr(request, "request", None), "scope", {})
+    return str(scope.get("fluxchat.client") or secrets.token_urlsafe(16))
 
 
 def _leave(sessions: Sessions) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Protocol
 
@@ -136,7 +137,11 @@ class Budget:
     resolution: int | None = None
 
     def __post_init__(self) -> None:
-        if self.tokens is not None and (isinstance(self.tokens, bool) or self.tokens < 1):
+        for name in ("tokens", "seconds", "frames", "resolution"):
+            value, kind = getattr(self, name), Real if name == "seconds" else Integral
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kind)):
+                raise BudgetError(f"A budget's {name} must be a number, not {value!r}.")
+        if self.tokens is not None and self.tokens < 1:
             raise BudgetError(f"A token budget must be at least 1, not {self.tokens}.")
         if self.seconds is not None and not self.seconds > 0:
             raise BudgetError(f"A latency target must be a positive number of seconds, not {self.seconds}.")
@@ -160,7 +165,7 @@ class Budget:
             return value
         if value is None:
             return Budget()
-        text = str(value).strip().lower()
+        text = str(value).strip().lower() if isinstance(value, (Integral, str)) else ""
         if text == "full":
             return Budget.full()
         name, _, seconds = text.partition(":")
@@ -170,7 +175,7 @@ class Budget:
             return Budget(int(text))
         except ValueError:
             raise BudgetError(
-                f"A budget is a number of tokens, 'full', 'auto' or 'auto:SECONDS', not {value!r}."
+                f"A budget is a number of tokens, 'full', 'auto' or 'auto:SECONDS', not {repr(value)[:80]}."
             ) from None
 
     def plan(

@@ -17,6 +17,10 @@ class BudgetError(FluxChatError):
     """A token budget that cannot be met."""
 
 
+class ContextError(BudgetError):
+    """A conversation, its videos and the answer are longer than the language model's context."""
+
+
 class ModelError(FluxChatError):
     """A language model, tokenizer, adapter or saved model cannot be loaded or used."""
 

@@ -99,17 +99,24 @@ atexit.register(_sandbox.close)
 
 
 def probe(
-    source: Any, *, trusted: bool = True, limits: Limits = DEFAULT_LIMITS, fps: float = 1.0
+    source: Any,
+    *,
+    trusted: bool = True,
+    limits: Limits = DEFAULT_LIMITS,
+    fps: float = 1.0,
+    name: str | None = None,
 ) -> VideoInfo:
     """Size, duration, codec and content hash of a source; decodes at most one frame.
 
-    Of a file that is cut off, duration_s is the part that can be read. Raises VideoError.
+    Of a file that is cut off, duration_s is the part that can be read. name: what errors call the source
+    (default: the file's own). Raises VideoError.
     """
     if is_pictures(source):
         return _from_pictures(source, fps, limits).info
-    with _as_file(source, limits) as path:
+    name = name or _name(source)
+    with _as_file(source, limits, name) as path:
         request = _request(path, 0, trusted, limits, "auto", None)
-        decoded = _decode(request, trusted, _name(source))
+        decoded = _decode(request, trusted, name)
         return _info(decoded, file_digest(path))
 
 
@@ -126,6 +133,7 @@ def read_clip(
     trusted: bool = True,
     limits: Limits = DEFAULT_LIMITS,
     fps: float = 1.0,
+    name: str | None = None,
 ) -> Clip:
     """Read `frames` frames from the middles of as many equal parts of [start_s, end_s].
 
@@ -138,20 +146,21 @@ def read_clip(
     start) to 1 (sorted). Each frame is the one a player shows at its time.
     max_side: shrink frames whose longer side exceeds it while decoding.
     decoder: "auto" is decord for trusted files that it reads well, else PyAV. trusted=False: PyAV only,
-    allowed codecs only, in a child process of its own.
+    allowed codecs only, in a child process of its own. name: what errors call the source.
     Raises VideoError: one sentence, what was wrong and what to do.
     """
     _check(frames, start_s, end_s, at_s, moments, max_side, decoder, trusted)
     if is_pictures(source):
         return _from_pictures(source, fps, limits, frames, start_s, end_s, at_s, moments, max_side)
-    with _as_file(source, limits) as path:
+    name = name or _name(source)
+    with _as_file(source, limits, name) as path:
         request = _request(path, frames, trusted, limits, decoder, max_side)
         request.update(start_s=start_s, end_s=end_s)
         if at_s is not None:
             request.update(at_s=[float(t) for t in at_s], max_count=len(at_s))
         if moments is not None:
             request.update(moments=[float(m) for m in moments], max_count=len(moments))
-        decoded = _decode(request, trusted, _name(source))
+        decoded = _decode(request, trusted, name)
         return Clip(decoded.frames, decoded.times_s, _info(decoded, file_digest(path)))
 
 
@@ -257,21 +266,21 @@ def _name(source: Any) -> str:
 
 
 @contextmanager
-def _as_file(source: Any, limits: Limits) -> Iterator[str]:
+def _as_file(source: Any, limits: Limits, name: str) -> Iterator[str]:
     """Path of a regular file with the source's bytes; a temporary one for bytes and file objects.
 
     Raises VideoError when there is no such file, or it is empty, too large or not a file.
     """
     if isinstance(source, (str, os.PathLike)):
         path = os.path.abspath(os.fspath(source))
-        _check_file(path, _name(source), limits)
+        _check_file(path, name, limits)
         yield path
     elif isinstance(source, (bytes, bytearray, memoryview)) or hasattr(source, "read"):
         with tempfile.TemporaryDirectory(prefix="fluxchat-") as folder:
             path = os.path.join(folder, "video")
             with open(path, "wb") as file:
                 _copy(source, file, limits)
-            _check_file(path, "the video", limits)
+            _check_file(path, name, limits)
             yield path
     else:
         raise VideoError(f"A video cannot be a {type(source).__name__}; give a path, bytes, file or images.")

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 V = TypeVar("V")
+Layers = tuple[tuple["Tensor", "Tensor"], ...]  # keys and values (1, heads, length, width) of each layer
 
 
 @dataclass(frozen=True)
@@ -68,87 +73,119 @@ class ByteLRU(Generic[V]):
             return CacheStats(self._hits, self._misses, len(self._entries), self._bytes)
 
 
-@dataclass
-class Prefix:
-    """A KV cache and the keys (see Prompt.cache_keys) of the positions it holds; scope: who may use it."""
+@dataclass(frozen=True)
+class Piece:
+    """The KV of a stretch of a prompt, as one forward pass after those before it computed it; never changed.
 
-    keys: tuple[int, ...]
-    kv: Any
-    scope: str = ""
+    layers: keys and values (1, heads, length, width) of each.
+    """
+
+    layers: Layers
+
+    @property
+    def length(self) -> int:
+        """Positions that it holds."""
+        return self.layers[0][0].shape[2]
+
+    @staticmethod
+    def of(kv: Any, start: int, end: int) -> Piece:
+        """A copy of the positions from `start` to `end` of a `rewindable` KV cache."""
+        return Piece(
+            tuple(
+                (layer.keys[:, :, start:end].clone(), layer.values[:, :, start:end].clone())
+                for layer in kv.layers
+            )
+        )
+
+
+def joined(pieces: Sequence[Piece]) -> Layers:
+    """The keys and values of consecutive pieces as those of one."""
+    import torch
+
+    if len(pieces) == 1:
+        return pieces[0].layers
+    columns = zip(*(piece.layers for piece in pieces), strict=True)
+    return tuple(
+        (torch.cat([keys for keys, _ in parts], dim=2), torch.cat([values for _, values in parts], dim=2))
+        for parts in columns
+    )
 
 
 class PrefixCache:
-    """KV caches of past prompts, found by their longest common prefix with a new one.
+    """KV of past prompts in pieces, each found by all that stands before its end, and where it was cut.
 
-    An entry is taken out while it is in use, rewound to the common prefix, extended, and put back; so no two
-    generations ever write to one KV cache.
+    So a piece is only ever used where computing it anew would give the same bits. Any number of generations
+    may start from the same ones.
     """
 
     def __init__(self, limit_bytes: int, bytes_per_token: int) -> None:
         self._limit, self._per_token = limit_bytes, bytes_per_token
-        self._entries: list[Prefix] = []  # least recently used first
-        self._hits = self._misses = 0
+        self._pieces: OrderedDict[tuple[str, bytes], Piece] = OrderedDict()  # least recently used first
+        self._positions = self._hits = self._misses = 0
         self._lock = threading.Lock()
 
-    def take(self, keys: Sequence[int], minimum: int = 16, scope: str = "") -> Prefix | None:
-        """The scope's entry sharing the longest prefix with `keys`, rewound; None if none shares `minimum`.
+    def take(self, keys: Sequence[int], ends: Sequence[int], scope: str = "") -> list[Piece]:
+        """The scope's pieces that a prompt begins with, in order.
 
-        An entry that would lose more than half, video and all, stays: a chat template that all prompts begin
-        with is not worth another conversation. At least one position is left to compute, since the next
-        token's scores come from it.
+        keys: of its positions (see Prompt.cache_keys). ends: where its pieces end, ascending.
         """
         with self._lock:
-            best, shared = None, minimum - 1
-            for entry in self._entries:
-                if entry.scope != scope:
-                    continue
-                common = _common(entry.keys, keys, len(keys) - 1)
-                worth = 2 * common >= len(entry.keys) or any(key < 0 for key in entry.keys[:common])
-                if common > shared and worth:
-                    best, shared = entry, common
-            if best is None:
-                self._misses += 1
-                return None
-            self._hits += 1
-            self._entries.remove(best)
-        if (excess := best.kv.get_seq_length() - shared) > 0:
-            best.kv.crop(-excess)
-        return Prefix(tuple(keys[:shared]), best.kv, scope)
+            found: list[tuple[str, bytes]] = []
+            for name in _names(keys, ends, scope):
+                if name not in self._pieces:
+                    break
+                found.append(name)
+            self._hits += bool(found)
+            self._misses += not found
+            self._touch(found)
+            return [self._pieces[name] for name in found]
 
-    def put(self, prefix: Prefix) -> None:
-        """Keep a KV cache for later; drops the least recently used beyond the limit."""
-        if not rewindable(prefix.kv):
-            return
+    def put(self, keys: Sequence[int], ends: Sequence[int], pieces: Sequence[Piece], scope: str = "") -> None:
+        """Keep the pieces that a prompt begins with; drops the least recently used beyond the limit."""
         with self._lock:
-            self._entries.append(prefix)
-            while self._entries and self._size() > self._limit:
-                self._entries.pop(0)
+            names = list(_names(keys, ends[: len(pieces)], scope))
+            for name, piece in zip(names, pieces, strict=True):
+                if name not in self._pieces:
+                    self._pieces[name] = piece
+                    self._positions += piece.length
+            self._touch(names)
+            while self._bytes > self._limit:
+                self._positions -= self._pieces.popitem(last=False)[1].length
 
     def clear(self, scope: str | None = None) -> None:
         """Forget everything, or what one scope left."""
         with self._lock:
-            self._entries = [] if scope is None else [e for e in self._entries if e.scope != scope]
+            for name in [name for name in self._pieces if scope is None or name[0] == scope]:
+                self._positions -= self._pieces.pop(name).length
 
-    def _size(self) -> int:
-        return sum(len(entry.keys) for entry in self._entries) * self._per_token
+    def _touch(self, names: Sequence[tuple[str, bytes]]) -> None:
+        # The first one last: what follows a piece is of no use without it, and so is dropped before it.
+        for name in reversed(names):
+            self._pieces.move_to_end(name)
+
+    @property
+    def _bytes(self) -> int:
+        return self._positions * self._per_token
 
     @property
     def stats(self) -> CacheStats:
         """Counters and content."""
         with self._lock:
-            return CacheStats(self._hits, self._misses, len(self._entries), self._size())
+            return CacheStats(self._hits, self._misses, len(self._pieces), self._bytes)
+
+
+def _names(keys: Sequence[int], ends: Sequence[int], scope: str) -> Iterator[tuple[str, bytes]]:
+    """What the pieces are found by: a hash of their keys and of the name of the piece before."""
+    name, start = b"", 0
+    for end in ends:
+        name = blake2b(name + repr(tuple(keys[start:end])).encode(), digest_size=16).digest()
+        yield scope, name
+        start = end
 
 
 def rewindable(kv: Any) -> bool:
-    """Whether a KV cache keeps every position, so that cropping gives what a shorter prompt would have."""
+    """Whether a KV cache keeps every position, so that its beginning is that of a shorter prompt."""
     layers = getattr(kv, "layers", None) or []
     return bool(layers) and all(
         type(layer).__name__ == "DynamicLayer" and not getattr(layer, "is_sliding", False) for layer in layers
     )
-
-
-def _common(first: Sequence[int], second: Sequence[int], limit: int) -> int:
-    count = min(len(first), len(second), limit)
-    if first[:count] == tuple(second[:count]):
-        return count
-    return next(i for i in range(count) if first[i] != second[i])

@@ -1,10 +1,15 @@
-"""Token-by-token answers: prefill what the cache lacks, then decode; stops within one token when told to."""
+"""Token-by-token answers: prefill what the cache lacks, then decode; stops within one token when told to.
+
+A prompt is prefilled in pieces whose ends depend on it alone (see `piece_ends`), and only whole pieces are
+reused. So every kernel sees the same shapes and values whatever was asked before, and gives the same bits. KV
+of decoded tokens is not that of prefilled ones to the bit: a follow-up question prefills the last answer.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,40 +17,21 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from encoder.errors import BudgetError, ConfigError
-from llm_bridge.cache import Prefix, PrefixCache
+from encoder.errors import BudgetError
+from llm_bridge.cache import Layers, Piece, PrefixCache, joined, rewindable
 from llm_bridge.llm import LanguageModel
 from llm_bridge.prompt import PLACEHOLDER, Prompt
+from llm_bridge.sampling import Chooser as Chooser
+from llm_bridge.sampling import Sampling as Sampling
+from llm_bridge.sampling import chooser as chooser
 
 if TYPE_CHECKING:
     from llm_bridge.batching import Batcher
 
-PREFILL_CHUNK = 512
+# In positions. A pass over few takes nearly the time of reading all weights; one over more gains no speed.
+SHORTEST_PIECE, LONGEST_PIECE = 16, 256
+MARK = 3  # as many last ids of a prompt are taken for the words that begin an answer
 FinishReason = Literal["stop", "length", "cancelled"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How an answer is drawn. temperature 0 is greedy; seed makes sampling repeatable.
-
-    Raises ConfigError for values that make no sense.
-    """
-
-    max_new_tokens: int = 128
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be at least 1, not {self.max_new_tokens}.")
-        if not 0 <= self.temperature <= 10:
-            raise ConfigError(f"temperature must lie between 0 and 10, not {self.temperature}.")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p must lie above 0 and not above 1, not {self.top_p}.")
-        if self.top_k < 0:
-            raise ConfigError(f"top_k must be 0 (off) or positive, not {self.top_k}.")
 
 
 @dataclass
@@ -99,40 +85,85 @@ class StreamingDecoder:
         )
 
 
+def piece_ends(prompt: Prompt) -> list[int]:
+    """Where the pieces end that a prompt is prefilled in; the last one is its length.
+
+    At the end of each visual and where an answer begins, of earlier turns too, so that another question about
+    the same video and the next turn of a conversation find all of what they have in common with this one.
+    """
+    mark = prompt.ids[-MARK:]
+    wanted = {start + count for start, count in prompt.spans} | {len(prompt)}
+    if PLACEHOLDER not in mark:
+        wanted.update(
+            end for end in range(len(mark), len(prompt)) if prompt.ids[end - len(mark) : end] == mark
+        )
+    ends, last = [], 0
+    for end in sorted(wanted):
+        if end - last < SHORTEST_PIECE and end < len(prompt):
+            continue
+        while end - last > 1.5 * LONGEST_PIECE:  # no short rest
+            last += LONGEST_PIECE
+            ends.append(last)
+        ends.append(end)
+        last = end
+    return ends
+
+
+def cache_of(llm: LanguageModel, layers: Layers = ()) -> Any:
+    """A KV cache of one sequence that begins with these keys and values, which are not copied."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    kv = DynamicCache(config=llm.model.config)
+    if layers:
+        kv.layers = [DynamicLayer() for _ in layers]  # such as they were cut from, see `rewindable`
+        for layer, (keys, values) in zip(kv.layers, layers, strict=True):
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+    return kv
+
+
 @dataclass
 class Generation:
     """One answer in the making: iterate for text pieces, then read `stats`.
 
     prompt and visuals: what is asked; visuals are (M, D), one per span of the prompt. stop: set it, from any
-    thread, and computing ends within one token. prefixes: KV caches to start from and to leave this one in,
-    those of `scope` only. batcher: computes for several generations at once, each in a thread of its own.
-    Raises BudgetError on iteration when prompt and answer exceed the model's context.
+    thread, and computing ends within one token. prefixes: KV to start from and to leave the prompt's in,
+    unless the answer fails, that of `scope` only. batcher: computes for several generations at once, each in
+    a thread of its own.
+    Raises on iteration: BudgetError when prompt and answer exceed the model's context, ConfigError when the
+    sampling names tokens that the model lacks, ModelError when its scores are no numbers.
     """
 
     llm: LanguageModel
     prompt: Prompt
     visuals: Sequence[Tensor]
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     prefixes: PrefixCache | None = None
     scope: str = ""
     stop: threading.Event = field(default_factory=threading.Event)
     stats: GenerationStats = field(default_factory=GenerationStats)
     batcher: Batcher | None = None
-    _kv: Any | None = field(default=None, init=False, repr=False)  # what the cache gets at the end
+    _pieces: list[Piece] = field(
+        default_factory=list, init=False, repr=False
+    )  # of the prompt, from its start
 
     def __iter__(self) -> Iterator[str]:
+        if self.batcher is not None:
+            self.batcher.check_process()
         self._check_context()
+        self.sampling.check_vocabulary(self.llm.model.config.get_text_config().vocab_size)
         start = time.perf_counter()
-        keys = list(self.prompt.cache_keys)
-        prefix = self.prefixes.take(keys, scope=self.scope) if self.prefixes is not None else None
-        cached = len(prefix.keys) if prefix is not None else 0
-        kv = self._kv = prefix.kv if prefix is not None else self._new_kv()
-        self.stats.prompt_tokens, self.stats.cached_tokens = len(keys), cached
+        keys, ends = self.prompt.cache_keys, piece_ends(self.prompt)
+        # The last piece is always computed: the first token's scores come from it.
+        self._pieces = self.prefixes.take(keys, ends[:-1], self.scope) if self.prefixes is not None else []
+        self.stats.prompt_tokens = len(keys)
+        self.stats.cached_tokens = sum(piece.length for piece in self._pieces)
         decoder = StreamingDecoder(self.llm.tokenizer)
         try:
-            logits = self._prefill(kv, cached)
+            kv, logits = self._prefill(ends)
             self.stats.prefill_s = time.perf_counter() - start
-            with closing(self._decode(kv, logits, keys)) as tokens:
+            with closing(self._decode(kv, logits)) as tokens:
                 for token in tokens:
                     if not self.stats.completion_tokens:
                         self.stats.first_token_s = time.perf_counter() - start
@@ -141,11 +172,17 @@ class Generation:
                         yield piece
             if piece := decoder.flush():
                 yield piece
+            self._keep(keys, ends)
+        except GeneratorExit:  # its reader went away
+            self._keep(keys, ends)
+            raise
         finally:
+            self._pieces = []
             self.stats.total_s = time.perf_counter() - start
-            kv = self._kv
-            if self.prefixes is not None and kv is not None:
-                self.prefixes.put(Prefix(tuple(keys[: kv.get_seq_length()]), kv, self.scope))
+
+    def _keep(self, keys: Sequence[int], ends: Sequence[int]) -> None:
+        if self.prefixes is not None:
+            self.prefixes.put(keys, ends, self._pieces, self.scope)
 
     def _check_context(self) -> None:
         limit = self.llm.context_length
@@ -156,56 +193,66 @@ class Generation:
                 f"lower the token budget or max_new_tokens by {needed - limit}."
             )
 
-    def _new_kv(self) -> Any:
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self.llm.model.config)
-
-    def _embeddings(self, start: int) -> Tensor:
-        """Input embeddings (1, N - start, D) of the prompt from `start` on."""
-        ids = torch.tensor(self.prompt.ids[start:], device=self.llm.device)
+    def _embeddings(self, start: int, end: int) -> Tensor:
+        """Input embeddings (1, end - start, D) of the prompt's positions."""
+        ids = torch.tensor(self.prompt.ids[start:end], device=self.llm.device)
         embedded = self.llm.embed(ids.masked_fill(ids == PLACEHOLDER, 0))
         for visual, (position, count) in zip(self.visuals, self.prompt.spans, strict=True):
-            skip = max(start - position, 0)
-            if skip < count:
-                embedded[position + skip - start : position + count - start] = visual[skip:].to(embedded)
+            first, last = max(start, position), min(end, position + count)
+            if first < last:
+                part = visual[first - position : last - position]
+                embedded[first - start : last - start] = part.to(embedded)
         return embedded[None]
 
-    def _prefill(self, kv: Any, cached: int) -> Tensor | None:
-        """Run the prompt from position `cached` on; scores (V,) of the first new token, None if stopped."""
-        logits = None
-        for start in range(cached, len(self.prompt), PREFILL_CHUNK):
+    def _prefill(self, ends: Sequence[int]) -> tuple[Any, Tensor | None]:
+        """Run the pieces of the prompt that are not there yet: its KV cache, and the scores (V,) of the first
+        new token, None if stopped."""
+        kv = logits = None
+        start = self.stats.cached_tokens
+        for end in ends[len(self._pieces) :]:
             if self.batcher is None:
-                logits = self._prefill_chunk(kv, start)
+                kv, logits = self._prefill_piece(kv, start, end)
             else:
-                logits = self.batcher.run(self._prefill_chunk, kv, start)
-        return logits
+                kv, logits = self.batcher.run(self._prefill_piece, kv, start, end)
+            if logits is None:
+                break
+            start = end
+        return kv, logits
 
     @torch.inference_mode()
-    def _prefill_chunk(self, kv: Any, start: int) -> Tensor | None:
+    def _prefill_piece(self, kv: Any, start: int, end: int) -> tuple[Any, Tensor | None]:
         if self.stop.is_set():
-            return None
-        return self._step(kv, inputs_embeds=self._embeddings(start)[:, :PREFILL_CHUNK])
+            return kv, None
+        if kv is None:
+            kv = cache_of(self.llm, joined(self._pieces) if self._pieces else ())
+        logits = self._step(kv, inputs_embeds=self._embeddings(start, end))
+        if self.prefixes is not None and end - start >= SHORTEST_PIECE and rewindable(kv):
+            self._pieces.append(Piece.of(kv, start, end))
+        return kv, logits
 
     def _step(self, kv: Any, **inputs: Tensor) -> Tensor:
         return self.llm.advance(kv, **inputs)[0]
 
-    def _decode(self, kv: Any, logits: Tensor | None, keys: list[int]) -> Generator[int, None, None]:
+    def _choose(self, end_ids: Collection[int]) -> Chooser:
+        text = [token for token in self.prompt.ids if token != PLACEHOLDER]
+        return Chooser(self.sampling, text, end_ids)
+
+    def _decode(self, kv: Any, logits: Tensor | None) -> Generator[int, None, None]:
         """New tokens until the end of the turn, the length limit, or a stop."""
         if logits is None:
             return
         if self.batcher is not None:
-            yield from self._decode_together(self.batcher, kv, logits, keys)
+            yield from self._decode_together(self.batcher, kv, logits)
             return
-        choose, eos = chooser(self.sampling, self.llm.device), self.llm.eos_ids
+        ends = self.llm.eos_ids | frozenset(self.sampling.stop_token_ids)
+        choose = self._choose(ends)
         for count in range(self.sampling.max_new_tokens):
             if self.stop.is_set():
                 return
             token = choose(logits)
-            if token in eos:
+            if token in ends:
                 self.stats.finish = "stop"
                 return
-            keys.append(token)
             yield token
             if count + 1 == self.sampling.max_new_tokens:
                 self.stats.finish = "length"
@@ -215,36 +262,12 @@ class Generation:
             with torch.inference_mode():
                 logits = self._step(kv, input_ids=torch.tensor([[token]], device=self.llm.device))
 
-    def _decode_together(self, batcher: Batcher, kv: Any, logits: Tensor, keys: list[int]) -> Iterator[int]:
-        row = batcher.join(kv, logits, self.sampling, self.stop)
+    def _decode_together(self, batcher: Batcher, kv: Any, logits: Tensor) -> Iterator[int]:
+        row = batcher.join(kv, logits, self.sampling, self.stop, self._choose(batcher.eos))
         try:
             yield from row
         finally:
-            self._kv = row.leave()
-            keys += row.tokens  # the KV cache may be ahead of the reader
+            row.leave()
             self.stats.finish = row.finish or "cancelled"
-
-
-def chooser(sampling: Sampling, device: torch.device) -> Any:
-    """Scores (V,) -> token id, by the sampling settings."""
-    if sampling.temperature == 0:
-        return lambda logits: int(logits.argmax())
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
-    if sampling.top_k:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    no_ids = torch.zeros(1, 0, dtype=torch.long)
-    generator = torch.Generator()  # on the CPU: the same draws on every device
-    if sampling.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(sampling.seed)
-
-    def draw(logits: Tensor) -> int:
-        scores: Tensor = warpers(no_ids, logits.cpu()[None])  # type: ignore[arg-type]
-        return int(torch.multinomial(scores.softmax(dim=-1)[0], 1, generator=generator))
-
-    return draw
+            if row.error is not None:
+                self._pieces = []

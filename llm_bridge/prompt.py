@@ -2,19 +2,20 @@
 
 The chat template of the tokenizer is rendered as text with a sentinel per visual, split at the sentinels,
 and only then tokenised; so a visual's place is exact whatever the tokenizer merges. Text by users can neither
-forge a sentinel nor end a turn.
+forge a sentinel nor end a turn; what is not valid Unicode is refused before the tokenizer sees it.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
-from encoder.errors import ModelError
+from encoder.errors import ConfigError, ModelError
 
 IGNORE = -100
 PLACEHOLDER = -1
@@ -40,17 +41,29 @@ class Visual:
     times_s: tuple[float, ...] = ()
 
 
+V = TypeVar("V")
+
+
 @dataclass(frozen=True)
-class Message:
-    """One turn: text and visuals in the order they are read."""
+class Message(Generic[V]):
+    """One turn: text and media in the order they are read.
+
+    V: what stands for a video or image; a `Visual` where a prompt is made of it. Texts that follow each other
+    are joined as they are; a medium begins a line of its own.
+    """
 
     role: Role
-    content: tuple[str | Visual, ...]
+    content: tuple[str | V, ...]
 
     @staticmethod
-    def of(role: Role, *content: str | Visual) -> Message:
+    def of(role: Role, *content: str | V) -> Message[V]:
         """`Message.of("user", video, "What happens?")`"""
         return Message(role, tuple(content))
+
+    @property
+    def text(self) -> str:
+        """Its words, without the media."""
+        return "".join(part for part in self.content if isinstance(part, str))
 
 
 @dataclass(frozen=True)
@@ -110,18 +123,148 @@ def template_text(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_gen
     return text + "Assistant:" if add_generation_prompt else text
 
 
+def check_text(text: Any, what: str = "The text") -> str:
+    """The text itself; raises ConfigError for what no tokenizer can read: no str, half a character, NUL.
+
+    what: how the message calls it. All text goes through here before it is tokenised.
+    """
+    if not isinstance(text, str):
+        raise ConfigError(f"{what} must be a text (str), not a {type(text).__name__}.")
+    try:
+        if not text.isascii():
+            text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        # Python keeps a byte that is no UTF-8, of an argument or a file name, in these.
+        byte = 0xDC80 <= code <= 0xDCFF
+        found = (
+            f"a byte that is not UTF-8 (0x{code - 0xDC00:02x})"
+            if byte
+            else f"half a character ({chr(code)!a})"
+        )
+        raise ConfigError(
+            f"{what} is not valid Unicode: it has {found} at position {error.start}; "
+            "send it as UTF-8, or take that out."
+        ) from None
+    if (nul := text.find("\0")) >= 0:
+        raise ConfigError(f"{what} has a NUL character at position {nul}; take it out.")
+    return text
+
+
 def neutralize(text: str, tokenizer: Any) -> str:
-    """The text with every literal special token broken by a zero-width space, and without sentinel marks."""
-    text = text.replace(_MARK, "")
+    """The text with every literal special token broken by a zero-width space, and without sentinel marks.
+
+    Raises ConfigError as `check_text` does.
+    """
+    text = check_text(text).replace(_MARK, "")
     for special in sorted(tokenizer.all_special_tokens, key=len, reverse=True):
         if len(special) > 1 and special in text:
             text = text.replace(special, special[0] + _ZERO_WIDTH + special[1:])
     return text
 
 
+def count_text(
+    tokenizer: Any,
+    messages: Sequence[Message[Any]],
+    *,
+    add_generation_prompt: bool = True,
+    most: int | None = None,
+    bound: TextBound | None = None,
+) -> int:
+    """Tokens of a conversation without its media and their time sentences.
+
+    A text that has more than `most` tokens whatever they are, by `bound`, is not tokenised: the least count
+    that it can have is returned. Raises ConfigError for text that is not valid.
+    """
+    # Whatever stands for a medium is a place without tokens here.
+    plain = [
+        Message(m.role, tuple(part if isinstance(part, str) else Visual(0) for part in m.content))
+        for m in messages
+    ]
+    text, visuals = _to_text(tokenizer, plain, add_generation_prompt, "none")
+    if most is not None and bound is not None and (least := bound.least_tokens(text)) > most:
+        return least
+    builder = _Builder(tokenizer, visuals)
+    builder.begin(text)
+    builder.add(text)
+    return len(builder.ids)
+
+
+@dataclass(frozen=True)
+class TextBound:
+    """How few tokens a text can have: each stands for at most `longest` bytes of its UTF-8.
+
+    silent: bytes that the tokenizer may drop.
+    """
+
+    longest: int
+    silent: bytes = b""
+
+    def least_tokens(self, text: str) -> int:
+        """At most the number of tokens of a text; counted without tokenising it."""
+        return -(-len(text.encode().translate(None, self.silent)) // self.longest)
+
+    @staticmethod
+    def of(tokenizer: Any) -> TextBound | None:
+        """Of a tokenizer; None where nothing bounds it: it drops characters, or joins unknown ones."""
+        fast = getattr(tokenizer, "backend_tokenizer", None)
+        shrinks = 1 if fast is None else _shrinks(_steps(fast.normalizer, "normalizers"))
+        if fast is None or shrinks is None:
+            return None
+        splits = _steps(fast.pre_tokenizer, "pretokenizers")
+        if any(s["type"] not in _WHOLE_SPLITS or s.get("behavior") == "Removed" for s in splits):
+            return None
+        added = fast.get_added_tokens_decoder().values()
+        if any(token.lstrip or token.rstrip for token in added):  # any number of blanks with it
+            return None
+        from tokenizers import models, pre_tokenizers
+
+        vocabulary = fast.get_vocab(with_added_tokens=True)
+        if not isinstance(fast.model, models.BPE):
+            return None
+        if any(step["type"] == "ByteLevel" for step in splits):  # each byte is written as one character
+            longest = max(max(map(len, vocabulary)), *(len(token.content.encode()) for token in added), 1)
+            split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
+            spelt: dict[int, str] = {}
+            for code in (*range(0x800), *range(0x800, 0xD800, 0x40), *range(0xE000, 0x110000, 0x1000)):
+                spelt |= zip(chr(code).encode(), split(chr(code))[0][0], strict=True)
+            silent = bytes(byte for byte, character in spelt.items() if character not in vocabulary)
+            return TextBound(shrinks * longest, silent)
+        if not fast.model.byte_fallback or any(f"<0x{byte:02X}>" not in vocabulary for byte in range(256)):
+            return None
+        return TextBound(shrinks * max(len(token.encode()) for token in vocabulary))
+
+
+# Pre-tokenizers that keep every character.
+_WHOLE_SPLITS = ("ByteLevel", "Metaspace", "Digits", "Split", "Punctuation")
+
+
+def _shrinks(normalizers: Sequence[dict[str, Any]]) -> int | None:
+    """How many times shorter, in bytes, normalizers can make a text; None where nothing bounds it."""
+    times = 1
+    for step in normalizers:
+        if step["type"] in ("NFC", "NFKC", "NFD"):
+            times = 4  # three letters of three bytes are one of Hangul, a letter of four one of ASCII
+        elif step["type"] == "Replace":
+            pattern = step["pattern"].get("String")
+            if pattern is None or len(step["content"].encode()) < len(pattern.encode()):
+                return None
+        elif step["type"] != "Prepend":
+            return None
+    return times
+
+
+def _steps(component: Any, inner: str) -> list[dict[str, Any]]:
+    """The parts of a tokenizer's normalizer or pre-tokenizer, in order."""
+    if component is None:
+        return []
+    settings = json.loads(component.__getstate__())
+    return list(settings[inner]) if settings["type"] == "Sequence" else [settings]
+
+
 def render(
     tokenizer: Any,
-    messages: Sequence[Message],
+    messages: Sequence[Message[Visual]],
     *,
     add_generation_prompt: bool = True,
     time_form: TimeSentence = "short",
@@ -135,7 +278,7 @@ def render(
 
 
 def render_chat_training(
-    tokenizer: Any, messages: Sequence[Message], *, time_form: TimeSentence = "short"
+    tokenizer: Any, messages: Sequence[Message[Visual]], *, time_form: TimeSentence = "short"
 ) -> Prompt:
     """Messages -> Prompt whose labels are the assistant's words, each with its end-of-turn token."""
     builder: _Builder | None = None
@@ -173,14 +316,19 @@ def render_plain_training(tokenizer: Any, visual: Visual, caption: str) -> Promp
 
 
 def _to_text(
-    tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool, time_form: TimeSentence
+    tokenizer: Any,
+    messages: Sequence[Message[Visual]],
+    add_generation_prompt: bool,
+    time_form: TimeSentence,
 ) -> tuple[str, tuple[Visual, ...]]:
     visuals: list[Visual] = []
     plain = []
     for message in messages:
-        parts = []
+        parts: list[str] = []
         for part in message.content:
             if isinstance(part, Visual):
+                if parts and parts[-1] and not parts[-1][-1].isspace():
+                    parts.append("\n")
                 parts.append(f"{_MARK}{len(visuals)}{_MARK}{time_sentence(part, time_form)}\n")
                 visuals.append(part)
             else:

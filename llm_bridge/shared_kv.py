@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from llm_bridge.cache import Layers
 from llm_bridge.llm import LanguageModel
 
 GROWTH = 64  # positions of room that a new set of buffers has
@@ -47,7 +48,7 @@ class SharedKV:
     parts: per answer and layer, keys and values (1, heads, length, width). They are copied.
     """
 
-    def __init__(self, parts: Sequence[Sequence[tuple[Tensor, Tensor]]]) -> None:
+    def __init__(self, parts: Sequence[Layers]) -> None:
         self.lengths = [row[0][0].shape[2] for row in parts]
         self.filled = max(self.lengths)
         self.capacity = self.filled + GROWTH
@@ -81,22 +82,19 @@ class SharedKV:
         self.lengths = [length + 1 for length in self.lengths]
         return scores
 
-    def parts(self, row: int) -> list[tuple[Tensor, Tensor]]:
-        """Views of one answer's keys and values, (1, heads, length, width) per layer."""
-        start = self.filled - self.lengths[row]
-        return [
-            (layer.keys[row : row + 1, :, start:], layer.values[row : row + 1, :, start:])
+    def parts(self, row: int) -> Layers:
+        """Views of one answer's keys and values, without what a step that failed may have added."""
+        seen = slice(self.filled - self.lengths[row], self.filled)
+        return tuple(
+            (layer.keys[row : row + 1, :, seen], layer.values[row : row + 1, :, seen])
             for layer in self._layers
-        ]
+        )
 
-    def extract(self, row: int, llm: LanguageModel) -> DynamicCache:
-        """A copy of one answer's cache, as it would be had it been alone."""
-        kv = DynamicCache(config=llm.model.config)
-        for index, (keys, values) in enumerate(self.parts(row)):
-            kv.update(keys, values, index)
-        return kv
+    def copies(self, row: int) -> Layers:
+        """The same, apart from the buffers."""
+        return tuple((keys.clone(), values.clone()) for keys, values in self.parts(row))
 
 
-def own_parts(kv: Any) -> list[tuple[Tensor, Tensor]]:
-    """The same of an answer's own cache."""
-    return [(layer.keys, layer.values) for layer in kv.layers]
+def own_parts(kv: Any) -> Layers:
+    """Keys and values of an answer's own cache."""
+    return tuple((layer.keys, layer.values) for layer in kv.layers)

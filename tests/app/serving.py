@@ -43,9 +43,12 @@ def question(text: str, *urls: str, **options: Any) -> dict[str, Any]:
     return {"model": "fluxchat", "messages": [{"role": "user", "content": content}], **options}
 
 
-def ask(address: str, text: str, *urls: str, **options: Any) -> httpx.Response:
+def ask(
+    address: str, text: str, *urls: str, headers: dict[str, str] | None = None, **options: Any
+) -> httpx.Response:
     """One question, one response."""
-    return httpx.post(f"{address}/v1/chat/completions", json=question(text, *urls, **options), timeout=60)
+    body = question(text, *urls, **options)
+    return httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers, timeout=60)
 
 
 def answer(response: httpx.Response) -> str:

@@ -206,7 +206,7 @@ def test_a_time_in_an_answer_moves_the_player(
             yield "It turns at 0:03 "
             yield "and stops."
 
-    monkeypatch.setattr("app.turns.Generation", Scripted)
+    monkeypatch.setattr("app.chat.Generation", Scripted)
     page = open_page()
     upload(page)
     ask(page)

@@ -1,6 +1,8 @@
 """The `fluxchat` command as people run it: real processes, real files, exit codes, one line on stderr."""
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 import time
@@ -9,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from app.cli import build_parser
+from app.cli import SAMPLING, build_parser, main
+from llm_bridge.generate import Sampling
 from tests import video_files as vf
 
 
@@ -82,6 +85,59 @@ def test_a_wrong_option_is_one_line(tmp_path: Path, options: list[str], word: st
 def test_an_empty_question_is_refused(tmp_path: Path) -> None:
     done = fluxchat("ask", vf.write(tmp_path / "v.mp4", vf.steady(10)), "  ")
     assert (done.returncode, done.stderr) == (2, "fluxchat: The question is empty: ask something in words.\n")
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "half a question": (["ask", "EXAMPLE", "Why \udcff?"], "question is not valid Unicode.*0xff"),
+    "half a system prompt": (["ask", "EXAMPLE", "Why?", "--system", "\udcff"], "system prompt is not valid"),
+    "half a budget": (["ask", "EXAMPLE", "Why?", "--budget", "\udcff"], "A budget is a number"),
+    "no budget": (["estimate", "EXAMPLE", "--budget", ""], "A budget is a number"),
+    "seed of words": (["ask", "EXAMPLE", "Why?", "--seed", "x"], "argument --seed.*'x'.*--help"),
+    "no question": (["ask", "EXAMPLE"], "required: question.*--help"),
+    "unknown command": (["dance"], "'dance'.*fluxchat --help"),
+    "long nonsense": (["ask", "EXAMPLE", "Why?", "--top-k", "9" * 5000], "argument --top-k"),
+    "swapped": (["ask", "Why?", "EXAMPLE"], "The video comes first"),
+    "address": (["estimate", "https://example.com/a.mp4"], "download the video first"),
+    "empty name": (["ask", "", "Why?"], "name of the video is empty"),
+    "odd missing name": (["ask", "caf\udce9.mp4", "Why?"], "no such file"),
+    "questions and video on one pipe": (["chat", "-"], "brings the questions"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_refused_is_one_line(
+    kind: str, shipped_example: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, words = REFUSED[kind]
+    try:
+        status = main([str(shipped_example) if text == "EXAMPLE" else text for text in arguments])
+    except SystemExit as left:
+        status = left.code  # type: ignore[assignment]
+    printed = capsys.readouterr()
+    assert (status, printed.out) == (2, "")
+    assert re.fullmatch(f"fluxchat: .*{words}.*\n", printed.err)
+    assert len(printed.err) < 500
+
+
+def test_a_video_from_standard_input(shipped_example: Path) -> None:
+    command = [sys.executable, "-m", "app", "ask", "-", "What is it?", "--budget", "64", "--top-k", "0"]
+    content = shipped_example.read_bytes()
+    piped = subprocess.run(command, input=content, capture_output=True, timeout=120, check=False)
+    assert piped.returncode == 0, piped.stderr
+    assert piped.stdout.strip()
+    empty = subprocess.run(command, input=b"", capture_output=True, timeout=120, check=False)
+    assert (empty.returncode, empty.stdout) == (2, b"")
+    assert re.fullmatch(rb"fluxchat: Cannot read 'standard input': it gives 0 bytes; .*\n", empty.stderr)
+
+
+def test_options_of_the_answer_are_fields_of_sampling() -> None:
+    fields = {field.name for field in dataclasses.fields(Sampling)}
+    assert {name for name, *_ in SAMPLING} <= fields
+    words = ["ask", "v", "q", "--temperature", "0.5", "--top-k", "3", "--min-p", "0.1", "--min-tokens", "2"]
+    args = build_parser().parse_args([*words, "--repetition-penalty", "1.1", "--seed", "5"])
+    assert (args.temperature, args.top_k, args.min_p, args.min_tokens) == (0.5, 3, 0.1, 2)
+    assert (args.repetition_penalty, args.seed) == (1.1, 5)
+    assert "max_new_tokens" not in args  # what is not given has the default of Sampling
 
 
 def test_help_teaches() -> None:

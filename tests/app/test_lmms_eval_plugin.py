@@ -95,6 +95,9 @@ def test_generation_settings(plugin: Any) -> None:
     assert plugin.sampling({"temperature": 0.7, "do_sample": False}) == {"max_new_tokens": 128}
     drawn = plugin.sampling({"temperature": 0.7, "top_p": 0.9})
     assert (drawn["temperature"], drawn["top_p"], drawn["seed"]) == (0.7, 0.9, 0)
+    drawn = plugin.sampling({"temperature": 1, "top_k": 40, "min_p": 0.1, "repetition_penalty": 1.1})
+    assert (drawn["top_k"], drawn["min_p"], drawn["repetition_penalty"]) == (40, 0.1, 1.1)
+    assert plugin.sampling({"temperature": 0, "top_k": 40}) == {"max_new_tokens": 128}
 
 
 def test_stop_words(plugin: Any) -> None:

@@ -305,16 +305,15 @@ def test_caches_do_not_cross_sessions(handlers: Handlers, session: Session) -> N
 def test_idle_sessions_are_freed(chat: VideoChat) -> None:
     forgotten: list[str] = []
     sessions = Sessions(forgotten.append, idle_s=0.2)
-    sessions.get("idle")
-    busy = sessions.get("busy")
+    idle, busy = sessions.get("idle"), sessions.get("busy")
     busy.busy = 1
     deadline = time.monotonic() + 10
     while len(sessions) > 1 and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert forgotten == ["idle"]
+    assert forgotten == [idle.scope]
     assert not busy.closed
     sessions.close_all()
-    assert forgotten == ["idle", "busy"]
+    assert forgotten == [idle.scope, busy.scope]
 
 
 # -- the page -------------------------------------------------------------------------------------------

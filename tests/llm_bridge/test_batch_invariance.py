@@ -8,7 +8,7 @@ import torch
 
 from llm_bridge.batch_invariance import RowInvariantLinear, left_padding, make_batch_invariant
 from llm_bridge.batching import Batcher
-from llm_bridge.generate import Generation, Sampling
+from llm_bridge.generate import Generation, Sampling, piece_ends
 from llm_bridge.llm import LanguageModel, default_dtype, load_llm
 from llm_bridge.prompt import Message, Visual, render
 from llm_bridge.shared_kv import SharedKV, own_parts
@@ -48,8 +48,8 @@ def test_scores_have_the_same_bits(folder: Path, dtype: torch.dtype) -> None:
     with torch.inference_mode():
         for index in range(len(VISUAL_TOKENS)):
             alone = generation(llm, index, None)
-            kvs.append(alone._new_kv())
-            scores = alone._prefill(kvs[-1], 0)
+            kv, scores = alone._prefill(piece_ends(alone.prompt))
+            kvs.append(kv)
             assert scores is not None
             tokens.append(int(scores.argmax()))
         shared = SharedKV([own_parts(kv) for kv in kvs])

@@ -1,5 +1,8 @@
 """Answers decoded together are those decoded alone, whoever joins, leaves or stops meanwhile."""
 
+import os
+import select
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,9 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm_bridge.batching import Batcher
+from encoder.errors import ModelError
+from llm_bridge.batching import Batcher, Row
 from llm_bridge.cache import PrefixCache
-from llm_bridge.generate import Generation, GenerationStats, Sampling
+from llm_bridge.generate import (
+    Generation,
+    GenerationStats,
+    Sampling,
+    StreamingDecoder,
+    cache_of,
+    piece_ends,
+)
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.prompt import Message, Visual, render
 from tests import tiny_llms
@@ -77,8 +88,9 @@ def test_scores_equal_those_alone(llm: LanguageModel) -> None:
     with torch.inference_mode():
         for index in (0, 1, 3):
             alone = generation(llm, index, None)
-            kvs.append(alone._new_kv())
-            last.append(alone._prefill(kvs[-1], 0))
+            kv, scores = alone._prefill(piece_ends(alone.prompt))
+            kvs.append(kv)
+            last.append(scores)
         shared = SharedKV([own_parts(kv) for kv in kvs])
         tokens = [int(scores.argmax()) for scores in last]
         for step in range(80):  # past the room that the buffers are made with
@@ -94,7 +106,9 @@ def test_scores_equal_those_alone(llm: LanguageModel) -> None:
             torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4, msg=f"step {step}")
             tokens = expected.argmax(dim=1).tolist()
         for row, kv in enumerate(kvs):
-            for (keys, values), layer in zip(own_parts(shared.extract(row, llm)), kv.layers, strict=True):
+            for (keys, values), layer in zip(
+                own_parts(cache_of(llm, shared.copies(row))), kv.layers, strict=True
+            ):
                 torch.testing.assert_close(keys, layer.keys, atol=1e-4, rtol=1e-4)
                 torch.testing.assert_close(values, layer.values, atol=1e-4, rtol=1e-4)
 
@@ -152,26 +166,236 @@ def test_a_slow_reader_holds_nobody_up(tiny_llm: Callable[[str], LanguageModel])
     assert "".join([*pieces, *slow]) == expected
 
 
-def test_an_error_reaches_every_answer_of_the_step(tiny_llm: Callable[[str], LanguageModel]) -> None:
+def no_room(*_: object) -> None:
+    raise MemoryError("no room")
+
+
+def begin(
+    llm: LanguageModel, batcher: Batcher, prefixes: PrefixCache | None, *indices: int
+) -> list[Iterator[str]]:
+    """Answers that are in the batch and whose first piece is read."""
+    streams = [iter(generation(llm, i, batcher, prefixes)) for i in indices]
+    for stream in streams:
+        next(stream)
+    return streams
+
+
+def test_a_lasting_error_reaches_every_answer_as_its_own(tiny_llm: Callable[[str], LanguageModel]) -> None:
     llm = tiny_llm("qwen2")
     batcher = Batcher(llm)
     prefixes = PrefixCache(2**26, llm.kv_bytes_per_token)
-    streams = [iter(generation(llm, i, batcher, prefixes)) for i in (1, 3)]
-    for stream in streams:
-        next(stream)
+    streams = begin(llm, batcher, prefixes, 1, 3)
+    errors = []
+    handle = llm.model.register_forward_pre_hook(no_room)
+    try:
+        for stream in streams:
+            with pytest.raises(MemoryError) as raised:
+                list(stream)
+            errors.append(raised.value)
+    finally:
+        handle.remove()
+    assert errors[0] is not errors[1]
+    assert (batcher.active, prefixes.stats.entries) == (0, 0)
+    assert read(generation(llm, 0, batcher))[0] == read(generation(llm, 0, None))[0]
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_pass_that_fails_once_changes_no_answer(
+    tiny_llm: Callable[[str], LanguageModel], layer: int
+) -> None:
+    """Between two layers too, when the shared buffers of the first have the new token and the others' not."""
+    llm = tiny_llm("qwen2")
+    batcher = Batcher(llm)
+    everyone = (1, 3, 5)
+    expected = [read(generation(llm, i, None))[0] for i in everyone]
+    streams = [iter(generation(llm, i, batcher)) for i in everyone]
+    texts = [next(stream) for stream in streams]
+    for index, stream in enumerate(streams):
+        texts[index] += next(stream)  # they share buffers by now
+    handle = llm.model.model.layers[layer].register_forward_hook(no_room)
+    real, calls = batcher._part, []
+
+    def repair(rows: list[Row]) -> None:
+        handle.remove()
+        calls.append(len(rows))
+        real(rows)
+
+    batcher._part = repair  # type: ignore[method-assign]
+    for index, stream in enumerate(streams):
+        texts[index] += "".join(stream)
+    assert calls == [3]
+    assert texts == expected
+    assert batcher.active == 0
+
+
+def test_a_row_whose_own_pass_fails_ends_alone(tiny_llm: Callable[[str], LanguageModel]) -> None:
+    llm = tiny_llm("qwen2")
+    batcher = Batcher(llm)
+    expected = [read(generation(llm, i, None))[0] for i in (3, 5)]
+    streams = [iter(generation(llm, i, batcher)) for i in (1, 3, 5)]
+    texts = [next(stream) for stream in streams]
+    bad = batcher._rows[0]
+
+    def fail(_: object, args: tuple[object, ...], kwargs: dict[str, torch.Tensor]) -> None:
+        if int(kwargs["input_ids"][0]) == bad.tokens[-1] and batcher._rows[0] is bad:
+            raise MemoryError("no room")
+
+    handle = llm.model.register_forward_pre_hook(fail, with_kwargs=True)
+    try:
+        with pytest.raises(MemoryError):
+            list(streams[0])
+    finally:
+        handle.remove()
+    assert [first + "".join(rest) for first, rest in zip(texts[1:], streams[1:], strict=True)] == expected
+
+
+class Strange(threading.Event):
+    """A stop that cannot be asked any more once it is broken."""
+
+    broken = False
+
+    def is_set(self) -> bool:
+        if self.broken:
+            raise ValueError("no such stop")
+        return super().is_set()
+
+
+@pytest.mark.parametrize("what", ["stop", "scores", "choice"])
+def test_a_failing_choice_ends_one_answer_and_no_other(
+    tiny_llm: Callable[[str], LanguageModel], what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = tiny_llm("qwen2")
+    batcher = Batcher(llm)
+    prefixes = PrefixCache(2**26, llm.kv_bytes_per_token)
+    expected = [read(generation(llm, i, None))[0] for i in (1, 5)]
+    bad = generation(llm, 3, batcher, prefixes)
+    bad.stop = stop = Strange()
+    streams = [iter(bad), *(iter(generation(llm, i, batcher)) for i in (1, 5))]
+    texts = [next(stream) for stream in streams]
+    row = batcher._rows[0]
+    stop.broken = what == "stop"
+    if what == "scores":
+        choose = row._choose
+        monkeypatch.setattr(row, "_choose", lambda scores: choose(scores * float("nan")))
+    if what == "choice":
+        monkeypatch.setattr(row, "_choose", lambda _: 1 // 0)
+    for index in (1, 2):
+        texts[index] += "".join(streams[index])
+    error = {"stop": ValueError, "scores": ModelError, "choice": ZeroDivisionError}[what]
+    with pytest.raises(error):
+        list(streams[0])
+    assert texts[1:] == expected
+    assert (batcher.active, prefixes.stats.entries) == (0, 0)
+
+
+def test_who_joins_while_a_step_fails_is_computed(tiny_llm: Callable[[str], LanguageModel]) -> None:
+    llm = tiny_llm("qwen2")
+    batcher = Batcher(llm, max_rows=2)
+    expected = read(generation(llm, 5, None))[0]
+    streams = begin(llm, batcher, None, 1, 3)
+    inside, joined = threading.Event(), threading.Event()
 
     def fail(*_: object) -> None:
+        inside.set()
+        joined.wait(30)
         raise MemoryError("no room")
 
     handle = llm.model.register_forward_pre_hook(fail)
-    try:
-        for stream in streams:
-            with pytest.raises(MemoryError):
-                list(stream)
-    finally:
-        handle.remove()
-    assert (batcher.active, prefixes.stats.entries) == (0, 0)
-    assert read(generation(llm, 0, batcher))[0] == read(generation(llm, 0, None))[0]
+    with ThreadPoolExecutor(2) as pool:
+        failing = pool.submit(list, streams[0])
+        assert inside.wait(30)
+        kv, scores = generation(llm, 5, None), None
+        handle.remove()  # the call in progress still fails
+        kv_cache, scores = kv._prefill(piece_ends(kv.prompt))
+        assert scores is not None
+        waiting = pool.submit(batcher.join, kv_cache, scores, kv.sampling, kv.stop)
+        joined.set()
+        row = waiting.result(30)
+        failing.exception(30)
+    decoder = StreamingDecoder(llm.tokenizer)
+    assert "".join(map(decoder.push, row)) + decoder.flush() == expected
+
+
+def test_a_row_that_nobody_computes_is_an_error(tiny_llm: Callable[[str], LanguageModel]) -> None:
+    llm = tiny_llm("qwen2")
+    batcher = Batcher(llm)
+    stream = begin(llm, batcher, None, 3)[0]
+    batcher._rows.clear()
+    with pytest.raises(ModelError, match="given up"):
+        list(stream)
+
+
+def test_closing_ends_answers_with_a_sentence(tiny_llm: Callable[[str], LanguageModel]) -> None:
+    llm = tiny_llm("qwen2")
+    batcher = Batcher(llm)
+    prefixes = PrefixCache(2**26, llm.kv_bytes_per_token)
+    streams = begin(llm, batcher, prefixes, 1, 3)
+    batcher.close()
+    batcher.close()
+    errors = []
+    for stream in [*streams, iter(generation(llm, 5, batcher))]:
+        with pytest.raises(ModelError, match="closed") as raised:
+            list(stream)
+        errors.append(raised.value)
+    assert len({id(error) for error in errors}) == 3
+    assert prefixes.stats.entries == 0
+    assert batcher.active == 0
+
+
+def test_closing_while_many_ask_leaves_nobody_waiting(tiny_llm: Callable[[str], LanguageModel]) -> None:
+    llm = tiny_llm("qwen2")
+    for seed in range(3):
+        batcher = Batcher(llm, max_rows=3)
+        started = threading.Barrier(7)
+
+        def ask(index: int, batcher: Batcher = batcher, started: threading.Barrier = started) -> bool:
+            started.wait(30)
+            try:
+                while True:
+                    list(generation(llm, index, batcher))
+            except ModelError as error:
+                return "closed" in str(error)
+
+        with ThreadPoolExecutor(6) as pool:
+            results = [pool.submit(ask, index) for index in range(6)]
+            started.wait(30)
+            for _ in range(seed):
+                read(generation(llm, 2, batcher))
+            batcher.close()
+            assert all(result.result(60) for result in results)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
+def test_a_forked_process_is_told_that_it_cannot_compute(tiny_llm: Callable[[str], LanguageModel]) -> None:
+    llm = tiny_llm("qwen2")
+    batcher = Batcher(llm)
+    prefixes = PrefixCache(2**26, llm.kv_bytes_per_token)
+    running = begin(llm, batcher, prefixes, 3)[0]
+    reading, writing = os.pipe()
+    with prefixes._lock:  # as another thread may hold it
+        child = os.fork()
+        if child == 0:
+            said = []
+            for stream in (iter(generation(llm, 1, batcher, prefixes)), running):
+                try:
+                    list(stream)
+                except ModelError as error:
+                    said.append(str(error))
+            batcher.close()
+            os.write(writing, "|".join(said).encode())
+            os._exit(0)
+    os.close(writing)
+    ready, _, _ = select.select([reading], [], [], 60)
+    if not ready:
+        os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert ready
+    first, second = os.read(reading, 4096).decode().split("|")
+    os.close(reading)
+    assert first == second
+    assert "forked" in first
+    assert list(running)  # the parent goes on
 
 
 def test_a_model_that_forgets_decodes_in_turn(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Decoding against transformers' own, stopping, streaming, limits."""
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encoder.errors import BudgetError, ConfigError
-from llm_bridge.generate import Generation, Sampling, StreamingDecoder
+from llm_bridge.generate import (
+    LONGEST_PIECE,
+    SHORTEST_PIECE,
+    Generation,
+    GenerationStats,
+    Sampling,
+    StreamingDecoder,
+    piece_ends,
+)
 from llm_bridge.llm import LanguageModel
-from llm_bridge.prompt import Message, Prompt, Visual, render
+from llm_bridge.prompt import PLACEHOLDER, Message, Prompt, Visual, render
 
 VISUAL = Visual(6, "clip")
 
@@ -24,7 +33,7 @@ def test_greedy_equals_transformers(llm: LanguageModel) -> None:
     prompt, visual = prompt_and_visual(llm)
     generation = Generation(llm, prompt, [visual], Sampling(max_new_tokens=24))
     text = "".join(generation)
-    embeds = generation._embeddings(0)
+    embeds = generation._embeddings(0, len(prompt))
     ids = llm.model.generate(
         inputs_embeds=embeds,
         attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
@@ -99,13 +108,70 @@ def test_context_overflow_is_one_sentence(tiny_llm) -> None:
         list(Generation(llm, prompt, [torch.zeros(1000, llm.hidden_size)]))
 
 
+def test_tokens_that_the_model_lacks_are_one_sentence(tiny_llm) -> None:
+    llm = tiny_llm("qwen2")
+    prompt, visual = prompt_and_visual(llm)
+    for sampling in (Sampling(stop_token_ids=(10**9,)), Sampling(logit_bias={10**9: 1})):
+        with pytest.raises(ConfigError, match="must be token ids below"):
+            list(Generation(llm, prompt, [visual], sampling))
+
+
+def test_sampling_rules_apply_to_answers(tiny_llm) -> None:
+    llm = tiny_llm("qwen2")
+    prompt, visual = prompt_and_visual(llm)
+
+    def ask(**options: Any) -> GenerationStats:
+        generation = Generation(llm, prompt, [visual], Sampling(16, **options))
+        list(generation)
+        return generation.stats
+
+    token = llm.tokenizer("dog", add_special_tokens=False).input_ids[0]
+    assert ask(logit_bias={token: 100}).completion_tokens == 16
+    stopped = ask(logit_bias={token: 100}, stop_token_ids=[token])
+    assert (stopped.completion_tokens, stopped.finish) == (0, "stop")
+    delayed = ask(logit_bias={token: 100}, stop_token_ids=[token], min_tokens=5)
+    assert (delayed.completion_tokens, delayed.finish) == (5, "stop")
+
+
+def prompt_of(*parts: int) -> Prompt:
+    """Text of a length and, for negative numbers, visuals; every part of text ends as prompts do."""
+    ids: list[int] = []
+    spans = []
+    for part in parts:
+        if part < 0:
+            spans.append((len(ids), -part))
+        ids += [PLACEHOLDER] * -part if part < 0 else [*range(100, 97 + part), 1, 2, 3]
+    return Prompt(tuple(ids), tuple(Visual(count, "v") for _, count in spans), tuple(spans))
+
+
 @pytest.mark.parametrize(
-    "wrong",
-    [{"max_new_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_k": -1}],
+    ("parts", "ends"),
+    [
+        ((30,), [30]),
+        ((5,), [5]),
+        ((10, -64, 40), [74, 114]),
+        ((10, -64, 40, 30), [74, 114, 144]),
+        ((4, -4, 40), [48]),  # too short a beginning
+        ((10, -300, 20), [310, 330]),
+        ((10, -1024, 20), [256, 512, 768, 1034, 1054]),
+        ((900,), [256, 512, 900]),
+        ((10, -64, -64, 20), [74, 138, 158]),
+        ((20, -30), [50]),
+    ],
 )
-def test_wrong_sampling(wrong: dict) -> None:
-    with pytest.raises(ConfigError):
-        Sampling(**wrong)
+def test_pieces_end_where_prompts_differ(parts: tuple[int, ...], ends: list[int]) -> None:
+    assert piece_ends(prompt_of(*parts)) == ends
+
+
+@given(st.lists(st.integers(-700, 700).filter(lambda n: n < 0 or n > 3), min_size=1, max_size=8))
+def test_pieces_cover_the_prompt(parts: list[int]) -> None:
+    prompt = prompt_of(*parts)
+    ends = piece_ends(prompt)
+    lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    assert sum(lengths) == len(prompt)
+    assert all(SHORTEST_PIECE <= length <= 1.5 * LONGEST_PIECE for length in lengths[:-1])
+    assert 0 < lengths[-1] <= 1.5 * LONGEST_PIECE
+    assert piece_ends(prompt_of(*parts, 50))[: len(ends) - 1] == ends[:-1]  # the next turn finds them
 
 
 @settings(max_examples=60, deadline=None)

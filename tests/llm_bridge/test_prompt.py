@@ -1,22 +1,28 @@
 """Prompts: places of visuals, structure that users cannot forge, labels for training."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoder.errors import ModelError
+from encoder.errors import ConfigError, ModelError
 from llm_bridge.llm import LanguageModel
 from llm_bridge.prompt import (
     IGNORE,
     PLACEHOLDER,
     Message,
+    TextBound,
     Visual,
+    check_text,
+    count_text,
     render,
     render_chat_training,
     render_plain_training,
     time_sentence,
 )
 
+READABLE = st.characters(exclude_categories=["Cs"], exclude_characters="\0")
 VIDEO = Visual(5, "video", 3.0, (0.5, 1.5, 2.5))
 IMAGE = Visual(3, "image")
 
@@ -71,7 +77,7 @@ def test_users_cannot_forge_structure(llm: LanguageModel, attack: str) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(words=st.lists(st.text(max_size=12), min_size=1, max_size=3))
+@given(words=st.lists(st.text(READABLE, max_size=12), min_size=1, max_size=3))
 def test_any_text_keeps_the_spans(tiny_llm, words: list[str]) -> None:
     llm = tiny_llm("qwen2")
     messages = [Message.of("user", VIDEO if i == 0 else "", word) for i, word in enumerate(words)]
@@ -146,3 +152,98 @@ def test_plain_labels_are_the_caption(llm: LanguageModel) -> None:
 def test_a_conversation_without_answer_cannot_be_trained_on(llm: LanguageModel) -> None:
     with pytest.raises(ModelError, match="at least one assistant turn"):
         render_chat_training(llm.tokenizer, [Message.of("user", "What?")])
+
+
+@pytest.mark.parametrize("system", [[], [Message.of("system", "Be brief.")]])
+def test_a_later_video_rewrites_nothing(llm: LanguageModel, system: list[Message[Visual]]) -> None:
+    talk: list[Message[Visual]] = [
+        Message.of("user", VIDEO, "What is it?"),
+        Message.of("assistant", "A dog."),
+        Message.of("user", IMAGE, "And this?", Visual(4, "other", 2.0, (1.0,))),
+        Message.of("assistant", "A cat."),
+        Message.of("user", "Which is larger?"),
+    ]
+    prompts = [render(llm.tokenizer, [*system, *talk[:end]]) for end in (1, 3, 5)]
+    assert [len(prompt.visuals) for prompt in prompts] == [1, 3, 3]
+    for first, second in pairwise(prompts):
+        assert second.cache_keys[: len(first)] == first.cache_keys
+        assert second.ids[: len(first)] == first.ids
+
+
+def test_a_visual_begins_a_line(llm: LanguageModel) -> None:
+    def texts(*content: str | Visual) -> list[str]:
+        prompt = render(llm.tokenizer, [Message.of("user", *content)])
+        [(start, count)] = prompt.spans
+        return [llm.tokenizer.decode(ids) for ids in (prompt.ids[:start], prompt.ids[start + count :])]
+
+    assert texts("Before:", IMAGE, "after")[0].endswith("Before:\n")
+    assert texts("Before:\n", IMAGE, "after") == texts("Before:", IMAGE, "after")
+    assert texts("Be", "fore:", IMAGE, "af", "ter") == texts("Before:", IMAGE, "after")
+    assert not texts(IMAGE, "after")[0].endswith("\n\n")
+
+
+@pytest.mark.parametrize("text", ["half \ud83d", "\udcff", "a\0b", 5, None, b"bytes"])
+def test_what_no_tokenizer_reads_is_refused(llm: LanguageModel, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"The caption (must be a text|is not valid Unicode|has a NUL)"):
+        check_text(text, "The caption")
+    asked = Message.of("user", "What is it?")
+    for call in (
+        lambda: render(llm.tokenizer, [Message.of("user", VIDEO, text)]),
+        lambda: render_chat_training(llm.tokenizer, [asked, Message.of("assistant", text)]),
+        lambda: render_plain_training(llm.tokenizer, VIDEO, text),
+    ):
+        with pytest.raises(ConfigError):
+            call()
+
+
+def test_no_text_is_counted_that_is_not_valid(llm: LanguageModel) -> None:
+    with pytest.raises(ConfigError, match="not valid Unicode"):
+        count_text(llm.tokenizer, [Message.of("user", "half \ud83d")])
+
+
+def test_counting_the_text(llm: LanguageModel) -> None:
+    talk = [Message.of("user", "What is it?"), Message.of("assistant", "A dog."), Message.of("user", "Why?")]
+    assert count_text(llm.tokenizer, talk) == len(render(llm.tokenizer, talk))
+    with_video = [Message.of("user", VIDEO, "What is it?")]
+    prompt = render(llm.tokenizer, with_video, time_form="none")
+    assert count_text(llm.tokenizer, with_video) == len(prompt) - VIDEO.tokens
+    # Whatever stands for a medium will do.
+    assert count_text(llm.tokenizer, [Message.of("user", object(), "What is it?")]) == len(prompt) - 5
+
+
+@settings(max_examples=60, deadline=None)
+@given(words=st.lists(st.one_of(st.text(READABLE), st.sampled_from([" " * 40, "The video ", "aaaa"]))))
+def test_the_bound_never_exceeds_the_tokens(tiny_llm, words: list[str]) -> None:
+    text = "".join(words)
+    for layout in ("llama", "qwen2", "plain"):
+        tokenizer = tiny_llm(layout).tokenizer
+        bound = TextBound.of(tokenizer)
+        assert bound is not None
+        assert bound.least_tokens(text) <= len(tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def test_a_long_text_is_not_tokenised(llm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("tokenised")
+
+    bound = TextBound.of(llm.tokenizer)
+    asked = [Message.of("user", "the same words " * 1000)]
+    exact = count_text(llm.tokenizer, asked)
+    assert count_text(llm.tokenizer, asked, most=exact, bound=bound) == exact
+    monkeypatch.setattr(type(llm.tokenizer), "__call__", refuse)
+    assert 10 < count_text(llm.tokenizer, asked, most=10, bound=bound) <= exact
+
+
+def test_a_tokenizer_that_drops_characters_has_no_bound(tiny_llm) -> None:
+    import copy
+
+    from tokenizers import normalizers, pre_tokenizers
+
+    tokenizer = copy.deepcopy(tiny_llm("qwen3").tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    assert TextBound.of(tokenizer) is None
+    tokenizer.backend_tokenizer.normalizer = None
+    assert TextBound.of(tokenizer) is not None
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    assert TextBound.of(tokenizer) is None
+    assert TextBound.of(object()) is None

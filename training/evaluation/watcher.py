@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +9,7 @@ import torch
 
 from encoder.preprocess import preprocess
 from llm_bridge.batching import Batcher
-from llm_bridge.cache import Prefix, PrefixCache
+from llm_bridge.cache import PrefixCache
 from llm_bridge.generate import Generation, Sampling
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import Message, Prompt, Visual, render
@@ -56,7 +55,7 @@ class Watcher:
         prefixes = PrefixCache(PREFIX_BYTES, llm.kv_bytes_per_token)
         prompts = [self._prompt(visuals, asked) for asked in questions]
         if len(prompts) > 1:
-            self._copy_prefix(prompts, embeddings, prefixes)
+            self._read_once(prompts[0], embeddings, prefixes)
         batcher = Batcher(llm, max_rows=ROWS)
         running = [
             iter(Generation(llm, prompt, embeddings, sampling, prefixes, batcher=batcher))
@@ -79,7 +78,7 @@ class Watcher:
     def _prompt(self, visuals: tuple[Visual, ...], asked: Asked) -> Prompt:
         tokenizer, config = self.model.llm.tokenizer, self.model.config
         system = asked.system or config.system
-        messages = [Message.of("system", system)] if system else []
+        messages: list[Message[Visual]] = [Message.of("system", system)] if system else []
         messages.append(Message("user", (*visuals, asked.question)))
         prompt = render(tokenizer, messages, time_form=config.time_sentence)
         if asked.prefix:
@@ -87,17 +86,10 @@ class Watcher:
             prompt = replace(prompt, ids=(*prompt.ids, *ids))
         return prompt
 
-    def _copy_prefix(
-        self, prompts: Sequence[Prompt], embeddings: Sequence[torch.Tensor], prefixes: PrefixCache
-    ) -> None:
-        """Prefill what the prompts have in common, the video above all, once, and leave a copy for each."""
-        first = Generation(self.model.llm, prompts[0], embeddings, Sampling(max_new_tokens=1), prefixes)
-        for _ in first:
+    def _read_once(self, prompt: Prompt, embeddings: Sequence[torch.Tensor], prefixes: PrefixCache) -> None:
+        """Prefill what the prompts have in common, the video above all, before they all ask for it."""
+        for _ in Generation(self.model.llm, prompt, embeddings, Sampling(max_new_tokens=1), prefixes):
             pass
-        shared = prefixes.take(prompts[1].cache_keys)
-        if shared is not None:
-            for _ in prompts:
-                prefixes.put(Prefix(shared.keys, copy.deepcopy(shared.kv)))
 
     @torch.inference_mode()
     def _look(self, media: Media, number: int) -> tuple[tuple[Visual, ...], list[torch.Tensor]]:

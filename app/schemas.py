@@ -1,0 +1,481 @@
+"""What programs send to the server, field by field: OpenAI's chat completions, and what this server adds.
+
+A field that is not listed here is refused. Fields that this server has no use for are listed with the values
+that change nothing (`_only`); whoever asks for something else is told.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from encoder.selection import Selector
+
+MODEL = "fluxchat"
+MAX_MEDIA = 16  # videos and images in one request
+MAX_MESSAGES = 1024
+MAX_STOPS = 4
+MAX_IDS = 1024  # of stop_token_ids and logit_bias
+# Tags of alternatives begin with this, so that they can be told from fields in the path of an error.
+ALTERNATIVE = "="
+
+
+class Strict(BaseModel):
+    """No other fields, no conversions: true is no number, and "1" neither."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _neutral(cls, value: Any, info: ValidationInfo) -> Any:
+        extra = cls.model_fields[info.field_name or ""].json_schema_extra
+        allowed = extra.get("enum") if isinstance(extra, dict) else None
+        if not isinstance(allowed, list) or any(_same(value, neutral) for neutral in allowed):
+            return value
+        told = " or ".join(json.dumps(neutral) for neutral in allowed[1:])
+        advice = f"leave it out or send {told}" if told else "leave it out"
+        raise PydanticCustomError("unsupported", "{advice}", {"advice": advice})
+
+
+def _kind(value: Any) -> str:
+    """The tag of a JSON value's kind."""
+    kinds: tuple[tuple[type, str], ...] = (
+        (bool, "boolean"),
+        (str, "text"),
+        (list, "list"),
+        (dict, "object"),
+        (int, "number"),
+        (float, "number"),
+    )
+    return ALTERNATIVE + next((name for kind, name in kinds if isinstance(value, kind)), "null")
+
+
+def _by(name: str) -> Discriminator:
+    """Alternatives that differ by the value of one field."""
+
+    def of(value: Any) -> str | None:
+        found = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+        return ALTERNATIVE + found if isinstance(found, str) else None
+
+    return Discriminator(of)
+
+
+def _only(*values: Any) -> Any:
+    """A field of which this server takes only the values that change nothing; null always."""
+    return Field(default=None, json_schema_extra={"enum": [None, *values]})
+
+
+def _same(left: Any, right: Any) -> bool:
+    return isinstance(left, bool) is isinstance(right, bool) and bool(left == right)
+
+
+def _list_of_one(value: Any) -> Any:
+    """A text as the list that it stands for."""
+    return [value] if isinstance(value, str) else value
+
+
+Flag = bool | None
+Hint = Annotated[str, Field(max_length=1024)] | None  # for the operator; changes no answer
+Text = Annotated[str, Field(max_length=4 * 2**20)]
+
+
+# -- parts of a message -------------------------------------------------------------------------------------
+
+
+class TextPart(Strict):
+    """Words. (input_text and output_text are the names of OpenAI's Responses.)"""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: Text
+    annotations: Any = _only([])
+    logprobs: Any = _only([])
+
+
+class RefusalPart(Strict):
+    """Words of the assistant, as OpenAI's clients hand them back."""
+
+    type: Literal["refusal"]
+    refusal: Text
+
+
+class Url(Strict):
+    """Where a video or image is: a data: URL, the id of an uploaded file, an allowed address or path."""
+
+    url: Annotated[str, Field(min_length=1)]
+    detail: Any = _only("auto")
+
+
+Place = Annotated[
+    Annotated[str, Field(min_length=1), Tag("=text")] | Annotated[Url, Tag("=object")], Discriminator(_kind)
+]
+
+
+class VideoPart(Strict):
+    """A video."""
+
+    type: Literal["video_url"]
+    video_url: Place
+
+
+class ImagePart(Strict):
+    """An image."""
+
+    type: Literal["image_url"]
+    image_url: Place
+
+
+class InputVideoPart(Strict):
+    """A video, in the manner of OpenAI's Responses; one of the three says where it is."""
+
+    type: Literal["input_video"]
+    video_url: Place | None = None
+    input_video: Place | None = None
+    file_id: Annotated[str, Field(min_length=1)] | None = None
+    detail: Any = _only("auto")
+
+
+class InputImagePart(Strict):
+    """An image of OpenAI's Responses; one of the three says where it is."""
+
+    type: Literal["input_image"]
+    image_url: Place | None = None
+    input_image: Place | None = None
+    file_id: Annotated[str, Field(min_length=1)] | None = None
+    detail: Any = _only("auto")
+
+
+class File(Strict):
+    """An uploaded file, or one in the request: a data: URL or base64 alone."""
+
+    file_id: Annotated[str, Field(min_length=1)] | None = None
+    file_data: Annotated[str, Field(min_length=1)] | None = None
+    filename: Annotated[str, Field(max_length=1024)] | None = None
+
+
+class FilePart(Strict):
+    """A video or image as a file."""
+
+    type: Literal["file"]
+    file: File
+
+
+class InputFilePart(File):
+    """The same in OpenAI's Responses."""
+
+    type: Literal["input_file"]
+    file_url: Annotated[str, Field(min_length=1)] | None = None
+
+
+UserPart = Annotated[
+    Annotated[TextPart, Tag("=text")]
+    | Annotated[TextPart, Tag("=input_text")]
+    | Annotated[VideoPart, Tag("=video_url")]
+    | Annotated[ImagePart, Tag("=image_url")]
+    | Annotated[InputVideoPart, Tag("=input_video")]
+    | Annotated[InputImagePart, Tag("=input_image")]
+    | Annotated[FilePart, Tag("=file")]
+    | Annotated[InputFilePart, Tag("=input_file")],
+    _by("type"),
+]
+WordsPart = Annotated[
+    Annotated[TextPart, Tag("=text")]
+    | Annotated[TextPart, Tag("=input_text")]
+    | Annotated[TextPart, Tag("=output_text")]
+    | Annotated[RefusalPart, Tag("=refusal")],
+    _by("type"),
+]
+UserContent = Annotated[
+    Annotated[Text, Tag("=text")] | Annotated[list[UserPart], Field(min_length=1), Tag("=list")],
+    Discriminator(_kind),
+]
+Words = Annotated[
+    Annotated[Text, Tag("=text")] | Annotated[list[WordsPart], Field(min_length=1), Tag("=list")],
+    Discriminator(_kind),
+]
+
+
+# -- messages -----------------------------------------------------------------------------------------------
+
+
+class SystemMessage(Strict):
+    """How to answer."""
+
+    role: Literal["system", "developer"]
+    content: Words
+    name: Any = _only()
+
+
+class UserMessage(Strict):
+    """Words, videos and images, read in this order."""
+
+    role: Literal["user"]
+    content: UserContent
+    name: Any = _only()
+
+
+class AssistantMessage(Strict):
+    """An earlier answer, as this server or OpenAI's clients give it."""
+
+    role: Literal["assistant"]
+    content: Words
+    name: Any = _only()
+    refusal: Any = _only()
+    audio: Any = _only()
+    annotations: Any = _only([])
+    tool_calls: Any = _only([])
+    function_call: Any = _only()
+    reasoning_content: Any = _only("")
+
+
+AnyMessage = Annotated[
+    Annotated[SystemMessage, Tag("=system")]
+    | Annotated[SystemMessage, Tag("=developer")]
+    | Annotated[UserMessage, Tag("=user")]
+    | Annotated[AssistantMessage, Tag("=assistant")],
+    _by("role"),
+]
+
+
+# -- the request --------------------------------------------------------------------------------------------
+
+
+class StreamOptions(Strict):
+    """Of a streamed answer."""
+
+    include_usage: Flag = False
+    include_obfuscation: Flag = None  # padding against who watches the line; none is added
+    continuous_usage_stats: Any = _only(False)
+
+
+def _top_k(value: Any) -> Any:
+    return 0 if value == -1 and _same(value, -1) else value  # vLLM's "off"
+
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+BiasId = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")]
+TokenBudget = Annotated[
+    Annotated[int, Field(ge=1, lt=2**31), Tag("=number")]
+    | Annotated[str, Field(max_length=64), Tag("=text")]
+    | Annotated[None, Tag("=null")],
+    Discriminator(_kind),
+]
+
+
+class ChatBody(Strict):
+    """A question with what went before. Beside OpenAI's fields: token_budget, selector, vLLM's sampling."""
+
+    model: str = MODEL
+    messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+    # What is looked at.
+    token_budget: Annotated[
+        TokenBudget,
+        Field(description="Visual tokens per video: a number, 'full', 'auto' or 'auto:SECONDS'."),
+    ] = None
+    selector: Selector | None = None
+
+    # How the answer is drawn. temperature 0 (the default) is greedy.
+    temperature: Annotated[float, Field(ge=0, le=10)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[
+        Annotated[int, Field(ge=0, lt=2**31)] | None,
+        BeforeValidator(_top_k),
+        Field(description="0 or -1 is off."),
+    ] = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    logit_bias: Annotated[dict[BiasId, Bias], Field(max_length=MAX_IDS)] | None = None
+
+    # When it ends.
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    stop: Annotated[
+        Annotated[list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(max_length=MAX_STOPS)]
+        | None,
+        BeforeValidator(_list_of_one),
+        Field(description="A text, or a list of texts, that ends the answer and is no part of it."),
+    ] = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_IDS)] | None = None
+
+    # How it is sent.
+    stream: Flag = False
+    stream_options: StreamOptions | None = None
+
+    # Labels, which change no answer. user and cache_salt set apart what is kept for follow-up questions.
+    user: Hint = None
+    cache_salt: Hint = None
+    safety_identifier: Hint = None
+    prompt_cache_key: Hint = None
+    prompt_cache_retention: Hint = None
+    request_id: Hint = None
+    metadata: dict[str, Any] | None = None
+    parallel_tool_calls: Flag = None  # there are no tools
+    include_reasoning: Flag = None  # there is none
+
+    # OpenAI's, and vLLM's, at the values that change nothing.
+    n: Any = _only(1)
+    best_of: Any = _only(1)
+    logprobs: Any = _only(False)
+    top_logprobs: Any = _only(0)
+    prompt_logprobs: Any = _only()
+    presence_penalty: Any = _only(0)
+    frequency_penalty: Any = _only(0)
+    tools: Any = _only([])
+    tool_choice: Any = _only("none", "auto")
+    functions: Any = _only([])
+    function_call: Any = _only("none", "auto")
+    response_format: Any = _only({"type": "text"})
+    modalities: Any = _only(["text"])
+    audio: Any = _only()
+    prediction: Any = _only()
+    reasoning_effort: Any = _only("none")
+    verbosity: Any = _only("medium")
+    web_search_options: Any = _only()
+    store: Any = _only(False)
+    service_tier: Any = _only("auto", "default")
+    echo: Any = _only(False)
+    ignore_eos: Any = _only(False)
+    use_beam_search: Any = _only(False)
+    length_penalty: Any = _only(1)
+    include_stop_str_in_output: Any = _only(False)
+    skip_special_tokens: Any = _only(True)
+    spaces_between_special_tokens: Any = _only(True)
+    add_generation_prompt: Any = _only(True)
+    continue_final_message: Any = _only(False)
+    add_special_tokens: Any = _only(False)
+    truncate_prompt_tokens: Any = _only()
+    allowed_token_ids: Any = _only()
+    bad_words: Any = _only([])
+    documents: Any = _only([])
+    chat_template: Any = _only()
+    chat_template_kwargs: Any = _only({})
+    mm_processor_kwargs: Any = _only({})
+    guided_json: Any = _only()
+    guided_regex: Any = _only()
+    guided_choice: Any = _only()
+    guided_grammar: Any = _only()
+    structured_outputs: Any = _only()
+    logits_processors: Any = _only([])
+    priority: Any = _only(0)
+
+
+class FilesQuery(BaseModel):
+    """The query of GET /v1/files: which of the caller's files, newest first."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    limit: Annotated[int, Field(ge=1, le=10_000)] = 10_000
+    after: str | None = None
+    order: Literal["asc", "desc"] = "desc"
+    purpose: str | None = None
+
+
+# -- what the server sends ----------------------------------------------------------------------------------
+
+
+class ErrorDetail(BaseModel):
+    """message: one sentence. param: the field it is about, as a path. code: for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is none."""
+
+    error: ErrorDetail
+
+
+class FileObject(BaseModel):
+    """An uploaded file. created_at: seconds since 1970. media: its kind, size and codec, when it comes."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str = "user_data"
+    status: str = "processed"
+    media: dict[str, Any] | None = None
+
+
+class FileList(BaseModel):
+    """The caller's files."""
+
+    object: Literal["list"] = "list"
+    data: list[FileObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class DeletedFile(BaseModel):
+    """What was deleted."""
+
+    id: str
+    object: Literal["file"] = "file"
+    deleted: Literal[True] = True
+
+
+class ModelObject(BaseModel):
+    """The model. default_token_budget: visual tokens of a video when a request does not say."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    description: str
+    default_token_budget: int
+
+
+class ModelList(BaseModel):
+    """All models: one."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
+
+
+class AnswerMessage(BaseModel):
+    """What the model says."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    """The one answer. finish_reason: "length" when max_tokens ended it."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: None = None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatCompletion(BaseModel):
+    """An answer; streamed, it comes as server-sent events chat.completion.chunk, the last one [DONE]."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: dict[str, Any]
+    timings: dict[str, float]

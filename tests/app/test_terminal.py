@@ -1,0 +1,88 @@
+"""`fluxchat chat`: a command that fails changes nothing, and says why in one line."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+
+from app.chat import VideoChat
+from app.terminal import Terminal, converse
+from encoder.errors import BudgetError, ConfigError, VideoError
+from tests.app.conftest import SHORT, WORLD
+
+OPTIONS = {"budget": "16", "max_new_tokens": 4}
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Calibrations of the tiny model stay out of the user's folder."""
+    monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def test_a_command_that_fails_changes_nothing(chat: VideoChat, tmp_path: Path) -> None:
+    terminal = Terminal(chat, str(SHORT), OPTIONS)
+    terminal.ask("What is it?")
+    (tmp_path / "empty.mp4").touch()
+    for name, value, error, words in (
+        ("video", "nowhere.mp4", VideoError, "'nowhere.mp4': there is no such file"),
+        ("video", str(tmp_path), VideoError, "directory"),
+        ("video", str(tmp_path / "empty.mp4"), VideoError, "empty"),
+        ("video", "https://example.com/a.mp4", VideoError, "download"),
+        ("video", "", ConfigError, "/video PATH"),
+        ("add", "nowhere.mp4", VideoError, "no such file"),
+        ("add", "", ConfigError, "/add PATH"),
+        ("budget", "", BudgetError, "A budget is"),
+        ("budget", "many", BudgetError, "A budget is"),
+        ("budget", "0", BudgetError, "at least 1"),
+    ):
+        before = terminal.conversation, terminal.video, dict(terminal.options), terminal.conversation.turns
+        with pytest.raises(error, match=words):
+            terminal.command(name, value)
+        now = terminal.conversation, terminal.video, dict(terminal.options), terminal.conversation.turns
+        assert now == before, (name, value)
+    with pytest.raises(ConfigError):
+        terminal.ask("half \ud83d")
+    terminal.ask("And why?")
+    assert len(terminal.conversation.turns) == 2
+
+
+def test_commands(chat: VideoChat, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    terminal = Terminal(chat, None, OPTIONS)
+    terminal.introduce()
+    with pytest.raises(ConfigError, match="no video yet"):
+        terminal.command("estimate", "")
+    quoted = tmp_path / "my clip.mp4"
+    quoted.write_bytes(SHORT.read_bytes())
+    terminal.command("video", f'"{quoted}"')
+    terminal.ask("What is it?")
+    terminal.command("add", str(WORLD))
+    terminal.ask("And this?")
+    assert len(terminal.conversation.videos) == 2
+    terminal.command("budget", "32")
+    terminal.command("new", "")
+    assert terminal.conversation.turns == []
+    terminal.ask("What is it?")
+    terminal.command("dance", "")
+    printed = capsys.readouterr().out
+    for words in ("16 of", "32 of", "It comes with the next question", "A new conversation", "/add PATH"):
+        assert words in printed
+
+
+def test_a_whole_session(
+    chat: VideoChat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    odd = os.path.join(tmp_path, "caf\udce9.mp4")
+    with open(odd, "wb") as file:
+        file.write(SHORT.read_bytes())
+    lines = ["What?", "", "/video nowhere.mp4", "What \udcff?", f"/video {odd}", "Why?", "/quit", "never"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    assert converse(chat, str(WORLD), OPTIONS) == 0
+    printed = capsys.readouterr().out.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    assert printed.count("\n! ") == 2
+    assert "! Cannot read 'nowhere.mp4': there is no such file" in printed
+    assert "! The question is not valid Unicode" in printed
+    assert printed.count("first word after") == 2
+    assert "never" not in printed
