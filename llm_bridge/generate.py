@@ -152,7 +152,9 @@ class Generation:
         if self.batcher is not None:
             self.batcher.check_process()
         self._check_context()
-        self.sampling.check_vocabulary(self.llm.model.config.get_text_config().vocab_size)
+        vocabulary = getattr(self.llm.model.config.get_text_config(), "vocab_size", None)
+        if vocabulary is not None:
+            self.sampling.check_vocabulary(vocabulary)
         start = time.perf_counter()
         keys, ends = self.prompt.cache_keys, piece_ends(self.prompt)
         # The last piece is always computed: the first token's scores come from it.

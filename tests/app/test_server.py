@@ -118,7 +118,7 @@ def test_openai_client_streams_the_same(client: openai.OpenAI, clips: list[Path]
     usage = chunks[-1].usage
     assert usage is not None
     assert usage.prompt_tokens_details is not None
-    assert usage.prompt_tokens_details.cached_tokens == usage.prompt_tokens - 1  # asked before
+    assert 0 < usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens  # asked before
 
 
 def test_openai_client_gets_typed_errors(client: openai.OpenAI) -> None:
