@@ -144,15 +144,16 @@ class Generation:
     stop: threading.Event = field(default_factory=threading.Event)
     stats: GenerationStats = field(default_factory=GenerationStats)
     batcher: Batcher | None = None
-    _pieces: list[Piece] = field(
-        default_factory=list, init=False, repr=False
-    )  # of the prompt, from its start
+    # Of the prompt, from its start: those that were there, and then those that were computed.
+    _pieces: list[Piece] = field(default_factory=list, init=False, repr=False)
 
     def __iter__(self) -> Iterator[str]:
         if self.batcher is not None:
             self.batcher.check_process()
         self._check_context()
-        self.sampling.check_vocabulary(self.llm.model.config.get_text_config().vocab_size)
+        vocabulary = getattr(self.llm.model.config.get_text_config(), "vocab_size", None)
+        if vocabulary is not None:
+            self.sampling.check_vocabulary(vocabulary)
         start = time.perf_counter()
         keys, ends = self.prompt.cache_keys, piece_ends(self.prompt)
         # The last piece is always computed: the first token's scores come from it.
@@ -164,6 +165,7 @@ class Generation:
             kv, logits = self._prefill(ends)
             self.stats.prefill_s = time.perf_counter() - start
             with closing(self._decode(kv, logits)) as tokens:
+                del kv, logits  # else the KV would stay beside its copy in the batch
                 for token in tokens:
                     if not self.stats.completion_tokens:
                         self.stats.first_token_s = time.perf_counter() - start
@@ -238,11 +240,13 @@ class Generation:
         return Chooser(self.sampling, text, end_ids)
 
     def _decode(self, kv: Any, logits: Tensor | None) -> Generator[int, None, None]:
-        """New tokens until the end of the turn, the length limit, or a stop."""
+        """New tokens until the end of the turn, the length limit, or a stop; none without scores."""
+        if self.batcher is None:
+            return self._decode_alone(kv, logits)
+        return self._decode_together(self.batcher, kv, logits)
+
+    def _decode_alone(self, kv: Any, logits: Tensor | None) -> Generator[int, None, None]:
         if logits is None:
-            return
-        if self.batcher is not None:
-            yield from self._decode_together(self.batcher, kv, logits)
             return
         ends = self.llm.eos_ids | frozenset(self.sampling.stop_token_ids)
         choose = self._choose(ends)
@@ -262,8 +266,13 @@ class Generation:
             with torch.inference_mode():
                 logits = self._step(kv, input_ids=torch.tensor([[token]], device=self.llm.device))
 
-    def _decode_together(self, batcher: Batcher, kv: Any, logits: Tensor) -> Iterator[int]:
+    def _decode_together(
+        self, batcher: Batcher, kv: Any, logits: Tensor | None
+    ) -> Generator[int, None, None]:
+        if logits is None:
+            return
         row = batcher.join(kv, logits, self.sampling, self.stop, self._choose(batcher.eos))
+        del kv, logits
         try:
             yield from row
         finally:

@@ -120,7 +120,7 @@ def test_openai_client_streams_the_same(client: openai.OpenAI, clips: list[Path]
     usage = chunks[-1].usage
     assert usage is not None
     assert usage.prompt_tokens_details is not None
-    assert usage.prompt_tokens_details.cached_tokens > 64  # asked before, over the same connection
+    assert 0 < usage.prompt_tokens_details.cached_tokens < usage.prompt_tokens  # over the same connection
 
 
 def test_openai_client_gets_typed_errors(client: openai.OpenAI) -> None:
