@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from app.answer import Answer
-    from app.chat import VideoChat, Videos
+    from app.chat import Media, Message, VideoChat, Videos
     from app.estimate import Estimate
 
-__all__ = ["Answer", "Estimate", "VideoChat", "Videos"]
+__all__ = ["Answer", "Estimate", "Media", "Message", "VideoChat", "Videos"]
 
 
 def __getattr__(name: str) -> Any:
