@@ -5,13 +5,13 @@ Runs inside the decoding child process (decode_worker.py); imports neither torch
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from encoder.errors import VideoError
+from encoder.handed import open_file, open_raw
 
 # Demuxers an untrusted file may use: none of them opens a second file or a network address.
 SAFE_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif"
@@ -75,13 +75,13 @@ class Header:
 
 @contextmanager
 def open_container(path: str, rules: Rules) -> Iterator[Any]:
-    """A PyAV input container that reads this one local file and closes with the block."""
+    """A PyAV input container that reads this one file (see handed.py) and closes with the block."""
     import av
 
     options = {"protocol_whitelist": "file"}
     if not rules.trusted:
         options["format_whitelist"] = SAFE_CONTAINERS
-    with av.open(os.path.abspath(path), container_options=options, metadata_errors="replace") as container:
+    with av.open(open_raw(path), container_options=options, metadata_errors="replace") as container:
         yield container
 
 
@@ -180,7 +180,7 @@ def _guessed_length(container: Any) -> bool:
     """Whether FFmpeg guessed the length from the bit rate: a Matroska header without its Duration element."""
     if "matroska" not in container.format.name:
         return False
-    with open(container.name, "rb") as file:
+    with open_file(container.name) as file:
         return b"\x44\x89" not in file.read(1 << 14)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from encoder.containers import Header, Rules, open_container, stamp, video_stream
 from encoder.errors import VideoError
+from encoder.handed import native_path
 from encoder.sampling import EPSILON_S, shown_at, split_runs
 
 Frames = Iterator[tuple[float, bytes | memoryview]]
@@ -250,7 +251,7 @@ def _decord_run(
     import decord
     import numpy as np
 
-    reader = decord.VideoReader(path, width=size[0], height=size[1], num_threads=threads)
+    reader = decord.VideoReader(native_path(path), width=size[0], height=size[1], num_threads=threads)
     try:
         own = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0]
         if len(own) != len(pts_s) or np.any(np.diff(own) <= 0):  # e.g. h264 in avi: all of them zero

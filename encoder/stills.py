@@ -7,6 +7,7 @@ from typing import Any
 
 from encoder.containers import Header, Rules
 from encoder.errors import VideoError
+from encoder.handed import open_file
 from encoder.sampling import shown_at
 
 _CODECS = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "WEBP": "webp", "BMP": "bmp"}
@@ -24,7 +25,7 @@ def _open(path: str, rules: Rules) -> Any:
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None  # the limit below is ours, and an error rather than a warning
-    image = Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP"))
+    image = Image.open(open_file(path), formats=("PNG", "JPEG", "WEBP", "BMP"))
     rules.check_codec(_CODECS[image.format or ""])
     rules.check_pixels(image.width, image.height)
     return image
