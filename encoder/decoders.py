@@ -260,6 +260,8 @@ def _decord_run(
         for index in shown_at(pts_s, times_s):
             if index != shown:
                 shown, picture = index, reader[index].asnumpy().data.cast("B")
+                if len(picture) != size[0] * size[1] * 3:  # it pads frames of one or two pixels
+                    raise VideoError("decord cannot scale its frames so small; use decoder='auto'")
             yield pts_s[index], picture
     finally:
         del reader  # an idle reader keeps decoding ahead: memory grows until it is gone
