@@ -20,13 +20,12 @@ import json
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from encoder import decoders, stills
 from encoder.confine import Confinement, confine
@@ -35,29 +34,26 @@ from encoder.errors import VideoError
 from encoder.handed import handed_name, open_file
 from encoder.sampling import fit_within, spread_times
 
+if TYPE_CHECKING:
+    from _socket import socket as Socket
+
 IDLE_S = 10.0  # a worker that nobody asks for this long ends itself
 MAX_FILES = 64  # descriptors of a process that can open nothing
 HEAD_BYTES = 64  # of a file, to know whether it is an image
-PASSES_FILES = hasattr(socket, "send_fds")  # else (Windows) files travel by name
+PASSES_FILES = sys.platform != "win32"  # there files travel by name
 
-# All that reading an untrusted file may import: nothing can be loaded once the process is confined.
-_ENCODINGS = tuple(f"encodings.{name}" for name in ("ascii", "latin_1", "utf_8", "utf_16", "idna", "cp437"))
-_FOR_VIDEOS = (
-    "av",
-    "av.error",
-    "av.logging",
-    "av.subtitles.stream",
-    "av.video.reformatter",
-    "PIL.Image",
-    *_ENCODINGS,
-)
+# What reading an untrusted file imports: nothing can be loaded once the process is confined. The rest is for
+# few files (transparent videos, pictures of 16 bits), which are read again by a process that has all of it.
+_ENCODINGS = tuple(f"encodings.{name}" for name in ("ascii", "latin_1", "utf_8", "utf_16"))
+_FOR_VIDEOS = ("av", "av.error", "av.logging", "av.subtitles.stream", "av.video.reformatter", *_ENCODINGS)
 _FOR_IMAGES = (
-    *("PIL.Image", "PIL.ImageOps", "PIL.ImageCms", "PIL.ImageSequence", "PIL.ExifTags", "numpy"),
-    *("PIL.PpmImagePlugin", *_ENCODINGS),
-    *(
-        f"PIL.{name}ImagePlugin"
-        for name in ("Png", "Jpeg", "Mpo", "WebP", "Avif", "Bmp", "Gif", "Tiff", "Ppm")
-    ),
+    *("PIL.Image", "PIL.ImageOps", "PIL.PpmImagePlugin", *_ENCODINGS),
+    *(f"PIL.{name}ImagePlugin" for name in ("Png", "Jpeg", "Mpo", "WebP", "Avif", "Bmp", "Gif", "Tiff")),
+)
+_FOR_FEW = (
+    *_FOR_VIDEOS,
+    *_FOR_IMAGES,
+    *("PIL.ImageCms", "PIL.ImageSequence", "PIL.ImageFile", "numpy", "encodings.idna", "encodings.cp437"),
 )
 
 
@@ -140,6 +136,8 @@ def answer(request: dict[str, Any], out: BinaryIO) -> None:
                 out.write(rgb)
     except VideoError as error:
         _line(out, {"error": str(error), "known": True})
+    except ImportError as error:
+        _line(out, {"error": f"reading it needs {error.name}, which is not installed", "unprepared": True})
     except MemoryError:
         _line(out, {"error": f"decoding it needs more than {request['memory_mib']} MiB; scale it down first"})
     except Exception as error:  # noqa: BLE001 - whatever a decoder raises is one sentence for the user
@@ -219,18 +217,18 @@ def _load(names: Sequence[str]) -> None:
             importlib.import_module(name)
 
 
-def _next_request(channel: socket.socket | None) -> tuple[dict[str, Any], int | None] | None:
+def _next_request(channel: Socket | None) -> tuple[dict[str, Any], int | None] | None:
     """The next request and its file; None when the parent is gone or has asked for nothing in IDLE_S."""
     if channel is None:
         line = sys.stdin.buffer.readline()
         return (json.loads(line), None) if line else None
     if not select.select([channel], [], [], IDLE_S)[0]:
         return None
-    line, files, _, _ = socket.recv_fds(channel, 1 << 16, 1)
+    line, beside, _, _ = channel.recvmsg(1 << 16, 64)
     while line and not line.endswith(b"\n"):
         more = channel.recv(1 << 16)
         line = line + more if more else b""
-    return (json.loads(line), files[0]) if line else None
+    return (json.loads(line), int.from_bytes(beside[0][2][:4], sys.byteorder)) if line else None
 
 
 def _confine(request: dict[str, Any]) -> Confinement:
@@ -239,7 +237,7 @@ def _confine(request: dict[str, Any]) -> Confinement:
     if not trusted:
         with open_file(request["path"]) as file:
             image = stills.is_image(file.read(HEAD_BYTES))
-        _load(_FOR_IMAGES if image else _FOR_VIDEOS)
+        _load(_FOR_FEW if request["load_all"] else _FOR_IMAGES if image else _FOR_VIDEOS)
     applied = confine(untrusted=not trusted, last=lambda: _limit(request))
     if os.getppid() != request["parent"] and sys.platform != "win32":
         os._exit(1)
@@ -248,7 +246,7 @@ def _confine(request: dict[str, Any]) -> Confinement:
     return applied
 
 
-def _serve(channel: socket.socket | None, out: BinaryIO) -> None:
+def _serve(channel: Socket | None, out: BinaryIO) -> None:
     """Answer requests; after one about an untrusted file, return."""
     applied: Confinement | None = None
     while (asked := _next_request(channel)) is not None:
@@ -283,7 +281,10 @@ def main() -> None:
     os.dup2(null, 1)  # decoders print; only frames may travel
     channel = None
     if PASSES_FILES:
-        channel = socket.socket(fileno=os.dup(0))
+        from _socket import AF_UNIX, SOCK_STREAM  # its Python half takes milliseconds to import
+        from _socket import socket as Socket
+
+        channel = Socket(AF_UNIX, SOCK_STREAM, 0, os.dup(0))
         os.dup2(null, 0)
     os.close(null)
     _set_up_libraries()

@@ -39,6 +39,10 @@ class OutOfTime(VideoError):
     """The child did not finish within its wall-clock limit."""
 
 
+class Unprepared(VideoError):
+    """The child needed a library that it had not loaded before it confined itself."""
+
+
 class Crashed(VideoError):
     """The child ended before its answer was complete."""
 
@@ -148,7 +152,8 @@ class _Worker:
         message = read_message(line)
         if "error" in message:
             self.sound = message.get("known") is True
-            raise VideoError(read_error(message))
+            kind = Unprepared if message.get("unprepared") is True else VideoError
+            raise kind(read_error(message))
         return message
 
     def _fill(self, target: Tensor) -> None:
@@ -179,6 +184,14 @@ class Sandbox:
         when request["seconds"] passed first.
         """
         started = time.monotonic()
+        try:
+            return self._decode(request, file, keep=keep)
+        except Unprepared:
+            seconds = request["seconds"] - (time.monotonic() - started)
+            return self._decode({**request, "seconds": seconds, "load_all": True}, file, keep=keep)
+
+    def _decode(self, request: dict[str, Any], file: int, *, keep: bool) -> Decoded:
+        started = time.monotonic()
         worker = self._take() if keep else _Worker()
         late = threading.Event()
 
@@ -186,7 +199,7 @@ class Sandbox:
             late.set()
             worker.kill()
 
-        clock = threading.Timer(request["seconds"] - (time.monotonic() - started), stop)
+        clock = threading.Timer(max(0.0, request["seconds"] - (time.monotonic() - started)), stop)
         clock.daemon = True
         clock.start()
         try:

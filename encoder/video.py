@@ -205,6 +205,7 @@ def _request(
         "memory_mib": limits.memory_mib,
         "max_bytes_out": limits.memory_mib * 2**20,
         "contained": limits.contained and not trusted,
+        "load_all": False,
     }
 
 

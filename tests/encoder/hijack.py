@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from encoder import sandbox
+from encoder import sandbox, video
 
 FREE = """
 def free(untrusted, last=lambda: None):
@@ -33,5 +33,9 @@ def hijacked(code: str, folder: Path, *, confined: bool = True, **options: Any) 
         run = f"; exec(open({str(script)!r}).read()); main()"
         return real([a.replace("; main()", run) for a in arguments], **{**given, **options})
 
-    with mock.patch.object(sandbox.subprocess, "Popen", popen):
-        yield
+    video._sandbox.close()  # children that wait for the next file are not hijacked
+    try:
+        with mock.patch.object(sandbox.subprocess, "Popen", popen):
+            yield
+    finally:
+        video._sandbox.close()
