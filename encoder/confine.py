@@ -24,7 +24,6 @@ import json
 import os
 import signal
 import struct
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -79,6 +78,8 @@ def confine(*, untrusted: bool, last: Callable[[], None] = lambda: None) -> Conf
 @lru_cache(maxsize=1)
 def report() -> Confinement:
     """What this machine can do for untrusted files: asked of a child process, which tries it (once)."""
+    import subprocess  # not needed in the children themselves
+
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     code = "import sys; sys.path[:] = sys.argv[1:]; from encoder.confine import _tell; _tell()"
     try:

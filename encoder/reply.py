@@ -10,6 +10,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from types import UnionType
 from typing import Any, get_origin, get_type_hints
 
@@ -100,7 +101,7 @@ def read_pose(message: dict[str, Any]) -> tuple[int, bool]:
 
 def _header(found: Any, request: dict[str, Any]) -> dict[str, Any]:
     """The fields of a Header, no more and no less, each of its type."""
-    kinds = get_type_hints(Header)
+    kinds = _header_kinds()
     names = [field.name for field in fields(Header)]
     if not isinstance(found, dict) or set(found) != set(names):
         raise Untrue
@@ -115,6 +116,11 @@ def _header(found: Any, request: dict[str, Any]) -> dict[str, Any]:
     if not possible:
         raise Untrue
     return header
+
+
+@lru_cache(maxsize=1)
+def _header_kinds() -> dict[str, Any]:
+    return get_type_hints(Header)
 
 
 def _typed(value: Any, kind: Any) -> Any:
