@@ -21,6 +21,7 @@ from app.answer import Answer, Seen
 from app.estimate import Calibration, Estimate, estimate_plan
 from app.preview import Preview, choose, kept_tokens, thumbnails
 from app.turns import AnswerStream, Conversation, Progress, Videos, question_text
+from encoder import confine
 from encoder.budget import Budget, Plan
 from encoder.errors import ConfigError, ModelError
 from encoder.preprocess import preprocess
@@ -318,6 +319,7 @@ class VideoChat:
             "revision": self._revision,
             "cache": f"{seen.entries} videos {seen.bytes / MIB:.1f} MiB, {prefixes.entries} prefixes "
             f"{prefixes.bytes / MIB:.1f} MiB",
+            "sandbox": str(confine.report()),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "gradio": gradio.__version__,

@@ -34,6 +34,11 @@ from encoder.errors import VideoError
 from encoder.handed import handed_name, open_file
 from encoder.sampling import fit_within, spread_times
 
+try:  # here, since nothing can be loaded when the limits are set
+    import resource
+except ImportError:  # not a Unix system: the parent's clock remains
+    resource = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from _socket import socket as Socket
 
@@ -171,9 +176,7 @@ def _limit(request: dict[str, Any]) -> None:
     """
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, request["seconds"] + 1.0)  # default action: the process ends
-    try:
-        import resource
-    except ImportError:  # not a Unix system: the parent's clock remains
+    if resource is None:
         return
     untrusted = not request["rules"]["trusted"]
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -189,8 +192,6 @@ def _limit(request: dict[str, Any]) -> None:
 
 
 def _lower(what: int, value: int) -> None:
-    import resource
-
     hard = resource.getrlimit(what)[1]
     value = value if hard < 0 else min(value, hard)
     resource.setrlimit(what, (value, value))

@@ -244,6 +244,25 @@ dw.answer = evil
     assert str(caught.value) == "Cannot read 'v.mp4': 0 null null null pipe v.mp4."
 
 
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_confined_child_has_its_limits(clip, tmp_path, trusted):
+    code = """
+import resource
+def evil(request, out):
+    names = ("AS", "FSIZE", "CORE", "CPU", "NOFILE")
+    found = {name: resource.getrlimit(getattr(resource, "RLIMIT_" + name)) for name in names}
+    dw._line(out, {"error": repr(found).replace("-", "minus ")})
+    out.flush()
+dw.answer = evil
+"""
+    with hijacked(code, tmp_path), pytest.raises(VideoError) as caught:
+        probe(clip, trusted=trusted, limits=Limits(memory_mib=1000, seconds=10.0))
+    words = str(caught.value)
+    assert "'FSIZE': (0, 0), 'CORE': (0, 0)" in words
+    assert f"'AS': ({1000 * 2**20}, {1000 * 2**20})" in words or trusted
+    assert "'NOFILE': (64, 64)" in words or trusted
+
+
 def test_nothing_of_a_decoder_survives_its_end(clip, tmp_path):
     """Threads end with it, and its group is ended as a whole where a process could be made."""
     code = """

@@ -131,7 +131,7 @@ def test_the_readable_part_of_a_cut_file_can_be_used(bad):
 
 def test_out_of_memory_is_an_error(tmp_path):
     path = vf.write(tmp_path / "v.mp4", vf.steady(4), size=(1280, 720))
-    for mib in (20, 60, 200):
+    for mib in (20, 60, 100):
         with pytest.raises(VideoError, match=r"more memory than allowed|more than .* MiB"):
             read_clip(path, trusted=False, limits=Limits(memory_mib=mib))
     with pytest.raises(VideoError, match="set max_side"):
