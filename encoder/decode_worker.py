@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 IDLE_S = 10.0  # a worker that nobody asks for this long ends itself
 MAX_FILES = 64  # descriptors of a process that can open nothing
-HEAD_BYTES = 64  # of a file, to know whether it is an image
 PASSES_FILES = sys.platform != "win32"  # there files travel by name
 
 # What reading an untrusted file imports: nothing can be loaded once the process is confined. The rest is for
@@ -90,13 +89,14 @@ def choose_times(header: Header, request: dict[str, Any]) -> list[float]:
 
 def frames_of(
     path: str, header: Header, times_s: Sequence[float], size: tuple[int, int], rules: Rules, decoder: str
-) -> Iterator[tuple[float, bytes | memoryview, int]]:
-    """(time, RGB bytes, quarter turns still to make) of each wanted frame, by the decoder that suits.
+) -> Iterator[tuple[float, bytes | memoryview, int, bool]]:
+    """(time, RGB bytes, turns, mirror) of each wanted frame, by the decoder that suits.
 
-    `size` is upright. With decoder "auto", frames that decord cannot deliver come from PyAV.
+    `size` is upright; turns and mirror are what is still to be done (Shape). With decoder "auto", frames that
+    decord cannot deliver come from PyAV.
     """
-    if header.kind == "image" or header.container in ("png", "jpeg", "webp", "bmp"):
-        yield from ((t, rgb, 0) for t, rgb in stills.decode_image(path, header, times_s, size, rules))
+    if header.pillow:
+        yield from ((t, rgb, 0, False) for t, rgb in stills.decode_image(path, header, times_s, size, rules))
         return
     if decoder == "auto" and not decoders.decord_suits(path, header, times_s, rules):
         decoder = "pyav"
@@ -104,7 +104,7 @@ def frames_of(
     if decoder != "pyav":
         try:
             for t, rgb in decoders.decode_decord(path, header, times_s, size, rules):
-                yield t, rgb, 0
+                yield t, rgb, 0, False
                 done += 1
             return
         except VideoError:
@@ -117,7 +117,7 @@ def frames_of(
                 ) from error
     raw = size if header.turns % 2 == 0 else size[::-1]
     for t, rgb in decoders.decode_pyav(path, header, times_s[done:], raw, rules):
-        yield t, rgb, header.turns
+        yield t, rgb, header.turns, header.mirror
 
 
 def answer(request: dict[str, Any], out: BinaryIO) -> None:
@@ -126,7 +126,7 @@ def answer(request: dict[str, Any], out: BinaryIO) -> None:
         rules = Rules(**request["rules"])
         path = request["path"]
         with open_file(path) as file:
-            image = stills.is_image(file.read(16))
+            image = stills.is_image(file.read(stills.HEAD_BYTES))
         header = (stills.inspect_image if image else inspect)(path, rules)
         size = fit_within(header.width, header.height, request["max_side"])
         times = choose_times(header, request) if request["frames"] else []
@@ -136,8 +136,8 @@ def answer(request: dict[str, Any], out: BinaryIO) -> None:
         reply = {"header": asdict(header), "count": len(times), "width": size[0], "height": size[1]}
         _line(out, reply)
         if times:
-            for t, rgb, turns in frames_of(path, header, times, size, rules, request["decoder"]):
-                _line(out, {"time": round(t, 6), "turns": turns})
+            for t, rgb, turns, mirror in frames_of(path, header, times, size, rules, request["decoder"]):
+                _line(out, {"time": round(t, 6), "turns": turns, "mirror": mirror})
                 out.write(rgb)
     except VideoError as error:
         _line(out, {"error": str(error), "known": True})
@@ -237,7 +237,7 @@ def _confine(request: dict[str, Any]) -> Confinement:
     trusted = request["rules"]["trusted"]
     if not trusted:
         with open_file(request["path"]) as file:
-            image = stills.is_image(file.read(HEAD_BYTES))
+            image = stills.is_image(file.read(stills.HEAD_BYTES))
         _load(_FOR_FEW if request["load_all"] else _FOR_IMAGES if image else _FOR_VIDEOS)
     applied = confine(untrusted=not trusted, last=lambda: _limit(request))
     if os.getppid() != request["parent"] and sys.platform != "win32":

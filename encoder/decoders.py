@@ -1,11 +1,14 @@
 """Two decoders behind one interface: `decode(path, header, times_s, size, rules)` yields frames.
 
+A third one helps PyAV out: libvpx, for the transparency of WebM, which FFmpeg's own decoders leave out.
+
 Each yields (presentation time in seconds from the first frame, RGB bytes in raster order) once per wanted
 time, in order, and closes its readers before it ends. Runs inside the decoding child process.
 
 decord reads densely wanted frames well. It is wrong or slow elsewhere, where PyAV takes over: after a seek
 into an open GOP it counts the dropped leading pictures and returns other frames than asked for (about half
-of them in HEVC as x265 writes it), and in long videos it keeps decoding ahead after each seek.
+of them in HEVC as x265 writes it), in files without an index (MPEG-TS) it returns later frames than asked
+for, it knows no mirror, crop or transparency, and in long videos it keeps decoding ahead after each seek.
 """
 
 from __future__ import annotations
@@ -16,15 +19,26 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
 
-from encoder.containers import Header, Rules, open_container, stamp, video_stream
+from encoder.containers import (
+    Header,
+    Rules,
+    codec_name,
+    has_alpha,
+    open_container,
+    see_through,
+    stamp,
+    video_stream,
+)
 from encoder.errors import VideoError
 from encoder.handed import native_path
 from encoder.sampling import EPSILON_S, shown_at, split_runs
+from encoder.stills import flat_rgb
 
 Frames = Iterator[tuple[float, bytes | memoryview]]
 OneRun = Callable[[Sequence[float], int], Frames]
 
 DECORD_CODECS = frozenset(("h264", "hevc", "vp8", "vp9", "mpeg4", "mjpeg", "cinepak", "mpeg2video"))
+DECORD_CONTAINERS = frozenset(("mov", "matroska", "avi"))  # with an index that decord counts by
 LONG_GAP_S = 10.0  # without an index, a gap at which a seek is worth trying (x264's default is 8-10 s)
 MAX_LOST = 1  # a packet without a frame is normal (VP8's hidden reference frames), two in a row are damage
 MAX_REORDER = 64  # packets that a decoder may hold back
@@ -34,7 +48,7 @@ WORTH_SPLITTING = 2e7  # pixels x seconds between the first and the last wanted 
 def decode_pyav(
     path: str, header: Header, times_s: Sequence[float], size: tuple[int, int], rules: Rules
 ) -> Frames:
-    """Frames through PyAV; seeks only where that skips a key frame. `size` is before rotation."""
+    """Frames through PyAV; seeks only where that skips a key frame. `size` is before turning."""
     yield from _in_runs(
         lambda times, threads: _pyav_run(path, header, times, size, rules, threads),
         times_s,
@@ -46,7 +60,12 @@ def decode_pyav(
 def decode_decord(
     path: str, header: Header, times_s: Sequence[float], size: tuple[int, int], rules: Rules
 ) -> Frames:
-    """Frames through decord, which has already turned them upright: `size` is the upright size."""
+    """Frames through decord, which has already turned them upright: `size` is the upright size.
+
+    Raises VideoError for a file that decord would show or read wrongly.
+    """
+    if not _decord_may(header):
+        raise VideoError("decord would not show its frames as they should be; use decoder='auto'")
     pts_s = _decord_timeline(path, header, rules)
     yield from _in_runs(
         lambda times, threads: _decord_run(path, pts_s, times, size, threads),
@@ -58,10 +77,14 @@ def decode_decord(
 
 def decord_suits(path: str, header: Header, times_s: Sequence[float], rules: Rules) -> bool:
     """Whether decord is installed, may be used, and is likely to be as fast as PyAV for these times."""
-    if not rules.trusted or header.codec not in DECORD_CODECS or not importlib.util.find_spec("decord"):
+    if not rules.trusted or not _decord_may(header) or not importlib.util.find_spec("decord"):
         return False
     with open_container(path, rules) as container:
         return not _sparse(video_stream(container, rules), header, times_s)
+
+
+def _decord_may(header: Header) -> bool:
+    return header.plain and header.codec in DECORD_CODECS and header.container in DECORD_CONTAINERS
 
 
 def _sparse(stream: Any, header: Header, times_s: Sequence[float]) -> bool:
@@ -114,7 +137,7 @@ def _in_runs(one_run: OneRun, times_s: Sequence[float], runs: int, threads: int)
 def _run_count(path: str, header: Header, times_s: Sequence[float], rules: Rules) -> int:
     """How many readers pay off: more than one only for much work that key frames can divide."""
     work = (times_s[-1] - times_s[0]) * header.width * header.height
-    if rules.threads < 2 or len(times_s) < 4 or work < WORTH_SPLITTING:
+    if rules.threads < 2 or len(times_s) < 4 or work < WORTH_SPLITTING or header.step:
         return 1
     with open_container(path, rules) as container:
         stream = video_stream(container, rules)
@@ -125,7 +148,7 @@ def _run_count(path: str, header: Header, times_s: Sequence[float], rules: Rules
 def _key_time(stream: Any, header: Header, time_s: float) -> float | None:
     """Time of the last key frame at or before time_s by the file's index; None without an index."""
     entries = stream.index_entries
-    if not len(entries):
+    if header.step or not len(entries):
         return None
     at = entries.search_timestamp(round((time_s + header.start_s) / stream.time_base))
     return None if at < 0 else float(entries[at].timestamp * stream.time_base) - header.start_s
@@ -148,7 +171,7 @@ def _pyav_run(
             frame = cursor.shown_at(time)
             if frame is not shown:
                 rules.check_pixels(frame.width, frame.height)
-                shown, picture = frame, _rgb(frame, size, reformatter)
+                shown, picture = frame, _rgb(frame, size, header, reformatter)
             yield max(0.0, cursor.time_of(frame)), picture
 
 
@@ -160,7 +183,8 @@ class _Cursor:
         self.frame: Any = None  # on screen
         self.ahead: Any = None  # the next one, already decoded
         self.sent: list[int] = []  # time stamps of packets given to the decoder, not yet passed
-        self.frames = self._decode()
+        self.decoder = _decoder(stream)
+        self.frames = self._counted() if header.step else self._decode()
 
     def time_of(self, frame: Any) -> float:
         return float(frame.pts * self.stream.time_base) - self.header.start_s
@@ -189,6 +213,8 @@ class _Cursor:
         return sum(stamp <= end for stamp in self.sent)
 
     def _worth_seeking(self, time_s: float) -> bool:
+        if self.header.step:
+            return False
         reached = self.ahead or self.frame
         position = self.time_of(reached) if reached else 0.0
         if time_s <= position:
@@ -209,6 +235,7 @@ class _Cursor:
             except av.error.FFmpegError:
                 return  # no way to seek in this file: keep decoding from here
             self.frame, self.sent = None, []
+            self.decoder.flush_buffers()
             self.frames = self._decode()
             self.ahead = next(self.frames, None)
             if target == 0.0 or (self.ahead is not None and self.time_of(self.ahead) <= time_s + EPSILON_S):
@@ -225,7 +252,7 @@ class _Cursor:
             if sent is not None:
                 self.sent.append(sent)
             try:
-                for frame in packet.decode():
+                for frame in self.decoder.decode(packet):
                     shown = stamp(frame, self.stream)
                     frame.pts = last = last + 1 if shown is None else shown
                     if len(self.sent) > 2 * MAX_REORDER:  # what is shown no longer needs accounting
@@ -234,15 +261,55 @@ class _Cursor:
             except av.error.InvalidDataError:
                 continue  # counted as lost if it is wanted
 
+    def _counted(self) -> Iterator[Any]:
+        """Frames of a raw stream, `step` ticks apart; what cannot be decoded takes its time as well."""
+        import av
 
-def _rgb(frame: Any, size: tuple[int, int], reformatter: Any) -> bytes | memoryview:
+        count = 0
+        for packet in self.container.demux(self.stream):
+            try:
+                for frame in self.decoder.decode(packet):
+                    frame.pts, count = count * self.header.step, count + 1
+                    yield frame
+            except av.error.InvalidDataError:
+                self.sent.append(count * self.header.step)
+                count += 1
+
+
+def _decoder(stream: Any) -> Any:
+    """What decodes a stream's packets: its own decoder, or libvpx where only that sees transparency."""
+    import av
+
+    if not see_through(stream):
+        return stream.codec_context
+    try:
+        return av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[codec_name(stream)], "r")
+    except (av.codec.codec.UnknownCodecError, ValueError):  # a PyAV build without libvpx
+        return stream.codec_context
+
+
+def _rgb(frame: Any, size: tuple[int, int], header: Header, reformatter: Any) -> bytes | memoryview:
     """RGB bytes of a frame scaled to (width, height); one reformatter serves all frames of a run."""
+    if header.crop is not None or has_alpha(frame, header.codec):
+        return _composed(frame, size, header, reformatter)
     picture = reformatter.reformat(frame, *size, format="rgb24", interpolation="BICUBIC")
     plane, row = picture.planes[0], size[0] * 3
     view = memoryview(plane)
     if plane.line_size == row:
         return view[: row * size[1]]
     return b"".join(view[y * plane.line_size : y * plane.line_size + row] for y in range(size[1]))
+
+
+def _composed(frame: Any, size: tuple[int, int], header: Header, reformatter: Any) -> bytes:
+    """The same for a frame that is cropped or transparent, by way of Pillow."""
+    from PIL import Image
+
+    whole = reformatter.reformat(frame, frame.width, frame.height, format="rgba")
+    plane, extent = whole.planes[0], (frame.width, frame.height)
+    picture = Image.frombuffer("RGBA", extent, bytes(plane), "raw", "RGBA", plane.line_size, 1)
+    left, top, right, bottom = header.crop or (0.0, 0.0, 1.0, 1.0)
+    box = (left * extent[0], top * extent[1], right * extent[0], bottom * extent[1])
+    return flat_rgb(picture).resize(size, Image.Resampling.BICUBIC, box).tobytes()
 
 
 def _decord_run(
@@ -259,9 +326,10 @@ def _decord_run(
         shown, picture = -1, memoryview(b"")
         for index in shown_at(pts_s, times_s):
             if index != shown:
-                shown, picture = index, reader[index].asnumpy().data.cast("B")
-                if len(picture) != size[0] * size[1] * 3:  # it pads frames of one or two pixels
-                    raise VideoError("decord cannot scale its frames so small; use decoder='auto'")
+                pixels = reader[index].asnumpy()
+                if pixels.shape != (size[1], size[0], 3):  # it takes the padding of rows for pixels
+                    raise VideoError("decord gives frames of another size; use decoder='auto'")
+                shown, picture = index, pixels.data.cast("B")
             yield pts_s[index], picture
     finally:
         del reader  # an idle reader keeps decoding ahead: memory grows until it is gone

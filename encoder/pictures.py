@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from encoder.errors import VideoError
+from encoder.stills import eight_bits, end_times, moving_frames, playing, upright_rgb
 
 
 def is_pictures(source: Any) -> bool:
@@ -16,62 +20,121 @@ def is_pictures(source: Any) -> bool:
     return isinstance(source, (list, tuple)) or _is_array(source) or _is_pil(source)
 
 
-def read_pictures(source: Any, max_pixels: int) -> Tensor:
-    """uint8 RGB (T, H, W, 3) from one image, a list of equal-sized images, or (T, H, W, 3) pixels.
+def is_animation(source: Any) -> bool:
+    """Whether a source is a Pillow image that moves: an opened GIF, APNG, WebP or AVIF of several frames."""
+    if not _is_pil(source):
+        return False
+    with _one_sentence():
+        return len(moving_frames(source)) > 1
 
+
+def read_animation(image: Any, max_pixels: int, max_bytes: int) -> tuple[Tensor, list[float]]:
+    """All frames, uint8 RGB (T, H, W, 3), of an animated Pillow image, and the time at which each ends.
+
+    The image is left at the frame at which it was. Raises VideoError for frames over max_pixels, together
+    over max_bytes, or damaged.
+    """
+    moving = moving_frames(image)
+    _check_size(image.width, image.height, max_pixels)
+    if len(moving) * image.width * image.height * 3 > max_bytes:
+        raise VideoError(
+            f"The {len(moving)} frames of {image.width} x {image.height} need more than "
+            f"{max_bytes >> 20} MiB; give the animation as a file."
+        )
+    with _one_sentence(), playing(image):
+        ends, frames = end_times(image), []
+        for index in moving:
+            image.seek(index)
+            frames.append(_rgb(image))
+    return torch.stack(frames), ends
+
+
+def read_pictures(source: Any, max_pixels: int) -> Tensor:
+    """uint8 RGB (T, H, W, 3) from one image, a list of equal-sized images, or pixels of several.
+
+    Pixels are uint8, or uint16 from 0 to 65535; (H, W), (H, W, 1), (H, W, 3), (H, W, 4) for one image,
+    (T, H, W, 1 to 4) for several; a fourth channel is transparency, composed as in files.
     Raises VideoError for an empty list, mixed sizes, another dtype or shape, or frames over max_pixels.
     """
     if isinstance(source, (list, tuple)):
         if not source:
             raise VideoError("The list of images is empty; give at least one image.")
-        images = [_one(image) for image in source]
+        images = [_one(image, max_pixels) for image in source]
         if len({image.shape for image in images}) > 1:
             raise VideoError("The images of the list differ in size; resize them to one size first.")
-        frames = torch.stack(images)
-    elif _is_array(source) and source.ndim == 4:
-        frames = _pixels(source)
-    else:
-        frames = _one(source)[None]
-    if frames.shape[-1] != 3 or frames.numel() == 0:
-        raise VideoError(f"Pixels must be (T, H, W, 3), not {tuple(frames.shape)}; reorder its axes.")
-    if frames.shape[1] * frames.shape[2] > max_pixels:
+        return torch.stack(images)
+    if _is_array(source) and source.ndim == 4:
+        pixels = _pixels(source)
+        if not _channels_last(pixels):
+            raise VideoError(f"Pixels must be (T, H, W, 3), not {tuple(pixels.shape)}; reorder its axes.")
+        _check_size(pixels.shape[2], pixels.shape[1], max_pixels)
+        return pixels if pixels.shape[-1] == 3 else torch.stack([_three_channels(one) for one in pixels])
+    return _one(source, max_pixels)[None]
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
         raise VideoError(
-            f"Images of {frames.shape[2]} x {frames.shape[1]} exceed the limit of {max_pixels} pixels; "
-            "scale them down first."
+            f"Images of {width} x {height} exceed the limit of {max_pixels} pixels; scale them down first."
         )
-    return frames
 
 
-def _one(image: Any) -> Tensor:
-    """uint8 (H, W, 3) from one image; grey is repeated, transparency becomes white."""
+def _one(image: Any, max_pixels: int) -> Tensor:
+    """uint8 (H, W, 3) from one image; grey is repeated, transparency is composed."""
     if _is_pil(image):
-        import numpy as np
-        from PIL import ImageOps
-
-        from encoder.stills import flat_rgb
-
-        return torch.from_numpy(np.array(flat_rgb(ImageOps.exif_transpose(image))))
+        _check_size(image.width, image.height, max_pixels)
+        with _one_sentence():
+            return _rgb(image)
     if not _is_array(image):
         raise VideoError(f"An image cannot be a {type(image).__name__}; give a PIL image, array or tensor.")
     pixels = _pixels(image)
     if pixels.ndim == 2:
-        pixels = pixels[..., None].expand(-1, -1, 3)
-    if pixels.ndim != 3 or pixels.shape[-1] != 3:
+        pixels = pixels[..., None]
+    if pixels.ndim != 3 or not _channels_last(pixels):
         raise VideoError(f"An image must be (H, W, 3), not {tuple(pixels.shape)}; reorder its axes.")
-    return pixels.contiguous()
+    _check_size(pixels.shape[1], pixels.shape[0], max_pixels)
+    return _three_channels(pixels)
+
+
+def _channels_last(pixels: Tensor) -> bool:
+    """Whether (..., H, W, C) is grey, RGB or RGBA; what may as well be (..., C, H, W) is not."""
+    rows, channels = pixels.shape[-3], pixels.shape[-1]
+    return pixels.numel() > 0 and (channels == 3 or (channels in (1, 4) and rows not in (1, 3, 4)))
+
+
+def _rgb(image: Any) -> Tensor:
+    """uint8 (H, W, 3) of the current picture of a Pillow image, upright and opaque."""
+    return torch.from_numpy(np.array(upright_rgb(image)))
+
+
+def _three_channels(pixels: Tensor) -> Tensor:
+    """uint8 (H, W, 3) from (H, W, 1), (H, W, 3) or (H, W, 4) RGBA."""
+    if pixels.shape[-1] == 4:
+        return _rgb(Image.fromarray(pixels.contiguous().numpy(), "RGBA"))
+    return pixels.expand(-1, -1, 3).contiguous()
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Whatever Pillow finds wrong while it reads an image becomes one VideoError."""
+    try:
+        yield
+    except VideoError as error:
+        raise VideoError(f"Cannot use this image: {error}.") from None
+    except (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError) as error:
+        raise VideoError("Cannot use this image: it is damaged, cut off or closed; load it again.") from error
 
 
 def _pixels(array: Any) -> Tensor:
-    pixels = array.detach().cpu() if isinstance(array, Tensor) else _from_numpy(array)
-    if pixels.dtype != torch.uint8:
-        raise VideoError(f"Pixels must be uint8 from 0 to 255, not {pixels.dtype}; convert them first.")
-    return pixels
-
-
-def _from_numpy(array: Any) -> Tensor:
-    if array.dtype.name != "uint8":
-        raise VideoError(f"Pixels must be uint8 from 0 to 255, not {array.dtype}; convert them first.")
-    return torch.from_numpy(array.copy())
+    """A uint8 tensor of its own from an array or tensor of uint8 or uint16."""
+    values = array.detach().cpu() if isinstance(array, Tensor) else array
+    name = str(values.dtype).removeprefix("torch.")
+    if name not in ("uint8", "uint16"):
+        hint = "multiply floats from 0 to 1 by 255 and" if "float" in name else ""
+        raise VideoError(f"Pixels must be uint8 (or uint16), not {name}; {hint} convert them first.")
+    if name == "uint16":
+        return torch.from_numpy(eight_bits(np.asarray(values)))
+    return values.clone() if isinstance(values, Tensor) else torch.from_numpy(values.copy())
 
 
 def _is_array(source: Any) -> bool:

@@ -31,13 +31,14 @@ from encoder.containers import Rules
 from encoder.decode_worker import PASSES_FILES
 from encoder.digest import Hashing, file_digest, pixel_digest
 from encoder.errors import VideoError
-from encoder.pictures import is_pictures, read_pictures, shrink
+from encoder.pictures import is_animation, is_pictures, read_animation, read_pictures, shrink
 from encoder.sampling import fit_within, shown_at, spread_times
 from encoder.sandbox import Crashed, Decoded, OutOfTime, Sandbox
 
 UNTRUSTED_CODECS = (
     *("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"),
     *("gif", "png", "jpeg", "webp", "bmp"),
+    "rawvideo",  # y4m
 )
 DECORD_SHARE = 0.6  # of the time limit; when decord hangs, PyAV has the rest
 Decoder = Literal["auto", "decord", "pyav"]
@@ -67,8 +68,9 @@ class Limits:
 class VideoInfo:
     """What is known of a source without its frames.
 
-    width, height: upright pixels. duration_s: length of the pictures, 0.0 for one image. frames: count
-    where the header has one. rotation: degrees (clockwise) by which stored frames were turned.
+    width, height: display pixels, which are square and upright, after cropping. duration_s: length of the
+    pictures, 0.0 for one image. frames: count where the header has one. rotation: degrees (clockwise) by
+    which stored frames were turned, after they were mirrored where the file says so.
     digest: hash of the content (digest.py), a cache key: two different sources never share one.
     """
 
@@ -134,10 +136,13 @@ def read_clip(
 ) -> Clip:
     """Read `frames` frames from the middles of as many equal parts of [start_s, end_s].
 
-    source: path, bytes, binary file object, one image, a list of images (PIL, array, tensor) or a uint8
-    array (T, H, W, 3). at_s: exact times instead (seconds; sorted). moments: places in [start_s, end_s]
-    instead, from 0 (its start) to 1 (sorted). Each frame is the one a player shows at its time. A still image
-    gives T = 1. Lists and arrays count as a video of `fps` frames per second.
+    source: path, bytes, binary file object, one image, a list of images (PIL, array, tensor) or an array
+    (T, H, W, C) of uint8 or uint16, C = 1, 3 or 4 (RGBA). Lists and arrays count as a video of `fps` frames
+    per second. An image that moves (GIF, APNG, WebP, AVIF) is a video with its own times; a still, or a
+    video of one picture, is an image and gives T = 1. What is transparent becomes white; HDR values and
+    colour profiles are left alone.
+    at_s: exact times instead (seconds; sorted). moments: places in [start_s, end_s] instead, from 0 (its
+    start) to 1 (sorted). Each frame is the one a player shows at its time.
     max_side: shrink frames whose longer side exceeds it while decoding.
     decoder: "auto" is decord for trusted files that it reads well, else PyAV. trusted=False: PyAV only,
     allowed codecs only, in a child process of its own.
@@ -432,16 +437,23 @@ def _from_pictures(
     moments: Sequence[float] | None = None,
     max_side: int | None = None,
 ) -> Clip:
-    """Clip of images in memory, picture i shown from i / fps on; frames=None keeps all of them."""
+    """Clip of images in memory, picture i shown from i / fps on; frames=None keeps all of them.
+
+    An opened animation (GIF, APNG, WebP, AVIF) keeps its own times.
+    """
     if not fps > 0:
         raise VideoError(f"fps cannot be {fps}; give the pictures per second, above 0.")
-    pixels = read_pictures(source, limits.max_pixels)
+    ends = None
+    if is_animation(source):
+        pixels, ends = read_animation(source, limits.max_pixels, limits.memory_mib * 2**20)
+    else:
+        pixels = read_pictures(source, limits.max_pixels)
     total, height, width = pixels.shape[:3]
     single = total == 1 and not isinstance(source, (list, tuple))
-    duration = 0.0 if single else total / fps
-    pts = [i / fps for i in range(total)]
+    duration = 0.0 if single else ends[-1] if ends else total / fps
+    pts = [0.0, *ends[:-1]] if ends else [i / fps for i in range(total)]
     info = VideoInfo(
-        kind="image" if single else "frames",
+        kind="image" if single else "video" if ends else "frames",
         width=width,
         height=height,
         duration_s=duration,
@@ -458,7 +470,7 @@ def _from_pictures(
     if single:
         wanted = [0.0]
     elif wanted[-1] > duration or wanted != sorted(wanted):
-        raise VideoError(f"The pictures last {duration:g} s at {fps:g} per second; ask for times within.")
+        raise VideoError(f"The pictures last only {duration:g} s; ask for times within.")
     shown = shown_at(pts, wanted)
     chosen = shrink(pixels[shown], fit_within(width, height, max_side))
     return Clip(chosen, tuple(pts[i] for i in shown), info)

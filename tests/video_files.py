@@ -30,6 +30,7 @@ FORMATS = [
     ("avi", "mjpeg", "yuvj420p", "mjpeg"),
     ("gif", "gif", "rgb8", "gif"),
 ]
+RAW = (".h264", ".hevc", ".ivf", ".m4v", ".y4m", ".obu", ".m2v", ".mjpeg")  # no container, or hardly one
 _FAST = {
     "libx264": {"preset": "ultrafast"},
     "libx265": {"preset": "ultrafast", "x265-params": "log-level=none:pools=1"},
@@ -85,7 +86,7 @@ def write(
     """A video whose frame i carries number i and is shown from times_s[i] on. size: (width, height)."""
     need_encoder(encoder)
     tick = Fraction(1, 100 if encoder == "gif" else 1000)
-    if path.suffix == ".avi":
+    if path.suffix == ".avi" or path.suffix in RAW:
         tick = Fraction(1, rate)
     with av.open(str(path), "w", container_options=container_options or {}) as container:
         stream = container.add_stream(encoder, rate=rate)
