@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from encoder.errors import VideoError
 
+_LAST = (1 << 63) - 1  # the greatest position that the kernel knows
 _NAME = re.compile(r"fd:(\d+)(\.\w*)?")
 
 
@@ -34,15 +35,18 @@ class DescriptorReader(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """The new position, or -1 for an impossible one: FFmpeg then goes on as with a file of its own."""
         position = (0, self._position, self._size)[whence] + offset
-        if position < 0:
-            raise OSError("a position before the start of the file")
+        if not 0 <= position <= _LAST:
+            return -1
         self._position = position
         return position
 
     def read(self, size: int | None = -1) -> bytes:
+        if self._position >= self._size:
+            return b""
         if size is None or size < 0:
-            size = max(0, self._size - self._position)
+            size = self._size - self._position
         data = os.pread(self._descriptor, size, self._position)
         self._position += len(data)
         return data
