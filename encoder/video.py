@@ -107,17 +107,24 @@ atexit.register(_sandbox.close)
 
 
 def probe(
-    source: Any, *, trusted: bool = True, limits: Limits = DEFAULT_LIMITS, fps: float = 1.0
+    source: Any,
+    *,
+    trusted: bool = True,
+    limits: Limits = DEFAULT_LIMITS,
+    fps: float = 1.0,
+    name: str | None = None,
 ) -> VideoInfo:
     """Size, duration, codec and content hash of a source; decodes at most one frame.
 
-    Of a file that is cut off, duration_s is the part that can be read. Raises VideoError.
+    Of a file that is cut off, duration_s is the part that can be read. name: what errors call the source
+    (default: the file's own). Raises VideoError.
     """
     if is_pictures(source):
         return _from_pictures(source, fps, limits).info
-    with _as_file(source, limits) as file:
+    name = name or _name(source)
+    with _as_file(source, limits, name) as file:
         request = _request(file.name, 0, trusted, limits, "auto", None)
-        return _info(*_read(request, file, trusted, _name(source)))
+        return _info(*_read(request, file, trusted, name))
 
 
 def read_clip(
@@ -133,6 +140,7 @@ def read_clip(
     trusted: bool = True,
     limits: Limits = DEFAULT_LIMITS,
     fps: float = 1.0,
+    name: str | None = None,
 ) -> Clip:
     """Read `frames` frames from the middles of as many equal parts of [start_s, end_s].
 
@@ -145,20 +153,21 @@ def read_clip(
     start) to 1 (sorted). Each frame is the one a player shows at its time.
     max_side: shrink frames whose longer side exceeds it while decoding.
     decoder: "auto" is decord for trusted files that it reads well, else PyAV. trusted=False: PyAV only,
-    allowed codecs only, in a child process of its own.
+    allowed codecs only, in a child process of its own. name: what errors call the source.
     Raises VideoError: one sentence, what was wrong and what to do.
     """
     _check(frames, start_s, end_s, at_s, moments, max_side, decoder, trusted)
     if is_pictures(source):
         return _from_pictures(source, fps, limits, frames, start_s, end_s, at_s, moments, max_side)
-    with _as_file(source, limits) as file:
+    name = name or _name(source)
+    with _as_file(source, limits, name) as file:
         request = _request(file.name, frames, trusted, limits, decoder, max_side)
         request.update(start_s=start_s, end_s=end_s)
         if at_s is not None:
             request.update(at_s=[float(t) for t in at_s], max_count=len(at_s))
         if moments is not None:
             request.update(moments=[float(m) for m in moments], max_count=len(moments))
-        decoded, digest = _read(request, file, trusted, _name(source))
+        decoded, digest = _read(request, file, trusted, name)
         return Clip(decoded.frames, decoded.times_s, _info(decoded, digest))
 
 
@@ -309,13 +318,12 @@ class _Opened:
 
 
 @contextmanager
-def _as_file(source: Any, limits: Limits) -> Iterator[_Opened]:
+def _as_file(source: Any, limits: Limits, name: str) -> Iterator[_Opened]:
     """The source as an open regular file; a temporary one without a name for bytes and one-pass sources.
 
     A file object that is a regular file at its start is read in place, and stays where it is.
     Raises VideoError when there is no such file, or it is empty, too large or not a file.
     """
-    name = _name(source)
     if isinstance(source, (str, os.PathLike)):
         path = os.path.abspath(os.fsdecode(source))
         descriptor = _open(path, name)
