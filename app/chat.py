@@ -32,6 +32,7 @@ from app.messages import (
 )
 from app.preview import Preview, choose, kept_tokens, thumbnails
 from app.turns import AnswerStream, Conversation, StopSignal, Uncopied
+from encoder import confine
 from encoder.budget import Budget, Plan
 from encoder.errors import ConfigError, ContextError, ModelError, VideoError
 from encoder.preprocess import preprocess
@@ -50,6 +51,8 @@ __all__ = ["Answer", "Estimate", "Media", "Message", "Sampling", "VideoChat", "V
 
 SHIPPED = Path(__file__).parent / "pretrained"
 MIB = 2**20
+FILE_STATE = ("dev", "ino", "size", "mtime_ns", "ctime_ns")  # of os.stat: another value, another file
+SETTLED_S = 2.0
 _PROCESS = os.getpid()  # where torch was loaded
 # What begins ("decode", "encode", "prefill"), of which video, of how many.
 Progress = Callable[[str, int, int], None]
@@ -400,14 +403,15 @@ class VideoChat(Uncopied):
         key = None
         if isinstance(video, (str, os.PathLike)) and os.path.isfile(video):
             status = os.stat(video)
-            key = (os.path.abspath(video), status.st_size, status.st_mtime_ns, status.st_ino)
+            key = (os.path.abspath(video), *(getattr(status, f"st_{name}") for name in FILE_STATE))
             if (known := self._infos.get(key)) is not None:
                 return known
         try:
             info = probe(video, trusted=self._trusted, limits=self._limits, name=label)
         except VideoError as error:
             raise named(error, label) from error.__cause__
-        if key is not None:
+        # A file just written may be written again within the clock's step, with nothing to tell by.
+        if key is not None and time.time() - status.st_ctime > SETTLED_S:
             self._infos.put(key, info)
         return info
 
@@ -428,6 +432,8 @@ class VideoChat(Uncopied):
                 limits=self._limits,
                 name=one.label,
             )
+            if clip.info.digest != one.info.digest:
+                raise VideoError(f"Cannot read {one.label}: it was changed meanwhile; ask again.")
             self._clips.put(key, clip)
         return clip
 
@@ -487,6 +493,7 @@ class VideoChat(Uncopied):
             "revision": self._revision,
             "cache": f"{seen.entries} videos {seen.bytes / MIB:.1f} MiB, {prefixes.entries} prefixes "
             f"{prefixes.bytes / MIB:.1f} MiB",
+            "sandbox": str(confine.report()),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "gradio": gradio.__version__,

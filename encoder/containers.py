@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from encoder.errors import VideoError
+from encoder.handed import open_file, open_raw
 from encoder.shape import Shape, container_crop, shape_of
 
 # Raw streams: packets have an order and mostly a rate, but no times that could be trusted, and no index.
@@ -86,13 +87,13 @@ class Header(Shape):
 
 @contextmanager
 def open_container(path: str, rules: Rules) -> Iterator[Any]:
-    """A PyAV input container that reads this one local file and closes with the block."""
+    """A PyAV input container that reads this one file (see handed.py) and closes with the block."""
     import av
 
     options = {"protocol_whitelist": "file"}
     if not rules.trusted:
         options["format_whitelist"] = SAFE_CONTAINERS
-    with av.open(os.path.abspath(path), container_options=options, metadata_errors="replace") as container:
+    with av.open(open_raw(path), container_options=options, metadata_errors="replace") as container:
         yield container
 
 
@@ -250,7 +251,7 @@ def _counted(container: Any, stream: Any, header: Header) -> Header | None:
 
 def _ends_with(path: str, last: bytes) -> bool:
     """Whether a file ends with a byte, but for some zeros of padding."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
         return file.read().rstrip(b"\0").endswith(last)
 
@@ -294,7 +295,7 @@ def _guessed_length(container: Any) -> bool:
     """Whether FFmpeg guessed the length from the bit rate: a Matroska header without its Duration element."""
     if "matroska" not in container.format.name:
         return False
-    with open(container.name, "rb") as file:
+    with open_file(container.name) as file:
         return b"\x44\x89" not in file.read(1 << 14)
 
 
@@ -302,7 +303,7 @@ def _cut(container: Any) -> bool:
     """Whether a Matroska file is shorter than its Segment element says; False where it says nothing."""
     if "matroska" not in container.format.name:
         return False
-    with open(container.name, "rb") as file:
+    with open_file(container.name) as file:
         head = file.read(1 << 12)
         size = file.seek(0, os.SEEK_END)
     at = head.find(b"\x18\x53\x80\x67")

@@ -1,15 +1,21 @@
 """The child process that decodes: reads requests from stdin, writes frames to stdout, never more.
 
 Protocol, all lengths known beforehand, nothing pickled (a broken decoder must not reach its parent):
-  request  one JSON line
+  request  one JSON line and, beside it, the descriptor of the file
   reply    one JSON line {"header": ..., "count", "height", "width"} or {"error": "one sentence"},
            then `count` times: one JSON line {"time": seconds} and height x width x 3 bytes,
-           or {"error": ...} where the frames stop.
+           or {"error": ...} where the frames stop; "known" there says that all is in order but the file.
+
+Imports come first, then the request, then this process confines itself for good, then the file is read. After
+an untrusted file the process ends.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
+import importlib
 import json
 import os
 import select
@@ -19,14 +25,40 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from encoder import decoders, stills
+from encoder.confine import Confinement, confine
 from encoder.containers import Header, Rules, inspect
 from encoder.errors import VideoError
+from encoder.handed import handed_name, open_file
 from encoder.sampling import fit_within, spread_times
 
+try:  # here, since nothing can be loaded when the limits are set
+    import resource
+except ImportError:  # not a Unix system: the parent's clock remains
+    resource = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from _socket import socket as Socket
+
 IDLE_S = 10.0  # a worker that nobody asks for this long ends itself
+MAX_FILES = 64  # descriptors of a process that can open nothing
+PASSES_FILES = sys.platform != "win32"  # there files travel by name
+
+# What reading an untrusted file imports: nothing can be loaded once the process is confined. The rest is for
+# few files (transparent videos, pictures of 16 bits), which are read again by a process that has all of it.
+_ENCODINGS = tuple(f"encodings.{name}" for name in ("ascii", "latin_1", "utf_8", "utf_16"))
+_FOR_VIDEOS = ("av", "av.error", "av.logging", "av.subtitles.stream", "av.video.reformatter", *_ENCODINGS)
+_FOR_IMAGES = (
+    *("PIL.Image", "PIL.ImageOps", "PIL.PpmImagePlugin", *_ENCODINGS),
+    *(f"PIL.{name}ImagePlugin" for name in ("Png", "Jpeg", "Mpo", "WebP", "Avif", "Bmp", "Gif", "Tiff")),
+)
+_FOR_FEW = (
+    *_FOR_VIDEOS,
+    *_FOR_IMAGES,
+    *("PIL.ImageCms", "PIL.ImageSequence", "PIL.ImageFile", "numpy", "encodings.idna", "encodings.cp437"),
+)
 
 
 def choose_times(header: Header, request: dict[str, Any]) -> list[float]:
@@ -93,7 +125,7 @@ def answer(request: dict[str, Any], out: BinaryIO) -> None:
     try:
         rules = Rules(**request["rules"])
         path = request["path"]
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             image = stills.is_image(file.read(stills.HEAD_BYTES))
         header = (stills.inspect_image if image else inspect)(path, rules)
         size = fit_within(header.width, header.height, request["max_side"])
@@ -108,7 +140,9 @@ def answer(request: dict[str, Any], out: BinaryIO) -> None:
                 _line(out, {"time": round(t, 6), "turns": turns, "mirror": mirror})
                 out.write(rgb)
     except VideoError as error:
-        _line(out, {"error": str(error)})
+        _line(out, {"error": str(error), "known": True})
+    except ImportError as error:
+        _line(out, {"error": f"reading it needs {error.name}, which is not installed", "unprepared": True})
     except MemoryError:
         _line(out, {"error": f"decoding it needs more than {request['memory_mib']} MiB; scale it down first"})
     except Exception as error:  # noqa: BLE001 - whatever a decoder raises is one sentence for the user
@@ -135,18 +169,32 @@ def _line(out: BinaryIO, message: dict[str, Any]) -> None:
 
 
 def _limit(request: dict[str, Any]) -> None:
-    """Limits that the kernel enforces even if this process hangs: wall clock and memory."""
+    """Limits that the kernel enforces even if this process hangs: wall clock, memory, files written.
+
+    A process for an untrusted file cannot raise them again, and is limited in CPU time and descriptors, too.
+    None on processes: the kernel counts a user's threads with them, those of all programs together.
+    """
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, request["seconds"] + 1.0)  # default action: the process ends
-    try:
-        import resource
-    except ImportError:  # not a Unix system: the parent's clock remains
+    if resource is None:
         return
+    untrusted = not request["rules"]["trusted"]
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     size = request["memory_mib"] * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (size if hard < 0 else min(size, hard), hard))
+    size = size if hard < 0 else min(size, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (size, size if untrusted else hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # decoding writes no files
+    if untrusted:
+        seconds = int(request["seconds"] * (os.cpu_count() or 1)) + 2
+        _lower(resource.RLIMIT_CPU, seconds)
+        _lower(resource.RLIMIT_NOFILE, MAX_FILES)
+
+
+def _lower(what: int, value: int) -> None:
+    hard = resource.getrlimit(what)[1]
+    value = value if hard < 0 else min(value, hard)
+    resource.setrlimit(what, (value, value))
 
 
 def _die_with_parent(parent: int) -> None:
@@ -155,23 +203,92 @@ def _die_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def main() -> None:
-    """Serve requests until stdin closes, nobody asks for IDLE_S, or the parent is gone."""
-    out = os.fdopen(os.dup(1), "wb", buffering=1 << 20)
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)  # decoders print; only frames may travel
-    threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
-    stdin = sys.stdin.buffer
-    try:
-        while sys.platform == "win32" or select.select([stdin], [], [], IDLE_S)[0]:
-            line = stdin.readline()
-            if not line:
-                break
-            request = json.loads(line)
+def _set_up_libraries() -> None:
+    """What is usually said in the environment, which is empty here."""
+    os.environ.clear()  # Python has added its own
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", PATH="")  # decord wants some PATH
+    with contextlib.suppress(AttributeError, OSError):
+        arena_max = -8
+        ctypes.CDLL(None).mallopt(arena_max, 2)  # glibc's: threads share memory that the limit counts
+
+
+def _load(names: Sequence[str]) -> None:
+    for name in names:
+        with contextlib.suppress(ImportError):  # Pillow of another version, or without a format
+            importlib.import_module(name)
+
+
+def _next_request(channel: Socket | None) -> tuple[dict[str, Any], int | None] | None:
+    """The next request and its file; None when the parent is gone or has asked for nothing in IDLE_S."""
+    if channel is None:
+        line = sys.stdin.buffer.readline()
+        return (json.loads(line), None) if line else None
+    if not select.select([channel], [], [], IDLE_S)[0]:
+        return None
+    line, beside, _, _ = channel.recvmsg(1 << 16, 64)
+    while line and not line.endswith(b"\n"):
+        more = channel.recv(1 << 16)
+        line = line + more if more else b""
+    return (json.loads(line), int.from_bytes(beside[0][2][:4], sys.byteorder)) if line else None
+
+
+def _confine(request: dict[str, Any]) -> Confinement:
+    """Load what reading the file needs, then confine this process for good."""
+    trusted = request["rules"]["trusted"]
+    if not trusted:
+        with open_file(request["path"]) as file:
+            image = stills.is_image(file.read(stills.HEAD_BYTES))
+        _load(_FOR_FEW if request["load_all"] else _FOR_IMAGES if image else _FOR_VIDEOS)
+    applied = confine(untrusted=not trusted, last=lambda: _limit(request))
+    if os.getppid() != request["parent"] and sys.platform != "win32":
+        os._exit(1)
+    if trusted or not applied.seccomp:  # else the kernel ends this process with its parent
+        threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
+    return applied
+
+
+def _serve(channel: Socket | None, out: BinaryIO) -> None:
+    """Answer requests; after one about an untrusted file, return."""
+    applied: Confinement | None = None
+    while (asked := _next_request(channel)) is not None:
+        request, file = asked
+        trusted = request["rules"]["trusted"]
+        if channel is not None and not trusted:
+            channel.close()
+        if file is not None:
+            request["path"] = handed_name(file, request["path"])
+        if applied is None:
+            applied = _confine(request)
+        else:
             _limit(request)
+        if request["contained"] and not applied.contained:
+            reason = f"this machine cannot confine its decoder ({applied}); convert it elsewhere or trust it"
+            _line(out, {"error": reason})
+            out.flush()
+        else:
             answer(request, out)
-            if hasattr(signal, "setitimer"):
-                signal.setitimer(signal.ITIMER_REAL, 0)
-    except BrokenPipeError:
-        pass
+        if file is not None:
+            os.close(file)
+        if not trusted:
+            return
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def main() -> None:
+    """Serve requests until the parent has no more, nobody asks for IDLE_S, or the parent is gone."""
+    out = os.fdopen(os.dup(1), "wb", buffering=1 << 20)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 1)  # decoders print; only frames may travel
+    channel = None
+    if PASSES_FILES:
+        from _socket import AF_UNIX, SOCK_STREAM  # its Python half takes milliseconds to import
+        from _socket import socket as Socket
+
+        channel = Socket(AF_UNIX, SOCK_STREAM, 0, os.dup(0))
+        os.dup2(null, 0)
+    os.close(null)
+    _set_up_libraries()
+    with contextlib.suppress(BrokenPipeError, ConnectionError):
+        _serve(channel, out)
     os._exit(0)  # decord's threads may still run: do not wait for them

@@ -30,6 +30,7 @@ from encoder.containers import (
     video_stream,
 )
 from encoder.errors import VideoError
+from encoder.handed import native_path
 from encoder.sampling import EPSILON_S, shown_at, split_runs
 from encoder.stills import flat_rgb
 
@@ -317,7 +318,7 @@ def _decord_run(
     import decord
     import numpy as np
 
-    reader = decord.VideoReader(path, width=size[0], height=size[1], num_threads=threads)
+    reader = decord.VideoReader(native_path(path), width=size[0], height=size[1], num_threads=threads)
     try:
         own = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0]
         if len(own) != len(pts_s) or np.any(np.diff(own) <= 0):  # e.g. h264 in avi: all of them zero

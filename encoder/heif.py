@@ -13,6 +13,7 @@ from typing import Any
 
 from encoder.containers import Rules, codec_name, open_container
 from encoder.errors import VideoError
+from encoder.handed import open_file
 
 BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"mif1"))
 MAX_META = 1 << 22  # bytes of the box that describes all items: kilobytes in any photo
@@ -42,7 +43,7 @@ class Heif:
 def describe(path: str) -> Heif:
     """What the file's boxes say of its primary picture. Raises VideoError where they make no sense."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             return _describe(file)
     except (struct.error, IndexError, KeyError) as error:
         raise VideoError("its description of the picture is damaged; export it again") from error

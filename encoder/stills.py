@@ -16,6 +16,7 @@ from typing import Any
 from encoder import heif
 from encoder.containers import Header, Rules
 from encoder.errors import VideoError
+from encoder.handed import open_file
 from encoder.sampling import shown_at
 
 PAGE = "white"  # what shines through transparent pixels, as on a page
@@ -64,13 +65,13 @@ def _open(path: str, rules: Rules) -> Any:
         raise VideoError(f"no decoder for {name or 'its format'} is installed; save it as PNG or JPEG")
     rules.check_codec(_CODECS[name])
     Image.MAX_IMAGE_PIXELS = None  # the limit below is ours, and an error rather than a warning
-    image = Image.open(path, formats=(name,))
+    image = Image.open(open_file(path), formats=(name,))
     rules.check_pixels(image.width, image.height)
     return image
 
 
 def _name(path: str) -> str:
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return _format(file.read(HEAD_BYTES)) or ""
 
 

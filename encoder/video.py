@@ -11,20 +11,25 @@ A file that is cut off can be used as far as its requested frames are readable; 
 from __future__ import annotations
 
 import atexit
+import errno
+import io
 import math
 import os
+import stat
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
 from encoder.containers import Rules
-from encoder.digest import file_digest, pixel_digest
+from encoder.decode_worker import PASSES_FILES
+from encoder.digest import Hashing, file_digest, pixel_digest
 from encoder.errors import VideoError
 from encoder.pictures import is_animation, is_pictures, read_animation, read_pictures, shrink
 from encoder.sampling import fit_within, shown_at, spread_times
@@ -46,6 +51,8 @@ class Limits:
     seconds: wall clock. memory_mib: address space of the decoding child, and size of the frames returned.
     max_pixels: width x height of one frame. max_duration_s: None is any. max_bytes: size of the file.
     codecs: allowed codecs; None is UNTRUSTED_CODECS for untrusted sources and any codec for trusted ones.
+    contained: refuse untrusted sources on a machine that cannot confine their decoder (`confine.report`); by
+    default they are read there as well, with a child process, its limits and an empty environment only.
     """
 
     seconds: float = 20.0
@@ -54,6 +61,7 @@ class Limits:
     max_duration_s: float | None = None
     max_bytes: int = 16 * 2**30
     codecs: tuple[str, ...] | None = None
+    contained: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ class VideoInfo:
     width, height: display pixels, which are square and upright, after cropping. duration_s: length of the
     pictures, 0.0 for one image. frames: count where the header has one. rotation: degrees (clockwise) by
     which stored frames were turned, after they were mirrored where the file says so.
-    digest: hash of the content, a cache key.
+    digest: hash of the content (digest.py), a cache key: two different sources never share one.
     """
 
     kind: Literal["video", "image", "frames"]
@@ -114,10 +122,9 @@ def probe(
     if is_pictures(source):
         return _from_pictures(source, fps, limits).info
     name = name or _name(source)
-    with _as_file(source, limits, name) as path:
-        request = _request(path, 0, trusted, limits, "auto", None)
-        decoded = _decode(request, trusted, name)
-        return _info(decoded, file_digest(path))
+    with _as_file(source, limits, name) as file:
+        request = _request(file.name, 0, trusted, limits, "auto", None)
+        return _info(*_read(request, file, trusted, name))
 
 
 def read_clip(
@@ -153,15 +160,15 @@ def read_clip(
     if is_pictures(source):
         return _from_pictures(source, fps, limits, frames, start_s, end_s, at_s, moments, max_side)
     name = name or _name(source)
-    with _as_file(source, limits, name) as path:
-        request = _request(path, frames, trusted, limits, decoder, max_side)
+    with _as_file(source, limits, name) as file:
+        request = _request(file.name, frames, trusted, limits, decoder, max_side)
         request.update(start_s=start_s, end_s=end_s)
         if at_s is not None:
             request.update(at_s=[float(t) for t in at_s], max_count=len(at_s))
         if moments is not None:
             request.update(moments=[float(m) for m in moments], max_count=len(moments))
-        decoded = _decode(request, trusted, name)
-        return Clip(decoded.frames, decoded.times_s, _info(decoded, file_digest(path)))
+        decoded, digest = _read(request, file, trusted, name)
+        return Clip(decoded.frames, decoded.times_s, _info(decoded, digest))
 
 
 def _check(
@@ -211,6 +218,8 @@ def _request(
         "seconds": limits.seconds,
         "memory_mib": limits.memory_mib,
         "max_bytes_out": limits.memory_mib * 2**20,
+        "contained": limits.contained and not trusted,
+        "load_all": False,
     }
 
 
@@ -222,24 +231,55 @@ def _threads() -> int:
     return min(4, os.cpu_count() or 1)
 
 
-def _decode(request: dict[str, Any], trusted: bool, name: str) -> Decoded:
+def _read(request: dict[str, Any], file: _Opened, trusted: bool, name: str) -> tuple[Decoded, str]:
+    """Decode an open file and hash it meanwhile; what is hashed is what was decoded."""
+    until = time.monotonic() + request["seconds"]
+    before = os.fstat(file.descriptor)
+    try:
+        with Hashing(file.descriptor, whole=not trusted or file.copied) as hashing:
+            decoded = _decode(request, file.descriptor, trusted, name)
+            digest = hashing.result(until)
+        if not trusted and _changed(before, file.descriptor, digest):
+            raise VideoError(
+                f"Cannot read {name}: it was changed while it was read; try again when it is complete."
+            )
+    except (TimeoutError, FutureTimeout):
+        raise VideoError(_too_long(request, name)) from None
+    except OSError as error:
+        raise VideoError(f"Cannot read {name}: {_reason(error)}; check the disk it is on.") from error
+    return decoded, digest
+
+
+def _changed(before: os.stat_result, descriptor: int, digest: str) -> bool:
+    """Whether a stranger may have written to the file since `before`; renaming and removing it do no harm."""
+    after = os.fstat(descriptor)
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        return True
+    return before.st_ctime_ns != after.st_ctime_ns and file_digest(descriptor) != digest
+
+
+def _too_long(request: dict[str, Any], name: str) -> str:
+    return (
+        f"Cannot read {name}: it took longer than {request['seconds']:g} s; "
+        "try a shorter or smaller video, or allow more seconds."
+    )
+
+
+def _decode(request: dict[str, Any], file: int, trusted: bool, name: str) -> Decoded:
     """Run a request in a child; where decord may have hung or crashed it, once more with PyAV."""
     started = time.monotonic()
     may_use_decord = trusted and request["decoder"] == "auto" and request["frames"]
     share = DECORD_SHARE if may_use_decord else 1.0
     try:
         try:
-            return _sandbox.decode({**request, "seconds": share * request["seconds"]}, keep=trusted)
+            return _sandbox.decode({**request, "seconds": share * request["seconds"]}, file, keep=trusted)
         except (OutOfTime, Crashed):
             if not may_use_decord:
                 raise
             left = request["seconds"] - (time.monotonic() - started)
-            return _sandbox.decode({**request, "seconds": left, "decoder": "pyav"}, keep=trusted)
+            return _sandbox.decode({**request, "seconds": left, "decoder": "pyav"}, file, keep=trusted)
     except OutOfTime:
-        raise VideoError(
-            f"Cannot read {name}: it took longer than {request['seconds']:g} s; "
-            "try a shorter or smaller video, or allow more seconds."
-        ) from None
+        raise VideoError(_too_long(request, name)) from None
     except VideoError as error:
         raise VideoError(f"Cannot read {name}: {error}.") from error.__cause__
 
@@ -265,44 +305,124 @@ def _name(source: Any) -> str:
     )
 
 
-@contextmanager
-def _as_file(source: Any, limits: Limits, name: str) -> Iterator[str]:
-    """Path of a regular file with the source's bytes; a temporary one for bytes and file objects.
+@dataclass(frozen=True)
+class _Opened:
+    """A regular file, opened once for reading: what is checked is what is hashed and decoded.
 
+    name: as the caller calls it. copied: it is a copy made for this call.
+    """
+
+    descriptor: int
+    name: str
+    copied: bool = False
+
+
+@contextmanager
+def _as_file(source: Any, limits: Limits, name: str) -> Iterator[_Opened]:
+    """The source as an open regular file; a temporary one without a name for bytes and one-pass sources.
+
+    A file object that is a regular file at its start is read in place, and stays where it is.
     Raises VideoError when there is no such file, or it is empty, too large or not a file.
     """
     if isinstance(source, (str, os.PathLike)):
-        path = os.path.abspath(os.fspath(source))
-        _check_file(path, name, limits)
-        yield path
+        path = os.path.abspath(os.fsdecode(source))
+        descriptor = _open(path, name)
+        try:
+            _check_file(descriptor, name, limits)
+            yield _Opened(descriptor, path)
+        finally:
+            os.close(descriptor)
+    elif (own := _descriptor_of(source)) is not None:
+        descriptor = _open_again(own, name)
+        try:
+            _check_file(descriptor, name, limits)
+            yield _Opened(descriptor, str(source.name))
+        finally:
+            os.close(descriptor)
     elif isinstance(source, (bytes, bytearray, memoryview)) or hasattr(source, "read"):
-        with tempfile.TemporaryDirectory(prefix="fluxchat-") as folder:
-            path = os.path.join(folder, "video")
-            with open(path, "wb") as file:
-                _copy(source, file, limits)
-            _check_file(path, name, limits)
-            yield path
+        with _temporary_file() as file:
+            _copy(source, file, limits)
+            file.flush()
+            _check_file(file.fileno(), name, limits)
+            yield _Opened(file.fileno(), str(file.name), copied=True)
     else:
         raise VideoError(f"A video cannot be a {type(source).__name__}; give a path, bytes, file or images.")
 
 
-def _check_file(path: str, name: str, limits: Limits) -> None:
-    if os.path.isdir(path):
-        raise VideoError(f"Cannot read {name}: it is a directory; give one video or image file.")
-    if not os.path.exists(path):
-        raise VideoError(f"Cannot read {name}: there is no such file; check the path.")
-    if not os.path.isfile(path) or not os.access(path, os.R_OK):
-        raise VideoError(f"Cannot read {name}: it is not a readable file; check its kind and permissions.")
-    size = os.path.getsize(path)
-    if size == 0:
+def _temporary_file() -> Any:
+    """A file that is gone with its descriptor; with a name only where the child needs one (Windows)."""
+    make = tempfile.TemporaryFile if PASSES_FILES else tempfile.NamedTemporaryFile
+    return make(prefix="fluxchat-")
+
+
+def _descriptor_of(source: Any) -> int | None:
+    """Descriptor of a file object that is a regular file, read as it is, at its start; else None."""
+    file = getattr(source, "file", source)  # tempfile wraps its files
+    raw = getattr(file, "raw", file)
+    if not PASSES_FILES or not isinstance(file, (io.BufferedReader, io.BufferedRandom, io.FileIO)):
+        return None
+    if not isinstance(raw, io.FileIO) or raw.closed or not raw.readable():
+        return None
+    descriptor = raw.fileno()
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode) or file.tell() != 0:
+        return None
+    file.flush()
+    return descriptor
+
+
+def _open(path: str, name: str) -> int:
+    """Open a path for reading without waiting for anybody, whatever it turns out to be."""
+    flags = (getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"))
+    try:
+        return os.open(path, os.O_RDONLY | sum(flags))
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL):
+            raise VideoError(f"Cannot read {name}: there is no such file; check the path.") from error
+        if os.path.isdir(path):
+            raise VideoError(_DIRECTORY.format(name)) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.ENXIO):
+            raise VideoError(_UNREADABLE.format(name)) from error
+        raise VideoError(f"Cannot read {name}: {_reason(error)}; try again.") from error
+    except ValueError as error:  # a zero byte in the name
+        raise VideoError(f"Cannot read {name}: there is no such file; check the path.") from error
+
+
+def _open_again(descriptor: int, name: str) -> int:
+    """A descriptor of the same file that cannot write and, on Linux, has a position of its own."""
+    import fcntl
+
+    try:
+        return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            return os.dup(descriptor)
+        raise VideoError(f"Cannot read {name}: open it for reading only, in binary mode ('rb').") from error
+
+
+_DIRECTORY = "Cannot read {}: it is a directory; give one video or image file."
+_UNREADABLE = "Cannot read {}: it is not a readable file; check its kind and permissions."
+
+
+def _check_file(descriptor: int, name: str, limits: Limits) -> None:
+    status = os.fstat(descriptor)
+    if stat.S_ISDIR(status.st_mode):
+        raise VideoError(_DIRECTORY.format(name))
+    if not stat.S_ISREG(status.st_mode):
+        raise VideoError(_UNREADABLE.format(name))
+    if status.st_size == 0:
         raise VideoError(f"Cannot read {name}: it is empty (0 bytes); export or download it again.")
-    if size > limits.max_bytes:
+    if status.st_size > limits.max_bytes:
         raise VideoError(
-            f"Cannot read {name}: {size} bytes exceed the limit of {limits.max_bytes}; cut or compress it."
+            f"Cannot read {name}: {status.st_size} bytes exceed the limit of {limits.max_bytes}; "
+            "cut or compress it."
         )
 
 
-def _copy(source: Any, file: BinaryIO, limits: Limits) -> None:
+def _reason(error: OSError) -> str:
+    return (error.strerror or type(error).__name__).lower()
+
+
+def _copy(source: Any, file: Any, limits: Limits) -> None:
     """Write bytes or a binary file object's rest to a file, at most one byte over the limit."""
     if not hasattr(source, "read"):
         file.write(memoryview(source)[: limits.max_bytes + 1])
@@ -349,7 +469,7 @@ def _from_pictures(
         codec="raw",
         container="memory",
         rotation=0,
-        digest=pixel_digest(pixels, tuple(pts)),
+        digest=pixel_digest(pixels, tuple(pts), "image" if single else "frames", duration),
     )
     if frames is None:
         return Clip(pixels, tuple(pts), info)

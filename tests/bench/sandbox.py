@@ -1,0 +1,69 @@
+"""What confining itself adds to a child that decodes one untrusted file: wall clock and CPU time.
+
+    python -m tests.bench.sandbox [repeats]
+
+The same read (one frame of a small h264 file in a new child), confined and not, in turns; the children that
+are not confined have their rlimits only. Prints one JSON line, milliseconds.
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from encoder.confine import report
+from encoder.video import probe
+from tests import video_files as vf
+from tests.bench.common import environment, print_json
+from tests.encoder.hijack import hijacked
+
+
+def cost(read: Callable[[], object]) -> tuple[float, float]:
+    """(wall, CPU of this process and its child) of one read, milliseconds."""
+    usage = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+
+    def cpu() -> float:
+        return sum(sum(resource.getrusage(who)[:2]) for who in usage)
+
+    wall, used = time.perf_counter(), cpu()
+    read()
+    return 1e3 * (time.perf_counter() - wall), 1e3 * (cpu() - used)
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    quartiles = statistics.quantiles(values, n=4)
+    return dict(zip(("q1", "median", "q3"), (round(q, 2) for q in quartiles), strict=True))
+
+
+def main(repeats: int = 40) -> None:
+    found: dict[str, list[tuple[float, float]]] = {"confined": [], "free": []}
+    with tempfile.TemporaryDirectory() as folder:
+        path = vf.write(Path(folder) / "v.mp4", vf.steady(25), size=(320, 240))
+        for _ in range(repeats + 1):
+            for name, costs in found.items():
+                with hijacked("", Path(folder), confined=name == "confined"):
+                    costs.append(cost(lambda: probe(path, trusted=False)))
+    columns = {
+        f"{what}_{name}_ms": [pair[i] for pair in costs[1:]]  # the first fills the caches of the disk
+        for name, costs in found.items()
+        for i, what in enumerate(("wall", "cpu"))
+    }
+    added = {
+        f"{what}_added_ms": [
+            a - b for a, b in zip(columns[f"{what}_confined_ms"], columns[f"{what}_free_ms"], strict=True)
+        ]
+        for what in ("wall", "cpu")
+    }
+    figures = {name: spread(values) for name, values in {**columns, **added}.items()}
+    print_json(
+        {"bench": "sandbox", "in_force": str(report()), "repeats": repeats, **figures, **environment()}
+    )
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
