@@ -116,10 +116,11 @@ def cache_of(llm: LanguageModel, layers: Layers = ()) -> Any:
 
     kv = DynamicCache(config=llm.model.config)
     if layers:
-        kv.layers = [DynamicLayer() for _ in layers]  # such as they were cut from, see `rewindable`
-        for layer, (keys, values) in zip(kv.layers, layers, strict=True):
+        own = [DynamicLayer() for _ in layers]  # such as they were cut from, see `rewindable`
+        for layer, (keys, values) in zip(own, layers, strict=True):
             layer.lazy_initialization(keys, values)
             layer.keys, layer.values = keys, values
+        kv.layers = list(own)
     return kv
 
 
