@@ -121,15 +121,14 @@ class WorldMedia:
 
 
 @dataclass(frozen=True)
-class BrokenMedia:
-    """Stands for media whose record cannot be used."""
+class NoMedia:
+    """Stands for the media of an example that is text alone."""
 
-    key: str
-    reason: str
+    key: str = ""
 
     def load(self, frames: int, resolution: int, *, moments: Sequence[float] | None = None) -> Clip:
         """Raises VideoError."""
-        raise VideoError(self.reason)
+        raise VideoError("It has no video or image.")
 
 
 def reason(error: Exception) -> str:
