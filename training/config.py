@@ -129,7 +129,7 @@ def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
         raise ConfigError(_explain(kind, first, values, where)) from None
     except ConfigError as error:
         raise ConfigError(f"{': '.join((where, *_place(kind, values)))}: {error}") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where} holds something that is no setting: {error}.") from None
 
 
@@ -244,13 +244,9 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Raises ConstructorError for a key that is there already."""
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"{key.value!r} stands twice", key.start_mark
-                )
-            seen.add(key.value if isinstance(key.value, str) else id(key))
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -284,7 +280,7 @@ def _read(path: Path, heirs: tuple[Path, ...]) -> dict[str, Any]:
     except OSError as error:
         whose = f", the base of {heirs[-1]}" if heirs else ""
         raise ConfigError(f"Cannot read the recipe {path}{whose}: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a table of settings.")
@@ -321,7 +317,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override!r} does not fit: {parents[-1]!r} is not a table.")
     try:
         table[last] = yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{override!r} is not valid YAML: {' '.join(str(error).split())}.") from error
 
 

@@ -90,6 +90,9 @@ def test_tables_are_merged_and_lists_replaced(folder: Path) -> None:
         ("{base: ../base.yaml, stage: umt}", "of the stage umt: run it with python -m training.umt"),
         ("{base: ../base.yaml, stage: }", "stage must be one of"),
         ("{base: ../base.yaml, keeps: [1], keeps: [2]}", "'keeps' stands twice"),
+        ("{base: ../base.yaml, keeps: &all [*all]}", "is no setting: Circular reference"),
+        ("{base: ../base.yaml, keeps: " + "[" * 5000, "not valid YAML"),
+        ("{base: ../base.yaml, ? [1, 2] : 3}", "not valid YAML|no setting|unknown setting"),
     ],
 )
 def test_wrong_bases_and_stages(folder: Path, content: str, message: str) -> None:

@@ -167,7 +167,7 @@ def choose_numbers(total: int, strategy: str, where: str) -> Sequence[int]:
         count = int(total * float(amount[:-1]) / 100) if amount.endswith("%") else int(amount)
         if kind not in ("first", "end", "random") or count < 0:
             raise ValueError
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(
             f"{where}: sampling_strategy must be all, first:N, end:N or random:N (or N%), not {strategy!r}."
         ) from None
