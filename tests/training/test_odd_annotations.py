@@ -136,6 +136,9 @@ def test_text_alone_systems_and_several_images(tmp_path: Path) -> None:
         ({"video": "a.mp4", "conversations": "What?"}, "no list of messages"),
         ({"video": "a.mp4", "conversations": ["What?"]}, "no message"),
         ({"video": "a.mp4", "conversations": [human({"a": 1}), gpt("!")]}, "neither text nor"),
+        ({"video": "a.mp4", "conversations": [human("<video>?"), gpt("\ud83d")]}, "neither text nor"),
+        ({"video": "a.mp4", "caption": "\ud83d"}, "a caption that is no text"),
+        ({"video": "a\0.mp4", "conversations": TALK}, "no file can have"),
         ({"video": "a.mp4", "conversations": TALK, "start": NAN, "end": -1}, "no number of seconds"),
         ({"video": "a.mp4", "conversations": TALK, "start": 5, "end": 2}, "not after its start"),
         ([1], "is not an object"),
@@ -178,6 +181,15 @@ def test_files_are_read_by_what_they_hold(tmp_path: Path, content: bytes, name: 
     assert [(source[n].id, source[n].turns) for n in range(len(source))] == [
         (str(n), (TURN,)) for n in range(3)
     ]
+
+
+def test_a_broken_first_line_is_one_of_many(tmp_path: Path) -> None:
+    for content in ("{broken\n" + LINES, '{"video": \n' + LINES):
+        (tmp_path / "rows.jsonl").write_text(content)
+        source = read_json(tmp_path / "rows.jsonl", tmp_path, need="answer")
+        assert [source[n].id for n in (1, 2, 3)] == ["0", "1", "2"]
+        with pytest.raises(VideoError, match=r"rows\.jsonl, row 1 cannot be used"):
+            source[0]
 
 
 def test_one_object_is_one_row_and_damage_is_one_sentence(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 Only paths, labels and line positions are kept in memory, so that a corpus of tens of millions of captions
 opens in seconds; a row is parsed when it is asked for. Files may be gzipped, begin with a byte-order mark,
-and end their lines as any system does.
+and end their lines with or without a carriage return.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from encoder.errors import DataError, VideoError
-from training.data.conversations import FORMS, Talk, absent, parse_talk
+from training.data.conversations import FORMS, Talk, absent, is_text, parse_talk
 from training.data.examples import Conversation, Example, Kind, Need
 from training.data.media import IMAGES, FileMedia, Media, NoMedia, reason
 
@@ -171,9 +171,13 @@ class Lines:
 
     def __getitem__(self, index: int) -> Any:
         """A row; raises OSError or ValueError."""
+        return json.loads(self.line(index))
+
+    def line(self, index: int) -> bytes:
+        """A row as it is written; raises OSError."""
         with open(self.path, "rb") if self.content is None else io.BytesIO(self.content) as file:
             file.seek(self.starts[index])
-            return json.loads(file.readline())
+            return file.readline()
 
 
 @dataclass(frozen=True)
@@ -245,12 +249,14 @@ def _rows(path: Path) -> Lines | Sequence[Any]:
             whole = json.loads(read_bytes(path))
             return whole if isinstance(whole, list) else [whole]
         except (ValueError, RecursionError) as error:
-            if first.startswith(b"[") or len(starts) < 2 or not first.endswith(b"}"):
+            lines_of = Lines(path, starts, content)
+            if not any(_is_row(lines_of.line(index)) for index in range(min(len(starts), TRIED_AT_OPEN))):
                 raise DataError(f"Cannot read the annotations {path}: {reason(error)}.") from error
     return Lines(path, starts, content)
 
 
 def _is_row(line: bytes) -> bool:
+    """Whether a line is a whole JSON object, as all of JSONL are but the damaged ones."""
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
@@ -340,6 +346,8 @@ def _names(value: Any, what: str) -> tuple[str, ...]:
     names = value if isinstance(value, list) else [value]
     if not all(isinstance(name, str) for name in names):
         raise DataError(f"its {what} is no file name")
+    if not all(is_text(name) and "\0" not in name for name in names):
+        raise DataError(f"its {what} has a name that no file can have")
     if not all(name.strip() for name in names):
         raise DataError(f"its {what} has an empty name")
     if any(name.startswith(("http://", "https://", "data:")) for name in names):
@@ -384,6 +392,6 @@ def parse_captions(row: Mapping[str, Any], where: str) -> tuple[str, ...]:
         value = row.get(key)
         found += value if isinstance(value, list) else [value]
     found = [text for text in found if not absent(text)]
-    if not all(isinstance(text, str) for text in found):
+    if not all(isinstance(text, str) and is_text(text) for text in found):
         raise DataError(f"{where} has a caption that is no text.")
     return tuple(text.strip() for text in found if text.strip())

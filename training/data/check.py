@@ -150,7 +150,7 @@ def _gone(media: Media) -> str | None:
             try:
                 if path.stat().st_size == 0:
                     return f"{path} (it is empty)"
-            except OSError:
+            except (OSError, ValueError):
                 return str(path)
     return None
 

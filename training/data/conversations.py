@@ -48,6 +48,15 @@ def absent(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
+def is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8: JSON's escapes may hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def parse_talk(messages: Any) -> Talk:
     """A list of messages as turns. A greeting of the assistant in front and a question without an answer at
     the end are left out, as LLaVA does.
@@ -95,7 +104,7 @@ def _parse(message: Any) -> _Message:
     for part in content if isinstance(content, list) else [content]:
         part = part if isinstance(part, dict) else {"type": "text", "text": part}
         kind, text = part.get("type"), part.get("text")
-        if kind == "text" and isinstance(text, str):
+        if kind == "text" and isinstance(text, str) and is_text(text):
             texts.append(PLACEHOLDER.sub("", text))
             placeholders += len(PLACEHOLDER.findall(text))
         elif kind in ("image", "video", "image_url", "video_url"):
