@@ -14,8 +14,10 @@ from encoder.errors import ConfigError
 from training.chat_stage1 import Stage1Recipe
 from training.clip import ClipRecipe
 from training.clip import main as clip_main
-from training.config import OptimConfig, build, read_recipe, read_values, to_yaml
+from training.config import STAGES, OptimConfig, build, read_recipe, read_values, to_yaml
+from training.data.datasets import NEEDS
 from training.data.world import WorldSource
+from training.recipe_facts import RECIPES as STAGE_RECIPES
 from training.schedule import learning_rate, parameter_groups
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
@@ -54,6 +56,12 @@ def test_every_recipe_says_what_it_is_and_what_it_was(path: Path, tmp_path: Path
     # What --print shows is a recipe that reads back as the same.
     (tmp_path / "printed.yaml").write_text(to_yaml(recipe, "heading"))
     assert read_recipe(kind, tmp_path / "printed.yaml") == recipe
+
+
+def test_all_rooms_know_the_same_stages() -> None:
+    assert set(STAGES) == set(NEEDS) == set(STAGE_RECIPES)
+    for stage, (_, kind) in STAGE_RECIPES.items():
+        assert kind.stage == stage
 
 
 def test_a_recipe_holds_only_what_differs() -> None:

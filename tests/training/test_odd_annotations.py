@@ -74,7 +74,7 @@ def read(folder: Path, row: Any) -> Example:
         ),
         ({"messages": TALK, "videos": ["a.mp4"]}, [TURN]),
         ({"video": "a.mp4", "caption": " A cat. "}, [("", "A cat.")]),
-        ({"video": "a.mp4", "caption": [None, "", "A cat."]}, [("", "A cat.")]),
+        ({"video": "a.mp4", "caption": [None, "", "A cat."], "conversations": []}, [("", "A cat.")]),
         ({"video": "a.mp4", "image": None, "conversations": TALK, "caption": NAN}, [TURN]),
     ],
 )

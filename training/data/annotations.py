@@ -31,7 +31,7 @@ GZIP = b"\x1f\x8b"
 # Keys that people write for "video" and "image", besides those that merely look like them.
 MISSPELT = frozenset(
     {f"{kind}{end}" for kind in ("video", "image", "vid", "img") for end in ("", "s", "_path", "_file")}
-    | {"media", "clip", "file"}
+    | {"media"}
 )
 DESCRIBES = ("video_read_type", "video_id", "image_id")  # near, but no media
 
@@ -270,7 +270,7 @@ def parse_row(row: Any, root: Path, classes: Sequence[str], where: str) -> Examp
     try:
         talk = _talk(row)
         kind, names = _files(row, talk)
-        if not names and (key := _misspelt(row, talk)):
+        if not names and (key := _misspelt(row)):
             raise DataError(f"it has no video or image, but the key {key!r}: name it 'video' or 'image'")
         if not names and talk is None:
             raise DataError("it names no video or image")
@@ -307,7 +307,7 @@ def parse_conversations(
 
 def _talk(row: Mapping[str, Any]) -> Talk | None:
     """The row's conversation, None when it has none."""
-    messages = next((row[form] for form in FORMS if not absent(row.get(form))), None)
+    messages = next((row[form] for form in FORMS if not absent(row.get(form)) and row[form] != []), None)
     return None if messages is None else parse_talk(messages)
 
 
@@ -357,7 +357,7 @@ def _names(value: Any, what: str) -> tuple[str, ...]:
     return tuple(name.removeprefix("file://") for name in names)
 
 
-def _misspelt(row: Mapping[str, Any], talk: Talk | None) -> str | None:
+def _misspelt(row: Mapping[str, Any]) -> str | None:
     """A key of a row without media that seems to be meant for them."""
     for key, value in row.items():
         name = str(key).lower()
