@@ -1,7 +1,7 @@
 """What the chat stages share: conversations about videos become batches with labels.
 
-A micro-batch is a pure function of its number: records are shuffled anew for each epoch, those of like length
-share a micro-batch (`bucket`), and what the frozen encoder gave for a clip is kept on disk when
+A micro-batch is a pure function of its number: examples are shuffled anew for each epoch, those of like
+length share a micro-batch (`bucket`), and what the frozen encoder gave for a clip is kept on disk when
 `feature_cache` names a folder. The micro-batches of a step have one token count and like lengths, so that no
 process waits long for another.
 """
@@ -12,9 +12,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from encoder.errors import ConfigError, DataError, VideoError
 from encoder.preprocess import preprocess
@@ -23,11 +24,12 @@ from encoder.video import Clip
 from llm_bridge.branches import share_beginning
 from llm_bridge.label_weights import Weighting
 from llm_bridge.model import VideoLanguageModel
-from llm_bridge.prompt import Message, Prompt, Visual, render_chat_training, render_plain_training
+from llm_bridge.prompt import IGNORE, Message, Prompt, Visual, render_chat_training, render_plain_training
 from training.config import LoopConfig, OptimConfig
+from training.data.datasets import NEEDS, DatasetConfig, open_datasets
+from training.data.examples import Conversation, Example
 from training.data.features import FeatureCache, Features, stack
-from training.data.missing import MissingMedia
-from training.data.records import DatasetConfig, Record, RecordSource, Turn
+from training.data.loader import Loader
 
 CHARACTERS_PER_TOKEN = 4
 
@@ -54,6 +56,7 @@ class ChatRecipe:
     stops the run. feature_cache: folder for encoder outputs, so that no clip is encoded twice.
     """
 
+    stage: ClassVar[str]
     datasets: tuple[DatasetConfig, ...]
     optim: OptimConfig
     loop: LoopConfig
@@ -101,7 +104,7 @@ class ChatBatch:
     def figures(self) -> dict[str, float]:
         """Labelled positions, positions in all, and the share of the padded rectangle that is padding."""
         lengths = [len(prompt) for prompt in self.prompts]
-        labelled = sum(label >= 0 for prompt in self.prompts for label in prompt.labels)
+        labelled = sum(label >= 0 for prompt in self.prompts for label in prompt.labels[1:])
         padding = 1 - sum(lengths) / (max(lengths) * len(lengths))
         return {"label_tokens": labelled, "tokens": sum(lengths), "padding": padding}
 
@@ -111,14 +114,18 @@ class ChatData:
 
     def __init__(self, recipe: ChatRecipe, vlm: VideoLanguageModel) -> None:
         self.recipe, self.vlm = recipe, vlm
-        self._sources = [source for dataset in recipe.datasets for source in dataset.open()]
-        self._count = sum(map(len, self._sources))
-        if self._count == 0:
-            raise DataError("The datasets hold no records.")
+        need = NEEDS[recipe.stage]
+        self._loader = Loader(
+            open_datasets(recipe.datasets, need),
+            recipe.loop.seed,
+            out=recipe.loop.out,
+            stride=recipe.optim.micro_batch,
+            max_missing=recipe.max_missing,
+            need=need,
+        )
+        self._count = len(self._loader)
         self._cache = FeatureCache(Path(recipe.feature_cache) if recipe.feature_cache else None)
         self._encoder = vlm.revision(language=False)
-        self._missing = MissingMedia(Path(recipe.loop.out), recipe.max_missing)
-        self._ordered: tuple[int, list[int]] = (-2, [])
         self._window: tuple[tuple[int, int], list[list[int]]] = ((-2, 0), [])
 
     @property
@@ -134,47 +141,41 @@ class ChatData:
         """Micro-batch number `index`, counted over epochs."""
         return self.prompted(*self.seen(index))
 
-    def seen(self, index: int) -> tuple[list[Record], list[Features | None]]:
-        """The records of micro-batch `index` and what the encoder gave for the media of each."""
+    def seen(self, index: int) -> tuple[list[Example], list[Features | None]]:
+        """The examples of micro-batch `index` and what the encoder gave for the media of each."""
         epoch, within = divmod(index, self.micro_batches)
         step = index // self._per_step
         view = random.Random(f"{self.recipe.loop.seed}/{step}/keep").choice(self.recipe.drawn)
         members = self._members(epoch, within)
         pairs = [
-            self._readable(epoch, within * len(members) + slot, number, view)
+            self._usable(epoch, within * len(members) + slot, number, view)
             for slot, number in enumerate(members)
         ]
-        return [record for record, _ in pairs], self._features(pairs, view)
+        return [example for example, _ in pairs], self._features(pairs, view)
 
     def held_out(self, count: int) -> ChatBatch:
-        """The first records of the order of another epoch, at the largest token count."""
-        view, order = self.recipe.longest, self._order(-1)
-        pairs = [self._readable(-1, i, order[i % self._count], view) for i in range(count)]
-        return self.prompted([record for record, _ in pairs], self._features(pairs, view))
+        """The first examples of the order of another epoch, at the largest token count."""
+        view, order = self.recipe.longest, self._loader.order(-1)
+        pairs = [self._usable(-1, i, int(order[i % self._count]), view) for i in range(count)]
+        return self.prompted([example for example, _ in pairs], self._features(pairs, view))
 
     def flush(self) -> None:
         """Write features that are still in memory."""
         self._cache.flush()
 
-    # -- which records -------------------------------------------------------------------------------------
-
-    def _order(self, epoch: int) -> list[int]:
-        if self._ordered[0] != epoch:
-            generator = torch.Generator().manual_seed(self.recipe.loop.seed * 7919 + epoch)
-            self._ordered = (epoch, torch.randperm(self._count, generator=generator).tolist())
-        return self._ordered[1]
+    # -- which examples ------------------------------------------------------------------------------------
 
     def _members(self, epoch: int, within: int) -> list[int]:
-        """Record numbers of a micro-batch: from the epoch's order, sorted by length inside a window."""
+        """Numbers of a micro-batch's examples: from the epoch's order, sorted by length inside a window."""
         size, bucket = self.recipe.optim.micro_batch, self.recipe.bucket
         number, place = divmod(within, bucket)
         if self._window[0] != (epoch, number):
-            order = self._order(epoch)
+            order = self._loader.order(epoch)
             first = number * bucket * size
             last = min(first + bucket * size, self.micro_batches * size)
-            members = [order[position % self._count] for position in range(first, last)]
+            members = [int(order[position % self._count]) for position in range(first, last)]
             if bucket > 1:
-                members.sort(key=lambda record: (self._length(record), record))
+                members.sort(key=lambda number: (self._length(number), number))
             width = size * self._per_step
             steps = [members[start : start + width] for start in range(0, len(members), width)]
             random.Random(f"{self.recipe.loop.seed}/{epoch}/{number}/bucket").shuffle(steps)
@@ -183,51 +184,40 @@ class ChatData:
         return self._window[1][place]
 
     def _length(self, number: int) -> int:
-        """About how many positions a record takes."""
-        record = self._record(number)
-        visual = self.recipe.longest.keep if record.media is not None else 0
-        return visual + sum(len(part) for turn in record.turns for part in turn) // CHARACTERS_PER_TOKEN
+        """About how many positions an example takes; none when it cannot be used."""
+        try:
+            example = self._loader.source[number]
+        except (VideoError, OSError):
+            return 0
+        visual = self.recipe.longest.keep if example.has_media else 0
+        return visual + sum(len(part) for turn in example.turns for part in turn) // CHARACTERS_PER_TOKEN
 
-    def _record(self, index: int) -> Record:
-        source: RecordSource
-        for source in self._sources:
-            if index < len(source):
-                return source[index]
-            index -= len(source)
-        raise IndexError(index)
+    def _usable(self, epoch: int, position: int, number: int, view: ChatInput) -> tuple[Example, Clip | None]:
+        """An example, or the next of the order that can be used; its clip unless it has none or its features
+        are known."""
 
-    def _readable(
-        self, epoch: int, position: int, number: int, view: ChatInput
-    ) -> tuple[Record, Clip | None]:
-        """A record, or the next of the order whose media can be read; its clip unless there is none or its
-        features are known."""
-        order = self._order(epoch)
-        for attempt in range(self._count):
-            if attempt:
-                number = order[(position + attempt * self.recipe.optim.micro_batch) % self._count]
-            record = self._record(number)
-            self._missing.count()
-            if record.media is None or self._key(record, view) in self._cache:
-                return record, None
-            try:
-                return record, record.media.load(view.frames, view.resolution)
-            except VideoError as error:
-                self._missing.report(record.id, str(error))
-        raise DataError("None of the records' media can be read.")
+        def load(example: Example) -> Clip | None:
+            if not example.has_media or self._key(example, view) in self._cache:
+                return None
+            return example.media.load(view.frames, view.resolution)
+
+        return self._loader.usable(epoch, position, load, number)
 
     # -- what becomes of them ------------------------------------------------------------------------------
 
-    def prompted(self, records: Sequence[Record], seen: Sequence[Features | None]) -> ChatBatch:
+    def prompted(self, examples: Sequence[Example], seen: Sequence[Features | None]) -> ChatBatch:
         """Prompts and stacked features."""
         present = [features for features in seen if features is not None]
-        prompts = [self._prompt(record, features) for record, features in zip(records, seen, strict=True)]
+        prompts = [self._prompt(example, features) for example, features in zip(examples, seen, strict=True)]
         return ChatBatch(prompts, stack(present) if present else None)
 
     def _features(
-        self, pairs: Sequence[tuple[Record, Clip | None]], view: ChatInput
+        self, pairs: Sequence[tuple[Example, Clip | None]], view: ChatInput
     ) -> list[Features | None]:
         """Encoder outputs in order; what the cache lacks goes through the encoder as one batch."""
-        found = {number: self._cache.get(self._key(record, view)) for number, (record, _) in enumerate(pairs)}
+        found = {
+            number: self._cache.get(self._key(example, view)) for number, (example, _) in enumerate(pairs)
+        }
         new = [number for number, (_, clip) in enumerate(pairs) if clip is not None and found[number] is None]
         if new:
             clips = [clip for number in new if (clip := pairs[number][1]) is not None]
@@ -239,14 +229,13 @@ class ChatData:
                 found[number] = features
         return [found[number] for number in range(len(pairs))]
 
-    def _key(self, record: Record, view: ChatInput) -> str:
-        media = record.media.key if record.media is not None else ""
+    def _key(self, example: Example, view: ChatInput) -> str:
         config = self.vlm.config
         # Features without the pooled one must not serve a projector that reads it.
         read = f"{config.vision_depth}|{config.summary_pool if config.projector.summary_tokens else None}"
-        return f"{media}|{view.frames}|{view.resolution}|{view.keep}|{read}|{self._encoder}"
+        return f"{example.media.key}|{view.frames}|{view.resolution}|{view.keep}|{read}|{self._encoder}"
 
-    def _prompt(self, record: Record, features: Features | None) -> Prompt:
+    def _prompt(self, example: Example, features: Features | None) -> Prompt:
         recipe, tokenizer = self.recipe, self.vlm.llm.tokenizer
         visuals: tuple[Visual, ...] = ()
         if features is not None:
@@ -254,16 +243,16 @@ class ChatData:
             times = features.times_s if features.duration_s > 0 else ()
             visuals = (Visual(count, duration_s=features.duration_s, times_s=times),)
         if recipe.template == "plain" and visuals:
-            prompt = render_plain_training(tokenizer, visuals[0], record.turns[0][1])
+            prompt = render_plain_training(tokenizer, visuals[0], example.turns[0][1])
         else:
-            talks = [self._conversation(visuals, turns) for turns in record.conversations]
+            talks = [self._conversation(visuals, turns, example.system) for turns in example.talks]
             prompt = talks[0] if len(talks) == 1 else share_beginning(talks)
         return shorten(prompt, recipe.max_length)
 
-    def _conversation(self, visuals: tuple[Visual, ...], turns: Sequence[Turn]) -> Prompt:
-        messages: list[Message] = []
-        for question, answer in turns:
-            front = visuals if not messages else ()
+    def _conversation(self, visuals: tuple[Visual, ...], turns: Conversation, system: str) -> Prompt:
+        messages = [Message.of("system", system)] if system else []
+        for number, (question, answer) in enumerate(turns):
+            front = visuals if number == 0 else ()
             messages += [Message("user", (*front, question)), Message.of("assistant", answer)]
         return render_chat_training(self.vlm.llm.tokenizer, messages, time_form=self.vlm.config.time_sentence)
 
@@ -278,3 +267,16 @@ def shorten(prompt: Prompt, limit: int) -> Prompt:
         )
     branches = tuple((start, min(end, limit)) for start, end in prompt.branches if start < limit)
     return replace(prompt, ids=prompt.ids[:limit], labels=prompt.labels[:limit], branches=branches)
+
+
+def scored_loss(
+    model: VideoLanguageModel, prompts: Sequence[Prompt], vision: VisionTokens | None, weighting: Weighting
+) -> Tensor:
+    """The model's loss of a batch; 0 when no position has a label, since all answers lie beyond max_length.
+
+    The model runs then too: other processes may wait for its part of a sharded layer.
+    """
+    if any(label != IGNORE for prompt in prompts for label in prompt.labels[1:]):
+        return model.loss(prompts, vision, weighting)
+    stand_ins = [replace(prompt, labels=(IGNORE,) * (len(prompt) - 1) + (0,)) for prompt in prompts]
+    return 0.0 * model.loss(stand_ins, vision, weighting)

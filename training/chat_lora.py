@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -59,6 +59,7 @@ class LoraRecipe(ChatRecipe):
     each visual token goes on saying the word of what its patch shows, from which the projector drifts else.
     """
 
+    stage: ClassVar[str] = "chat_lora"
     start: str
     lora: LoraSettings = field(default_factory=LoraSettings)
     quantize: Quantize | None = None
@@ -120,10 +121,10 @@ class LoraStage(ChatStage):
         """Micro-batch number `index`."""
         if not self.recipe.scene_words:
             return super().batch(index)
-        records, seen = self.data.seen(index)
-        batch = self.data.prompted(records, seen)
-        pairs = zip(records, seen, strict=True)
-        told = tuple(self._narrator.told(record.media, one) for record, one in pairs if one is not None)
+        examples, seen = self.data.seen(index)
+        batch = self.data.prompted(examples, seen)
+        pairs = zip(examples, seen, strict=True)
+        told = tuple(self._narrator.told(example.media, one) for example, one in pairs if one is not None)
         return ToldBatch(batch.prompts, batch.vision, told)
 
     def _add_adapter(self) -> torch.nn.Module:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from llm_bridge.label_weights import Weighting
 from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
 from llm_bridge.prompt import TimeSentence
-from training.chat import ChatBatch, ChatData, ChatRecipe
+from training.chat import ChatBatch, ChatData, ChatRecipe, scored_loss
 from training.command import run_stage
 
 
@@ -93,6 +93,7 @@ class ModelSource:
 class Stage1Recipe(ChatRecipe):
     """Everything a stage-1 run depends on."""
 
+    stage: ClassVar[str] = "chat_stage1"
     model: ModelSource
 
 
@@ -105,7 +106,7 @@ class ChatModel(nn.Module):
 
     def forward(self, batch: ChatBatch) -> tuple[Tensor, dict[str, float]]:
         """(loss, figures)."""
-        return self.model.loss(batch.prompts, batch.vision, self.weighting), batch.figures
+        return scored_loss(self.model, batch.prompts, batch.vision, self.weighting), batch.figures
 
 
 class ChatStage:
@@ -132,7 +133,7 @@ class ChatStage:
             return {}
         with torch.no_grad():
             batch = self.data.held_out(self.recipe.evaluate_records)
-            return {"loss": float(self.vlm.loss(batch.prompts, batch.vision, self.recipe.weighting))}
+            return {"loss": float(scored_loss(self.vlm, batch.prompts, batch.vision, self.recipe.weighting))}
 
     def finish(self, out: Path) -> None:
         """Write the model folder: projector and encoder weights, and the language model's name."""

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -33,10 +33,13 @@ COUNTED_IN = ("seed", "batch_size", "micro_batch")
 
 @dataclass
 class Progress:
-    """How far a run is: optimiser steps done, and how many of them were skipped."""
+    """How far a run is: optimiser steps done, how many of them were skipped, whether the last one's loss was
+    finite, and how many had no label."""
 
     step: int = 0
     skipped: int = 0
+    finite: bool = True
+    empty: int = 0
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -85,9 +88,7 @@ def save(
         save_tensors(state, scratch / "trainable.safetensors")
         settings = {"seed": loop.seed, "batch_size": optim.batch_size, "micro_batch": optim.micro_batch}
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        save_json(
-            {"step": done.step, "skipped": done.skipped, **settings, "scaler": scaler}, scratch / "state.json"
-        )
+        save_json({**asdict(done), **settings, "scaler": scaler}, scratch / "state.json")
     accelerator.wait_for_everyone()
     if writes:
         _put(scratch, target)
@@ -146,7 +147,9 @@ def load_weights(model: nn.Module, out: Path, optim: OptimConfig, loop: LoopConf
         if set(tensors) != set(trainable_state(model)):
             raise CheckpointError(f"{found[-1]} was written by another recipe: its parameters differ.")
         load_tensors(model, tensors, strict=False)
-        return Progress(int(state["step"]), int(state["skipped"]))
+        # Checkpoints of earlier versions have neither of the last two.
+        finite, empty = bool(state.get("finite", True)), int(state.get("empty", 0))
+        return Progress(int(state["step"]), int(state["skipped"]), finite, empty)
 
 
 def load_optimizer(accelerator: Any, model: Any, optimizer: Any, out: Path) -> None:

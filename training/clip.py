@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ from training.clip_model import (
 from training.command import run_stage
 from training.config import LoopConfig, OptimConfig
 from training.data.augment import AugmentConfig
-from training.data.examples import Joined, VideoData
+from training.data.datasets import NEEDS, DatasetConfig, open_datasets
 from training.data.grids import FlexibleGrid
 from training.data.video_batches import VideoBatches
 from training.data.world import WorldSource
@@ -81,12 +81,13 @@ class ClipRecipe:
     held_out: captioned data whose first `evaluate_clips` are retrieved in evaluation.
     """
 
+    stage: ClassVar[str] = "clip"
     optim: OptimConfig
     loop: LoopConfig
     encoder: EncoderSource = field(default_factory=EncoderSource)
     world: WorldSource | None = None
-    images: tuple[VideoData, ...] = ()
-    videos: tuple[VideoData, ...] = ()
+    images: tuple[DatasetConfig, ...] = ()
+    videos: tuple[DatasetConfig, ...] = ()
     grid: FlexibleGrid | None = None
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     max_missing: float = 0.01
@@ -113,7 +114,7 @@ class ClipRecipe:
     patch_background: float = 1.0
     pool: int = 1
     pools: tuple[int, ...] | None = None
-    held_out: tuple[VideoData, ...] = ()
+    held_out: tuple[DatasetConfig, ...] = ()
     evaluate_clips: int = 192
 
     def __post_init__(self) -> None:
@@ -196,9 +197,10 @@ class ClipStage:
         if recipe.world is not None:
             return WorldBatches(recipe.world, recipe.video_grid, size, recipe.siblings, seed)
         grids = {"image": still_grid(recipe.video_grid), "video": recipe.video_grid}
+        need = NEEDS[recipe.stage]
         batches = {
             kind: VideoBatches(
-                Joined.open(data),
+                open_datasets(data, need),
                 grids[kind],
                 recipe.augment,
                 size,
@@ -206,7 +208,7 @@ class ClipStage:
                 out=recipe.loop.out,
                 max_missing=recipe.max_missing,
                 threads=recipe.threads,
-                require="caption",
+                need=need,
             )
             for kind, data in (("image", recipe.images), ("video", recipe.videos))
             if data
@@ -265,7 +267,7 @@ class ClipStage:
 
     def _retrieval(self) -> dict[str, float]:
         recipe = self.recipe
-        source = Joined.open(recipe.held_out)
+        source = open_datasets(recipe.held_out, NEEDS[recipe.stage])
         count = min(recipe.evaluate_clips, len(source))
         grid = FlexibleGrid.fixed(recipe.frames, recipe.resolution, recipe.video_grid.patch_size)
         batches = VideoBatches(
@@ -276,6 +278,7 @@ class ClipStage:
             0,
             out=Path(recipe.loop.out) / "held_out",
             sampling="middle",
+            need=NEEDS[recipe.stage],
             threads=recipe.threads,
         )
         counts = sorted(set(recipe.keeps))

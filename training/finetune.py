@@ -14,23 +14,25 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoder.checkpoint import load_encoder, load_tensors, save_json
-from encoder.errors import CheckpointError, ConfigError, DataError, FluxChatError
+from encoder.errors import CheckpointError, ConfigError, DataError
 from encoder.fluxvit import FluxViT
 from encoder.selection import select
 from training.clip_model import EncoderSource
-from training.config import LoopConfig, OptimConfig, parse_command
+from training.command import run_stage
+from training.config import LoopConfig, OptimConfig
 from training.data.augment import AugmentConfig
-from training.data.examples import ExampleSource, Joined, VideoData
+from training.data.datasets import NEEDS, DatasetConfig, open_datasets
+from training.data.examples import ExampleSource
 from training.data.grids import FlexibleGrid
 from training.data.video_batches import VideoBatch, VideoBatches
 from training.heads import read_head_map, slice_heads
-from training.loop import train
 from training.losses import count_alignment
 from training.multi_view import Accuracy, ViewConfig, view_accuracy
 from training.parallel import merged_on_ranks, open_accelerator, rank_of
@@ -53,10 +55,11 @@ class FinetuneRecipe:
     clips. evaluate_examples: held-out videos of the evaluation during training, one clip and its centre each.
     """
 
+    stage: ClassVar[str] = "finetune"
     optim: OptimConfig
     loop: LoopConfig
-    data: tuple[VideoData, ...]
-    held_out: tuple[VideoData, ...] = ()
+    data: tuple[DatasetConfig, ...]
+    held_out: tuple[DatasetConfig, ...] = ()
     encoder: EncoderSource = field(default_factory=EncoderSource)
     grid: FlexibleGrid = field(default_factory=FlexibleGrid)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -202,7 +205,8 @@ class FinetuneStage:
     def __init__(self, recipe: FinetuneRecipe) -> None:
         self.recipe = recipe
         torch.manual_seed(recipe.loop.seed)
-        source = Joined.open(recipe.data)
+        need = NEEDS[recipe.stage]
+        source = open_datasets(recipe.data, need)
         count = class_count(recipe, source)
         self.model = FinetuneModel(build_encoder(recipe, source.classes, count), recipe)
         if recipe.grid.patch_size != self.model.encoder.config.patch_size:
@@ -219,7 +223,7 @@ class FinetuneStage:
             max_missing=recipe.max_missing,
             threads=recipe.threads,
             repeats=recipe.repeats,
-            require="label",
+            need=need,
         )
         self.held_out = open_held_out(recipe, source.classes)
 
@@ -251,7 +255,7 @@ def open_held_out(recipe: FinetuneRecipe, classes: Sequence[str]) -> ExampleSour
     """The held-out videos; raises DataError when their labels mean other classes than the training data's."""
     if not recipe.held_out:
         return None
-    source = Joined.open(recipe.held_out)
+    source = open_datasets(recipe.held_out, NEEDS[recipe.stage])
     if classes and source.classes and tuple(source.classes) != tuple(classes):
         raise DataError("held_out names other classes than data: their labels would not mean the same.")
     return source
@@ -314,19 +318,8 @@ def test(recipe: FinetuneRecipe) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    try:
-        recipe, resume = parse_command(
-            FinetuneRecipe, [word for word in given if word != "--test"], "training.finetune", __doc__
-        )
-        if "--test" in given:
-            test(recipe)
-        else:
-            train(FinetuneStage(recipe), recipe.optim, recipe.loop, resume=resume)
-    except FluxChatError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    measured = {"test": ("measure the finished run by the recipe's test, instead of training", test)}
+    return run_stage(FinetuneRecipe, FinetuneStage, "training.finetune", __doc__, argv, others=measured)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from encoder.errors import DataError
+from encoder.errors import CheckpointError, DataError
 from training.checkpoints import Progress, checkpoints, load_optimizer, load_weights, save, trainable_state
 from training.config import LoopConfig, OptimConfig
 from training.parallel import (
@@ -51,7 +51,8 @@ class Stage(Protocol):
     def model(self) -> nn.Module:
         """`model(batch) -> (loss, figures)`; its parameters with requires_grad are trained and saved.
 
-        The figure "tokens", where a model reports it, is logged as tokens_per_s.
+        The figure "tokens", where a model reports it, is logged as tokens_per_s. A step whose "label_tokens"
+        are none taught nothing: it is skipped.
         """
         ...
 
@@ -93,8 +94,8 @@ def train(stage: Stage, optim: OptimConfig, loop: LoopConfig, *, resume: bool = 
     """Run a stage to its end, or until a signal or `stop_after_s` interrupts it after a checkpoint.
 
     Raises ConfigError when the ranks do not divide the accumulation or the machine lacks the precision,
-    DataError when `out` already holds a run and `resume` is not asked for, CheckpointError when the run in
-    `out` cannot be continued.
+    DataError when `out` already holds a run and `resume` is not asked for, or when all steps were skipped,
+    CheckpointError when the run in `out` cannot be continued or its loss is not finite at the end.
     """
     from tqdm.auto import tqdm
 
@@ -112,8 +113,11 @@ def train(stage: Stage, optim: OptimConfig, loop: LoopConfig, *, resume: bool = 
         for step in range(run.done.step, total):
             rate = learning_rate(step, total, optim)
             loss, figures = run.gradients(step, rate, batch_of)
-            norms, skipped = run.update(loss)
-            run.done = Progress(step + 1, run.done.skipped + skipped)
+            empty = figures.total("label_tokens") == 0
+            norms, skipped = run.update(loss, empty=empty)
+            run.done = Progress(
+                step + 1, run.done.skipped + skipped, math.isfinite(loss), run.done.empty + empty
+            )
             result.losses.append(loss)
             result.skipped = run.done.skipped
 
@@ -145,6 +149,7 @@ def train(stage: Stage, optim: OptimConfig, loop: LoopConfig, *, resume: bool = 
                 return result
     if log is not None:
         log.close()
+    run.check()
     run.finish()
     result.finished = True
     return result
@@ -207,10 +212,11 @@ class _Run:
         figures.merge(merged_on_ranks(figures))
         return float(self.accelerator.reduce(total, reduction="mean")), figures
 
-    def update(self, loss: float) -> tuple[dict[str, float], bool]:
+    def update(self, loss: float, *, empty: bool) -> tuple[dict[str, float], bool]:
         """Clip and step; the gradient norms before clipping, and whether the step was skipped.
 
-        Loss and norm are the same on all ranks here, so all of them skip or none does.
+        empty: nothing had a label, so not even momentum and decay may move the weights. Loss and norm are the
+        same on all ranks here, so all of them skip or none does.
         """
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         limit = self.optim.clip_grad
@@ -220,12 +226,14 @@ class _Run:
         norms = {"grad_norm": norm}
         if not is_deepspeed(self.accelerator):
             norms |= self.norms.after_clipping(norm, limit)
-        finite = math.isfinite(loss) and math.isfinite(norm)
+        useful = math.isfinite(loss) and math.isfinite(norm) and not empty
+        if empty:
+            self.optimizer.zero_grad(set_to_none=True)  # a step without gradients changes nothing
         # The fp16 scaler must see bad steps too: it skips them, and lowers its scale.
-        if finite or self.accelerator.scaler is not None or is_deepspeed(self.accelerator):
+        if useful or self.accelerator.scaler is not None or is_deepspeed(self.accelerator):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norms, not finite or bool(self.optimizer.step_was_skipped)
+        return norms, not useful or bool(self.optimizer.step_was_skipped)
 
     def evaluate(self) -> dict[str, float]:
         """The stage's figures; every rank computes them, since sharded weights need all of them."""
@@ -241,6 +249,24 @@ class _Run:
     def save(self) -> None:
         """A checkpoint of where the run is."""
         save(self.accelerator, self.model, self.optimizer, self.out, self.done, self.optim, self.loop)
+
+    def check(self) -> None:
+        """Raises DataError or CheckpointError for a run that ended without having learnt, or in ruins."""
+        done = self.done
+        if done.step and done.empty == done.step:
+            raise DataError(
+                f"None of the {done.step} steps held anything to learn: no answer lies within max_length."
+            )
+        if done.step and done.skipped == done.step:
+            raise DataError(
+                f"All {done.step} steps were skipped, since no loss or gradient was finite: lower optim.lr, "
+                "or compute with loop.precision fp32."
+            )
+        if not done.finite:
+            raise CheckpointError(
+                f"The loss is not finite at the end, in step {done.step}: continue from an older checkpoint "
+                f"in {self.out} with a lower optim.lr, or with optim.clip_grad."
+            )
 
     def finish(self) -> None:
         """The stage's result, by the main process."""

@@ -122,13 +122,15 @@ def view_accuracy(
         number = turn * ranks + rank
         label = None
         if number < size:
-            example = source[number]
+            name = f"number {number}"
             try:
+                example = source[number]
+                name = example.id
                 last, label = views_of(example, config), example.label
                 if label is None:
                     raise VideoError("it has no label.")
             except VideoError as error:
-                found.unreadable[example.id] = str(error)
+                found.unreadable[name] = str(error)
         if last is None:
             last = torch.zeros(config.clips * config.crops, 3, config.frames, *(2 * (config.resolution,)))
         for count, logits in classify(last).items():

@@ -22,25 +22,21 @@ from training.clip import ClipRecipe
 from training.clip_model import EncoderSource
 from training.config import OptimConfig, build, read_values
 from training.data.corpora import compare, corpora
-from training.data.examples import VideoData
-from training.data.records import DatasetConfig, choose_numbers
+from training.data.datasets import DatasetConfig, choose_numbers
 from training.finetune import FinetuneRecipe
 from training.macs import config_in, read_encoder
 from training.umt import UmtRecipe
 from training.warm_start import WarmStartRecipe
 
 Kind = Literal["video", "image"]
-# The setting that only this stage's recipes have, in the order in which they are looked for.
-STAGES: dict[str, tuple[str, type[Any]]] = {
-    "teacher": ("Flux-UMT", UmtRecipe),
-    "start": ("chat, LoRA", LoraRecipe),
-    "negatives": ("projector warm start", WarmStartRecipe),
-    "model": ("chat, stage 1", Stage1Recipe),
-    "data": ("fine-tuning", FinetuneRecipe),
-    "images": ("Flux-CLIP", ClipRecipe),
-    "videos": ("Flux-CLIP", ClipRecipe),
-    "keeps": ("Flux-CLIP", ClipRecipe),
-    "world": ("Flux-CLIP", ClipRecipe),
+# Name and recipe of each stage.
+RECIPES: dict[str, tuple[str, type[Any]]] = {
+    "umt": ("Flux-UMT", UmtRecipe),
+    "finetune": ("fine-tuning", FinetuneRecipe),
+    "clip": ("Flux-CLIP", ClipRecipe),
+    "warm_start": ("projector warm start", WarmStartRecipe),
+    "chat_stage1": ("chat, stage 1", Stage1Recipe),
+    "chat_lora": ("chat, LoRA", LoraRecipe),
 }
 
 
@@ -62,17 +58,19 @@ class Given:
 
 
 def stage_of(values: Mapping[str, Any], path: Path) -> tuple[str, type[Any]]:
-    """Name and recipe of the stage that a file's settings belong to; raises ConfigError for no stage."""
-    for key, stage in STAGES.items():
-        if key in values:
-            return stage
-    raise ConfigError(f"{path} is no stage's recipe: it has none of the settings {', '.join(STAGES)}.")
+    """Name and recipe of the stage that a file says it is of; raises ConfigError when it says none."""
+    known = ", ".join(RECIPES)
+    if "stage" not in values:
+        raise ConfigError(f"{path} does not say which stage's recipe it is: write stage: and one of {known}.")
+    if values["stage"] not in RECIPES:
+        raise ConfigError(f"{path}: stage must be one of {known}, not {values['stage']!r}.")
+    return RECIPES[values["stage"]]
 
 
 # -- samples ------------------------------------------------------------------------------------------------
 
 
-def count_samples(data: Sequence[VideoData | DatasetConfig], given: int | None) -> dict[Kind, int]:
+def count_samples(data: Sequence[DatasetConfig], given: int | None) -> dict[Kind, int]:
     """Samples of an epoch by kind: from the corpus that a dataset names, the world's count, or `given`, which
     replaces all of them and keeps their shares. Raises ConfigError when they cannot be known."""
     found: dict[Kind, float] = {}
@@ -95,7 +93,7 @@ def count_samples(data: Sequence[VideoData | DatasetConfig], given: int | None) 
     return {kind: max(1, round(count * scale)) for kind, count in found.items()}
 
 
-def _sampled(total: int, dataset: VideoData | DatasetConfig) -> int:
+def _sampled(total: int, dataset: DatasetConfig) -> int:
     return len(choose_numbers(total, dataset.sampling_strategy, dataset.name))
 
 

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from training.clip_model import EncoderSource
 from training.command import run_stage
 from training.config import LoopConfig, OptimConfig
 from training.data.augment import AugmentConfig
-from training.data.examples import Joined, VideoData
+from training.data.datasets import NEEDS, DatasetConfig, open_datasets
 from training.data.grids import FlexibleGrid
 from training.data.video_batches import VideoBatch, VideoBatches
 from training.decoders import DecoderConfig, Decoders
@@ -77,10 +77,11 @@ class UmtRecipe:
     is UNVERIFIED, 0 leaves it out.
     """
 
+    stage: ClassVar[str] = "umt"
     optim: OptimConfig
     loop: LoopConfig
     teacher: TeacherSource
-    data: tuple[VideoData, ...]
+    data: tuple[DatasetConfig, ...]
     encoder: EncoderSource = field(default_factory=EncoderSource)
     grid: FlexibleGrid = field(default_factory=FlexibleGrid)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -101,7 +102,7 @@ class UmtRecipe:
     gradient_checkpointing: bool = False
     max_missing: float = 0.01
     threads: int | None = None
-    held_out: tuple[VideoData, ...] = ()
+    held_out: tuple[DatasetConfig, ...] = ()
     held_out_batches: int = 4
 
     def __post_init__(self) -> None:
@@ -244,14 +245,14 @@ class UmtStage:
 
     def _batches(
         self,
-        data: Sequence[VideoData],
+        data: Sequence[DatasetConfig],
         augment: AugmentConfig,
         sampling: Literal["segments", "middle"],
         max_missing: float,
     ) -> VideoBatches:
         recipe = self.recipe
         return VideoBatches(
-            Joined.open(data),
+            open_datasets(data, NEEDS[recipe.stage]),
             recipe.grid,
             augment,
             recipe.optim.micro_batch,

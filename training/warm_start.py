@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,7 @@ class WarmStartRecipe(Stage1Recipe):
     negatives: words of the vocabulary, drawn anew for each batch, that the tokens must not say.
     """
 
+    stage: ClassVar[str] = "warm_start"
     words: Literal["answers", "scene"] = "answers"
     negatives: int = NEGATIVES
     temperature: float = TEMPERATURE
@@ -135,14 +136,14 @@ class WarmStart:
 
     def batch(self, index: int) -> WordBatch:
         """Micro-batch number `index`; raises DataError when it has no clip, or a clip is not of the world."""
-        records, seen = self.data.seen(index)
+        examples, seen = self.data.seen(index)
         if not any(seen):
-            raise DataError("The warm start needs records with media.")
-        pairs = [(record.media, one) for record, one in zip(records, seen, strict=True) if one is not None]
+            raise DataError("The warm start needs examples with media.")
+        pairs = [(example.media, one) for example, one in zip(examples, seen, strict=True) if one is not None]
         vision = stack([one for _, one in pairs])
         if self.recipe.words == "scene":
             return WordBatch(vision, told=[self._narrator.told(media, one) for media, one in pairs])
-        prompts = [prompt for prompt in self.data.prompted(records, seen).prompts if prompt.visuals]
+        prompts = [prompt for prompt in self.data.prompted(examples, seen).prompts if prompt.visuals]
         return WordBatch(vision, [sorted(_answered(prompt) - self._common) for prompt in prompts])
 
     def _in_most_answers(self) -> set[int]:

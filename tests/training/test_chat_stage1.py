@@ -24,29 +24,14 @@ def losses(out: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def command(recipe: Path, out: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "training.chat_stage1",
-            "--config",
-            str(recipe),
-            f"loop.out={out}",
-            *overrides,
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=240,
-    )
+def train(recipe: Path, out: Path, *overrides: str) -> int:
+    return main(["--config", str(recipe), f"loop.out={out}", *overrides])
 
 
 @pytest.fixture(scope="module")
 def finished(stage1_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stage1") / "run"
-    done = command(stage1_recipe, out)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert train(stage1_recipe, out) == 0
     return out
 
 
@@ -94,8 +79,7 @@ def test_resume_is_bit_equal(finished: Path, stage1_recipe: Path, tmp_path: Path
     shutil.copytree(finished, out)
     for step in range(7, 15):
         shutil.rmtree(out / "checkpoints" / f"step_{step:08d}", ignore_errors=True)
-    done = command(stage1_recipe, out, "--resume")
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert train(stage1_recipe, out, "--resume") == 0
     assert losses(out) == losses(finished)
 
 
@@ -103,8 +87,7 @@ def test_cached_features_give_the_same_losses_without_encoding(
     finished: Path, stage1_recipe: Path, tmp_path: Path
 ) -> None:
     overrides = [f"feature_cache={tmp_path / 'features'}"]
-    # A process of its own, as the finished run: another number of threads rounds differently.
-    assert command(stage1_recipe, tmp_path / "first", *overrides).returncode == 0
+    assert train(stage1_recipe, tmp_path / "first", *overrides) == 0
     assert losses(tmp_path / "first") == losses(finished)
     overrides.append(f"loop.out={tmp_path / 'first'}")
     stage = Stage1(read_recipe(Stage1Recipe, stage1_recipe, overrides))
@@ -146,6 +129,67 @@ def test_wrong_recipes_end_in_one_line(
     assert main(["--config", str(stage1_recipe), f"loop.out={tmp_path / 'x'}", override]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert word in said
+
+
+def talk(question: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": f"<video>{question}"}, {"from": "gpt", "value": "A thing."}]
+
+
+def unlabelled(folder: Path, videos: Path, long: set[int]) -> list[str]:
+    """Four records; the answers of those in `long` lie beyond max_length."""
+    rows = [
+        {"video": f"{n}.mp4", "conversations": talk("word " * 400 if n in long else "What?")}
+        for n in range(4)
+    ]
+    (folder / "cut.json").write_text(json.dumps(rows))
+    return [
+        f"datasets=[{{json_path: {folder / 'cut.json'}, data_root: {videos}}}]",
+        "max_length=64",
+        "optim.batch_size=2",
+        "optim.micro_batch=1",
+        "optim.epochs=2",
+        f"loop.out={folder / 'out'}",
+    ]
+
+
+def test_an_answer_that_is_cut_off_teaches_nothing_and_spoils_nothing(
+    stage1_recipe: Path, llava_json: Path, tmp_path: Path
+) -> None:
+    overrides = unlabelled(tmp_path, llava_json.parent, {1})
+    assert main(["--config", str(stage1_recipe), *overrides]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < row["loss"] < 100 for row in rows)
+    assert rows[-1]["skipped"] == 0
+
+
+def test_the_real_command_ends_in_one_line_when_nothing_was_learnt(
+    stage1_recipe: Path, llava_json: Path, tmp_path: Path
+) -> None:
+    overrides = unlabelled(tmp_path, llava_json.parent, {0, 1, 2, 3})
+    done = subprocess.run(
+        [sys.executable, "-m", "training.chat_stage1", "--config", str(stage1_recipe), *overrides],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=240,
+    )
+    assert done.returncode == 2
+    assert "None of the 4 steps held anything to learn: no answer lies within max_length." in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_what_a_system_says_is_learnt_under_but_not_learnt(
+    stage1_recipe: Path, llava_json: Path, tmp_path: Path
+) -> None:
+    rows = [{"video": "3.mp4", "conversations": [{"from": "system", "value": "Be short."}, *talk("What?")]}]
+    (tmp_path / "s.json").write_text(json.dumps(rows))
+    overrides = [f"datasets=[{{json_path: {tmp_path / 's.json'}, data_root: {llava_json.parent}}}]"]
+    stage = Stage1(read_recipe(Stage1Recipe, stage1_recipe, [*overrides, f"loop.out={tmp_path}"]))
+    prompt = stage.batch(0).prompts[0]
+    decode = stage.vlm.llm.tokenizer.decode
+    assert "Be short." in decode([token for token in prompt.ids if token >= 0])
+    assert "Be short." not in decode([label for label in prompt.labels if label >= 0])
 
 
 def test_plain_template_learns_the_caption_after_the_video(stage1_recipe: Path, tmp_path: Path) -> None:

@@ -34,13 +34,18 @@ def command(path: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> list
     )
     assert done.returncode == 0, done.stderr[-3000:]
     out = next(word for word in arguments if word.startswith("loop.out=")).removeprefix("loop.out=")
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return metrics(Path(out))
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_command_gives_stored_losses(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps(values(corpus, tmp_path / "unused")))
     overrides = ["temperature=0.1", f"loop.out={tmp_path / 'run'}", "loop.max_steps=5"]
-    rows = command(tmp_path / "recipe.yaml", *overrides)
+    assert clip.main(["--config", str(tmp_path / "recipe.yaml"), *overrides]) == 0
+    rows = metrics(tmp_path / "run")
     kinds = ["video" if "contrastive_video" in row else "image" for row in rows]
     assert kinds == ["video", "image", "video", "image", "image"]
     assert [row["loss"] for row in rows] == pytest.approx(LOSSES, rel=1e-2)

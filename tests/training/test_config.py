@@ -1,47 +1,150 @@
 """Recipes: what is accepted, and one clear sentence for what is not."""
 
+import dataclasses
 import importlib
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+import yaml
 from torch import nn
 
 from encoder.errors import ConfigError
 from training.chat_stage1 import Stage1Recipe
 from training.clip import ClipRecipe
-from training.config import OptimConfig, read_recipe
+from training.clip import main as clip_main
+from training.config import STAGES, OptimConfig, build, read_recipe, read_values, to_yaml
+from training.data.datasets import NEEDS
+from training.data.world import WorldSource
+from training.recipe_facts import RECIPES as STAGE_RECIPES
 from training.schedule import learning_rate, parameter_groups
 
 RECIPES = Path(__file__).parents[2] / "training" / "recipes"
-KINDS = {
-    "chat_stage1": "Stage1Recipe",
-    "chat_lora": "LoraRecipe",
-    "clip": "ClipRecipe",
-    "finetune": "FinetuneRecipe",
-    "umt": "UmtRecipe",
-    "warm_start": "WarmStartRecipe",
-}
+SHIPPED = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "accelerate")
+# All settings of each shipped recipe as they were when every recipe was written out in full.
+RESOLVED = json.loads((Path(__file__).parent / "data" / "recipes.json").read_text())
 
 
-def command_of(path: Path) -> str:
-    """Recipes are named after their command, with what they are for behind it: clip_stage1_small.yaml."""
-    return max((name for name in KINDS if f"{path.stem}_".startswith(f"{name}_")), key=len)
+def kind_of(path: Path) -> Any:
+    """The dataclass of a recipe's stage."""
+    stage = read_values(path)["stage"]
+    module = importlib.import_module(f"training.{stage}")
+    found = [kind for kind in vars(module).values() if getattr(kind, "stage", None) == stage]
+    return next(
+        kind for kind in found if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__
+    )
+
+
+def holds(found: Any, expected: Any) -> bool:
+    """Whether all expected settings are there; new ones may have come."""
+    if isinstance(expected, dict):
+        return all(name in found and holds(found[name], value) for name, value in expected.items())
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(holds, found, expected))
+    return type(found) is type(expected) and found == expected
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(RECIPES)))
+def test_every_recipe_says_what_it_is_and_what_it_was(path: Path, tmp_path: Path) -> None:
+    kind = kind_of(path)
+    recipe = read_recipe(kind, path)
+    first = path.read_text().splitlines()[0]
+    assert f"-m training.{kind.stage} --config {path.relative_to(RECIPES.parents[1])}" in first
+    expected = RESOLVED[str(path.relative_to(RECIPES))]
+    assert holds(json.loads(json.dumps({"stage": kind.stage, **dataclasses.asdict(recipe)})), expected)
+    # What --print shows is a recipe that reads back as the same.
+    (tmp_path / "printed.yaml").write_text(to_yaml(recipe, "heading"))
+    assert read_recipe(kind, tmp_path / "printed.yaml") == recipe
+
+
+def test_all_rooms_know_the_same_stages() -> None:
+    assert set(STAGES) == set(NEEDS) == set(STAGE_RECIPES)
+    for stage, (_, kind) in STAGE_RECIPES.items():
+        assert kind.stage == stage
+
+
+def test_a_recipe_holds_only_what_differs() -> None:
+    assert set(RESOLVED) == {str(path.relative_to(RECIPES)) for path in SHIPPED}
+    lines = [line for path in RECIPES.glob("finetune_*.yaml") for line in path.read_text().splitlines()]
+    assert len(lines) < 220
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A recipe in one folder, based on one in another."""
+    (tmp_path / "below").mkdir()
+    (tmp_path / "base.yaml").write_text(
+        "{stage: clip, keeps: [1, 2], world: {count: 5, seed: 3}, loop: {out: a}, "
+        "optim: {lr: 1, batch_size: 8, micro_batch: 4}}"
+    )
+    (tmp_path / "below" / "mine.yaml").write_text("{base: ../base.yaml, keeps: [3], world: {seed: 4}}")
+    return tmp_path
+
+
+def test_tables_are_merged_and_lists_replaced(folder: Path) -> None:
+    recipe = read_recipe(ClipRecipe, folder / "below" / "mine.yaml", ["world.count=6"])
+    assert recipe.keeps == (3,)
+    assert recipe.world == WorldSource(count=6, seed=4)
 
 
 @pytest.mark.parametrize(
-    "path",
-    sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "accelerate"),
-    ids=lambda p: str(p.relative_to(RECIPES)),
+    ("content", "message"),
+    [
+        ("base: other.yaml", "the base of .*mine.yaml: No such file"),
+        ("base: mine.yaml", "is its own base"),
+        ("base: 7", "base must name a recipe, not 7"),
+        ("{base: ../base.yaml, stage: clips}", "stage must be one of .*not 'clips' .nearest is 'clip'"),
+        ("{base: ../base.yaml, stage: umt}", "of the stage umt: run it with python -m training.umt"),
+        ("{base: ../base.yaml, stage: }", "stage must be one of"),
+        ("{base: ../base.yaml, keeps: [1], keeps: [2]}", "'keeps' stands twice"),
+        ("{base: ../base.yaml, keeps: &all [*all]}", "is no setting: Circular reference"),
+        ("{base: ../base.yaml, keeps: " + "[" * 5000, "not valid YAML"),
+        ("{base: ../base.yaml, ? [1, 2] : 3}", "not valid YAML|no setting|unknown setting"),
+    ],
 )
-def test_every_recipe_reads_and_starts_with_its_command(path: Path) -> None:
-    command = command_of(path)
-    kind: Any = getattr(importlib.import_module(f"training.{command}"), KINDS[command])
-    recipe = read_recipe(kind, path)
-    assert recipe.loop.out.startswith("runs/")
-    first = path.read_text().splitlines()[0]
-    assert first.startswith("# ")
-    assert f"-m training.{command} --config {path.relative_to(RECIPES.parents[1])}" in first
+def test_wrong_bases_and_stages(folder: Path, content: str, message: str) -> None:
+    path = folder / "below" / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_recipe(ClipRecipe, path)
+    assert "\n" not in str(caught.value)
+
+
+def test_bases_may_not_go_in_a_circle(folder: Path) -> None:
+    (folder / "base.yaml").write_text("base: below/mine.yaml")
+    with pytest.raises(ConfigError, match=r"own base, by way of .*mine\.yaml and .*base\.yaml"):
+        read_values(folder / "below" / "mine.yaml")
+
+
+def test_print_shows_the_whole_recipe_and_trains_nothing(folder: Path, capsys) -> None:
+    assert clip_main(["--config", str(folder / "below" / "mine.yaml"), "--print", "optim.lr=2"]) == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["optim"]["lr"] == 2
+    (folder / "printed.yaml").write_text(printed)
+    again = read_recipe(ClipRecipe, folder / "printed.yaml")
+    assert again == read_recipe(ClipRecipe, folder / "below" / "mine.yaml", ["optim.lr=2"])
+    assert not (folder / "a").exists()
+
+
+def test_a_setting_of_another_name_is_told() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Renamed:
+        renamed: ClassVar[dict[str, str]] = {"counts": "num_tokens"}
+        num_tokens: int = 1
+
+    with pytest.raises(ConfigError, match="the setting 'counts' is now named 'num_tokens'"):
+        build(Renamed, {"counts": 3}, "test")
+
+
+def test_the_table_that_is_wrong_is_named() -> None:
+    values = {
+        "videos": [{"csv": "a"}, {"csv": "a", "jsonl": "b"}],
+        **read_values(RECIPES / "cpu" / "clip.yaml"),
+    }
+    values.pop("world")
+    with pytest.raises(ConfigError, match=r"^r: videos\[1\]: A dataset needs exactly one of"):
+        build(ClipRecipe, values, "r")
 
 
 def test_the_papers_stage_one() -> None:
@@ -65,6 +168,15 @@ def test_the_papers_stage_one() -> None:
         ("world=3", "must be a table"),
         ("world.split=dev", "split must be one of"),
         ("siblings=5", "multiple of siblings"),
+        ("siblngs=2", "unknown setting 'siblngs' (nearest is 'siblings')"),
+        ("optim.lr=true", "optim: lr must be float, not True"),
+        ("optim.micro_batch=8.0", "optim: micro_batch must be int, not 8.0"),
+        ("optim.lr=.nan", "optim: lr is nan"),
+        ("optim.betas=[0.9, 1.0]", "betas must lie from 0 to below 1"),
+        ("optim.betas=[0.9, x]", "optim: betas[1] must be float, not 'x'"),
+        ("loop.checkpoint_every=0", "loop.checkpoint_every must be at least 1"),
+        ("loop.trackers=[wandb, x]", "loop: trackers[1] must be one of trackio, wandb, not 'x'"),
+        ("keeps=[1", "is not valid YAML"),
         ("optim.betas=[0.9]", "must hold 2 values"),
         ("nonsense", "key=value"),
         ("temperature.x=1", "is not a table"),

@@ -17,8 +17,6 @@ from training.data import world as world_data
 from training.data.__main__ import main
 from training.data.check import find_datasets
 from training.data.corpora import compare, corpora
-from training.data.examples import VideoData
-from training.data.records import DatasetConfig
 from training.demo_world.bank import procedural_bank
 from training.demo_world.world import World
 
@@ -82,10 +80,10 @@ def test_mixtures_shards_and_missing_annotations(folder: Path, llava_json: Path,
     assert re.search(r"datasets\[0\] +5 +0 of 5 +5 +0 +ok", text)
     assert re.search(r"datasets\[1\] +15 +1 of 15 +14 +0 +too much is missing", text)
     assert "0.536 % of coin, test (2,797)" in text
-    assert re.search(r"datasets\[2\] +2 +0 of 2 +2 +0 +ok", text)  # the second is of text alone
+    assert re.search(r"datasets\[2\] +2 +1 of 2 +1 +0 +too much is missing", text)  # a caption of nothing
     assert "none.json: No such file or directory." in text
     assert re.search(r"data\.images +2 +1 of 2 +1 +0 +too much is missing", text)
-    assert "Not fit for training: 3 of 5" in text
+    assert "Not fit for training: 4 of 5" in text
 
 
 def test_the_world_and_overrides(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,26 +102,23 @@ def test_the_world_and_overrides(folder: Path, capsys, monkeypatch: pytest.Monke
     assert "does not fit" in capsys.readouterr().err
 
 
-def test_kinds_are_recognised() -> None:
+def test_datasets_are_found_by_what_they_read() -> None:
     found = dict(
         find_datasets(
             {
                 "a": [{"csv": "x"}, {"json_path": "y"}],
                 "b": {"shards": "z", "turns": 2},
-                "c": {"shards": "z", "world_label": "noun"},
                 "world": {"count": 5},
                 "other": {"csvs": 1, "deep": [[{"jsonl": "q"}]]},
             }
         )
     )
-    kinds = {where: type(dataset) for where, dataset in found.items()}
-    assert kinds == {
-        "a[0]": VideoData,
-        "a[1]": DatasetConfig,
-        "b": DatasetConfig,
-        "c": VideoData,
-        "world": VideoData,
-        "other.deep[0][0]": VideoData,
+    assert {where: dataset.name for where, dataset in found.items()} == {
+        "a[0]": "x",
+        "a[1]": "y",
+        "b": "z",
+        "world": "demo world, train",
+        "other.deep[0][0]": "q",
     }
     with pytest.raises(ConfigError, match=r"data\[0\] has the unknown setting 'rot'"):
         list(find_datasets({"data": [{"csv": "x", "rot": "y"}]}))

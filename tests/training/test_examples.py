@@ -13,8 +13,9 @@ from encoder.errors import ConfigError, DataError, VideoError
 from tests import video_files as vf
 from training.config import build
 from training.data import world as world_data
-from training.data.annotations import JsonlExamples
-from training.data.examples import Joined, ListExamples, VideoData
+from training.data.annotations import Lines
+from training.data.datasets import DatasetConfig, open_datasets
+from training.data.examples import Joined, ListExamples
 from training.data.media import FileMedia
 from training.demo_world.bank import procedural_bank
 from training.demo_world.world import World
@@ -33,7 +34,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def open_csv(folder: Path, text: str, **settings):
     (folder / "list.csv").write_text(text)
-    return VideoData(csv=str(folder / "list.csv"), data_root=str(folder), **settings).open()
+    return DatasetConfig(csv=str(folder / "list.csv"), data_root=str(folder), **settings).open()
 
 
 @pytest.mark.parametrize(
@@ -91,8 +92,8 @@ def test_parts_and_joined_sources(videos: Path, tmp_path: Path) -> None:
     assert [part[i].label for i in range(len(part))] == [7, 8, 9]
     with pytest.raises(ConfigError, match="sampling_strategy"):
         open_csv(videos, text, sampling_strategy="some")
-    data = VideoData(csv=str(videos / "list.csv"), sampling_strategy="first:2")
-    both = Joined.open([data, VideoData(csv=str(videos / "list.csv"), sampling_strategy="random:40%")])
+    data = DatasetConfig(csv=str(videos / "list.csv"), sampling_strategy="first:2")
+    both = open_datasets([data, DatasetConfig(csv=str(videos / "list.csv"), sampling_strategy="random:40%")])
     assert len(both) == 6
     assert [both[i].label for i in range(2)] == [0, 1]
     with pytest.raises(IndexError):
@@ -100,7 +101,7 @@ def test_parts_and_joined_sources(videos: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="different classes"):
         Joined((ListExamples([], ("a",)), ListExamples([], ("b",))))
     with pytest.raises(DataError, match="No dataset"):
-        Joined.open([])
+        open_datasets([])
 
 
 def test_caption_rows(videos: Path) -> None:
@@ -111,7 +112,7 @@ def test_caption_rows(videos: Path) -> None:
     ]
     path = videos / "captions.jsonl"
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n")
-    source = VideoData(jsonl=str(path), data_root=str(videos)).open()
+    source = DatasetConfig(jsonl=str(path), data_root=str(videos)).open()
     assert len(source) == 3
     first, second, third = source[0], source[1], source[2]
     assert (first.id, first.captions, first.kind) == ("7", ("Bars.",), "video")
@@ -126,12 +127,12 @@ def test_a_late_malformed_row_is_skipped_not_fatal(tmp_path: Path) -> None:
     good = json.dumps({"video": "x.mp4", "caption": "é\u2028."}, ensure_ascii=False)  # no line end in JSON
     path = tmp_path / "many.jsonl"
     path.write_text("\n".join([good] * 150 + ["{broken", '{"video": "x.mp4", "caption": 3}', good]))
-    source = VideoData(jsonl=str(path)).open()
-    assert isinstance(source, JsonlExamples)
+    source = DatasetConfig(jsonl=str(path)).open()
+    assert isinstance(source.rows, Lines)  # found by position, not held
     assert len(source) == 153
     assert source[152].captions == ("é\u2028.",)
     for number in (150, 151):
-        with pytest.raises(VideoError, match=f"row {number + 1} cannot be used"):
+        with pytest.raises(VideoError, match=f"row {number + 1} "):
             source[number]
 
 
@@ -149,7 +150,7 @@ def test_malformed_files_are_named(tmp_path: Path, row: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(row)
     with pytest.raises(DataError, match=r"bad\.jsonl"):
-        VideoData(jsonl=str(path)).open()
+        DatasetConfig(jsonl=str(path)).open()
 
 
 def test_missing_and_empty_files_and_wrong_settings(tmp_path: Path) -> None:
@@ -161,10 +162,10 @@ def test_missing_and_empty_files_and_wrong_settings(tmp_path: Path) -> None:
         ({"csv": "x", "classes": str(tmp_path / "no.txt")}, "Cannot read"),
     ):
         with pytest.raises(DataError, match=message):
-            build(VideoData, data, "data").open()
+            build(DatasetConfig, data, "data").open()
     for values in ({}, {"csv": "a", "jsonl": "b"}):
         with pytest.raises(ConfigError, match="exactly one"):
-            build(VideoData, values, "data")
+            build(DatasetConfig, values, "data")
 
 
 def test_moments_choose_the_frames(videos: Path) -> None:
@@ -194,7 +195,7 @@ def test_the_world(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(world_data, "World", lambda split, seed, level: World(split, seed, level, bank))
     for label in ("noun", "motion"):
         values = {"world": {"preset": "simple", "count": 30, "first": 5}, "world_label": label}
-        source = build(VideoData, values, "data").open()
+        source = build(DatasetConfig, values, "data").open()
         assert len(source) == 30
         for index in range(30):
             example = source[index]

@@ -20,7 +20,7 @@ from encoder.errors import CheckpointError, ConfigError, DataError
 from encoder.fluxvit import FluxViT
 from tests import video_files as vf
 from training import finetune
-from training.config import build, read_recipe
+from training.config import build, read_recipe, read_values
 from training.finetune import FinetuneModel, FinetuneRecipe, FinetuneStage, build_encoder, measure
 from training.loop import train
 
@@ -206,7 +206,7 @@ def test_the_command_trains_as_it_did_continues_and_tests(
 ) -> None:
     out, config = tmp_path / "run", str(tmp_path / "r.yaml")
     Path(config).write_text(yaml.safe_dump(values(data, out)))
-    command("--config", config, "loop.evaluate_every=6")
+    assert finetune.main(["--config", config, "loop.evaluate_every=6"]) == 0
     whole = losses(out)
     assert whole == pytest.approx(LOSSES, rel=2e-3)
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -291,12 +291,12 @@ def test_two_processes_train_like_one(data: Path, tmp_path: Path) -> None:
         (tmp_path / f"{name}.yaml").write_text(
             yaml.safe_dump(values(data, tmp_path / name, counts=[32], drop_path=0.0))
         )
-    command("--config", str(tmp_path / "one.yaml"), "loop.max_steps=4", "loop.evaluate_every=4")
+    settings = ["loop.max_steps=4", "loop.evaluate_every=4"]
+    assert finetune.main(["--config", str(tmp_path / "one.yaml"), *settings]) == 0
     command(
         "--config",
         str(tmp_path / "two.yaml"),
-        "loop.max_steps=4",
-        "loop.evaluate_every=4",
+        *settings,
         launcher=(*("-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29531"),),
     )
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
@@ -356,8 +356,8 @@ def test_recipes_hold_table_6(dataset: str, size: str) -> None:
     assert found.augment.flip == (0.0 if dataset == "ssv2" else 0.5)
     assert (found.test.clips, found.test.crops) == ((2, 3) if dataset == "ssv2" else (4, 3))
     assert len(found.grid.pairs()) == 18
-    # Every setting that the stage has is written down.
-    stated = yaml.safe_load(text)
+    # Every setting that the stage has is written down, here or in what the recipe is based on.
+    stated = read_values(RECIPES / name)
     assert set(FinetuneRecipe.__dataclass_fields__) - stated.keys() <= {
         "num_classes",
         "threads",

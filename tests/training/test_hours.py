@@ -158,6 +158,7 @@ def test_flux_umt_does_what_is_counted(tmp_path: Path) -> None:
     write_stage2(tmp_path / "teacher.pt", SETTINGS)
     source = {"weights": str(tmp_path / "teacher.pt"), "count": 2, "interval": 1.5, "settings": SETTINGS}
     values = {
+        "stage": "umt",
         "teacher": {"internvideo2": {**source, "precision": "fp32"}},
         "encoder": {"size": "micro"},
         "data": [{"csv": "none.csv"}],
@@ -307,7 +308,9 @@ def test_weights_that_exist_say_their_own_size(
         (["{cpu}/umt.yaml", "teacher_tokens=100"], "counts cannot exceed teacher_tokens"),
         (["{all}/chat_lora.yaml"], "names no corpus: say how many samples it has with --samples"),
         (["{all}/umt_small.yaml", "data.0.corpus=kinetic"], "There is no corpus 'kinetic'"),
-        (["{all}/accelerate/ddp.yaml"], "is no stage's recipe"),
+        (["{all}/accelerate/ddp.yaml"], "does not say which stage's recipe it is"),
+        (["{cpu}/umt.yaml", "stage=umtt"], "stage must be one of umt, finetune"),
+        (["{cpu}/umt.yaml", "stage=clip"], "has the unknown setting 'teacher'"),
         (
             ["{all}/chat_stage1.yaml", "model.llm=some/model-9b"],
             "some/model-9b (the language model) are not on",

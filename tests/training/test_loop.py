@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from encoder.errors import CheckpointError, ConfigError, DataError
+from encoder.errors import CheckpointError, ConfigError, DataError, FluxChatError
 from tests.training.toy_stage import ToyStage, configs
 from training import loop
+from training.checkpoints import checkpoints
 from training.loop import train, trainable_state
 from training.schedule import parameter_groups
 
@@ -105,6 +106,68 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path) -> Non
     assert result.skipped == 1
     assert sum(loss != loss for loss in result.losses) == 1
     assert all(torch.isfinite(p).all() for p in stage.model.parameters())
+
+
+class LabelledStage(ToyStage):
+    """A toy whose micro-batches `without` have no labels, and so a loss of 0."""
+
+    def __init__(self, without: range) -> None:
+        super().__init__()
+        self.without = without
+        forward = self.model.forward
+
+        def labelled(batch: tuple[torch.Tensor, torch.Tensor, bool]):
+            loss, figures = forward(batch[:2])
+            return loss * batch[2], {**figures, "label_tokens": float(batch[2])}
+
+        self.model.forward = labelled  # type: ignore[method-assign]
+
+    def batch(self, index: int):
+        return *super().batch(index), index not in self.without
+
+
+def test_micro_batches_without_labels_add_nothing_and_a_step_of_them_is_skipped(tmp_path: Path) -> None:
+    stage = LabelledStage(range(9, 12))  # half of step 5, and all of step 6
+    settings = {"checkpoint_every": 1, "keep_checkpoints": 20, "weight_decay": 0.5}
+    result = train(stage, *configs(tmp_path, **settings))
+    assert result.skipped == 1
+    assert result.losses[5] == 0
+    assert result.losses[4] > 0
+    before, skipped, after = (
+        load_file(tmp_path / "checkpoints" / f"step_{step:08d}" / "trainable.safetensors")
+        for step in (5, 6, 7)
+    )
+    # Neither momentum nor decay moved anything.
+    assert all(torch.equal(before[name], skipped[name]) for name in before)
+    assert not all(torch.equal(after[name], skipped[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (lambda: LabelledStage(range(99)), "None of the 2 steps held anything to learn"),
+        (lambda: ToyStage(poison=range(99)), "All 2 steps were skipped, since no loss"),
+        (lambda: ToyStage(poison=range(2, 4)), "not finite at the end, in step 2"),
+    ],
+)
+def test_a_run_that_learnt_nothing_or_ended_in_ruins_says_so(tmp_path: Path, stage, message: str) -> None:
+    for resume in (False, True):  # a second look at the finished run does not make it a good one
+        with pytest.raises(FluxChatError, match=message):
+            train(stage(), *configs(tmp_path, max_steps=2), resume=resume)
+        assert not (tmp_path / "model.safetensors").exists()
+        assert checkpoints(tmp_path)
+
+
+def test_a_checkpoint_of_the_last_version_is_continued(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "old", max_steps=8)
+    state = tmp_path / "old" / "checkpoints" / "step_00000008" / "state.json"
+    known = json.loads(state.read_text())
+    for name in ("finite", "empty"):
+        del known[name]
+    state.write_text(json.dumps(known))
+    assert len(whole) == 20
+    assert len(run(tmp_path / "old", resume=True)) == 12
 
 
 def test_accumulation_equals_one_large_batch(tmp_path: Path) -> None:

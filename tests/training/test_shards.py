@@ -16,8 +16,7 @@ from PIL import Image
 
 from encoder.errors import DataError, VideoError
 from tests import video_files as vf
-from training.data.examples import VideoData
-from training.data.records import DatasetConfig
+from training.data.datasets import DatasetConfig
 from training.data.shards import Shards, expand
 
 Files = list[tuple[str, bytes]]
@@ -74,7 +73,7 @@ def folder(tmp_path: Path, clip: bytes) -> Path:
 
 
 def test_samples_become_examples(folder: Path) -> None:
-    source = VideoData(shards="part-{000..001}.tar", data_root=str(folder)).open()
+    source = DatasetConfig(shards="part-{000..001}.tar", data_root=str(folder)).open()
     assert len(source) == 5
     examples = [source[number] for number in range(4)]
     assert [example.captions for example in examples] == [
@@ -159,11 +158,11 @@ def test_bad_shards_are_one_clear_error(folder: Path, clip: bytes) -> None:
             Shards.open(str(folder / name))
     for pattern in ("none-*.tar", "part-{000..002}.tar"):
         with pytest.raises(DataError, match="There is no shard"):
-            VideoData(shards=pattern, data_root=str(folder)).open()
+            DatasetConfig(shards=pattern, data_root=str(folder)).open()
 
 
 def test_damage_after_the_index_was_made_is_named(folder: Path) -> None:
-    source = VideoData(shards="part-000.tar", data_root=str(folder)).open()
+    source = DatasetConfig(shards="part-000.tar", data_root=str(folder)).open()
     example = source[1]
     content = (folder / "part-000.tar").read_bytes()
     (folder / "part-000.tar").write_bytes(content[:2000])
@@ -185,16 +184,16 @@ def test_chat_records_from_shards(tmp_path: Path, clip: bytes) -> None:
             ("c.png", png("red")),
             ("d.json", b"{broken"),
             ("e.json", b'{"caption": "x", "end": "late"}'),
+            ("f.json", json.dumps({"conversations": talk}).encode()),
+            ("g.txt", b"a caption of nothing"),
         ],
     )
-    (source,) = DatasetConfig(shards="chat.tar", data_root=str(tmp_path)).open()
-    records = [source[index] for index in range(5)]
-    assert [record.turns for record in records[:2]] == [(("What?", "Bars."),), (("", "Red."),)]
-    assert records[0].media is not None
-    assert records[0].media.load(4, 56).frames.shape[0] == 4
-    for record in records[2:]:
-        assert record.media is not None
+    source = DatasetConfig(shards="chat.tar", data_root=str(tmp_path)).open("answer")
+    assert [source[index].turns for index in range(2)] == [(("What?", "Bars."),), (("", "Red."),)]
+    assert source[0].media.load(4, 56).frames.shape[0] == 4
+    assert source[2].lacks("answer") == "It has neither a conversation nor a caption."
+    for index in range(3, 7):
         with pytest.raises(VideoError, match=r"chat\.tar"):
-            record.media.load(4, 56)
-    (half,) = DatasetConfig(shards="chat.tar", data_root=str(tmp_path), sampling_strategy="first:40%").open()
+            source[index]
+    half = DatasetConfig(shards="chat.tar", data_root=str(tmp_path), sampling_strategy="first:30%").open()
     assert [half[index].id for index in range(len(half))] == ["chat.tar/a", "chat.tar/b"]

@@ -21,9 +21,10 @@ from tests import video_files as vf
 from tests.training.test_shards import write_tar
 from training.config import build
 from training.data.augment import AugmentConfig
-from training.data.examples import Example, ListExamples, VideoData
+from training.data.datasets import DatasetConfig
+from training.data.examples import Example, ListExamples
 from training.data.grids import FlexibleGrid
-from training.data.order import epoch_order
+from training.data.loader import epoch_order
 from training.data.video_batches import VideoBatches, spread
 
 GRID = FlexibleGrid((4, 10, 2), (56, 98, 14), (64, 300))
@@ -79,7 +80,7 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_real_files_batches_are_pure_and_name_what_is_broken(videos: Path, tmp_path: Path) -> None:
-    data = VideoData(csv=str(videos / "list.csv"), data_root=str(videos))
+    data = DatasetConfig(csv=str(videos / "list.csv"), data_root=str(videos))
     augment = AugmentConfig(crop="multiscale", flip=0.5, rand_augment=(9, 0.5))
     one = make(data.open(), tmp_path / "one", augment=augment, threads=1)
     several = make(data.open(), tmp_path / "several", augment=augment, threads=2)
@@ -123,7 +124,7 @@ def test_broken_ones_are_replaced_without_doubles_in_a_batch(tmp_path: Path) -> 
         seen.update(labels)
     assert not {3, 8, 17} & set(seen)
     assert set(seen) == set(range(24)) - {3, 8, 17}
-    assert 24 + 3 <= batches.missing.tried <= 24 + 6  # some replacements are broken, too
+    assert 24 + 3 <= batches.loader.missing.tried <= 24 + 6  # some replacements are broken, too
     assert set(json.loads((tmp_path / "missing.json").read_text())) == {"id3", "id8", "id17"}
 
 
@@ -131,7 +132,7 @@ def test_too_many_broken_stop_the_run(tmp_path: Path) -> None:
     batches = make(grey(400, broken=set(range(0, 400, 2))), tmp_path, max_missing=0.1)
     with pytest.raises(DataError, match=r"more than the allowed share of 0\.1: see .*missing\.json"):
         list(map(batches.get, range(100)))
-    assert batches.missing.tried < 60
+    assert batches.loader.missing.tried < 60
     tolerant = make(grey(400, broken=set(range(0, 400, 2))), tmp_path / "b", max_missing=0.6)
     for index in range(30):
         tolerant.get(index)
@@ -167,7 +168,9 @@ def test_shards_are_shared_by_ranks_and_read_one_after_the_other(videos: Path, t
         write_tar(tmp_path / f"{shard}.tar", [(f"{shard}-{n}.mp4", video) for n in range(4)])
     grid = FlexibleGrid.fixed(2, 28)
     for order, shards_per_batch in (("shards", {1}), ("all", {1, 2, 3})):
-        data = build(VideoData, {"shards": "{0..2}.tar", "data_root": str(tmp_path), "order": order}, "data")
+        data = build(
+            DatasetConfig, {"shards": "{0..2}.tar", "data_root": str(tmp_path), "order": order}, "data"
+        )
         # two ranks, each with its own object, that take micro-batches in turn
         ranks = [make(data.open(), tmp_path / order, size=2, grid=grid) for _ in range(2)]
         batches = [ranks[index % 2].get(index) for index in range(6)]
@@ -214,7 +217,7 @@ def test_sampling_and_shorter_media(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no label"):
         make(spied, tmp_path, grid=grid).get(0).labels  # noqa: B018
     half = ListExamples([Example(str(i), Spy(i), captions=("x",) * (i % 2)) for i in range(8)])
-    captioned = make(half, tmp_path / "half", grid=grid, require="caption").get(0)
+    captioned = make(half, tmp_path / "half", grid=grid, need="caption").get(0)
     assert {int(example.id) % 2 for example in captioned.examples} == {1}
     assert "has no caption" in (tmp_path / "half" / "missing.json").read_text()
     with pytest.raises(DataError, match="no examples"):

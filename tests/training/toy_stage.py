@@ -37,17 +37,18 @@ class ToyModel(nn.Module):
 
 
 class ToyStage:
-    """Batches are a function of their index; index `poison` is not finite."""
+    """Batches are a function of their index; index `poison`, or those in it, are not finite."""
 
-    def __init__(self, poison: int = -1, pause_s: float = 0.0) -> None:
+    def __init__(self, poison: int | range = -1, pause_s: float = 0.0) -> None:
         self.model = ToyModel()
         self.micro_batches = 40
-        self.poison, self.pause_s = poison, pause_s
+        self.poison = range(poison, poison + 1) if isinstance(poison, int) else poison
+        self.pause_s = pause_s
 
     def batch(self, index: int) -> tuple[Tensor, Tensor]:
         time.sleep(self.pause_s)
         x = torch.randn(4, 4, generator=torch.Generator().manual_seed(index))
-        return x, x.sum(dim=1) * (float("nan") if index == self.poison else 1.0)
+        return x, x.sum(dim=1) * (float("nan") if index in self.poison else 1.0)
 
     def evaluate(self) -> dict[str, float]:
         return {"weight": self.model.net[0].weight.detach().abs().sum().item()}

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from encoder.errors import ConfigError, FluxChatError
-from training.config import read_values
+from training.config import check_stage, read_values
 from training.data.check import check_dataset, find_datasets, report, verdict
 from training.data.corpora import corpora
 
@@ -61,6 +61,9 @@ def check_recipe(recipe: str, overrides: Sequence[str], sample: int, most: int |
         raise ConfigError(f"{recipe} names no dataset.")
     allowed = values.get("max_missing", ALLOWED)
     allowed = float(allowed) if isinstance(allowed, (int, float)) else ALLOWED
+    stage = values.get("stage")
+    if stage is not None:
+        check_stage(stage, str(stage), recipe)
     findings = []
     for where, dataset in datasets:
         with tqdm(unit="file", leave=False, mininterval=0.5, disable=None) as bar:
@@ -69,8 +72,10 @@ def check_recipe(recipe: str, overrides: Sequence[str], sample: int, most: int |
                 bar.total, bar.desc = total, f"{where}: {what}"
                 bar.update(done - bar.n)
 
-            findings.append(check_dataset(where, dataset, sample, most, tell))
+            findings.append(check_dataset(where, dataset, sample, most, tell, stage))
     print(report(findings, allowed))
+    if stage is None:
+        print("\nThe recipe names no stage: labels, captions and answers were not looked for.")
     verdicts = [verdict(found, allowed) for found in findings]
     wrong = sum(word not in ("ok", "tolerable") for word in verdicts)
     print(

@@ -5,23 +5,22 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from encoder.errors import FluxChatError, VideoError
 from training.config import build
 from training.data.corpora import compare
-from training.data.examples import Example, ExampleSource, VideoData
+from training.data.datasets import NEEDS, DatasetConfig
+from training.data.examples import ExampleSource
 from training.data.media import FileMedia, Media
-from training.data.records import DatasetConfig, Record, RecordSource
 from training.data.video_batches import usable_cores
 from training.data.world import WorldSource
 
-Dataset = VideoData | DatasetConfig
 FRAMES, SIDE = 2, 112  # of a trial reading
 NAMED = 3  # examples that a line names
 PART = 1024  # files that are looked for between two steps of the progress bar
-ANNOTATIONS = ("csv", "jsonl", "json_path", "yaml_path", "shards")
+KINDS = ("csv", "jsonl", "json_path", "yaml_path", "shards", "world")
 
 
 @dataclass
@@ -52,7 +51,7 @@ class Findings:
         return missing + (1 - missing) * len(self.unreadable) / max(1, self.sampled)
 
 
-def find_datasets(values: Any, where: str = "") -> Iterator[tuple[str, Dataset]]:
+def find_datasets(values: Any, where: str = "") -> Iterator[tuple[str, DatasetConfig]]:
     """All datasets in the plain values of a recipe, with the keys that lead to each.
 
     Raises ConfigError for a dataset with an unknown setting or a wrong type.
@@ -63,52 +62,37 @@ def find_datasets(values: Any, where: str = "") -> Iterator[tuple[str, Dataset]]
         return
     if not isinstance(values, dict):
         return
-    kind = _kind(values)
-    if kind is not None:
-        yield where or "recipe", build(kind, values, where)
+    if where and any(values.get(key) is not None for key in KINDS):
+        yield where, build(DatasetConfig, values, where)
         return
     for key, value in values.items():
         place = f"{where}.{key}" if where else str(key)
         if key == "world" and isinstance(value, dict):
-            yield place, VideoData(world=build(WorldSource, value, place))
+            yield place, DatasetConfig(world=build(WorldSource, value, place))
         else:
             yield from find_datasets(value, place)
 
 
-def _kind(values: dict[str, Any]) -> type[Dataset] | None:
-    """Which kind of dataset a table of settings is, None when it is none."""
-    if not any(key in values for key in (*ANNOTATIONS, "world")):
-        return None
-    chat, video = ({entry.name for entry in fields(kind)} for kind in (DatasetConfig, VideoData))
-    if any(key in values for key in ("json_path", "yaml_path")):
-        return DatasetConfig
-    if any(key in values for key in ("csv", "jsonl")):
-        return VideoData
-    if set(values) <= video:  # shards or world with nothing that only conversations have
-        return VideoData
-    return DatasetConfig if set(values) <= chat else None
-
-
 def check_dataset(
     where: str,
-    dataset: Dataset,
+    dataset: DatasetConfig,
     sample: int,
     most: int | None = None,
     progress: Any = None,
+    stage: str | None = None,
 ) -> Findings:
     """Look for every file of a dataset (or `most` of them, spread evenly) and decode `sample` at random.
 
-    progress: called with (done, total, what) now and then.
+    stage: examples without what it needs are missing, as in its run. progress: called with (done, total,
+    what) now and then.
     """
     found = Findings(where, dataset.name)
     tell = progress or (lambda done, total, what: None)
     try:
         if dataset.corpus is not None:
             compare(dataset.corpus, 0)
-        sources: Sequence[ExampleSource | RecordSource]
-        sources = [dataset.open()] if isinstance(dataset, VideoData) else dataset.open()
-        found.total = sum(map(len, sources))
-        found.classes = _classes(sources)
+        source = dataset.open(NEEDS.get(stage or ""))
+        found.total, found.classes = len(source), len(source.classes)
         if dataset.corpus is not None:
             found.remark = compare(dataset.corpus, found.total)
         if not found.total:
@@ -116,36 +100,31 @@ def check_dataset(
             return found
         present = list(range(found.total))
         if dataset.world is None:
-            present = _look(found, sources, most, tell)
-        _decode(found, sources, present, sample, tell)
+            present = _look(found, source, most, tell, stage)
+        _decode(found, source, present, sample, tell)
     except FluxChatError as error:
         found.error = str(error)
     return found
 
 
-def _classes(sources: Sequence[ExampleSource | RecordSource]) -> int:
-    return max((len(getattr(source, "classes", ())) for source in sources), default=0)
-
-
-def _get(sources: Sequence[ExampleSource | RecordSource], number: int) -> Example | Record:
-    for source in sources:
-        if number < len(source):
-            return source[number]
-        number -= len(source)
-    raise IndexError(number)
-
-
-def _look(found: Findings, sources: Sequence[Any], most: int | None, tell: Any) -> list[int]:
+def _look(
+    found: Findings, source: ExampleSource, most: int | None, tell: Any, stage: str | None
+) -> list[int]:
     """Notes examples without a usable row or file; returns the numbers of the others."""
-    total = found.total
+    total, need = found.total, NEEDS.get(stage or "")
+    pixels = stage is not None and need != "answer"  # conversations may be of text alone
     count = total if most is None else min(most, total)
     numbers = [index * total // count for index in range(count)]
 
     def look(number: int) -> tuple[str, str] | None:
         try:
-            example = _get(sources, number)
+            example = source[number]
         except FluxChatError as error:
             return f"number {number}", str(error)
+        if lacking := example.lacks(need):
+            return example.id, lacking
+        if pixels and not example.has_media:
+            return example.id, "It has no video or image."
         gone = _gone(example.media)
         return None if gone is None else (example.id, f"there is no file {gone}")
 
@@ -164,28 +143,28 @@ def _look(found: Findings, sources: Sequence[Any], most: int | None, tell: Any) 
     return present
 
 
-def _gone(media: Media | None) -> str | None:
+def _gone(media: Media) -> str | None:
     """The first of a medium's files that does not exist or is empty."""
     if isinstance(media, FileMedia):
         for path in media.paths:
             try:
                 if path.stat().st_size == 0:
                     return f"{path} (it is empty)"
-            except OSError:
+            except (OSError, ValueError):
                 return str(path)
     return None
 
 
-def _decode(found: Findings, sources: Sequence[Any], present: list[int], sample: int, tell: Any) -> None:
+def _decode(found: Findings, source: ExampleSource, present: list[int], sample: int, tell: Any) -> None:
     """Tries a few frames of some examples, chosen at random but always the same."""
     chosen = random.Random(0).sample(present, min(sample, len(present)))
 
     def read(number: int) -> tuple[str, str] | None:
         name = f"number {number}"
         try:
-            example = _get(sources, number)
+            example = source[number]
             name = example.id
-            if example.media is not None:
+            if example.has_media:
                 example.media.load(FRAMES, SIDE)
         except (VideoError, OSError) as error:
             return name, str(error)

@@ -64,6 +64,8 @@ class FileMedia:
         Of several images at most as many as there are; all take the size of the first.
         """
         side = SPARE * resolution
+        if bad := [path for path in self.paths if "\0" in str(path)]:
+            raise VideoError(f"No file can have the name {str(bad[0])!r}.")
         if len(self.paths) > 1:
             return _series([read_clip(path, 1, max_side=side) for path in self.paths], frames)
         return _read(self.paths[0], frames, side, moments, start_s=self.start_s, end_s=self.end_s)
@@ -121,15 +123,14 @@ class WorldMedia:
 
 
 @dataclass(frozen=True)
-class BrokenMedia:
-    """Stands for media whose record cannot be used."""
+class NoMedia:
+    """Stands for the media of an example that is text alone."""
 
-    key: str
-    reason: str
+    key: str = ""
 
     def load(self, frames: int, resolution: int, *, moments: Sequence[float] | None = None) -> Clip:
         """Raises VideoError."""
-        raise VideoError(self.reason)
+        raise VideoError("It has no video or image.")
 
 
 def reason(error: Exception) -> str:

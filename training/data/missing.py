@@ -1,4 +1,4 @@
-"""Media that could not be read: named in a file, counted, and too many of them stop the run."""
+"""Examples that could not be used: named in a file, counted, and too many of them stop the run."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class MissingMedia:
         self.share = share
         self.tried = 0
         self.reasons: dict[str, str] = {}
+        self._numbers: set[int] = set()
         self._lock = threading.Lock()
 
     def count(self) -> None:
@@ -34,16 +35,21 @@ class MissingMedia:
         with self._lock:
             self.tried += 1
 
-    def report(self, name: str, reason: str) -> None:
-        """One cannot be read; raises DataError when they have become too many."""
+    def report(self, number: int, name: str, reason: str) -> None:
+        """Example `number` cannot be used; raises DataError when they have become too many.
+
+        name: what the file calls it; several of one name are told apart by their numbers.
+        """
         with self._lock:
-            if name not in self.reasons:
+            if number not in self._numbers:
+                self._numbers.add(number)
+                name = name if name not in self.reasons else f"{name} (number {number})"
                 self.reasons[name] = reason
                 save_json({**self._before(), **self.reasons}, self.path)
             broken = len(self.reasons)
         if broken > max(TOLERATED, self.share * self.tried):
             raise DataError(
-                f"{broken} of {self.tried} videos or images cannot be read, more than the allowed share of "
+                f"{broken} of {self.tried} examples cannot be used, more than the allowed share of "
                 f"{self.share:g}: see {self.path}; the last is {name}: {reason}"
             )
 

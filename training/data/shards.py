@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 
 from encoder.errors import DataError, VideoError
-from training.data.annotations import parse_captions, parse_span, to_label
+from training.data.annotations import parse_captions, parse_conversations, parse_span, to_label
 from training.data.examples import Example, Kind
-from training.data.media import IMAGES, VIDEOS, ShardMedia
+from training.data.media import IMAGES, VIDEOS, Media, NoMedia, ShardMedia
 
 INDEX_VERSION = 1
 BLOCK = 512  # bytes of a tar header
@@ -142,7 +142,7 @@ class Shards:
 
 @dataclass(frozen=True)
 class ShardExamples:
-    """Samples with a video or image; captions from txt or json, labels from cls or json.
+    """Samples as examples: captions from txt or json, labels from cls or json, conversations from json.
 
     window: see `epoch_order`; None lets an epoch jump between all shards.
     """
@@ -155,7 +155,7 @@ class ShardExamples:
         return len(self.shards)
 
     def __getitem__(self, index: int) -> Example:
-        """Raises VideoError for a sample without media or with a malformed text, so that it is skipped."""
+        """Raises VideoError for a sample that cannot be used, so that it is skipped."""
         sample = self.shards.sample(index)
         where = f"{sample.shard}, sample {sample.key!r}"
         facts = sample.json()
@@ -164,11 +164,15 @@ class ShardExamples:
             found = sample.media(*parse_span(facts, where))
             captions = (text,) if text else parse_captions(facts, where)
             label = to_label(sample.text("cls") or facts.get("label"), self.classes, where)
+            conversations, system = parse_conversations(facts, found is not None, where)
         except DataError as error:
             raise VideoError(str(error)) from error
-        if found is None:
+        if found is None and not conversations:
             raise VideoError(f"{where} holds no video or image.")
-        return Example(f"{sample.shard.name}/{sample.key}", found[0], label, captions, found[1])
+        media: Media = NoMedia() if found is None else found[0]
+        kind: Kind = "video" if found is None else found[1]
+        name = f"{sample.shard.name}/{sample.key}"
+        return Example(name, media, label, captions, kind, conversations, system)
 
 
 def find_shards(pattern: str) -> tuple[Path, ...]:

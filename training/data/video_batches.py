@@ -21,13 +21,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from encoder.errors import ConfigError, DataError, VideoError
+from encoder.errors import ConfigError, DataError
 from encoder.preprocess import preprocess
 from training.data.augment import AugmentConfig, augment, segment_moments
-from training.data.examples import Example, ExampleSource
+from training.data.examples import Example, ExampleSource, Need
 from training.data.grids import FlexibleGrid
-from training.data.missing import MissingMedia
-from training.data.order import epoch_order
+from training.data.loader import Loader
 
 Sampling = Literal["segments", "middle"]
 
@@ -58,7 +57,7 @@ class VideoBatches:
     inside each of F equal segments (TSN), "middle" their middles. window: see `epoch_order`; None asks the
     source. threads: clips of a batch that are decoded at a time, None for one per core up to 8. repeats:
     clips of each example in a batch, drawn differently ("repeated augmentation"). Images become F equal
-    frames. require: examples without this count as unreadable.
+    frames. need: see `Loader`.
     """
 
     def __init__(
@@ -75,25 +74,25 @@ class VideoBatches:
         window: int | None = None,
         threads: int | None = None,
         repeats: int = 1,
-        require: Literal["label", "caption"] | None = None,
+        need: Need | None = None,
     ) -> None:
         if micro_batch < 1 or repeats < 1 or micro_batch % repeats:
             raise ConfigError(f"A micro-batch of {micro_batch} does not hold {repeats} clips per example.")
-        if not len(source):
-            raise DataError("The dataset holds no examples.")
-        self.source, self.grid, self.augment = source, grid, augment
-        self.micro_batch, self.seed, self.sampling = micro_batch, seed, sampling
-        self.window = window if window is not None else getattr(source, "window", None)
-        self.repeats, self.require = repeats, require
-        self.missing = MissingMedia(Path(out), max_missing)
+        self.grid, self.augment = grid, augment
+        self.micro_batch, self.seed, self.sampling, self.repeats = micro_batch, seed, sampling, repeats
+        # Steps that skip the batch's other examples, and yet meet every example in the end.
+        least, count = micro_batch // repeats, max(1, len(source))
+        stride = next(step for step in itertools.count(least) if math.gcd(step, count) == 1)
+        self.loader = Loader(
+            source, seed, out=out, stride=stride, max_missing=max_missing, window=window, need=need
+        )
         self.threads = threads or min(8, micro_batch, usable_cores())
         self._pool: ThreadPoolExecutor | None = None
-        self._ordered: tuple[int, Tensor] | None = None
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches in one epoch; what is left over at the end of an epoch is not used."""
-        return max(1, len(self.source) * self.repeats // self.micro_batch)
+        return max(1, len(self.loader) * self.repeats // self.micro_batch)
 
     def get(self, index: int) -> VideoBatch:
         """Micro-batch `index`, counted over epochs; its grid is `grid.draw(seed, index)`.
@@ -106,13 +105,12 @@ class VideoBatches:
     def get_at(self, index: int, frames: int, resolution: int) -> VideoBatch:
         """As `get`, with frames and resolution that the caller chose."""
         epoch, within = divmod(index, self.micro_batches)
-        order = self._order(epoch)
         distinct = self.micro_batch // self.repeats
 
         def load(slot: int) -> tuple[Example, Tensor]:
             position = within * distinct + slot % distinct
             rng = random.Random(f"{self.seed}/{index}/{slot}/clip")
-            return self._readable(order, position, frames, resolution, rng)
+            return self._load(epoch, position, frames, resolution, rng)
 
         slots = range(self.micro_batch)
         if self.threads > 1:
@@ -124,51 +122,24 @@ class VideoBatches:
         pixels = torch.stack([clip for _, clip in loaded])
         return VideoBatch(tuple(example for example, _ in loaded), pixels, index)
 
-    def _readable(
-        self, order: Tensor, position: int, frames: int, resolution: int, rng: random.Random
+    def _load(
+        self, epoch: int, position: int, frames: int, resolution: int, rng: random.Random
     ) -> tuple[Example, Tensor]:
-        """The example at a position of the order, or the next that can be read, and its pixels."""
+        """A usable example and its pixels."""
         moments = segment_moments(frames, rng) if self.sampling == "segments" else None
         seed = rng.getrandbits(64)  # the same augmentation whichever example takes the place
-        # Steps that skip the batch's other examples, and yet meet every example in the end.
-        least = self.micro_batch // self.repeats
-        step = next(s for s in itertools.count(least) if math.gcd(s, len(order)) == 1)
-        name = problem = ""
-        for attempt in range(len(order)):
-            number = int(order[(position + attempt * step) % len(order)])
-            self.missing.count()
-            name = f"number {number}"
-            try:
-                example = self.source[number]
-                name = example.id
-                self._check(example)
-                clip = example.media.load(frames, resolution, moments=moments)
-                return example, self._pixels(clip.frames, frames, resolution, random.Random(seed))
-            except (VideoError, OSError) as error:  # a disk may fail between two looks
-                problem = str(error)
-                self.missing.report(name, problem)
-        raise DataError(
-            f"None of the {len(order)} videos or images can be used, {name!r} since: {problem} "
-            f"All are in {self.missing.path}."
-        )
 
-    def _check(self, example: Example) -> None:
-        found = {"label": example.label is not None, "caption": bool(example.captions), None: True}
-        if not found[self.require]:
-            raise VideoError(f"It has no {self.require}.")
+        def use(example: Example) -> Tensor:
+            clip = example.media.load(frames, resolution, moments=moments)
+            return self._pixels(clip.frames, frames, resolution, random.Random(seed))
+
+        return self.loader.usable(epoch, position, use)
 
     def _pixels(self, clip: Tensor, frames: int, resolution: int, rng: random.Random) -> Tensor:
         clip = augment(clip, resolution, self.augment, rng)
         if len(clip) != frames:
             clip = clip[spread(len(clip), frames)]
         return preprocess(clip, resolution, resolution)
-
-    def _order(self, epoch: int) -> Tensor:
-        ordered = self._ordered
-        if ordered is None or ordered[0] != epoch:
-            ordered = (epoch, epoch_order(len(self.source), self.seed, epoch, self.window))
-            self._ordered = ordered
-        return ordered[1]
 
 
 def usable_cores() -> int:

@@ -15,8 +15,9 @@ from encoder.budget import PlanTable
 from encoder.errors import ConfigError
 from llm_bridge.model import VideoLanguageModel
 from training.config import build
-from training.data.examples import Example, WorldExamples
+from training.data.examples import Example
 from training.data.world import WorldSource
+from training.data.world_examples import WorldExamples
 from training.evaluation.benchmarks import Labelled, read_labelled, renamed
 from training.evaluation.results import Sharing, weights_hash, write_result
 from training.evaluation.run import describe_setting, provenance

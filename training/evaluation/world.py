@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from encoder.errors import DataError
-from training.data.examples import Example, WorldExamples
+from training.data.examples import Example
 from training.data.media import WorldMedia
 from training.data.world import WorldSource
+from training.data.world_examples import WorldExamples
 from training.demo_world.asking import Question
 from training.demo_world.scene import Scene
 from training.demo_world.templates import QUESTIONS

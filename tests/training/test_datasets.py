@@ -10,15 +10,11 @@ from encoder.errors import ConfigError, DataError
 from encoder.tokens import Grid
 from tests.training.tiny_world import make_cache
 from training.config import build
+from training.data.annotations import read_json
+from training.data.datasets import DatasetConfig, choose_numbers
 from training.data.features import FeatureCache, Features, stack
-from training.data.records import (
-    DatasetConfig,
-    FileMedia,
-    WorldRecords,
-    read_annotations,
-    sample_records,
-)
 from training.data.world import WorldSource
+from training.data.world_examples import Asking, WorldExamples
 from training.demo_world.bank import procedural_bank
 from training.demo_world.templates import QUESTIONS
 from training.demo_world.wording import sentence
@@ -26,24 +22,21 @@ from training.demo_world.world import World
 
 
 def test_llava_records(llava_json: Path) -> None:
-    records = read_annotations(llava_json, llava_json.parent)
+    records = read_json(llava_json, llava_json.parent)
     assert len(records) == 15
     first, image, text = records[0], records[12], records[13]
     assert first.turns == (("What is it?", "Bars that count to 0."),)
-    assert isinstance(first.media, FileMedia)
     clip = first.media.load(4, 56)
     assert clip.frames.shape[0] == 4
-    assert image.media is not None
     assert image.media.load(4, 56).frames.shape[0] == 1
-    assert text.media is None
+    assert not text.has_media
 
 
 def test_time_spans_and_jsonl(tmp_path: Path, llava_json: Path) -> None:
     row = {"id": 1, "video": "11.mp4", "start": 0.2, "end": 0.6, "caption": "Bars."}
     (tmp_path / "c.jsonl").write_text(json.dumps(row) + "\n\n")
-    (record,) = read_annotations(tmp_path / "c.jsonl", llava_json.parent)
+    record = read_json(tmp_path / "c.jsonl", llava_json.parent)[0]
     assert record.turns == (("", "Bars."),)
-    assert record.media is not None
     times = record.media.load(4, 56).times_s
     assert 0.15 <= times[0] <= times[-1] <= 0.6
 
@@ -64,7 +57,7 @@ def test_malformed_annotations_name_the_file(tmp_path: Path, content: str) -> No
     path = tmp_path / "bad.json"
     path.write_text(content)
     with pytest.raises(DataError, match=r"bad\.json"):
-        read_annotations(path, tmp_path)
+        read_json(path, tmp_path, need="answer")
 
 
 @pytest.mark.parametrize(
@@ -79,16 +72,16 @@ def test_malformed_annotations_name_the_file(tmp_path: Path, content: str) -> No
     ],
 )
 def test_sampling_strategies(strategy: str, expected: list[int]) -> None:
-    assert sample_records(list(range(10)), strategy, "x") == expected  # type: ignore[arg-type]
+    assert list(choose_numbers(10, strategy, "x")) == expected
 
 
 def test_random_sampling_repeats() -> None:
-    first, second = (sample_records(list(range(100)), "random:10%", "x") for _ in range(2))  # type: ignore[arg-type]
+    first, second = (choose_numbers(100, "random:10%", "x") for _ in range(2))
     assert first == second
     assert len(set(first)) == 10
     for wrong in ("some", "first:x", "last:3", "first:-1"):
         with pytest.raises(ConfigError, match="sampling_strategy"):
-            sample_records([], wrong, "x")
+            choose_numbers(0, wrong, "x")
 
 
 def test_mixture(tmp_path: Path, llava_json: Path) -> None:
@@ -96,17 +89,21 @@ def test_mixture(tmp_path: Path, llava_json: Path) -> None:
         f"datasets:\n- {{json_path: {llava_json}, sampling_strategy: 'first:4'}}\n"
         f"- {{json_path: {llava_json}, sampling_strategy: 'random:20%'}}\n"
     )
-    sources = DatasetConfig(yaml_path=str(tmp_path / "mix.yaml")).open()
-    assert [len(source) for source in sources] == [4, 3]
+    source = DatasetConfig(yaml_path=str(tmp_path / "mix.yaml")).open()
+    assert [len(part) for part in source.sources] == [4, 3]
+    assert source[5].id == source.sources[1][1].id
     (tmp_path / "bad.yaml").write_text("datasets: [{json: x}]")
     with pytest.raises(ConfigError, match=r"bad\.yaml, dataset 0"):
         DatasetConfig(yaml_path=str(tmp_path / "bad.yaml")).open()
+    (tmp_path / "own.yaml").write_text(f"datasets: [{{yaml_path: {tmp_path / 'own.yaml'}}}]")
+    with pytest.raises(DataError, match="names itself"):
+        DatasetConfig(yaml_path=str(tmp_path / "own.yaml")).open()
 
 
 def test_the_world_as_conversations() -> None:
     source = build(WorldSource, {"count": 50, "preset": "simple"}, "world")
     world = World("train", 0, bank=procedural_bank())
-    records = WorldRecords(source, DatasetConfig(world=source, turns=3), [world])
+    records = WorldExamples(source, asking=Asking(turns=3), _world=[world])
     assert len(records) == 50
     captions = choices = 0
     for index in range(50):
@@ -120,11 +117,11 @@ def test_the_world_as_conversations() -> None:
     assert choices > 5
 
 
-def asked(**settings: object) -> WorldRecords:
-    """Records of a rich world."""
+def asked(**settings: object) -> WorldExamples:
+    """Examples of a rich world."""
     source = build(WorldSource, {"count": 40}, "world")
-    config = DatasetConfig(world=source, captions=0.0, **settings)  # type: ignore[arg-type]
-    return WorldRecords(source, config, [World("train", 0, bank=procedural_bank())])
+    asking = DatasetConfig(world=source, captions=0.0, **settings).asking  # type: ignore[arg-type]
+    return WorldExamples(source, asking=asking, _world=[World("train", 0, bank=procedural_bank())])
 
 
 def test_the_world_is_asked_more_than_once() -> None:
@@ -138,7 +135,7 @@ def test_the_world_is_asked_more_than_once() -> None:
 
 
 def test_a_favoured_task_is_asked_more_often() -> None:
-    def share(records: WorldRecords) -> float:
+    def share(records: WorldExamples) -> float:
         turns = [question for number in range(40) for question, _ in records[number].turns]
         return sum("second" in question or "When" in question for question in turns) / len(turns)
 

@@ -1,0 +1,176 @@
+"""Datasets of a recipe: which files or which part of the demo world, how much of it, and how it is asked.
+
+open_datasets([DatasetConfig(json_path="annotations/talks.json", data_root="data")], need="answer")
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from encoder.errors import ConfigError, DataError
+from training.config import build
+from training.data.annotations import read_classes, read_csv, read_json
+from training.data.examples import ExampleSource, IndependentTurns, Joined, Need, PartOf
+from training.data.media import reason
+from training.data.shards import ShardExamples, Shards
+from training.data.world import WorldSource
+from training.data.world_examples import Asking, ChooseBy, WorldExamples, WorldLabel
+
+# What the examples of each stage need to be learned from.
+NEEDS: Mapping[str, Need | None] = {
+    "umt": None,
+    "finetune": "label",
+    "clip": "caption",
+    "warm_start": "answer",
+    "chat_stage1": "answer",
+    "chat_lora": "answer",
+}
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """One dataset of a recipe: exactly one of csv, json_path, jsonl, yaml_path, shards and world.
+
+    csv: Kinetics style, `path label` or `path,label` per line, or the official file with a header (label,
+    youtube_id, time_start, time_end, split). json_path, jsonl: two names for rows with {"video" or "image",
+    and "caption", "captions", "label" or LLaVA-style "conversations"}, as a list or one per line. yaml_path:
+    a VideoChat-Flash-style mixture of datasets. shards: webdataset tars, as a glob or with {000..123}, whose
+    samples hold a caption, a label or "conversations". world: a part of the demo world, labelled by its
+    object or its motion (`world_label`).
+    data_root: folder of relative paths. classes: file with one class name per line, whose numbers are the
+    labels. sampling_strategy: all, first:N, first:x%, end:N, end:x%, random:N or random:x% (VideoChat-Flash's
+    words). index_root: folder for the shards' indices, None for beside them. order: "shards" shuffles whole
+    shards and then inside each, so that tars on a slow disk are read one after the other; "all" takes samples
+    from anywhere. corpus: name in corpora.yaml, so that `python -m training.data check` can compare counts.
+    video_read_type: of such mixtures, without meaning here.
+    turns: questions per sample of the world, asked in one conversation; captions: chance that one of them is
+    for a description; choices: share of multiple-choice questions; choose_by: how these are answered, by
+    "letter" as MVBench asks, "(B) left", or with the "words" of the option alone, "Left." rounds: how often
+    everything is asked anew, in other words and with other options, before `turns` questions are picked.
+    favour: tasks whose questions are likelier to be picked: named once, twice as likely, and so on.
+    independent: the turns of an example are conversations of their own about its media: no answer sees
+    another (see llm_bridge.branches).
+    """
+
+    csv: str | None = None
+    json_path: str | None = None
+    jsonl: str | None = None
+    yaml_path: str | None = None
+    shards: str | None = None
+    world: WorldSource | None = None
+    data_root: str = ""
+    classes: str | None = None
+    world_label: WorldLabel = "noun"
+    sampling_strategy: str = "all"
+    index_root: str | None = None
+    order: Literal["all", "shards"] = "all"
+    corpus: str | None = None
+    video_read_type: str | None = None
+    turns: int = 1
+    captions: float = 0.5
+    choices: float = 0.3
+    rounds: int = 1
+    favour: tuple[str, ...] = ()
+    choose_by: ChooseBy = "letter"
+    independent: bool = False
+
+    def __post_init__(self) -> None:
+        kinds = ("csv", "json_path", "jsonl", "yaml_path", "shards", "world")
+        if sum(getattr(self, kind) is not None for kind in kinds) != 1:
+            raise ConfigError(f"A dataset needs exactly one of {', '.join(kinds[:-1])} and {kinds[-1]}.")
+        self.asking  # noqa: B018  raises ConfigError for a wrong one
+        choose_numbers(0, self.sampling_strategy, self.name)
+
+    @property
+    def name(self) -> str:
+        """What it reads, for messages."""
+        if self.world is not None:
+            return f"demo world, {self.world.split}"
+        return str(self.csv or self.json_path or self.jsonl or self.yaml_path or self.shards)
+
+    @property
+    def asking(self) -> Asking:
+        """How the world is asked."""
+        return Asking(
+            self.turns,
+            self.captions,
+            self.choices,
+            self.rounds,
+            self.favour,
+            self.choose_by,
+            self.independent,
+        )
+
+    def open(self, need: Need | None = None, within: tuple[Path, ...] = ()) -> ExampleSource:
+        """Its examples; raises DataError when an annotation file or shard is missing or malformed, or when
+        none of its first rows has what a stage needs.
+
+        within: mixtures that name this dataset, outermost first.
+        """
+        if self.world is not None:
+            source: ExampleSource = WorldExamples(self.world, self.world_label, self.asking)
+        elif self.yaml_path is not None:
+            mixture = Path(self.yaml_path).resolve()
+            if mixture in within:
+                raise DataError(f"The mixture {self.yaml_path} names itself.")
+            source = open_datasets(read_mixture(mixture), need, (*within, mixture))
+        else:
+            source = self._open_files(need)
+        if not len(source):
+            raise DataError(f"{self.name} holds no examples.")
+        if self.sampling_strategy != "all":
+            source = PartOf(source, choose_numbers(len(source), self.sampling_strategy, self.name))
+        return IndependentTurns(source) if self.independent and self.world is None else source
+
+    def _open_files(self, need: Need | None) -> ExampleSource:
+        root = Path(self.data_root)
+        if self.csv is not None:
+            return read_csv(Path(self.csv), root, self.classes)
+        if self.shards is not None:
+            names = read_classes(Path(self.classes)) if self.classes else ()
+            index_root = Path(self.index_root) if self.index_root else None
+            shards = Shards.open(str(root / self.shards), index_root)
+            return ShardExamples(shards, names, shards.longest if self.order == "shards" else None)
+        return read_json(Path(self.json_path or self.jsonl or ""), root, self.classes, need)
+
+
+def open_datasets(
+    data: Sequence[DatasetConfig], need: Need | None = None, within: tuple[Path, ...] = ()
+) -> ExampleSource:
+    """Several datasets as one source; raises DataError as `DatasetConfig.open` and `Joined`."""
+    sources = tuple(part.open(need, within) for part in data)
+    return sources[0] if len(sources) == 1 else Joined(sources)
+
+
+def read_mixture(path: Path) -> list[DatasetConfig]:
+    """Datasets of a VideoChat-Flash-style YAML file (`datasets:`, each with json_path and data_root)."""
+    try:
+        rows = yaml.safe_load(path.read_text(encoding="utf-8-sig"))["datasets"]
+        rows = list(rows)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"Cannot read the mixture {path}: {reason(error)}.") from error
+    return [build(DatasetConfig, row, f"{path}, dataset {number}") for number, row in enumerate(rows)]
+
+
+def choose_numbers(total: int, strategy: str, where: str) -> Sequence[int]:
+    """Which of `total` examples a sampling strategy takes; raises ConfigError for another word."""
+    if strategy == "all":
+        return range(total)
+    kind, _, amount = strategy.partition(":")
+    try:
+        count = int(total * float(amount[:-1]) / 100) if amount.endswith("%") else int(amount)
+        if kind not in ("first", "end", "random") or count < 0:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise ConfigError(
+            f"{where}: sampling_strategy must be all, first:N, end:N or random:N (or N%), not {strategy!r}."
+        ) from None
+    if kind == "random":
+        return random.Random(42).sample(range(total), total)[:count]
+    return range(min(count, total)) if kind == "first" else range(total - min(count, total), total)

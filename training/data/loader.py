@@ -1,0 +1,113 @@
+"""The one loader: which example stands where in an epoch, and which takes its place when it cannot be used.
+
+    loader = Loader(source, seed=0, out="runs/mine", stride=8, need="caption")
+    example, clip = loader.usable(epoch, position, lambda example: example.media.load(8, 224))
+
+Everything is a function of the seed, the position and which examples can be used, so ranks, threads and a
+resumed run agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from encoder.errors import DataError, VideoError
+from training.data.examples import Example, ExampleSource, Need
+from training.data.missing import MissingMedia
+
+T = TypeVar("T")
+
+
+class Loader:
+    """Examples of a source by their place in an epoch.
+
+    stride: places between an example that cannot be used and the one tried instead, so that the batch has
+    none twice. window: see `epoch_order`; None asks the source. need: examples without it cannot be used.
+    max_missing: share of such examples that stops the run. Raises DataError for an empty source.
+    """
+
+    def __init__(
+        self,
+        source: ExampleSource,
+        seed: int,
+        *,
+        out: str | Path,
+        stride: int,
+        max_missing: float = 0.01,
+        window: int | None = None,
+        need: Need | None = None,
+    ) -> None:
+        if not len(source):
+            raise DataError("The dataset holds no examples.")
+        self.source, self.need = source, need
+        self.missing = MissingMedia(Path(out), max_missing)
+        self._seed, self._stride = seed, stride
+        self._window = window if window is not None else getattr(source, "window", None)
+        self._ordered: tuple[int, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def order(self, epoch: int) -> Tensor:
+        """Numbers of the examples in the order of an epoch, int64 (count,)."""
+        ordered = self._ordered
+        if ordered is None or ordered[0] != epoch:
+            ordered = (epoch, epoch_order(len(self), self._seed, epoch, self._window))
+            self._ordered = ordered
+        return ordered[1]
+
+    def usable(
+        self, epoch: int, position: int, use: Callable[[Example], T], number: int | None = None
+    ) -> tuple[Example, T]:
+        """The example at a place of the epoch (or `number`), or the next that can be used, and what `use`
+        makes of it.
+
+        use: raises VideoError or OSError for an example that cannot be used, which is named in the run's
+        missing.json. Raises DataError when there are too many of those.
+        """
+        order = self.order(epoch)
+        turns = len(order) // math.gcd(
+            self._stride, len(order)
+        )  # until the strides are back where they began
+        name = problem = ""
+        for attempt in range(len(order)):
+            if attempt or number is None:
+                number = int(order[(position + attempt * self._stride + attempt // turns) % len(order)])
+            self.missing.count()
+            name = f"number {number}"
+            try:
+                example = self.source[number]
+                name = example.id
+                if lacking := example.lacks(self.need):
+                    raise VideoError(lacking)
+                return example, use(example)
+            except (VideoError, OSError) as error:  # a disk may fail between two looks
+                problem = str(error)
+                self.missing.report(number, name, problem)
+        raise DataError(
+            f"None of the {len(order)} examples can be used, {name!r} since: {problem} "
+            f"All are in {self.missing.path}."
+        )
+
+
+def epoch_order(count: int, seed: int, epoch: int, window: int | None = None) -> Tensor:
+    """Numbers 0..count-1 in the order of an epoch, int64 (count,).
+
+    window: shuffle blocks of this many neighbours and then inside each block, so that a tar shard or a disk
+    is read block by block; None shuffles everything.
+    """
+    generator = torch.Generator().manual_seed(seed * 7919 + epoch)
+    if window is None or window >= count:
+        return torch.randperm(count, generator=generator)
+    blocks = -(-count // window)
+    parts = []
+    for block in torch.randperm(blocks, generator=generator).tolist():
+        size = min(window, count - block * window)
+        parts.append(block * window + torch.randperm(size, generator=generator))
+    return torch.cat(parts)
