@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import ipaddress
 import logging
 import os
 import signal
@@ -34,6 +35,7 @@ from app.guard import LOCAL, Credentials, Guard, Lock
 from app.mount import mount_page
 from app.scratch import ScratchFolder
 from app.server import Server, ServerSettings
+from encoder import confine
 from encoder.errors import ConfigError
 from encoder.video import Limits
 
@@ -88,7 +90,12 @@ class LaunchOptions:
     @property
     def local(self) -> bool:
         """Whether only this machine can connect."""
-        return self.host in LOCAL or self.host.startswith("127.")
+        if self.host in LOCAL:
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:  # a name says nothing about where it leads
+            return False
 
 
 def make_app(chat: VideoChat, options: LaunchOptions) -> FastAPI:
@@ -158,6 +165,7 @@ def serve(chat: VideoChat, options: LaunchOptions, listener: socket.socket | Non
         total = max(32, min(options.connections.total, files - SPARE_FILES))
         options = replace(options, connections=replace(options.connections, total=total))
     sys.setswitchinterval(SWITCH_S)
+    confine.hide_memory()  # keys and other people's questions
     with contextlib.suppress(KeyboardInterrupt), _own_uploads() as tidy:
         server = make_server(chat, options, listener)
         server.ends_with = tidy
@@ -242,7 +250,8 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         address = _address(self._listener)
         print(f"FluxChat is ready at {address}", flush=True)
-        print(guard_line(self._options), file=sys.stderr, flush=True)
+        decoders = await asyncio.to_thread(confine.report)
+        print(guard_line(self._options, f"decoders of uploads: {decoders}"), file=sys.stderr, flush=True)
         if self._options.browser:
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 

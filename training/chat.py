@@ -250,7 +250,7 @@ class ChatData:
         return shorten(prompt, recipe.max_length)
 
     def _conversation(self, visuals: tuple[Visual, ...], turns: Conversation, system: str) -> Prompt:
-        messages = [Message.of("system", system)] if system else []
+        messages: list[Message[Visual]] = [Message.of("system", system)] if system else []
         for number, (question, answer) in enumerate(turns):
             front = visuals if number == 0 else ()
             messages += [Message("user", (*front, question)), Message.of("assistant", answer)]
