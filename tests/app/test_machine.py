@@ -63,8 +63,6 @@ def test_speeds_that_cannot_be_kept_are_measured_each_time(
 
 
 PRINTING = "import app.cli as c; c.run_fetch = lambda _: print('{}') or 0; exit(c.main(['fetch']))"
-    "import app.cli as c; c.run_fetch = lambda _: print('{}') or 0; raise SystemExit(c.main(['fetch']))"
-)
 
 
 # -- the command line ----------------------------------------------------------------------------------------
