@@ -50,6 +50,14 @@ class LanguageModel:
             parts.append(hashlib.blake2b(file.read_bytes()).hexdigest() if file.is_file() else adapter)
         return "|".join(parts)
 
+    def check(self) -> None:
+        """Raises ModelError, or what a model's own settings raise, where these make no sense together."""
+        limit = self.context_length
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise ModelError(f"The language model {self.name} has no context: it says {limit!r:.40}.")
+        if self.kv_bytes_per_token < 1 or any(type(end) is not int for end in self.eos_ids):
+            raise ModelError(f"The language model {self.name} has settings that make no sense together.")
+
     @property
     def hidden_size(self) -> int:
         """Width of an input embedding."""
@@ -186,17 +194,27 @@ def load_llm(
             in_memory = quantize is None and device_map is None and target.type == "cpu"
             options |= _examined(folder, gguf, dtype.itemsize if in_memory else None, str(name))
             tokenizer = _load_tokenizer(folder, gguf)
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
+            model: Any
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=False, output_loading_info=True, **options
+            )
+            if gguf is None and (missing := sorted(report["missing_keys"])):  # else they would be random
+                raise ModelError(
+                    f"Cannot load the language model {name}: its weights lack {missing[0][:80]!r}"
+                    f"{f' and {len(missing) - 1} more' if missing[1:] else ''}: it is damaged."
+                )
             if device_map is None:
                 model = model.to(target)
+            for adapter in adapters:
+                model = apply_adapter(model, adapter, merge=quantize is None)
+            model.eval().requires_grad_(False)
+            make_batch_invariant(model)
+            loaded = LanguageModel(model, tokenizer, str(name), quantize, tuple(map(str, adapters)))
+            loaded.check()
     finally:
         if bars:
             logging.enable_progress_bar()
-    for adapter in adapters:
-        model = apply_adapter(model, adapter, merge=quantize is None)
-    model.eval().requires_grad_(False)
-    make_batch_invariant(model)
-    return LanguageModel(model, tokenizer, str(name), quantize, tuple(map(str, adapters)))
+    return loaded
 
 
 def _examined(folder: Path, gguf: str | None, itemsize: int | None, name: str) -> dict[str, Any]:

@@ -267,6 +267,19 @@ def test_a_model_larger_than_the_machine_says_so(folder: Path, monkeypatch: pyte
     assert "GiB of memory" in refusal(folder)
 
 
+def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert "lack 'model.layers.0.mlp.up_proj.weight'" in refusal(folder)
+
+
+@pytest.mark.parametrize("values", [{"max_position_embeddings": "many"}, {"max_position_embeddings": 0}])
+def test_settings_that_are_noticed_late_are_one_sentence(folder: Path, values: dict[str, Any]) -> None:
+    change(folder / "config.json", **values)
+    refusal(folder)
+
+
 def test_weights_of_another_model_are_one_sentence(folder: Path) -> None:
     save_file({"x": torch.zeros(400_000)}, folder / "model.safetensors", {"format": "pt"})
     tokenizer = folder / "tokenizer.json"
