@@ -194,10 +194,10 @@ def load_llm(
             in_memory = quantize is None and device_map is None and target.type == "cpu"
             options |= _examined(folder, gguf, dtype.itemsize if in_memory else None, str(name))
             tokenizer = _load_tokenizer(folder, gguf)
-            model: Any
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded_with_report: Any = AutoModelForCausalLM.from_pretrained(
                 folder, trust_remote_code=False, output_loading_info=True, **options
             )
+            model, report = loaded_with_report
             if gguf is None and (missing := sorted(report["missing_keys"])):  # else they would be random
                 raise ModelError(
                     f"Cannot load the language model {name}: its weights lack {missing[0][:80]!r}"

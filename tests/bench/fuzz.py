@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -125,12 +126,12 @@ class Fuzz:
         suffix = source.suffix if rng.random() < 0.8 else rng.choice([path.suffix for path in self.media])
         path = self.work / f"case{suffix}"
         path.write_bytes(mutated(source.read_bytes(), rng, [other.read_bytes() for other in self.media]))
-        return [
-            self._try(
-                lambda trusted=trusted: (probe(path, trusted=trusted), read_clip(path, 4, trusted=trusted))
-            )  # type: ignore[misc]
-            for trusted in (True, False)
-        ]
+
+        def read(trusted: bool) -> None:
+            probe(path, trusted=trusted)
+            read_clip(path, 4, trusted=trusted)
+
+        return [self._try(functools.partial(read, trusted)) for trusted in (True, False)]
 
     def _model(self, rng: random.Random) -> list[str]:
         folder = Path(shutil.copytree(self.model, self.work / "case-model"))
@@ -189,12 +190,12 @@ class Fuzz:
                 )
             if reply.status_code == 200:
                 return ["answer"]
-            error = reply.json()["error"]["message"]
+            said = reply.json()["error"]["message"]
         except Exception as error:  # noqa: BLE001 - whatever it is, it is a finding
             return [f"FAULT: {type(error).__name__}: {str(error)[:200]!r}"]
         if not 400 <= reply.status_code < 500:
-            return [f"FAULT: status {reply.status_code}: {error[:200]!r}"]
-        return [self._judge(error)]
+            return [f"FAULT: status {reply.status_code}: {said[:200]!r}"]
+        return [self._judge(said)]
 
 
 # -- mutations -----------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ def mutated(data: bytes, rng: random.Random, others: Sequence[bytes]) -> bytes:
 
 
 def _flips(data: bytearray, rng: random.Random, _: Sequence[bytes]) -> bytes:
-    for _ in range(rng.choice((1, 4, 32, 256))):
+    for _again in range(rng.choice((1, 4, 32, 256))):
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     return bytes(data)
 
@@ -230,7 +231,7 @@ def _repeat(data: bytearray, rng: random.Random, _: Sequence[bytes]) -> bytes:
 
 
 def _header(data: bytearray, rng: random.Random, _: Sequence[bytes]) -> bytes:
-    for _ in range(rng.choice((1, 3, 8))):
+    for _again in range(rng.choice((1, 3, 8))):
         data[rng.randrange(min(256, len(data)))] = rng.randrange(256)
     return bytes(data)
 
