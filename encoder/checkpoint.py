@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from encoder.config import SIZES, FluxViTConfig, Gelu
 from encoder.errors import CheckpointError
 from encoder.fluxvit import FluxViT
 
+M = TypeVar("M", bound=nn.Module)
 WRAPPERS = ("model", "module", "state_dict")
 PREFIXES = ("backbone.", "encoder.", "module.", "vision_encoder.")
 
@@ -66,7 +68,7 @@ def read_tensors(path: str | Path, *, strip: bool = True) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise CheckpointError(f"Cannot read {path} as weights ({reason}).") from error
     for wrapper in WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
@@ -77,6 +79,8 @@ def read_tensors(path: str | Path, *, strip: bool = True) -> dict[str, Tensor]:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             continue
+        if not _is_stored(value):
+            raise CheckpointError(f"{path} does not hold all of {str(name)[:80]!r}: it is damaged.")
         stripped = str(name)
         while strip and (prefix := next((p for p in PREFIXES if stripped.startswith(p)), None)):
             stripped = stripped.removeprefix(prefix)
@@ -86,8 +90,43 @@ def read_tensors(path: str | Path, *, strip: bool = True) -> dict[str, Tensor]:
     return tensors
 
 
+def _is_stored(value: Tensor) -> bool:
+    """Whether a file gave a tensor every number it has: one of a few bytes can claim to be of any size."""
+    if value.layout is not torch.strided or value.device.type != "cpu":
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
+def build(make: Callable[[], M], tensors: Mapping[str, Tensor]) -> M:
+    """The module that `make` makes, with these weights; made only if they fit it.
+
+    Raises CheckpointError with the report if they do not: without having taken memory for what only a
+    configuration claims.
+    """
+    with torch.device("meta"):
+        shapes = make()
+    _check(report(shapes, tensors))
+    model = make()
+    load_tensors(model, tensors)
+    return model
+
+
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
     """Copy tensors into a model by name; raises CheckpointError with the report if strict and not exact."""
+    found = report(model, tensors)
+    if strict:
+        _check(found)
+    model.load_state_dict({key: tensors[key] for key in found.loaded}, strict=False)
+    return found
+
+
+def _check(found: LoadReport) -> None:
+    if not found.exact:
+        raise CheckpointError(f"The weights do not fit the model: {found}.")
+
+
+def report(model: nn.Module, tensors: Mapping[str, Tensor]) -> LoadReport:
+    """Which of the tensors a model would take, by name and shape."""
     own = model.state_dict()
     mismatched = tuple(
         (key, tuple(tensors[key].shape), tuple(own[key].shape))
@@ -95,17 +134,12 @@ def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: boo
         if key in tensors and tensors[key].shape != own[key].shape
     )
     bad = {key for key, _, _ in mismatched}
-    fitting = {key: tensors[key] for key in own if key in tensors and key not in bad}
-    report = LoadReport(
-        loaded=tuple(fitting),
+    return LoadReport(
+        loaded=tuple(key for key in own if key in tensors and key not in bad),
         missing=tuple(key for key in own if key not in tensors),
         unexpected=tuple(key for key in tensors if key not in own),
         mismatched=mismatched,
     )
-    if strict and not report.exact:
-        raise CheckpointError(f"The weights do not fit the model: {report}.")
-    model.load_state_dict(fitting, strict=False)
-    return report
 
 
 def infer_config(tensors: Mapping[str, Tensor], gelu: Gelu = "tanh") -> FluxViTConfig:
@@ -113,8 +147,9 @@ def infer_config(tensors: Mapping[str, Tensor], gelu: Gelu = "tanh") -> FluxViTC
 
     Raises CheckpointError when no known size fits.
     """
-    blocks = {int(key.split(".")[1]) for key in tensors if key.startswith("blocks.")}
-    if "cls_token" not in tensors or not blocks:
+    numbers = [key.split(".")[1] for key in tensors if key.startswith("blocks.")]
+    blocks = {int(number) for number in numbers if number.isdecimal() and len(number) < 4}
+    if "cls_token" not in tensors or not tensors["cls_token"].ndim or not blocks:
         raise CheckpointError("The file is not a FluxViT checkpoint: it has no cls_token or no blocks.")
     dim, depth = tensors["cls_token"].shape[-1], max(blocks) + 1
     for size in SIZES.values():
@@ -128,7 +163,7 @@ def infer_config(tensors: Mapping[str, Tensor], gelu: Gelu = "tanh") -> FluxViTC
 
     head = tensors.get("head.0.weight")
     return size.replace(
-        num_classes=0 if head is None else head.shape[0],
+        num_classes=0 if head is None or not head.ndim else head.shape[0],
         num_pools=count("clip_projector"),
         num_aligners=count("final_clip_decoder_for_projs"),
         gelu=gelu,
@@ -145,8 +180,12 @@ def load_official(
     Raises CheckpointError as `read_tensors` and `load_tensors` do.
     """
     tensors = read_tensors(path)
-    model = FluxViT(config or infer_config(tensors, gelu))
-    return model, load_tensors(model, tensors, strict=strict)
+    wanted = config or infer_config(tensors, gelu)
+    if strict:
+        model = build(lambda: FluxViT(wanted), tensors)
+        return model, report(model, tensors)
+    model = FluxViT(wanted)
+    return model, load_tensors(model, tensors, strict=False)
 
 
 def load_encoder(path: str | os.PathLike[str], gelu: Gelu = "tanh") -> FluxViT:
@@ -197,8 +236,7 @@ def save_model(model: FluxViT, folder: str | Path) -> None:
 
 
 def load_model(folder: str | Path) -> FluxViT:
-    """The reverse of `save_model`."""
+    """The reverse of `save_model`; raises CheckpointError or ConfigError when it does not fit."""
     folder = Path(folder)
-    model = FluxViT(FluxViTConfig.read(folder / "config.json"))
-    load_tensors(model, read_tensors(folder / "model.safetensors"))
-    return model
+    config = FluxViTConfig.read(folder / "config.json")
+    return build(lambda: FluxViT(config), read_tensors(folder / "model.safetensors"))

@@ -3,15 +3,56 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from encoder.errors import ConfigError
+from encoder.json_files import read_object
 
 Gelu = Literal["erf", "tanh"]
 ImagePositions = Literal["interpolate", "mean"]
+
+
+# The least and the most of every size in a file: a table, or a loop over blocks, is made of it.
+_RANGES: dict[str, tuple[int, int]] = {
+    "embed_dim": (8, 8192),
+    "depth": (1, 256),
+    "num_heads": (1, 256),
+    "patch_size": (1, 256),
+    "pos_frames": (1, 1024),
+    "pos_height": (1, 512),
+    "pos_width": (1, 512),
+    "pool_heads": (1, 256),
+    "clip_embed_dim": (1, 2**16),
+    "num_pools": (0, 32),
+    "num_aligners": (0, 32),
+    "num_classes": (0, 2**20),
+}
+_SHARES: dict[str, tuple[float, float]] = {
+    "mlp_ratio": (0.1, 32.0),
+    "drop_path": (0.0, 1.0),
+    "layer_scale_init": (-1e3, 1e3),
+}
+
+
+def _check_ranges(values: dict[str, Any]) -> None:
+    """Raises ConfigError for a size of the wrong type, or beyond any encoder's."""
+    for name, value in values.items():
+        if name in _RANGES:
+            least, most = _RANGES[name]
+            if type(value) is not int or not least <= value <= most:
+                raise ConfigError(f"{name} must be a whole number from {least} to {most}, not {value!r:.40}.")
+        elif name in _SHARES:
+            low, high = _SHARES[name]
+            if type(value) not in (int, float) or not low <= value <= high:
+                raise ConfigError(f"{name} must be a number from {low:g} to {high:g}, not {value!r:.40}.")
+        elif name in ("frames_range", "resolution_range"):
+            whole = (
+                isinstance(value, (list, tuple)) and len(value) == 3 and all(type(n) is int for n in value)
+            )
+            if not whole or not (0 < value[0] < value[1] <= 2**14 and value[2] > 0):
+                raise ConfigError(f"{name} must be [first, end, step], whole numbers, not {value!r:.60}.")
 
 
 @dataclass(frozen=True)
@@ -86,17 +127,18 @@ class FluxViTConfig:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> FluxViTConfig:
-        """The reverse of `to_dict`; raises ConfigError on unknown keys."""
+        """The reverse of `to_dict`; raises ConfigError on unknown keys and on sizes that no encoder has."""
         known = {field.name for field in dataclasses.fields(FluxViTConfig)}
         if unknown := set(values) - known:
             raise ConfigError(f"Unknown FluxViT setting {sorted(unknown)}: known are {sorted(known)}.")
+        _check_ranges(values)
         return FluxViTConfig(**values)
 
     @staticmethod
     def read(path: str | Path) -> FluxViTConfig:
         """From a JSON file; raises ConfigError when it is missing or not a FluxViT configuration."""
         try:
-            values = json.loads(Path(path).read_text())
+            values = read_object(path)
         except (OSError, ValueError) as error:
             raise ConfigError(f"Cannot read the encoder configuration {path}: {error}.") from error
         return FluxViTConfig.from_dict(values)

@@ -14,8 +14,19 @@ import torch
 from torch import Tensor
 
 from encoder.errors import ModelError
-from llm_bridge.adapters import apply_adapter, first_line, quiet_peft
+from llm_bridge.adapters import apply_adapter, quiet_peft
 from llm_bridge.batch_invariance import make_batch_invariant
+from llm_bridge.chat_templates import check_template
+from llm_bridge.foreign import (
+    check_fits,
+    check_folder,
+    first_line,
+    local_folder,
+    refused,
+    weight_bytes,
+    weight_options,
+)
+from llm_bridge.gguf_header import check_gguf
 
 Quantize = Literal["8bit", "4bit"]
 
@@ -38,6 +49,14 @@ class LanguageModel:
             file = Path(adapter) / "adapter_model.safetensors"
             parts.append(hashlib.blake2b(file.read_bytes()).hexdigest() if file.is_file() else adapter)
         return "|".join(parts)
+
+    def check(self) -> None:
+        """Raises ModelError, or what a model's own settings raise, where these make no sense together."""
+        limit = self.context_length
+        if limit is not None and (type(limit) is not int or limit < 1):
+            raise ModelError(f"The language model {self.name} has no context: it says {limit!r:.40}.")
+        if self.kv_bytes_per_token < 1 or any(type(end) is not int for end in self.eos_ids):
+            raise ModelError(f"The language model {self.name} has settings that make no sense together.")
 
     @property
     def hidden_size(self) -> int:
@@ -148,19 +167,16 @@ def load_llm(
     name: hub id, folder, GGUF file, or folder holding one GGUF file. GGUF is a source of weights here: they
     are dequantised on loading. device_map: as in transformers ("auto" spreads over GPUs). quantize: 8 or
     4 bit through bitsandbytes; on CPUs it saves memory and costs time. adapters: LoRA folders (peft), merged
-    in order unless the base is quantised. Raises ModelError: one sentence, what was wrong and what to do.
+    in order unless the base is quantised. Code that a model brings is never run. Raises ModelError: one
+    sentence, what was wrong and what to do.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     target = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(target)
-    folder, gguf = _locate(str(name))
-    options: dict[str, Any] = {"dtype": dtype, "revision": revision}
-    if gguf is not None:
-        from transformers import GgufConfig
-
-        options.update(gguf_file=gguf, quantization_config=GgufConfig(dequantize=True))
+    path, gguf = _locate(str(name))
+    options: dict[str, Any] = {"dtype": dtype}
     if quantize is not None:
         if gguf is not None:
             raise ModelError(
@@ -173,22 +189,59 @@ def load_llm(
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        tokenizer = _load_tokenizer(folder, gguf, revision)
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
-        if device_map is None:
-            model = model.to(target)
-    except ModelError:
-        raise
-    except Exception as error:
-        raise ModelError(f"Cannot load the language model {name}: {first_line(error)}.") from error
+        with refused(f"Cannot load the language model {name}"):
+            folder = local_folder(path, revision)
+            in_memory = quantize is None and device_map is None and target.type == "cpu"
+            options |= _examined(folder, gguf, dtype.itemsize if in_memory else None, str(name))
+            tokenizer = _load_tokenizer(folder, gguf)
+            loaded_with_report: Any = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=False, output_loading_info=True, **options
+            )
+            model, report = loaded_with_report
+            if gguf is None and (missing := sorted(report["missing_keys"])):  # else they would be random
+                raise ModelError(
+                    f"Cannot load the language model {name}: its weights lack {missing[0][:80]!r}"
+                    f"{f' and {len(missing) - 1} more' if missing[1:] else ''}: it is damaged."
+                )
+            if device_map is None:
+                model = model.to(target)
+            for adapter in adapters:
+                model = apply_adapter(model, adapter, merge=quantize is None)
+            model.eval().requires_grad_(False)
+            make_batch_invariant(model)
+            loaded = LanguageModel(model, tokenizer, str(name), quantize, tuple(map(str, adapters)))
+            loaded.check()
     finally:
         if bars:
             logging.enable_progress_bar()
-    for adapter in adapters:
-        model = apply_adapter(model, adapter, merge=quantize is None)
-    model.eval().requires_grad_(False)
-    make_batch_invariant(model)
-    return LanguageModel(model, tokenizer, str(name), quantize, tuple(map(str, adapters)))
+    return loaded
+
+
+def _examined(folder: Path, gguf: str | None, itemsize: int | None, name: str) -> dict[str, Any]:
+    """Arguments with which a library may open this folder, once it was found to be harmless and to fit."""
+    from transformers import AutoConfig
+
+    options: dict[str, Any]
+    source: dict[str, Any]
+    if gguf is not None:
+        from transformers import GgufConfig
+
+        try:
+            stored, per_byte = check_gguf(folder / gguf), 6
+        except ValueError as error:
+            raise ModelError(f"Cannot load the language model {name}: {error}.") from error
+        source = {"gguf_file": gguf}
+        options = {**source, "local_files_only": True, "quantization_config": GgufConfig(dequantize=True)}
+    else:
+        check_folder(folder)
+        source, options = {}, weight_options(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **source)
+    if gguf is None:
+        stored, per_byte = weight_bytes(folder), 1
+        if getattr(config, "quantization_config", None):
+            per_byte, itemsize = 8, None
+    check_fits(config, stored, per_byte=per_byte, itemsize=itemsize, what=f"the language model {name}")
+    return options
 
 
 def _locate(name: str) -> tuple[str, str | None]:
@@ -210,16 +263,16 @@ def _locate(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def _load_tokenizer(folder: str, gguf: str | None, revision: str | None) -> Any:
+def _load_tokenizer(folder: Path, gguf: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    options: dict[str, Any] = {"revision": revision}
-    if gguf is not None:
-        options["gguf_file"] = gguf
-    try:
-        return AutoTokenizer.from_pretrained(folder, **options)
-    except Exception as error:
-        raise ModelError(f"Cannot load the tokenizer of {folder}: {first_line(error)}.") from error
+    options = {} if gguf is None else {"gguf_file": gguf}
+    with refused(f"Cannot load the tokenizer of {folder}"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, **options
+        )
+        check_template(tokenizer)
+    return tokenizer
 
 
 def _quantization(quantize: str, dtype: torch.dtype) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoder.budget import PlanRow, PlanTable
-from encoder.checkpoint import load_encoder, load_tensors, read_tensors, save_json, save_tensors
+from encoder.checkpoint import build, load_encoder, read_tensors, save_json, save_tensors
 from encoder.config import FluxViTConfig
 from encoder.errors import ConfigError, ModelError
 from encoder.fluxvit import FluxViT
+from encoder.json_files import read_object
 from encoder.tokens import VisionTokens
 from llm_bridge.attention import packs
 from llm_bridge.branches import branched_attention
+from llm_bridge.foreign import first_line
 from llm_bridge.label_weights import Weighting, label_weights
 from llm_bridge.llm import LanguageModel, Quantize, default_device, default_dtype, load_llm
 from llm_bridge.packing import Packing
@@ -63,12 +64,34 @@ class VLMConfig:
         """The reverse; raises ConfigError for unknown or missing keys."""
         try:
             plain = dict(values)
+            _check_values(plain)
             plain["projector"] = ProjectorConfig.from_dict(plain["projector"])
             plain["encoder"] = FluxViTConfig.from_dict(plain["encoder"])
             plain["plan_table"] = tuple(PlanRow(**row) for row in plain.get("plan_table", ()))
             return VLMConfig(**plain)
-        except (KeyError, TypeError) as error:
-            raise ConfigError(f"The model's config.json does not fit this version: {error}.") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"The model's config.json does not fit this version: {first_line(error)}."
+            ) from error
+
+
+def _check_values(values: Mapping[str, Any]) -> None:
+    """Raises ValueError for what is not of its type, or of a size that no model has."""
+    sizes = {"default_tokens": (1, 10**7), "summary_pool": (0, 64), "vision_depth": (-256, 256)}
+    for key, (least, most) in sizes.items():
+        value = values.get(key)
+        if value is not None and (type(value) is not int or not least <= value <= most):
+            raise ValueError(f"{key} is {value!r:.40}, not a whole number from {least} to {most}")
+    for key in ("llm", "time_sentence", "fit", "system"):
+        if not isinstance(values.get(key), (str, type(None))):
+            raise ValueError(f"{key} is no text")
+    if not values["llm"]:
+        raise ValueError("llm names no language model")
+    for key, value in values["projector"].items():
+        if key not in ("kind", "norm") and (type(value) is not int or not 0 <= value <= 2**17):
+            raise ValueError(f"the projector's {key} is {value!r:.40}, not a whole number up to {2**17}")
+    if values["projector"].get("layers", 2) > 64:
+        raise ValueError("the projector has more than 64 layers")
 
 
 class VideoLanguageModel(nn.Module):
@@ -221,19 +244,18 @@ class VideoLanguageModel(nn.Module):
         """
         folder = model_folder(folder)
         try:
-            config = VLMConfig.from_dict(json.loads((folder / "config.json").read_text()))
+            config = VLMConfig.from_dict(read_object(folder / "config.json"))
         except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
             raise ModelError(
-                f"{folder} is not a FluxChat model: cannot read its config.json ({error})."
+                f"{folder} is not a FluxChat model: cannot read its config.json ({reason})."
             ) from error
         if encoder is None:
-            vision = FluxViT(config.encoder)
-            load_tensors(vision, read_tensors(folder / "encoder.safetensors"))
+            vision = build(lambda: FluxViT(config.encoder), read_tensors(folder / "encoder.safetensors"))
         else:
             vision = load_encoder(encoder)
             config = dataclasses.replace(config, encoder=vision.config)
-        projector = Projector(config.projector)
-        load_tensors(projector, read_tensors(folder / "projector.safetensors"))
+        projector = build(lambda: Projector(config.projector), read_tensors(folder / "projector.safetensors"))
         if tuned and llm is None and (folder / ADAPTER).is_dir():
             adapters = (folder / ADAPTER, *adapters)
         return assemble(
@@ -272,7 +294,7 @@ def assemble(
     """
     target = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(target)
-    language = load_llm(resolve_llm(str(llm or config.llm)), device=target, dtype=dtype, **llm_options)
+    language = _load_language(str(llm or config.llm), device=target, dtype=dtype, **llm_options)
     if projector is None:
         fitted = dataclasses.replace(config.projector, out_dim=language.hidden_size)
         config, projector = dataclasses.replace(config, projector=fitted), Projector(fitted)
@@ -281,6 +303,22 @@ def assemble(
         config, encoder.to(target, vision_dtype), projector.to(target, vision_dtype), language
     )
     return model.eval().requires_grad_(False)
+
+
+def _load_language(name: str, **options: Any) -> LanguageModel:
+    """As `load_llm`; of the shipped model's own it also says when it must be fetched again."""
+    found = resolve_llm(name)
+    try:
+        return load_llm(found, **options)
+    except ModelError as error:
+        if found != name:
+            from llm_bridge.fetch import damage
+
+            if reason := damage(Path(found), thorough=True):
+                raise ModelError(
+                    f"The language model in {found} is damaged ({reason}): run `fluxchat fetch`."
+                ) from error
+        raise
 
 
 def resolve_llm(name: str) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from encoder.errors import ConfigError
-from llm_bridge.adapters import quiet_peft
+from llm_bridge.adapters import peft_config, quiet_peft
 from llm_bridge.label_weights import Weighting
 from llm_bridge.llm import Quantize
 from llm_bridge.model import ADAPTER, VideoLanguageModel, model_folder
@@ -150,8 +150,12 @@ class LoraStage(ChatStage):
         try:
             with quiet_peft():
                 if learnt.is_dir():
-                    _check_same_size(LoraConfig.from_pretrained(str(learnt)), settings)
-                    adapted = PeftModel.from_pretrained(base, str(learnt), is_trainable=True)
+                    learnt_config = peft_config(learnt)
+                    _check_same_size(learnt_config, settings)
+                    learnt_config.inference_mode = False
+                    adapted = PeftModel.from_pretrained(
+                        base, str(learnt), is_trainable=True, config=learnt_config, use_safetensors=True
+                    )
                 else:
                     adapted = get_peft_model(base, config)
         except ValueError as error:

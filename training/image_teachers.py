@@ -7,10 +7,8 @@ at the size that gives it exactly the student's patches, so nothing is resampled
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoder.errors import ConfigError, ModelError
+from encoder.json_files import read_object
 from encoder.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from encoder.tokens import Grid
+from llm_bridge.foreign import open_folder, open_settings, refused
 from training.losses import unit
 from training.teachers import DTYPES, Precision, Teacher, TeacherTargets, spaced_layers, weights_digest
 
@@ -214,10 +214,11 @@ class ImageEncoderSource:
         from transformers.utils import logging
 
         logging.disable_progress_bar()
-        try:
-            model: Any = AutoModel.from_pretrained(self.model, attn_implementation="eager")
-        except (OSError, ValueError) as error:
-            raise ModelError(f"Cannot load an image encoder from {self.model}: {error}.") from error
+        with refused(f"Cannot load an image encoder from {self.model}"):
+            folder, options = open_folder(self.model)
+            model: Any = AutoModel.from_pretrained(
+                folder, attn_implementation="eager", trust_remote_code=False, **options
+            )
         model = getattr(model, "vision_model", model)
         if not hasattr(model.config, "patch_size") or not hasattr(model.config, "num_hidden_layers"):
             raise ModelError(f"{self.model} is not a Vision Transformer: its configuration has no patches.")
@@ -237,11 +238,8 @@ class ImageEncoderSource:
 
 def _normalisation(model: str) -> tuple[Triple, Triple]:
     """image_mean and image_std that the model was published with; raises ModelError when there are none."""
-    from transformers.utils import cached_file
-
     try:
-        path = cached_file(model, "preprocessor_config.json")
-        values = json.loads(Path(str(path)).read_text())
+        values = read_object(open_settings(model) / "preprocessor_config.json")
         mean, std = (tuple(float(x) for x in values[key]) for key in ("image_mean", "image_std"))
         if len(mean) != 3 or len(std) != 3:
             raise ValueError("not three channels")

@@ -19,6 +19,7 @@ from torch import nn
 from encoder.config import FluxViTConfig
 from encoder.cost import encoder_macs
 from encoder.errors import ConfigError
+from llm_bridge.foreign import check_folder
 from training.efficientnet import EfficientNetLiteSource
 from training.image_teachers import ImageEncoderSource
 from training.internvideo2 import InternVideo2Config
@@ -199,7 +200,7 @@ class LlmSizes:
         else:
             config = known_config(name, "the language model")
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         outside = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
         weights = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in outside)
         linears = tuple(
@@ -263,7 +264,9 @@ def known_config(name: str, where: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name, local_files_only=True)
+        if Path(name).is_dir():
+            check_folder(Path(name))
+        return AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         kept = ", ".join(LLMS) if where == "the language model" else "none"
         raise ConfigError(

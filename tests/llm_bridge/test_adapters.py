@@ -95,3 +95,49 @@ def test_an_adapter_of_another_model_is_refused(
     (damaged / "adapter_model.safetensors").write_bytes(b"no tensors")
     with pytest.raises(ModelError, match="does not fit the language model"):
         load_llm(folder, device="cpu", adapters=[damaged])
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({"peft_type": "XLORA"}, "only LORA"),
+        ({"peft_type": ["LORA"]}, "only LORA"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "'megatron_config' is not known"),
+        ({"lora_ga_config": {"cache_file": "x.pt"}}, "not known"),
+        ({"a_later_setting": True}, "not known"),
+        ({"init_lora_weights": "pissa"}, "plain LoRA"),
+        ({"r": 10**9}, "rank is"),
+        ({"r": True}, "rank is"),
+        ({"lora_alpha": "16"}, "not a number"),
+        ({"rank_pattern": {"(a+)+$": 2}}, "more than names"),
+        ({"rank_pattern": {"q_proj": 10**9}}, "rank is"),
+        ({"exclude_modules": "(a+)+$"}, "more than names"),
+    ],
+)
+def test_settings_that_load_or_lie_are_refused(
+    folder: Path, tmp_path: Path, values: dict[str, Any], word: str
+) -> None:
+    adapter = save_adapter(folder, tmp_path, KINDS["plain"])
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **values}))
+    with pytest.raises(ModelError, match=rf"{word}[^\n]*\.$"):
+        load_llm(folder, device="cpu", adapters=[adapter])
+
+
+def test_no_pattern_of_an_adapter_is_run(folder: Path, tmp_path: Path) -> None:
+    """A regular expression can take for ever; the layers that have matrices say as much."""
+    adapter = save_adapter(folder, tmp_path, KINDS["with magnitudes"])
+    expected = logits(load_llm(folder, device="cpu", dtype=torch.float32, adapters=[adapter]))
+    config = adapter / "adapter_config.json"
+    endless = {"target_modules": r"(([a-z0-9_.]+)+)+\.q_proj"}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **endless}))
+    found = logits(load_llm(folder, device="cpu", dtype=torch.float32, adapters=[adapter]))
+    assert torch.equal(found, expected)
+
+
+def test_pickled_adapters_are_refused(folder: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(folder, tmp_path, KINDS["plain"])
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    with pytest.raises(ModelError, match=r"no adapter_model\.safetensors"):
+        load_llm(folder, device="cpu", adapters=[adapter])

