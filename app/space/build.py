@@ -28,7 +28,7 @@ def build(target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for room in ROOMS:
         shutil.copytree(ROOT / room, target / room, ignore=shutil.ignore_patterns("__pycache__", "space"))
-    for name in ("LICENSE", "NOTICE"):
+    for name in ("LICENSE", "NOTICE", "fluxchat.py"):
         shutil.copy(ROOT / name, target)
     for name in ("README.md", "app.py"):
         shutil.copy(HERE / name, target)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from app.cli import SAMPLING, build_parser, main
+from app.cli import SAMPLING, STAGES, build_parser, main
 from llm_bridge.generate import Sampling
 from tests import video_files as vf
 
@@ -180,3 +180,30 @@ def test_estimate_and_info(shipped_example: Path) -> None:
     assert price["first_token_s"] > 0
     info = json.loads(fluxchat("info", "--json").stdout)
     assert "SmolLM2-135M-Instruct" in info["llm"]
+
+
+def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:
+    import fluxchat
+
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"fluxchat {fluxchat.__version__}\n"
+
+
+def test_train_is_the_stage_s_own_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    began: list[list[str]] = []
+
+    def execv(program: str, command: list[str]) -> None:
+        began.append(command)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("os.execv", execv)
+    with pytest.raises(SystemExit):
+        main(["train", "umt", "--config", "x.yaml", "optim.lr=1", "--help"])
+    assert began == [[sys.executable, "-m", "training.umt", "--config", "x.yaml", "optim.lr=1", "--help"]]
+
+
+def test_every_stage_of_train_is_a_module() -> None:
+    root = Path(__file__).parents[2] / "training"
+    assert all((root / f"{stage}.py").is_file() for stage in STAGES)
