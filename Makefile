@@ -23,11 +23,14 @@ $(VENV)/.complete: pyproject.toml constraints-cpu.txt
 demo: setup
 	@$(PY) -m app web
 
+# A worker for each core; a file's tests stay together, since they share what is costly to make.
+PYTEST := $(PY) -m pytest -n auto --dist loadfile
+
 test: setup
-	@$(PY) -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 test-slow: setup
-	@$(PY) -m pytest
+	@$(PYTEST) -m slow
 
 check: setup
 	@$(VENV)/bin/ruff check .

@@ -77,7 +77,7 @@ class StreamingDecoder:
         # Decoding with the tokens before keeps the spaces that tokenizers drop at the start of a text.
         before = self._text(self._start, self._read)
         self._start, self._read = self._read, len(self._ids)
-        return text[len(before) :]
+        return text[len(before) :].replace("\0", "")  # which no later prompt could hold
 
     def _text(self, start: int, end: int) -> str:
         return self._tokenizer.decode(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,11 @@ from tests import tiny_llms
 # Libraries must not try the network, and tests share the machine's cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # One core each, and temporary files of its own: tests look whether any stayed behind.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["TMPDIR"] = tempfile.mkdtemp(prefix=f"pytest-{worker}-")
+    tempfile.tempdir = None
 
 
 @pytest.fixture(scope="session")

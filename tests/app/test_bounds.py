@@ -514,7 +514,7 @@ class Stuck:
         threading.Event().wait(100)  # as a thread in a library that knows no stopping
         yield "x"
 
-chat.stream = lambda *_, **__: Stuck()
+chat.stream_messages = lambda *_, **__: Stuck()
 with chat:
     serve(chat, LaunchOptions(page=False, port=0), bind("127.0.0.1", 0))
 """
