@@ -302,11 +302,17 @@ def _path(loc: Sequence[str | int], named: bool = False) -> str:
     return path or "body"
 
 
+# What a field is called in Python and in the terminal.
+OUR_NAMES = {"budget": "token_budget", "max_new_tokens": "max_tokens"}
+
+
 def _nearest(model: type[BaseModel], loc: Sequence[str | int]) -> str | None:
     """The accepted field of the same object whose name is most like the last of `loc`."""
     *outer, name = loc
     fields = _fields(model, outer)
-    close = difflib.get_close_matches(str(name).lower()[:80], fields, 1, 0.7)
+    written = str(name).lower()[:80]
+    written = OUR_NAMES.get(written, written)
+    close = difflib.get_close_matches(written, fields, 1, 0.7)
     return close[0] if close else None
 
 

@@ -140,7 +140,10 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("stage", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))
-    train.add_argument("options", nargs=argparse.REMAINDER, help="what the stage takes; see STAGE --help")
+    options = train.add_argument(
+        "options", nargs=argparse.REMAINDER, help="what the stage takes; see STAGE --help"
+    )
+    options.required = False  # an error would ask for them
     return parser
 
 

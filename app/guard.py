@@ -92,6 +92,8 @@ class Lock:
         address: where from. connection: an unguessable name of it. Raises ApiError 429 to who guesses.
         """
         if not self.credentials.needed:
+            if (visitor := self.visitor(headers)) is not None:
+                return Client(visitor)
             # Behind a proxy one connection carries many people's requests.
             shared = connection is None or any(name in headers for name in FORWARDED)
             own = secrets.token_urlsafe(16) if shared else connection
@@ -121,6 +123,10 @@ class Lock:
         if client is None:
             return None
         return self.cookies.new(f"login {client.name}" if client.key is None else _who(client.key))
+
+    def visitor(self, headers: Headers) -> str | None:
+        """The id of who has neither key nor login, by our cookie; else None."""
+        return self.cookies.who(self.cookie(headers) or "")
 
     def cookie(self, headers: Headers) -> str | None:
         """The value of our cookie."""
@@ -186,6 +192,8 @@ class Guard:
             if message["type"] == "http.response.start":
                 started = True
                 self._add_headers(MutableHeaders(scope=message))
+                if (cookie := scope.get("fluxchat.cookie")) is not None:
+                    MutableHeaders(scope=message).append("Set-Cookie", self._cookie(cookie, scope))
             await send(message)
 
         try:
@@ -234,6 +242,9 @@ class Guard:
         if client.key is not None and scope.get("method") == "POST":
             self._lock.keys.spend(client.key)
         scope["fluxchat.client"], scope["fluxchat.name"] = client.id, client.name
+        if path.startswith("/v1/") and is_anonymous(client.id) and self._lock.visitor(headers) is None:
+            # OpenAI's clients close the connection after each streamed answer: the next one is known by this.
+            scope["fluxchat.cookie"] = self._lock.cookies.new(client.id)
         return None
 
     def _check_host(self, headers: Headers) -> None:

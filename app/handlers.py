@@ -21,7 +21,9 @@ from gradio.components.chatbot import ComponentMessage
 from app import markup
 from app.answer import Answer
 from app.api_types import ApiError
-from app.chat import VideoChat, Videos
+from app.chat import Message, VideoChat
+from app.messages import Media as Part
+from app.messages import question_text
 from app.sessions import Media, Session, Sessions, Turn
 from app.settings import Settings
 from app.wire import longest_text
@@ -73,10 +75,10 @@ class Handlers:
                 errors.append(markup.problem(_sentence(error)))
         return errors[0] if errors else ""
 
-    def add_copy(self, session: Session, path: str) -> str:
-        """One of our own files, as if it had been uploaded; returns an error as HTML."""
+    def add_copy(self, session: Session, path: str, client: str = "") -> str:
+        """One of our own files, as if that client had uploaded it; returns an error as HTML."""
         try:
-            return self.add(session, [self.sessions.copy(path)])
+            return self.add(session, [self.sessions.copy(path, client)])
         except (ApiError, OSError) as error:  # no room for it
             return markup.problem(_sentence(error))
 
@@ -135,11 +137,12 @@ class Handlers:
             yield self.messages(session)
             return
         turn, stop = session.turns[-1], session.stop
+        turn.media = tuple(session.media)
         session.busy += 1
         try:
             for text, phase, answer in self._answer(session, turn.question, settings, stop, session.history):
                 if answer is not None:
-                    turn.details = self._details(session, settings, answer)
+                    turn.details = self._details(session, turn.media, settings, answer)
                 turn.text, turn.phase, turn.answer = text, phase, answer
                 yield self.messages(session)
         except FluxChatError as error:
@@ -174,6 +177,7 @@ class Handlers:
             return
         session.stop.set()
         stop = session.stop = threading.Event()
+        media = tuple(session.media)
         session.busy += 1
         try:
             for index, tokens in enumerate(budgets):
@@ -182,7 +186,7 @@ class Handlers:
                 chosen = replace(settings, tokens=int(tokens), auto=False)
                 head = f"<h3>{int(tokens)} tokens</h3>"
                 for text, phase, answer in self._answer(session, question, chosen, stop, []):
-                    details = "" if answer is None else self._details(session, chosen, answer)
+                    details = "" if answer is None else self._details(session, media, chosen, answer)
                     waiting = f'<p class="fc-phase">{phase} …</p>' if phase else ""
                     linked = markup.link_times(escape(text), session.duration_s, html=True)
                     panels[index] = f"{head}<p>{linked}</p>{waiting}{details}"
@@ -223,7 +227,7 @@ class Handlers:
         question: str,
         settings: Settings,
         stop: threading.Event,
-        history: list[tuple[str, str]],
+        history: Sequence[Turn],
     ) -> Iterator[tuple[str, str, Answer | None]]:
         """(text so far, what is being done, the answer when it is there), at most every YIELD_S seconds."""
         self._check_length(question, settings.system)
@@ -235,15 +239,12 @@ class Handlers:
             phase = PHASES[what] + (f" of video {index + 1}" if count > 1 and what == "decode" else "")
             news.put("")
 
-        stream = self.chat.stream(
-            Videos(medium.path for medium in session.media),
-            question,
-            history=history,
-            scope=session.scope,
-            progress=tell,
-            stop=stop,
-            **settings.options(),
-        )
+        options = settings.options()
+        system = options.pop("system")
+        messages = asked_messages(session.media, history, question)
+        if system:
+            messages.insert(0, Message.of("system", system))
+        stream = self.chat.stream_messages(messages, scope=session.scope, progress=tell, stop=stop, **options)
         failed: list[BaseException] = []
 
         def work() -> None:
@@ -290,10 +291,10 @@ class Handlers:
         if sum(map(len, texts)) > limit:
             raise ConfigError(f"That is too long: a question has at most {limit} characters.")
 
-    def _details(self, session: Session, settings: Settings, answer: Answer) -> str:
+    def _details(self, session: Session, media: Sequence[Media], settings: Settings, answer: Answer) -> str:
         """Strips of what was looked at, and the small print."""
         strips = []
-        for index, (medium, kept) in enumerate(zip(session.media, answer.kept, strict=False)):
+        for index, (medium, kept) in enumerate(zip(media, answer.kept, strict=False)):
             frames = self.chat.preview(
                 medium.path, settings.budget, settings.selector, scope=session.scope
             ).frames
@@ -328,6 +329,27 @@ class Handlers:
         if video is None:
             raise ConfigError("An estimate needs a video: give one.")
         return asdict(self.chat.estimate(video, budget.strip() or None))
+
+
+def asked_messages(media: Sequence[Media], history: Sequence[Turn], question: str) -> list[Message[Part]]:
+    """A question after earlier turns. Each medium stands in the turn that first asked about it, so that what
+    was computed for earlier turns stays valid when another comes; those taken out are gone.
+
+    Raises ConfigError for an empty question.
+    """
+    waiting = list(media)
+    messages: list[Message[Part]] = []
+    for turn in history:
+        new = [medium for medium in waiting if medium in turn.media]
+        waiting = [medium for medium in waiting if medium not in new]
+        messages.append(Message("user", (*_parts(new), turn.question)))
+        messages.append(Message.of("assistant", turn.text))
+    messages.append(Message("user", (*_parts(waiting), question_text(question))))
+    return messages
+
+
+def _parts(media: Sequence[Media]) -> tuple[Part, ...]:
+    return tuple(Part(medium.path, medium.name) for medium in media)
 
 
 def _sentence(error: Exception) -> str:

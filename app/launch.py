@@ -79,8 +79,8 @@ class LaunchOptions:
         """Raises ConfigError for what would be unsafe or cannot work."""
         if not self.local and not self.credentials.needed and not self.public:
             raise ConfigError(
-                f"Binding to {self.host} lets others in: add --auth USER:PASSWORD or --api-key KEY, "
-                "or stay on 127.0.0.1."
+                f"Binding to {self.host} lets others in: add --auth USER:PASSWORD, --api-key KEY or "
+                "--api-keys FILE, or stay on 127.0.0.1."
             )
         if self.server.media_root is not None and not self.server.media_root.is_dir():
             raise ConfigError(f"The media root {self.server.media_root} is not a folder.")

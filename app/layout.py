@@ -75,10 +75,10 @@ def default_examples() -> Examples:
 class View:
     """Every control of the page, laid out."""
 
-    def __init__(self, chat: VideoChat, examples: Examples) -> None:
+    def __init__(self, chat: VideoChat, examples: Examples, *, login: bool = False) -> None:
         budgets = Range.of(chat.model)
         config = chat.model.encoder.config
-        gr.HTML(header(chat), **PLAIN, elem_id="fluxchat-header")
+        gr.HTML(header(chat, login=login), **PLAIN, elem_id="fluxchat-header")
         with gr.Row(elem_id="fluxchat-main", equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 self._media(examples)
@@ -245,10 +245,11 @@ class View:
         ]
 
 
-def header(chat: VideoChat) -> str:
-    """Name of the page and of the model."""
+def header(chat: VideoChat, *, login: bool = False) -> str:
+    """Name of the page and of the model. login: with a way to log out."""
+    out = '<a href="/logout">Log out</a>' if login else ""
     return (
         "<header><h1>Flux<b>Chat</b></h1><p>Ask about videos within a token budget.</p>"
-        f"<span>{escape(chat.name)} · {chat.device}</span>"
+        f"<span>{escape(chat.name)} · {chat.device}</span>{out}"
         '<button type="button" id="fluxchat-dark" aria-label="Light or dark">◐</button></header>'
     )

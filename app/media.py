@@ -416,7 +416,7 @@ class Resolver:
 
     def _under_root(self, url: str) -> BinaryIO:
         # One message for all: a stranger must not learn which files there are elsewhere.
-        missing = _refused("There is no such media: use a data: URL, a file id" + self._or_root())
+        missing = _refused(f"There is no such media: use a data: URL{self._or_file()}.")
         if self.root is None:
             raise missing
         try:
@@ -424,8 +424,8 @@ class Resolver:
         except (OSError, ValueError):
             raise missing from None
 
-    def _or_root(self) -> str:
-        return "." if self.root is None else ", or a path under the media root."
+    def _or_file(self) -> str:
+        return " or a file id" if self.root is None else ", a file id, or a path under the media root"
 
 
 def _opened(path: str) -> BinaryIO:

@@ -35,7 +35,13 @@ def mount_page(app: FastAPI, chat: VideoChat, server: Server, options: LaunchOpt
     from app.web import build, page_options
 
     folder, limit = get_upload_folder(), options.server.upload_mib * 2**20
-    page = build(chat, options.examples, workers=options.server.slots, store=server.store)
+    page = build(
+        chat,
+        options.examples,
+        workers=options.server.slots,
+        store=server.store,
+        login=options.credentials.needed,
+    )
     uploads = PageUploads(server.store, folder, limit)
     app.router.add_route("/gradio_api/upload", uploads.upload, ["POST"])
     app.router.add_route("/gradio_api/upload_progress", uploads.progress, ["GET"])

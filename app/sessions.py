@@ -43,9 +43,10 @@ class Media:
 
 @dataclass
 class Turn:
-    """A question and what became of it; details: HTML under the answer."""
+    """A question and what became of it; details: HTML under the answer. media: all that it was about."""
 
     question: str
+    media: tuple[Media, ...] = ()
     answer: Answer | None = None
     text: str = ""
     phase: str = ""
@@ -86,9 +87,9 @@ class Session:
         return max((medium.info.duration_s for medium in self.media), default=0.0)
 
     @property
-    def history(self) -> list[tuple[str, str]]:
+    def history(self) -> list[Turn]:
         """Answered turns, for the model; a stopped answer counts as far as it got."""
-        return [(turn.question, turn.text) for turn in self.turns if turn.answer is not None and turn.text]
+        return [turn for turn in self.turns if turn.answer is not None and turn.text]
 
     def show(self, path: str) -> bool:
         """Put the medium of that path in the player; False when it is not in the conversation."""
@@ -160,11 +161,11 @@ class Sessions:
             session.touched = time.monotonic()
             return session
 
-    def copy(self, path: str | Path) -> str:
-        """A copy of one of our own files, as if it had been uploaded."""
+    def copy(self, path: str | Path, client: str = "") -> str:
+        """A copy of one of our own files, as if that client had uploaded it."""
         if self.store is not None:
             with open(path, "rb") as source:
-                return self.store.add(source, Path(path).name, page=self.uploads).path
+                return self.store.add(source, Path(path).name, client, page=self.uploads).path
         self.uploads.mkdir(parents=True, exist_ok=True)
         return shutil.copy(path, tempfile.mkdtemp(dir=self.uploads))
 

@@ -86,8 +86,10 @@ class Terminal:
             if self.video is None:
                 raise ConfigError("There is no video yet: /video PATH takes one.")
             print(self.chat.estimate(self.video, self.options["budget"]), flush=True)
-        else:
+        elif name in ("help", "?", ""):
             print(HELP, flush=True)
+        else:
+            raise ConfigError(f"There is no command /{name}: /help lists those that there are.")
 
     def ask(self, question: str) -> None:
         """Answer as it comes; raises FluxChatError."""

@@ -32,12 +32,14 @@ def build(
     *,
     workers: int = 1,
     store: MediaStore | None = None,
+    login: bool = False,
 ) -> gr.Blocks:
     """The page around one model, not launched.
 
     examples: (file, question) pairs to start from; None takes those that ship with the model. workers:
-    answers computed at the same time. store: where uploads are, when a server receives them. The page's
-    attribute `sessions` holds what its visitors have.
+    answers computed at the same time. store: where uploads are, when a server receives them. login: whether
+    people had to log in, so that they can log out. The page's attribute `sessions` holds what its visitors
+    have.
     """
     sessions = Sessions(chat.forget, store=store)
     handlers = Handlers(chat, sessions)
@@ -45,7 +47,7 @@ def build(
     page = gr.Blocks(title="FluxChat", analytics_enabled=False, delete_cache=None, fill_width=True)
     with page:
         examples = default_examples() if examples is None else examples
-        view = View(chat, examples)
+        view = View(chat, examples, login=login)
         _wire(view, handlers, examples, workers)
         _programs(handlers)
         page.unload(_leave(sessions))
@@ -86,7 +88,8 @@ def _wire(view: View, handlers: Handlers, examples: Examples, workers: int) -> N
 
     def video_changed(path: str | None, request: gr.Request) -> list[Any]:
         session = session_of(request)
-        if path is None and session.current is None:  # the player let go of a file that was refused
+        if path == (session.current and session.current.path):
+            # The player tells what it was told to show (or to let go of): any error stays to be read.
             return [gr.skip()] * len(media_outputs)
         error = handlers.show(session, path)
         # The player shows its file already; setting it again would load it twice.
@@ -114,7 +117,8 @@ def _wire(view: View, handlers: Handlers, examples: Examples, workers: int) -> N
     def example_chosen(event: gr.EventData, request: gr.Request) -> list[Any]:
         session = session_of(request)
         path, question = examples[int(event.index) % len(examples)]
-        return [*media_changed(session, handlers.add_copy(session, path)), question]
+        error = handlers.add_copy(session, path, _client_of(request))
+        return [*media_changed(session, error), question]
 
     def cost(request: gr.Request, *values: Any) -> str:
         return handlers.cost(session_of(request), Settings(*values))

@@ -296,6 +296,22 @@ def test_bad_file_is_one_sentence(open_page: Callable[..., Any], tmp_path: Path)
     has(page.locator("#fluxchat-problem"), "Cannot read 'bad.mp4'")
 
 
+def test_a_refused_file_beside_a_video_is_told(open_page: Callable[..., Any], tmp_path: Path) -> None:
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"<html>not a video</html>" * 50)
+    page = open_page()
+    upload(page)
+    with page.expect_file_chooser() as chooser:
+        page.locator("#fluxchat-add").click()
+    chooser.value.set_files(str(bad))
+    has(page.locator("#fluxchat-problem"), "Cannot read 'bad.mp4'")
+    has(page.locator("#fluxchat-cost"), "to first word")
+    has(page.locator("#fluxchat-strip"), "What the model will look at")
+    page.wait_for_timeout(500)  # the player tells of the video that it was given again
+    has(page.locator("#fluxchat-problem"), "Cannot read 'bad.mp4'")
+    expect(page.locator("#fluxchat-shelf .fc-medium")).to_have_count(1)
+
+
 def test_two_tabs_see_nothing_of_each_other(
     open_page: Callable[..., Any], served: tuple[gr.Blocks, str]
 ) -> None:

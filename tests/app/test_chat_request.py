@@ -270,6 +270,8 @@ def test_what_is_supported_arrives() -> None:
         ("stop_tokens_ids", "stop_token_ids"),
         ("mesages", "messages"),
         ("minp", "min_p"),
+        ("budget", "token_budget"),
+        ("max_new_tokens", "max_tokens"),
     ],
 )
 def test_a_misspelt_field_is_told_the_right_one(written: str, meant: str) -> None:

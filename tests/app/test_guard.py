@@ -289,6 +289,40 @@ def test_cached_tokens_tell_nobody_else(tiny_model: VideoLanguageModel) -> None:
         assert cached(second) == 0
 
 
+def test_a_visitor_is_known_on_the_next_connection(tiny_model: VideoLanguageModel) -> None:
+    """OpenAI's clients close the connection after each streamed answer."""
+    turns = ["The PIN is 4719. " * 4, "Good.", "What is it?"]
+    messages = [
+        {"role": role, "content": text}
+        for role, text in zip(("user", "assistant", "user"), turns, strict=True)
+    ]
+    with VideoChat(tiny_model, trusted=False) as chat, running(chat) as (address, _):
+
+        def sent(
+            asked: list[Any], cookies: Any = None, headers: dict[str, str] | None = None
+        ) -> tuple[int, httpx.Response]:
+            answer = httpx.post(
+                f"{address}/v1/chat/completions",
+                json={"max_tokens": 1, "messages": asked},
+                cookies=cookies,
+                headers=headers,
+                timeout=60,
+            )
+            return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]), answer
+
+        _, first = sent(messages[:1])
+        (name,) = first.cookies
+        again, second = sent(messages, first.cookies)
+        assert again > 16
+        assert not second.cookies
+        assert sent(messages)[0] == 0
+        assert sent(messages, {name: "made-up"})[0] == 0
+        # Behind a proxy, where a connection is nobody's, it holds as well.
+        forwarded = {"X-Forwarded-For": "9.9.9.9"}
+        assert sent(messages, headers=forwarded)[0] == 0
+        assert sent(messages, first.cookies, forwarded)[0] > 16
+
+
 def test_files_and_sessions_are_their_owners(locked: str, tmp_path: Path) -> None:
     video = vf.write(tmp_path / "v.mp4", vf.steady(10))
     file = upload(locked, video, **bearer("anns-key"))

@@ -65,7 +65,9 @@ def test_commands(chat: VideoChat, capsys: pytest.CaptureFixture[str], tmp_path:
     terminal.command("new", "")
     assert terminal.conversation.turns == []
     terminal.ask("What is it?")
-    terminal.command("dance", "")
+    terminal.command("help", "")
+    with pytest.raises(ConfigError, match=r"no command /dance.*/help"):
+        terminal.command("dance", "")
     printed = capsys.readouterr().out
     for words in ("16 of", "32 of", "It comes with the next question", "A new conversation", "/add PATH"):
         assert words in printed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ from PIL import Image
 
 from app import markup
 from app.chat import VideoChat
-from app.handlers import Handlers
+from app.handlers import Handlers, asked_messages
+from app.layout import header
+from app.media import MediaStore
 from app.sessions import MAX_MEDIA, Media, Session, Sessions
 from app.settings import CHOOSE, Range, Settings
 from app.web import build, page_options
@@ -177,6 +180,38 @@ def test_asking_again_replaces_what_followed(handlers: Handlers, session: Sessio
     assert handlers.messages(session) == []
 
 
+def test_a_later_video_comes_with_its_question(handlers: Handlers, session: Session) -> None:
+    """What was computed for the turns before it stays valid, as in a `Conversation`."""
+    ask(handlers, session, "What is there?")
+    first = session.turns[0].answer
+    assert first is not None
+    handlers.add(session, [str(WORLD)])
+    ask(handlers, session, "And in this one?")
+    second = session.turns[1].answer
+    assert second is not None
+    assert second.usage.cached_tokens >= first.usage.prompt_tokens
+    talk = handlers.chat.conversation(str(SHORT), budget=48, max_new_tokens=12)
+    assert talk.ask("What is there?").text == first.text
+    talk.add(str(WORLD))
+    assert talk.ask("And in this one?").text == second.text
+
+
+def test_a_video_taken_out_leaves_the_turns_it_was_in(handlers: Handlers, session: Session) -> None:
+    handlers.add(session, [str(WORLD)])
+    ask(handlers, session, "What is in both?")
+    handlers.sessions.remove(session, 0)
+    ask(handlers, session, "And now?", replace(PLAIN, system="Answer briefly."))
+    asked = asked_messages(session.media, session.history, "What else?")
+    assert [[part if isinstance(part, str) else part.name for part in m.content] for m in asked[::2]] == [
+        [WORLD.name, "What is in both?"],
+        ["And now?"],
+        ["What else?"],
+    ]
+    answer = session.turns[1].answer
+    assert answer is not None
+    assert len(answer.kept) == 1
+
+
 @pytest.mark.parametrize("question", ["", "  \n "])
 def test_empty_question_asks_nothing(handlers: Handlers, session: Session, question: str) -> None:
     assert not handlers.begin(session, question)
@@ -187,7 +222,7 @@ def test_errors_are_a_sentence_in_the_conversation(handlers: Handlers, session: 
     messages = ask(handlers, session, "What?", Settings(48, False, 2.0, "flux", CHOOSE, "71"))
     assert "A resolution must be a multiple of 14 pixels" in messages[-1]["content"][0]
     assert ask(handlers, session, "What?")[-1]["content"][0]
-    assert session.history == [("What?", session.turns[-1].text)]
+    assert session.history == [session.turns[-1]]
 
 
 def test_a_bug_is_not_shown_but_logged(
@@ -282,6 +317,23 @@ def test_uploads_go_with_their_last_user(handlers: Handlers, tmp_path: Path) -> 
     assert not upload.exists()
     handlers.sessions.close("second")
     assert SHORT.exists()  # not an upload
+
+
+def test_an_example_belongs_to_who_chose_it(chat: VideoChat, tmp_path: Path) -> None:
+    """Else the player of who logged in could not read it."""
+    with contextlib.closing(MediaStore()) as store:
+        sessions = Sessions(chat.forget, uploads=tmp_path, store=store)
+        session = sessions.get("one")
+        assert Handlers(chat, sessions).add_copy(session, str(SHORT), "ann") == ""
+        assert session.current is not None
+        assert store.touch(session.current.path, "ann")
+        assert not store.touch(session.current.path, "bob")
+        sessions.close_all()
+
+
+def test_who_logged_in_can_log_out(chat: VideoChat) -> None:
+    assert 'href="/logout"' in header(chat, login=True)
+    assert "logout" not in header(chat)
 
 
 def test_caches_do_not_cross_sessions(handlers: Handlers, session: Session) -> None:
