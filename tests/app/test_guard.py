@@ -274,19 +274,18 @@ def test_cached_tokens_tell_nobody_else(tiny_model: VideoLanguageModel) -> None:
         httpx.Client(base_url=address, timeout=60) as first,
         httpx.Client(base_url=address, timeout=60) as second,
     ):
-        body = {
-            "max_tokens": 1,
-            "user": "u",
-            "messages": [{"role": "user", "content": "The PIN is 4719. " * 4}],
-        }
+        turns = ["The PIN is 4719. " * 4, "Good.", "What is it?"]
+        roles = ("user", "assistant", "user")
+        asked = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]
 
-        def cached(client: httpx.Client) -> int:
+        def cached(client: httpx.Client, count: int) -> int:
+            body = {"max_tokens": 1, "user": "u", "messages": asked[:count]}
             usage = client.post("/v1/chat/completions", json=body).json()["usage"]
             return int(usage["prompt_tokens_details"]["cached_tokens"])
 
-        cached(first)
-        assert cached(first) > 16
-        assert cached(second) == 0
+        cached(first, 1)
+        assert cached(first, 3) > 16
+        assert cached(second, 3) == 0
 
 
 def test_a_visitor_is_known_on_the_next_connection(tiny_model: VideoLanguageModel) -> None:
