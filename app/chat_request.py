@@ -32,7 +32,6 @@ from app.schemas import (
 from encoder.selection import Selector
 from llm_bridge.prompt import Message, Role
 
-
 LOOKED_AT = 16  # unknown fields that are compared with the known ones
 
 

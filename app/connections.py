@@ -32,8 +32,8 @@ class ConnectionLimits:
 
     total, per_address: connections at a time, in all and from one address (this machine and proxies: any).
     head_s: for a request's first line and headers. body_s: for a body, and a second more for each body_rate
-    bytes of it that come, never more than body_s ahead: what came fast at first must not be slow then. send_s: for a reader that takes nothing; send_rate: what it must
-    take of a large answer.
+    bytes of it that come, never more than body_s ahead: what came fast at first must not be slow then.
+    send_s: for a reader that takes nothing; send_rate: what it must take of a large answer.
     """
 
     total: int = 1000
