@@ -32,6 +32,8 @@ from app.schemas import (
 from encoder.selection import Selector
 from llm_bridge.prompt import Message, Role
 
+LOOKED_AT = 16  # unknown fields that are compared with the known ones
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -212,7 +214,8 @@ def _reference(part: Strict, path: str) -> Reference:
 def refusal(error: ValidationError, model: type[BaseModel]) -> ApiError:
     """The first thing that is wrong as one sentence; misspelt fields before fields that are missing."""
     errors = error.errors(include_url=False, include_context=True)
-    unknown = [found for found in errors if found["type"] == "extra_forbidden"]
+    # A body can hold a hundred thousand unknown fields; comparing names takes time.
+    unknown = [found for found in errors if found["type"] == "extra_forbidden"][:LOOKED_AT]
     found = next((e for e in unknown if _nearest(model, e["loc"])), errors[0])
     kind, path = found["type"], _path(found["loc"], named=found["type"] == "extra_forbidden")
     if kind == "extra_forbidden":

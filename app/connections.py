@@ -31,9 +31,9 @@ class ConnectionLimits:
     """Bounds on connections, in seconds and bytes.
 
     total, per_address: connections at a time, in all and from one address (this machine and proxies: any).
-    head_s: for a request's first line and headers. body_s: without a byte of a body, and before its average
-    rate must be at least body_rate a second. send_s: for a reader that takes nothing; send_rate: what it must
-    take of a large answer.
+    head_s: for a request's first line and headers. body_s: for a body, and a second more for each body_rate
+    bytes of it that come, never more than body_s ahead: what came fast at first must not be slow then.
+    send_s: for a reader that takes nothing; send_rate: what it must take of a large answer.
     """
 
     total: int = 1000
@@ -115,8 +115,7 @@ class Connection(H11Protocol):
         self._all = connections
         self.waiting_since = connections.clock()  # for the head of a request, or a new one
         self._head_begun: float | None = self.waiting_since
-        self._body_begun = self._body_last = 0.0
-        self._body_bytes = 0
+        self._body_last = self._body_until = 0.0
         self._stuck_since: float | None = None
         self._closing_since: float | None = None
         # Told to the guard: whose requests come together when nobody has a name.
@@ -145,21 +144,27 @@ class Connection(H11Protocol):
         cycle = self.cycle
         super().data_received(data)
         if self.cycle is not cycle:  # a head is complete
-            self._head_begun, self._body_bytes = None, 0
-            self._body_begun = self._body_last = now
+            self._head_begun = None
+            self._body_begins(now)
         elif not self.waiting:
-            self._body_last = now
-            self._body_bytes += len(data)
+            self._body_comes(now, len(data))
 
     def on_response_complete(self) -> None:
         self.waiting_since, self._head_begun = self._all.clock(), None
         before = self.cycle
         super().on_response_complete()
         if self.cycle is not before:  # it was waiting in the buffer
-            self._body_begun = self._body_last = self.waiting_since
-            self._body_bytes = 0
+            self._body_begins(self.waiting_since)
         elif self.conn.trailing_data[0]:  # a part of one
             self._head_begun = self.waiting_since
+
+    def _body_begins(self, now: float) -> None:
+        self._body_last, self._body_until = now, now + self._all.limits.body_s
+
+    def _body_comes(self, now: float, amount: int) -> None:
+        limits = self._all.limits
+        self._body_last = now
+        self._body_until = min(now + limits.body_s, self._body_until + amount / limits.body_rate)
 
     def _unsupported_upgrade_warning(self) -> None:
         """There are no websockets here; that somebody asks for one is no news."""
@@ -191,12 +196,10 @@ class Connection(H11Protocol):
         if not self.cycle.more_body:
             return
         if self.flow.read_paused:  # we are the slow ones
-            self._body_begun += now - self._body_last
+            self._body_until += now - self._body_last
             self._body_last = now
             return
-        taken = now - self._body_begun
-        slow = taken > limits.body_s and self._body_bytes < limits.body_rate * (taken - limits.body_s)
-        if slow or now - self._body_last > limits.body_s:
+        if now > self._body_until:
             self.end(_too_slow("The request's body did not come in time."))
 
     def end(self, error: ApiError | None) -> None:

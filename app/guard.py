@@ -218,6 +218,8 @@ class Guard:
         """What the guard answers itself; None when the request may go on. Raises ApiError."""
         headers = Headers(scope=scope)
         path = scope["path"]
+        if scope.get("method") == "CONNECT":  # after an answer of 200, uvicorn would expect a tunnel
+            raise ApiError(405, "This server is no proxy.", code="method_not_allowed")
         self._check_host(headers)
         self._check_origin(headers, scope, path)
         address = scope["client"][0][:64] if scope.get("client") else ""

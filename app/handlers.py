@@ -34,6 +34,8 @@ YIELD_S = 0.05  # at most 20 updates a second
 THUMB, SMALL_THUMB = 208, 128  # pixels
 EMPTY_COST = "Add a video or an image: its price appears here before you ask."
 PHASES = {"decode": "Reading the frames", "encode": "Looking", "prefill": "Thinking"}
+MAX_TURNS = 100  # that a conversation keeps, with what was looked at in each
+SHOWN = 200  # characters of a question that is too long
 SURPRISE = "Something went wrong that should not have; the server's log says what."
 
 
@@ -127,8 +129,13 @@ class Handlers:
         session.stop = threading.Event()
         if at is not None:
             del session.turns[at:]
-        session.turns = [turn for turn in session.turns if turn.done]
-        session.turns.append(Turn(question.strip(), phase="Waiting for its turn"))
+        session.turns = [turn for turn in session.turns if turn.done][1 - MAX_TURNS :]
+        turn = Turn(question.strip(), phase="Waiting for its turn")
+        try:
+            self._check_length(turn.question)
+        except ConfigError as error:  # a conversation must not keep megabytes
+            turn = Turn(f"{turn.question[:SHOWN]} …", error=_sentence(error))
+        session.turns.append(turn)
         return True
 
     def run(self, session: Session, settings: Settings) -> Iterator[list[dict[str, Any]]]:

@@ -28,7 +28,7 @@ def decode_json(body: bytes | bytearray) -> Any:
         value = json.loads(
             text, object_pairs_hook=_object, parse_constant=_constant, parse_float=_float, parse_int=_int
         )
-        _check_texts(value, "")
+        _check_texts(value)
     except _Refused as error:
         raise ApiError(400, f"The body is not valid JSON: {error}.", param=error.param) from None
     except UnicodeDecodeError:
@@ -75,21 +75,34 @@ def _int(digits: str) -> int:
     return int(digits)
 
 
-def _check_texts(value: Any, path: str) -> None:
+Steps = tuple[Any, str | int] | None  # the way to a value: (the way to what it is in, its key or place)
+
+
+def _check_texts(value: Any, steps: Steps = None) -> None:
     """Raises _Refused where a text holds half of a character (a lone surrogate)."""
     if isinstance(value, str):
         if not _is_unicode(value):
+            path = _path(steps)
             raise _Refused(f"{path or 'a text'} holds half of a character (a lone surrogate)", path or None)
     elif isinstance(value, dict):
         for key, inner in value.items():
             if not _is_unicode(key):
                 raise _Refused(
-                    "the name of a field holds half of a character (a lone surrogate)", path or None
+                    "the name of a field holds half of a character (a lone surrogate)", _path(steps) or None
                 )
-            _check_texts(inner, f"{path}.{key}" if path else key)
+            _check_texts(inner, (steps, key))
     elif isinstance(value, list):
         for index, inner in enumerate(value):
-            _check_texts(inner, f"{path}[{index}]")
+            _check_texts(inner, (steps, index))
+
+
+def _path(steps: Steps) -> str:
+    """messages[1].content; made for errors only, since names can be megabytes."""
+    path = ""
+    while steps is not None:
+        steps, step = steps
+        path = f"[{step}]{path}" if isinstance(step, int) else f".{step[:80]}{path}"
+    return path.removeprefix(".")
 
 
 def _is_unicode(text: str) -> bool:

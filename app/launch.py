@@ -170,6 +170,8 @@ def serve(chat: VideoChat, options: LaunchOptions, listener: socket.socket | Non
         server = make_server(chat, options, listener)
         server.ends_with = tidy
         server.run([listener])
+        if server.force_exit:  # Python's own end would wait for threads and take a model's memory apart
+            server.end(server.status)
 
 
 @contextlib.contextmanager
@@ -245,6 +247,7 @@ class _Server(uvicorn.Server):
         self._api: Server = app.state.server
         self._connections = connections
         self.ends_with: Callable[[], None] | None = None
+        self.status = 0  # the process's, when it was told twice to end
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -262,7 +265,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit and not self.force_exit:
-            self.force_exit = True
+            self.force_exit, self.status = True, 128 + sig
             self._end_in(END_S, 128 + sig)
         self.should_exit = True  # not passed on to uvicorn, which would raise the signal again at the end
 
@@ -303,17 +306,18 @@ class _Server(uvicorn.Server):
         """End the process then, if it is still there and ours."""
         if self.ends_with is None:
             return
-
-        def end() -> None:
-            self._api.store.close()
-            if self.ends_with is not None:
-                self.ends_with()
-            _kill_children()
-            os._exit(status)
-
-        timer = threading.Timer(seconds, end)
+        timer = threading.Timer(seconds, self.end, [status])
         timer.daemon = True
         timer.start()
+
+    def end(self, status: int) -> None:
+        """End the process now, with its decoders and folders, if it is ours."""
+        if self.ends_with is None:
+            return
+        self._api.store.close()
+        self.ends_with()
+        _kill_children()
+        os._exit(status)
 
 
 def _kill_children() -> None:

@@ -35,6 +35,7 @@ from app.messages import Media
 from app.scratch import ScratchFolder
 
 BLOCK = 1 << 20
+MOST_FILES = 10_000  # of any size: each takes an inode, and a place in what is swept
 PAGE_KEEP_S = 600.0  # what came to the page and is no session's
 _FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 
@@ -95,9 +96,13 @@ class MediaStore:
         """Keep an uploaded file; raises ApiError when there is no room for it."""
         return self._copied(source, self.receive(name, client, page=page))
 
-    def add_bytes(self, content: bytes) -> StoredFile:
-        """Keep what a data: URL held; the same bytes are kept once."""
-        key = f"data-{hashlib.blake2b(content, digest_size=16).hexdigest()}"
+    def add_bytes(self, content: bytes, client: str = "") -> StoredFile:
+        """Keep what a data: URL held; the same bytes of one client are kept once.
+
+        Of one client: else figures and times would tell others what somebody has sent.
+        """
+        whose = hashlib.sha256(client.encode()).digest()
+        key = f"data-{hashlib.blake2b(content, digest_size=16, key=whose).hexdigest()}"
         with self._lock:
             if (known := self._files.get(key)) is not None:
                 known.used = time.monotonic()
@@ -117,7 +122,7 @@ class MediaStore:
     def _reserve(self, amount: int) -> None:
         with self._lock:
             self._sweep(amount)
-            if self._bytes + self._coming + amount > self._limit:
+            if self._bytes + self._coming + amount > self._limit or len(self._by_path) >= MOST_FILES:
                 raise ApiError(
                     429,
                     "The server's store of files is full: delete files, or try again later.",
@@ -239,7 +244,8 @@ class MediaStore:
         now = time.monotonic()
         idle = sorted((f for f in self._files.values() if not f.users), key=lambda f: f.used)
         for file in idle:
-            crowded = self._bytes + self._coming + wanted > self._limit and not file.uploaded
+            full = self._bytes + self._coming + wanted > self._limit or len(self._by_path) >= MOST_FILES
+            crowded = full and not file.uploaded
             keep_s = self._keep_s if file.folder is None else min(self._keep_s, PAGE_KEEP_S)
             if crowded or now - file.used > keep_s:
                 self._drop(file)
@@ -279,6 +285,12 @@ class Incoming:
                 self.path = os.path.join(self._folder, name)
                 handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             self._file = os.fdopen(handle, "wb", buffering=0)
+        try:
+            store._reserve(0)  # of empty files there are as many
+        except ApiError:
+            self._file.close()
+            _remove(self.path, self._folder)
+            raise
 
     def write(self, block: bytes | bytearray) -> None:
         """More of it; raises ApiError when the store or the disk is full."""
@@ -379,7 +391,7 @@ class Resolver:
         value = reference.value
         if reference.kind == "data" or is_data_url(value):
             content, name = self._data(value)
-            return self._stored(self.store.add_bytes(content), stack), name
+            return self._stored(self.store.add_bytes(content, client), stack), name
         if reference.kind == "id" or _FILE_ID.fullmatch(value):
             stored = self.store.find(value, client)
             return self._stored(stored, stack), stored.name

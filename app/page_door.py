@@ -29,6 +29,8 @@ from app.wire import ClientGone, parse_json, read_body
 
 BODY_BYTES = 4 << 20
 MOST_FILES = 16  # in one upload
+MOST_NAMED = 64  # files in one request
+PATH_LENGTH = 4096  # the system's longest; resolving a path takes the square of its length
 MOST = 10_000  # sessions whose owner is remembered
 ROUTES = re.compile(
     r"/|/config/?|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json|/pwa_icon(/\d+)?"
@@ -86,9 +88,16 @@ class PageDoor:
         value = await parse_json(body, request.scope.get("fluxchat.parsing"))
         if isinstance(value, dict) and isinstance(value.get("session_hash"), str):
             self._bind(value["session_hash"], client)
-        for text, is_file in _texts(value):
-            self._check(text, is_file, client)
+        await asyncio.to_thread(self._check_all, value, client)
         return body
+
+    def _check_all(self, value: Any, client: str) -> None:
+        """Raises ApiError when a decoded body names what is not the client's, or too much."""
+        named = 0
+        for text, is_file in _texts(value):
+            named += self._check(text, is_file, client)
+            if named > MOST_NAMED:
+                raise ApiError(400, f"At most {MOST_NAMED} files are taken at once.", code="invalid_media")
 
     def _bind(self, session: str, client: str) -> None:
         """A session is its first user's; nobody else finds it. Who has no name is known by it alone."""
@@ -99,8 +108,8 @@ class PageDoor:
         while len(self._sessions) > MOST:
             self._sessions.popitem(last=False)
 
-    def _check(self, text: str, is_file: bool, client: str) -> None:
-        """Raises ApiError when a text names a file that is not the client's upload."""
+    def _check(self, text: str, is_file: bool, client: str) -> bool:
+        """Whether a text names a file or URL; raises ApiError when it is not the client's upload."""
         if is_file and text.lower().startswith(("http://", "https://")) and FILE not in text:
             try:
                 host = (urlsplit(text).hostname or "").lower()
@@ -108,15 +117,18 @@ class PageDoor:
                 host = ""
             if host not in self._hosts:
                 raise ApiError(400, "This server does not fetch from that host.", code="invalid_media")
-            return
+            return True
         inside = self._folder in text or self._folder in unquote(text)
         if (is_file or inside) and self._local(text, client) is None:
             raise ApiError(404, "There is no such file: upload it again.", code="file_not_found")
+        return is_file or inside
 
     def _local(self, text: str, client: str) -> str | None:
         """The client's upload that a path, or a URL of ours, stands for."""
         if FILE in text:
             text = unquote(text.partition(FILE)[2])
+        if len(text) > PATH_LENGTH:
+            return None
         for path in (text, unquote(text)):
             path = os.path.realpath(path) if path.startswith("/") else os.path.abspath(path)
             if path.startswith(self._folder) and self._store.touch(path, client):
@@ -161,12 +173,11 @@ class PageUploads:
 
     def __init__(self, store: MediaStore, folder: str | Path, limit: int) -> None:
         self._store, self._folder, self._limit = store, folder, limit
-        self._progress: OrderedDict[str, _Progress] = OrderedDict()
+        self._progress: OrderedDict[tuple[str, str], _Progress] = OrderedDict()
 
     async def upload(self, request: Request) -> Response:
         """The paths of the uploaded files."""
-        name = request.query_params.get("upload_id", "")[:128]
-        progress = self._progress[name] = _Progress()
+        progress = self._progress[_upload(request)] = _Progress()
         while len(self._progress) > self.MOST:
             self._progress.popitem(last=False)
         try:
@@ -187,12 +198,18 @@ class PageUploads:
 
     async def progress(self, request: Request) -> Response:
         """Server-sent events about an upload that is under way."""
-        name = request.query_params.get("upload_id", "")[:128]
+        wanted = _upload(request)
         for _ in range(30):
-            if (progress := self._progress.get(name)) is not None:
+            if wanted[1] and (progress := self._progress.get(wanted)) is not None:
                 return StreamingResponse(progress.events(), media_type="text/event-stream")
             await asyncio.sleep(0.1)
         raise ApiError(404, "There is no such upload.", code="unknown_upload")
+
+
+def _upload(request: Request) -> tuple[str, str]:
+    """(whose it is, its name): nobody else hears of it; who has no name is known by the upload's alone."""
+    client = request.scope.get("fluxchat.client", "")
+    return "" if is_anonymous(client) else client, request.query_params.get("upload_id", "")[:128]
 
 
 class _Progress:
