@@ -259,7 +259,7 @@ class _Cursor:
             back = max(1.0, 2 * back)
 
     def _decode(self, sought: bool = False) -> Iterator[Any]:
-        """Frames from here on; each gets a `pts`, also where the file has none. sought: here is not the start."""
+        """Frames from here on, each with a `pts`, also where the file has none. sought: not the start."""
         import av
 
         start = round(self.header.start_s / self.stream.time_base) - 1
