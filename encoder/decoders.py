@@ -125,7 +125,8 @@ def _decord_timeline(path: str, header: Header, rules: Rules) -> list[float]:
 
 def _restarts(packet: bytes, stream: Any) -> bool:
     """Whether an H.264 key frame is a whole picture (IDR) rather than the start of a gradual refresh."""
-    idr, types = 5, []
+    idr = 5
+    types: list[int] = []
     extra = stream.codec_context.extradata or b""
     if extra[:1] == b"\1" and len(extra) > 4:  # avcC: units with their lengths before them
         width, at = (extra[4] & 3) + 1, 0
@@ -263,7 +264,7 @@ class _Cursor:
         import av
 
         start = round(self.header.start_s / self.stream.time_base) - 1
-        last = None if sought else start
+        last: int | None = None if sought else start
         for packet in self.container.demux(self.stream):
             sent = stamp(packet, self.stream)
             if sent is not None:
@@ -271,9 +272,9 @@ class _Cursor:
             try:
                 for frame in self.decoder.decode(packet):
                     shown = stamp(frame, self.stream)
-                    if last is None and shown is None:  # the decoder held it back: it comes behind all it got
-                        last = max(self.sent, default=start)
-                    frame.pts = last = last + 1 if shown is None else shown
+                    if shown is None:  # held back until the end: it comes behind what was given or shown
+                        shown = (max(self.sent, default=start) if last is None else last) + 1
+                    frame.pts = last = shown
                     if len(self.sent) > 2 * MAX_REORDER:  # what is shown no longer needs accounting
                         self.sent = [s for s in self.sent if s >= last]
                     yield frame

@@ -68,6 +68,17 @@ def test_reordered_frames_and_open_gops(tmp_path, encoder, suffix):
         assert list(clip.times_s) == pytest.approx([0.04 * i for i in last], abs=0.002)
 
 
+@pytest.mark.parametrize("count", [36, 40])
+def test_the_last_frames_of_an_avi_that_its_decoder_holds_back(tmp_path, count):
+    times = vf.steady(count, 12)
+    path = vf.write(tmp_path / "v.avi", times, encoder="mpeg4", gop=8, rate=12, options={"bf": "2"})
+    for first in range(count - 6, count):
+        wanted = [3, *range(first, count)]
+        clip = read_clip(path, at_s=[times[i] + 0.01 for i in wanted])
+        assert numbers(clip) == wanted
+        assert list(clip.times_s) == pytest.approx([times[i] for i in wanted], abs=0.002)
+
+
 def test_key_frames_that_are_no_whole_pictures(tmp_path):
     """A stream refreshed little by little: decord miscounts after a jump into it."""
     options = {"x264-params": "intra-refresh=1:keyint=20"}
