@@ -154,7 +154,7 @@ def _plain(error: Exception) -> str:
     reason = str(error).strip() or type(error).__name__
     if getattr(error, "errno", None) in (errno.ENOMEM, errno.EAGAIN) or "failed to map" in reason:
         return "decoding it needs more memory than allowed; scale it down first"
-    if "truncated" in reason:
+    if "truncated" in reason or isinstance(error, EOFError) or getattr(error, "errno", None) == errno.EIO:
         return "it is cut off; export or download it again"
     if type(error).__name__ in ("ArgumentError", "PermissionError", "ProtocolNotFoundError"):
         return "its container format is not allowed here or points to other files; convert it to mp4"

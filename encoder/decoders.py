@@ -115,10 +115,27 @@ def _decord_timeline(path: str, header: Header, rules: Rules) -> list[float]:
                 raise VideoError("decord cannot tell the times of its frames; use decoder='auto'")
             if key is not None and shown < key:
                 raise VideoError("decord reads wrong frames from its open GOPs; use decoder='auto'")
+            if packet.is_keyframe and header.codec == "h264" and not _restarts(bytes(packet), stream):
+                raise VideoError("decord reads wrong frames where no key frame is whole; use decoder='auto'")
             key = shown if packet.is_keyframe else key
             stamps.append(shown)
         tick = float(stream.time_base)
     return [shown * tick - header.start_s for shown in sorted(stamps)]
+
+
+def _restarts(packet: bytes, stream: Any) -> bool:
+    """Whether an H.264 key frame is a whole picture (IDR) rather than the start of a gradual refresh."""
+    idr = 5
+    types: list[int] = []
+    extra = stream.codec_context.extradata or b""
+    if extra[:1] == b"\1" and len(extra) > 4:  # avcC: units with their lengths before them
+        width, at = (extra[4] & 3) + 1, 0
+        while at + width < len(packet):
+            types.append(packet[at + width] & 31)
+            at += width + int.from_bytes(packet[at : at + width], "big")
+    else:
+        types = [unit[0] & 31 for unit in packet.split(b"\0\0\1")[1:] if unit]
+    return idr in types
 
 
 def _in_runs(one_run: OneRun, times_s: Sequence[float], runs: int, threads: int) -> Frames:
@@ -236,17 +253,18 @@ class _Cursor:
                 return  # no way to seek in this file: keep decoding from here
             self.frame, self.sent = None, []
             self.decoder.flush_buffers()
-            self.frames = self._decode()
+            self.frames = self._decode(sought=True)
             self.ahead = next(self.frames, None)
             if target == 0.0 or (self.ahead is not None and self.time_of(self.ahead) <= time_s + EPSILON_S):
                 return
             back = max(1.0, 2 * back)
 
-    def _decode(self) -> Iterator[Any]:
-        """Frames from here on; each gets a `pts`, also where the file has none."""
+    def _decode(self, sought: bool = False) -> Iterator[Any]:
+        """Frames from here on, each with a `pts`, also where the file has none. sought: not the start."""
         import av
 
-        last = round(self.header.start_s / self.stream.time_base) - 1
+        start = round(self.header.start_s / self.stream.time_base) - 1
+        last: int | None = None if sought else start
         for packet in self.container.demux(self.stream):
             sent = stamp(packet, self.stream)
             if sent is not None:
@@ -254,7 +272,9 @@ class _Cursor:
             try:
                 for frame in self.decoder.decode(packet):
                     shown = stamp(frame, self.stream)
-                    frame.pts = last = last + 1 if shown is None else shown
+                    if shown is None:  # held back until the end: it comes behind what was given or shown
+                        shown = (max(self.sent, default=start) if last is None else last) + 1
+                    frame.pts = last = shown
                     if len(self.sent) > 2 * MAX_REORDER:  # what is shown no longer needs accounting
                         self.sent = [s for s in self.sent if s >= last]
                     yield frame

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from encoder.errors import VideoError
-from encoder.stills import eight_bits, end_times, moving_frames, playing, upright_rgb
+from encoder.stills import eight_bits, end_times, go_to, moving_frames, playing, upright_rgb
 
 
 def is_pictures(source: Any) -> bool:
@@ -44,7 +44,7 @@ def read_animation(image: Any, max_pixels: int, max_bytes: int) -> tuple[Tensor,
     with _one_sentence(), playing(image):
         ends, frames = end_times(image), []
         for index in moving:
-            image.seek(index)
+            go_to(image, index)
             frames.append(_rgb(image))
     return torch.stack(frames), ends
 

@@ -15,6 +15,7 @@ import re
 import select
 import socket
 import stat
+import sys
 import tempfile
 import threading
 import time
@@ -95,7 +96,7 @@ def _hold_path(source: str | os.PathLike[str], limits: Limits, label: str | None
         return Held(source)
     if own is None:
         if stat.S_ISFIFO(status.st_mode):
-            return _copied(lambda: open(path, "rb", buffering=0), limits, name, label, _PIPE)
+            return _copied(lambda: _open_fifo(path), limits, name, label, _PIPE)
         return Held(source)
     if os.isatty(own):
         raise VideoError(f"Cannot read {label}: it is a terminal; pipe a video into it, or name a file.")
@@ -104,6 +105,13 @@ def _hold_path(source: str | os.PathLike[str], limits: Limits, label: str | None
     if stat.S_ISREG(status.st_mode) and os.path.isdir(_DESCRIPTORS):
         return Held(None, name, file)
     return _copied(lambda: file, limits, name, label, _PIPE)
+
+
+def _open_fifo(path: str) -> BinaryIO:
+    """A FIFO for reading. Where polling waits for the first writer, opening does not: whoever gave up after a
+    while must not take what the next one is sent."""
+    flags = os.O_NONBLOCK if sys.platform == "linux" else 0
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags), "rb", buffering=0)
 
 
 def _own_descriptor(path: str) -> int | None:

@@ -122,7 +122,7 @@ def decode_image(
         for index in shown_at(starts, times_s):
             if index != shown:
                 if moving:
-                    image.seek(moving[index])
+                    go_to(image, moving[index])
                 picture = upright_rgb(image)
                 if picture.size != size:
                     picture = picture.resize(size, Image.Resampling.BICUBIC)
@@ -163,14 +163,21 @@ def playing(image: Any) -> Iterator[None]:
                 image.rawmode, image._mode = "RGBX", "RGB"
                 image.seek(0 if here else 1)
                 image.load()
-            image.seek(here)
+            go_to(image, here)
+
+
+def go_to(image: Any, index: int) -> None:
+    """Make a frame the current one of an animated Pillow image."""
+    if image.format == "PNG" and image.mode == "P" and image.palette is not None:
+        image.palette.dirty = 1  # else Pillow forgets it on the way back to the first frame: all is black
+    image.seek(index)
 
 
 def end_times(image: Any) -> list[float]:
     """Time at which each frame of an animation ends, seconds."""
     ends, total = [], 0.0
     for index in moving_frames(image):
-        image.seek(index)
+        go_to(image, index)
         image.load()
         shown_ms = image.info.get("duration") or 0
         total += (shown_ms if shown_ms > _SHORTEST_MS else _USUAL_MS) / 1000

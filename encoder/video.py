@@ -339,7 +339,7 @@ def _as_file(source: Any, limits: Limits, name: str) -> Iterator[_Opened]:
             yield _Opened(descriptor, str(source.name))
         finally:
             os.close(descriptor)
-    elif isinstance(source, (bytes, bytearray, memoryview)) or hasattr(source, "read"):
+    elif isinstance(source, (bytes, bytearray, memoryview)) or _can_be_read(source):
         with _temporary_file() as file:
             _copy(source, file, limits)
             file.flush()
@@ -347,6 +347,10 @@ def _as_file(source: Any, limits: Limits, name: str) -> Iterator[_Opened]:
             yield _Opened(file.fileno(), str(file.name), copied=True)
     else:
         raise VideoError(f"A video cannot be a {type(source).__name__}; give a path, bytes, file or images.")
+
+
+def _can_be_read(source: Any) -> bool:
+    return callable(getattr(source, "read", None)) and not isinstance(source, type)
 
 
 def _temporary_file() -> Any:
@@ -425,7 +429,8 @@ def _reason(error: OSError) -> str:
 def _copy(source: Any, file: Any, limits: Limits) -> None:
     """Write bytes or a binary file object's rest to a file, at most one byte over the limit."""
     if not hasattr(source, "read"):
-        file.write(memoryview(source)[: limits.max_bytes + 1])
+        view = memoryview(source)
+        file.write((view if view.c_contiguous else memoryview(bytes(view)))[: limits.max_bytes + 1])
         return
     left = limits.max_bytes + 1
     while left and (block := source.read(min(1 << 20, left))):

@@ -270,6 +270,20 @@ def test_a_source_that_gives_no_video_ends_in_a_sentence(kind: str, monkeypatch:
     assert "\n" not in str(caught.value)
 
 
+def test_a_writer_that_comes_too_late_loses_nothing(video: Path, tmp_path: Path) -> None:
+    """Nobody who gave up waiting at a FIFO takes what the next one is sent."""
+    name = tmp_path / "fifo"
+    os.mkfifo(name)
+    with pytest.raises(VideoError, match="nothing came from it"):
+        hold(name, SHORT)
+    content = video.read_bytes() * 20  # more than a pipe holds
+    writer = threading.Thread(target=lambda: name.write_bytes(content))
+    writer.start()
+    held = hold(name, Limits(seconds=10))
+    writer.join()
+    assert Path(held.source).read_bytes() == content
+
+
 def test_the_same_file_object_is_read_once(video: Path) -> None:
     sources = HeldSources(DEFAULT_LIMITS)
     with ExitStack() as stack:

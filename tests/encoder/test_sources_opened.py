@@ -70,6 +70,18 @@ def test_a_file_object_that_changes_its_bytes_is_read_through_it(clip, tmp_path)
         assert probe(io.BufferedReader(packed)).digest == probe(clip).digest
 
 
+def test_any_view_of_bytes_is_their_content(clip):
+    data = clip.read_bytes()
+    doubled = bytes(byte for one in data for byte in (one, 0))
+    for view in (memoryview(data), memoryview(doubled)[::2], memoryview(bytearray(data)).toreadonly()):
+        assert probe(view).digest == probe(data).digest
+
+
+def test_a_class_is_no_source():
+    with pytest.raises(VideoError, match="cannot be a type"):
+        probe(io.BytesIO)
+
+
 def test_the_rest_of_an_open_file_is_what_counts(clip, tmp_path):
     (tmp_path / "shifted").write_bytes(b"head" + clip.read_bytes())
     with open(tmp_path / "shifted", "rb") as file:

@@ -87,6 +87,33 @@ def animation(kind: str) -> bytes:
     return saved(images[0], kind, save_all=True, append_images=images[1:], duration=TIMES_MS, **lossless)
 
 
+@pytest.mark.parametrize("clear", [None, 0, bytes([255] * 200 + [0] * 56)])
+def test_an_animation_with_a_palette_keeps_its_colours(clear):
+    """Pillow forgets the palette of a PNG when it goes back to the first frame."""
+    pictures = [vf.numbered(i) for i in range(4)]
+    images = [Image.fromarray(p).quantize(8) for p in pictures]
+    palette = images[3]
+    images = [Image.fromarray(p).quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
+    extra = {} if clear is None else {"transparency": clear}
+    data = saved(images[0], "PNG", save_all=True, append_images=images[1:], duration=TIMES_MS, **extra)
+    with Image.open(io.BytesIO(data)) as right:
+        assert right.mode == "P"
+        expected = []
+        for index in range(4):
+            right.seek(index)
+            picture = right.convert("RGBA")
+            page = Image.new("RGBA", picture.size, "white")
+            expected.append(np.asarray(Image.alpha_composite(page, picture).convert("RGB")).astype(int))
+    opened = Image.open(io.BytesIO(data))
+    opened.seek(2)
+    for source in (data, opened, opened):
+        clip = read_clip(source, at_s=[0.0, sum(TIMES_MS) / 1000 - 0.01])
+        for frame, picture in zip(clip.frames, (expected[0], expected[3]), strict=True):
+            assert np.abs(frame.numpy() - picture).max() <= 1
+    assert opened.tell() == 2
+    assert np.asarray(opened.convert("RGB")).max() > 150
+
+
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "AVIF"])
 def test_an_animation_is_a_video_wherever_it_comes_from(tmp_path, kind):
     data = animation(kind)

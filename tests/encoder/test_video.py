@@ -43,7 +43,11 @@ def test_every_format_gives_the_frame_shown_at_each_time(tmp_path, suffix, encod
 
 @pytest.mark.parametrize(
     ("encoder", "suffix"),
-    [("libx264", "avi"), *((e, s) for e in ("libx264", "libx265", "mpeg4") for s in ("mp4", "mkv"))],
+    [
+        ("libx264", "avi"),
+        ("mpeg4", "avi"),
+        *((e, s) for e in ("libx264", "libx265", "mpeg4") for s in ("mp4", "mkv")),
+    ],
 )
 def test_reordered_frames_and_open_gops(tmp_path, encoder, suffix):
     """decord returns wrong frames here, so that the choice of decoder matters."""
@@ -57,6 +61,32 @@ def test_reordered_frames_and_open_gops(tmp_path, encoder, suffix):
     for _ in range(6):
         wanted = sorted(rng.choice(100, 5, replace=False).tolist())
         assert numbers(read_clip(path, at_s=[0.04 * i + 0.01 for i in wanted])) == wanted
+    for count in (1, 2, 3, 5):  # the last ones, which the decoder holds back, after a jump
+        last = list(range(100 - count, 100))
+        clip = read_clip(path, at_s=[0.04 * i + 0.01 for i in last])
+        assert numbers(clip) == last
+        assert list(clip.times_s) == pytest.approx([0.04 * i for i in last], abs=0.002)
+
+
+@pytest.mark.parametrize("count", [36, 40])
+def test_the_last_frames_of_an_avi_that_its_decoder_holds_back(tmp_path, count):
+    times = vf.steady(count, 12)
+    path = vf.write(tmp_path / "v.avi", times, encoder="mpeg4", gop=8, rate=12, options={"bf": "2"})
+    for first in range(count - 6, count):
+        wanted = [3, *range(first, count)]
+        clip = read_clip(path, at_s=[times[i] + 0.01 for i in wanted])
+        assert numbers(clip) == wanted
+        assert list(clip.times_s) == pytest.approx([times[i] for i in wanted], abs=0.002)
+
+
+def test_key_frames_that_are_no_whole_pictures(tmp_path):
+    """A stream refreshed little by little: decord miscounts after a jump into it."""
+    options = {"x264-params": "intra-refresh=1:keyint=20"}
+    path = vf.write(tmp_path / "v.mp4", vf.steady(60), gop=20, options=options)
+    for trusted in (True, False):
+        for wanted in ([3, 11, 27, 38, 52, 59], [35], [41, 58]):
+            clip = read_clip(path, at_s=[0.04 * i + 0.01 for i in wanted], trusted=trusted)
+            assert numbers(clip) == wanted
 
 
 def test_decord_refuses_what_it_would_read_wrongly(tmp_path):

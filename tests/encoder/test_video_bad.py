@@ -287,3 +287,15 @@ def test_no_temporary_files_stay(tmp_path, monkeypatch):
     with pytest.raises(VideoError):
         read_clip(data[:100], 2)
     assert not os.listdir(tmp_path / "tmp")
+
+
+def test_a_file_that_ends_too_early_is_called_cut_off(tmp_path):
+    """Whatever FFmpeg finds missing first; never by the name that the decoding child has for the file."""
+    whole = vf.write(tmp_path / "whole.mp4", vf.steady(40))
+    found = []
+    for share in (0.8, 0.85, 0.9, 0.95, 0.98):
+        with pytest.raises(VideoError) as caught:
+            read_clip(vf.truncated(whole, tmp_path / "cut.mp4", share), 4)
+        found.append(str(caught.value))
+    assert any("cut off; export or download it again" in text for text in found)
+    assert not [text for text in found if "fd:" in text or "EOFError" in text]
