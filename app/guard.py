@@ -5,7 +5,8 @@ must not be able to ask at all: hence the checks of Host (names that point here 
 Sec-Fetch-Site. With an API key or a login, nothing but `OPEN` is served without it.
 
 What is let in carries in its ASGI scope:
-    fluxchat.client  whose it is: unguessable; one per key or login, else one per visitor: a cookie of /v1, a connection
+    fluxchat.client  whose it is: unguessable; one per key or login, else one per visitor, who is known by
+                     a cookie that /v1 sets, or by the connection
     fluxchat.name    the key's or login's name, None for a visitor without
 """
 
