@@ -61,17 +61,17 @@ class ApiError(Exception):
             return ApiError(400, message, code="context_length_exceeded", param="messages")
         if isinstance(error, BudgetError):
             return ApiError(400, message, code="invalid_budget", param="token_budget")
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            text = "The server ran out of memory: lower token_budget, or try again later."
+            return ApiError(
+                503, text, kind="server_error", code="out_of_memory", headers={"Retry-After": "10"}
+            )
         if isinstance(error, ModelError):
             if type(error.__cause__).__module__.startswith("jinja2"):  # it refuses these roles in this order
                 return ApiError(400, message, code="unsupported_conversation", param="messages")
             return ApiError(503, message, kind="server_error", code="model_unavailable")
         if isinstance(error, FluxChatError):
             return ApiError(400, message)
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            text = "The server ran out of memory: lower token_budget, or try again later."
-            return ApiError(
-                503, text, kind="server_error", code="out_of_memory", headers={"Retry-After": "10"}
-            )
         return ApiError(500, "The server failed; its log says why.", kind="server_error")
 
 

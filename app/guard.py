@@ -82,7 +82,8 @@ class Lock:
 
     def __init__(self, credentials: Credentials) -> None:
         self.credentials = credentials
-        fixed = [] if credentials.api_key is None else [Key("api-key", digest(credentials.api_key))]
+        own = credentials.api_key
+        fixed = [] if own is None else [Key("api-key", digest(own), metrics=True)]
         self.keys = KeyRing(fixed, credentials.keys_file)
         self.cookies, self.failures = Cookies(), Failures()
         self._secret = secrets.token_bytes(32)
@@ -244,6 +245,10 @@ class Guard:
             )
         if client.key is not None and scope.get("method") == "POST":
             self._lock.keys.spend(client.key)
+        if path.rstrip("/") == "/metrics" and client.key is not None and not client.key.metrics:
+            raise ApiError(
+                403, "This key may not read what the others use: give it `metrics`.", code="no_metrics"
+            )
         scope["fluxchat.client"], scope["fluxchat.name"] = client.id, client.name
         if path.startswith("/v1/") and is_anonymous(client.id) and self._lock.visitor(headers) is None:
             # OpenAI's clients close the connection after each streamed answer: the next one is known by this.

@@ -3,8 +3,10 @@
     # NAME  KEY or sha256:HEX                        options
     ann     sha256:4a44dc15364204a80fe80e9039455cc1…  rate=60 quota=2000
     ben     a-long-random-text
+    watch   another-one                               metrics
 
 rate: requests a minute; quota: requests a day (UTC), counted since the server's start. Without: no limit.
+metrics: may read /metrics, which tells how much every key is used; --api-key and a login always may.
 """
 
 from __future__ import annotations
@@ -33,12 +35,16 @@ _HASHED = re.compile(r"sha256:([0-9a-fA-F]{64})")
 
 @dataclass(frozen=True)
 class Key:
-    """One key. digest: SHA-256 of it. rate: requests a minute, quota: a day; None for no limit."""
+    """One key. digest: SHA-256 of it. rate: requests a minute, quota: a day; None for no limit.
+
+    metrics: may read what all keys have used.
+    """
 
     name: str
     digest: bytes
     rate: int | None = None
     quota: int | None = None
+    metrics: bool = False
 
 
 def digest(secret: str) -> bytes:
@@ -64,11 +70,13 @@ def read_keys(path: Path) -> list[Key]:
                 raise ConfigError("its name or its key is there already")
         except ConfigError as error:
             raise ConfigError(
-                f"Line {number} of {path} is wrong: {error}; write NAME KEY [rate=N] [quota=N]."
+                f"Line {number} of {path} is wrong: {error}; write NAME KEY [rate=N] [quota=N] [metrics]."
             ) from None
         keys.append(key)
     if not keys:
-        raise ConfigError(f"There is no key in {path}: write NAME KEY [rate=N] [quota=N], one a line.")
+        raise ConfigError(
+            f"There is no key in {path}: write NAME KEY [rate=N] [quota=N] [metrics], one a line."
+        )
     return keys
 
 
@@ -81,13 +89,14 @@ def _key(words: Sequence[str]) -> Key:
     hashed = _HASHED.fullmatch(secret)
     if hashed is None and secret.startswith("sha256:"):
         raise ConfigError("sha256: needs 64 hexadecimal digits")
+    metrics = "metrics" in options
     limits: dict[str, int] = {}
-    for option in options:
+    for option in (option for option in options if option != "metrics"):
         what, _, number = option.partition("=")
         if what not in ("rate", "quota") or what in limits or not number.isdecimal() or not int(number[:18]):
-            raise ConfigError("options are rate=N and quota=N with a number of at least 1")
+            raise ConfigError("options are metrics, and rate=N and quota=N with a number of at least 1")
         limits[what] = int(number[:18])
-    return Key(name, bytes.fromhex(hashed[1]) if hashed else digest(secret), **limits)
+    return Key(name, bytes.fromhex(hashed[1]) if hashed else digest(secret), **limits, metrics=metrics)
 
 
 @dataclass

@@ -7,13 +7,16 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+import torch
+
 from app.answer import Answer, Seen, Timings, Usage
 from app.messages import Media, Videos, as_media, media_of, question_text
-from encoder.errors import ConfigError, FluxChatError, ModelError
+from encoder.errors import ConfigError, FluxChatError, ModelError, OutOfMemory
 from encoder.video import VideoInfo
 from llm_bridge.generate import Generation, GenerationStats
 from llm_bridge.prompt import Message, check_text
@@ -83,15 +86,17 @@ class AnswerStream(Uncopied):
             raise FluxChatError("This stream was read already: read its `answer`, or ask again.")
         self._begun = True
         start = time.perf_counter()
-        looks, generation = self._prepare(self._stop)
+        with memory_told():
+            looks, generation = self._prepare(self._stop)
         prepared = time.perf_counter() - start
         pieces: list[str] = []
         try:
-            for piece in generation:
-                pieces.append(piece)
-                yield piece
+            with memory_told():
+                for piece in generation:
+                    pieces.append(piece)
+                    yield piece
+                    self._check()
                 self._check()
-            self._check()
         except Exception:  # an answer that failed is none
             raise
         except BaseException:  # the reader left, or Ctrl-C: a stop
@@ -126,6 +131,25 @@ class AnswerStream(Uncopied):
         )
         for listener in self._listeners:
             listener(self._answer)
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """Raises OutOfMemory, one sentence, for what Python and torch raise when memory is exhausted.
+
+    Torch has an error of its own for cards, and none for the machine's memory but its words.
+    """
+    try:
+        yield
+    except FluxChatError:
+        raise
+    except (MemoryError, RuntimeError) as error:
+        words = str(error)
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in words:
+            raise
+        raise OutOfMemory(
+            "There was not enough memory for this question: lower the token budget, or ask again later."
+        ) from error
 
 
 class Asked(Protocol):

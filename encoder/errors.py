@@ -25,6 +25,10 @@ class ModelError(FluxChatError):
     """A language model, tokenizer, adapter or saved model cannot be loaded or used."""
 
 
+class OutOfMemory(ModelError, MemoryError):
+    """The memory of the machine or the card does not suffice for a question."""
+
+
 class ConfigError(FluxChatError):
     """A recipe or configuration names an unknown key, a wrong type or an impossible combination."""
 

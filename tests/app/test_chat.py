@@ -13,7 +13,7 @@ from PIL import Image
 from app.chat import VideoChat, Videos
 from app.estimate import Calibration
 from encoder.budget import Budget
-from encoder.errors import BudgetError, ConfigError, FluxChatError, ModelError, VideoError
+from encoder.errors import BudgetError, ConfigError, FluxChatError, ModelError, OutOfMemory, VideoError
 from encoder.video import read_clip
 from llm_bridge.model import VideoLanguageModel
 from tests.app.conftest import SHORT, WORLD
@@ -254,3 +254,40 @@ def test_memory_of_the_caches_is_bounded(tiny_model: VideoLanguageModel) -> None
             chat.ask(frames, "What?", budget=64, max_new_tokens=1)
             assert chat._seen.stats.bytes <= 2**19
             assert chat._prefixes.stats.bytes <= 2**19
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.\nat alloc"
+        ),
+    ],
+)
+def test_too_little_memory_is_one_sentence(
+    tiny_model: VideoLanguageModel, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    with VideoChat(tiny_model) as chat:
+        talk = chat.conversation(SHORT, budget=16, max_new_tokens=4)
+        handle = chat.model.llm.model.register_forward_pre_hook(fails)
+        for ask in (lambda: chat.ask(SHORT, "What?", budget=16), lambda: talk.ask("What?")):
+            with pytest.raises(OutOfMemory, match="not enough memory") as caught:
+                ask()
+            assert "\n" not in str(caught.value)
+        handle.remove()
+        assert talk.ask("What?").text is not None
+
+
+def test_other_failures_are_not_called_memory(tiny_model: VideoLanguageModel) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("shapes differ")
+
+    with VideoChat(tiny_model) as chat:
+        chat.model.llm.model.register_forward_pre_hook(fails)
+        with pytest.raises(RuntimeError, match="shapes differ"):
+            chat.ask(None, "What?")

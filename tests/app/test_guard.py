@@ -56,7 +56,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of two keys, one of them hashed."""
     path = tmp_path_factory.mktemp("keys") / "keys.txt"
     hashed = hashlib.sha256(b"bobs-key").hexdigest()
-    path.write_text(f"# who may ask\nann anns-key\nbob sha256:{hashed} rate=5000 quota=100000\n")
+    path.write_text(f"# who may ask\nann anns-key metrics\nbob sha256:{hashed} rate=5000 quota=100000\n")
     return path
 
 
@@ -111,12 +111,21 @@ def test_nothing_is_open_that_is_not_named(locked: str, tiny_model: VideoLanguag
 def test_each_key_and_the_login_open_every_door(locked: str) -> None:
     basic = base64.b64encode(b"anybody:anns-key").decode()
     for headers in (bearer("anns-key"), bearer("bobs-key"), {"Authorization": f"Basic {basic}"}):
-        for path in ("/v1/models", "/metrics", "/config", "/"):
+        for path in ("/v1/models", "/config", "/"):
             assert httpx.get(f"{locked}{path}", headers=headers, timeout=30).status_code == 200
     assert httpx.get(f"{locked}/v1/models", auth=LOGIN).status_code == 200
     assert httpx.get(f"{locked}/healthz").status_code == 200
-    text = httpx.get(f"{locked}/metrics", headers=bearer("anns-key")).text
-    assert "anns-key" not in text
+
+
+def test_what_all_keys_use_is_for_who_may_know(locked: str) -> None:
+    assert httpx.get(f"{locked}/metrics", auth=LOGIN).status_code == 200
+    told = httpx.get(f"{locked}/metrics", headers=bearer("anns-key"))
+    assert told.status_code == 200
+    assert "anns-key" not in told.text
+    for path in ("/metrics", "/metrics/"):
+        refused = httpx.get(f"{locked}{path}", headers=bearer("bobs-key"))
+        assert refused.status_code == 403
+        assert "fluxchat_" not in refused.text
 
 
 @pytest.mark.parametrize(("user", "password"), [LOGIN, ("whoever", "bobs-key")])
@@ -538,5 +547,5 @@ def test_answers_need_no_cookie(locked: str) -> None:
     assert sent.status_code == 200
     assert (
         'fluxchat_key_requests_total{key="bob"}'
-        in httpx.get(f"{locked}/metrics", headers=bearer("bobs-key")).text
+        in httpx.get(f"{locked}/metrics", headers=bearer("anns-key")).text
     )
