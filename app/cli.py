@@ -195,8 +195,9 @@ def _web_options(parser: argparse.ArgumentParser) -> None:
     who.add_argument(
         "--api-keys",
         metavar="FILE",
-        help="several keys, one a line: NAME KEY [rate=N] [quota=N] [metrics]; KEY may be sha256:HEX, rate is "
-        "requests a minute, quota requests a day, metrics lets it read /metrics; # begins a comment; the file is read again when it changes",
+        help="several keys, one a line: NAME KEY [rate=N] [quota=N] [metrics]; KEY may be sha256:HEX, rate "
+        "is requests a minute, quota requests a day, metrics lets it read /metrics; # begins a comment; the "
+        "file is read again when it changes",
     )
     who.add_argument(
         "--allow-host", metavar="NAME", nargs="+", default=[], help="further names it is asked by (a proxy's)"
