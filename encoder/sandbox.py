@@ -136,7 +136,8 @@ class _Worker:
     def _send(self, line: bytes, file: int) -> None:
         if self.process.stdin is None:
             sent = socket.send_fds(self._channel, [line], [file])
-            self._channel.sendall(line[sent:])
+            if rest := line[sent:]:  # the child closes its end once it has all: sending nothing may fail
+                self._channel.sendall(rest)
         else:
             self.process.stdin.write(line)
             self.process.stdin.flush()

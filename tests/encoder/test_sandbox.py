@@ -560,3 +560,15 @@ def test_requests_of_any_length_arrive(clip):
     moments = [i / 9_000 for i in range(9_000)]
     assert len(read_clip(clip, moments=moments, max_side=2).times_s) == len(moments)
     assert len(json.dumps(moments)) > 1 << 17
+
+
+def test_a_child_quicker_than_its_parent_is_no_failure(clip, monkeypatch):
+    send_fds = socket.send_fds
+
+    def slow(channel, buffers, fds, *rest):
+        sent = send_fds(channel, buffers, fds, *rest)
+        assert channel.recv(1, socket.MSG_PEEK) == b""  # it has the whole request and has closed its end
+        return sent
+
+    monkeypatch.setattr("encoder.sandbox.socket.send_fds", slow)
+    assert len(read_clip(clip, 3, trusted=False).frames) == 3
