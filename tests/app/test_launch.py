@@ -24,6 +24,7 @@ from app.chat import VideoChat
 from app.cli import build_parser, main
 from app.guard import Credentials
 from app.launch import WEB_LIMITS, LaunchOptions, login_of
+from encoder import confine
 from encoder.errors import ConfigError
 from llm_bridge.model import VideoLanguageModel
 from tests import video_files as vf
@@ -100,7 +101,8 @@ def test_one_line_then_answers_and_sigterm_drains(folder: Path, tmp_path: Path) 
         assert answer(late.result()) == expected
         status, out, errors = ended(process)
     assert (status, out) == (0, "")
-    assert errors == "FluxChat: nobody has to log in; only this machine can connect.\n"
+    decoders = f"decoders of uploads: {confine.report()}"
+    assert errors == f"FluxChat: nobody has to log in; only this machine can connect; {decoders}.\n"
     assert [path.name for path in tmp_path.glob("fluxchat-*")] == []
     assert video.exists()
 
@@ -116,7 +118,8 @@ def test_secrets_come_from_the_environment_and_ctrl_c_ends_it(folder: Path) -> N
         process.send_signal(signal.SIGINT)
         status, out, errors = ended(process)
     assert (status, out) == (0, "")
-    assert errors == "FluxChat: asks for an API key or a login; bound to 0.0.0.0.\n"
+    decoders = f"decoders of uploads: {confine.report()}"
+    assert errors == f"FluxChat: asks for an API key or a login; bound to 0.0.0.0; {decoders}.\n"
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import yaml
 from encoder.errors import ConfigError
 from tests import video_files as vf
 from tests.training.test_shards import write_tar
+from training.config import read_values
 from training.data import world as world_data
 from training.data.__main__ import main
 from training.data.check import find_datasets
@@ -141,7 +142,7 @@ def test_every_shipped_recipe_is_understood() -> None:
     recipes = [path for path in folder.rglob("*.yaml") if path.parent.name != "accelerate"]
     assert recipes
     for path in recipes:
-        found = list(find_datasets(yaml.safe_load(path.read_text())))
+        found = list(find_datasets(read_values(path)))
         assert found, path
         for _, dataset in found:
             if dataset.corpus is not None:
