@@ -275,11 +275,13 @@ def test_too_little_memory_is_one_sentence(
     with VideoChat(tiny_model) as chat:
         talk = chat.conversation(SHORT, budget=16, max_new_tokens=4)
         handle = chat.model.llm.model.register_forward_pre_hook(fails)
-        for ask in (lambda: chat.ask(SHORT, "What?", budget=16), lambda: talk.ask("What?")):
-            with pytest.raises(OutOfMemory, match="not enough memory") as caught:
-                ask()
-            assert "\n" not in str(caught.value)
-        handle.remove()
+        try:
+            for ask in (lambda: chat.ask(SHORT, "What?", budget=16), lambda: talk.ask("What?")):
+                with pytest.raises(OutOfMemory, match="not enough memory") as caught:
+                    ask()
+                assert "\n" not in str(caught.value)
+        finally:
+            handle.remove()
         assert talk.ask("What?").text is not None
 
 
@@ -287,7 +289,9 @@ def test_other_failures_are_not_called_memory(tiny_model: VideoLanguageModel) ->
     def fails(*_: object) -> None:
         raise RuntimeError("shapes differ")
 
-    with VideoChat(tiny_model) as chat:
-        chat.model.llm.model.register_forward_pre_hook(fails)
-        with pytest.raises(RuntimeError, match="shapes differ"):
+    handle = tiny_model.llm.model.register_forward_pre_hook(fails)  # a model that other tests use, too
+    try:
+        with VideoChat(tiny_model) as chat, pytest.raises(RuntimeError, match="shapes differ"):
             chat.ask(None, "What?")
+    finally:
+        handle.remove()
