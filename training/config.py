@@ -19,12 +19,14 @@ import types
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from encoder.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 T = TypeVar("T")
 
@@ -114,6 +116,8 @@ def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     A recipe's `stage`, where it is named, must be that of the dataclass (its class variable `stage`). A class
     variable `renamed` tells the new names of settings that had others.
     """
+    from pydantic import ValidationError  # read here: a dataclass made by hand needs no validation
+
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where} must be a table of settings, not {values!r}.")
     if (stage := getattr(kind, "stage", None)) is not None:
@@ -146,6 +150,8 @@ def check_stage(named: Any, stage: str, where: str) -> None:
 
 @cache
 def _adapter(kind: type[T]) -> TypeAdapter[tuple[T]]:
+    from pydantic import ConfigDict, TypeAdapter
+
     # In a tuple: the settings of an adapter do not reach a dataclass that stands alone.
     config = ConfigDict(extra="forbid", allow_inf_nan=False)
     return TypeAdapter(tuple[kind], config=config)  # type: ignore[valid-type, arg-type]
@@ -225,7 +231,7 @@ def _place(kind: type[Any], values: Mapping[str, Any]) -> list[str]:
                     _adapter(inner).validate_json(json.dumps([one], default=str), strict=True)  # type: ignore[arg-type]
                 except ConfigError:
                     return [place, *_place(inner, one)]  # type: ignore[arg-type]
-                except ValidationError:
+                except ValueError:  # pydantic's
                     continue
     return []
 
