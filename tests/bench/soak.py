@@ -236,7 +236,7 @@ def soak(seconds: float, folder: Path, model: Path | None = None, clients: int =
         for thread in threads:
             thread.join(120)
         problems = load.wrong[:10]
-        left = _settle(lambda: [child.cmdline()[:3] for child in process.children(recursive=True)])
+        left = _settle(lambda: _commands(process))
         problems += [f"a process stayed: {line}" for line in left]
         server.send_signal(signal.SIGTERM)
         status = server.wait(120)
@@ -268,6 +268,15 @@ def soak(seconds: float, folder: Path, model: Path | None = None, clients: int =
         "growth": round(late / early - 1, 4),
         "problems": problems,
     }
+
+
+def _commands(process: psutil.Process) -> list[list[str]]:
+    """How the children of a process were started; one that has just ended is none."""
+    found = []
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found.append(child.cmdline()[:3])
+    return found
 
 
 def _settle(look: Any) -> list[Any]:
