@@ -116,7 +116,7 @@ class Fuzz:
             *([f"{len(text)} characters long"] if len(text) >= 400 else []),
             *(["a traceback"] if "Traceback" in text or 'File "' in text else []),
             *(["naming a temporary file"] if str(self.tmp) in text else []),
-            *(["no sentence"] if not text.endswith(".") or len(text) < 12 else []),
+            *(["no sentence"] if not text.endswith((".", "?")) or len(text) < 12 else []),
         ]
         return f"FAULT: an error {', '.join(wrong)}: {text[:300]!r}" if wrong else "sentence"
 
