@@ -17,7 +17,7 @@ $(VENV)/.complete: pyproject.toml constraints-cpu.txt
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing FluxChat and its tools into $(VENV) ..."
 	@$(PY) -m pip install -q --disable-pip-version-check $(CONSTRAINTS) -e '.[dev]'
-	@$(PY) -m llm_bridge.fetch
+	@$(PY) -m llm_bridge.assets.fetch
 	@touch $@
 
 demo: setup
@@ -44,10 +44,10 @@ RECIPE = --config training/recipes/$(1).yaml --resume
 BOTH := $(VENV)/bin/torchrun --nproc-per-node 2 -m
 model: export OMP_NUM_THREADS = 1
 model: setup
-	@$(PY) -m training.demo_world fetch
+	@$(PY) -m training.synthetic fetch
 	@$(PY) -m training.umt $(call RECIPE,cpu/umt)
 	@$(BOTH) training.clip $(call RECIPE,box/clip) optim.micro_batch=32
-	@$(PY) -m training.warm_start $(call RECIPE,box/warm_start)
+	@$(PY) -m training.projector_warmup $(call RECIPE,box/projector_warmup)
 	@$(BOTH) training.chat_stage1 $(call RECIPE,box/chat_stage1)
 	@$(BOTH) training.chat_lora $(call RECIPE,box/chat_lora)
 	@$(BOTH) training.chat_lora $(call RECIPE,box/chat_lora_answers)
@@ -56,7 +56,7 @@ model: setup
 		--install $(RUNS)/chat_lora_answers/model --out $(RUNS)/plan
 	@$(PY) -m training.evaluate world --model $(RUNS)/chat_lora_answers/model --clips 300 --budget 256 128 64 --plan \
 		--compare uniform random --out $(RUNS)/world.json
-	@$(PY) -m training.ship --model $(RUNS)/chat_lora_answers/model --figures $(RUNS)/world.json \
+	@$(PY) -m training.release --model $(RUNS)/chat_lora_answers/model --figures $(RUNS)/world.json \
 		--alignment $(RUNS)/clip/alignment.safetensors
 
 bench: setup

@@ -9,8 +9,8 @@ import sys
 import tempfile
 from typing import Any
 
-from encoder import confine
 from encoder.errors import FluxChatError
+from encoder.video import confine
 from fluxchat import __version__
 
 LIBRARIES = (
@@ -60,7 +60,7 @@ def _processors() -> int:
 
 
 def _memory() -> str:
-    from llm_bridge.foreign import machine_bytes
+    from llm_bridge.model_files.checks import machine_bytes
 
     return f"{machine_bytes() / 2**30:.1f} GiB with swap"
 
@@ -76,7 +76,7 @@ def _accelerator() -> str:
 
 
 def _cache_folder() -> str:
-    from llm_bridge.cache_dir import cache_dir
+    from llm_bridge.assets.cache_dir import cache_dir
 
     try:
         folder = cache_dir()
@@ -98,7 +98,7 @@ def _temporary_folder() -> str:
 
 
 def _default_llm() -> str:
-    from llm_bridge.fetch import default_llm_path
+    from llm_bridge.assets.fetch import default_llm_path
 
     try:
         return str(default_llm_path())

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from encoder.tokens import Grid
-from llm_bridge.generate import FinishReason
+from llm_bridge.generation import FinishReason
 from llm_bridge.prompt import Visual
 
 

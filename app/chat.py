@@ -31,18 +31,18 @@ from app.messages import (
     question_messages,
 )
 from app.preview import Preview, choose, kept_tokens, thumbnails
-from app.turns import AnswerStream, Conversation, StopSignal, Uncopied
-from encoder import confine
+from app.streaming import AnswerStream, Conversation, StopSignal, Uncopied
 from encoder.budget import Budget, Plan
 from encoder.errors import ConfigError, ContextError, ModelError, VideoError
 from encoder.preprocess import preprocess
 from encoder.selection import Selector
-from encoder.sources import Held, HeldSources
 from encoder.tokens import VisionTokens
-from encoder.video import DEFAULT_LIMITS, Clip, Limits, VideoInfo, probe, read_clip
+from encoder.video import confine
+from encoder.video.reader import DEFAULT_LIMITS, Clip, Limits, VideoInfo, probe, read_clip
+from encoder.video.sources import Held, HeldSources
 from llm_bridge.batching import Batcher
-from llm_bridge.cache import ByteLRU, CacheStats, PrefixCache
-from llm_bridge.generate import Generation, Sampling
+from llm_bridge.generation import Generation, Sampling
+from llm_bridge.kv_cache import ByteLRU, CacheStats, PrefixCache
 from llm_bridge.llm import Quantize
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import Message, Prompt, TextBound, Visual, count_text, render

@@ -72,7 +72,16 @@ On several processes: accelerate launch -m training.STAGE ...
 """
 
 # Commands of `training`, by name alone: this package imports nothing of it.
-STAGES = ("umt", "finetune", "clip", "warm_start", "chat_stage1", "chat_lora", "evaluate", "optimize_tokens")
+STAGES = (
+    "umt",
+    "finetune",
+    "clip",
+    "projector_warmup",
+    "chat_stage1",
+    "chat_lora",
+    "evaluate",
+    "optimize_tokens",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -267,7 +276,7 @@ def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -
     from app.chat import VideoChat
 
     if fetch and args.model is None and args.llm is None:
-        from llm_bridge.fetch import fetch_default_llm
+        from llm_bridge.assets.fetch import fetch_default_llm
 
         fetch_default_llm()
     return VideoChat(
@@ -323,7 +332,7 @@ def run_web(args: argparse.Namespace) -> int:
     """The page and the API until SIGTERM or Ctrl-C."""
     from dataclasses import replace
 
-    from app.launch import WEB_LIMITS, bind, options_of, serve
+    from app.server.launch import WEB_LIMITS, bind, options_of, serve
 
     options = options_of(args)
     listener = bind(options.host, options.port)  # before the model, which takes seconds
@@ -357,7 +366,7 @@ def run_info(args: argparse.Namespace) -> int:
 
 def run_fetch(args: argparse.Namespace) -> int:
     """Get the shipped model's language model, or check and repair the one that is there."""
-    from llm_bridge.fetch import fetch_default_llm
+    from llm_bridge.assets.fetch import fetch_default_llm
 
     print(fetch_default_llm(source=args.source, check=True))
     return 0
@@ -378,9 +387,9 @@ def _check_inputs(args: argparse.Namespace) -> None:
     """Refuse what cannot work before the model is loaded, which takes seconds."""
     from app.messages import Media, check_order, check_source, question_text
     from encoder.budget import Budget
-    from encoder.sources import hold
-    from encoder.video import DEFAULT_LIMITS, probe
-    from llm_bridge.generate import Sampling
+    from encoder.video.reader import DEFAULT_LIMITS, probe
+    from encoder.video.sources import hold
+    from llm_bridge.generation import Sampling
     from llm_bridge.prompt import check_text
 
     if args.budget is not None:

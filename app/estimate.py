@@ -14,8 +14,8 @@ import torch
 
 from encoder.budget import Plan
 from encoder.cost import MIB, Speed, calibrate_encoder, encoder_features, encoder_macs, encoder_mib, time_ms
-from encoder.video import VideoInfo, read_clip
-from llm_bridge.cache_dir import read_cached, write_cached
+from encoder.video.reader import VideoInfo, read_clip
+from llm_bridge.assets.cache_dir import read_cached, write_cached
 from llm_bridge.model import VideoLanguageModel
 
 QUESTION_TOKENS = 48  # template, time sentence and a short question around the visual embeddings

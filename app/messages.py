@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from encoder.errors import BudgetError, ConfigError, VideoError
-from encoder.pictures import is_pictures
 from encoder.selection import Selector
-from encoder.sources import Held, source_name
-from encoder.video import Clip
+from encoder.video.pictures import is_pictures
+from encoder.video.reader import Clip
+from encoder.video.sources import Held, source_name
 from llm_bridge.prompt import Message, Role, check_text
 
 NAMELESS = "the video"  # what errors call one that has no name

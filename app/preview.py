@@ -9,11 +9,11 @@ from torch import Tensor
 
 from app.answer import KeptTokens
 from encoder.budget import Plan
-from encoder.pictures import shrink
 from encoder.preprocess import centre, preprocess
-from encoder.sampling import fit_within
 from encoder.selection import Selector, select
-from encoder.video import Clip
+from encoder.video.frame_times import fit_within
+from encoder.video.pictures import shrink
+from encoder.video.reader import Clip
 from llm_bridge.model import VideoLanguageModel
 
 THUMBNAIL = 320  # pixels of the longer side

@@ -14,7 +14,7 @@ from encoder.errors import ConfigError, FluxChatError
 if TYPE_CHECKING:
     from app.answer import Answer
     from app.chat import VideoChat
-    from app.turns import AnswerStream
+    from app.streaming import AnswerStream
 
 HELP = """\
 Ask anything about the video. Commands:

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from encoder.blocks import Aligner, AttentionPool, Block, ChannelAffine, Segment
 from encoder.config import FluxViTConfig
 from encoder.errors import BudgetError
+from encoder.layers import Aligner, AttentionPool, Block, ChannelAffine, PatchEmbed, Segment
 from encoder.merging import in_raster_order, merging_block
-from encoder.patch_embed import PatchEmbed
 from encoder.positions import PositionCache, interpolate, sin_cos_3d
 from encoder.selection import Selector, select
 from encoder.tokens import Grid, VisionTokens

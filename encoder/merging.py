@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from encoder.blocks import QUERY_CHUNK, Block, Segment
 from encoder.errors import BudgetError
+from encoder.layers import QUERY_CHUNK, Block, Segment
 
 TINY = 1e-12  # keeps 0 / 0 at 0 where all tokens are alike
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from encoder.checkpoint import read_tensors
 from encoder.errors import FluxChatError, ModelError
 from encoder.json_files import read_object
-from llm_bridge.foreign import check_folder, first_line, local_folder, refused, stored_bytes
+from llm_bridge.model_files.checks import check_folder, first_line, local_folder, refused, stored_bytes
 
 # What a configuration of peft may say without changing how matrices are merged; all else must be unset.
 _WITHOUT_EFFECT = frozenset(

@@ -28,13 +28,13 @@ import torch
 from torch import Tensor
 
 from encoder.errors import ModelError
-from llm_bridge.cache import rewindable
-from llm_bridge.generate import FinishReason, cache_of
+from llm_bridge.generation import FinishReason, cache_of
+from llm_bridge.kv_cache import rewindable
 from llm_bridge.llm import LanguageModel
 from llm_bridge.sampling import Chooser, Sampling
 
 if TYPE_CHECKING:
-    from llm_bridge.shared_kv import SharedKV
+    from llm_bridge.batched_kv_cache import SharedKV
 
 T = TypeVar("T")
 CLOSED = "The model was closed, so that nothing is computed any more: load it again and ask again."
@@ -259,7 +259,7 @@ class Batcher:
 
     def _share(self, rows: list[Row]) -> None:
         """Make the shared buffers hold exactly these answers, with room for a step."""
-        from llm_bridge.shared_kv import SharedKV, own_parts
+        from llm_bridge.batched_kv_cache import SharedKV, own_parts
 
         old, sharing = self._shared, self._sharing
         if sharing == rows and (old is None or old.filled < old.capacity):

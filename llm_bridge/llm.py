@@ -16,8 +16,8 @@ from torch import Tensor
 from encoder.errors import ModelError
 from llm_bridge.adapters import apply_adapter, quiet_peft
 from llm_bridge.batch_invariance import make_batch_invariant
-from llm_bridge.chat_templates import check_template
-from llm_bridge.foreign import (
+from llm_bridge.model_files.chat_templates import check_template
+from llm_bridge.model_files.checks import (
     check_fits,
     check_folder,
     first_line,
@@ -26,7 +26,7 @@ from llm_bridge.foreign import (
     weight_bytes,
     weight_options,
 )
-from llm_bridge.gguf_header import check_gguf
+from llm_bridge.model_files.gguf_header import check_gguf
 
 Quantize = Literal["8bit", "4bit"]
 

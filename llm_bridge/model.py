@@ -23,9 +23,9 @@ from encoder.json_files import read_object
 from encoder.tokens import VisionTokens
 from llm_bridge.attention import packs
 from llm_bridge.branches import branched_attention
-from llm_bridge.foreign import first_line
 from llm_bridge.label_weights import Weighting, label_weights
 from llm_bridge.llm import LanguageModel, Quantize, default_device, default_dtype, load_llm
+from llm_bridge.model_files.checks import first_line
 from llm_bridge.packing import Packing
 from llm_bridge.projector import Projector, ProjectorConfig
 from llm_bridge.prompt import IGNORE, PLACEHOLDER, Prompt, TimeSentence
@@ -312,7 +312,7 @@ def _load_language(name: str, **options: Any) -> LanguageModel:
         return load_llm(found, **options)
     except ModelError as error:
         if found != name:
-            from llm_bridge.fetch import damage
+            from llm_bridge.assets.fetch import damage
 
             if reason := damage(Path(found), thorough=True):
                 raise ModelError(
@@ -325,6 +325,6 @@ def resolve_llm(name: str) -> str:
     """The shipped model's language model from the local cache, any other name unchanged."""
     if name != DEFAULT_LLM:
         return name
-    from llm_bridge.fetch import default_llm_path
+    from llm_bridge.assets.fetch import default_llm_path
 
     return str(default_llm_path())

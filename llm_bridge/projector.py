@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from encoder.errors import CheckpointError, ConfigError
 from encoder.tokens import VisionTokens
-from llm_bridge.merging import merge_tokens
+from llm_bridge.tome import merge_tokens
 
 
 @dataclass(frozen=True)

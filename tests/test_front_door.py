@@ -11,8 +11,7 @@ import pytest
 
 import fluxchat
 from encoder.budget import Budget
-
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
 
 
 def run(code: str, cwd: Path, *path: Path) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 ABSENT = ("pydantic", "av", "decord", "gguf", "bitsandbytes", "gradio", "sentencepiece", "fastapi")
 BLOCKED = f"""
 import importlib.machinery, runpy, sys

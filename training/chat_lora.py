@@ -22,12 +22,12 @@ from encoder.errors import ConfigError
 from llm_bridge.adapters import peft_config, quiet_peft
 from llm_bridge.label_weights import Weighting
 from llm_bridge.llm import Quantize
+from llm_bridge.lora import use_for_training
 from llm_bridge.model import ADAPTER, VideoLanguageModel, model_folder
-from training.chat import ChatBatch, ChatRecipe
 from training.chat_stage1 import ChatModel, ChatStage
-from training.command import run_stage
-from training.lora_linear import use_for_training
-from training.spoken import Narrator, Spoken, WordTable, scene_losses
+from training.data.chat_batches import ChatBatch, ChatRecipe
+from training.models.token_targets import Narrator, Spoken, WordTable, scene_losses
+from training.trainer.command import run_stage
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from llm_bridge.label_weights import Weighting
 from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
 from llm_bridge.prompt import TimeSentence
-from training.chat import ChatBatch, ChatData, ChatRecipe, scored_loss
-from training.command import run_stage
+from training.data.chat_batches import ChatBatch, ChatData, ChatRecipe, scored_loss
+from training.trainer.command import run_stage
 
 
 @dataclass(frozen=True)

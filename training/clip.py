@@ -25,8 +25,14 @@ from encoder.checkpoint import save_tensors
 from encoder.config import ImagePositions
 from encoder.errors import ConfigError
 from encoder.selection import Selector
-from training.clip_data import Captioned, MixtureBatches, WorldBatches, captions_of, still_grid
-from training.clip_model import (
+from llm_bridge.text_encoders.text_towers import KEPT_TEXTS, open_tower
+from training.data.augment import AugmentConfig
+from training.data.clip_batches import Captioned, MixtureBatches, WorldBatches, captions_of, still_grid
+from training.data.datasets import NEEDS, DatasetConfig, open_datasets
+from training.data.flexible_grids import FlexibleGrid
+from training.data.synthetic_source import WorldSource
+from training.data.video_batches import VideoBatches
+from training.models.clip_model import (
     ClipBatch,
     ClipModel,
     ClipSettings,
@@ -37,16 +43,10 @@ from training.clip_model import (
     retrieval,
     set_image_positions,
 )
-from training.command import run_stage
-from training.config import LoopConfig, OptimConfig
-from training.data.augment import AugmentConfig
-from training.data.datasets import NEEDS, DatasetConfig, open_datasets
-from training.data.grids import FlexibleGrid
-from training.data.video_batches import VideoBatches
-from training.data.world import WorldSource
-from training.demo_world.world import World
-from training.losses import contrastive_loss
-from training.text_towers import KEPT_TEXTS, open_tower
+from training.synthetic.dataset import World
+from training.trainer.command import run_stage
+from training.trainer.losses import contrastive_loss
+from training.trainer.recipe import LoopConfig, OptimConfig
 
 __all__ = ["ClipModel", "ClipRecipe", "ClipStage", "EncoderSource", "contrastive_loss", "main"]
 

@@ -24,18 +24,18 @@ from encoder.checkpoint import load_encoder, load_tensors, save_json
 from encoder.errors import CheckpointError, ConfigError, DataError
 from encoder.fluxvit import FluxViT
 from encoder.selection import select
-from training.clip_model import EncoderSource
-from training.command import run_stage
-from training.config import LoopConfig, OptimConfig
 from training.data.augment import AugmentConfig
 from training.data.datasets import NEEDS, DatasetConfig, open_datasets
 from training.data.examples import ExampleSource
-from training.data.grids import FlexibleGrid
+from training.data.flexible_grids import FlexibleGrid
 from training.data.video_batches import VideoBatch, VideoBatches
-from training.heads import read_head_map, slice_heads
-from training.losses import count_alignment
-from training.multi_view import Accuracy, ViewConfig, view_accuracy
-from training.parallel import merged_on_ranks, open_accelerator, rank_of
+from training.evaluation.multi_view import Accuracy, ViewConfig, view_accuracy
+from training.models.class_heads import read_head_map, slice_heads
+from training.models.clip_model import EncoderSource
+from training.trainer.command import run_stage
+from training.trainer.distributed import merged_on_ranks, open_accelerator, rank_of
+from training.trainer.losses import count_alignment
+from training.trainer.recipe import LoopConfig, OptimConfig
 
 NEW_HEADS, SAME_HEADS = "new", "same"
 

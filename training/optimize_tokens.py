@@ -28,16 +28,18 @@ from encoder.checkpoint import save_json
 from encoder.errors import ConfigError, FluxChatError
 from encoder.selection import Selector
 from llm_bridge.model import VideoLanguageModel, VLMConfig
-from training.data.world import WorldSource
+from training.data.synthetic_source import WorldSource
 from training.evaluation.alignment import read_alignment
 from training.evaluation.benchmarks import Labelled, read_labelled, renamed
+from training.evaluation.chat_evaluator import Watcher
 from training.evaluation.classify import evaluate_classify
-from training.evaluation.given import INTERVAL, about_model, about_world, sharing_device
+from training.evaluation.cli_arguments import INTERVAL, about_model, about_world, sharing_device
+from training.evaluation.encoder_input import DTYPES, Setting, Viewer
 from training.evaluation.heatmap import draw_heatmap, write_csv
 from training.evaluation.metrics import Share
 from training.evaluation.results import Journal, Sharing, table, weights_hash, write_result
 from training.evaluation.run import Run, header, provenance
-from training.evaluation.setting import DTYPES, Setting, Viewer
+from training.evaluation.synthetic import WorldClips, answer_share, attribute_hits, evaluate_world
 from training.evaluation.token_search import (
     Cell,
     Found,
@@ -48,8 +50,6 @@ from training.evaluation.token_search import (
     linear_search,
 )
 from training.evaluation.views import Views
-from training.evaluation.watcher import Watcher
-from training.evaluation.world import WorldClips, answer_share, attribute_hits, evaluate_world
 
 Score = Callable[[Setting], Share]
 

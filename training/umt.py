@@ -24,20 +24,20 @@ from encoder.errors import ConfigError
 from encoder.fluxvit import FluxViT
 from encoder.selection import select
 from encoder.tokens import Grid, VisionTokens
-from training.clip_model import EncoderSource
-from training.command import run_stage
-from training.config import LoopConfig, OptimConfig
 from training.data.augment import AugmentConfig
 from training.data.datasets import NEEDS, DatasetConfig, open_datasets
-from training.data.grids import FlexibleGrid
+from training.data.flexible_grids import FlexibleGrid
 from training.data.video_batches import VideoBatch, VideoBatches
-from training.decoders import DecoderConfig, Decoders
-from training.efficientnet import EfficientNetLiteSource
-from training.image_teachers import ImageEncoderSource
-from training.internvideo2 import InternVideo2Source
-from training.losses import cosine_distillation, count_alignment, mean_cosine
-from training.masks import StudentChoice, student_choices, take, visible_count
-from training.teachers import TargetCache, Teacher, TeacherTargets, spaced_layers
+from training.distill.distill_heads import DecoderConfig, Decoders
+from training.distill.efficientnet import EfficientNetLiteSource
+from training.distill.image_teachers import ImageEncoderSource
+from training.distill.internvideo2 import InternVideo2Source
+from training.distill.teachers import TargetCache, Teacher, TeacherTargets, spaced_layers
+from training.distill.token_masking import StudentChoice, student_choices, take, visible_count
+from training.models.clip_model import EncoderSource
+from training.trainer.command import run_stage
+from training.trainer.losses import cosine_distillation, count_alignment, mean_cosine
+from training.trainer.recipe import LoopConfig, OptimConfig
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from app.chat import VideoChat, Videos
 from app.estimate import Calibration
 from encoder.budget import Budget
 from encoder.errors import BudgetError, ConfigError, FluxChatError, ModelError, OutOfMemory, VideoError
-from encoder.video import read_clip
+from encoder.video.reader import read_clip
 from llm_bridge.model import VideoLanguageModel
 from tests.app.conftest import SHORT, WORLD
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from app.cli import SAMPLING, STAGES, build_parser, main
-from llm_bridge.generate import Sampling
-from tests import video_files as vf
+from llm_bridge.generation import Sampling
+from tests import ROOT
+from tests.encoder.video import video_files as vf
 
 
 def fluxchat(*args: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -162,7 +163,7 @@ def test_help_teaches() -> None:
 
 @pytest.fixture(scope="module")
 def shipped_example() -> Path:
-    found = sorted((Path(__file__).parents[2] / "app" / "pretrained" / "examples").glob("*.mp4"))
+    found = sorted((ROOT / "app" / "pretrained" / "examples").glob("*.mp4"))
     return found[0]
 
 
@@ -217,5 +218,5 @@ def test_train_is_the_stage_s_own_command(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_every_stage_of_train_is_a_module() -> None:
-    root = Path(__file__).parents[2] / "training"
+    root = ROOT / "training"
     assert all((root / f"{stage}.py").is_file() for stage in STAGES)

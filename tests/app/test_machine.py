@@ -16,9 +16,9 @@ import pytest
 from app import cli
 from app.about import machine_info
 from app.estimate import Calibration
-from app.settings import Settings
+from app.page.settings import Settings
 from encoder.errors import FluxChatError
-from llm_bridge import cache_dir
+from llm_bridge.assets import cache_dir
 from llm_bridge.model import VideoLanguageModel
 
 GOOD: dict[str, Any] = {

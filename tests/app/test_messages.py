@@ -17,7 +17,7 @@ from PIL import Image
 from app.chat import Media, Message, VideoChat, Videos
 from encoder.budget import Budget
 from encoder.errors import BudgetError, ConfigError, ContextError, FluxChatError, VideoError
-from encoder.video import read_clip
+from encoder.video.reader import read_clip
 from tests.app.conftest import SHORT
 
 GREY = torch.full((4, 32, 32, 3), 90, dtype=torch.uint8)

@@ -19,8 +19,8 @@ import av
 import numpy as np
 import torch
 
-from encoder.sampling import middle_times, shown_at
-from encoder.video import read_clip
+from encoder.video.frame_times import middle_times, shown_at
+from encoder.video.reader import read_clip
 from tests.bench.common import environment, interleave, print_json, summary
 
 FRAMES, FPS, GOP, SIZE = 16, 30, 250, (1920, 1080)

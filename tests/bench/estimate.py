@@ -18,7 +18,7 @@ import gradio
 
 from app.chat import VideoChat
 from tests.bench.common import environment, print_json
-from tests.video_files import steady, write
+from tests.encoder.video.video_files import steady, write
 
 QUESTION = "What is in the video?"
 

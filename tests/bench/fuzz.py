@@ -28,11 +28,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from encoder import video
 from encoder.errors import FluxChatError
+from encoder.video import reader
 from tests import tiny_llms
-from tests import video_files as vf
 from tests.bench.common import environment, print_json
+from tests.encoder.video import video_files as vf
 
 WALL_S = 30.0
 GROWTH_MIB = 768.0
@@ -87,7 +87,7 @@ class Fuzz:
     def _left_behind(self) -> list[str]:
         """Processes and temporary files that should be gone."""
         faults = []
-        video._sandbox.close()  # trusted decoders wait some seconds for the next file
+        reader._sandbox.close()  # trusted decoders wait some seconds for the next file
         deadline = time.monotonic() + 5
         while (children := set(_children()) - self.others) and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -123,7 +123,7 @@ class Fuzz:
     # -- kinds ----------------------------------------------------------------------------------------------
 
     def _media(self, rng: random.Random) -> list[str]:
-        from encoder.video import probe, read_clip
+        from encoder.video.reader import probe, read_clip
 
         source = rng.choice(self.media)
         suffix = source.suffix if rng.random() < 0.8 else rng.choice([path.suffix for path in self.media])
@@ -350,7 +350,7 @@ def _client(llm: Path) -> Any:
     from starlette.testclient import TestClient
 
     from app.chat import VideoChat
-    from app.server import Server
+    from app.server.routes import Server
     from encoder.config import MICRO
     from encoder.fluxvit import FluxViT
     from llm_bridge.model import VLMConfig, assemble

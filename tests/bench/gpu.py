@@ -35,10 +35,11 @@ from torch import Tensor
 from encoder.config import BASE, MICRO, SMALL, FluxViTConfig
 from encoder.cost import encoder_macs
 from encoder.fluxvit import FluxViT
+from tests import ROOT
 from tests.bench.common import environment, interleave, print_json, summary
 
 RESULT = Path(__file__).parent / "results" / "gpu.json"
-GOLDEN = Path(__file__).parent.parent / "data" / "fluxvit_golden.safetensors"
+GOLDEN = ROOT / "tests" / "data" / "fluxvit_golden.safetensors"
 ENCODER_TESTS = ("fluxvit", "selection", "positions", "merging_tokens", "checkpoint", "budget", "golden")
 
 
@@ -137,7 +138,7 @@ class Bench:
         """The encoder's tests, as pytest runs them."""
         files = [f"tests/encoder/test_{name}.py" for name in ENCODER_TESTS]
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         last = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip()[-300:]]
         if done.returncode:
             raise RuntimeError("\n".join(done.stdout.strip().splitlines()[-15:]) or last[0])
@@ -284,7 +285,7 @@ class Bench:
         return LanguageModel(model.to(self.device).eval().requires_grad_(False), tokenizer, "random")
 
     def _generation(self, llm: Any, count: int, new_tokens: int, batcher: Any = None) -> Any:
-        from llm_bridge.generate import Generation, Sampling
+        from llm_bridge.generation import Generation, Sampling
         from llm_bridge.prompt import Message, Visual, render
 
         visual = Visual(count, "clip", 8.0, tuple(float(t) for t in range(8)))
@@ -296,15 +297,15 @@ class Bench:
 
     def umt(self) -> dict[str, Any]:
         """Flux-UMT steps of the smallest encoder: clips/s and memory, bfloat16 autocast, float32 weights."""
-        from training.config import LoopConfig, OptimConfig
         from training.data.video_batches import VideoBatch
-        from training.internvideo2 import (
+        from training.distill.internvideo2 import (
             InternVideo2,
             InternVideo2Config,
             InternVideo2Source,
             InternVideo2Teacher,
             spaced_layers,
         )
+        from training.trainer.recipe import LoopConfig, OptimConfig
         from training.umt import TeacherSource, UmtModel, UmtRecipe
 
         scale = self.scale

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 from llm_bridge.batching import Batcher
-from llm_bridge.cache import PrefixCache
-from llm_bridge.generate import Generation, Sampling
+from llm_bridge.generation import Generation, Sampling
+from llm_bridge.kv_cache import PrefixCache
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.prompt import Message, Visual, render
 from tests import tiny_llms
@@ -242,7 +242,7 @@ def tiny(count: int, seed: int, threads: int, dtype: torch.dtype = torch.float32
 
 def box(count: int, seed: int, threads: int) -> dict[str, Any]:
     """With the language model that ships."""
-    from llm_bridge.fetch import default_llm_path
+    from llm_bridge.assets.fetch import default_llm_path
 
     llm = load_llm(default_llm_path(), device="cpu")
     return compare(llm, conversations(count, seed, (64, 128, 256)), threads, 6000)

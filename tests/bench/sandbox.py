@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from encoder.confine import report
-from encoder.video import probe
-from tests import video_files as vf
+from encoder.video.confine import report
+from encoder.video.reader import probe
 from tests.bench.common import environment, print_json
-from tests.encoder.hijack import hijacked
+from tests.encoder.video import video_files as vf
+from tests.encoder.video.hijack import hijacked
 
 
 def cost(read: Callable[[], object]) -> tuple[float, float]:

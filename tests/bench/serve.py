@@ -28,15 +28,15 @@ import httpx
 import torch
 
 from app.chat import VideoChat
-from app.launch import LaunchOptions
-from app.server import ServerSettings
+from app.server.launch import LaunchOptions
+from app.server.routes import ServerSettings
 from encoder.config import SIZES
 from encoder.fluxvit import FluxViT
 from llm_bridge.model import DEFAULT_LLM, VideoLanguageModel, VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
-from tests import video_files as vf
-from tests.app.serving import question, running
+from tests.app.server.serving import question, running
 from tests.bench.common import environment, print_json
+from tests.encoder.video import video_files as vf
 
 WAYS = {"alone": 1, "together": 8}
 QUESTIONS = {"cold": "What is shown in the video?", "follow_up": "And where does it go in the end?"}

@@ -39,9 +39,9 @@ from encoder.fluxvit import FluxViT
 from llm_bridge.model import VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
 from tests import tiny_llms
-from tests import video_files as vf
-from tests.app.serving import answer, ask, question, upload
+from tests.app.server.serving import answer, ask, question, upload
 from tests.bench.common import environment, print_json
+from tests.encoder.video import video_files as vf
 
 KINDS = ("whole", "stream", "broken off", "upload", "rubbish", "page", "page upload", "foreign", "keys")
 KEY, WORN = "the-clients-key", "a-key-of-few-requests"

@@ -26,9 +26,9 @@ from llm_bridge.attention import use_for_training
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import IGNORE, PLACEHOLDER, Prompt
 from tests.bench.common import environment, print_json
-from training.chat import ChatBatch, ChatData
 from training.chat_stage1 import Stage1Recipe
-from training.config import build
+from training.data.chat_batches import ChatBatch, ChatData
+from training.trainer.recipe import build
 
 MICRO_BATCH = 8
 

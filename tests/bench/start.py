@@ -20,8 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests import video_files as vf
 from tests.bench.common import environment, print_json, summary
+from tests.encoder.video import video_files as vf
 
 SECONDS, FPS = 10, 25.0
 

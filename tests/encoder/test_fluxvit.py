@@ -68,7 +68,7 @@ def test_initial_state_follows_the_paper() -> None:
     assert (attn.lpe.scale == 1).all()
     # At init each block is nearly the identity.
     x = pixels(10, 32)
-    from encoder.blocks import Segment
+    from encoder.layers import Segment
 
     assert (model.blocks[0](x, [Segment(1, 10)]) - x).abs().max() < 1e-3
 
@@ -239,7 +239,7 @@ def test_bf16_autocast_is_close() -> None:
 
 
 def test_drop_path_drops_whole_clips() -> None:
-    from encoder.blocks import DropPath, Segment
+    from encoder.layers import DropPath, Segment
 
     drop = DropPath(0.5).train()
     torch.manual_seed(0)

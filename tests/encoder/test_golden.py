@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from encoder.golden import rule_model, rule_pixels
+from tests import ROOT
 
-GOLDEN = Path(__file__).parent.parent / "data" / "fluxvit_golden.safetensors"
+GOLDEN = ROOT / "tests" / "data" / "fluxvit_golden.safetensors"
 
 
 def run(path: Path) -> subprocess.CompletedProcess[str]:

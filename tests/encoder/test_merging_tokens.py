@@ -1,7 +1,5 @@
 """vid-TLDR merging against the published code's output, and inside the encoder."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -10,13 +8,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
-from encoder.blocks import Segment
 from encoder.config import MICRO
 from encoder.errors import BudgetError
 from encoder.fluxvit import FluxViT
+from encoder.layers import Segment
 from encoder.merging import concentration, in_raster_order, merge_salient, saliency, vid_tldr_schedule
+from tests import ROOT
 
-GOLDEN = Path(__file__).parent.parent / "data" / "vidtldr_golden.safetensors"
+GOLDEN = ROOT / "tests" / "data" / "vidtldr_golden.safetensors"
 TINY = MICRO.replace(embed_dim=32, depth=3, num_heads=2, pool_heads=2, clip_embed_dim=16)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from encoder.errors import VideoError
 from encoder.preprocess import IMAGENET_MEAN, IMAGENET_STD, preprocess
-from encoder.video import read_clip
+from encoder.video.reader import read_clip
 
 
 def photo(height: int = 90, width: int = 160, count: int = 3) -> torch.Tensor:

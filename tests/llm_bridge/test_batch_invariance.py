@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from llm_bridge.batch_invariance import RowInvariantLinear, left_padding, make_batch_invariant
+from llm_bridge.batched_kv_cache import SharedKV, own_parts
 from llm_bridge.batching import Batcher
-from llm_bridge.generate import Generation, Sampling, piece_ends
+from llm_bridge.generation import Generation, Sampling, piece_ends
 from llm_bridge.llm import LanguageModel, default_dtype, load_llm
 from llm_bridge.prompt import Message, Visual, render
-from llm_bridge.shared_kv import SharedKV, own_parts
 from tests import tiny_llms
 
 STEPS = 32

@@ -13,8 +13,7 @@ import torch
 
 from encoder.errors import ModelError
 from llm_bridge.batching import Batcher, Row
-from llm_bridge.cache import PrefixCache
-from llm_bridge.generate import (
+from llm_bridge.generation import (
     Generation,
     GenerationStats,
     Sampling,
@@ -22,6 +21,7 @@ from llm_bridge.generate import (
     cache_of,
     piece_ends,
 )
+from llm_bridge.kv_cache import PrefixCache
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.prompt import Message, Visual, render
 from tests import tiny_llms
@@ -82,7 +82,7 @@ def test_together_equals_alone(llm: LanguageModel, batcher: Batcher, temperature
 
 def test_scores_equal_those_alone(llm: LanguageModel) -> None:
     """Numbers, not only the best token: several rows of different lengths over twelve steps."""
-    from llm_bridge.shared_kv import SharedKV, own_parts
+    from llm_bridge.batched_kv_cache import SharedKV, own_parts
 
     kvs, last = [], []
     with torch.inference_mode():

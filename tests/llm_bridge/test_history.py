@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_bridge.cache import PrefixCache
-from llm_bridge.generate import Generation, Sampling
+from llm_bridge.generation import Generation, Sampling
+from llm_bridge.kv_cache import PrefixCache
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import Message, Visual, render

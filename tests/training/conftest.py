@@ -11,7 +11,7 @@ import torch
 
 from encoder.config import MICRO
 from encoder.fluxvit import FluxViT
-from tests import video_files as vf
+from tests.encoder.video import video_files as vf
 
 
 @pytest.fixture(scope="session")
@@ -83,6 +83,6 @@ loop: {{out: OUT, precision: fp32, checkpoint_every: 2, keep_checkpoints: 20}}
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images and videos with captions."""
-    from tests.training import clip_corpus
+    from tests.training.data import clip_corpus
 
     return clip_corpus.make(tmp_path_factory.mktemp("corpus"))

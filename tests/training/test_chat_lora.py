@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from app.chat import VideoChat
 from llm_bridge.model import VideoLanguageModel
-from tests.training.tiny_world import make_cache
+from tests.training.synthetic.tiny_world import make_cache
 from training import chat_lora, chat_stage1
 from training.chat_lora import LoraRecipe, LoraStage
-from training.config import read_recipe
+from training.trainer.recipe import read_recipe
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from app.chat import VideoChat
 from encoder.errors import DataError
-from tests import video_files as vf
+from tests.encoder.video import video_files as vf
 from training.chat_stage1 import Stage1, Stage1Recipe, main
-from training.config import read_recipe
+from training.trainer.recipe import read_recipe
 
 
 def losses(out: Path) -> list[float]:

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 
 from encoder.errors import ConfigError
 from encoder.fluxvit import FluxViT
-from training import clip, clip_model
+from training import clip
 from training.clip import ClipRecipe, ClipStage, contrastive_loss
-from training.config import LoopConfig, OptimConfig, build
-from training.data import world as world_data
-from training.demo_world.bank import procedural_bank
-from training.demo_world.world import World
-from training.loop import train
+from training.data import synthetic_source as world_data
+from training.models import clip_model
+from training.synthetic.dataset import World
+from training.synthetic.sprites import procedural_bank
+from training.trainer.loop import train
+from training.trainer.recipe import LoopConfig, OptimConfig, build
 
 
 class LetterTower:

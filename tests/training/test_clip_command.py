@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 from encoder.errors import ConfigError
-from tests.training.clip_corpus import loop, recipe, values
+from tests.training.data.clip_corpus import loop, recipe, values
 from training import clip
 from training.clip import ClipRecipe, ClipStage
-from training.config import read_recipe
-from training.loop import train
+from training.trainer.loop import train
+from training.trainer.recipe import read_recipe
 
 RECIPES = Path(clip.__file__).parent / "recipes"
 

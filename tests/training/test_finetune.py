@@ -18,13 +18,13 @@ from encoder.checkpoint import load_encoder
 from encoder.config import MICRO
 from encoder.errors import CheckpointError, ConfigError, DataError
 from encoder.fluxvit import FluxViT
-from tests import video_files as vf
+from tests import ROOT
+from tests.encoder.video import video_files as vf
 from training import finetune
-from training.config import build, read_recipe, read_values
 from training.finetune import FinetuneModel, FinetuneRecipe, FinetuneStage, build_encoder, measure
-from training.loop import train
+from training.trainer.loop import train
+from training.trainer.recipe import build, read_recipe, read_values
 
-ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "training" / "recipes"
 NARROW = {"embed_dim": 32, "depth": 2, "num_heads": 2, "pool_heads": 2, "clip_embed_dim": 16}
 # Of the command below; other machines differ in the last digits.

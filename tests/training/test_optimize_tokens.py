@@ -17,8 +17,8 @@ from encoder.errors import ConfigError
 from encoder.fluxvit import FluxViT
 from llm_bridge.model import VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
-from tests.training.tiny_world import TINY, make_cache, make_encoder
-from training.data.world import WorldSource
+from tests.training.synthetic.tiny_world import TINY, make_cache, make_encoder
+from training.data.synthetic_source import WorldSource
 from training.evaluation.heatmap import draw_heatmap
 from training.evaluation.metrics import Share
 from training.evaluation.token_search import Cell, Grid, Measured, best_cell, full_search, linear_search

@@ -16,21 +16,22 @@ import yaml
 
 from encoder.fluxvit import FluxViT
 from encoder.selection import select
-from tests import video_files as vf
-from tests.training.tiny_teachers import NARROW, write_stage2
+from tests import ROOT
+from tests.encoder.video import video_files as vf
+from tests.training.distill.tiny_teachers import NARROW, write_stage2
 from training import umt
-from training.clip_model import EncoderSource
-from training.config import build, read_recipe
-from training.data import world as world_data
+from training.data import synthetic_source as world_data
 from training.data.video_batches import VideoBatch
-from training.demo_world.bank import procedural_bank
-from training.demo_world.world import World
-from training.loop import train
-from training.losses import unit
-from training.masks import take
+from training.distill.token_masking import take
+from training.models.clip_model import EncoderSource
+from training.synthetic.dataset import World
+from training.synthetic.sprites import procedural_bank
+from training.trainer.loop import train
+from training.trainer.losses import unit
+from training.trainer.recipe import build, read_recipe
 from training.umt import TeacherSource, UmtModel, UmtRecipe, UmtStage, neighbour_accuracy
 
-RECIPES = Path(__file__).parents[2] / "training" / "recipes"
+RECIPES = ROOT / "training" / "recipes"
 STUDENT = {"embed_dim": 32, "depth": 4, "num_heads": 2, "pool_heads": 2, "clip_embed_dim": 16}
 # Of the command below, on one machine; other machines differ in the last digits.
 LOSSES = [12.108015, 8.249399, 6.518385, 5.762773]
@@ -304,7 +305,7 @@ def test_kept_targets_change_no_loss(data: Path, tmp_path: Path, shapes: dict[st
 
 
 def test_flux_single_and_other_teachers_run(data: Path, tmp_path: Path, shapes: dict[str, Any]) -> None:
-    from tests.training.test_image_teachers import write_encoder
+    from tests.training.distill.test_image_teachers import write_encoder
 
     write_encoder("dinov2", tmp_path / "dino")
     wanted = recipe(
@@ -357,8 +358,8 @@ def test_the_small_recipe_runs_without_gpu_or_download() -> None:
 
 def test_a_teacher_is_exactly_one() -> None:
     from encoder.errors import ConfigError
-    from training.efficientnet import EfficientNetLiteSource
-    from training.image_teachers import ImageEncoderSource
+    from training.distill.efficientnet import EfficientNetLiteSource
+    from training.distill.image_teachers import ImageEncoderSource
 
     with pytest.raises(ConfigError, match="exactly one"):
         TeacherSource(efficientnet=EfficientNetLiteSource(), image_encoder=ImageEncoderSource("x"))

@@ -17,9 +17,9 @@ import sys
 from collections.abc import Sequence
 
 from encoder.errors import ConfigError, FluxChatError
-from training.config import check_stage, read_values
 from training.data.check import check_dataset, find_datasets, report, verdict
 from training.data.corpora import corpora
+from training.trainer.recipe import check_stage, read_values
 
 ALLOWED = 0.01  # as the stages' own default
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from encoder.errors import FluxChatError, VideoError
-from training.config import build
 from training.data.corpora import compare
 from training.data.datasets import NEEDS, DatasetConfig
 from training.data.examples import ExampleSource
 from training.data.media import FileMedia, Media
+from training.data.synthetic_source import WorldSource
 from training.data.video_batches import usable_cores
-from training.data.world import WorldSource
+from training.trainer.recipe import build
 
 FRAMES, SIDE = 2, 112  # of a trial reading
 NAMED = 3  # examples that a line names

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from encoder.errors import ConfigError
-from training.config import build
+from training.trainer.recipe import build
 
 TOLERANCE = 0.05  # copies of web corpora differ by a few per cent
 

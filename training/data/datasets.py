@@ -14,20 +14,20 @@ from typing import Literal
 import yaml
 
 from encoder.errors import ConfigError, DataError
-from training.config import build
 from training.data.annotations import read_classes, read_csv, read_json
 from training.data.examples import ExampleSource, IndependentTurns, Joined, Need, PartOf
 from training.data.media import reason
 from training.data.shards import ShardExamples, Shards
-from training.data.world import WorldSource
-from training.data.world_examples import Asking, ChooseBy, WorldExamples, WorldLabel
+from training.data.synthetic_examples import Asking, ChooseBy, WorldExamples, WorldLabel
+from training.data.synthetic_source import WorldSource
+from training.trainer.recipe import build
 
 # What the examples of each stage need to be learned from.
 NEEDS: Mapping[str, Need | None] = {
     "umt": None,
     "finetune": "label",
     "clip": "caption",
-    "warm_start": "answer",
+    "projector_warmup": "answer",
     "chat_stage1": "answer",
     "chat_lora": "answer",
 }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from encoder.errors import DataError, VideoError
 from training.data.examples import Example, ExampleSource, Need
-from training.data.missing import MissingMedia
+from training.data.missing_media import MissingMedia
 
 T = TypeVar("T")
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from encoder.errors import VideoError
-from encoder.video import Clip, read_clip
-from training.data.world import render_clip
-from training.demo_world.world import Sample, World
+from encoder.video.reader import Clip, read_clip
+from training.data.synthetic_source import render_clip
+from training.synthetic.dataset import Sample, World
 
 IMAGES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
 VIDEOS = frozenset({".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp", ".gif"})

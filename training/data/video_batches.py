@@ -25,7 +25,7 @@ from encoder.errors import ConfigError, DataError
 from encoder.preprocess import preprocess
 from training.data.augment import AugmentConfig, augment, segment_moments
 from training.data.examples import Example, ExampleSource, Need
-from training.data.grids import FlexibleGrid
+from training.data.flexible_grids import FlexibleGrid
 from training.data.loader import Loader
 
 Sampling = Literal["segments", "middle"]

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from encoder.errors import DataError
+from llm_bridge.text_encoders.text_towers import TextTower
 from training.evaluation.alignment import Alignment
 from training.evaluation.benchmarks import Labelled, spoken
+from training.evaluation.encoder_input import Setting
 from training.evaluation.metrics import Share, top_k
 from training.evaluation.results import Row, table
 from training.evaluation.retrieval import check_widths
 from training.evaluation.run import Run, describe_setting, pack, split_missing, unpack
-from training.evaluation.setting import Setting
-from training.text_towers import TextTower
 
 # The 16 prompts of the released evaluation (they come from ActionCLIP).
 ACTION_PROMPTS = (

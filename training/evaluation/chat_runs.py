@@ -12,7 +12,9 @@ from encoder.budget import input_for
 from encoder.errors import ConfigError
 from encoder.selection import Selector
 from llm_bridge.model import VideoLanguageModel
-from training.evaluation.given import (
+from training.evaluation.ability_metrics import UNSEEN
+from training.evaluation.chat_evaluator import Watcher
+from training.evaluation.cli_arguments import (
     about_data,
     about_model,
     finish,
@@ -21,12 +23,10 @@ from training.evaluation.given import (
     sharing_device,
     world_source,
 )
-from training.evaluation.goals import UNSEEN
+from training.evaluation.encoder_input import Setting
 from training.evaluation.mvbench import evaluate_mvbench, mvbench_table, read_mvbench, world_items
 from training.evaluation.results import Journal
-from training.evaluation.setting import Setting
-from training.evaluation.watcher import Watcher
-from training.evaluation.world import evaluate_unseen, evaluate_world, world_table
+from training.evaluation.synthetic import evaluate_unseen, evaluate_world, world_table
 
 
 def run_world_chat(args: argparse.Namespace) -> int:

@@ -12,9 +12,9 @@ from encoder.errors import DataError
 from training.evaluation.action import accuracies
 from training.evaluation.alignment import Alignment
 from training.evaluation.benchmarks import Labelled
+from training.evaluation.encoder_input import Setting
 from training.evaluation.results import Row
 from training.evaluation.run import Run, describe_setting, pack, split_missing, unpack
-from training.evaluation.setting import Setting
 
 
 def over_views(logits: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from encoder.errors import ConfigError
-from training.demo_world.wording import ANSWERS
+from llm_bridge.text_encoders.text_towers import MINILM, SentenceTower, Tower, open_tower
 from training.evaluation.action import accuracy_table, evaluate_action
 from training.evaluation.alignment import Alignment, read_alignment
 from training.evaluation.benchmarks import CLASSIFY, RETRIEVAL, read_retrieval
 from training.evaluation.classify import evaluate_classify
-from training.evaluation.given import (
+from training.evaluation.cli_arguments import (
     about_data,
     finish,
     labelled,
@@ -23,13 +23,13 @@ from training.evaluation.given import (
     world_examples,
     world_source,
 )
+from training.evaluation.encoder_input import Setting, Viewer, unmasked
 from training.evaluation.results import Journal, weights_hash
 from training.evaluation.retrieval import evaluate_retrieval, retrieval_table
 from training.evaluation.run import Run, header
-from training.evaluation.setting import Setting, Viewer, unmasked
+from training.evaluation.synthetic import WorldClips, encoder_table, evaluate_encoder
 from training.evaluation.views import Views
-from training.evaluation.world import WorldClips, encoder_table, evaluate_encoder
-from training.text_towers import MINILM, SentenceTower, Tower, open_tower
+from training.synthetic.phrases import ANSWERS
 
 
 def run_world_encoder(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from encoder.errors import DataError
-from training.scoring import wilson
+from training.evaluation.answer_scoring import wilson
 
 KS = (1, 5, 10)
 Duplicates = Literal["strict", "equal"]

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from encoder.errors import DataError, VideoError
-from encoder.sampling import middle_times, shown_at
-from encoder.video import Clip, read_clip
+from encoder.video.frame_times import middle_times, shown_at
+from encoder.video.reader import Clip, read_clip
 from training.data.media import IMAGES, FileMedia, Media, WorldMedia
-from training.data.world import WorldSource
+from training.data.synthetic_source import WorldSource
+from training.evaluation.answer_scoring import mean_interval, option_in, wilson
 from training.evaluation.benchmarks import find_video
+from training.evaluation.chat_evaluator import Asked, Watcher
 from training.evaluation.metrics import TaskScore, letter_flash, letter_videochat2, mvbench_scores
 from training.evaluation.results import Journal, Row, run_blocks, table
-from training.evaluation.watcher import Asked, Watcher
-from training.scoring import mean_interval, option_in, wilson
 
 Form = Literal["flash", "videochat2", "words"]
 FRAME_FOLDERS_FPS = 3.0

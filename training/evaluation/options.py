@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from training.evaluation.benchmarks import ACTIONS, CLASSIFY, RETRIEVAL
+from training.evaluation.encoder_input import DTYPES
 from training.evaluation.mvbench import TASKS
-from training.evaluation.setting import DTYPES
 
 SELECTORS = ["flux", "random", "uniform", "tube"]
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from encoder.errors import DataError, ModelError
+from llm_bridge.text_encoders.text_towers import TextTower
 from training.data.examples import Example
 from training.evaluation.alignment import Alignment
+from training.evaluation.encoder_input import Setting
 from training.evaluation.metrics import Duplicates, retrieval
 from training.evaluation.results import Row, table
 from training.evaluation.run import Run, describe_setting, pack, split_missing, unpack
-from training.evaluation.setting import Setting
-from training.text_towers import TextTower
 
 
 def plain_text(text: str) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from training.data.examples import Example
+from training.evaluation.encoder_input import Setting, Viewer
 from training.evaluation.results import (
     Journal,
     Row,
@@ -20,7 +21,6 @@ from training.evaluation.results import (
     run_blocks,
     weights_hash,
 )
-from training.evaluation.setting import Setting, Viewer
 from training.evaluation.views import Views, load_block
 
 DECODER = "auto (decord for trusted files, else PyAV)"

@@ -15,7 +15,7 @@ from torch import Tensor
 from encoder.errors import ConfigError, VideoError
 from encoder.preprocess import preprocess
 from training.data.examples import Example
-from training.evaluation.setting import Setting
+from training.evaluation.encoder_input import Setting
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,364 @@
+"""What the page's controls do, as plain functions of a session; nothing here lays anything out.
+
+Every generator may be closed at any yield (a tab that goes away): computing then ends within one token.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.components.chatbot import ComponentMessage
+
+from app.answer import Answer
+from app.chat import Message, VideoChat
+from app.messages import Media as Part
+from app.messages import question_text
+from app.page import html as markup
+from app.page.sessions import Media, Session, Sessions, Turn
+from app.page.settings import Settings
+from app.server.replies import ApiError
+from app.server.wire import longest_text
+from encoder.errors import ConfigError, FluxChatError
+
+LOG = logging.getLogger("fluxchat")
+YIELD_S = 0.05  # at most 20 updates a second
+THUMB, SMALL_THUMB = 208, 128  # pixels
+EMPTY_COST = "Add a video or an image: its price appears here before you ask."
+PHASES = {"decode": "Reading the frames", "encode": "Looking", "prefill": "Thinking"}
+MAX_TURNS = 100  # that a conversation keeps, with what was looked at in each
+SHOWN = 200  # characters of a question that is too long
+SURPRISE = "Something went wrong that should not have; the server's log says what."
+
+
+class Handlers:
+    """The page's behaviour around one VideoChat."""
+
+    def __init__(self, chat: VideoChat, sessions: Sessions) -> None:
+        self.chat, self.sessions = chat, sessions
+        # Made here because inside an event Gradio's components are only updates of themselves.
+        self._html = gr.HTML("", js_on_load=None, apply_default_css=False, render=False).get_config()
+
+    # -- videos ---------------------------------------------------------------------------------------------
+
+    def show(self, session: Session, path: str | None) -> str:
+        """The player's file changed: add it to the conversation, or take the cleared one out.
+
+        Returns an error as HTML, empty when there is none.
+        """
+        current = session.current
+        if path is None:
+            if current is not None and not current.is_image:
+                self.sessions.remove(session, session.shown)
+            return ""
+        if session.show(path):
+            return ""
+        return self.add(session, [path])
+
+    def add(self, session: Session, paths: Sequence[str]) -> str:
+        """More videos or images; returns the first error as HTML, empty when there is none."""
+        errors = []
+        for path in paths:
+            if session.show(path):
+                continue
+            try:
+                medium = Media(path, Path(path).name, self.chat.probe(path))
+                self.sessions.add(session, medium)
+            except FluxChatError as error:
+                self.sessions.discard(path)
+                errors.append(markup.problem(_sentence(error)))
+        return errors[0] if errors else ""
+
+    def add_copy(self, session: Session, path: str, client: str = "") -> str:
+        """One of our own files, as if that client had uploaded it; returns an error as HTML."""
+        try:
+            return self.add(session, [self.sessions.copy(path, client)])
+        except (ApiError, OSError) as error:  # no room for it
+            return markup.problem(_sentence(error))
+
+    # -- the price ------------------------------------------------------------------------------------------
+
+    def pricing(self, session: Session) -> str:
+        """What stands in the cost line while the price is worked out."""
+        if not session.media:
+            return markup.notice(EMPTY_COST)
+        if self.chat.calibrated:
+            return markup.notice("Working out the price …")
+        return markup.notice("Measuring how fast this machine is: some seconds, once …")
+
+    def cost(self, session: Session, settings: Settings) -> str:
+        """The cost line for the session's videos."""
+        if not session.media:
+            return markup.notice(EMPTY_COST)
+        try:
+            budget = settings.budget
+            estimates = [self.chat.estimate(medium.path, budget) for medium in session.media]
+        except FluxChatError as error:
+            return markup.problem(_sentence(error))
+        return markup.cost_line(estimates, budget.seconds)
+
+    def strip(self, session: Session, settings: Settings) -> str:
+        """What the budget keeps of the video that is shown, before anything is asked."""
+        medium = session.current
+        if medium is None:
+            return ""
+        try:
+            seen = self.chat.preview(medium.path, settings.budget, settings.selector, scope=session.scope)
+        except FluxChatError as error:
+            return markup.problem(_sentence(error))
+        kept, grid = len(seen.kept.indices), seen.kept.grid
+        label = f"What the model will look at: {kept} of {grid.size} patches"
+        frames = markup.strip(seen.frames, seen.kept, session.shown, side=THUMB, label=label)
+        return f"<h3>{label}</h3>{frames}"
+
+    # -- asking ---------------------------------------------------------------------------------------------
+
+    def begin(self, session: Session, question: str, at: int | None = None) -> bool:
+        """Put a question at the end, or in place of turn `at` and all that followed; False if it is empty."""
+        if not question.strip():
+            return False
+        session.stop.set()
+        session.stop = threading.Event()
+        if at is not None:
+            del session.turns[at:]
+        session.turns = [turn for turn in session.turns if turn.done][1 - MAX_TURNS :]
+        turn = Turn(question.strip(), phase="Waiting for its turn")
+        try:
+            self._check_length(turn.question)
+        except ConfigError as error:  # a conversation must not keep megabytes
+            turn = Turn(f"{turn.question[:SHOWN]} …", error=_sentence(error))
+        session.turns.append(turn)
+        return True
+
+    def run(self, session: Session, settings: Settings) -> Iterator[list[dict[str, Any]]]:
+        """Answer the last question: yields the messages as they grow. Does nothing without a new question."""
+        if not session.turns or session.turns[-1].done:
+            yield self.messages(session)
+            return
+        turn, stop = session.turns[-1], session.stop
+        turn.media = tuple(session.media)
+        session.busy += 1
+        try:
+            for text, phase, answer in self._answer(session, turn.question, settings, stop, session.history):
+                if answer is not None:
+                    turn.details = self._details(session, turn.media, settings, answer)
+                turn.text, turn.phase, turn.answer = text, phase, answer
+                yield self.messages(session)
+        except FluxChatError as error:
+            turn.error, turn.phase = _sentence(error), ""
+            yield self.messages(session)
+        finally:
+            if not turn.done:  # the tab went away
+                turn.error, turn.phase = "Stopped.", ""
+            session.busy -= 1
+            if session.closed:
+                self.chat.forget(session.scope)
+
+    def stop(self, session: Session) -> None:
+        """End what the session computes within one token."""
+        session.stop.set()
+
+    def clear(self, session: Session) -> None:
+        """A new conversation about the same videos."""
+        session.stop.set()
+        session.turns.clear()
+
+    def compare(
+        self, session: Session, question: str, settings: Settings, budgets: Sequence[int]
+    ) -> Iterator[list[str]]:
+        """The same question at several budgets, one after the other: yields one piece of HTML for each."""
+        panels = ["" for _ in budgets]
+        if not question.strip():
+            yield [markup.problem("The question is empty: ask something in words.") for _ in budgets]
+            return
+        if not session.media:
+            yield [markup.problem("There is no video yet: add one first.") for _ in budgets]
+            return
+        session.stop.set()
+        stop = session.stop = threading.Event()
+        media = tuple(session.media)
+        session.busy += 1
+        try:
+            for index, tokens in enumerate(budgets):
+                if stop.is_set():
+                    return
+                chosen = replace(settings, tokens=int(tokens), auto=False)
+                head = f"<h3>{int(tokens)} tokens</h3>"
+                for text, phase, answer in self._answer(session, question, chosen, stop, []):
+                    details = "" if answer is None else self._details(session, media, chosen, answer)
+                    waiting = f'<p class="fc-phase">{phase} …</p>' if phase else ""
+                    linked = markup.link_times(escape(text), session.duration_s, html=True)
+                    panels[index] = f"{head}<p>{linked}</p>{waiting}{details}"
+                    yield list(panels)
+        except FluxChatError as error:
+            panels[:] = [panel or markup.problem(_sentence(error)) for panel in panels]
+            yield list(panels)
+        finally:
+            session.busy -= 1
+            if session.closed:
+                self.chat.forget(session.scope)
+
+    def messages(self, session: Session) -> list[dict[str, Any]]:
+        """The conversation for the chat display: two messages for every turn."""
+        shown: list[dict[str, Any]] = []
+        for turn in session.turns:
+            shown.append({"role": "user", "content": turn.question})
+            text = markup.link_times(turn.text, session.duration_s)
+            if turn.phase:
+                text = f"{text}\n\n*{turn.phase} …*" if text else f"*{turn.phase} …*"
+            if turn.error:
+                text = f"{text}\n\n**{turn.error}**" if text else f"**{turn.error}**"
+            content: list[Any] = [text or "*No words came.*"]
+            if turn.details:
+                content.append(self._component(turn.details))
+            shown.append({"role": "assistant", "content": content})
+        return shown
+
+    def _component(self, html: str) -> ComponentMessage:
+        """Our own HTML inside a chat message."""
+        return ComponentMessage(
+            component="html", value=html, constructor_args={}, props={**self._html, "value": html}
+        )
+
+    def _answer(
+        self,
+        session: Session,
+        question: str,
+        settings: Settings,
+        stop: threading.Event,
+        history: Sequence[Turn],
+    ) -> Iterator[tuple[str, str, Answer | None]]:
+        """(text so far, what is being done, the answer when it is there), at most every YIELD_S seconds."""
+        self._check_length(question, settings.system)
+        news: queue.Queue[str | None] = queue.Queue()
+        phase = ""
+
+        def tell(what: str, index: int, count: int) -> None:
+            nonlocal phase
+            phase = PHASES[what] + (f" of video {index + 1}" if count > 1 and what == "decode" else "")
+            news.put("")
+
+        options = settings.options()
+        system = options.pop("system")
+        messages = asked_messages(session.media, history, question)
+        if system:
+            messages.insert(0, Message.of("system", system))
+        stream = self.chat.stream_messages(messages, scope=session.scope, progress=tell, stop=stop, **options)
+        failed: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                for piece in stream:
+                    news.put(piece)
+            except BaseException as error:  # noqa: BLE001 - raised again by the reader below
+                failed.append(error)
+            finally:
+                news.put(None)
+
+        worker = threading.Thread(target=work, name="fluxchat-answer", daemon=True)
+        worker.start()
+        text, shown, unseen = "", 0.0, False
+        try:
+            while True:
+                try:
+                    piece = news.get(timeout=YIELD_S if unseen else None)
+                except queue.Empty:
+                    piece = ""
+                if piece is None:
+                    break
+                if piece:
+                    text, phase = text + piece, ""
+                unseen = True
+                if (now := time.monotonic()) - shown >= YIELD_S:
+                    shown, unseen = now, False
+                    yield text, phase, None
+        except GeneratorExit:  # the tab went away
+            stream.stop()
+            raise
+        finally:
+            worker.join()
+        if failed:
+            if isinstance(failed[0], FluxChatError):
+                raise failed[0]
+            LOG.error("An answer failed", exc_info=failed[0])
+            raise FluxChatError(SURPRISE)
+        yield stream.answer.text, "", stream.answer
+
+    def _check_length(self, *texts: str) -> None:
+        """Raises ConfigError for what can never fit the model, before it is tokenised."""
+        limit = longest_text(self.chat)
+        if sum(map(len, texts)) > limit:
+            raise ConfigError(f"That is too long: a question has at most {limit} characters.")
+
+    def _details(self, session: Session, media: Sequence[Media], settings: Settings, answer: Answer) -> str:
+        """Strips of what was looked at, and the small print."""
+        strips = []
+        for index, (medium, kept) in enumerate(zip(media, answer.kept, strict=False)):
+            frames = self.chat.preview(
+                medium.path, settings.budget, settings.selector, scope=session.scope
+            ).frames
+            if len(frames) == kept.grid.frames:
+                label = f"What it looked at in {medium.name}"
+                strips.append(markup.strip(frames, kept, index, side=SMALL_THUMB, label=label))
+        return f'<div class="fc-details">{"".join(strips)}{markup.small_print(answer)}</div>'
+
+    # -- programs -------------------------------------------------------------------------------------------
+
+    def api_ask(
+        self, video: str | None, question: str, budget: str = "", *, scope: str = ""
+    ) -> tuple[str, dict[str, Any]]:
+        """Answer one question about a video or image.
+
+        Args:
+            video: the video or image file
+            question: what you want to know
+            budget: tokens to keep: a number, "full", "auto" or "auto:SECONDS"; empty: the model's own
+        """
+        self._check_length(question)
+        answer = self.chat.ask(video, question, budget=budget.strip() or None, scope=scope)
+        return answer.text, answer.to_dict()
+
+    def api_estimate(self, video: str | None, budget: str = "") -> dict[str, Any]:
+        """What a token budget costs on a video, before anything runs.
+
+        Args:
+            video: the video or image file
+            budget: tokens to keep: a number, "full", "auto" or "auto:SECONDS"; empty: the model's own
+        """
+        if video is None:
+            raise ConfigError("An estimate needs a video: give one.")
+        return asdict(self.chat.estimate(video, budget.strip() or None))
+
+
+def asked_messages(media: Sequence[Media], history: Sequence[Turn], question: str) -> list[Message[Part]]:
+    """A question after earlier turns. Each medium stands in the turn that first asked about it, so that what
+    was computed for earlier turns stays valid when another comes; those taken out are gone.
+
+    Raises ConfigError for an empty question.
+    """
+    waiting = list(media)
+    messages: list[Message[Part]] = []
+    for turn in history:
+        new = [medium for medium in waiting if medium in turn.media]
+        waiting = [medium for medium in waiting if medium not in new]
+        messages.append(Message("user", (*_parts(new), turn.question)))
+        messages.append(Message.of("assistant", turn.text))
+    messages.append(Message("user", (*_parts(waiting), question_text(question))))
+    return messages
+
+
+def _parts(media: Sequence[Media]) -> tuple[Part, ...]:
+    return tuple(Part(medium.path, medium.name) for medium in media)
+
+
+def _sentence(error: Exception) -> str:
+    """Its message on one line."""
+    return " ".join(str(error).split())

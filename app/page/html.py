@@ -1,0 +1,172 @@
+"""HTML of the page's own pieces: cost line, strip of frames, shelf of videos, small print, times as links."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from html import escape
+
+from PIL import Image
+from torch import Tensor
+
+from app.answer import Answer, KeptTokens
+from app.estimate import Estimate
+from app.page.overlay import data_url, kept_mask, paint
+from app.page.sessions import Media
+from encoder.video.reader import read_clip
+
+_COUNTING = (
+    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
+    "twenty",
+)
+# "0:07", "1:02.5", "7 s", "7.5 seconds", "3 sec", "three seconds"; not "10:30 pm"'s day or "16:9" followed by
+# more digits.
+_TIME = re.compile(
+    r"(?<![\w:.#])(?:(\d{1,3}):([0-5]\d(?:\.\d+)?)|(\d+(?:\.\d+)?)\s?(?:s|secs?|seconds?)"
+    rf"|(?<!-)((?i:{'|'.join(_COUNTING)})) seconds?)(?![\w:])"
+)
+
+
+def clock(seconds: float, *, tenths: bool = False) -> str:
+    """7.4 -> "0:07", or "0:07.4"."""
+    units = int(seconds * 10 + 0.5) if tenths else int(seconds + 0.5) * 10
+    minutes, rest = divmod(units, 600)
+    return f"{minutes}:{rest // 10:02d}" + (f".{rest % 10}" if tenths else "")
+
+
+def link_times(text: str, duration_s: float, *, html: bool = False) -> str:
+    """Markdown (or HTML) in which every time within the video is a link that moves the player there."""
+
+    def link(match: re.Match[str]) -> str:
+        minutes, clock_seconds, seconds, word = match.groups()
+        if minutes:
+            at = 60 * int(minutes) + float(clock_seconds)
+        else:
+            at = float(seconds or _COUNTING.index(word.lower()))
+        if at > duration_s:
+            return match[0]
+        return f'<a href="#t={at:g}">{match[0]}</a>' if html else f"[{match[0]}](#t={at:g})"
+
+    return _TIME.sub(link, text)
+
+
+def strip(frames: Tensor, kept: KeptTokens, medium: int, *, side: int, label: str) -> str:
+    """A row of frames with dropped patches dimmed; each is a button that moves the player to its time.
+
+    frames: uint8 (T, H, W, 3). medium: place of the video in the conversation. side: pixels of a picture.
+    """
+    counts = kept_mask(kept).sum(axis=(1, 2))
+    tenths = kept.duration_s < 60
+    cells = []
+    for index, picture in enumerate(paint(frames, kept)):
+        image = f'<img src="{data_url(picture, side)}" alt="" draggable="false">'
+        if not kept.times_s:
+            cells.append(f'<span class="fc-frame">{image}<span>{counts[index]} tokens</span></span>')
+            continue
+        at = clock(kept.times_s[index], tenths=tenths)
+        cells.append(
+            f'<button type="button" class="fc-frame" data-seek="{kept.times_s[index]:.3f}" '
+            f'data-medium="{medium}" aria-label="Go to {at}, {counts[index]} tokens kept">{image}'
+            f"<span>{at}<i>{counts[index]}</i></span></button>"
+        )
+    return f'<div class="fc-frames" role="group" aria-label="{escape(label)}">{"".join(cells)}</div>'
+
+
+def cost_line(estimates: Sequence[Estimate], seconds: float | None = None) -> str:
+    """The price of a question: the sum over videos, since every one of them is looked at.
+
+    seconds: the latency target, to say when it cannot be met.
+    """
+    first = estimates[0]
+    kept, seen = sum(e.kept_tokens for e in estimates), sum(e.seen_tokens for e in estimates)
+    gmacs = sum(e.encoder_gmacs + e.llm_gmacs for e in estimates)
+    full = sum((e.encoder_gmacs + e.llm_gmacs) / e.share_of_full for e in estimates)
+    wait = sum(e.first_token_s for e in estimates)
+    shapes = {(e.frames, e.height, e.width) for e in estimates}
+    many = f"{len(estimates)} × " if len(estimates) > 1 else ""
+    shape = f"{first.frames} × {first.width}×{first.height}" if len(shapes) == 1 else "various sizes"
+    share = 100 * gmacs / full
+    facts = [
+        ("frames × size", f"{many}{shape}"),
+        ("tokens kept", f"<b>{kept}</b> of {seen}"),
+        ("into the LLM", f"{sum(e.llm_tokens for e in estimates)} tokens"),
+        ("to compute", f"{gmacs:.3g} GMACs"),
+        ("to first word", f"≈ <b>{wait:.2f} s</b>"),
+        ("memory", f"{sum(e.peak_mib for e in estimates):.0f} MiB"),
+        ("of full cost", f"{share:.0f} %"),
+    ]
+    cells = " ".join(
+        f'<span class="fc-fact"><span>{value}</span> <small>{name}</small></span>' for name, value in facts
+    )
+    meter = (
+        f'<span class="fc-meter" role="img" aria-label="{share:.0f} % of the full cost">'
+        f'<span style="width:{min(100.0, share):.1f}%"></span></span>'
+    )
+    missed = seconds is not None and wait > seconds
+    note = (
+        f'<p class="fc-note">The least this model can do takes longer than {seconds:g} s here.</p>'
+        if missed
+        else ""
+    )
+    return f'<div class="fc-cost">{cells}{meter}</div>{note}'
+
+
+def notice(text: str) -> str:
+    """A quiet sentence in place of figures."""
+    return f'<p class="fc-note">{escape(text)}</p>'
+
+
+def problem(text: str) -> str:
+    """An error as one sentence, announced to screen readers."""
+    return f'<p class="fc-problem" role="alert">{escape(text)}</p>'
+
+
+def shelf(media: Sequence[Media], shown: int) -> str:
+    """The videos and images of the conversation: show one, or take one out."""
+    items = []
+    for index, medium in enumerate(media):
+        name = escape(medium.name)
+        length = "image" if medium.is_image else clock(medium.info.duration_s)
+        current = ' aria-current="true"' if index == shown else ""
+        items.append(
+            f'<span class="fc-medium"{current}>'
+            f'<button type="button" data-show="{index}" title="{name}" aria-label="Show {name}">'
+            f"<b>{index + 1}</b> {name} <i>{length}</i></button>"
+            f'<button type="button" data-remove="{index}" aria-label="Remove {name}">×</button></span>'
+        )
+    return f'<div class="fc-shelf" role="group" aria-label="Videos and images">{"".join(items)}</div>'
+
+
+def examples(pairs: Sequence[tuple[str, str]]) -> str:
+    """Cards of videos to start from, each with its question; reads one frame of each file."""
+    cards = []
+    for index, (path, question) in enumerate(pairs):
+        frame = read_clip(path, 1, max_side=240).frames[0].numpy()
+        cards.append(
+            f'<button type="button" class="fc-example" data-example="{index}" '
+            f'aria-label="Example: {escape(question)}">'
+            f'<img src="{data_url(Image.fromarray(frame), 240)}" alt="">'
+            f"<span>{escape(question)}</span></button>"
+        )
+    return f'<h3>Or start from an example</h3><div class="fc-examples">{"".join(cards)}</div>'
+
+
+def small_print(answer: Answer) -> str:
+    """Tokens and times of an answer in one line."""
+    usage, times = answer.usage, answer.timings
+    facts = []
+    if usage.seen_tokens:
+        facts.append(f"{usage.kept_tokens} of {usage.seen_tokens} tokens kept")
+        facts += [f"decode {_seconds(times.decode_s)}", f"encode {_seconds(times.encode_s)}"]
+    facts.append(f"prefill {_seconds(times.prefill_s)}")
+    if usage.cached_tokens:
+        facts.append(f"{usage.cached_tokens} of {usage.prompt_tokens} prompt tokens reused")
+    facts += [f"first word {_seconds(times.first_token_s)}", f"{times.tokens_per_s:.0f} tokens/s"]
+    if answer.finish != "stop":
+        facts.append({"cancelled": "stopped", "length": "cut at the longest answer"}[answer.finish])
+    return f'<div class="fc-small">{" · ".join(facts)}</div>'
+
+
+def _seconds(value: float) -> str:
+    return "reused" if value < 5e-4 else f"{1000 * value:.0f} ms" if value < 1 else f"{value:.1f} s"

@@ -1,0 +1,258 @@
+"""Who is on the page: each browser tab has its own videos and conversation, freed when it leaves or idles."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from app.answer import Answer
+from app.server.media import MediaStore
+from app.server.replies import ApiError
+from encoder.errors import ConfigError
+from encoder.video.reader import VideoInfo
+
+IDLE_S = 1800.0
+KEPT_S = 3600.0  # for uploads that no session ever used
+MAX_SESSIONS = 1000
+MAX_MEDIA = 8  # videos and images in one conversation
+MAX_SECONDS = 4 * 3600.0  # of video in one conversation
+
+
+@dataclass(frozen=True)
+class Media:
+    """A video or image of a conversation."""
+
+    path: str
+    name: str
+    info: VideoInfo
+
+    @property
+    def is_image(self) -> bool:
+        """Shown as a picture, not in the player."""
+        return self.info.kind == "image"
+
+
+@dataclass
+class Turn:
+    """A question and what became of it; details: HTML under the answer. media: all that it was about."""
+
+    question: str
+    media: tuple[Media, ...] = ()
+    answer: Answer | None = None
+    text: str = ""
+    phase: str = ""
+    error: str = ""
+    details: str = ""
+
+    @property
+    def done(self) -> bool:
+        """Answered, stopped or failed."""
+        return self.answer is not None or bool(self.error)
+
+
+@dataclass
+class Session:
+    """One tab's conversation. `stop` ends what it computes now; a new event is made for each question.
+
+    scope: what a model keeps for it, under a name that nobody can guess.
+    """
+
+    id: str
+    scope: str = field(default_factory=lambda: secrets.token_urlsafe(16))
+    media: list[Media] = field(default_factory=list)
+    shown: int = 0
+    turns: list[Turn] = field(default_factory=list)
+    stop: threading.Event = field(default_factory=threading.Event)
+    touched: float = field(default_factory=time.monotonic)
+    busy: int = 0
+    closed: bool = False
+
+    @property
+    def current(self) -> Media | None:
+        """The video or image in the player."""
+        return self.media[self.shown] if self.media else None
+
+    @property
+    def duration_s(self) -> float:
+        """Of the longest video."""
+        return max((medium.info.duration_s for medium in self.media), default=0.0)
+
+    @property
+    def history(self) -> list[Turn]:
+        """Answered turns, for the model; a stopped answer counts as far as it got."""
+        return [turn for turn in self.turns if turn.answer is not None and turn.text]
+
+    def show(self, path: str) -> bool:
+        """Put the medium of that path in the player; False when it is not in the conversation."""
+        for index, medium in enumerate(self.media):
+            if medium.path == path:
+                self.shown = index
+                return True
+        return False
+
+    def add(self, medium: Media) -> None:
+        """Another video or image, now in the player; raises ConfigError when there are too many."""
+        if len(self.media) >= MAX_MEDIA:
+            raise ConfigError(f"A conversation holds {MAX_MEDIA} videos and images: remove one first.")
+        if sum(m.info.duration_s for m in self.media) + medium.info.duration_s > MAX_SECONDS:
+            raise ConfigError(
+                f"A conversation holds {MAX_SECONDS / 3600:g} hours of video: remove one or cut it."
+            )
+        self.media.append(medium)
+        self.shown = len(self.media) - 1
+
+
+class Sessions:
+    """All sessions by id. Thread-safe; a thread that lives while there are sessions frees the idle ones.
+
+    forget: frees what a model keeps for a session's scope. uploads: only files below this folder are ever
+    deleted (default: where Gradio puts uploads), each when no session uses it any more. store: what has the
+    files that came over the server's own doors, and keeps them while a session uses them.
+    """
+
+    def __init__(
+        self,
+        forget: Callable[[str], None],
+        *,
+        idle_s: float = IDLE_S,
+        uploads: str | Path | None = None,
+        store: MediaStore | None = None,
+    ) -> None:
+        folder = uploads or os.environ.get("GRADIO_TEMP_DIR") or Path(tempfile.gettempdir()) / "gradio"
+        self.uploads = Path(folder).resolve()
+        self.store = store
+        self._forget, self._idle_s = forget, idle_s
+        self._sessions: dict[str, Session] = {}
+        self._files: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self._reaper: threading.Thread | None = None
+        self._wake = threading.Event()
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def get(self, session_id: str) -> Session:
+        """The session, made on its first visit; counts as a sign of life.
+
+        Past MAX_SESSIONS, the one that has idled longest makes room.
+        """
+        with self._lock:
+            session = self._sessions.get(session_id)
+            idle = [s for s in self._sessions.values() if not s.busy]
+            oldest = min(idle, key=lambda s: s.touched) if idle else None
+        if session is None and oldest is not None and len(self._sessions) >= MAX_SESSIONS:
+            self.close(oldest.id)
+        with self._lock:
+            session = self._sessions.get(session_id)
+            if session is None:
+                session = self._sessions[session_id] = Session(session_id)
+                if self._reaper is None:
+                    self._reaper = threading.Thread(target=self._reap, name="fluxchat-sessions", daemon=True)
+                    self._reaper.start()
+            session.touched = time.monotonic()
+            return session
+
+    def copy(self, path: str | Path, client: str = "") -> str:
+        """A copy of one of our own files, as if that client had uploaded it."""
+        if self.store is not None:
+            with open(path, "rb") as source:
+                return self.store.add(source, Path(path).name, client, page=self.uploads).path
+        self.uploads.mkdir(parents=True, exist_ok=True)
+        return shutil.copy(path, tempfile.mkdtemp(dir=self.uploads))
+
+    def add(self, session: Session, medium: Media) -> None:
+        """Bring a video or image in; raises ConfigError when the session holds too many."""
+        with self._lock:
+            if session.closed:
+                raise ConfigError("This conversation has ended: reload the page.")
+            session.add(medium)
+            try:
+                if self.store is not None:
+                    self.store.hold(medium.path)
+            except ApiError as error:  # deleted a moment ago
+                session.media.remove(medium)
+                session.shown = max(0, len(session.media) - 1)
+                raise ConfigError(str(error)) from None
+            self._files[medium.path] += 1
+
+    def discard(self, path: str) -> None:
+        """Delete an upload that was not taken, unless a session has it."""
+        with self._lock:
+            if path not in self._files and self.store is not None and self.store.hold(path):
+                self.store.release(path)
+
+    def remove(self, session: Session, index: int) -> None:
+        """Take a video or image out and delete its upload if nobody else has it."""
+        with self._lock:
+            medium = session.media.pop(index)
+            if session.shown > index or session.shown == len(session.media):
+                session.shown = max(0, session.shown - 1)
+            self._release(medium)
+
+    def close(self, session_id: str) -> None:
+        """Stop what it computes and free all that it holds; nothing happens if there is none."""
+        with self._lock:
+            session = self._sessions.pop(session_id, None)
+            if session is None:
+                return
+            session.closed = True
+            session.stop.set()
+            for medium in session.media:
+                self._release(medium)
+            session.media.clear()
+            session.turns.clear()
+        self._forget(session.scope)
+
+    def close_all(self) -> None:
+        """Free everything; for shutting down."""
+        for session_id in list(self._sessions):
+            self.close(session_id)
+        self._wake.set()
+
+    def sweep(self) -> None:
+        """Close the sessions that have idled too long."""
+        limit = time.monotonic() - self._idle_s
+        with self._lock:
+            idle = [s.id for s in self._sessions.values() if s.touched < limit and not s.busy]
+        for session_id in idle:
+            self.close(session_id)
+        if self.store is None:  # which has its own sweep
+            self._sweep_uploads()
+
+    def _sweep_uploads(self) -> None:
+        """Delete old files that no session uses, with folders that are empty then."""
+        limit = time.time() - max(KEPT_S, self._idle_s)
+        for path in self.uploads.glob("*/*") if self.uploads.is_dir() else ():
+            with self._lock, contextlib.suppress(OSError):
+                if str(path) not in self._files and path.is_file() and path.stat().st_mtime < limit:
+                    path.unlink()
+                    path.parent.rmdir()
+
+    def _reap(self) -> None:
+        while not self._wake.wait(min(60.0, self._idle_s / 2)):
+            self.sweep()
+            with self._lock:
+                if not self._sessions:
+                    self._reaper = None
+                    return
+
+    def _release(self, medium: Media) -> None:
+        kept = self.store is not None and self.store.release(medium.path)
+        self._files[medium.path] -= 1
+        if self._files[medium.path] > 0:
+            return
+        del self._files[medium.path]
+        path = Path(medium.path).resolve()
+        if not kept and self.uploads in path.parents:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.parent.rmdir()  # if nothing else is in it

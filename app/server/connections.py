@@ -1,0 +1,252 @@
+"""Connections that cost nothing to hold: slow heads, slow bodies and readers that do not read are cut off.
+
+uvicorn waits for all of them for ever. Here every connection knows since when it waits for what, and
+`Connections.sweep`, called every second, ends those that are overdue. When there are too many, the one that
+has waited longest without a request makes room, so that who sends one (/healthz above all) is let in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from app.server.replies import ApiError
+
+LINGER_S = 10.0  # for the rest of an answer when the connection is to be closed
+KEPT = 64  # connections beyond the limit, for /healthz
+
+
+@dataclass(frozen=True)
+class ConnectionLimits:
+    """Bounds on connections, in seconds and bytes.
+
+    total, per_address: connections at a time, in all and from one address (this machine and proxies: any).
+    head_s: for a request's first line and headers. body_s: for a body, and a second more for each body_rate
+    bytes of it that come, never more than body_s ahead: what came fast at first must not be slow then.
+    send_s: for a reader that takes nothing; send_rate: what it must take of a large answer.
+    """
+
+    total: int = 1000
+    per_address: int = 128
+    head_s: float = 10.0
+    body_s: float = 10.0
+    body_rate: int = 16 * 1024
+    send_s: float = 60.0
+    send_rate: int = 4 * 1024
+
+
+class Connections:
+    """All connections of one server. proxies: addresses that may have any number. clock: seconds."""
+
+    def __init__(
+        self,
+        limits: ConnectionLimits,
+        proxies: Collection[str] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limits, self.proxies, self.clock = limits, frozenset(proxies), clock
+        self._open: dict[Connection, str] = {}
+        self._by_address: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def protocol(self, **options: Any) -> Connection:
+        """A new connection, as uvicorn makes them."""
+        return Connection(self, **options)
+
+    def add(self, connection: Connection, address: str) -> bool:
+        """Count one more; False when there is no room for it even without those that only wait."""
+        self._open[connection] = address
+        self._by_address[address] += 1
+        limits = self.limits
+        single = not _is_here(address) and address not in self.proxies
+        if single and self._by_address[address] > limits.per_address:
+            return self._make_room(connection, address)
+        if len(self._open) > limits.total:
+            return self._make_room(connection, None) or len(self._open) <= limits.total + KEPT
+        return True
+
+    def full(self) -> bool:
+        """Whether only /healthz is answered on a new connection."""
+        return len(self._open) > self.limits.total
+
+    def remove(self, connection: Connection) -> None:
+        """Forget a connection that is closed."""
+        address = self._open.pop(connection, None)
+        if address is not None:
+            self._by_address[address] -= 1
+            if not self._by_address[address]:
+                del self._by_address[address]
+
+    def sweep(self) -> None:
+        """End what is overdue."""
+        now = self.clock()
+        for connection in list(self._open):
+            connection.check(now)
+
+    def _make_room(self, new: Connection, address: str | None) -> bool:
+        waiting = [
+            (connection.waiting_since, connection)
+            for connection, whose in self._open.items()
+            if connection is not new and connection.waiting and address in (None, whose)
+        ]
+        if not waiting:
+            return False
+        min(waiting, key=lambda pair: pair[0])[1].end(None)
+        return True
+
+
+class Connection(H11Protocol):
+    """uvicorn's HTTP/1.1 with the clocks of one connection."""
+
+    def __init__(self, connections: Connections, **options: Any) -> None:
+        super().__init__(**options)
+        self._all = connections
+        self.waiting_since = connections.clock()  # for the head of a request, or a new one
+        self._head_begun: float | None = self.waiting_since
+        self._body_last = self._body_until = 0.0
+        self._stuck_since: float | None = None
+        self._closing_since: float | None = None
+        # Told to the guard: whose requests come together when nobody has a name.
+        self.app_state = {**self.app_state, "fluxchat.connection": secrets.token_urlsafe(16)}
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it has no request that is being answered."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if not self._all.add(self, self.client[0] if self.client else ""):
+            self.end(_busy())
+        elif self._all.full():
+            self.app = self._only_health
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._all.remove(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        now = self._all.clock()
+        if self.waiting and self._head_begun is None:  # the next request on it
+            self._head_begun = self.waiting_since = now
+        cycle = self.cycle
+        super().data_received(data)
+        if self.cycle is not cycle:  # a head is complete
+            self._head_begun = None
+            self._body_begins(now)
+        elif not self.waiting:
+            self._body_comes(now, len(data))
+
+    def on_response_complete(self) -> None:
+        self.waiting_since, self._head_begun = self._all.clock(), None
+        before = self.cycle
+        super().on_response_complete()
+        if self.cycle is not before:  # it was waiting in the buffer
+            self._body_begins(self.waiting_since)
+        elif self.conn.trailing_data[0]:  # a part of one
+            self._head_begun = self.waiting_since
+
+    def _body_begins(self, now: float) -> None:
+        self._body_last, self._body_until = now, now + self._all.limits.body_s
+
+    def _body_comes(self, now: float, amount: int) -> None:
+        limits = self._all.limits
+        self._body_last = now
+        self._body_until = min(now + limits.body_s, self._body_until + amount / limits.body_rate)
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """There are no websockets here; that somebody asks for one is no news."""
+
+    def pause_writing(self) -> None:
+        waiting = self.transport.get_write_buffer_size()
+        self._stuck_since = self._all.clock() + waiting / self._all.limits.send_rate
+        super().pause_writing()
+
+    def resume_writing(self) -> None:
+        self._stuck_since = None
+        super().resume_writing()
+
+    def check(self, now: float) -> None:
+        """End the connection when it is overdue."""
+        limits = self._all.limits
+        if self.transport.is_closing():
+            self._closing_since = self._closing_since or now
+            if now - self._closing_since > LINGER_S:
+                self.transport.abort()
+            return
+        if self._stuck_since is not None and now - self._stuck_since > limits.send_s:
+            self.transport.abort()
+            return
+        if self.waiting:
+            if self._head_begun is not None and now - self._head_begun > limits.head_s:
+                self.end(_too_slow("The request's headers did not come in time."))
+            return
+        if not self.cycle.more_body:
+            return
+        if self.flow.read_paused:  # we are the slow ones
+            self._body_until += now - self._body_last
+            self._body_last = now
+            return
+        if now > self._body_until:
+            self.end(_too_slow("The request's body did not come in time."))
+
+    def end(self, error: ApiError | None) -> None:
+        """Close it, with a last word if nothing has been said yet."""
+        if error is not None and (self.cycle is None or not self.cycle.response_started or self.waiting):
+            self.transport.write(_raw(error))
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        self.transport.close()
+
+    async def _only_health(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What is answered on a connection beyond the limit."""
+        if scope["path"] == "/healthz":
+            await self.config.loaded_app(scope, receive, send)
+            return
+        error = _busy()
+        headers = [(b"content-type", b"application/json"), (b"connection", b"close"), (b"retry-after", b"5")]
+        await send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await send({"type": "http.response.body", "body": json.dumps(error.body).encode()})
+
+
+def _raw(error: ApiError) -> bytes:
+    body = json.dumps(error.body).encode()
+    head = (
+        f"HTTP/1.1 {error.status} {'Request Timeout' if error.status == 408 else 'Service Unavailable'}\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def _too_slow(message: str) -> ApiError:
+    return ApiError(408, message, code="request_timeout")
+
+
+def _busy() -> ApiError:
+    return ApiError(
+        503,
+        "The server has too many connections: try again in a moment.",
+        kind="server_error",
+        code="too_many_connections",
+    )
+
+
+def _is_here(address: str) -> bool:
+    """Whether it is this machine's own."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return not address  # a socket of the file system

@@ -1,0 +1,118 @@
+"""Logging in from a browser: a small form, a cookie, and ever longer waits for who guesses."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from html import escape
+
+from app.server.replies import ApiError
+
+LASTS_S = 7 * 86400.0
+MOST = 10_000  # cookies, and addresses that failed
+FREE = 5  # wrong guesses of an address before it must wait
+LONGEST_S = 60.0
+FORGET_S = 900.0
+
+PAGE = """\
+<!doctype html><html lang="en"><head><meta charset="utf-8"><title>FluxChat: log in</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root{{color-scheme:light dark}}body{{font:16px system-ui,sans-serif;display:grid;place-items:center;
+min-height:90vh;margin:0}}form{{display:grid;gap:.75rem;width:min(20rem,90vw)}}h1{{font-weight:600;margin:0}}
+input,button{{font:inherit;padding:.55rem .7rem;border:1px solid #8886;border-radius:.5rem}}
+button{{background:#0f766e;color:#fff;border:0;cursor:pointer}}p{{margin:0;color:#b91c1c}}label{{display:grid}}
+</style></head><body><form method="post" action="{action}"><h1>FluxChat</h1>{problem}{fields}
+<button>Log in</button></form></body></html>
+"""
+USER = '<label>User<input name="username" autocomplete="username" required{focus}></label>'
+PASSWORD = (
+    '<label>{label}<input name="password" type="password" autocomplete="current-password" required{focus}>'
+    "</label>"
+)
+
+
+def page(*, user: bool, keys: bool, action: str, problem: str = "") -> str:
+    """The form as HTML. user: ask for a name too; keys: an API key does as a password."""
+    label = "API key" if not user else "Password, or an API key" if keys else "Password"
+    focus = " autofocus"
+    fields = (USER.format(focus=focus) if user else "") + PASSWORD.format(
+        label=label, focus="" if user else focus
+    )
+    shown = f'<p role="alert">{escape(problem)}</p>' if problem else ""
+    return PAGE.format(action=escape(action, quote=True), problem=shown, fields=fields)
+
+
+class Cookies:
+    """Who is logged in, by the cookie of each; only hashes of the cookies are kept. Thread-safe."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.name = f"fluxchat-{secrets.token_hex(4)}"  # cookies know no ports: another server has another
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._known: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
+
+    def new(self, who: str) -> str:
+        """A cookie's value for `who`."""
+        value = secrets.token_urlsafe(32)
+        with self._lock:
+            self._known[_hash(value)] = (who, self._clock() + LASTS_S)
+            while len(self._known) > MOST:
+                self._known.popitem(last=False)
+        return value
+
+    def who(self, value: str) -> str | None:
+        """Who has that cookie."""
+        with self._lock:
+            found = self._known.get(_hash(value))
+        return found[0] if found is not None and self._clock() < found[1] else None
+
+    def end(self, value: str) -> None:
+        """Forget a cookie."""
+        with self._lock:
+            self._known.pop(_hash(value), None)
+
+
+class Failures:
+    """Slows guessing: after FREE wrong ones, an address waits 1, 2, 4 ... s for the next. Thread-safe."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._known: OrderedDict[str, tuple[int, float]] = OrderedDict()
+
+    def check(self, address: str) -> None:
+        """Raises ApiError 429 while the address has to wait."""
+        with self._lock:
+            count, at = self._known.get(address, (0, 0.0))
+        wait = at + self._wait(count) - self._clock()
+        if count >= FREE and wait > 0:
+            seconds = math.ceil(wait)
+            raise ApiError(
+                429,
+                f"Too many wrong keys or passwords came from here: try again in {seconds} s.",
+                kind="rate_limit_error",
+                code="too_many_attempts",
+                headers={"Retry-After": str(seconds)},
+            )
+
+    def add(self, address: str) -> None:
+        """One more wrong guess."""
+        now = self._clock()
+        with self._lock:
+            count, at = self._known.pop(address, (0, now))
+            self._known[address] = (1 if now - at > FORGET_S else count + 1, now)
+            while len(self._known) > MOST:
+                self._known.popitem(last=False)
+
+    @staticmethod
+    def _wait(count: int) -> float:
+        return min(LONGEST_S, 2.0 ** max(0, min(count - FREE, 10)))
+
+
+def _hash(value: str) -> bytes:
+    return hashlib.sha256(value.encode("utf-8", "surrogateescape")).digest()

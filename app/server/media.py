@@ -1,0 +1,490 @@
+"""The videos and images that requests name: uploaded files, data: URLs, files under one root, allowed hosts.
+
+    store = MediaStore()
+    with resolver.open([Reference("file-0a1b..."), Reference("data:video/mp4;base64,...")]) as media: ...
+
+Everything becomes an open file, of a folder of our own or under the root; nothing else is readable.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+import urllib.parse
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from app.messages import Media
+from app.scratch import ScratchFolder
+from app.server.beneath import open_beneath
+from app.server.chat_request import Reference
+from app.server.data_urls import DataError, TooLarge, decode_data, is_data_url
+from app.server.download import fetch, parse
+from app.server.guard import is_anonymous
+from app.server.replies import ApiError
+
+BLOCK = 1 << 20
+MOST_FILES = 10_000  # of any size: each takes an inode, and a place in what is swept
+PAGE_KEEP_S = 600.0  # what came to the page and is no session's
+_FILE_ID = re.compile(r"file-[0-9a-f]{32}")
+
+
+@dataclass
+class StoredFile:
+    """One file of the store. uploaded: by name, until deleted or unused for long; else it can be sent again.
+
+    client: whose it is (`fluxchat.client` of guard.py). folder: a folder of its own, None where it has none.
+    created: seconds since 1970.
+    """
+
+    id: str
+    path: str
+    bytes: int
+    name: str
+    uploaded: bool
+    client: str = ""
+    folder: str | None = None
+    created: int = field(default_factory=lambda: int(time.time()))
+    used: float = field(default_factory=time.monotonic)
+    users: int = 0
+    deleted: bool = False
+
+
+class MediaStore:
+    """All files that clients sent, by whichever door, in folders that go away with the store.
+
+    limit_bytes: of all files, those that are still coming included. keep_s: a file not used for so long is
+    deleted; one in use never is. A file of a key or login is nobody else's; files of those who have neither
+    belong to whoever knows their ids.
+    """
+
+    def __init__(self, limit_bytes: int = 2 * 2**30, keep_s: float = 3600.0) -> None:
+        self._scratch = ScratchFolder("files")
+        self.folder = self._scratch.path
+        self._limit, self._keep_s = limit_bytes, keep_s
+        self._files: dict[str, StoredFile] = {}
+        self._by_path: dict[str, StoredFile] = {}
+        self._bytes = self._coming = 0  # of files that are there, and of those that are on their way
+        self._lock = threading.Lock()
+
+    # -- what comes -----------------------------------------------------------------------------------------
+
+    def receive(
+        self, name: str, client: str = "", *, key: str | None = None, page: str | Path | None = None
+    ) -> Incoming:
+        """A file to be written block by block: `keep` or `drop` it at the end.
+
+        key: of what can be sent again. page: the folder below which the page wants its files, each in one of
+        its own that nobody can guess. Raises ApiError when the disk is full.
+        """
+        return Incoming(self, name, client, key, page)
+
+    def add(
+        self, source: BinaryIO, name: str, client: str = "", *, page: str | Path | None = None
+    ) -> StoredFile:
+        """Keep an uploaded file; raises ApiError when there is no room for it."""
+        return self._copied(source, self.receive(name, client, page=page))
+
+    def add_bytes(self, content: bytes, client: str = "") -> StoredFile:
+        """Keep what a data: URL held; the same bytes of one client are kept once.
+
+        Of one client: else figures and times would tell others what somebody has sent.
+        """
+        whose = hashlib.sha256(client.encode()).digest()
+        key = f"data-{hashlib.blake2b(content, digest_size=16, key=whose).hexdigest()}"
+        with self._lock:
+            if (known := self._files.get(key)) is not None:
+                known.used = time.monotonic()
+                return known
+        return self._copied(io.BytesIO(content), self.receive(key, key=key))
+
+    @staticmethod
+    def _copied(source: BinaryIO, target: Incoming) -> StoredFile:
+        try:
+            while block := source.read(BLOCK):
+                target.write(block)
+            return target.keep()
+        except BaseException:
+            target.drop()
+            raise
+
+    def _reserve(self, amount: int) -> None:
+        with self._lock:
+            self._sweep(amount)
+            if self._bytes + self._coming + amount > self._limit or len(self._by_path) >= MOST_FILES:
+                raise ApiError(
+                    429,
+                    "The server's store of files is full: delete files, or try again later.",
+                    kind="server_error",
+                    code="storage_full",
+                    headers={"Retry-After": "60"},
+                )
+            self._coming += amount
+
+    def _settle(self, amount: int, stored: StoredFile | None) -> StoredFile | None:
+        """End a reservation, with the file or without; gives what is there already in its place."""
+        with self._lock:
+            self._coming -= amount
+            if stored is None:
+                return None
+            if (known := self._files.get(stored.id)) is not None:  # sent twice at the same time
+                return known
+            self._files[stored.id] = self._by_path[stored.path] = stored
+            self._bytes += stored.bytes
+            return stored
+
+    # -- what is there --------------------------------------------------------------------------------------
+
+    def find(self, key: str, client: str = "") -> StoredFile:
+        """An uploaded file of that client; raises ApiError 404."""
+        with self._lock:
+            found = self._files.get(key) if _FILE_ID.fullmatch(key) else None
+        if found is None or not _owns(client, found):
+            raise _no_file()
+        return found
+
+    def files(self, client: str) -> list[StoredFile]:
+        """What exactly this client uploaded, the oldest first; who has neither key nor login sees what came
+        on the same connection."""
+        with self._lock:
+            return [file for file in self._files.values() if file.uploaded and file.client == client]
+
+    def touch(self, path: str, client: str) -> bool:
+        """Whether that path is a file of the client's; counts as using it."""
+        with self._lock:
+            found = self._by_path.get(path)
+            if found is None or found.deleted or not _owns(client, found):
+                return False
+            found.used = time.monotonic()
+            return True
+
+    @contextmanager
+    def use(self, stored: StoredFile) -> Iterator[str]:
+        """The file's path, which stays while it is used."""
+        self._hold(stored)
+        try:
+            yield stored.path
+        finally:
+            self._release(stored, delete=False)
+
+    def hold(self, path: str) -> bool:
+        """Keep the file of that path until `release`; False when the store has none. Raises ApiError 404."""
+        with self._lock:
+            stored = self._by_path.get(path)
+        if stored is None:
+            return False
+        self._hold(stored)
+        return True
+
+    def release(self, path: str) -> bool:
+        """End one `hold`; the last one deletes the file. False when it is not the store's."""
+        with self._lock:
+            stored = self._by_path.get(path)
+        if stored is None:
+            return False
+        self._release(stored, delete=True)
+        return True
+
+    def _hold(self, stored: StoredFile) -> None:
+        with self._lock:
+            if stored.deleted:
+                raise _no_file()
+            stored.users += 1
+
+    def _release(self, stored: StoredFile, delete: bool) -> None:
+        with self._lock:
+            stored.users -= 1
+            stored.used = time.monotonic()
+            if stored.users:
+                return
+            if stored.deleted:
+                self._erase(stored)
+            elif delete:
+                self._drop(stored)
+
+    def delete(self, key: str, client: str = "") -> None:
+        """Forget an uploaded file; raises ApiError 404."""
+        stored = self.find(key, client)
+        with self._lock:
+            self._drop(stored)
+
+    def sweep(self) -> None:
+        """Delete what has not been used for long."""
+        with self._lock:
+            self._sweep(0)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(files, bytes)"""
+        with self._lock:
+            return len(self._files), self._bytes
+
+    def close(self) -> None:
+        """Delete all of it."""
+        with self._lock:
+            for file in self._by_path.values():
+                _remove(file.path, file.folder)
+            self._files.clear()
+            self._by_path.clear()
+            self._bytes = 0
+        self._scratch.remove()
+
+    def _sweep(self, wanted: int) -> None:
+        now = time.monotonic()
+        idle = sorted((f for f in self._files.values() if not f.users), key=lambda f: f.used)
+        for file in idle:
+            full = self._bytes + self._coming + wanted > self._limit or len(self._by_path) >= MOST_FILES
+            crowded = full and not file.uploaded
+            keep_s = self._keep_s if file.folder is None else min(self._keep_s, PAGE_KEEP_S)
+            if crowded or now - file.used > keep_s:
+                self._drop(file)
+
+    def _drop(self, stored: StoredFile) -> None:
+        if self._files.pop(stored.id, None) is None:
+            return
+        stored.deleted = True
+        if not stored.users:
+            self._erase(stored)
+
+    def _erase(self, stored: StoredFile) -> None:
+        # What is deleted while it is used keeps its room until it is gone.
+        if self._by_path.pop(stored.path, None) is not None:
+            self._bytes -= stored.bytes
+            _remove(stored.path, stored.folder)
+
+
+class Incoming:
+    """One file on its way into the store: its bytes are counted and bounded as they come."""
+
+    def __init__(
+        self, store: MediaStore, name: str, client: str, key: str | None, page: str | Path | None
+    ) -> None:
+        self._store, self.name, self._client = store, name, client
+        self._key = key or f"file-{uuid.uuid4().hex}"
+        self._uploaded, self.bytes, self._open = key is None, 0, True
+        self._folder: str | None = None
+        self._lock = threading.Lock()  # it may be dropped while a thread still writes
+        with disk_errors():
+            if page is None:
+                handle, self.path = tempfile.mkstemp(dir=store.folder)
+            else:
+                os.makedirs(page, exist_ok=True)
+                self._folder = os.path.join(os.path.realpath(page), uuid.uuid4().hex)
+                os.mkdir(self._folder, 0o700)
+                self.path = os.path.join(self._folder, name)
+                handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            self._file = os.fdopen(handle, "wb", buffering=0)
+        try:
+            store._reserve(0)  # of empty files there are as many
+        except ApiError:
+            self._file.close()
+            _remove(self.path, self._folder)
+            raise
+
+    def write(self, block: bytes | bytearray) -> None:
+        """More of it; raises ApiError when the store or the disk is full."""
+        with self._lock, disk_errors():
+            if not self._open:
+                return
+            self._store._reserve(len(block))
+            self.bytes += len(block)
+            view = memoryview(block)
+            while view:
+                view = view[self._file.write(view) :]
+
+    def keep(self) -> StoredFile:
+        """It is complete: the store has it now."""
+        self._file.close()
+        self._open = False
+        made = StoredFile(
+            self._key, self.path, self.bytes, self.name, self._uploaded, self._client, self._folder
+        )
+        kept = self._store._settle(self.bytes, made)
+        assert kept is not None
+        if kept is not made:
+            _remove(self.path, self._folder)
+        return kept
+
+    def drop(self) -> None:
+        """It was cut off, or is not wanted: nothing of it stays. Does nothing after `keep`."""
+        with self._lock:
+            if self._open:
+                self._open = False
+                self._file.close()
+                _remove(self.path, self._folder)
+                self._store._settle(self.bytes, None)
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """Trouble with the disk as an ApiError."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        text = "The server's disk is full" if full else "The server cannot keep files now"
+        raise ApiError(
+            507 if full else 503,
+            f"{text}: try again later.",
+            kind="server_error",
+            code="storage_full" if full else "storage_failed",
+            headers={"Retry-After": "60"},
+        ) from error
+
+
+def _owns(client: str, stored: StoredFile) -> bool:
+    return stored.client == client or (is_anonymous(client) and is_anonymous(stored.client))
+
+
+def _no_file() -> ApiError:
+    return ApiError(404, "There is no such file: upload it again.", code="file_not_found")
+
+
+@dataclass(frozen=True)
+class Resolver:
+    """Opens what a request names. root: files under it may be named. hosts: may be fetched from.
+
+    max_bytes: of one file.
+    """
+
+    store: MediaStore
+    root: Path | None = None
+    hosts: tuple[str, ...] = ()
+    max_bytes: int = 200 * 2**20
+
+    @contextmanager
+    def open(
+        self, references: Sequence[Reference], client: str = "", cancelled: threading.Event | None = None
+    ) -> Iterator[list[Media]]:
+        """All that is named as open files, which stay until the end.
+
+        client: whose uploads may be named. cancelled: set it to end a transfer. Raises ApiError that says
+        which reference is wrong. Reads and may fetch.
+        """
+        count = len(references)
+        with ExitStack() as stack:
+            media: list[Media] = []
+            for index, reference in enumerate(references):
+                try:
+                    file, name = self._open(reference, client, cancelled, stack)
+                except ApiError as error:
+                    which = f"video {index + 1} of {count}" if count > 1 else ""
+                    raise error.about(reference.param, which) from error.__cause__
+                media.append(Media(file, _display(reference.name or name)))
+            yield media
+
+    def _open(
+        self, reference: Reference, client: str, cancelled: threading.Event | None, stack: ExitStack
+    ) -> tuple[BinaryIO, str]:
+        """(open file, its user's name for it)"""
+        value = reference.value
+        if reference.kind == "data" or is_data_url(value):
+            content, name = self._data(value)
+            return self._stored(self.store.add_bytes(content, client), stack), name
+        if reference.kind == "id" or _FILE_ID.fullmatch(value):
+            stored = self.store.find(value, client)
+            return self._stored(stored, stack), stored.name
+        if value.lower().startswith(("http:", "https:")):
+            return self._fetched(value, cancelled, stack)
+        return stack.enter_context(self._under_root(value)), _last(value)
+
+    def _stored(self, stored: StoredFile, stack: ExitStack) -> BinaryIO:
+        return stack.enter_context(_opened(stack.enter_context(self.store.use(stored))))
+
+    def _data(self, text: str) -> tuple[bytes, str]:
+        try:
+            return decode_data(text, self.max_bytes)
+        except TooLarge:
+            raise too_large(self.max_bytes) from None
+        except DataError as error:
+            raise _refused(str(error)) from None
+
+    def _fetched(self, url: str, cancelled: threading.Event | None, stack: ExitStack) -> tuple[BinaryIO, str]:
+        if not self.hosts:
+            raise _refused("This server fetches nothing: send a data: URL, or upload to /v1/files.")
+        name = _last(parse(url, self.hosts).path.partition("?")[0])
+        incoming = self.store.receive(name, key=f"url-{uuid.uuid4().hex}")
+        try:
+            fetch(url, self.hosts, self.max_bytes, incoming, cancelled)
+            file = stack.enter_context(_opened(incoming.path))  # before it can be swept away
+        except BaseException:
+            incoming.drop()
+            raise
+        stored = incoming.keep()
+        if self.store.hold(stored.path):
+            stack.callback(self.store.release, stored.path)  # deletes it
+        return file, name
+
+    def _under_root(self, url: str) -> BinaryIO:
+        # One message for all: a stranger must not learn which files there are elsewhere.
+        missing = _refused(f"There is no such media: use a data: URL{self._or_file()}.")
+        if self.root is None:
+            raise missing
+        try:
+            return open_beneath(self.root, _file_name(url))
+        except (OSError, ValueError):
+            raise missing from None
+
+    def _or_file(self) -> str:
+        return " or a file id" if self.root is None else ", a file id, or a path under the media root"
+
+
+def _opened(path: str) -> BinaryIO:
+    """A file of the store; its object does not know its name, so that no error can tell it."""
+    return os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), "rb")
+
+
+def _file_name(url: str) -> str:
+    """The path that a file: URL means; any other text is a path itself. Raises ValueError."""
+    if not url.isprintable():
+        raise ValueError("control characters")
+    if not url.lower().startswith("file:"):
+        return url
+    parts = urllib.parse.urlsplit(url)
+    if parts.netloc.lower() not in ("", "localhost") or parts.query or parts.fragment:
+        raise ValueError("no local file")
+    return urllib.parse.unquote(parts.path, errors="strict")
+
+
+def _last(path: str) -> str:
+    """The last part of a path or URL's path."""
+    return urllib.parse.unquote(path).replace("\\", "/").rstrip("/").rpartition("/")[2]
+
+
+def _display(name: str) -> str:
+    """What errors call a medium: the last part of its user's name for it, without what cannot be shown."""
+    return "".join(sign for sign in _last(name) if sign.isprintable())[:100]
+
+
+def too_large(limit: int) -> ApiError:
+    """413: larger than `limit` bytes."""
+    return ApiError(
+        413,
+        f"That is more than {limit / 2**20:g} MiB: cut or compress it.",
+        code="request_too_large",
+        headers={"Connection": "close"},  # the rest is not read
+    )
+
+
+def _refused(message: str) -> ApiError:
+    return ApiError(400, message, code="invalid_media", param="messages")
+
+
+def _remove(path: str, folder: str | None) -> None:
+    """Delete a file, or its folder with all that was made of it there."""
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    with suppress(FileNotFoundError):
+        os.unlink(path)

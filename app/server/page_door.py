@@ -1,0 +1,234 @@
+"""What reaches gradio, and what does not: its routes that the page needs, with what they name checked before.
+
+Gradio knows no owners. Here a session of the page belongs to the login that began it, a file to who uploaded
+it, and a request names uploads only: no other file of the machine, no URL but of allowed hosts. Routes that
+nobody needs (proxies, recordings, deep links) are not there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from fastapi import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.server.guard import is_anonymous
+from app.server.media import MediaStore
+from app.server.replies import ApiError
+from app.server.uploads import receive_files
+from app.server.wire import ClientGone, parse_json, read_body
+
+BODY_BYTES = 4 << 20
+MOST_FILES = 16  # in one upload
+MOST_NAMED = 64  # files in one request
+PATH_LENGTH = 4096  # the system's longest; resolving a path takes the square of its length
+MOST = 10_000  # sessions whose owner is remembered
+ROUTES = re.compile(
+    r"/|/config/?|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json|/pwa_icon(/\d+)?"
+    r"|/(static|assets|svelte)/.*"
+    r"|/gradio_api/(info/?|app_id/?|user/?|login_check/?|startup-events|theme\.css|openapi\.json|queue/status)"
+    r"|/gradio_api/(queue/join|queue/data|reset/?|cancel|heartbeat/[\w-]{1,64}|file=.*)"
+    r"|/gradio_api/(run|api|call|call/v2)/[\w-]+(/[\w-]*)?"
+)
+MCP = re.compile(r"/gradio_api/mcp(/.*)?")
+FILE = "/gradio_api/file="
+
+
+class PageDoor:
+    """ASGI application around gradio's. folder: where the page's uploads are. hosts: may be fetched from.
+
+    mcp: whether there are MCP tools.
+    """
+
+    def __init__(
+        self, app: ASGIApp, store: MediaStore, folder: str | Path, hosts: Sequence[str], *, mcp: bool
+    ) -> None:
+        self._app, self._store, self._mcp = app, store, mcp
+        self._folder = os.path.join(os.path.realpath(folder), "")
+        self._hosts = {name.lower() for name in hosts}
+        self._sessions: OrderedDict[str, str] = OrderedDict()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        if not (ROUTES.fullmatch(path) or (self._mcp and MCP.fullmatch(path))):
+            raise ApiError(404, f"There is no {path[:200]} here.", code="unknown_url")
+        client = scope.get("fluxchat.client", "")
+        if path.startswith(FILE) and self._local(path[len(FILE) :], client) is None:
+            raise ApiError(404, "There is no such file here.", code="file_not_found")
+        query = parse_qs(scope["query_string"].decode("latin-1"))
+        named = query.get("session_hash", []) + re.findall("^/gradio_api/heartbeat/(.*)", path)
+        for session in named:
+            self._bind(session, client)
+        if scope["method"] == "POST" and not MCP.fullmatch(path):
+            try:
+                body = await self._body(Request(scope, receive), client)
+            except ClientGone:
+                return
+            receive = _replay(body, receive)
+        await self._app(scope, receive, send)
+
+    async def _body(self, request: Request, client: str) -> bytes:
+        """A request's body, when all that it names is the client's."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, "The Content-Type must be application/json.")
+        body = await read_body(request, BODY_BYTES)
+        value = await parse_json(body, request.scope.get("fluxchat.parsing"))
+        if isinstance(value, dict) and isinstance(value.get("session_hash"), str):
+            self._bind(value["session_hash"], client)
+        await asyncio.to_thread(self._check_all, value, client)
+        return body
+
+    def _check_all(self, value: Any, client: str) -> None:
+        """Raises ApiError when a decoded body names what is not the client's, or too much."""
+        named = 0
+        for text, is_file in _texts(value):
+            named += self._check(text, is_file, client)
+            if named > MOST_NAMED:
+                raise ApiError(400, f"At most {MOST_NAMED} files are taken at once.", code="invalid_media")
+
+    def _bind(self, session: str, client: str) -> None:
+        """A session is its first user's; nobody else finds it. Who has no name is known by it alone."""
+        owner = "" if is_anonymous(client) else client
+        if len(session) > 128 or self._sessions.setdefault(session, owner) != owner:
+            raise ApiError(404, "There is no such session: reload the page.", code="session_not_found")
+        self._sessions.move_to_end(session)
+        while len(self._sessions) > MOST:
+            self._sessions.popitem(last=False)
+
+    def _check(self, text: str, is_file: bool, client: str) -> bool:
+        """Whether a text names a file or URL; raises ApiError when it is not the client's upload."""
+        if is_file and text.lower().startswith(("http://", "https://")) and FILE not in text:
+            try:
+                host = (urlsplit(text).hostname or "").lower()
+            except ValueError:
+                host = ""
+            if host not in self._hosts:
+                raise ApiError(400, "This server does not fetch from that host.", code="invalid_media")
+            return True
+        inside = self._folder in text or self._folder in unquote(text)
+        if (is_file or inside) and self._local(text, client) is None:
+            raise ApiError(404, "There is no such file: upload it again.", code="file_not_found")
+        return is_file or inside
+
+    def _local(self, text: str, client: str) -> str | None:
+        """The client's upload that a path, or a URL of ours, stands for."""
+        if FILE in text:
+            text = unquote(text.partition(FILE)[2])
+        if len(text) > PATH_LENGTH:
+            return None
+        for path in (text, unquote(text)):
+            path = os.path.realpath(path) if path.startswith("/") else os.path.abspath(path)
+            if path.startswith(self._folder) and self._store.touch(path, client):
+                return path
+        return None
+
+
+def _texts(value: Any) -> Iterator[tuple[str, bool]]:
+    """All texts in a decoded body, and whether each names a file for gradio."""
+    todo: list[tuple[Any, bool]] = [(value, False)]
+    while todo:
+        value, is_file = todo.pop()
+        if isinstance(value, str):
+            if value and "\0" not in value:
+                yield value, is_file
+            elif is_file and value:
+                raise ApiError(400, "A file's name holds a NUL character.", code="invalid_media")
+        elif isinstance(value, dict):
+            todo += [(item, key == "path") for key, item in value.items()]
+        elif isinstance(value, list):
+            todo += [(item, is_file) for item in value]
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """A body that was read, once more."""
+    sent = False
+
+    async def again() -> Message:
+        nonlocal sent
+        if sent:
+            return await receive()
+        sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return again
+
+
+class PageUploads:
+    """Gradio's upload routes, with the store behind them. limit: bytes of one file."""
+
+    MOST = 256  # whose progress can be followed
+
+    def __init__(self, store: MediaStore, folder: str | Path, limit: int) -> None:
+        self._store, self._folder, self._limit = store, folder, limit
+        self._progress: OrderedDict[tuple[str, str], _Progress] = OrderedDict()
+
+    async def upload(self, request: Request) -> Response:
+        """The paths of the uploaded files."""
+        progress = self._progress[_upload(request)] = _Progress()
+        while len(self._progress) > self.MOST:
+            self._progress.popitem(last=False)
+        try:
+            stored = await receive_files(
+                request,
+                self._store,
+                "files",
+                limit=self._limit,
+                most=MOST_FILES,
+                page=self._folder,
+                tell=progress.add,
+            )
+        except ClientGone:
+            return Response(status_code=499)
+        finally:
+            progress.done = True
+        return JSONResponse([file.path for file in stored])
+
+    async def progress(self, request: Request) -> Response:
+        """Server-sent events about an upload that is under way."""
+        wanted = _upload(request)
+        for _ in range(30):
+            if wanted[1] and (progress := self._progress.get(wanted)) is not None:
+                return StreamingResponse(progress.events(), media_type="text/event-stream")
+            await asyncio.sleep(0.1)
+        raise ApiError(404, "There is no such upload.", code="unknown_upload")
+
+
+def _upload(request: Request) -> tuple[str, str]:
+    """(whose it is, its name): nobody else hears of it; who has no name is known by the upload's alone."""
+    client = request.scope.get("fluxchat.client", "")
+    return "" if is_anonymous(client) else client, request.query_params.get("upload_id", "")[:128]
+
+
+class _Progress:
+    """How much of an upload has come since somebody looked."""
+
+    def __init__(self) -> None:
+        self.done, self._name, self._bytes = False, "", 0
+
+    def add(self, name: str, block: bytes) -> None:
+        """More of a file."""
+        self._bytes = self._bytes + len(block) if name == self._name else len(block)
+        self._name = name
+
+    async def events(self) -> AsyncIterator[str]:
+        """What gradio's page reads."""
+        while not self.done:
+            if self._bytes:
+                update = {"msg": "update", "orig_name": self._name, "chunk_size": self._bytes}
+                self._bytes = 0
+                yield f"data: {json.dumps(update)}\n\n"
+            await asyncio.sleep(0.1)
+        yield f"data: {json.dumps({'msg': 'done'})}\n\n"

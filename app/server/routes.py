@@ -1,0 +1,490 @@
+"""The routes for programs: OpenAI-style chat completions and files, health, metrics.
+
+app = FastAPI(); Server(chat).install(app)
+
+client = openai.OpenAI(base_url="http://127.0.0.1:7860/v1", api_key="none")
+client.chat.completions.create(model="fluxchat", messages=[{"role": "user", "content": [
+    {"type": "video_url", "video_url": {"url": file.id}}, {"type": "text", "text": "What moves?"}]}],
+    extra_body={"token_budget": 128})
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from app.chat import SHIPPED, VideoChat
+from app.messages import Media
+from app.server.chat_request import ChatRequest, Reference, parse_chat, refusal
+from app.server.guard import error_response
+from app.server.media import MediaStore, Resolver, StoredFile
+from app.server.metrics import Metrics
+from app.server.openapi import POLICY, Operation, describe, page
+from app.server.readings import declare, record
+from app.server.replies import ApiError, Reply, TextFilter
+from app.server.scheduler import Job, Scheduler
+from app.server.schemas import (
+    MODEL,
+    ChatBody,
+    ChatCompletion,
+    DeletedFile,
+    FileList,
+    FileObject,
+    FilesQuery,
+    ModelList,
+    ModelObject,
+)
+from app.server.scrub import Scrubber
+from app.server.uploads import receive_files
+from app.server.wire import ClientGone, EventStream, check_text, longest_text, read_json, until_gone
+from app.streaming import AnswerStream
+from encoder.errors import VideoError
+from encoder.video.reader import VideoInfo
+from llm_bridge.prompt import Message
+
+LOG = logging.getLogger("fluxchat")
+MIB = 2**20
+SWEEP_S = 60.0
+PURPOSES = ("user_data", "vision", "assistants")
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Bounds of the server.
+
+    slots: answers at a time. queue: requests that may wait. media_root: files under it may be named by path.
+    url_hosts: hosts that may be fetched from. upload_mib: one file. body_mib: one JSON body, data: URLs
+    included. store_mib, keep_s: all uploaded files, and for how long unused ones stay. max_tokens: longest
+    answer; default_tokens: when the request does not say. send_s: a reader that takes nothing for so long is
+    gone. probes: uploads looked at at a time. bodies_mib: all JSON bodies that are being sent or answered;
+    uploads: under way at a time.
+    """
+
+    slots: int = 8
+    queue: int = 32
+    media_root: Path | None = None
+    url_hosts: tuple[str, ...] = ()
+    upload_mib: int = 200
+    body_mib: int = 64
+    store_mib: int = 2048
+    keep_s: float = 3600.0
+    max_tokens: int = 1024
+    default_tokens: int = 128
+    send_s: float = 60.0
+    probes: int = 4
+    bodies_mib: int = 256
+    uploads: int = 64
+
+
+@dataclass
+class Server:
+    """One VideoChat for programs. Belongs to one event loop; `close` when it ends."""
+
+    chat: VideoChat
+    settings: ServerSettings = field(default_factory=ServerSettings)
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        self.store = MediaStore(settings.store_mib * MIB, settings.keep_s)
+        self.scheduler = Scheduler(settings.slots, settings.queue)
+        self.metrics = Metrics()
+        self._resolver = Resolver(
+            self.store, settings.media_root, settings.url_hosts, settings.upload_mib * MIB
+        )
+        self._probing = asyncio.Semaphore(settings.probes)
+        self._started = int(time.time())
+        own = {str(SHIPPED): "the model", str(self.chat.model.llm.name): "the model"}
+        self._scrub = Scrubber(own, [self.store.folder, settings.media_root])
+        self._operations = self._routes()
+        self._document = describe(list(self._operations), "FluxChat", _version())
+        declare(self.metrics, self.chat, self.scheduler, self.store)
+
+    def _routes(self) -> dict[Operation, Handler]:
+        """What is offered, and who answers."""
+        usual = (400, 401, 413, 415, 429, 500, 503)
+        return {
+            Operation(
+                "POST",
+                "/v1/chat/completions",
+                "An answer about videos and images, whole or streamed.",
+                answer=ChatCompletion,
+                body=ChatBody,
+                errors=(*usual, 404),
+            ): self.chat_completions,
+            Operation(
+                "POST",
+                "/v1/files",
+                "Keep a video or image for questions to come.",
+                answer=FileObject,
+                upload=True,
+                errors=usual,
+            ): self.upload,
+            Operation(
+                "GET",
+                "/v1/files",
+                "The files that you uploaded.",
+                answer=FileList,
+                query=FilesQuery,
+                errors=(400, 401),
+            ): self.files,
+            Operation(
+                "GET", "/v1/files/{id}", "What is known of a file.", answer=FileObject, errors=(401, 404)
+            ): self.file,
+            Operation(
+                "DELETE", "/v1/files/{id}", "Delete a file.", answer=DeletedFile, errors=(401, 404)
+            ): self.delete_file,
+            Operation("GET", "/v1/models", "The models: one.", answer=ModelList, errors=(401,)): self.models,
+            Operation(
+                "GET", "/v1/models/{id}", "What is known of the model.", answer=ModelObject, errors=(401, 404)
+            ): self.model,
+            Operation("GET", "/healthz", "200 while it answers, 503 when it is about to end."): self.health,
+            Operation(
+                "GET", "/metrics", "Figures in Prometheus' text format.", errors=(401,)
+            ): self.read_metrics,
+            Operation("GET", "/openapi.json", "This description, for programs."): self.read_openapi,
+            Operation("GET", "/docs", "This description, for people."): self.docs,
+        }
+
+    def install(self, app: FastAPI) -> None:
+        """Add the routes."""
+        for operation, handler in self._operations.items():
+            answering = self._answering(handler, operation.path)
+            app.router.add_route(operation.path, answering, [operation.method], include_in_schema=False)
+        # Whatever else begins with /v1 must not fall through to the page, whatever its method.
+        nothing = _Anything(self._answering(self.nothing, "other"))
+        others = [o.path for o in self._operations if not o.path.startswith("/v1/")]
+        for path in ("/v1", "/v1/{rest:path}", *others):
+            app.router.routes.append(Route(path, nothing, include_in_schema=False))
+        app.openapi = lambda: self._document  # type: ignore[method-assign]
+        app.add_exception_handler(HTTPException, self._answering(self.nothing, "other"))
+
+    async def tidy(self) -> None:
+        """Delete files that nobody uses any more, now and then; runs until it is cancelled."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            await asyncio.to_thread(self.store.sweep)
+
+    def close(self) -> None:
+        """Stop computing, delete the files."""
+        self.scheduler.close()
+        self.store.close()
+
+    def _answering(self, handler: Handler, route: str) -> Callable[..., Coroutine[Any, Any, Response]]:
+        """The handler with errors in OpenAI's shape, counted."""
+
+        async def answer(request: Request, _: object = None) -> Response:
+            try:
+                response = await handler(request)
+            except ClientGone:
+                response = Response(status_code=499)
+            except Exception as error:  # noqa: BLE001 - every failure must leave as JSON
+                response = error_response(self._error(error))
+            self.metrics.add("fluxchat_requests_total", route=route, status=str(response.status_code))
+            return response
+
+        return answer
+
+    def _error(self, error: BaseException) -> ApiError:
+        """Any failure as what the client is told: a sentence without paths of the server."""
+        known = ApiError.of(error)
+        if known.status == 500:
+            LOG.error("A request failed", exc_info=error)
+        # What Python's callers know by another name.
+        return known.told(lambda text: self._scrub(text).replace("max_new_tokens", "max_tokens"))
+
+    # -- small routes ---------------------------------------------------------------------------------------
+
+    async def health(self, _: Request) -> Response:
+        """200 while it answers, 503 when it is about to end."""
+        draining = self.scheduler.draining
+        return JSONResponse({"status": "draining" if draining else "ok"}, 503 if draining else 200)
+
+    async def read_metrics(self, _: Request) -> Response:
+        """Prometheus' text format."""
+        return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def models(self, _: Request) -> Response:
+        """The one model."""
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Response:
+        """The same by name."""
+        name = request.path_params["id"]
+        if name != MODEL:
+            message = f"There is no model {name[:80]!r} here: use {MODEL!r}."
+            raise ApiError(404, message, code="model_not_found", param="model")
+        return JSONResponse(self._model())
+
+    def _model(self) -> dict[str, Any]:
+        return {
+            "id": MODEL,
+            "object": "model",
+            "created": self._started,
+            "owned_by": MODEL,
+            "description": self.chat.name,
+            "default_token_budget": self.chat.model.config.default_tokens,
+        }
+
+    async def read_openapi(self, _: Request) -> Response:
+        """The OpenAPI document."""
+        return JSONResponse(self._document)
+
+    async def docs(self, _: Request) -> Response:
+        """The same as a page."""
+        return HTMLResponse(page(self._document), headers={"Content-Security-Policy": POLICY})
+
+    async def nothing(self, request: Request) -> Response:
+        """What does not exist: 405 for another method of what does, else 404 with what there is."""
+        path = request.url.path
+        methods = [o.method for o in self._operations if _fits(o.path, path)]
+        if methods:
+            allowed = ", ".join(sorted({*methods, *(["HEAD"] if "GET" in methods else [])}))
+            raise ApiError(
+                405,
+                f"{request.method[:20]} is not possible here: use {' or '.join(sorted(methods))}.",
+                code="method_not_allowed",
+                headers={"Allow": allowed},
+            )
+        routes = ", ".join(f"{o.method} {o.path}" for o in self._operations if o.path.startswith("/v1"))
+        raise ApiError(
+            404,
+            f"There is no {request.method[:20]} {path[:200]} here: the routes are {routes}; see /docs.",
+            code="unknown_url",
+        )
+
+    # -- files ----------------------------------------------------------------------------------------------
+
+    async def upload(self, request: Request) -> Response:
+        """Keep a video or image that can be read; what cannot is refused and deleted."""
+        limit = self.settings.upload_mib * MIB
+        [stored] = await receive_files(request, self.store, "file", limit=limit)
+        try:
+            async with self._probing:
+                info = await asyncio.to_thread(self._probe, stored)
+        except BaseException:
+            self.store.delete(stored.id, stored.client)
+            raise
+        media = {"kind": info.kind, "width": info.width, "height": info.height, "codec": info.codec}
+        return JSONResponse({**_file(stored), "media": {**media, "duration_s": info.duration_s}})
+
+    def _probe(self, stored: StoredFile) -> VideoInfo:
+        """What is known of an upload; raises ApiError that calls it by its user's name."""
+        try:
+            with self.store.use(stored) as path, open(path, "rb") as file:
+                return self.chat.probe(Media(file, stored.name))
+        except VideoError as error:
+            raise ApiError.of(error).about("file") from error
+
+    async def files(self, request: Request) -> Response:
+        """The caller's own files."""
+        try:
+            query = FilesQuery.model_validate(dict(request.query_params))
+        except ValidationError as error:
+            raise refusal(error, FilesQuery) from None
+        found = self.store.files(client_of(request))
+        if query.order == "desc":
+            found.reverse()
+        if query.purpose not in (None, *PURPOSES):
+            found = []
+        if query.after is not None:
+            places = [index for index, stored in enumerate(found) if stored.id == query.after]
+            found = found[places[0] + 1 :] if places else []
+        shown = [_file(stored) for stored in found[: query.limit]]
+        first, last = (shown[0]["id"], shown[-1]["id"]) if shown else (None, None)
+        more = len(found) > len(shown)
+        return JSONResponse(
+            {"object": "list", "data": shown, "first_id": first, "last_id": last, "has_more": more}
+        )
+
+    async def file(self, request: Request) -> Response:
+        """What is known of an uploaded file."""
+        return JSONResponse(_file(self.store.find(request.path_params["id"], client_of(request))))
+
+    async def delete_file(self, request: Request) -> Response:
+        """Delete an uploaded file."""
+        name = request.path_params["id"]
+        self.store.delete(name, client_of(request))
+        return JSONResponse({"id": name, "object": "file", "deleted": True})
+
+    # -- chat -----------------------------------------------------------------------------------------------
+
+    async def chat_completions(self, request: Request) -> Response:
+        """An answer, whole or as server-sent events."""
+        arrived = time.monotonic()
+        self.scheduler.check()  # before a body of many megabytes is read
+        body = await read_json(request, self.settings.body_mib * MIB)
+        check_text(body, longest_text(self.chat))
+        asked = parse_chat(body)
+        self._check(asked)
+        stop, client = threading.Event(), client_of(request)
+        try:
+            job = await until_gone(request, self.scheduler.start(lambda: self._stream(asked, client, stop)))
+        except BaseException:
+            stop.set()
+            raise
+        filtered = self._filtered(job, asked, arrived)
+        try:
+            # The first piece decides about the status: most errors come before it.
+            first = await until_gone(request, _next(filtered))
+            if asked.stream:
+                return EventStream(
+                    _events(filtered, first, job, asked), job, self.settings.send_s, self._error
+                )
+            rest = "" if first is None else await until_gone(request, _joined(filtered))
+        except BaseException:
+            stop.set()  # also while something is fetched, before there is a stream
+            job.stop()
+            raise
+        assert job.answer is not None
+        return JSONResponse(Reply().whole((first or "") + rest, job.answer))
+
+    def _check(self, asked: ChatRequest) -> None:
+        """Raises ApiError or BudgetError for what is certain to fail, before it waits for its turn."""
+        self.chat.plan_budget(asked.token_budget)
+        if asked.sampling["min_tokens"] > self._longest(asked):
+            message = f"min_tokens must be at most {self._longest(asked)}, the length of this answer."
+            raise ApiError(400, message, param="min_tokens")
+        size = self.chat.model.llm.model.config.get_text_config().vocab_size
+        for name in ("stop_token_ids", "logit_bias"):
+            for token in asked.sampling[name] or ():
+                if token >= size:
+                    message = f"{name} names token {token}, but the last one is {size - 1}."
+                    raise ApiError(400, message, param=name)
+
+    def _longest(self, asked: ChatRequest) -> int:
+        return min(asked.max_tokens or self.settings.default_tokens, self.settings.max_tokens)
+
+    @contextmanager
+    def _stream(self, asked: ChatRequest, client: str, stop: threading.Event) -> Iterator[AnswerStream]:
+        """The question as VideoChat takes it, in the job's thread; its files stay open until it ends."""
+        references = asked.media
+        with self._resolver.open(references, client, stop) as media:
+            try:
+                yield self.chat.stream_messages(
+                    _resolved(asked.messages, media),
+                    budget=asked.token_budget,
+                    selector=asked.selector,
+                    max_new_tokens=self._longest(asked),
+                    scope=" ".join(filter(None, ("api", client, asked.label))),
+                    stop=stop,
+                    **asked.sampling,
+                )
+            except VideoError as error:
+                raise ApiError.of(error).about(_where(str(error), media, references)) from error
+
+    async def _filtered(self, job: Job, asked: ChatRequest, arrived: float) -> AsyncIterator[str]:
+        text, told = TextFilter(asked.stop), False
+        async for piece in job:
+            if not told:
+                told = True
+                self.metrics.observe("fluxchat_first_token_seconds", time.monotonic() - arrived)
+            if out := text.push(piece):
+                yield out
+            if text.done:
+                job.stop()
+        if out := text.flush():
+            yield out
+        if job.answer is not None:
+            record(self.metrics, job.answer, time.monotonic() - arrived)
+
+
+async def _next(pieces: AsyncIterator[str]) -> str | None:
+    """The next piece, None at the end."""
+    return await anext(pieces, None)
+
+
+async def _joined(pieces: AsyncIterator[str]) -> str:
+    return "".join([piece async for piece in pieces])
+
+
+async def _events(
+    pieces: AsyncIterator[str], first: str | None, job: Job, asked: ChatRequest
+) -> AsyncIterator[dict[str, Any]]:
+    """The objects of a streamed answer."""
+    reply = Reply()
+    yield reply.chunk({"role": "assistant", "content": ""})
+    piece = first
+    while piece is not None:
+        yield reply.chunk({"content": piece})
+        piece = await _next(pieces)
+    assert job.answer is not None
+    yield reply.chunk({}, job.answer)
+    if asked.include_usage:
+        yield reply.usage_chunk(job.answer)
+
+
+class _Anything:
+    """A handler for every method, as an ASGI application."""
+
+    def __init__(self, handler: Callable[..., Coroutine[Any, Any, Response]]) -> None:
+        self._handler = handler
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._handler(Request(scope, receive))
+        await response(scope, receive, send)
+
+
+def client_of(request: Request) -> str:
+    """Whose request it is (guard.py)."""
+    return str(request.scope.get("fluxchat.client", ""))
+
+
+def _resolved(messages: Sequence[Message[Reference]], media: Sequence[Media]) -> list[Message[Media]]:
+    """The messages with media in the places of what named them."""
+    found = iter(media)
+
+    def parts(message: Message[Reference]) -> tuple[str | Media, ...]:
+        return tuple(part if isinstance(part, str) else next(found) for part in message.content)
+
+    return [Message(message.role, parts(message)) for message in messages]
+
+
+def _where(message: str, media: Sequence[Media], references: Sequence[Reference]) -> str:
+    """The field that named the medium an error is about; all messages when it does not say."""
+    if len(references) == 1:
+        return references[0].param
+    count = len(media)
+    named = [index for index in range(count) if media[index].label(index, count) in message]
+    return references[named[0]].param if len(named) == 1 else "messages"
+
+
+def _fits(template: str, path: str) -> bool:
+    """Whether a path is one of /v1/files/{id}'s kind."""
+    pattern = re.sub(r"\\{\w+\\}", "[^/]+", re.escape(template))
+    return re.fullmatch(pattern, path) is not None
+
+
+def _version() -> str:
+    try:
+        return metadata.version("fluxchat")
+    except metadata.PackageNotFoundError:
+        return "0"
+
+
+def _file(stored: StoredFile) -> dict[str, Any]:
+    return {
+        "id": stored.id,
+        "object": "file",
+        "bytes": stored.bytes,
+        "created_at": stored.created,
+        "filename": stored.name,
+        "purpose": "user_data",
+        "status": "processed",
+    }

@@ -1,0 +1,163 @@
+"""Who computes when: a bounded queue in front of a few threads, each running one answer.
+
+    job = await scheduler.start(lambda: chat.stream(video, question))
+    async for piece in job: ...
+
+An answer runs at the model's speed, never at its reader's; a reader that goes away stops it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any
+
+from app.answer import Answer
+from app.server.guard import shutting_down
+from app.server.replies import ApiError
+from app.streaming import AnswerStream
+
+Source = Callable[[], AbstractContextManager[AnswerStream]]
+_END = object()
+
+
+class Job:
+    """One answer being made in a thread; iterate for its pieces of text. Belongs to one event loop."""
+
+    def __init__(self) -> None:
+        self._pieces: asyncio.Queue[Any] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._stream: AnswerStream | None = None
+        self._stopped = False
+        self.answer: Answer | None = None
+
+    def run(self, source: Source) -> None:
+        """Make the answer (in a thread)."""
+        error: BaseException | None = None
+        try:
+            with source() as stream:
+                self._stream = stream
+                if self._stopped:
+                    stream.stop()
+                for piece in stream:
+                    self._tell(piece)
+                self.answer = stream.answer
+        except BaseException as caught:  # noqa: BLE001 - it is raised where the pieces are read
+            error = caught
+        self._tell(error if error is not None else _END)
+
+    def abandon(self, error: BaseException) -> None:
+        """Tell the reader so now, whatever the thread still does."""
+        self.stop()
+        self._pieces.put_nowait(error)
+
+    def _tell(self, item: Any) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._pieces.put_nowait, item)
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        while (item := await self._pieces.get()) is not _END:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def stop(self) -> None:
+        """End computing within one token; the pieces end soon after."""
+        self._stopped = True
+        if self._stream is not None:
+            self._stream.stop()
+
+
+class Scheduler:
+    """At most `slots` answers at a time and `queue` waiting; the next one is refused with 429."""
+
+    def __init__(self, slots: int, queue: int) -> None:
+        self._slots, self._queue = slots, queue
+        self._free = asyncio.Semaphore(slots)
+        self._threads = ThreadPoolExecutor(slots, "fluxchat-answer")
+        self._jobs: set[Job] = set()
+        self._waiting = 0
+        self._usual_s = 5.0  # how long an answer takes, a moving average
+        self._draining = self._closed = False
+
+    @property
+    def running(self) -> int:
+        """Answers being made."""
+        return len(self._jobs)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return self._waiting
+
+    @property
+    def draining(self) -> bool:
+        """Whether no new request is accepted any more."""
+        return self._draining
+
+    def check(self) -> None:
+        """Raises ApiError when a request is refused: 429 past the queue's length, 503 at the end."""
+        if self._draining:
+            raise shutting_down()
+        if self._free.locked() and self._waiting >= self._queue:
+            seconds = max(1, math.ceil(self._usual_s * (self._waiting + 1) / self._slots))
+            raise ApiError(
+                429,
+                f"{self._waiting} questions are waiting already: try again in {seconds} s.",
+                kind="rate_limit_error",
+                code="queue_full",
+                headers={"Retry-After": str(seconds)},
+            )
+
+    async def start(self, source: Source) -> Job:
+        """Wait for a turn, then start an answer; raises ApiError as `check` does.
+
+        source: entered in the job's thread, it gives the stream. Cancel the call to leave the queue.
+        """
+        self.check()
+        self._waiting += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self._waiting -= 1
+        if self._closed:
+            self._free.release()
+            raise shutting_down()
+        job = Job()
+        self._jobs.add(job)
+        started = time.monotonic()
+
+        def ended(_: object) -> None:
+            self._usual_s += 0.2 * (time.monotonic() - started - self._usual_s)
+            self._jobs.discard(job)
+            self._free.release()
+
+        asyncio.get_running_loop().run_in_executor(self._threads, job.run, source).add_done_callback(ended)
+        return job
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse what is new, let what runs and waits finish, and stop what takes longer than `seconds`."""
+        self._draining = True
+        end = time.monotonic() + seconds
+        while (self._jobs or self._waiting) and time.monotonic() < end:
+            await asyncio.sleep(0.05)
+        for job in self._jobs:
+            job.stop()
+
+    def close(self) -> None:
+        """Stop everything; who waits gets a 503."""
+        self._draining = self._closed = True
+        for job in self._jobs:
+            job.stop()
+        for _ in range(self._waiting):
+            self._free.release()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def abandon(self) -> None:
+        """After `close`: a 503 for whoever still waits for an answer whose thread does not end."""
+        for job in self._jobs:
+            job.abandon(shutting_down())

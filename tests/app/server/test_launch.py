@@ -1,0 +1,200 @@
+"""`fluxchat web` as people start it: real processes, one line, signals, refusals; the page's own API."""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from gradio_client import Client, handle_file
+
+from app.chat import VideoChat
+from app.cli import build_parser, main
+from app.server.guard import Credentials
+from app.server.launch import WEB_LIMITS, LaunchOptions, login_of
+from encoder.errors import ConfigError
+from encoder.video import confine
+from llm_bridge.model import VideoLanguageModel
+from tests.app.server.serving import answer, ask, running
+from tests.encoder.video import video_files as vf
+
+READY = re.compile(r"FluxChat is ready at (http://127\.0\.0\.1:\d+)\n")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model: VideoLanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model, where a training stage would put it."""
+    made = tmp_path_factory.mktemp("stage")
+    tiny_model.save_pretrained(made / "model")
+    return made
+
+
+@contextmanager
+def web(*args: object, **env: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """(process, address) of a `fluxchat web` that is ready."""
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "app",
+        "web",
+        "--no-browser",
+        "--port",
+        "0",
+        *map(str, args),
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env}
+    )
+    assert process.stdout is not None
+    lines: queue.Queue[str] = queue.Queue()
+    threading.Thread(target=lambda: lines.put(process.stdout.readline()), daemon=True).start()  # type: ignore[union-attr]
+    try:
+        line = lines.get(timeout=200)
+        found = READY.fullmatch(line)
+        assert found is not None, (line, process.poll())
+        yield process, found[1]
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """(exit status, what else it printed, errors)"""
+    out, errors = process.communicate(timeout=120)
+    return process.returncode, out, errors
+
+
+def test_one_line_then_answers_and_sigterm_drains(folder: Path, tmp_path: Path) -> None:
+    video = vf.write(tmp_path / "v.mp4", vf.steady(10))
+    with (
+        web("--projector", folder, "--media-root", tmp_path, TMPDIR=str(tmp_path)) as (process, address),
+        ThreadPoolExecutor(1) as pool,
+        # An open page.
+        httpx.stream("GET", f"{address}/gradio_api/heartbeat/abc", timeout=60) as heartbeat,
+    ):
+        assert heartbeat.status_code == 200
+        assert httpx.get(f"{address}/healthz").json() == {"status": "ok"}
+        assert "fluxchat-question" in httpx.get(f"{address}/config", timeout=30).text
+        expected = answer(ask(address, "What?", "v.mp4", max_tokens=700, temperature=0.5, seed=1))
+        assert len(list(tmp_path.glob("fluxchat-files-*"))) == 1
+        before = httpx.get(f"{address}/metrics").text
+        late = pool.submit(ask, address, "What?", "v.mp4", max_tokens=700, temperature=0.5, seed=1)
+        while "fluxchat_running 1" not in httpx.get(f"{address}/metrics").text and not late.done():
+            time.sleep(0.01)
+        assert "fluxchat_running 0" in before
+        process.send_signal(signal.SIGTERM)
+        assert answer(late.result()) == expected
+        status, out, errors = ended(process)
+    assert (status, out) == (0, "")
+    decoders = f"decoders of uploads: {confine.report()}"
+    assert errors == f"FluxChat: nobody has to log in; only this machine can connect; {decoders}.\n"
+    assert [path.name for path in tmp_path.glob("fluxchat-*")] == []
+    assert video.exists()
+
+
+def test_secrets_come_from_the_environment_and_ctrl_c_ends_it(folder: Path) -> None:
+    secrets = {"FLUXCHAT_API_KEY": "k", "FLUXCHAT_AUTH": "ann:secret"}
+    with web("--model", folder, "--host", "0.0.0.0", **secrets) as (process, address):
+        assert httpx.get(f"{address}/v1/models").status_code == 401
+        assert httpx.get(f"{address}/v1/models", headers={"Authorization": "Bearer k"}).status_code == 200
+        assert httpx.get(f"{address}/config").status_code == 401
+        # Bound to all addresses, it is asked for by any name.
+        assert httpx.get(f"{address}/healthz", headers={"Host": "chat.example"}).status_code == 200
+        process.send_signal(signal.SIGINT)
+        status, out, errors = ended(process)
+    assert (status, out) == (0, "")
+    decoders = f"decoders of uploads: {confine.report()}"
+    assert errors == f"FluxChat: asks for an API key or a login; bound to 0.0.0.0; {decoders}.\n"
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (["--host", "0.0.0.0"], "add --auth USER:PASSWORD"),
+        (["--host", "::"], "add --auth USER:PASSWORD"),
+        (["--auth", "nobody"], "must be USER:PASSWORD"),
+        (["--media-root", "nowhere"], "not a folder"),
+        (["--port", "99999"], "--port cannot be 99999"),
+        (["--api-keys", "nowhere"], "cannot be read"),
+        (["--api-keys", __file__], "Line 1 of"),
+        (["--max-connections", "0"], "must be at least 1"),
+        (["--store-mib", "0"], "must be at least 1"),
+        (["--model", "nowhere"], "not a FluxChat model"),
+    ],
+)
+def test_what_it_refuses(args: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["web", "--port", "0", *args]) == 2
+    out, errors = capsys.readouterr()
+    assert out == ""
+    assert len(errors.splitlines()) == 1
+    assert word in errors
+
+
+def test_a_port_in_use_is_one_line_at_once() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        command = [sys.executable, "-m", "app", "web", "--port", str(taken.getsockname()[1])]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert "choose another --port" in done.stderr
+
+
+def test_options_in_python() -> None:
+    with pytest.raises(ConfigError):
+        LaunchOptions(host="192.168.0.1").check()
+    LaunchOptions(host="192.168.0.1", credentials=Credentials(login=("a", "b"))).check()
+    LaunchOptions(host="0.0.0.0", public=True).check()
+    LaunchOptions(host="0.0.0.0", credentials=Credentials("key")).check()
+    assert login_of("a:b:c") == ("a", "b:c")
+    assert login_of(None) is None
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["web", "--help"])
+    text = capsys.readouterr().out
+    for word in (
+        "--no-browser",
+        "--media-root",
+        "--quantize 4bit",
+        "curl",
+        "token_budget",
+        "FLUXCHAT_AUTH",
+        "sha256:",
+    ):
+        assert word in text
+
+
+def test_gradio_client_asks_and_estimates(tiny_model: VideoLanguageModel, tmp_path: Path) -> None:
+    video = vf.write(tmp_path / "v.mp4", vf.steady(10))
+    with (
+        VideoChat(tiny_model, trusted=False, limits=WEB_LIMITS) as chat,
+        running(chat, LaunchOptions(examples=[])) as (address, _),
+    ):
+        client = Client(address, verbose=False, download_files=tmp_path)
+        text, facts = client.predict(handle_file(str(video)), "What moves?", "32", api_name="/ask")
+        with VideoChat(tiny_model) as alone:
+            assert text == alone.ask(video, "What moves?", budget=32).text
+        assert facts["usage"]["kept_tokens"] == 32
+        price = client.predict(handle_file(str(video)), "16", api_name="/estimate")
+        assert price["kept_tokens"] == 16
+        assert price["first_token_s"] > 0
+        names = set(client.view_api(return_format="dict")["named_endpoints"])
+        assert names == {"/ask", "/estimate"}
+        client.close()

@@ -1,0 +1,183 @@
+"""What a stranger sends to keep the server busy or to learn of others: each ends at once, in one sentence."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import os
+import socket
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import httpx
+import pytest
+from fastapi import Request
+
+from app.chat import VideoChat
+from app.page.handlers import MAX_TURNS, Handlers
+from app.page.sessions import Sessions, Turn
+from app.server import media
+from app.server.chat_request import LOOKED_AT, parse_chat
+from app.server.connections import Connection, ConnectionLimits, Connections
+from app.server.guard import ANONYMOUS
+from app.server.json_body import decode_json
+from app.server.media import MediaStore
+from app.server.page_door import MOST_NAMED, PATH_LENGTH, PageDoor, PageUploads
+from app.server.replies import ApiError
+from app.server.wire import longest_text
+from llm_bridge.model import VideoLanguageModel
+from tests.app.server.serving import running
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture
+def store() -> Any:
+    store = MediaStore()
+    yield store
+    store.close()
+
+
+# -- time ---------------------------------------------------------------------------------------------------
+
+
+def test_a_name_of_megabytes_is_not_copied_for_each_value_under_it() -> None:
+    long = b'{"' + b"k" * 2**22 + b'": [' + b"0," * 90_000 + b"%s]}"
+    assert len(decode_json(long % b"0")) == 1
+    with pytest.raises(ApiError) as caught:
+        decode_json(long % rb'"\ud800"')
+    assert caught.value.body["error"]["param"] == "k" * 80 + "[90000]"
+
+
+def test_few_of_many_unknown_fields_are_compared_with_known_ones() -> None:
+    body = {"messages": [{"role": "user", "content": "a"}], **{f"x{n}": 0 for n in range(5000)}}
+    with (
+        mock.patch.object(difflib, "get_close_matches", wraps=difflib.get_close_matches) as compared,
+        pytest.raises(ApiError, match="x0"),
+    ):
+        parse_chat(body)
+    assert compared.call_count <= LOOKED_AT + 1
+
+
+def test_only_what_can_be_a_path_is_resolved(store: MediaStore, tmp_path: Path) -> None:
+    door = PageDoor(mock.Mock(), store, tmp_path, (), mcp=False)
+    with mock.patch.object(os.path, "realpath", wraps=os.path.realpath) as resolved:
+        for path in ("/a" * PATH_LENGTH, "http://localhost/gradio_api/file=" + "/a" * PATH_LENGTH):
+            with pytest.raises(ApiError) as caught:
+                door._check_all({"data": [{"path": path}]}, "me")
+            assert caught.value.status == 404
+    assert not resolved.called
+
+
+def test_a_request_names_few_files(store: MediaStore, tmp_path: Path) -> None:
+    door = PageDoor(mock.Mock(), store, tmp_path, (), mcp=False)
+    mine = store.add(io.BytesIO(b"x"), "a.mp4", "me", page=tmp_path)
+    door._check_all({"path": [mine.path] * MOST_NAMED}, "me")
+    with pytest.raises(ApiError, match="files"):
+        door._check_all({"path": [mine.path] * (MOST_NAMED + 1)}, "me")
+
+
+def test_what_of_a_body_came_fast_does_not_pay_for_drops() -> None:
+    """16 MiB at once, then a byte now and then: a thousand seconds by the average, ten by the clock."""
+    now = 0.0
+    connections = Connections(ConnectionLimits(body_s=10, body_rate=16 * 1024))
+    one = mock.Mock(_all=connections, waiting=False, _stuck_since=None, _head_begun=None)
+    one.transport.is_closing.return_value = False
+    one.cycle.more_body, one.flow.read_paused = True, False
+    Connection._body_begins(one, now)
+    received = Connection._body_comes
+    received(one, now, 2**24)
+    for now in (3.0, 6.0, 9.0):
+        received(one, now, 1)
+        Connection.check(one, now)
+    assert not one.end.called
+    now = 11.0
+    received(one, now, 1)
+    Connection.check(one, now)
+    assert one.end.called
+
+
+# -- room ---------------------------------------------------------------------------------------------------
+
+
+def test_files_are_counted_whatever_their_size(
+    store: MediaStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(media, "MOST_FILES", 3)
+    for _ in range(3):
+        store.add(io.BytesIO(b""), "a.mp4", page=tmp_path)
+    with pytest.raises(ApiError) as caught:
+        store.add(io.BytesIO(b""), "a.mp4", page=tmp_path)
+    assert caught.value.body["error"]["code"] == "storage_full"
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_conversation_keeps_no_megabytes(tiny_model: VideoLanguageModel) -> None:
+    with VideoChat(tiny_model, trusted=False) as chat:
+        sessions = Sessions(chat.forget)
+        session = sessions.get("a")
+        handlers = Handlers(chat, sessions)
+        assert handlers.begin(session, "why " * longest_text(chat))
+        assert "too long" in session.turns[-1].error
+        assert len(session.turns[-1].question) < 1000
+        session.turns = [Turn(str(n), error="x") for n in range(500)]
+        assert handlers.begin(session, "last")
+        assert len(session.turns) == MAX_TURNS
+        assert session.turns[-1].question == "last"
+        assert not session.turns[-1].done
+        sessions.close_all()
+
+
+# -- others -------------------------------------------------------------------------------------------------
+
+
+def test_who_sends_the_same_as_another_does_not_learn_so(store: MediaStore) -> None:
+    first, other = store.add_bytes(b"x" * 100, "ann"), store.add_bytes(b"x" * 100, "bob")
+    assert first.path != other.path
+    assert store.size == (2, 200)
+    assert store.add_bytes(b"x" * 100, "ann") is first
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("ours", "query", "theirs", "heard"),
+    [
+        ("ann", "upload_id=a1", "ann", True),
+        ("ann", "upload_id=a1", "bob", False),
+        (f"{ANONYMOUS}1", "upload_id=a1", f"{ANONYMOUS}2", True),
+        (f"{ANONYMOUS}1", "", f"{ANONYMOUS}2", False),
+    ],
+)
+async def test_nobody_follows_anothers_upload(
+    store: MediaStore, tmp_path: Path, ours: str, query: str, theirs: str, heard: bool
+) -> None:
+    uploads = PageUploads(store, tmp_path, 1000)
+
+    def request(client: str, **more: Any) -> Request:
+        scope = {"type": "http", "headers": [], "query_string": query.encode(), "fluxchat.client": client}
+        return Request({**scope, **more})
+
+    with pytest.raises(ApiError, match="multipart"):
+        await uploads.upload(request(ours))
+    with mock.patch("app.server.page_door.asyncio.sleep"):
+        if heard:
+            assert (await uploads.progress(request(theirs))).status_code == 200
+            return
+        with pytest.raises(ApiError, match="no such upload"):
+            await uploads.progress(request(theirs))
+
+
+def test_nobody_makes_a_tunnel_of_it(
+    tiny_model: VideoLanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    with VideoChat(tiny_model, trusted=False) as chat, running(chat) as (address, _):
+        url = httpx.URL(address)
+        with socket.create_connection((url.host, url.port), 10) as connection:
+            connection.sendall(b"CONNECT /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert b" 405 " in connection.recv(65536)
+        assert httpx.get(f"{address}/healthz").status_code == 200
+    assert not caplog.records

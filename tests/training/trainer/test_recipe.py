@@ -1,0 +1,232 @@
+"""Recipes: what is accepted, and one clear sentence for what is not."""
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import yaml
+from torch import nn
+
+from encoder.errors import ConfigError
+from tests import ROOT
+from training.chat_stage1 import Stage1Recipe
+from training.clip import ClipRecipe
+from training.clip import main as clip_main
+from training.cost.recipe_facts import RECIPES as STAGE_RECIPES
+from training.data.datasets import NEEDS
+from training.data.synthetic_source import WorldSource
+from training.trainer.optim import learning_rate, parameter_groups
+from training.trainer.recipe import STAGES, OptimConfig, build, read_recipe, read_values, to_yaml
+
+RECIPES = ROOT / "training" / "recipes"
+SHIPPED = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "accelerate")
+# All settings of each shipped recipe as they were when every recipe was written out in full.
+RESOLVED = json.loads((Path(__file__).parent / "recipes.json").read_text())
+
+
+def kind_of(path: Path) -> Any:
+    """The dataclass of a recipe's stage."""
+    stage = read_values(path)["stage"]
+    module = importlib.import_module(f"training.{stage}")
+    found = [kind for kind in vars(module).values() if getattr(kind, "stage", None) == stage]
+    return next(
+        kind for kind in found if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__
+    )
+
+
+def holds(found: Any, expected: Any) -> bool:
+    """Whether all expected settings are there; new ones may have come."""
+    if isinstance(expected, dict):
+        return all(name in found and holds(found[name], value) for name, value in expected.items())
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(holds, found, expected))
+    return type(found) is type(expected) and found == expected
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(RECIPES)))
+def test_every_recipe_says_what_it_is_and_what_it_was(path: Path, tmp_path: Path) -> None:
+    kind = kind_of(path)
+    recipe = read_recipe(kind, path)
+    first = path.read_text().splitlines()[0]
+    assert f"-m training.{kind.stage} --config {path.relative_to(RECIPES.parents[1])}" in first
+    expected = RESOLVED[str(path.relative_to(RECIPES))]
+    assert holds(json.loads(json.dumps({"stage": kind.stage, **dataclasses.asdict(recipe)})), expected)
+    # What --print shows is a recipe that reads back as the same.
+    (tmp_path / "printed.yaml").write_text(to_yaml(recipe, "heading"))
+    assert read_recipe(kind, tmp_path / "printed.yaml") == recipe
+
+
+def test_all_rooms_know_the_same_stages() -> None:
+    assert set(STAGES) == set(NEEDS) == set(STAGE_RECIPES)
+    for stage, (_, kind) in STAGE_RECIPES.items():
+        assert kind.stage == stage
+
+
+def test_a_recipe_holds_only_what_differs() -> None:
+    assert set(RESOLVED) == {str(path.relative_to(RECIPES)) for path in SHIPPED}
+    lines = [line for path in RECIPES.glob("finetune_*.yaml") for line in path.read_text().splitlines()]
+    assert len(lines) < 220
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A recipe in one folder, based on one in another."""
+    (tmp_path / "below").mkdir()
+    (tmp_path / "base.yaml").write_text(
+        "{stage: clip, keeps: [1, 2], world: {count: 5, seed: 3}, loop: {out: a}, "
+        "optim: {lr: 1, batch_size: 8, micro_batch: 4}}"
+    )
+    (tmp_path / "below" / "mine.yaml").write_text("{base: ../base.yaml, keeps: [3], world: {seed: 4}}")
+    return tmp_path
+
+
+def test_tables_are_merged_and_lists_replaced(folder: Path) -> None:
+    recipe = read_recipe(ClipRecipe, folder / "below" / "mine.yaml", ["world.count=6"])
+    assert recipe.keeps == (3,)
+    assert recipe.world == WorldSource(count=6, seed=4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("base: other.yaml", "the base of .*mine.yaml: No such file"),
+        ("base: mine.yaml", "is its own base"),
+        ("base: 7", "base must name a recipe, not 7"),
+        ("{base: ../base.yaml, stage: clips}", "stage must be one of .*not 'clips' .nearest is 'clip'"),
+        ("{base: ../base.yaml, stage: umt}", "of the stage umt: run it with python -m training.umt"),
+        ("{base: ../base.yaml, stage: }", "stage must be one of"),
+        ("{base: ../base.yaml, keeps: [1], keeps: [2]}", "'keeps' stands twice"),
+        ("{base: ../base.yaml, keeps: &all [*all]}", "is no setting: Circular reference"),
+        ("{base: ../base.yaml, keeps: " + "[" * 5000, "not valid YAML"),
+        ("{base: ../base.yaml, ? [1, 2] : 3}", "not valid YAML|no setting|unknown setting"),
+    ],
+)
+def test_wrong_bases_and_stages(folder: Path, content: str, message: str) -> None:
+    path = folder / "below" / "mine.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_recipe(ClipRecipe, path)
+    assert "\n" not in str(caught.value)
+
+
+def test_bases_may_not_go_in_a_circle(folder: Path) -> None:
+    (folder / "base.yaml").write_text("base: below/mine.yaml")
+    with pytest.raises(ConfigError, match=r"own base, by way of .*mine\.yaml and .*base\.yaml"):
+        read_values(folder / "below" / "mine.yaml")
+
+
+def test_print_shows_the_whole_recipe_and_trains_nothing(folder: Path, capsys) -> None:
+    assert clip_main(["--config", str(folder / "below" / "mine.yaml"), "--print", "optim.lr=2"]) == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["optim"]["lr"] == 2
+    (folder / "printed.yaml").write_text(printed)
+    again = read_recipe(ClipRecipe, folder / "printed.yaml")
+    assert again == read_recipe(ClipRecipe, folder / "below" / "mine.yaml", ["optim.lr=2"])
+    assert not (folder / "a").exists()
+
+
+def test_a_setting_of_another_name_is_told() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Renamed:
+        renamed: ClassVar[dict[str, str]] = {"counts": "num_tokens"}
+        num_tokens: int = 1
+
+    with pytest.raises(ConfigError, match="the setting 'counts' is now named 'num_tokens'"):
+        build(Renamed, {"counts": 3}, "test")
+
+
+def test_the_table_that_is_wrong_is_named() -> None:
+    values = {
+        "videos": [{"csv": "a"}, {"csv": "a", "jsonl": "b"}],
+        **read_values(RECIPES / "cpu" / "clip.yaml"),
+    }
+    values.pop("world")
+    with pytest.raises(ConfigError, match=r"^r: videos\[1\]: A dataset needs exactly one of"):
+        build(ClipRecipe, values, "r")
+
+
+def test_the_papers_stage_one() -> None:
+    recipe = read_recipe(Stage1Recipe, RECIPES / "chat_stage1.yaml")
+    optim = recipe.optim
+    assert (optim.lr, optim.batch_size, optim.epochs, optim.warmup_ratio) == (1e-3, 512, 1, 0.03)
+    assert (optim.weight_decay, optim.clip_grad, optim.betas) == (0, 1.0, (0.9, 0.999))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.rate=1", "optim has the unknown setting 'rate': known are lr"),
+        ("optim.lr=fast", "optim: lr must be float, not 'fast'"),
+        ("optim.lr=-1", "lr must be positive"),
+        ("optim.batch_size=10", "multiple of micro_batch"),
+        ("optim.warmup_ratio=1.5", "warmup_ratio"),
+        ("loop.precision=fp8", "precision must be one of fp32, bf16, fp16, not 'fp8'"),
+        ("keeps=[]", "at least one token count"),
+        ("keeps=7", "keeps must be a list"),
+        ("world=3", "must be a table"),
+        ("world.split=dev", "split must be one of"),
+        ("siblings=5", "multiple of siblings"),
+        ("siblngs=2", "unknown setting 'siblngs' (nearest is 'siblings')"),
+        ("optim.lr=true", "optim: lr must be float, not True"),
+        ("optim.micro_batch=8.0", "optim: micro_batch must be int, not 8.0"),
+        ("optim.lr=.nan", "optim: lr is nan"),
+        ("optim.betas=[0.9, 1.0]", "betas must lie from 0 to below 1"),
+        ("optim.betas=[0.9, x]", "optim: betas[1] must be float, not 'x'"),
+        ("loop.checkpoint_every=0", "loop.checkpoint_every must be at least 1"),
+        ("loop.trackers=[wandb, x]", "loop: trackers[1] must be one of trackio, wandb, not 'x'"),
+        ("keeps=[1", "is not valid YAML"),
+        ("optim.betas=[0.9]", "must hold 2 values"),
+        ("nonsense", "key=value"),
+        ("temperature.x=1", "is not a table"),
+    ],
+)
+def test_wrong_settings(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(ClipRecipe, RECIPES / "cpu" / "clip.yaml", [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [None, "[1, 2]", "a: [", "", "optim: {lr: 1e-3}"])
+def test_wrong_files(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "r.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(ClipRecipe, path)
+    assert str(path) in str(caught.value)
+
+
+def test_scientific_notation_is_a_number(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("{lr: 1e-3, batch_size: 8, micro_batch: 4}")
+    assert read_recipe(OptimConfig, path).lr == 1e-3
+
+
+def test_cosine_with_warm_up() -> None:
+    config = OptimConfig(lr=1.0, batch_size=1, micro_batch=1, warmup_ratio=0.1, min_lr=0.01)
+    rates = [learning_rate(step, 100, config) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.505)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.01, abs=1e-3)
+
+
+def test_what_is_never_decayed() -> None:
+    from encoder.fluxvit import FluxViT
+    from tests.encoder.test_fluxvit import TINY
+
+    model = FluxViT(TINY)
+    model.blocks[0].requires_grad_(False)
+    decayed, plain = parameter_groups(model, 0.05)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    assert {"pos_embed", "cls_token", "fc_norm.weight"} <= {names[id(p)] for p in plain["params"]}
+    # Five-dimensional, so decayed, as in the released training code.
+    assert "gpe_proj.depthwise_conv.weight" in {names[id(p)] for p in decayed["params"]}
+    assert not any(names[id(p)].startswith("blocks.0.") for p in decayed["params"] + plain["params"])
+    assert parameter_groups(nn.Linear(2, 2, bias=False), 0.1)[0]["weight_decay"] == 0.1

@@ -1,0 +1,282 @@
+"""What the chat stages share: conversations about videos become batches with labels.
+
+A micro-batch is a pure function of its number: examples are shuffled anew for each epoch, those of like
+length share a micro-batch (`bucket`), and what the frozen encoder gave for a clip is kept on disk when
+`feature_cache` names a folder. The micro-batches of a step have one token count and like lengths, so that no
+process waits long for another.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from encoder.errors import ConfigError, DataError, VideoError
+from encoder.preprocess import preprocess
+from encoder.tokens import VisionTokens
+from encoder.video.reader import Clip
+from llm_bridge.branches import share_beginning
+from llm_bridge.label_weights import Weighting
+from llm_bridge.model import VideoLanguageModel
+from llm_bridge.prompt import IGNORE, Message, Prompt, Visual, render_chat_training, render_plain_training
+from training.data.datasets import NEEDS, DatasetConfig, open_datasets
+from training.data.examples import Conversation, Example
+from training.data.feature_cache import FeatureCache, Features, stack
+from training.data.loader import Loader
+from training.trainer.recipe import LoopConfig, OptimConfig
+
+CHARACTERS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class ChatInput:
+    """What the encoder sees of a clip, and the tokens that it keeps."""
+
+    frames: int
+    resolution: int
+    keep: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRecipe:
+    """The data of a chat stage.
+
+    frames, resolution: what the encoder sees. keeps: token counts, one drawn per step. inputs: what to
+    draw from instead, where frames and resolution vary too; one named twice is drawn twice as often.
+    template: "plain" (caption right after the video, as the field's stage 1 does) or "chat" (the language
+    model's own template). max_length: longer samples lose their end. bucket: micro-batches among which
+    records are sorted by length, so that little is padded; 1 leaves them in random order. weighting: of long
+    and short answers in the loss (see llm_bridge.label_weights). max_missing: share of unreadable media that
+    stops the run. feature_cache: folder for encoder outputs, so that no clip is encoded twice.
+    """
+
+    stage: ClassVar[str]
+    datasets: tuple[DatasetConfig, ...]
+    optim: OptimConfig
+    loop: LoopConfig
+    frames: int = 16
+    resolution: int = 224
+    keeps: tuple[int, ...] = (1024,)
+    inputs: tuple[ChatInput, ...] = ()
+    template: Literal["plain", "chat"] = "plain"
+    max_length: int = 8192
+    bucket: int = 1
+    weighting: Weighting = "token"
+    max_missing: float = 0.01
+    feature_cache: str | None = None
+    evaluate_records: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.datasets:
+            raise ConfigError("datasets must name at least one dataset.")
+        if not self.keeps:
+            raise ConfigError("keeps must name at least one token count.")
+        if any(min(i.frames, i.resolution, i.keep) < 1 for i in self.inputs):
+            raise ConfigError("inputs must have frames, resolution and keep of at least 1 each.")
+        if self.bucket < 1:
+            raise ConfigError(f"bucket must be at least 1 micro-batch, not {self.bucket}.")
+
+    @property
+    def drawn(self) -> tuple[ChatInput, ...]:
+        """What one is drawn of for each micro-batch."""
+        return self.inputs or tuple(ChatInput(self.frames, self.resolution, keep) for keep in self.keeps)
+
+    @property
+    def longest(self) -> ChatInput:
+        """The one with the most tokens."""
+        return max(self.drawn, key=lambda one: one.keep)
+
+
+@dataclass(frozen=True)
+class ChatBatch:
+    """Prompts with labels, and the clips of those that have one."""
+
+    prompts: list[Prompt]
+    vision: VisionTokens | None
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Labelled positions, positions in all, and the share of the padded rectangle that is padding."""
+        lengths = [len(prompt) for prompt in self.prompts]
+        labelled = sum(label >= 0 for prompt in self.prompts for label in prompt.labels[1:])
+        padding = 1 - sum(lengths) / (max(lengths) * len(lengths))
+        return {"label_tokens": labelled, "tokens": sum(lengths), "padding": padding}
+
+
+class ChatData:
+    """Micro-batches of a recipe for a model. Raises DataError when the datasets hold nothing."""
+
+    def __init__(self, recipe: ChatRecipe, vlm: VideoLanguageModel) -> None:
+        self.recipe, self.vlm = recipe, vlm
+        need = NEEDS[recipe.stage]
+        self._loader = Loader(
+            open_datasets(recipe.datasets, need),
+            recipe.loop.seed,
+            out=recipe.loop.out,
+            stride=recipe.optim.micro_batch,
+            max_missing=recipe.max_missing,
+            need=need,
+        )
+        self._count = len(self._loader)
+        self._cache = FeatureCache(Path(recipe.feature_cache) if recipe.feature_cache else None)
+        self._encoder = vlm.revision(language=False)
+        self._window: tuple[tuple[int, int], list[list[int]]] = ((-2, 0), [])
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches in one epoch."""
+        return max(1, self._count // self.recipe.optim.micro_batch)
+
+    @property
+    def _per_step(self) -> int:
+        return self.recipe.optim.batch_size // self.recipe.optim.micro_batch
+
+    def batch(self, index: int) -> ChatBatch:
+        """Micro-batch number `index`, counted over epochs."""
+        return self.prompted(*self.seen(index))
+
+    def seen(self, index: int) -> tuple[list[Example], list[Features | None]]:
+        """The examples of micro-batch `index` and what the encoder gave for the media of each."""
+        epoch, within = divmod(index, self.micro_batches)
+        step = index // self._per_step
+        view = random.Random(f"{self.recipe.loop.seed}/{step}/keep").choice(self.recipe.drawn)
+        members = self._members(epoch, within)
+        pairs = [
+            self._usable(epoch, within * len(members) + slot, number, view)
+            for slot, number in enumerate(members)
+        ]
+        return [example for example, _ in pairs], self._features(pairs, view)
+
+    def held_out(self, count: int) -> ChatBatch:
+        """The first examples of the order of another epoch, at the largest token count."""
+        view, order = self.recipe.longest, self._loader.order(-1)
+        pairs = [self._usable(-1, i, int(order[i % self._count]), view) for i in range(count)]
+        return self.prompted([example for example, _ in pairs], self._features(pairs, view))
+
+    def flush(self) -> None:
+        """Write features that are still in memory."""
+        self._cache.flush()
+
+    # -- which examples ------------------------------------------------------------------------------------
+
+    def _members(self, epoch: int, within: int) -> list[int]:
+        """Numbers of a micro-batch's examples: from the epoch's order, sorted by length inside a window."""
+        size, bucket = self.recipe.optim.micro_batch, self.recipe.bucket
+        number, place = divmod(within, bucket)
+        if self._window[0] != (epoch, number):
+            order = self._loader.order(epoch)
+            first = number * bucket * size
+            last = min(first + bucket * size, self.micro_batches * size)
+            members = [int(order[position % self._count]) for position in range(first, last)]
+            if bucket > 1:
+                members.sort(key=lambda number: (self._length(number), number))
+            width = size * self._per_step
+            steps = [members[start : start + width] for start in range(0, len(members), width)]
+            random.Random(f"{self.recipe.loop.seed}/{epoch}/{number}/bucket").shuffle(steps)
+            batches = [step[start : start + size] for step in steps for start in range(0, len(step), size)]
+            self._window = ((epoch, number), batches)
+        return self._window[1][place]
+
+    def _length(self, number: int) -> int:
+        """About how many positions an example takes; none when it cannot be used."""
+        try:
+            example = self._loader.source[number]
+        except (VideoError, OSError):
+            return 0
+        visual = self.recipe.longest.keep if example.has_media else 0
+        return visual + sum(len(part) for turn in example.turns for part in turn) // CHARACTERS_PER_TOKEN
+
+    def _usable(self, epoch: int, position: int, number: int, view: ChatInput) -> tuple[Example, Clip | None]:
+        """An example, or the next of the order that can be used; its clip unless it has none or its features
+        are known."""
+
+        def load(example: Example) -> Clip | None:
+            if not example.has_media or self._key(example, view) in self._cache:
+                return None
+            return example.media.load(view.frames, view.resolution)
+
+        return self._loader.usable(epoch, position, load, number)
+
+    # -- what becomes of them ------------------------------------------------------------------------------
+
+    def prompted(self, examples: Sequence[Example], seen: Sequence[Features | None]) -> ChatBatch:
+        """Prompts and stacked features."""
+        present = [features for features in seen if features is not None]
+        prompts = [self._prompt(example, features) for example, features in zip(examples, seen, strict=True)]
+        return ChatBatch(prompts, stack(present) if present else None)
+
+    def _features(
+        self, pairs: Sequence[tuple[Example, Clip | None]], view: ChatInput
+    ) -> list[Features | None]:
+        """Encoder outputs in order; what the cache lacks goes through the encoder as one batch."""
+        found = {
+            number: self._cache.get(self._key(example, view)) for number, (example, _) in enumerate(pairs)
+        }
+        new = [number for number, (_, clip) in enumerate(pairs) if clip is not None and found[number] is None]
+        if new:
+            clips = [clip for number in new if (clip := pairs[number][1]) is not None]
+            pixels = [preprocess(clip, view.resolution, view.resolution) for clip in clips]
+            vision = self.vlm.encode(pixels, [view.keep] * len(new), [clip.times_s for clip in clips])
+            for index, number in enumerate(new):
+                features = Features.of(vision, index, clips[index].duration_s, torch.bfloat16)
+                self._cache.put(self._key(pairs[number][0], view), features)
+                found[number] = features
+        return [found[number] for number in range(len(pairs))]
+
+    def _key(self, example: Example, view: ChatInput) -> str:
+        config = self.vlm.config
+        # Features without the pooled one must not serve a projector that reads it.
+        read = f"{config.vision_depth}|{config.summary_pool if config.projector.summary_tokens else None}"
+        return f"{example.media.key}|{view.frames}|{view.resolution}|{view.keep}|{read}|{self._encoder}"
+
+    def _prompt(self, example: Example, features: Features | None) -> Prompt:
+        recipe, tokenizer = self.recipe, self.vlm.llm.tokenizer
+        visuals: tuple[Visual, ...] = ()
+        if features is not None:
+            count = self.vlm.projector.planned_tokens(len(features.kept), features.grid.frames)
+            times = features.times_s if features.duration_s > 0 else ()
+            visuals = (Visual(count, duration_s=features.duration_s, times_s=times),)
+        if recipe.template == "plain" and visuals:
+            prompt = render_plain_training(tokenizer, visuals[0], example.turns[0][1])
+        else:
+            talks = [self._conversation(visuals, turns, example.system) for turns in example.talks]
+            prompt = talks[0] if len(talks) == 1 else share_beginning(talks)
+        return shorten(prompt, recipe.max_length)
+
+    def _conversation(self, visuals: tuple[Visual, ...], turns: Conversation, system: str) -> Prompt:
+        messages: list[Message[Visual]] = [Message.of("system", system)] if system else []
+        for number, (question, answer) in enumerate(turns):
+            front = visuals if number == 0 else ()
+            messages += [Message("user", (*front, question)), Message.of("assistant", answer)]
+        return render_chat_training(self.vlm.llm.tokenizer, messages, time_form=self.vlm.config.time_sentence)
+
+
+def shorten(prompt: Prompt, limit: int) -> Prompt:
+    """The first `limit` positions; raises DataError when that would cut into a visual."""
+    if len(prompt) <= limit:
+        return prompt
+    if any(start + count > limit for start, count in prompt.spans):
+        raise DataError(
+            f"A video takes more than max_length {limit} positions: raise it or keep fewer tokens."
+        )
+    branches = tuple((start, min(end, limit)) for start, end in prompt.branches if start < limit)
+    return replace(prompt, ids=prompt.ids[:limit], labels=prompt.labels[:limit], branches=branches)
+
+
+def scored_loss(
+    model: VideoLanguageModel, prompts: Sequence[Prompt], vision: VisionTokens | None, weighting: Weighting
+) -> Tensor:
+    """The model's loss of a batch; 0 when no position has a label, since all answers lie beyond max_length.
+
+    The model runs then too: other processes may wait for its part of a sharded layer.
+    """
+    if any(label != IGNORE for prompt in prompts for label in prompt.labels[1:]):
+        return model.loss(prompts, vision, weighting)
+    stand_ins = [replace(prompt, labels=(IGNORE,) * (len(prompt) - 1) + (0,)) for prompt in prompts]
+    return 0.0 * model.loss(stand_ins, vision, weighting)

@@ -1,0 +1,242 @@
+"""Questions about the course of a video: order, sequence, changes, and when something happens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise, permutations
+from typing import Literal
+
+from training.synthetic.captions import Nouns, place_of
+from training.synthetic.phrases import ANSWERS, COUNTING, DOING, PLACES
+from training.synthetic.question_forms import Asker, Question
+from training.synthetic.scene import Actor, Motion, Scene
+from training.synthetic.scene_scripts import shows
+
+# Two onsets closer than this (share of the video, seconds) cannot be told apart.
+APART_SHARE, APART_S = 0.1, 0.7
+PARTS = ("at the beginning", "in the middle", "at the end", "throughout the entire video")
+# An event this near (share of a third) to the border of a third belongs to neither.
+PART_MARGIN = 0.12
+# How often the answers that scenes give most often are asked for, so that guessing them does not pay.
+CHANGE_SHARES = {"same": 0.35, "appears": 0.4}
+MIDDLE_SHARE = 0.25
+
+
+def least_gap(scene: Scene) -> float:
+    """Seconds by which two onsets must differ for their order to be seen."""
+    return max(APART_S, APART_SHARE * scene.duration_s)
+
+
+def onsets(scene: Scene, nouns: Nouns) -> list[tuple[float, str]]:
+    """When everything that its name alone identifies can first be seen, earliest first: (seconds, name)."""
+    codes = [actor.code for actor in scene.actors]
+    return sorted(
+        (shot.presence(actor)[0], nouns[actor.code].name)
+        for shot in scene.shots
+        for actor in shot.actors
+        if codes.count(actor.code) == 1
+    )
+
+
+def ask_order(ask: Asker) -> Iterator[Question]:
+    """Which appears first, which last, and in what order do all of them?"""
+    begins = onsets(ask.scene, ask.nouns)
+    if len(begins) < 2 or len(begins) < len(ask.scene.actors):
+        return
+    gap = least_gap(ask.scene)
+    names = [name for _, name in begins]
+    clear = [later - sooner >= gap for (sooner, _), (later, _) in pairwise(begins)]
+    absent = [noun.name for noun in ask.absent(2)]
+    if clear[0]:
+        pair = ask.rng.sample((names[0], ask.rng.choice(names[1:])), 2)
+        text = ask.text("order_two", first=pair[0], second=pair[1])
+        yield ask.open("appearance_order", text, f"the {names[0]}", first=names[0])
+        wrong = [f"the {name}" for name in (*names[1:], *absent)]
+        text = ask.text("order_first")
+        yield from ask.both("appearance_order", text, f"the {names[0]}", wrong, first=names[0])
+    if clear[-1]:
+        wrong = [f"the {name}" for name in (*names[:-1], *absent)]
+        text = ask.text("order_last")
+        yield from ask.both("appearance_order", text, f"the {names[-1]}", wrong, last=names[-1])
+    if all(clear):
+        right, *wrong = (_in_order(order) for order in permutations(names))
+        # Two things have one other order only: lists with a thing that is not there fill up the options.
+        wrong += (
+            [_in_order((names[0], absent[0])), _in_order((absent[1], names[1]))] if len(names) == 2 else []
+        )
+        text = ask.text("order_all")
+        yield from ask.both("appearance_order", text, right, wrong, f"first {right}", order=names)
+
+
+def _in_order(names: tuple[str, ...]) -> str:
+    return ", then ".join(f"the {name}" for name in names)
+
+
+def ask_sequence(ask: Asker) -> Iterator[Question]:
+    """What does the dog do first, and what after that?"""
+    for _, actor in ask.unique:
+        if len(actor.motions) < 2:
+            continue
+        noun, motions = ask.nouns[actor.code], actor.motions
+        step = ask.rng.randrange(1, len(motions))
+        before, after = motions[step - 1], motions[step]
+        moves = [motion for motion in ANSWERS if motion != "still" and shows(noun, motion)]
+        wrong = [f"it {ANSWERS[motion]}" for motion in moves]
+        if motions.count(before) == 1:
+            text = ask.text("sequence_after", noun=noun.name, doing=DOING[before])
+            right = f"it {ANSWERS[after]}"
+            yield from ask.both("action_sequence", text, right, wrong, motion=after, noun=noun.name)
+        text = ask.text("sequence_first", noun=noun.name)
+        right = f"it {ANSWERS[motions[0]]}"
+        yield from ask.both("action_sequence", text, right, wrong, motion=motions[0], noun=noun.name)
+
+
+def ask_transition(ask: Asker) -> Iterator[Question]:
+    """From where to where does the scene change?"""
+    places = [place for shot in ask.scene.shots if (place := place_of(shot.background)) is not None]
+    if len(ask.scene.shots) != 2 or len(places) != 2 or places[0] == places[1]:
+        return
+    start, end = places[0][0], places[1][0]
+    third, fourth = ask.rng.sample([name for name, _ in PLACES.values() if name not in (start, end)], 2)
+    right = f"from {start} to {end}"
+    # Each place stands in two options, each pair in both orders: the options alone give nothing away.
+    wrong = [f"from {end} to {start}", f"from {third} to {fourth}", f"from {fourth} to {third}"]
+    facts = {"from": start, "to": end}
+    text = ask.text("scene_transition")
+    yield from ask.both("scene_transition", text, right, wrong, f"it changes {right}", **facts)
+
+
+@dataclass(frozen=True)
+class Happening:
+    """Something that happens at a moment: a cut (actor None), or what an actor does; motion: a new one."""
+
+    at_s: float
+    actor: Actor | None
+    kind: Literal["cut", "appears", "vanishes", "becomes", "moves", "rests"]
+    motion: Motion | None = None
+
+
+def happenings(scene: Scene) -> list[Happening]:
+    """All that happens in a scene, actor by actor, then the cuts."""
+    found = []
+    for actor in scene.actors:
+        if actor.starts_inside:
+            found.append(Happening(actor.appear_s, actor, "appears"))
+        if actor.ends_inside:
+            found.append(Happening(actor.disappear_s, actor, "vanishes"))
+        if actor.becomes:
+            found.append(Happening(actor.becomes_s, actor, "becomes"))
+        for before, after in pairwise(actor.phases):
+            kind: Literal["moves", "rests"] = "rests" if after.motion == "still" else "moves"
+            found.append(Happening(before.end_s, actor, kind, after.motion))
+    return found + [Happening(shot.start_s, None, "cut") for shot in scene.shots[1:]]
+
+
+def change_of(actor: Actor) -> str | None:
+    """The one change of state of an actor, or None."""
+    if actor.becomes:
+        return "becomes"
+    if actor.ends_inside:
+        return "vanishes"
+    if actor.starts_inside:
+        return "appears"
+    if len(actor.phases) == 2 and "still" in (actor.phases[0].motion, actor.phases[1].motion):
+        return "starts" if actor.phases[0].motion == "still" else "stops"
+    return None
+
+
+def ask_change(ask: Asker) -> Iterator[Question]:
+    """What happens to the dog: does it turn into something, come, go, start, stop, or none of these?"""
+    changed = [actor for _, actor in ask.unique if change_of(actor)]
+    resting = [actor for _, actor in ask.unique if actor.motions == ("still",)]
+    if not changed and not resting:
+        return
+    actor = ask.rng.choice(changed or resting)
+    if not ask.maybe(CHANGE_SHARES.get(change_of(actor) or "same", 1.0)):
+        return
+    noun, kind = ask.name(actor.code), change_of(actor) or "same"
+    target = ask.nouns[actor.becomes] if actor.becomes else ask.absent(1)[0]
+    texts = {
+        "becomes": f"it turns into {target.indefinite}",
+        "vanishes": "it disappears",
+        "appears": "it appears",
+        "starts": "it starts to move",
+        "stops": "it stops moving",
+        "same": "it stays the same",
+    }
+    wrong = [text for other, text in texts.items() if other != kind]
+    text = ask.text("state_change", noun=noun)
+    into = target.name if kind == "becomes" else None
+    yield from ask.both("state_change", text, texts[kind], wrong, change=kind, noun=noun, into=into)
+
+
+def ask_localisation(ask: Asker) -> Iterator[Question]:
+    """After how many seconds, and in which third, does it happen?"""
+    events = _events(ask)
+    if not events:
+        return
+    at, event, event_s = ask.rng.choice(events)
+    duration, seconds, exact = ask.scene.duration_s, round(at), round(at, 2)
+    text = ask.text("localisation", event=event, event_s=event_s)
+    yield ask.open("localisation", text, _after(seconds), time_s=exact)
+    wrong = _wrong_seconds(ask, seconds, duration)
+    if wrong:
+        options = [_after(second) for second in wrong]
+        yield ask.choice("localisation", text, _after(seconds), options, time_s=exact)
+    part, into = divmod(at / duration * 3, 1)
+    usual = int(part) == 1 and not ask.maybe(MIDDLE_SHARE)
+    if PART_MARGIN <= into <= 1 - PART_MARGIN and not usual:
+        text, right = ask.text("localisation_part", event=event, event_s=event_s), PARTS[int(part)]
+        yield from ask.both("localisation_part", text, right, PARTS, time_s=exact, part=int(part))
+
+
+def _wrong_seconds(ask: Asker, seconds: int, duration_s: float) -> list[int]:
+    """Three times clear of the right one, whose rank among the four is uniform; none if they do not fit."""
+    far = max(2, round(duration_s / 6))
+    before = list(range(1, seconds - far + 1))
+    after = list(range(seconds + far, round(duration_s) + 1))
+    ranks = [rank for rank in range(4) if rank <= len(before) and 3 - rank <= len(after)]
+    if not ranks or seconds == 0:
+        return []
+    rank = ask.rng.choice(ranks)
+    return ask.rng.sample(before, rank) + ask.rng.sample(after, 3 - rank)
+
+
+def _after(seconds: int) -> str:
+    if seconds == 0:
+        return "right at the start"
+    # A word is one token, where language models like SmolLM2 decide on a number digit by digit.
+    number = COUNTING[seconds] if seconds < len(COUNTING) else str(seconds)
+    return f"after about {number} second{'' if seconds == 1 else 's'}"
+
+
+def _events(ask: Asker) -> list[tuple[float, str, str]]:
+    """What happens at a known time: (seconds, "the dog appear", "the dog appears")."""
+    unique = [actor for _, actor in ask.unique]
+    events = []
+    for happening in happenings(ask.scene):
+        actor = happening.actor
+        if actor is None:
+            if len(ask.scene.shots) == 2:
+                events.append((happening.at_s, "the scene change", "the scene changes"))
+        elif actor in unique:
+            the, (base, third) = f"the {ask.name(actor.code)}", _happens(ask, happening, actor)
+            events.append((happening.at_s, f"{the} {base}", f"{the} {third}"))
+    return events
+
+
+def _happens(ask: Asker, happening: Happening, actor: Actor) -> tuple[str, str]:
+    """Base form and third person: ("appear", "appears")."""
+    if happening.kind == "becomes":
+        into = ask.nouns[actor.becomes or ""].indefinite
+        return f"turn into {into}", f"turns into {into}"
+    if happening.kind == "moves":
+        assert happening.motion is not None
+        doing = DOING[happening.motion]
+        return f"start {doing}", f"starts {doing}"
+    return {
+        "appears": ("appear", "appears"),
+        "vanishes": ("disappear", "disappears"),
+        "rests": ("stop moving", "stops moving"),
+    }[happening.kind]
