@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import gradio
@@ -311,3 +312,14 @@ def test_limits_on_length_size_and_codec(tmp_path):
             read_clip(path, limits=limits)
         with pytest.raises(VideoError, match=words):
             probe(path, limits=limits)
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getscheduler"), reason="this system has no real-time scheduling to ask for"
+)
+def test_writing_a_test_video_leaves_the_process_as_it_was(tmp_path):
+    vf.need_encoder("libsvtav1")
+    vf.write(tmp_path / "v.mp4", vf.steady(2), encoder="libsvtav1")
+    assert {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")} == {
+        os.SCHED_OTHER
+    }

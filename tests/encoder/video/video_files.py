@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -68,6 +70,17 @@ def number_in(frame: np.ndarray) -> int:
     return sum(1 << bit for bit in range(BITS) if row[(edges[bit] + edges[bit + 1]) // 2] > 127)
 
 
+@contextmanager
+def _ordinary_scheduling() -> Iterator[None]:
+    """Takes back what SVT-AV1 does to the thread that calls it as root: it stays a real-time one."""
+    try:
+        yield
+    finally:
+        if hasattr(os, "sched_setscheduler"):
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+
+
+@_ordinary_scheduling()
 def write(
     path: Path,
     times_s: Sequence[float],
