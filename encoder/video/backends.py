@@ -26,13 +26,13 @@ from encoder.video.containers import (
     codec_name,
     has_alpha,
     open_container,
-    see_through,
+    has_webm_alpha,
     stamp,
     video_stream,
 )
 from encoder.video.descriptors import native_path
 from encoder.video.frame_times import EPSILON_S, shown_at, split_runs
-from encoder.video.stills import flat_rgb
+from encoder.video.images import opaque_rgb
 
 Frames = Iterator[tuple[float, bytes | memoryview]]
 OneRun = Callable[[Sequence[float], int], Frames]
@@ -300,7 +300,7 @@ def _decoder(stream: Any) -> Any:
     """What decodes a stream's packets: its own decoder, or libvpx where only that sees transparency."""
     import av
 
-    if not see_through(stream):
+    if not has_webm_alpha(stream):
         return stream.codec_context
     try:
         return av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[codec_name(stream)], "r")
@@ -329,7 +329,7 @@ def _composed(frame: Any, size: tuple[int, int], header: Header, reformatter: An
     picture = Image.frombuffer("RGBA", extent, bytes(plane), "raw", "RGBA", plane.line_size, 1)
     left, top, right, bottom = header.crop or (0.0, 0.0, 1.0, 1.0)
     box = (left * extent[0], top * extent[1], right * extent[0], bottom * extent[1])
-    return flat_rgb(picture).resize(size, Image.Resampling.BICUBIC, box).tobytes()
+    return opaque_rgb(picture).resize(size, Image.Resampling.BICUBIC, box).tobytes()
 
 
 def _decord_run(

@@ -1,6 +1,6 @@
 """What a video file says about itself, and how much of that is true: read with PyAV before decoding.
 
-Runs inside the decoding child process (decode_worker.py); imports neither torch nor numpy.
+Runs inside the decoding child process (worker.py); imports neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from encoder.errors import VideoError
-from encoder.video.descriptors import open_file, open_raw
-from encoder.video.shape import Shape, container_crop, shape_of
+from encoder.video.descriptors import open_file, open_unbuffered
+from encoder.video.geometry import DisplayGeometry, container_crop, display_geometry
 
 # Raw streams: packets have an order and mostly a rate, but no times that could be trusted, and no index.
 COUNTED = frozenset(
@@ -61,7 +61,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Header(Shape):
+class Header(DisplayGeometry):
     """Facts about one video stream, beside the shape of its frames.
 
     claimed_s: length by the header; more than duration_s, what can be read, where it lies or the file is cut.
@@ -87,13 +87,13 @@ class Header(Shape):
 
 @contextmanager
 def open_container(path: str, rules: Rules) -> Iterator[Any]:
-    """A PyAV input container that reads this one file (see handed.py) and closes with the block."""
+    """A PyAV input container that reads this one file (see descriptors.py) and closes with the block."""
     import av
 
     options = {"protocol_whitelist": "file"}
     if not rules.trusted:
         options["format_whitelist"] = SAFE_CONTAINERS
-    with av.open(open_raw(path), container_options=options, metadata_errors="replace") as container:
+    with av.open(open_unbuffered(path), container_options=options, metadata_errors="replace") as container:
         yield container
 
 
@@ -136,9 +136,9 @@ def inspect(path: str, rules: Rules) -> Header:
         crop = container_crop(container, stream)
         frame, sent = _first_frame(container, stream)
         rules.check_pixels(frame.width, frame.height)
-        shape = shape_of(frame, stream, crop)
+        shape = display_geometry(frame, stream, crop)
         name, codec = container.format.name.split(",")[0], codec_name(stream)
-        if (shape.turns and name != "mov") or has_alpha(frame, codec) or see_through(stream):
+        if (shape.turns and name != "mov") or has_alpha(frame, codec) or has_webm_alpha(stream):
             shape = replace(shape, plain=False)
         header = Header(**vars(shape), frames=stream.frames or None, codec=codec, container=name)
         rules.check_pixels(header.width, header.height)
@@ -167,7 +167,7 @@ def has_alpha(frame: Any, codec: str) -> bool:
     return codec != "rawvideo" and any(part.is_alpha for part in frame.format.components)
 
 
-def see_through(stream: Any) -> bool:
+def has_webm_alpha(stream: Any) -> bool:
     """Whether a WebM stream has transparency beside its pictures, which FFmpeg's own decoders leave out."""
     return codec_name(stream) in ("vp8", "vp9") and stream.metadata.get("alpha_mode") == "1"
 

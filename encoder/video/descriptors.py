@@ -57,13 +57,13 @@ class DescriptorReader(io.RawIOBase):
         return len(data)
 
 
-def handed_name(descriptor: int, path: str) -> str:
+def descriptor_name(descriptor: int, path: str) -> str:
     """What the functions below take for a descriptor; of the path only the suffix is kept."""
     suffix = os.path.splitext(path)[1].lower()
     return f"fd:{descriptor}{suffix if re.fullmatch(r'[.][a-z0-9]{1,8}', suffix) else ''}"
 
 
-def open_raw(name: str) -> BinaryIO | DescriptorReader:
+def open_unbuffered(name: str) -> BinaryIO | DescriptorReader:
     """The file without a buffer, at its start."""
     match = _NAME.fullmatch(name)
     return DescriptorReader(int(match[1]), name) if match else open(name, "rb", buffering=0)
@@ -71,7 +71,7 @@ def open_raw(name: str) -> BinaryIO | DescriptorReader:
 
 def open_file(name: str) -> BinaryIO:
     """The file for reading in Python, at its start."""
-    return io.BufferedReader(open_raw(name))  # type: ignore[type-var]
+    return io.BufferedReader(open_unbuffered(name))  # type: ignore[type-var]
 
 
 def native_path(name: str) -> str:

@@ -23,7 +23,7 @@ MAX_META = 1 << 22  # bytes of the box that describes all items: kilobytes in an
 class Heif:
     """The primary picture: `columns` x `rows` tiles (item numbers, row by row) that cover width x height.
 
-    moves: Pillow transpositions that make it upright, in order.
+    transposes: Pillow transpositions that make it upright, in order.
     """
 
     width: int
@@ -31,25 +31,25 @@ class Heif:
     columns: int
     rows: int
     tiles: tuple[int, ...]
-    moves: tuple[int, ...]
+    transposes: tuple[int, ...]
 
     @property
     def upright(self) -> tuple[int, int]:
-        """Width and height after the moves."""
-        turned = sum(move in (2, 4) for move in self.moves) % 2  # ROTATE_90, ROTATE_270
+        """Width and height after the transposes."""
+        turned = sum(transpose in (2, 4) for transpose in self.transposes) % 2  # ROTATE_90, ROTATE_270
         return (self.height, self.width) if turned else (self.width, self.height)
 
 
-def describe(path: str) -> Heif:
+def read_item(path: str) -> Heif:
     """What the file's boxes say of its primary picture. Raises VideoError where they make no sense."""
     try:
         with open_file(path) as file:
-            return _describe(file)
+            return _primary_item(file)
     except (struct.error, IndexError, KeyError) as error:
         raise VideoError("its description of the picture is damaged; export it again") from error
 
 
-def compose(path: str, heif: Heif, rules: Rules) -> Any:
+def decode(path: str, heif: Heif, rules: Rules) -> Any:
     """The whole picture, upright, as a Pillow RGB image. Raises VideoError for a tile that is missing."""
     from PIL import Image
 
@@ -72,19 +72,19 @@ def compose(path: str, heif: Heif, rules: Rules) -> Any:
     wide, high = tiles[heif.tiles[0]].size
     for place, item in enumerate(heif.tiles):
         whole.paste(tiles[item], (place % heif.columns * wide, place // heif.columns * high))
-    for move in heif.moves:
-        whole = whole.transpose(Image.Transpose(move))
+    for transpose in heif.transposes:
+        whole = whole.transpose(Image.Transpose(transpose))
     return whole
 
 
-def _describe(file: Any) -> Heif:
+def _primary_item(file: Any) -> Heif:
     meta = _meta(file)
     boxes = dict(_boxes(meta[4:]))
     primary = _number(boxes[b"pitm"], 4, 2 if boxes[b"pitm"][0] == 0 else 4)
     kind = _kinds(boxes[b"iinf"])[primary]
-    sizes, moves = _properties(boxes[b"iprp"], primary)
+    sizes, transposes = _properties(boxes[b"iprp"], primary)
     if kind in (b"hvc1", b"av01"):
-        return Heif(*sizes, 1, 1, (primary,), moves)
+        return Heif(*sizes, 1, 1, (primary,), transposes)
     if kind != b"grid":
         raise VideoError(f"its picture is of the kind {kind.decode(errors='replace')!r}; save it as JPEG")
     grid = _payload(file, boxes, primary)
@@ -93,7 +93,7 @@ def _describe(file: Any) -> Heif:
     tiles = _tiles(boxes[b"iref"], primary)
     if len(tiles) != rows * columns or not width or not height:
         raise VideoError("its number of tiles is wrong; export it again")
-    return Heif(width, height, columns, rows, tiles, moves)
+    return Heif(width, height, columns, rows, tiles, transposes)
 
 
 def _meta(file: Any) -> bytes:
@@ -149,19 +149,21 @@ def _tiles(iref: bytes, item: int) -> tuple[int, ...]:
 
 
 def _properties(iprp: bytes, item: int) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """Size of an item and the moves that make it upright, in the order in which they are named."""
+    """Size of an item and the transposes that make it upright, in the order in which they are named."""
     parts = dict(_boxes(iprp))
     known = list(_boxes(parts[b"ipco"]))
-    size, moves = (0, 0), []
+    size, transposes = (0, 0), []
     for index in _associations(parts[b"ipma"], item):
         kind, value = known[index - 1] if index else (b"", b"")
         if kind == b"ispe":
             size = (_number(value, 4, 4), _number(value, 8, 4))
         elif kind == b"irot" and value[0] & 3:
-            moves.append((0, 2, 3, 4)[value[0] & 3])  # Pillow's ROTATE_90, 180, 270, counter-clockwise too
+            transposes.append(
+                (0, 2, 3, 4)[value[0] & 3]
+            )  # Pillow's ROTATE_90, 180, 270, counter-clockwise too
         elif kind == b"imir":
-            moves.append(0 if value[0] & 1 else 1)  # left and right change places, or top and bottom
-    return size, tuple(moves)
+            transposes.append(0 if value[0] & 1 else 1)  # left and right change places, or top and bottom
+    return size, tuple(transposes)
 
 
 def _associations(ipma: bytes, item: int) -> list[int]:

@@ -31,9 +31,9 @@ from encoder.errors import VideoError
 from encoder.video.containers import Rules
 from encoder.video.digest import Hashing, file_digest, pixel_digest
 from encoder.video.frame_times import fit_within, shown_at, spread_times
-from encoder.video.pictures import is_animation, is_pictures, read_animation, read_pictures, shrink
-from encoder.video.sandbox import Crashed, Decoded, OutOfTime, Sandbox
-from encoder.video.worker import PASSES_FILES
+from encoder.video.in_memory import is_animation, is_images, read_animation, read_images, shrink
+from encoder.video.sandbox import WorkerCrashed, Decoded, DecodeTimeout, WorkerPool
+from encoder.video.worker import PASSES_DESCRIPTORS
 
 UNTRUSTED_CODECS = (
     *("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"),
@@ -102,7 +102,7 @@ class Clip:
 
 
 DEFAULT_LIMITS = Limits()
-_sandbox = Sandbox()  # holds idle children only; they end by themselves after ten seconds
+_sandbox = WorkerPool()  # holds idle children only; they end by themselves after ten seconds
 atexit.register(_sandbox.close)
 
 
@@ -119,7 +119,7 @@ def probe(
     Of a file that is cut off, duration_s is the part that can be read. name: what errors call the source
     (default: the file's own). Raises VideoError.
     """
-    if is_pictures(source):
+    if is_images(source):
         return _from_pictures(source, fps, limits).info
     name = name or _name(source)
     with _as_file(source, limits, name) as file:
@@ -157,7 +157,7 @@ def read_clip(
     Raises VideoError: one sentence, what was wrong and what to do.
     """
     _check(frames, start_s, end_s, at_s, moments, max_side, decoder, trusted)
-    if is_pictures(source):
+    if is_images(source):
         return _from_pictures(source, fps, limits, frames, start_s, end_s, at_s, moments, max_side)
     name = name or _name(source)
     with _as_file(source, limits, name) as file:
@@ -273,12 +273,12 @@ def _decode(request: dict[str, Any], file: int, trusted: bool, name: str) -> Dec
     try:
         try:
             return _sandbox.decode({**request, "seconds": share * request["seconds"]}, file, keep=trusted)
-        except (OutOfTime, Crashed):
+        except (DecodeTimeout, WorkerCrashed):
             if not may_use_decord:
                 raise
             left = request["seconds"] - (time.monotonic() - started)
             return _sandbox.decode({**request, "seconds": left, "decoder": "pyav"}, file, keep=trusted)
-    except OutOfTime:
+    except DecodeTimeout:
         raise VideoError(_too_long(request, name)) from None
     except VideoError as error:
         raise VideoError(f"Cannot read {name}: {error}.") from error.__cause__
@@ -355,7 +355,7 @@ def _can_be_read(source: Any) -> bool:
 
 def _temporary_file() -> Any:
     """A file that is gone with its descriptor; with a name only where the child needs one (Windows)."""
-    make = tempfile.TemporaryFile if PASSES_FILES else tempfile.NamedTemporaryFile
+    make = tempfile.TemporaryFile if PASSES_DESCRIPTORS else tempfile.NamedTemporaryFile
     return make(prefix="fluxchat-")
 
 
@@ -363,7 +363,7 @@ def _descriptor_of(source: Any) -> int | None:
     """Descriptor of a file object that is a regular file, read as it is, at its start; else None."""
     file = getattr(source, "file", source)  # tempfile wraps its files
     raw = getattr(file, "raw", file)
-    if not PASSES_FILES or not isinstance(file, (io.BufferedReader, io.BufferedRandom, io.FileIO)):
+    if not PASSES_DESCRIPTORS or not isinstance(file, (io.BufferedReader, io.BufferedRandom, io.FileIO)):
         return None
     if not isinstance(raw, io.FileIO) or raw.closed or not raw.readable():
         return None
@@ -460,7 +460,7 @@ def _from_pictures(
     if is_animation(source):
         pixels, ends = read_animation(source, limits.max_pixels, limits.memory_mib * 2**20)
     else:
-        pixels = read_pictures(source, limits.max_pixels)
+        pixels = read_images(source, limits.max_pixels)
     total, height, width = pixels.shape[:3]
     single = total == 1 and not isinstance(source, (list, tuple))
     duration = 0.0 if single else ends[-1] if ends else total / fps

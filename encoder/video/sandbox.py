@@ -26,8 +26,16 @@ import torch
 from torch import Tensor
 
 from encoder.errors import VideoError
-from encoder.video.reply import MAX_LINE, Untrue, read_error, read_message, read_pose, read_reply, read_time
-from encoder.video.worker import IDLE_S, PASSES_FILES
+from encoder.video.protocol import (
+    MAX_LINE,
+    ProtocolError,
+    read_error,
+    read_message,
+    read_rotation,
+    read_reply,
+    read_time,
+)
+from encoder.video.worker import IDLE_S, PASSES_DESCRIPTORS
 
 MAX_IDLE = max(2, min(16, os.cpu_count() or 2))  # children kept between calls: one per parallel reader
 PIPE_BYTES = 1 << 20  # frames are megabytes: fewer switches between the processes
@@ -35,15 +43,15 @@ PIPE_BYTES = 1 << 20  # frames are megabytes: fewer switches between the process
 _LOADER_ENV = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 
 
-class OutOfTime(VideoError):
+class DecodeTimeout(VideoError):
     """The child did not finish within its wall-clock limit."""
 
 
-class Unprepared(VideoError):
+class LibraryNotLoaded(VideoError):
     """The child needed a library that it had not loaded before it confined itself."""
 
 
-class Crashed(VideoError):
+class WorkerCrashed(VideoError):
     """The child ended before its answer was complete."""
 
 
@@ -56,7 +64,7 @@ class Decoded:
     times_s: tuple[float, ...]
 
 
-class _Worker:
+class Worker:
     """One decoding child process, the socket that brings it requests and the pipe that its answers take.
 
     sound: it may serve another call, because it ended every answer the way the protocol says.
@@ -71,7 +79,7 @@ class _Worker:
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", code, root, *filter(None, sys.path)],
-                stdin=theirs.fileno() if PASSES_FILES else subprocess.PIPE,
+                stdin=theirs.fileno() if PASSES_DESCRIPTORS else subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env={name: os.environ[name] for name in _LOADER_ENV if name in os.environ},
@@ -121,7 +129,7 @@ class _Worker:
         times = []
         for frame in frames:
             message = self._message()
-            turns, mirror = read_pose(message)
+            turns, mirror = read_rotation(message)
             if turns or mirror:  # PyAV does not turn frames, decord has done so
                 shape = (reply.width, reply.height, 3) if turns % 2 else frame.shape
                 stored = torch.empty(shape, dtype=torch.uint8)
@@ -149,11 +157,11 @@ class _Worker:
         if not line:
             raise EOFError
         if not line.endswith(b"\n"):
-            raise Untrue if len(line) == MAX_LINE else EOFError
+            raise ProtocolError if len(line) == MAX_LINE else EOFError
         message = read_message(line)
         if "error" in message:
             self.sound = message.get("known") is True
-            kind = Unprepared if message.get("unprepared") is True else VideoError
+            kind = LibraryNotLoaded if message.get("unprepared") is True else VideoError
             raise kind(read_error(message))
         return message
 
@@ -168,12 +176,12 @@ class _Worker:
             view = view[got:]
 
 
-class Sandbox:
+class WorkerPool:
     """Hands requests to decoding children; safe to use from many threads and after a fork."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._idle: list[tuple[float, _Worker]] = []
+        self._idle: list[tuple[float, Worker]] = []
         if hasattr(os, "register_at_fork"):
             reset = weakref.WeakMethod(self._after_fork)
             os.register_at_fork(after_in_child=lambda: (method := reset()) and method())
@@ -181,19 +189,19 @@ class Sandbox:
     def decode(self, request: dict[str, Any], file: int, *, keep: bool) -> Decoded:
         """One request about an open file in one child. keep: the child may serve later calls.
 
-        Raises VideoError for what is wrong with the file, Crashed when the child ended itself, OutOfTime
+        Raises VideoError for what is wrong with the file, WorkerCrashed when the child ended itself, DecodeTimeout
         when request["seconds"] passed first.
         """
         started = time.monotonic()
         try:
             return self._decode(request, file, keep=keep)
-        except Unprepared:
+        except LibraryNotLoaded:
             seconds = request["seconds"] - (time.monotonic() - started)
             return self._decode({**request, "seconds": seconds, "load_all": True}, file, keep=keep)
 
     def _decode(self, request: dict[str, Any], file: int, *, keep: bool) -> Decoded:
         started = time.monotonic()
-        worker = self._take() if keep else _Worker()
+        worker = self._take() if keep else Worker()
         late = threading.Event()
 
         def stop() -> None:
@@ -207,11 +215,11 @@ class Sandbox:
             return worker.ask({**request, "parent": os.getpid()}, file)
         except (EOFError, OSError, ValueError) as error:
             if late.is_set():
-                raise OutOfTime(
+                raise DecodeTimeout(
                     f"it could not be read within {request['seconds']:.3g} s; "
                     "try a shorter or smaller video, or allow more seconds"
                 ) from error
-            raise Crashed(_how_it_ended(worker, request)) from error
+            raise WorkerCrashed(_how_it_ended(worker, request)) from error
         finally:
             clock.cancel()
             clock.join()  # so that it never kills a process number that is somebody else's by then
@@ -227,11 +235,11 @@ class Sandbox:
         for _, worker in idle:
             worker.end()
 
-    def _take(self) -> _Worker:
+    def _take(self) -> Worker:
         worker = self._sweep(take=True)
-        return worker if worker is not None else _Worker()
+        return worker if worker is not None else Worker()
 
-    def _give(self, worker: _Worker) -> None:
+    def _give(self, worker: Worker) -> None:
         with self._lock:
             kept = len(self._idle) < MAX_IDLE
             if kept:
@@ -240,7 +248,7 @@ class Sandbox:
             worker.end()
         self._sweep()
 
-    def _sweep(self, *, take: bool = False) -> _Worker | None:
+    def _sweep(self, *, take: bool = False) -> Worker | None:
         """End the children that are about to end themselves; with `take` the latest of the others."""
         with self._lock:
             now = time.monotonic()
@@ -260,7 +268,7 @@ class Sandbox:
             worker.forget()
 
 
-def _how_it_ended(worker: _Worker, request: dict[str, Any]) -> str:
+def _how_it_ended(worker: Worker, request: dict[str, Any]) -> str:
     """One sentence about a child that ended before its answer was complete."""
     worker.kill()
     if worker.process.wait() == -getattr(signal, "SIGSYS", 31):

@@ -28,10 +28,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from encoder.errors import VideoError
-from encoder.video import backends, stills
+from encoder.video import backends, images
 from encoder.video.confine import Confinement, confine
 from encoder.video.containers import Header, Rules, inspect
-from encoder.video.descriptors import handed_name, open_file
+from encoder.video.descriptors import descriptor_name, open_file
 from encoder.video.frame_times import fit_within, spread_times
 
 try:  # here, since nothing can be loaded when the limits are set
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 IDLE_S = 10.0  # a worker that nobody asks for this long ends itself
 MAX_FILES = 64  # descriptors of a process that can open nothing
-PASSES_FILES = sys.platform != "win32"  # there files travel by name
+PASSES_DESCRIPTORS = sys.platform != "win32"  # there files travel by name
 
 # What reading an untrusted file imports: nothing can be loaded once the process is confined. The rest is for
 # few files (transparent videos, pictures of 16 bits), which are read again by a process that has all of it.
@@ -92,11 +92,11 @@ def frames_of(
 ) -> Iterator[tuple[float, bytes | memoryview, int, bool]]:
     """(time, RGB bytes, turns, mirror) of each wanted frame, by the decoder that suits.
 
-    `size` is upright; turns and mirror are what is still to be done (Shape). With decoder "auto", frames that
+    `size` is upright; turns and mirror are what is still to be done (DisplayGeometry). With decoder "auto", frames that
     decord cannot deliver come from PyAV.
     """
     if header.pillow:
-        yield from ((t, rgb, 0, False) for t, rgb in stills.decode_image(path, header, times_s, size, rules))
+        yield from ((t, rgb, 0, False) for t, rgb in images.decode_image(path, header, times_s, size, rules))
         return
     if decoder == "auto" and not backends.decord_suits(path, header, times_s, rules):
         decoder = "pyav"
@@ -126,8 +126,8 @@ def answer(request: dict[str, Any], out: BinaryIO) -> None:
         rules = Rules(**request["rules"])
         path = request["path"]
         with open_file(path) as file:
-            image = stills.is_image(file.read(stills.HEAD_BYTES))
-        header = (stills.inspect_image if image else inspect)(path, rules)
+            image = images.is_image(file.read(images.HEAD_BYTES))
+        header = (images.inspect_image if image else inspect)(path, rules)
         size = fit_within(header.width, header.height, request["max_side"])
         times = choose_times(header, request) if request["frames"] else []
         if len(times) * size[0] * size[1] * 3 > request["max_bytes_out"]:
@@ -237,7 +237,7 @@ def _confine(request: dict[str, Any]) -> Confinement:
     trusted = request["rules"]["trusted"]
     if not trusted:
         with open_file(request["path"]) as file:
-            image = stills.is_image(file.read(stills.HEAD_BYTES))
+            image = images.is_image(file.read(images.HEAD_BYTES))
         _load(_FOR_FEW if request["load_all"] else _FOR_IMAGES if image else _FOR_VIDEOS)
     applied = confine(untrusted=not trusted, last=lambda: _limit(request))
     if os.getppid() != request["parent"] and sys.platform != "win32":
@@ -256,7 +256,7 @@ def _serve(channel: Socket | None, out: BinaryIO) -> None:
         if channel is not None and not trusted:
             channel.close()
         if file is not None:
-            request["path"] = handed_name(file, request["path"])
+            request["path"] = descriptor_name(file, request["path"])
         if applied is None:
             applied = _confine(request)
         else:
@@ -281,7 +281,7 @@ def main() -> None:
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)  # decoders print; only frames may travel
     channel = None
-    if PASSES_FILES:
+    if PASSES_DESCRIPTORS:
         from _socket import AF_UNIX, SOCK_STREAM  # its Python half takes milliseconds to import
         from _socket import socket as Socket
 

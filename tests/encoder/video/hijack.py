@@ -26,7 +26,7 @@ def hijacked(code: str, folder: Path, *, confined: bool = True, **options: Any) 
     confined=False: they do not confine themselves. options: for the child's Popen, in place of the real ones.
     """
     script = folder / "hijack.py"
-    script.write_text("from encoder import decode_worker as dw\n" + ("" if confined else FREE) + code)
+    script.write_text("from encoder.video import worker as dw\n" + ("" if confined else FREE) + code)
     real = subprocess.Popen
 
     def popen(arguments: list[str], **given: Any) -> Any:

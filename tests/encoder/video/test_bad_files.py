@@ -151,7 +151,9 @@ def test_a_hung_decoder_is_ended_at_the_time_limit(tmp_path, trusted):
         while not stop.wait(0.001):
             for child in children():
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    if any("decode_worker" in word for word in child.cmdline()):  # it runs its own program
+                    if any(
+                        "encoder.video.worker" in word for word in child.cmdline()
+                    ):  # it runs its own program
                         child.suspend()
 
     thread = threading.Thread(target=freeze)

@@ -20,10 +20,10 @@ from pathlib import Path
 import pytest
 
 from encoder.errors import VideoError
-from encoder.video import confine, reader, reply
+from encoder.video import confine, protocol, reader
 from encoder.video.containers import Header
 from encoder.video.reader import Limits, probe, read_clip
-from encoder.video.sandbox import Sandbox
+from encoder.video.sandbox import WorkerPool
 from encoder.video.worker import IDLE_S
 from tests import ROOT
 from tests.encoder.video import video_files as vf
@@ -320,7 +320,7 @@ def honest() -> dict:
 
 
 def test_an_honest_reply_is_believed():
-    found = reply.read_reply(honest(), REQUEST)
+    found = protocol.read_reply(honest(), REQUEST)
     assert (found.count, found.height, found.width, found.header["codec"]) == (4, 48, 64, "h264")
 
 
@@ -359,42 +359,42 @@ def test_a_lie_is_not_believed(lie):
         message["header"].update(header)
     elif header is not ...:
         message["header"] = header
-    with pytest.raises(reply.Untrue):
-        reply.read_reply(message, REQUEST)
+    with pytest.raises(protocol.ProtocolError):
+        protocol.read_reply(message, REQUEST)
 
 
 @pytest.mark.parametrize("time_s", ["NaN", "Infinity", "1e999", "-1", '"1"', "null", "true"])
 def test_times_are_finite_and_not_negative(time_s):
-    with pytest.raises(reply.Untrue):
-        reply.read_time(reply.read_message(b'{"time": %s}' % time_s.encode()))
+    with pytest.raises(protocol.ProtocolError):
+        protocol.read_time(protocol.read_message(b'{"time": %s}' % time_s.encode()))
 
 
 def test_a_frame_is_turned_by_what_can_be_turned():
-    assert reply.read_pose({"turns": 3}) == (3, False)
+    assert protocol.read_rotation({"turns": 3}) == (3, False)
     for message in ({}, {"turns": 4}, {"turns": -1}, {"turns": 1, "mirror": 1}):
-        with pytest.raises(reply.Untrue):
-            reply.read_pose(message)
+        with pytest.raises(protocol.ProtocolError):
+            protocol.read_rotation(message)
 
 
 def test_error_texts_are_one_clean_line_without_paths():
     assert (
-        reply.clean("no frame at 2 s; 24/1 per second, h264/aac")
+        protocol.clean("no frame at 2 s; 24/1 per second, h264/aac")
         == "no frame at 2 s; 24/1 per second, h264/aac"
     )
     dirty = "a\r\nb\x1b[2J\u202e '/srv/secret dir/x.mp4' at /home/me/v.mp4, C:\\Users\\me and fd:7"
-    cleaned = reply.clean(dirty)
+    cleaned = protocol.clean(dirty)
     assert cleaned.isprintable()
     for part in ("srv", "home", "me/", "Users", "\x1b", "\u202e"):
         assert part not in cleaned
-    assert len(reply.clean("x" * 10**6)) <= reply.MAX_TEXT
-    assert reply.clean(" \n ") == "its decoder gave no reason"
+    assert len(protocol.clean("x" * 10**6)) <= protocol.MAX_TEXT
+    assert protocol.clean(" \n ") == "its decoder gave no reason"
 
 
 def test_one_bad_file_leaves_the_other_idle_children(clip, tmp_path):
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"nothing" * 100)
     crash = "import os\ndw.answer = lambda request, out: os._exit(1)\n"
-    pool = Sandbox()
+    pool = WorkerPool()
     idle = [pool._take(), pool._take()]
     for worker in idle:
         pool._give(worker)
@@ -421,7 +421,7 @@ def answer(request, out):
     real(request, out)
 dw.answer = answer
 """
-    pool = Sandbox()
+    pool = WorkerPool()
     with hijacked(code, tmp_path), open(clip, "rb") as file:
         request = reader._request("v.mp4", 1, True, Limits(), "pyav", None)
         first = pool._take()
@@ -439,7 +439,7 @@ def test_idle_children_are_few_and_not_kept_past_their_time(monkeypatch):
     from encoder.video import sandbox
 
     monkeypatch.setattr(sandbox, "MAX_IDLE", 2)
-    pool = Sandbox()
+    pool = WorkerPool()
     workers = [pool._take() for _ in range(3)]
     for worker in workers:
         pool._give(worker)
@@ -452,7 +452,7 @@ def test_idle_children_are_few_and_not_kept_past_their_time(monkeypatch):
 
 
 def test_a_fork_while_the_pool_is_locked_does_not_hang():
-    pool = Sandbox()
+    pool = WorkerPool()
     with pool._lock:
         child = os.fork()
         if child == 0:

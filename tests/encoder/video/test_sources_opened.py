@@ -13,7 +13,7 @@ import torch
 
 from encoder.errors import VideoError
 from encoder.video import reader
-from encoder.video.descriptors import DescriptorReader, handed_name, open_file
+from encoder.video.descriptors import DescriptorReader, descriptor_name, open_file
 from encoder.video.digest import BLOCK_BYTES, BLOCKS, WHOLE_BYTES, file_digest, pixel_digest
 from encoder.video.reader import probe, read_clip
 from tests.encoder.video import video_files as vf
@@ -126,7 +126,7 @@ def test_a_file_that_is_moved_or_removed_meanwhile_is_read(clip, monkeypatch):
 def test_readers_of_one_descriptor_do_not_disturb_each_other(tmp_path):
     (tmp_path / "f").write_bytes(bytes(range(100)))
     with open(tmp_path / "f", "rb") as file:
-        name = handed_name(file.fileno(), "x.MP4")
+        name = descriptor_name(file.fileno(), "x.MP4")
         assert name.endswith(".mp4")
         first, second = open_file(name), open_file(name)
         assert first.read(3) == b"\0\1\2"
@@ -140,8 +140,8 @@ def test_readers_of_one_descriptor_do_not_disturb_each_other(tmp_path):
         assert raw.tell() == 5
         assert raw.seek(1 << 62) == 1 << 62
         assert raw.read(4) == b""
-    assert handed_name(3, "/srv/x.a/b").count("/") == 0
-    assert handed_name(3, "x.mp4/../../etc") == "fd:3"
+    assert descriptor_name(3, "/srv/x.a/b").count("/") == 0
+    assert descriptor_name(3, "x.mp4/../../etc") == "fd:3"
 
 
 def sparse(path: Path, size: int, at: int) -> Path:

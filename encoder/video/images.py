@@ -19,7 +19,7 @@ from encoder.video.containers import Header, Rules
 from encoder.video.descriptors import open_file
 from encoder.video.frame_times import shown_at
 
-PAGE = "white"  # what shines through transparent pixels, as on a page
+BACKGROUND = "white"  # what shines through transparent pixels, as on a page
 HEAD_BYTES = 64  # enough of a file to know its format
 _ANIMATED = ("PNG", "WEBP", "AVIF", "GIF")
 _CODECS = {
@@ -79,11 +79,11 @@ def inspect_image(path: str, rules: Rules) -> Header:
     """Header of an image file; an animated one is a video. Raises VideoError when a rule is broken."""
     if _name(path) == "HEIC":
         rules.check_codec("hevc")
-        photo = heif.describe(path)
+        photo = heif.read_item(path)
         rules.check_pixels(photo.width, photo.height)
         return Header(*photo.upright, frames=1, codec="hevc", container="heic", kind="image", pillow=True)
-    with _one_sentence(), _open(path, rules) as image:
-        moving = moving_frames(image)
+    with _damage_as_video_error(), _open(path, rules) as image:
+        moving = animation_frames(image)
         duration = end_times(image)[-1] if moving else 0.0
         width, height = image.size
         turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
@@ -111,18 +111,18 @@ def decode_image(
     from PIL import Image
 
     if header.container == "heic":
-        whole = heif.compose(path, heif.describe(path), rules)
+        whole = heif.decode(path, heif.read_item(path), rules)
         pixels = whole.resize(size, Image.Resampling.BICUBIC).tobytes()
         yield from ((0.0, pixels) for _ in times_s)
         return
-    with _one_sentence(), _open(path, rules) as image, playing(image):
-        moving = moving_frames(image)
+    with _damage_as_video_error(), _open(path, rules) as image, restoring_frame(image):
+        moving = animation_frames(image)
         starts = [0.0, *end_times(image)[:-1]] if moving else [0.0]
         shown, pixels = -1, b""
         for index in shown_at(starts, times_s):
             if index != shown:
                 if moving:
-                    go_to(image, moving[index])
+                    seek_frame(image, moving[index])
                 picture = upright_rgb(image)
                 if picture.size != size:
                     picture = picture.resize(size, Image.Resampling.BICUBIC)
@@ -130,7 +130,7 @@ def decode_image(
             yield starts[index], pixels
 
 
-def moving_frames(image: Any) -> range:
+def animation_frames(image: Any) -> range:
     """Which frames of a Pillow image make up its animation; empty for a still."""
     if image.format not in _ANIMATED:  # pages and sizes are no animation
         return range(0)
@@ -140,7 +140,7 @@ def moving_frames(image: Any) -> range:
 
 
 @contextmanager
-def _one_sentence() -> Iterator[None]:
+def _damage_as_video_error() -> Iterator[None]:
     """Whatever Pillow finds wrong in a file of a known format is damage."""
     try:
         yield
@@ -149,7 +149,7 @@ def _one_sentence() -> Iterator[None]:
 
 
 @contextmanager
-def playing(image: Any) -> Iterator[None]:
+def restoring_frame(image: Any) -> Iterator[None]:
     """While an animated Pillow image is read frame by frame; after that it is at the frame where it was."""
     here = image.tell()
     around = image.format == "WEBP" and getattr(image, "rawmode", None) == "RGBX"
@@ -163,10 +163,10 @@ def playing(image: Any) -> Iterator[None]:
                 image.rawmode, image._mode = "RGBX", "RGB"
                 image.seek(0 if here else 1)
                 image.load()
-            go_to(image, here)
+            seek_frame(image, here)
 
 
-def go_to(image: Any, index: int) -> None:
+def seek_frame(image: Any, index: int) -> None:
     """Make a frame the current one of an animated Pillow image."""
     if image.format == "PNG" and image.mode == "P" and image.palette is not None:
         image.palette.dirty = 1  # else Pillow forgets it on the way back to the first frame: all is black
@@ -176,8 +176,8 @@ def go_to(image: Any, index: int) -> None:
 def end_times(image: Any) -> list[float]:
     """Time at which each frame of an animation ends, seconds."""
     ends, total = [], 0.0
-    for index in moving_frames(image):
-        go_to(image, index)
+    for index in animation_frames(image):
+        seek_frame(image, index)
         image.load()
         shown_ms = image.info.get("duration") or 0
         total += (shown_ms if shown_ms > _SHORTEST_MS else _USUAL_MS) / 1000
@@ -189,11 +189,11 @@ def upright_rgb(image: Any) -> Any:
     """The current picture of a Pillow image as an upright RGB image: EXIF orientation applied."""
     from PIL import ImageOps
 
-    return flat_rgb(ImageOps.exif_transpose(image))
+    return opaque_rgb(ImageOps.exif_transpose(image))
 
 
-def flat_rgb(image: Any) -> Any:
-    """A Pillow image as RGB; transparency is composed on PAGE, 16-bit values are scaled to 8 bits.
+def opaque_rgb(image: Any) -> Any:
+    """A Pillow image as RGB; transparency is composed on BACKGROUND, 16-bit values are scaled to 8 bits.
 
     Mode "I" counts as 16-bit, 0..65535, as Pillow uses it. Raises VideoError, a clause without a name, for
     values outside and for mode "F", whose range nobody knows.
@@ -213,11 +213,11 @@ def flat_rgb(image: Any) -> Any:
         if image.mode == "La":
             image = image.convert("LA")
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, PAGE), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image)
     return image.convert("RGB")
 
 
-def eight_bits(values: Any) -> Any:
+def to_eight_bits(values: Any) -> Any:
     """uint8 numpy array from values of 0..65535, rounded: 65535 becomes 255."""
     import numpy as np
 
@@ -232,7 +232,7 @@ def _eight_bit_grey(image: Any) -> Any:
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise VideoError("its pixels exceed 16 bits (0 to 65535); convert them to 0..255 (mode L)")
-    grey = Image.fromarray(eight_bits(values))
+    grey = Image.fromarray(to_eight_bits(values))
     clear = image.info.get("transparency")
     if isinstance(clear, int):
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))

@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-SANE_ASPECT = 16  # pixels said to be more than this many times longer one way are square: the file is wrong
+MAX_ASPECT = 16  # pixels said to be more than this many times longer one way are square: the file is wrong
 Crop = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Shape:
+class DisplayGeometry:
     """Display size in square, upright pixels, and what makes a stored frame so.
 
     A frame becomes upright by mirroring it left to right where `mirror` says so, then by `turns` quarter
@@ -36,22 +36,22 @@ class Shape:
     plain: bool = True
 
 
-def shape_of(frame: Any, stream: Any, crop: Crop | None) -> Shape:
-    """Shape of a decoded frame of a PyAV stream."""
+def display_geometry(frame: Any, stream: Any, crop: Crop | None) -> DisplayGeometry:
+    """DisplayGeometry of a decoded frame of a PyAV stream."""
     width, height = frame.width, frame.height
     if crop is not None:
         left, top, right, bottom = crop
         width, height = max(1, round(width * (right - left))), max(1, round(height * (bottom - top)))
     aspect = stream.sample_aspect_ratio
-    if aspect and 1 / SANE_ASPECT <= aspect <= SANE_ASPECT:
+    if aspect and 1 / MAX_ASPECT <= aspect <= MAX_ASPECT:
         width = max(1, round(width * aspect))
-    turns, mirror, exact = _pose(frame, stream)
+    turns, mirror, exact = _rotation(frame, stream)
     if turns % 2:
         width, height = height, width
-    return Shape(width, height, turns, mirror, crop, exact and not mirror and crop is None)
+    return DisplayGeometry(width, height, turns, mirror, crop, exact and not mirror and crop is None)
 
 
-def nearest_pose(matrix: Sequence[float]) -> tuple[int, bool, bool]:
+def nearest_rotation(matrix: Sequence[float]) -> tuple[int, bool, bool]:
     """(turns, mirror, exact) that come nearest to a 3 x 3 display matrix; exact: nothing was rounded."""
     a, b, c, d = (
         matrix[0],
@@ -97,11 +97,11 @@ def container_crop(container: Any, stream: Any) -> Crop | None:
     return None
 
 
-def _pose(frame: Any, stream: Any) -> tuple[int, bool, bool]:
+def _rotation(frame: Any, stream: Any) -> tuple[int, bool, bool]:
     """By the frame's display matrix, else by the `rotate` tag (degrees clockwise) of older files."""
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is not None:
-        return nearest_pose(struct.unpack("=9i", bytes(matrix)[:36]))
+        return nearest_rotation(struct.unpack("=9i", bytes(matrix)[:36]))
     tag = next((value for key, value in stream.metadata.items() if key.lower() == "rotate"), "0")
     try:
         return -round(float(tag) / 90) % 4, False, True

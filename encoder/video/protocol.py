@@ -1,7 +1,7 @@
 """What a decoding child says, read as what a stranger says: it may have been taken over by the file it read.
 
 Everything the parent believes of a child's answer passes here: sizes, counts, times, texts. A child that lies
-ends in one sentence (`Untrue`).
+ends in one sentence (`ProtocolError`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _WORD = re.compile(r"[\w.,+-]{0,64}", re.ASCII)
 _PATH = re.compile(r"""(?<![\w./])(?:[A-Za-z]:|fd:\d|~)?[\\/](?:[^\s'"\\/]+[\\/])*[^\s'",;]*""")
 
 
-class Untrue(VideoError):
+class ProtocolError(VideoError):
     """The child's answer cannot be that of an honest decoder."""
 
     def __init__(self) -> None:
@@ -42,21 +42,21 @@ class Reply:
 
 
 def read_message(line: bytes) -> dict[str, Any]:
-    """One line of the child as a dict. Raises Untrue."""
+    """One line of the child as a dict. Raises ProtocolError."""
     try:
         message = json.loads(line, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise Untrue from error
+        raise ProtocolError from error
     if not isinstance(message, dict):
-        raise Untrue
+        raise ProtocolError
     return message
 
 
 def read_error(message: dict[str, Any]) -> str:
-    """The child's error as one printable line without paths. Raises Untrue when it is no text."""
+    """The child's error as one printable line without paths. Raises ProtocolError when it is no text."""
     text = message["error"]
     if not isinstance(text, str):
-        raise Untrue
+        raise ProtocolError
     return clean(text)
 
 
@@ -68,7 +68,7 @@ def clean(text: str) -> str:
 
 
 def read_reply(message: dict[str, Any], request: dict[str, Any]) -> Reply:
-    """The answer that precedes the frames. Raises Untrue where it does not fit the request."""
+    """The answer that precedes the frames. Raises ProtocolError where it does not fit the request."""
     header = _header(message.get("header"), request)
     count, height, width = (_whole(message.get(key)) for key in ("count", "height", "width"))
     fits = (
@@ -79,23 +79,23 @@ def read_reply(message: dict[str, Any], request: dict[str, Any]) -> Reply:
         and count * height * width * 3 <= request["max_bytes_out"]
     )
     if not fits:
-        raise Untrue
+        raise ProtocolError
     return Reply(header, count, height, width)
 
 
 def read_time(message: dict[str, Any]) -> float:
-    """Presentation time of the frame that follows, seconds from 0 up. Raises Untrue."""
+    """Presentation time of the frame that follows, seconds from 0 up. Raises ProtocolError."""
     time = _number(message.get("time"))
     if time < 0:
-        raise Untrue
+        raise ProtocolError
     return time
 
 
-def read_pose(message: dict[str, Any]) -> tuple[int, bool]:
-    """(turns, mirror) that the frame that follows still needs. Raises Untrue."""
+def read_rotation(message: dict[str, Any]) -> tuple[int, bool]:
+    """(turns, mirror) that the frame that follows still needs. Raises ProtocolError."""
     turns, mirror = _whole(message.get("turns")), message.get("mirror", False)
     if turns > 3 or not isinstance(mirror, bool):
-        raise Untrue
+        raise ProtocolError
     return turns, mirror
 
 
@@ -104,7 +104,7 @@ def _header(found: Any, request: dict[str, Any]) -> dict[str, Any]:
     kinds = _header_kinds()
     names = [field.name for field in fields(Header)]
     if not isinstance(found, dict) or set(found) != set(names):
-        raise Untrue
+        raise ProtocolError
     header = {name: _typed(found[name], kinds[name]) for name in names}
     pixels = header["width"] * header["height"]
     possible = (
@@ -114,7 +114,7 @@ def _header(found: Any, request: dict[str, Any]) -> dict[str, Any]:
         and header["duration_s"] >= 0
     )
     if not possible:
-        raise Untrue
+        raise ProtocolError
     return header
 
 
@@ -138,20 +138,20 @@ def _typed(value: Any, kind: Any) -> Any:
         return _number(value)
     if int in options:
         return _whole(value)
-    raise Untrue
+    raise ProtocolError
 
 
 def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _LARGEST:
-        raise Untrue
+        raise ProtocolError
     return value
 
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise Untrue
+        raise ProtocolError
     if not math.isfinite(value) or abs(value) > _LARGEST:
-        raise Untrue
+        raise ProtocolError
     return float(value)
 
 

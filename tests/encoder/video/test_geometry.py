@@ -16,7 +16,7 @@ from PIL import Image
 
 from encoder.errors import VideoError
 from encoder.video.reader import Decoder, read_clip
-from encoder.video.shape import nearest_pose
+from encoder.video.geometry import nearest_rotation
 
 COLOURS = {"R": (200, 40, 40), "G": (40, 200, 40), "B": (40, 40, 200), "Y": (200, 200, 40)}
 POSES = [(turns, mirror) for turns in range(4) for mirror in (False, True)]
@@ -114,7 +114,7 @@ def test_scale_and_a_small_angle_never_change_the_pose(wide, high, pose, angle):
     turn = turns * np.pi / 2 + angle
     quarter = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])  # y points down
     (a, b), (c, d) = quarter @ right * wide, quarter @ below * high
-    assert nearest_pose((a, b, 0, c, d, 0, 0, 0, 1))[:2] == pose
+    assert nearest_rotation((a, b, 0, c, d, 0, 0, 0, 1))[:2] == pose
 
 
 def test_the_rotate_tag_of_older_files(tmp_path):
