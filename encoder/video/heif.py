@@ -1,7 +1,7 @@
-"""HEIC stills: the items of the file are found here, decoded by FFmpeg and put together.
+"""HEIC still images: finds the items of the file, has FFmpeg decode the tiles and assembles them.
 
-A photo from a phone is a grid of tiles, each a picture of its own; FFmpeg gives every tile as a stream and
-leaves the rest to its caller. Only whole pictures and grids are read: overlays, depth and alpha are not.
+A photo from a phone is a grid of tiles, each an image of its own; FFmpeg gives every tile as a stream and
+leaves the rest to its caller. Only whole images and grids are read: overlays, depth and alpha are not.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from encoder.errors import VideoError
-from encoder.video.containers import Rules, codec_name, open_container
+from encoder.video.containers import codec_name, open_container
 from encoder.video.descriptors import open_file
+from encoder.video.limits import Rules
 
 BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"mif1"))
 MAX_META = 1 << 22  # bytes of the box that describes all items: kilobytes in any photo
@@ -171,9 +172,9 @@ def _associations(ipma: bytes, item: int) -> list[int]:
     wide_item, wide = 2 if ipma[0] == 0 else 4, 2 if ipma[3] & 1 else 1
     at = 8
     for _ in range(_number(ipma, 4, 4)):
-        found, count = _number(ipma, at, wide_item), _number(ipma, at + wide_item, 1)
+        number, count = _number(ipma, at, wide_item), _number(ipma, at + wide_item, 1)
         at += wide_item + 1
-        if found == item:
+        if number == item:
             mask = 0x7FFF if wide == 2 else 0x7F
             return [_number(ipma, at + i * wide, wide) & mask for i in range(count)]
         at += count * wide
@@ -188,7 +189,7 @@ def _payload(file: Any, boxes: dict[bytes, bytes], item: int) -> bytes:
     offset_wide, length_wide, base_wide, index_wide = widths
     count, at = _number(iloc, 6, wide_item), 6 + wide_item
     for _ in range(count):
-        found = _number(iloc, at, wide_item)
+        number = _number(iloc, at, wide_item)
         at += wide_item
         method = _number(iloc, at, 2) & 15 if version else 0
         at += (2 if version else 0) + 2
@@ -196,7 +197,7 @@ def _payload(file: Any, boxes: dict[bytes, bytes], item: int) -> bytes:
         extents, at = _number(iloc, at, 2), at + 2
         offset = _number(iloc, at + index_wide, offset_wide)
         length = _number(iloc, at + index_wide + offset_wide, length_wide)
-        if found == item:
+        if number == item:
             if method == 1:
                 return boxes[b"idat"][base + offset :][: min(length, 64)]
             file.seek(base + offset)

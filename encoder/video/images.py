@@ -1,10 +1,8 @@
-"""Image files, still or animated, and the one place where transparency meets a colour.
-
-Pillow reads them; of HEIC, FFmpeg decodes the tiles (heif.py).
+"""Image files, still or animated, by Pillow (HEIC by heif.py); orientation, transparency and 16-bit values.
 
 PNG, WebP and AVIF may be animated: then they are videos. Of a file with several pages (TIFF, MPO) the first
-counts, of one with several sizes (ICO) the largest. Colour profiles are not applied. Runs in the decoding
-child, and on pictures that are already in memory.
+counts, of one with several sizes (ICO) the largest. Transparency is composed on BACKGROUND; colour profiles
+are not applied. Runs in the decoding child, and on images that are already in memory.
 """
 
 from __future__ import annotations
@@ -15,18 +13,19 @@ from typing import Any
 
 from encoder.errors import VideoError
 from encoder.video import heif
-from encoder.video.containers import Header, Rules
+from encoder.video.containers import Header
 from encoder.video.descriptors import open_file
 from encoder.video.frame_times import shown_at
+from encoder.video.limits import Rules
 
-BACKGROUND = "white"  # what shines through transparent pixels, as on a page
-HEAD_BYTES = 64  # enough of a file to know its format
+BACKGROUND = "white"
+_HEAD_BYTES = 64  # enough of a file to know its format
 _ANIMATED = ("PNG", "WEBP", "AVIF", "GIF")
 _CODECS = {
     **{"PNG": "png", "JPEG": "jpeg", "WEBP": "webp", "BMP": "bmp", "AVIF": "av1"},
     **{"TIFF": "tiff", "ICO": "ico", "JPEG2000": "jpeg2000", "PSD": "psd"},  # for trusted files only
 }
-_STARTS = (
+_SIGNATURES = (
     (b"\x89PNG\r\n\x1a\n", "PNG"),
     (b"\xff\xd8\xff", "JPEG"),
     (b"BM", "BMP"),
@@ -37,12 +36,17 @@ _STARTS = (
     *((start, "JPEG XL") for start in (b"\0\0\0\x0cJXL \r\n\x87\n", b"\xff\x0a")),
 )
 _ORIENTATION = 0x0112  # EXIF tag
-_SHORTEST_MS, _USUAL_MS = 10, 100  # browsers show pictures "without" a duration this long
+_MIN_MS, _DEFAULT_MS = 10, 100  # browsers show a frame of at most 10 ms for 100 ms
 
 
-def is_image(head: bytes) -> bool:
-    """Whether the first HEAD_BYTES of a file are those of an image format handled here (not GIF)."""
-    return _format(head) is not None
+def is_image_file(path: str) -> bool:
+    """Whether a file has an image format that is handled here (not GIF)."""
+    return bool(_format_of(path))
+
+
+def _format_of(path: str) -> str | None:
+    with open_file(path) as file:
+        return _format(file.read(_HEAD_BYTES))
 
 
 def _format(head: bytes) -> str | None:
@@ -54,30 +58,25 @@ def _format(head: bytes) -> str | None:
         if brands & {b"avif", b"avis"}:
             return "AVIF"
         return "HEIC" if head[8:12] in heif.BRANDS else None  # its sequences are videos for FFmpeg
-    return next((name for start, name in _STARTS if head.startswith(start)), None)
+    return next((name for start, name in _SIGNATURES if head.startswith(start)), None)
 
 
 def _open(path: str, rules: Rules) -> Any:
     from PIL import Image
 
-    name = _name(path)
+    name = _format_of(path)
     if name not in _CODECS:
         raise VideoError(f"no decoder for {name or 'its format'} is installed; save it as PNG or JPEG")
     rules.check_codec(_CODECS[name])
-    Image.MAX_IMAGE_PIXELS = None  # the limit below is ours, and an error rather than a warning
+    Image.MAX_IMAGE_PIXELS = None  # check_pixels below raises instead of warning
     image = Image.open(open_file(path), formats=(name,))
     rules.check_pixels(image.width, image.height)
     return image
 
 
-def _name(path: str) -> str:
-    with open_file(path) as file:
-        return _format(file.read(HEAD_BYTES)) or ""
-
-
 def inspect_image(path: str, rules: Rules) -> Header:
     """Header of an image file; an animated one is a video. Raises VideoError when a rule is broken."""
-    if _name(path) == "HEIC":
+    if _format_of(path) == "HEIC":
         rules.check_codec("hevc")
         photo = heif.read_item(path)
         rules.check_pixels(photo.width, photo.height)
@@ -107,7 +106,7 @@ def inspect_image(path: str, rules: Rules) -> Header:
 def decode_image(
     path: str, header: Header, times_s: Sequence[float], size: tuple[int, int], rules: Rules
 ) -> Iterator[tuple[float, bytes]]:
-    """Frames of an image file: the one picture, or those on screen at the given times."""
+    """Frames of an image file: the still image, or those of an animation shown at `times_s`."""
     from PIL import Image
 
     if header.container == "heic":
@@ -134,14 +133,16 @@ def animation_frames(image: Any) -> range:
     """Which frames of a Pillow image make up its animation; empty for a still."""
     if image.format not in _ANIMATED:  # pages and sizes are no animation
         return range(0)
-    first = 1 if image.info.get("default_image") else 0  # a PNG's picture for readers that cannot animate
+    first = (
+        1 if image.info.get("default_image") else 0
+    )  # a PNG's fallback image for readers that cannot animate
     count = getattr(image, "n_frames", 1)
     return range(first, count) if count - first > 1 else range(0)
 
 
 @contextmanager
 def _damage_as_video_error() -> Iterator[None]:
-    """Whatever Pillow finds wrong in a file of a known format is damage."""
+    """Any error of Pillow in a file of a known format means that the file is damaged."""
     try:
         yield
     except (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError) as error:
@@ -150,26 +151,26 @@ def _damage_as_video_error() -> Iterator[None]:
 
 @contextmanager
 def restoring_frame(image: Any) -> Iterator[None]:
-    """While an animated Pillow image is read frame by frame; after that it is at the frame where it was."""
-    here = image.tell()
-    around = image.format == "WEBP" and getattr(image, "rawmode", None) == "RGBX"
-    if around:  # Pillow drops the alpha where no frame has any, but around smaller frames there is nothing
+    """Lets an animated Pillow image be read frame by frame and returns it to its current frame afterwards."""
+    current = image.tell()
+    needs_alpha = image.format == "WEBP" and getattr(image, "rawmode", None) == "RGBX"
+    if needs_alpha:  # Pillow drops the alpha where no frame has any, but smaller frames leave a clear border
         image.rawmode = image._mode = "RGBA"
     try:
         yield
     finally:
         with suppress(Exception):  # a damaged file
-            if around:
+            if needs_alpha:
                 image.rawmode, image._mode = "RGBX", "RGB"
-                image.seek(0 if here else 1)
+                image.seek(0 if current else 1)
                 image.load()
-            seek_frame(image, here)
+            seek_frame(image, current)
 
 
 def seek_frame(image: Any, index: int) -> None:
     """Make a frame the current one of an animated Pillow image."""
     if image.format == "PNG" and image.mode == "P" and image.palette is not None:
-        image.palette.dirty = 1  # else Pillow forgets it on the way back to the first frame: all is black
+        image.palette.dirty = 1  # else Pillow loses it on the way back to the first frame
     image.seek(index)
 
 
@@ -180,7 +181,7 @@ def end_times(image: Any) -> list[float]:
         seek_frame(image, index)
         image.load()
         shown_ms = image.info.get("duration") or 0
-        total += (shown_ms if shown_ms > _SHORTEST_MS else _USUAL_MS) / 1000
+        total += (shown_ms if shown_ms > _MIN_MS else _DEFAULT_MS) / 1000
         ends.append(total)
     return ends
 
@@ -196,7 +197,7 @@ def opaque_rgb(image: Any) -> Any:
     """A Pillow image as RGB; transparency is composed on BACKGROUND, 16-bit values are scaled to 8 bits.
 
     Mode "I" counts as 16-bit, 0..65535, as Pillow uses it. Raises VideoError, a clause without a name, for
-    values outside and for mode "F", whose range nobody knows.
+    values outside and for mode "F", whose range is unknown.
     """
     from PIL import Image
 

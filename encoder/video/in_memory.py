@@ -1,4 +1,4 @@
-"""Pictures that are already in memory (PIL images, arrays, tensors) as uint8 frames."""
+"""Images in memory (PIL images, NumPy arrays, tensors) as uint8 RGB frames."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from torch import Tensor
 
 from encoder.errors import VideoError
 from encoder.video.images import (
-    to_eight_bits,
-    end_times,
-    seek_frame,
     animation_frames,
+    end_times,
     restoring_frame,
+    seek_frame,
+    to_eight_bits,
     upright_rgb,
 )
 
 
 def is_images(source: Any) -> bool:
-    """Whether a source is pictures in memory rather than the name or content of a file."""
+    """Whether a source is images in memory rather than the name or content of a file."""
     return isinstance(source, (list, tuple)) or _is_array(source) or _is_pil(source)
 
 
 def is_animation(source: Any) -> bool:
-    """Whether a source is a Pillow image that moves: an opened GIF, APNG, WebP or AVIF of several frames."""
+    """Whether a source is an animated Pillow image: an opened GIF, APNG, WebP or AVIF of several frames."""
     if not _is_pil(source):
         return False
     with _damage_as_video_error():
@@ -104,7 +104,7 @@ def _one(image: Any, max_pixels: int) -> Tensor:
 
 
 def _channels_last(pixels: Tensor) -> bool:
-    """Whether (..., H, W, C) is grey, RGB or RGBA; what may as well be (..., C, H, W) is not."""
+    """Whether (..., H, W, C) is grey, RGB or RGBA and cannot be read as (..., C, H, W) as well."""
     rows, channels = pixels.shape[-3], pixels.shape[-1]
     return pixels.numel() > 0 and (channels == 3 or (channels in (1, 4) and rows not in (1, 3, 4)))
 
@@ -123,7 +123,7 @@ def _three_channels(pixels: Tensor) -> Tensor:
 
 @contextmanager
 def _damage_as_video_error() -> Iterator[None]:
-    """Whatever Pillow finds wrong while it reads an image becomes one VideoError."""
+    """Any error of Pillow while it reads an image becomes a VideoError."""
     try:
         yield
     except VideoError as error:

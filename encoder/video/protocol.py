@@ -1,7 +1,7 @@
-"""What a decoding child says, read as what a stranger says: it may have been taken over by the file it read.
+"""Messages between the reader and a decoding child: one JSON line each, and what the parent believes of them.
 
-Everything the parent believes of a child's answer passes here: sizes, counts, times, texts. A child that lies
-ends in one sentence (`ProtocolError`).
+The child may have been taken over by the file it read. Everything the parent takes from its answer (sizes,
+counts, times, texts) is checked here; an answer that no honest decoder gives raises `ProtocolError`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from types import UnionType
-from typing import Any, get_origin, get_type_hints
+from typing import Any, BinaryIO, get_origin, get_type_hints
 
 from encoder.errors import VideoError
 from encoder.video.containers import Header
+from encoder.video.limits import Rules
 
 MAX_LINE = 1 << 16
 MAX_TEXT = 300
@@ -32,13 +33,65 @@ class ProtocolError(VideoError):
 
 
 @dataclass(frozen=True)
-class Reply:
-    """header: the fields of a Header, each of its type; count frames of height x width follow."""
+class Request:
+    """What a child is asked about one file, whose descriptor travels beside it.
 
-    header: dict[str, Any]
+    path: the file's name, for its suffix; where descriptors cannot travel, its path. frames: 0 asks for the
+    header alone. at_s, moments, start_s, end_s: as in `read_clip`. memory_mib: address space of the child and
+    size of all frames. contained: refuse where the child cannot confine itself. load_all: import every module
+    that any file may need. parent: process number of the asking process.
+    """
+
+    path: str
+    rules: Rules
+    frames: int = 0
+    start_s: float | None = None
+    end_s: float | None = None
+    at_s: tuple[float, ...] | None = None
+    moments: tuple[float, ...] | None = None
+    max_side: int | None = None
+    decoder: str = "auto"
+    seconds: float = 20.0
+    memory_mib: int = 3072
+    contained: bool = False
+    load_all: bool = False
+    parent: int = 0
+
+    @property
+    def max_frames(self) -> int:
+        """How many frames the answer may hold."""
+        times = self.at_s if self.at_s is not None else self.moments
+        return self.frames if times is None else len(times)
+
+    @property
+    def max_bytes(self) -> int:
+        """How many bytes its frames may have."""
+        return self.memory_mib * 2**20
+
+    def to_line(self) -> bytes:
+        """As it is sent."""
+        return json.dumps(asdict(self)).encode() + b"\n"
+
+    @staticmethod
+    def from_line(line: bytes) -> Request:
+        """The reverse of `to_line`, in the child."""
+        values = json.loads(line)
+        return Request(**{**values, "rules": Rules(**values["rules"])})
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What precedes the frames: `count` of them follow, each height x width."""
+
+    header: Header
     count: int
     height: int
     width: int
+
+
+def write_message(out: BinaryIO, message: dict[str, Any]) -> None:
+    """Send one message, in the child."""
+    out.write(json.dumps(message).encode() + b"\n")
 
 
 def read_message(line: bytes) -> dict[str, Any]:
@@ -67,16 +120,16 @@ def clean(text: str) -> str:
     return line[:MAX_TEXT].rstrip(" .") or "its decoder gave no reason"
 
 
-def read_reply(message: dict[str, Any], request: dict[str, Any]) -> Reply:
+def read_reply(message: dict[str, Any], request: Request) -> Reply:
     """The answer that precedes the frames. Raises ProtocolError where it does not fit the request."""
     header = _header(message.get("header"), request)
     count, height, width = (_whole(message.get(key)) for key in ("count", "height", "width"))
     fits = (
-        count <= request["max_count"]
-        and 0 < width <= header["width"]
-        and 0 < height <= header["height"]
-        and (request["max_side"] is None or max(width, height) <= request["max_side"])
-        and count * height * width * 3 <= request["max_bytes_out"]
+        count <= request.max_frames
+        and 0 < width <= header.width
+        and 0 < height <= header.height
+        and (request.max_side is None or max(width, height) <= request.max_side)
+        and count * height * width * 3 <= request.max_bytes
     )
     if not fits:
         raise ProtocolError
@@ -99,19 +152,18 @@ def read_rotation(message: dict[str, Any]) -> tuple[int, bool]:
     return turns, mirror
 
 
-def _header(found: Any, request: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a Header, no more and no less, each of its type."""
+def _header(value: Any, request: Request) -> Header:
+    """A Header from all of its fields and no others, each of its type."""
     kinds = _header_kinds()
     names = [field.name for field in fields(Header)]
-    if not isinstance(found, dict) or set(found) != set(names):
+    if not isinstance(value, dict) or set(value) != set(names):
         raise ProtocolError
-    header = {name: _typed(found[name], kinds[name]) for name in names}
-    pixels = header["width"] * header["height"]
+    header = Header(**{name: _typed(value[name], kinds[name]) for name in names})
     possible = (
-        header["kind"] in ("video", "image")
-        and 0 < pixels <= request["rules"]["max_pixels"]
-        and header["turns"] <= 3
-        and header["duration_s"] >= 0
+        header.kind in ("video", "image")
+        and 0 < header.width * header.height <= request.rules.max_pixels
+        and header.turns <= 3
+        and header.duration_s >= 0
     )
     if not possible:
         raise ProtocolError
