@@ -61,20 +61,20 @@ def open_source(source: Any, limits: Limits, label: str) -> Iterator[OpenFile]:
     from its position on is read (as `hold` does); one that is a regular file at its start stays where it is.
     label: what errors call it. Raises VideoError.
     """
+    if isinstance(source, Held) and source.file is None:
+        source = source.original
     if isinstance(source, (bytes, bytearray, memoryview)):
         source = _copy_of_bytes(source, limits, label)
-    held = hold(source, limits, label) if _is_file_object(source) else source
-    if isinstance(held, Held) and held.file is None:
-        held = held.source
-    if isinstance(held, Held):
-        descriptor, name, copied = held.open(label), held.name, held.copied
-        if not PASSES_DESCRIPTORS:
-            name = str(held.source)
-    elif isinstance(held, (str, os.PathLike)):
-        name, copied = os.path.abspath(os.fsdecode(held)), False
-        descriptor = _open_path(name, label)
+    elif _is_file_object(source):
+        source = hold(source, limits, label)
+    if isinstance(source, Held):
+        name = source.name if PASSES_DESCRIPTORS else str(source.source)
+        descriptor, copied = source.open(label), source.copied
+    elif isinstance(source, (str, os.PathLike)):
+        name = os.path.abspath(os.fsdecode(source))
+        descriptor, copied = _open_path(name, label), False
     else:
-        raise VideoError(f"A video cannot be a {type(held).__name__}; give a path, bytes, file or images.")
+        raise VideoError(f"A video cannot be a {type(source).__name__}; give a path, bytes, file or images.")
     try:
         _check_file(descriptor, limits, label)
         yield OpenFile(descriptor, name, copied)

@@ -198,6 +198,8 @@ def test_sources_that_can_be_read_again_pass_unchanged(video: Path) -> None:
         assert hold(source, DEFAULT_LIMITS).source is source
     held = Held(video)
     assert hold(held, DEFAULT_LIMITS) is held
+    for source in (video, video.read_bytes(), io.BytesIO(video.read_bytes())):
+        assert probe(hold(source, DEFAULT_LIMITS)).digest == clip.info.digest
 
 
 class Failing:
