@@ -122,9 +122,7 @@ def test_the_readable_part_of_a_truncated_file_can_be_read(bad):
         end = probe(bad[kind]).duration_s
         assert 1.0 < end < 3.5
         clip = read_clip(bad[kind], 4, end_s=end)
-        assert [vf.number_in(f.numpy()) for f in clip.frames] == [
-            int((i + 0.5) * end / 4 / 0.04 + 1e-6) for i in range(4)
-        ]
+        assert vf.numbers_in(clip) == [int((i + 0.5) * end / 4 / 0.04 + 1e-6) for i in range(4)]
 
 
 def test_out_of_memory_is_an_error(tmp_path):
