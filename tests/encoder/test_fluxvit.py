@@ -118,6 +118,15 @@ def test_mixed_batch_equals_each_clip_alone(tiny: FluxViT, clips) -> None:
             torch.testing.assert_close(pooled[index], tiny.pool(alone, 0)[0], atol=1e-4, rtol=0)
 
 
+def test_a_clip_alone_equals_the_clip_in_a_batch(tiny: FluxViT) -> None:
+    """The official model cannot run a batch of one at all."""
+    clips = pixels(2, 3, 8, 84, 84)
+    with torch.inference_mode():
+        both, alone = tiny(clips, 100), tiny(clips[1:], 100)
+    assert torch.equal(both.kept[1], alone.kept[0])
+    torch.testing.assert_close(both.split()[1], alone.packed, atol=1e-5, rtol=0)
+
+
 def test_mixed_batch_takes_the_flops_of_its_clips_alone() -> None:
     """One clip of 2304 tokens and fifteen of 16 take as many operations as alone: nothing is padded."""
     with torch.device("meta"):
