@@ -1,4 +1,4 @@
-"""The decoders PyAV and decord behind one interface: `decode(path, header, times_s, size, rules)`.
+"""The decoders behind one interface, `decode_frames`: PyAV, decord, and Pillow for image files.
 
 Each yields (presentation time in seconds from the first frame, RGB bytes in raster order) once per wanted
 time, in order, and closes its readers before it ends. Runs inside the decoding child process. For the
@@ -30,7 +30,7 @@ from encoder.video.containers import (
 )
 from encoder.video.descriptors import native_path
 from encoder.video.frame_times import EPSILON_S, shown_at, split_runs
-from encoder.video.images import opaque_rgb
+from encoder.video.images import decode_image, opaque_rgb
 from encoder.video.limits import Rules
 
 Frames = Iterator[tuple[float, bytes | memoryview]]
@@ -42,6 +42,39 @@ LONG_GAP_S = 10.0  # without an index, a gap at which a seek is worth trying (x2
 MAX_LOST = 1  # a packet without a frame is normal (VP8's hidden reference frames), two in a row are damage
 MAX_REORDER = 64  # packets that a decoder may hold back
 MIN_PARALLEL_WORK = 2e7  # pixels x seconds between the first and the last wanted frame
+
+
+def decode_frames(
+    path: str, header: Header, times_s: Sequence[float], size: tuple[int, int], rules: Rules, decoder: str
+) -> Iterator[tuple[float, bytes | memoryview, int, bool]]:
+    """(time, RGB bytes, turns, mirror) of each wanted frame, by the decoder that suits.
+
+    `size` is upright; turns and mirror are what is still to be done (DisplayGeometry). With decoder "auto",
+    frames that decord cannot deliver come from PyAV.
+    """
+    if header.pillow:
+        yield from ((t, rgb, 0, False) for t, rgb in decode_image(path, header, times_s, size, rules))
+        return
+    if decoder == "auto" and not decord_suits(path, header, times_s, rules):
+        decoder = "pyav"
+    done = 0
+    if decoder != "pyav":
+        try:
+            for t, rgb in decode_decord(path, header, times_s, size, rules):
+                yield t, rgb, 0, False
+                done += 1
+            return
+        except VideoError:
+            if decoder == "decord":
+                raise
+        except Exception as error:  # decord raises bare RuntimeError, EOF and its own kinds
+            if decoder == "decord":
+                raise VideoError(
+                    f"decord cannot read its {header.codec} frames; use decoder='auto'"
+                ) from error
+    raw = size if header.turns % 2 == 0 else size[::-1]
+    for t, rgb in decode_pyav(path, header, times_s[done:], raw, rules):
+        yield t, rgb, header.turns, header.mirror
 
 
 def decode_pyav(

@@ -22,18 +22,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, BinaryIO
 
 from encoder.errors import VideoError
-from encoder.video import backends, images
+from encoder.video import images
+from encoder.video.backends import decode_frames
 from encoder.video.confine import Confinement, confine
-from encoder.video.containers import Header, inspect
+from encoder.video.containers import inspect
 from encoder.video.descriptors import PASSES_DESCRIPTORS, descriptor_name
 from encoder.video.frame_times import requested_times
 from encoder.video.geometry import fit_within
-from encoder.video.limits import Rules
 from encoder.video.protocol import Request, write_message
 
 try:  # here, since nothing can be loaded when the limits are set
@@ -62,39 +62,6 @@ _ALL_MODULES = (
 )
 
 
-def frames_of(
-    path: str, header: Header, times_s: Sequence[float], size: tuple[int, int], rules: Rules, decoder: str
-) -> Iterator[tuple[float, bytes | memoryview, int, bool]]:
-    """(time, RGB bytes, turns, mirror) of each wanted frame, by the decoder that suits.
-
-    `size` is upright; turns and mirror are what is still to be done (DisplayGeometry). With decoder "auto",
-    frames that decord cannot deliver come from PyAV.
-    """
-    if header.pillow:
-        yield from ((t, rgb, 0, False) for t, rgb in images.decode_image(path, header, times_s, size, rules))
-        return
-    if decoder == "auto" and not backends.decord_suits(path, header, times_s, rules):
-        decoder = "pyav"
-    done = 0
-    if decoder != "pyav":
-        try:
-            for t, rgb in backends.decode_decord(path, header, times_s, size, rules):
-                yield t, rgb, 0, False
-                done += 1
-            return
-        except VideoError:
-            if decoder == "decord":
-                raise
-        except Exception as error:  # decord raises bare RuntimeError, EOF and its own kinds
-            if decoder == "decord":
-                raise VideoError(
-                    f"decord cannot read its {header.codec} frames; use decoder='auto'"
-                ) from error
-    raw = size if header.turns % 2 == 0 else size[::-1]
-    for t, rgb in backends.decode_pyav(path, header, times_s[done:], raw, rules):
-        yield t, rgb, header.turns, header.mirror
-
-
 def answer(request: Request, out: BinaryIO) -> None:
     """Serve one request. Every failure becomes one sentence in an "error" line."""
     try:
@@ -108,7 +75,7 @@ def answer(request: Request, out: BinaryIO) -> None:
         reply = {"header": asdict(header), "count": len(times), "width": size[0], "height": size[1]}
         write_message(out, reply)
         if times:
-            for t, rgb, turns, mirror in frames_of(path, header, times, size, rules, request.decoder):
+            for t, rgb, turns, mirror in decode_frames(path, header, times, size, rules, request.decoder):
                 write_message(out, {"time": round(t, 6), "turns": turns, "mirror": mirror})
                 out.write(rgb)
     except VideoError as error:
