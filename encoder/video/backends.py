@@ -5,7 +5,7 @@ time, in order, and closes its readers before it ends. Runs inside the decoding 
 transparency of WebM, which FFmpeg's own decoders ignore, PyAV decodes by libvpx.
 
 decord is fast for densely sampled frames. It is wrong or slow elsewhere, where PyAV takes over: after a seek
-into an open GOP it counts the dropped leading pictures and returns other frames than asked for (about half
+into an open GOP it counts the dropped leading frames and returns other frames than asked for (about half
 of them in HEVC as x265 writes it), in files without an index (MPEG-TS) it returns later frames than asked
 for, it knows no mirror, crop or transparency, and in long videos it keeps decoding ahead after each seek.
 """
@@ -156,7 +156,7 @@ def _decord_timeline(path: str, header: Header, rules: Rules) -> list[float]:
 
 
 def _restarts(packet: bytes, stream: Any) -> bool:
-    """Whether an H.264 key frame is a whole picture (IDR) rather than the start of a gradual refresh."""
+    """Whether an H.264 key frame is a whole frame (IDR) rather than the start of a gradual refresh."""
     idr = 5
     types: list[int] = []
     extra = stream.codec_context.extradata or b""
@@ -214,14 +214,14 @@ def _pyav_run(
         stream.thread_type = "AUTO"
         cursor = _Cursor(container, stream, header)
         shown: Any = None
-        picture: bytes | memoryview = b""
+        rgb: bytes | memoryview = b""
         reformatter = VideoReformatter()
         for time in times_s:
             frame = cursor.shown_at(time)
             if frame is not shown:
                 rules.check_pixels(frame.width, frame.height)
-                shown, picture = frame, _rgb(frame, size, header, reformatter)
-            yield max(0.0, cursor.time_of(frame)), picture
+                shown, rgb = frame, _rgb(frame, size, header, reformatter)
+            yield max(0.0, cursor.time_of(frame)), rgb
 
 
 class _Cursor:
@@ -344,8 +344,8 @@ def _rgb(frame: Any, size: tuple[int, int], header: Header, reformatter: Any) ->
     """RGB bytes of a frame scaled to (width, height); one reformatter serves all frames of a run."""
     if header.crop is not None or has_alpha(frame, header.codec):
         return _composed(frame, size, header, reformatter)
-    picture = reformatter.reformat(frame, *size, format="rgb24", interpolation="BICUBIC")
-    plane, row = picture.planes[0], size[0] * 3
+    scaled = reformatter.reformat(frame, *size, format="rgb24", interpolation="BICUBIC")
+    plane, row = scaled.planes[0], size[0] * 3
     view = memoryview(plane)
     if plane.line_size == row:
         return view[: row * size[1]]
@@ -358,10 +358,10 @@ def _composed(frame: Any, size: tuple[int, int], header: Header, reformatter: An
 
     whole = reformatter.reformat(frame, frame.width, frame.height, format="rgba")
     plane, extent = whole.planes[0], (frame.width, frame.height)
-    picture = Image.frombuffer("RGBA", extent, bytes(plane), "raw", "RGBA", plane.line_size, 1)
+    image = Image.frombuffer("RGBA", extent, bytes(plane), "raw", "RGBA", plane.line_size, 1)
     left, top, right, bottom = header.crop or (0.0, 0.0, 1.0, 1.0)
     box = (left * extent[0], top * extent[1], right * extent[0], bottom * extent[1])
-    return opaque_rgb(picture).resize(size, Image.Resampling.BICUBIC, box).tobytes()
+    return opaque_rgb(image).resize(size, Image.Resampling.BICUBIC, box).tobytes()
 
 
 def _decord_run(
@@ -377,13 +377,13 @@ def _decord_run(
             np.diff(decord_s) <= 0
         ):  # e.g. h264 in avi: all of them zero
             raise VideoError("decord counts its frames wrongly; use decoder='auto'")
-        shown, picture = -1, memoryview(b"")
+        shown, rgb = -1, memoryview(b"")
         for index in shown_at(pts_s, times_s):
             if index != shown:
                 pixels = reader[index].asnumpy()
                 if pixels.shape != (size[1], size[0], 3):  # it takes the padding of rows for pixels
                     raise VideoError("decord gives frames of another size; use decoder='auto'")
-                shown, picture = index, pixels.data.cast("B")
-            yield pts_s[index], picture
+                shown, rgb = index, pixels.data.cast("B")
+            yield pts_s[index], rgb
     finally:
         del reader  # an idle reader keeps decoding ahead: memory grows until it is gone

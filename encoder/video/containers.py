@@ -34,8 +34,8 @@ class Header(DisplayGeometry):
     """Facts about one video stream, beside the shape of its frames.
 
     claimed_s: length by the header; duration_s: length that can be read, less where the file is cut off.
-    start_s: time stamp of the first frame, which counts as t = 0. step: ticks from one picture to the next
-    where pictures are counted because they carry no times, else 0. kind "image": it holds one picture.
+    start_s: time stamp of the first frame, which counts as t = 0. step: ticks from one frame to the next
+    where frames are counted because they carry no times, else 0. kind "image": it holds one frame.
     pillow: Pillow reads it, not FFmpeg.
     """
 
@@ -98,7 +98,7 @@ def codec_name(stream: Any) -> str:
 def inspect(path: str, rules: Rules) -> Header:
     """Header of a video file: its first frame is decoded, its last packets are found, nothing else.
 
-    All packets are read where a file cannot seek. A file that holds exactly one picture is an image.
+    All packets are read where a file cannot seek. A file that holds exactly one frame is an image.
     Raises VideoError when there is no decodable video or a rule is broken.
     """
     with open_container(path, rules) as container:
@@ -126,7 +126,7 @@ def inspect(path: str, rules: Rules) -> Header:
     if length is None:
         raise VideoError("none of its pictures can be read; it is damaged or cut off, export it again")
     if length.frames == 1 and not length.overstated and _holds_one(path, rules):
-        if name == "gif" and not _ends_with(path, b";"):  # the decoder does not mind half a picture
+        if name == "gif" and not _ends_with(path, b";"):  # the decoder does not mind half a frame
             raise VideoError("it is cut off; export or download it again")
         return replace(length, kind="image", duration_s=0.0, claimed_s=0.0)
     rules.check_duration(length.duration_s)
@@ -139,7 +139,7 @@ def has_alpha(frame: Any, codec: str) -> bool:
 
 
 def has_webm_alpha(stream: Any) -> bool:
-    """Whether a WebM stream has transparency beside its pictures, which FFmpeg's own decoders leave out."""
+    """Whether a WebM stream has transparency beside its frames, which FFmpeg's own decoders leave out."""
     return codec_name(stream) in ("vp8", "vp9") and stream.metadata.get("alpha_mode") == "1"
 
 
@@ -177,11 +177,11 @@ def _first_frame(container: Any, stream: Any) -> tuple[Any, int | None]:
 def _length(
     container: Any, stream: Any, first: int, delay: int, header: Header, *, seek: bool
 ) -> Header | None:
-    """The header with start, length and claimed length; frames=1 where there may be one picture only.
+    """The header with start, length and claimed length; frames=1 where there may be one frame only.
 
     first: time stamp of the first frame. delay: ticks by which the times of frames are behind those of
     packets. seek: go to the end at once, instead of reading all up to it.
-    None where no picture can be read that way.
+    None where no frame can be read that way.
     """
     zero = float(first * stream.time_base)
     tail = _last_packets(container, stream, zero) if seek else _packets(container, stream)
@@ -200,7 +200,7 @@ def _length(
 
 
 def _counted(container: Any, stream: Any, header: Header) -> Header | None:
-    """The header of a raw stream: its pictures are its packets, each as long as the first."""
+    """The header of a raw stream: its frames are its packets, each as long as the first."""
     import av
 
     count, step = 0, 0
@@ -228,7 +228,7 @@ def _ends_with(path: str, last: bytes) -> bool:
 
 
 def _holds_one(path: str, rules: Rules) -> bool:
-    """Whether decoding gives one picture and no second."""
+    """Whether decoding gives one frame and no second."""
     with open_container(path, rules) as container:
         frames = container.decode(video_stream(container, rules))
         next(frames, None)
@@ -236,9 +236,9 @@ def _holds_one(path: str, rules: Rules) -> bool:
 
 
 def _claimed_s(container: Any, stream: Any, zero: float, end: float, last: float, skipped: float) -> float:
-    """Length of the pictures by the header, seconds; their true length where the header is right.
+    """Length of the frames by the header, seconds; their true length where the header is right.
 
-    end, last: where the pictures and where all streams really end, as time stamps. A container whose header
+    end, last: where the frames and where all streams really end, as time stamps. A container whose header
     has one length for all streams is right when its longest stream, maybe the sound, has that length, or
     ends at that time: of a segment of a longer recording (times from 4 s on, say) FFmpeg writes the end.
     skipped: length of what an AVI counts before its first frame.
@@ -288,9 +288,9 @@ def _cut(container: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Tail:
-    """The end of a file: when its pictures and all of its streams end, in seconds as time stamps.
+    """The end of a file: when its frames and all of its streams end, in seconds as time stamps.
 
-    last: greatest time stamp of a picture, ticks. key: a key frame was among the packets that were read.
+    last: greatest time stamp of a frame, ticks. key: a key frame was among the packets that were read.
     """
 
     end_s: float
@@ -317,7 +317,7 @@ def _last_packets(container: Any, stream: Any, zero: float) -> _Tail | None:
 
 
 def _packets(container: Any, stream: Any) -> _Tail | None:
-    """Demux to the end of the file without decoding; None where no picture is left."""
+    """Demux to the end of the file without decoding; None where no frame is left."""
     import av
 
     ends: dict[int, float] = {}

@@ -22,7 +22,7 @@ MAX_META = 1 << 22  # bytes of the box that describes all items: kilobytes in an
 
 @dataclass(frozen=True)
 class Heif:
-    """The primary picture: `columns` x `rows` tiles (item numbers, row by row) that cover width x height.
+    """The primary image: `columns` x `rows` tiles (item numbers, row by row) that cover width x height.
 
     transposes: Pillow transpositions that make it upright, in order.
     """
@@ -42,7 +42,7 @@ class Heif:
 
 
 def read_item(path: str) -> Heif:
-    """What the file's boxes say of its primary picture. Raises VideoError where they make no sense."""
+    """What the file's boxes say of its primary image. Raises VideoError where they make no sense."""
     try:
         with open_file(path) as file:
             return _primary_item(file)
@@ -51,7 +51,7 @@ def read_item(path: str) -> Heif:
 
 
 def decode(path: str, heif: Heif, rules: Rules) -> Any:
-    """The whole picture, upright, as a Pillow RGB image. Raises VideoError for a tile that is missing."""
+    """The whole image, upright, as a Pillow RGB image. Raises VideoError for a tile that is missing."""
     from PIL import Image
 
     tiles: dict[int, Any] = {}

@@ -88,7 +88,7 @@ def inspect_image(path: str, rules: Rules) -> Header:
         turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
         if turned and image.format != "TIFF":  # whose size Pillow gives upright
             width, height = height, width
-        codec = _CODECS.get(image.format, "jpeg")  # MPO is JPEG with more pictures behind the first
+        codec = _CODECS.get(image.format, "jpeg")  # MPO is JPEG with more images behind the first
         rules.check_duration(duration)
         return Header(
             width,
@@ -122,10 +122,10 @@ def decode_image(
             if index != shown:
                 if moving:
                     seek_frame(image, moving[index])
-                picture = upright_rgb(image)
-                if picture.size != size:
-                    picture = picture.resize(size, Image.Resampling.BICUBIC)
-                shown, pixels = index, picture.tobytes()
+                frame = upright_rgb(image)
+                if frame.size != size:
+                    frame = frame.resize(size, Image.Resampling.BICUBIC)
+                shown, pixels = index, frame.tobytes()
             yield starts[index], pixels
 
 
@@ -187,7 +187,7 @@ def end_times(image: Any) -> list[float]:
 
 
 def upright_rgb(image: Any) -> Any:
-    """The current picture of a Pillow image as an upright RGB image: EXIF orientation applied."""
+    """The current frame of a Pillow image as an upright RGB image: EXIF orientation applied."""
     from PIL import ImageOps
 
     return opaque_rgb(ImageOps.exif_transpose(image))

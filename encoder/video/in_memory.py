@@ -110,7 +110,7 @@ def _channels_last(pixels: Tensor) -> bool:
 
 
 def _rgb(image: Any) -> Tensor:
-    """uint8 (H, W, 3) of the current picture of a Pillow image, upright and opaque."""
+    """uint8 (H, W, 3) of the current frame of a Pillow image, upright and opaque."""
     return torch.from_numpy(np.array(upright_rgb(image)))
 
 

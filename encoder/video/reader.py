@@ -41,7 +41,7 @@ class VideoInfo:
     """What is known of a source without its frames.
 
     width, height: display pixels, which are square and upright, after cropping. duration_s: length of the
-    pictures, 0.0 for one image. frames: count where the header has one. rotation: degrees (clockwise) by
+    video, 0.0 for one image. frames: count where the header has one. rotation: degrees (clockwise) by
     which stored frames were turned, after they were mirrored where the file says so.
     digest: hash of the content (digest.py), a cache key: two different sources never share one.
     """
