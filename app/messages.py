@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from encoder.errors import BudgetError, ConfigError, VideoError
 from encoder.selection import Selector
-from encoder.video.pictures import is_pictures
+from encoder.video.in_memory import is_images
 from encoder.video.reader import Clip
 from encoder.video.sources import Held, source_name
 from llm_bridge.prompt import Message, Role, check_text
@@ -59,7 +59,7 @@ def _is_one(value: Any) -> bool:
         return False
     if isinstance(value, (str, bytes, bytearray, memoryview, os.PathLike, Clip, Media, Held)):
         return True
-    return hasattr(value, "read") or is_pictures(value) or not isinstance(value, Iterable)
+    return hasattr(value, "read") or is_images(value) or not isinstance(value, Iterable)
 
 
 def as_media(video: Any) -> Media:

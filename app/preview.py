@@ -11,8 +11,8 @@ from app.answer import KeptTokens
 from encoder.budget import Plan
 from encoder.preprocess import centre, preprocess
 from encoder.selection import Selector, select
-from encoder.video.frame_times import fit_within
-from encoder.video.pictures import shrink
+from encoder.video.geometry import fit_within
+from encoder.video.in_memory import shrink
 from encoder.video.reader import Clip
 from llm_bridge.model import VideoLanguageModel
 

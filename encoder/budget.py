@@ -1,8 +1,8 @@
 """Budget: how many tokens the encoder may keep, and the frames, resolution and K that it buys.
 
 The default policy walks the anti-diagonal of the paper's Token Optimization table (supplement Table 1): as
-many frames as possible, at the lowest trained resolution first, until the patches seen reach a fixed multiple
-of the tokens kept. A table measured on the model at hand (`PlanTable`) takes its place.
+many frames as possible, at the lowest trained resolution first, until the patches embedded reach a fixed
+multiple of the tokens kept. A table measured on the model at hand (`PlanTable`) takes its place.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from encoder.config import FluxViTConfig
 from encoder.errors import BudgetError
 from encoder.tokens import Grid
 
-# Patches seen per token kept: 16 x 168^2 at K = 1024 is among the best of supplement Table 1.
+# Patches embedded per token kept: 16 x 168^2 at K = 1024 is among the best of supplement Table 1.
 OVERSAMPLING = 2.25
-SMALLEST = 16
+MIN_TOKENS = 16
 
 
 class Media(Protocol):
@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def grid(self) -> Grid:
-        """Patches the encoder sees."""
+        """Patch grid of the encoder's input."""
         return Grid(self.frames, self.height // self.patch_size, self.width // self.patch_size)
 
     @property
@@ -78,9 +78,9 @@ class PlanTable:
 
     rows: tuple[PlanRow, ...]
 
-    def lookup(self, keep: int) -> PlanRow:
-        """The row of the smallest count that is not below `keep`, or the last."""
-        return next((row for row in self.rows if row.tokens >= keep), self.rows[-1])
+    def lookup(self, num_tokens: int) -> PlanRow:
+        """The row of the smallest count that is not below `num_tokens`, or the last."""
+        return next((row for row in self.rows if row.tokens >= num_tokens), self.rows[-1])
 
     @staticmethod
     def of(rows: Iterable[PlanRow]) -> PlanTable:
@@ -99,27 +99,25 @@ class PlanTable:
             raise BudgetError(f"Cannot read the plan table {path}: {error}.") from error
 
 
-def choose_input(keep: int, max_frames: int, config: FluxViTConfig) -> tuple[int, int]:
-    """(frames, resolution) for K kept tokens within the model's trained ranges.
+def choose_input(num_tokens: int, max_frames: int, config: FluxViTConfig) -> tuple[int, int]:
+    """(frames, resolution) for K = num_tokens within the model's trained ranges.
 
     The most frames, then the highest resolution, whose patches number between K and OVERSAMPLING * K; where
     the ranges hold none, the closest above K, or the largest there is.
     """
     per_side = [side // config.patch_size for side in range(*config.resolution_range)]
-    counts = [count for count in range(*config.frames_range) if count <= max_frames]
-    if not counts:
-        counts = [max_frames]
-    pairs = [(frames, side) for frames in counts for side in per_side]
+    frame_counts = [count for count in range(*config.frames_range) if count <= max_frames] or [max_frames]
+    pairs = [(frames, side) for frames in frame_counts for side in per_side]
 
-    def seen(pair: tuple[int, int]) -> int:
+    def patches(pair: tuple[int, int]) -> int:
         return pair[0] * pair[1] ** 2
 
-    fitting = [pair for pair in pairs if keep <= seen(pair) <= OVERSAMPLING * keep]
+    fitting = [pair for pair in pairs if num_tokens <= patches(pair) <= OVERSAMPLING * num_tokens]
     if fitting:
         frames, side = max(fitting)
     else:
-        above = [pair for pair in pairs if seen(pair) > keep]
-        frames, side = min(above, key=seen) if above else max(pairs, key=seen)
+        above = [pair for pair in pairs if patches(pair) > num_tokens]
+        frames, side = min(above, key=patches) if above else max(pairs, key=patches)
     return frames, side * config.patch_size
 
 
@@ -197,8 +195,8 @@ class Budget:
         if self.tokens is None and self.seconds is None:
             return full
 
-        def plan(keep: int) -> Plan:
-            return self._fixed(_plan(keep, max_frames, config, table), keep, max_frames)
+        def plan(num_tokens: int) -> Plan:
+            return self._fixed(_plan(num_tokens, max_frames, config, table), num_tokens, max_frames)
 
         if self.seconds is None:
             return plan(self.tokens or full.keep)
@@ -206,29 +204,30 @@ class Budget:
             raise BudgetError("Budget.auto needs a model whose speed is known: ask through VideoChat.")
         return _within(self.seconds, full.keep, plan, predict_s)
 
-    def _fixed(self, plan: Plan, keep: int | None, max_frames: int) -> Plan:
-        """The plan with the frames and resolution that were asked for; keep=None keeps every token."""
+    def _fixed(self, plan: Plan, num_tokens: int | None, max_frames: int) -> Plan:
+        """The plan with this budget's own frames and resolution; num_tokens=None keeps every token."""
         if self.frames is None and self.resolution is None:
             return plan
         side = self.resolution or plan.height
         if side < plan.patch_size or side % plan.patch_size:
             raise BudgetError(f"A resolution must be a multiple of {plan.patch_size} pixels, not {side}.")
         fixed = replace(plan, frames=min(self.frames or plan.frames, max_frames), height=side, width=side)
-        return replace(fixed, keep=fixed.grid.size if keep is None else min(keep, fixed.grid.size))
+        patches = fixed.grid.size
+        return replace(fixed, keep=patches if num_tokens is None else min(num_tokens, patches))
 
 
 def _within(
-    seconds: float, most: int, plan: Callable[[int], Plan], predict_s: Callable[[Plan], float]
+    seconds: float, max_tokens: int, plan: Callable[[int], Plan], predict_s: Callable[[Plan], float]
 ) -> Plan:
-    """The largest multiple of SMALLEST whose prediction meets the target, by bisection; else SMALLEST."""
-    low, high = 1, max(1, most // SMALLEST)
+    """The largest multiple of MIN_TOKENS whose prediction meets the target, by bisection; else MIN_TOKENS."""
+    low, high = 1, max(1, max_tokens // MIN_TOKENS)
     while low < high:
         middle = (low + high + 1) // 2
-        if predict_s(plan(middle * SMALLEST)) <= seconds:
+        if predict_s(plan(middle * MIN_TOKENS)) <= seconds:
             low = middle
         else:
             high = middle - 1
-    return plan(low * SMALLEST)
+    return plan(low * MIN_TOKENS)
 
 
 def _full_plan(max_frames: int, config: FluxViTConfig) -> Plan:
@@ -237,26 +236,28 @@ def _full_plan(max_frames: int, config: FluxViTConfig) -> Plan:
     return Plan(frames, side, side, frames * (side // config.patch_size) ** 2, config.patch_size)
 
 
-def _plan(keep: int, max_frames: int, config: FluxViTConfig, table: PlanTable | None) -> Plan:
-    frames, side = input_for(keep, max_frames, config, table)
-    seen = frames * (side // config.patch_size) ** 2
-    return Plan(frames, side, side, min(keep, seen), config.patch_size)
+def _plan(num_tokens: int, max_frames: int, config: FluxViTConfig, table: PlanTable | None) -> Plan:
+    frames, side = input_for(num_tokens, max_frames, config, table)
+    patches = frames * (side // config.patch_size) ** 2
+    return Plan(frames, side, side, min(num_tokens, patches), config.patch_size)
 
 
-def input_for(keep: int, max_frames: int, config: FluxViTConfig, table: PlanTable | None) -> tuple[int, int]:
-    """(frames, resolution) for K kept tokens: what was measured for them, else the policy's.
+def input_for(
+    num_tokens: int, max_frames: int, config: FluxViTConfig, table: PlanTable | None
+) -> tuple[int, int]:
+    """(frames, resolution) for K = num_tokens: what was measured for them, else the policy's.
 
-    Where the table does not apply (K beyond its last row, or a clip with fewer frames than the row wants) its
+    Where the table does not apply (K beyond its last row, or a clip with fewer frames than the row needs) its
     input still serves if it has K patches, or no fewer than the policy's.
     """
-    policy = choose_input(keep, max_frames, config)
+    policy = choose_input(num_tokens, max_frames, config)
     if table is None:
         return policy
-    row = table.lookup(keep)
+    row = table.lookup(num_tokens)
     measured = min(row.frames, max_frames), row.resolution
 
-    def seen(size: tuple[int, int]) -> int:
+    def patches(size: tuple[int, int]) -> int:
         return size[0] * (size[1] // config.patch_size) ** 2
 
-    applies = keep <= row.tokens and row.frames <= max_frames
-    return measured if applies or seen(measured) >= min(keep, seen(policy)) else policy
+    applies = num_tokens <= row.tokens and row.frames <= max_frames
+    return measured if applies or patches(measured) >= min(num_tokens, patches(policy)) else policy

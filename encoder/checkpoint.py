@@ -38,7 +38,7 @@ class LoadReport:
         return not (self.missing or self.unexpected or self.mismatched)
 
     def __str__(self) -> str:
-        shapes = [f"{key} (file {found}, model {wanted})" for key, found, wanted in self.mismatched]
+        shapes = [f"{key} (file {in_file}, model {in_model})" for key, in_file, in_model in self.mismatched]
         parts = [
             f"{len(names)} {label}: {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}"
             for label, names in (
@@ -100,8 +100,8 @@ def _is_stored(value: Tensor) -> bool:
 def build(make: Callable[[], M], tensors: Mapping[str, Tensor]) -> M:
     """The module that `make` makes, with these weights; made only if they fit it.
 
-    Raises CheckpointError with the report if they do not: without having taken memory for what only a
-    configuration claims.
+    Raises CheckpointError with the report if they do not, before memory is allocated for the sizes that a
+    configuration states.
     """
     with torch.device("meta"):
         shapes = make()
@@ -113,31 +113,31 @@ def build(make: Callable[[], M], tensors: Mapping[str, Tensor]) -> M:
 
 def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor], *, strict: bool = True) -> LoadReport:
     """Copy tensors into a model by name; raises CheckpointError with the report if strict and not exact."""
-    found = report(model, tensors)
+    result = report(model, tensors)
     if strict:
-        _check(found)
-    model.load_state_dict({key: tensors[key] for key in found.loaded}, strict=False)
-    return found
+        _check(result)
+    model.load_state_dict({key: tensors[key] for key in result.loaded}, strict=False)
+    return result
 
 
-def _check(found: LoadReport) -> None:
-    if not found.exact:
-        raise CheckpointError(f"The weights do not fit the model: {found}.")
+def _check(result: LoadReport) -> None:
+    if not result.exact:
+        raise CheckpointError(f"The weights do not fit the model: {result}.")
 
 
 def report(model: nn.Module, tensors: Mapping[str, Tensor]) -> LoadReport:
     """Which of the tensors a model would take, by name and shape."""
-    own = model.state_dict()
+    state = model.state_dict()
     mismatched = tuple(
-        (key, tuple(tensors[key].shape), tuple(own[key].shape))
-        for key in own
-        if key in tensors and tensors[key].shape != own[key].shape
+        (key, tuple(tensors[key].shape), tuple(state[key].shape))
+        for key in state
+        if key in tensors and tensors[key].shape != state[key].shape
     )
-    bad = {key for key, _, _ in mismatched}
+    misshaped = {key for key, _, _ in mismatched}
     return LoadReport(
-        loaded=tuple(key for key in own if key in tensors and key not in bad),
-        missing=tuple(key for key in own if key not in tensors),
-        unexpected=tuple(key for key in tensors if key not in own),
+        loaded=tuple(key for key in state if key in tensors and key not in misshaped),
+        missing=tuple(key for key in state if key not in tensors),
+        unexpected=tuple(key for key in tensors if key not in state),
         mismatched=mismatched,
     )
 

@@ -14,7 +14,7 @@ Gelu = Literal["erf", "tanh"]
 ImagePositions = Literal["interpolate", "mean"]
 
 
-# The least and the most of every size in a file: a table, or a loop over blocks, is made of it.
+# Allowed (min, max) of every size in a configuration file: tensors and loops are made of them.
 _RANGES: dict[str, tuple[int, int]] = {
     "embed_dim": (8, 8192),
     "depth": (1, 256),
@@ -29,7 +29,7 @@ _RANGES: dict[str, tuple[int, int]] = {
     "num_aligners": (0, 32),
     "num_classes": (0, 2**20),
 }
-_SHARES: dict[str, tuple[float, float]] = {
+_REAL_RANGES: dict[str, tuple[float, float]] = {
     "mlp_ratio": (0.1, 32.0),
     "drop_path": (0.0, 1.0),
     "layer_scale_init": (-1e3, 1e3),
@@ -37,14 +37,14 @@ _SHARES: dict[str, tuple[float, float]] = {
 
 
 def _check_ranges(values: dict[str, Any]) -> None:
-    """Raises ConfigError for a size of the wrong type, or beyond any encoder's."""
+    """Raises ConfigError for a size of the wrong type or out of range."""
     for name, value in values.items():
         if name in _RANGES:
             least, most = _RANGES[name]
             if type(value) is not int or not least <= value <= most:
                 raise ConfigError(f"{name} must be a whole number from {least} to {most}, not {value!r:.40}.")
-        elif name in _SHARES:
-            low, high = _SHARES[name]
+        elif name in _REAL_RANGES:
+            low, high = _REAL_RANGES[name]
             if type(value) not in (int, float) or not low <= value <= high:
                 raise ConfigError(f"{name} must be a number from {low:g} to {high:g}, not {value!r:.40}.")
         elif name in ("frames_range", "resolution_range"):
@@ -127,7 +127,7 @@ class FluxViTConfig:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> FluxViTConfig:
-        """The reverse of `to_dict`; raises ConfigError on unknown keys and on sizes that no encoder has."""
+        """The reverse of `to_dict`; raises ConfigError on unknown keys and sizes out of range."""
         known = {field.name for field in dataclasses.fields(FluxViTConfig)}
         if unknown := set(values) - known:
             raise ConfigError(f"Unknown FluxViT setting {sorted(unknown)}: known are {sorted(known)}.")

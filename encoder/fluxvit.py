@@ -92,7 +92,7 @@ class FluxViT(nn.Module):
         """Patch embeddings before selection and positions: (B, 3, T, H, W) -> (B, T*L, C)."""
         return self.patch_embed(pixels).flatten(1, 2)
 
-    def _position_rows(self, grid: Grid, kept: Tensor) -> Tensor:
+    def position_rows(self, grid: Grid, kept: Tensor) -> Tensor:
         """Position rows (b, K, C) of the kept tokens: interpolated, gathered, then GPE on those alone."""
         rows = self.pos_embed[0, 1:]
         if grid.frames == 1 and self.config.image_positions == "mean":
@@ -109,7 +109,7 @@ class FluxViT(nn.Module):
         """Selected, positioned tokens with cls in front: (b, n, C), (b, K) -> (b, 1+K, C)."""
         if kept.shape[1] < patches.shape[1]:
             patches = patches.gather(1, kept.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
-        tokens = patches + self._position_rows(grid, kept).to(patches.dtype)
+        tokens = patches + self.position_rows(grid, kept).to(patches.dtype)
         cls = (self.cls_token + self.pos_embed[:, :1]).to(patches.dtype)
         return torch.cat([cls.expand(len(tokens), -1, -1), tokens], dim=1)
 
@@ -137,14 +137,14 @@ class FluxViT(nn.Module):
         depth: run only the first so many blocks (negative counts from the end: -1 skips the last).
         times_s: presentation times of each clip's frames, handed through.
         merge: tokens to leave after each of the first blocks by vid-TLDR merging (see encoder.merging);
-        `kept` then names the places of the tokens that others joined.
+        `kept` then holds the raster indices of the tokens that others were merged into.
         Raises BudgetError for K < 1, a wrong number of K, or sides that are not multiples of the patch size.
         """
         clips = list(pixels)
-        keeps = list(keep) if isinstance(keep, Sequence) else [keep] * len(clips)
-        if len(keeps) != len(clips):
+        num_tokens = list(keep) if isinstance(keep, Sequence) else [keep] * len(clips)
+        if len(num_tokens) != len(clips):
             raise BudgetError(
-                f"{len(keeps)} token budgets were given for {len(clips)} clips: give one for each."
+                f"{len(num_tokens)} token budgets were given for {len(clips)} clips: give one for each."
             )
         if merge is not None and min(merge, default=1) < 1:
             raise BudgetError(f"Merging must leave at least 1 token, not {min(merge)}.")
@@ -152,7 +152,7 @@ class FluxViT(nn.Module):
 
         # Clips of one grid and one K share every kernel call.
         groups: dict[tuple[Grid, int], list[int]] = {}
-        for index, (grid, count) in enumerate(zip(grids, keeps, strict=True)):
+        for index, (grid, count) in enumerate(zip(grids, num_tokens, strict=True)):
             bounded = grid.size if count is None else min(count, grid.size)
             groups.setdefault((grid, bounded), []).append(index)
         patches, kept = [], []
@@ -182,9 +182,9 @@ class FluxViT(nn.Module):
         depth: int | None = None,
         layers: Sequence[int] = (),
     ) -> VisionTokens:
-        """The blocks alone, on patch embeddings (B, T*L, C) from `embed` and a given choice of tokens (B, K).
+        """The blocks alone, on patch embeddings (B, T*L, C) and raster indices of the tokens to keep (B, K).
 
-        Training stages use it to run several choices on one embedding, or a choice a teacher made.
+        Training stages use it to run several selections on one embedding, or a teacher's selection.
         layers: block indices whose packed outputs (cls first in each clip) are returned in `hidden`.
         """
         keys = [(grid, kept.shape[1])]

@@ -113,7 +113,7 @@ def check_case(
     if not kept_equal:
         return CaseResult(name, float("inf"), "kept", False)
     tokens = out.tokens
-    found = {
+    outputs = {
         "n_tokens": torch.tensor([tokens.shape[0], tokens.shape[1] + 1, tokens.shape[2]]),
         "tokens_cls": out.cls,
         "tokens_stride64": tokens[:, ::64],
@@ -122,7 +122,7 @@ def check_case(
         "logits": model.classify(out, head),
     }
     differences = {}
-    for key, value in found.items():
+    for key, value in outputs.items():
         if key in expected:
             same_shape = value.shape == expected[key].shape
             gap = (value - expected[key]).abs().max().nan_to_num(float("inf")) if same_shape else None

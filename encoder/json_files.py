@@ -1,4 +1,4 @@
-"""JSON files that somebody else wrote: read within bounds, or refused with a reason."""
+"""Bounded reading of untrusted JSON files: size, nesting and number range; else a reason why not."""
 
 from __future__ import annotations
 

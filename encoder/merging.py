@@ -1,4 +1,4 @@
-"""vid-TLDR: merging inside the first blocks, the paper's other way to few tokens (supplement Table 2).
+"""vid-TLDR token merging inside the first blocks, the paper's alternative to selection (supplement Table 2).
 
 Every token enters; after the attention of each of the first blocks the most alike tokens are joined until a
 target is left. Tokens whose attention is spread out count as background and add nothing to what they join
@@ -17,37 +17,41 @@ from torch import Tensor
 from encoder.errors import BudgetError
 from encoder.layers import QUERY_CHUNK, Block, Segment
 
-TINY = 1e-12  # keeps 0 / 0 at 0 where all tokens are alike
+EPSILON = 1e-12  # makes 0 / 0 zero where all tokens are equal
 
 
-def vid_tldr_schedule(keep: int, seen: int = 0) -> tuple[int, ...]:
+def vid_tldr_schedule(num_tokens: int, num_patches: int = 0) -> tuple[int, ...]:
     """Tokens left after each of the first blocks, as in supplement Table 2: 1024 -> (2048, 1536, 1024) and
     512 -> (1024, 512); other counts in proportion, with three steps from 1024 on.
 
-    seen: tokens that enter; where halving cannot reach `keep` in so few steps, more follow.
+    num_patches: tokens that enter; where halving cannot reach `num_tokens` in so few steps, more follow.
     """
-    if keep < 1:
-        raise BudgetError(f"A token budget must be at least 1, not {keep}.")
-    targets = [2 * keep, 2 * keep - keep // 2, keep] if keep >= 1024 else [2 * keep, keep]
-    left = seen
+    if num_tokens < 1:
+        raise BudgetError(f"A token budget must be at least 1, not {num_tokens}.")
+    targets = (
+        [2 * num_tokens, 2 * num_tokens - num_tokens // 2, num_tokens]
+        if num_tokens >= 1024
+        else [2 * num_tokens, num_tokens]
+    )
+    left = num_patches
     for target in targets:
         left = max(target, left - left // 2)
-    while left > keep:
-        targets.append(keep)
-        left = max(keep, left - left // 2)
+    while left > num_tokens:
+        targets.append(num_tokens)
+        left = max(num_tokens, left - left // 2)
     return tuple(targets)
 
 
 def saliency(concentration: Tensor) -> Tensor:
-    """How much foreground each token is: (B, N), the sum of p log p of its attention -> (B, N) from 0 to 1.
+    """Foreground score of each token: (B, N), the sum of p log p of its attention -> (B, N) from 0 to 1.
 
     Below the clip's mean is background, 0; the rest is stretched to 0..1.
     """
     scores = concentration - concentration.amin(dim=1, keepdim=True)
-    scores = scores / scores.amax(dim=1, keepdim=True).clamp_min(TINY)
+    scores = scores / scores.amax(dim=1, keepdim=True).clamp_min(EPSILON)
     mean = scores.mean(dim=1, keepdim=True)
     above = scores - mean
-    return (above / above.amax(dim=1, keepdim=True).clamp_min(TINY)).masked_fill(scores < mean, 0.0)
+    return (above / above.amax(dim=1, keepdim=True).clamp_min(EPSILON)).masked_fill(scores < mean, 0.0)
 
 
 def concentration(q: Tensor, k: Tensor) -> Tensor:

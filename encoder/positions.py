@@ -73,7 +73,7 @@ def interpolate(table: Tensor, source: Grid, target: Grid) -> Tensor:
 
 
 class PositionCache:
-    """Interpolated tables of the grids seen last, for inference; forgotten when the weights change."""
+    """Least-recently-used cache of interpolated tables, for inference; changed weights are another key."""
 
     def __init__(self, entries: int = 8) -> None:
         self._entries = entries
@@ -98,6 +98,9 @@ class PositionCache:
             while len(self._tables) > self._entries:
                 self._tables.popitem(last=False)
         return rows
+
+    def __len__(self) -> int:
+        return len(self._tables)
 
     def __deepcopy__(self, memo: dict[int, object]) -> PositionCache:
         return PositionCache(self._entries)

@@ -1,4 +1,4 @@
-"""VisionTokens: what the encoder hands on, with the place and time of every token that was kept."""
+"""VisionTokens: the encoder's output, with the raster index and time of every token that was kept."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class VisionTokens:
         return self.kept[clip] // (grid.height * grid.width)
 
     def seconds_of(self, clip: int) -> Tensor:
-        """(K_i,) float32: when each kept token of one clip was seen; 0 where times are unknown."""
+        """(K_i,) float32: presentation time of each kept token of one clip; 0 where unknown."""
         times = () if self.times_s is None else self.times_s[clip]
         if not times:
             return torch.zeros(len(self.kept[clip]), device=self.packed.device)

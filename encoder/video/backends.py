@@ -1,12 +1,11 @@
-"""Two decoders behind one interface: `decode(path, header, times_s, size, rules)` yields frames.
-
-A third one helps PyAV out: libvpx, for the transparency of WebM, which FFmpeg's own decoders leave out.
+"""The decoders behind one interface, `decode_frames`: PyAV, decord, and Pillow for image files.
 
 Each yields (presentation time in seconds from the first frame, RGB bytes in raster order) once per wanted
-time, in order, and closes its readers before it ends. Runs inside the decoding child process.
+time, in order, and closes its readers before it ends. Runs inside the decoding child process. For the
+transparency of WebM, which FFmpeg's own decoders ignore, PyAV decodes by libvpx.
 
-decord reads densely wanted frames well. It is wrong or slow elsewhere, where PyAV takes over: after a seek
-into an open GOP it counts the dropped leading pictures and returns other frames than asked for (about half
+decord is fast for densely sampled frames. It is wrong or slow elsewhere, where PyAV takes over: after a seek
+into an open GOP it counts the dropped leading frames and returns other frames than asked for (about half
 of them in HEVC as x265 writes it), in files without an index (MPEG-TS) it returns later frames than asked
 for, it knows no mirror, crop or transparency, and in long videos it keeps decoding ahead after each seek.
 """
@@ -22,17 +21,17 @@ from typing import Any
 from encoder.errors import VideoError
 from encoder.video.containers import (
     Header,
-    Rules,
     codec_name,
     has_alpha,
+    has_webm_alpha,
     open_container,
-    see_through,
-    stamp,
+    timestamp,
     video_stream,
 )
 from encoder.video.descriptors import native_path
 from encoder.video.frame_times import EPSILON_S, shown_at, split_runs
-from encoder.video.stills import flat_rgb
+from encoder.video.images import decode_image, opaque_rgb
+from encoder.video.limits import Rules
 
 Frames = Iterator[tuple[float, bytes | memoryview]]
 OneRun = Callable[[Sequence[float], int], Frames]
@@ -42,7 +41,40 @@ DECORD_CONTAINERS = frozenset(("mov", "matroska", "avi"))  # with an index that 
 LONG_GAP_S = 10.0  # without an index, a gap at which a seek is worth trying (x264's default is 8-10 s)
 MAX_LOST = 1  # a packet without a frame is normal (VP8's hidden reference frames), two in a row are damage
 MAX_REORDER = 64  # packets that a decoder may hold back
-WORTH_SPLITTING = 2e7  # pixels x seconds between the first and the last wanted frame
+MIN_PARALLEL_WORK = 2e7  # pixels x seconds between the first and the last wanted frame
+
+
+def decode_frames(
+    path: str, header: Header, times_s: Sequence[float], size: tuple[int, int], rules: Rules, decoder: str
+) -> Iterator[tuple[float, bytes | memoryview, int, bool]]:
+    """(time, RGB bytes, turns, mirror) of each wanted frame, by the decoder that suits.
+
+    `size` is upright; turns and mirror are what is still to be done (DisplayGeometry). With decoder "auto",
+    frames that decord cannot deliver come from PyAV.
+    """
+    if header.pillow:
+        yield from ((t, rgb, 0, False) for t, rgb in decode_image(path, header, times_s, size, rules))
+        return
+    if decoder == "auto" and not decord_suits(path, header, times_s, rules):
+        decoder = "pyav"
+    done = 0
+    if decoder != "pyav":
+        try:
+            for t, rgb in decode_decord(path, header, times_s, size, rules):
+                yield t, rgb, 0, False
+                done += 1
+            return
+        except VideoError:
+            if decoder == "decord":
+                raise
+        except Exception as error:  # decord raises bare RuntimeError, EOF and its own kinds
+            if decoder == "decord":
+                raise VideoError(
+                    f"decord cannot read its {header.codec} frames; use decoder='auto'"
+                ) from error
+    raw = size if header.turns % 2 == 0 else size[::-1]
+    for t, rgb in decode_pyav(path, header, times_s[done:], raw, rules):
+        yield t, rgb, header.turns, header.mirror
 
 
 def decode_pyav(
@@ -64,7 +96,7 @@ def decode_decord(
 
     Raises VideoError for a file that decord would show or read wrongly.
     """
-    if not _decord_may(header):
+    if not _decord_supports(header):
         raise VideoError("decord would not show its frames as they should be; use decoder='auto'")
     pts_s = _decord_timeline(path, header, rules)
     yield from _in_runs(
@@ -77,13 +109,13 @@ def decode_decord(
 
 def decord_suits(path: str, header: Header, times_s: Sequence[float], rules: Rules) -> bool:
     """Whether decord is installed, may be used, and is likely to be as fast as PyAV for these times."""
-    if not rules.trusted or not _decord_may(header) or not importlib.util.find_spec("decord"):
+    if not rules.trusted or not _decord_supports(header) or not importlib.util.find_spec("decord"):
         return False
     with open_container(path, rules) as container:
         return not _sparse(video_stream(container, rules), header, times_s)
 
 
-def _decord_may(header: Header) -> bool:
+def _decord_supports(header: Header) -> bool:
     return header.plain and header.codec in DECORD_CODECS and header.container in DECORD_CONTAINERS
 
 
@@ -110,7 +142,7 @@ def _decord_timeline(path: str, header: Header, rules: Rules) -> list[float]:
         for packet in container.demux(stream):
             if not packet.size:
                 continue
-            shown = stamp(packet, stream)
+            shown = timestamp(packet, stream)
             if shown is None or packet.is_discard:
                 raise VideoError("decord cannot tell the times of its frames; use decoder='auto'")
             if key is not None and shown < key:
@@ -124,7 +156,7 @@ def _decord_timeline(path: str, header: Header, rules: Rules) -> list[float]:
 
 
 def _restarts(packet: bytes, stream: Any) -> bool:
-    """Whether an H.264 key frame is a whole picture (IDR) rather than the start of a gradual refresh."""
+    """Whether an H.264 key frame is a whole frame (IDR) rather than the start of a gradual refresh."""
     idr = 5
     types: list[int] = []
     extra = stream.codec_context.extradata or b""
@@ -139,7 +171,7 @@ def _restarts(packet: bytes, stream: Any) -> bool:
 
 
 def _in_runs(one_run: OneRun, times_s: Sequence[float], runs: int, threads: int) -> Frames:
-    """Decode parts of the wanted times side by side, yield them in order."""
+    """Decode parts of the wanted times in parallel, yield them in order."""
     parts = [times_s[r.start : r.stop] for r in split_runs(len(times_s), runs)]
     if len(parts) == 1:
         yield from one_run(parts[0], threads)
@@ -152,9 +184,9 @@ def _in_runs(one_run: OneRun, times_s: Sequence[float], runs: int, threads: int)
 
 
 def _run_count(path: str, header: Header, times_s: Sequence[float], rules: Rules) -> int:
-    """How many readers pay off: more than one only for much work that key frames can divide."""
+    """Number of parallel readers: more than one only for much work that key frames can divide."""
     work = (times_s[-1] - times_s[0]) * header.width * header.height
-    if rules.threads < 2 or len(times_s) < 4 or work < WORTH_SPLITTING or header.step:
+    if rules.threads < 2 or len(times_s) < 4 or work < MIN_PARALLEL_WORK or header.step:
         return 1
     with open_container(path, rules) as container:
         stream = video_stream(container, rules)
@@ -182,24 +214,24 @@ def _pyav_run(
         stream.thread_type = "AUTO"
         cursor = _Cursor(container, stream, header)
         shown: Any = None
-        picture: bytes | memoryview = b""
+        rgb: bytes | memoryview = b""
         reformatter = VideoReformatter()
         for time in times_s:
             frame = cursor.shown_at(time)
             if frame is not shown:
                 rules.check_pixels(frame.width, frame.height)
-                shown, picture = frame, _rgb(frame, size, header, reformatter)
-            yield max(0.0, cursor.time_of(frame)), picture
+                shown, rgb = frame, _rgb(frame, size, header, reformatter)
+            yield max(0.0, cursor.time_of(frame)), rgb
 
 
 class _Cursor:
-    """A place in a video that only moves forward, from key frame to key frame where it can."""
+    """A position in a video that only moves forward, from key frame to key frame where it can."""
 
     def __init__(self, container: Any, stream: Any, header: Header) -> None:
         self.container, self.stream, self.header = container, stream, header
         self.frame: Any = None  # on screen
         self.ahead: Any = None  # the next one, already decoded
-        self.sent: list[int] = []  # time stamps of packets given to the decoder, not yet passed
+        self.pending: list[int] = []  # time stamps of packets that gave no frame yet
         self.decoder = _decoder(stream)
         self.frames = self._counted() if header.step else self._decode()
 
@@ -226,8 +258,8 @@ class _Cursor:
     def _lost(self, shown: Any, time_s: float) -> int:
         """How many packets between the frame shown and time_s gave no frame."""
         end = (time_s + self.header.start_s) / float(self.stream.time_base)
-        self.sent = [stamp for stamp in self.sent if stamp > shown.pts]
-        return sum(stamp <= end for stamp in self.sent)
+        self.pending = [stamp for stamp in self.pending if stamp > shown.pts]
+        return sum(stamp <= end for stamp in self.pending)
 
     def _worth_seeking(self, time_s: float) -> bool:
         if self.header.step:
@@ -251,7 +283,7 @@ class _Cursor:
                 self.container.seek(stamp, stream=self.stream)
             except av.error.FFmpegError:
                 return  # no way to seek in this file: keep decoding from here
-            self.frame, self.sent = None, []
+            self.frame, self.pending = None, []
             self.decoder.flush_buffers()
             self.frames = self._decode(sought=True)
             self.ahead = next(self.frames, None)
@@ -266,17 +298,17 @@ class _Cursor:
         start = round(self.header.start_s / self.stream.time_base) - 1
         last: int | None = None if sought else start
         for packet in self.container.demux(self.stream):
-            sent = stamp(packet, self.stream)
-            if sent is not None:
-                self.sent.append(sent)
+            packet_stamp = timestamp(packet, self.stream)
+            if packet_stamp is not None:
+                self.pending.append(packet_stamp)
             try:
                 for frame in self.decoder.decode(packet):
-                    shown = stamp(frame, self.stream)
-                    if shown is None:  # held back until the end: it comes behind what was given or shown
-                        shown = (max(self.sent, default=start) if last is None else last) + 1
+                    shown = timestamp(frame, self.stream)
+                    if shown is None:  # flushed at the end of the file: one tick after all others
+                        shown = (max(self.pending, default=start) if last is None else last) + 1
                     frame.pts = last = shown
-                    if len(self.sent) > 2 * MAX_REORDER:  # what is shown no longer needs accounting
-                        self.sent = [s for s in self.sent if s >= last]
+                    if len(self.pending) > 2 * MAX_REORDER:  # frames already passed are not counted any more
+                        self.pending = [s for s in self.pending if s >= last]
                     yield frame
             except av.error.InvalidDataError:
                 continue  # counted as lost if it is wanted
@@ -292,15 +324,15 @@ class _Cursor:
                     frame.pts, count = count * self.header.step, count + 1
                     yield frame
             except av.error.InvalidDataError:
-                self.sent.append(count * self.header.step)
+                self.pending.append(count * self.header.step)
                 count += 1
 
 
 def _decoder(stream: Any) -> Any:
-    """What decodes a stream's packets: its own decoder, or libvpx where only that sees transparency."""
+    """Decoder of a stream: its default one, or libvpx where only that decodes transparency."""
     import av
 
-    if not see_through(stream):
+    if not has_webm_alpha(stream):
         return stream.codec_context
     try:
         return av.CodecContext.create({"vp8": "libvpx", "vp9": "libvpx-vp9"}[codec_name(stream)], "r")
@@ -312,8 +344,8 @@ def _rgb(frame: Any, size: tuple[int, int], header: Header, reformatter: Any) ->
     """RGB bytes of a frame scaled to (width, height); one reformatter serves all frames of a run."""
     if header.crop is not None or has_alpha(frame, header.codec):
         return _composed(frame, size, header, reformatter)
-    picture = reformatter.reformat(frame, *size, format="rgb24", interpolation="BICUBIC")
-    plane, row = picture.planes[0], size[0] * 3
+    scaled = reformatter.reformat(frame, *size, format="rgb24", interpolation="BICUBIC")
+    plane, row = scaled.planes[0], size[0] * 3
     view = memoryview(plane)
     if plane.line_size == row:
         return view[: row * size[1]]
@@ -326,10 +358,10 @@ def _composed(frame: Any, size: tuple[int, int], header: Header, reformatter: An
 
     whole = reformatter.reformat(frame, frame.width, frame.height, format="rgba")
     plane, extent = whole.planes[0], (frame.width, frame.height)
-    picture = Image.frombuffer("RGBA", extent, bytes(plane), "raw", "RGBA", plane.line_size, 1)
+    image = Image.frombuffer("RGBA", extent, bytes(plane), "raw", "RGBA", plane.line_size, 1)
     left, top, right, bottom = header.crop or (0.0, 0.0, 1.0, 1.0)
     box = (left * extent[0], top * extent[1], right * extent[0], bottom * extent[1])
-    return flat_rgb(picture).resize(size, Image.Resampling.BICUBIC, box).tobytes()
+    return opaque_rgb(image).resize(size, Image.Resampling.BICUBIC, box).tobytes()
 
 
 def _decord_run(
@@ -340,16 +372,18 @@ def _decord_run(
 
     reader = decord.VideoReader(native_path(path), width=size[0], height=size[1], num_threads=threads)
     try:
-        own = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0]
-        if len(own) != len(pts_s) or np.any(np.diff(own) <= 0):  # e.g. h264 in avi: all of them zero
+        decord_s = reader.get_frame_timestamp(np.arange(len(reader)))[:, 0]
+        if len(decord_s) != len(pts_s) or np.any(
+            np.diff(decord_s) <= 0
+        ):  # e.g. h264 in avi: all of them zero
             raise VideoError("decord counts its frames wrongly; use decoder='auto'")
-        shown, picture = -1, memoryview(b"")
+        shown, rgb = -1, memoryview(b"")
         for index in shown_at(pts_s, times_s):
             if index != shown:
                 pixels = reader[index].asnumpy()
                 if pixels.shape != (size[1], size[0], 3):  # it takes the padding of rows for pixels
                     raise VideoError("decord gives frames of another size; use decoder='auto'")
-                shown, picture = index, pixels.data.cast("B")
-            yield pts_s[index], picture
+                shown, rgb = index, pixels.data.cast("B")
+            yield pts_s[index], rgb
     finally:
         del reader  # an idle reader keeps decoding ahead: memory grows until it is gone

@@ -1,4 +1,4 @@
-"""What the kernel lets a decoding process do, taken away for good: landlock, seccomp, capabilities.
+"""Confinement of the decoding process by the kernel: landlock, seccomp, dropped capabilities.
 
     applied = confine(untrusted=True)     # in the child, after its imports, before a byte of the file is read
     print(report())                       # "landlock (ABI 7), seccomp" on this machine
@@ -72,7 +72,7 @@ def confine(*, untrusted: bool, last: Callable[[], None] = lambda: None) -> Conf
         _drop_capabilities(libc)
         _prctl(libc, _PR_SET_PDEATHSIG, int(signal.SIGKILL))
     last()
-    return Confinement(abi, program is not None and _filter(libc, program))
+    return Confinement(abi, program is not None and install_filter(libc, program))
 
 
 @lru_cache(maxsize=1)
@@ -81,7 +81,7 @@ def report() -> Confinement:
     import subprocess  # not needed in the children themselves
 
     root = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
-    code = "import sys; sys.path[:] = sys.argv[1:]; from encoder.video.confine import _tell; _tell()"
+    code = "import sys; sys.path[:] = sys.argv[1:]; from encoder.video import confine; confine.write_report()"
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-c", code, root, *filter(None, sys.path)],
@@ -95,7 +95,8 @@ def report() -> Confinement:
         return Confinement()
 
 
-def _tell() -> None:
+def write_report() -> None:
+    """Confine this process and write what is in force to stdout, as JSON; the child of `report` runs it."""
     sys.stdout.write(json.dumps(asdict(confine(untrusted=True))))
 
 
@@ -124,7 +125,7 @@ _TCP, _SCOPES = 0b11, 0b11  # bind and connect, from ABI 4 on; abstract sockets 
 
 def _landlock(libc: ctypes.CDLL, *, read: bool) -> int:
     """Refuse all that landlock can refuse, but for reading where `read`; the ABI in force, 0 for none."""
-    create, restrict = _NUMBERS["landlock_create_ruleset"], _NUMBERS["landlock_restrict_self"]
+    create, restrict = SYSCALL_NUMBERS["landlock_create_ruleset"], SYSCALL_NUMBERS["landlock_restrict_self"]
     abi: int = libc.syscall(create[0], None, ctypes.c_size_t(0), 1)
     if abi < 1:
         return 0
@@ -151,7 +152,7 @@ def _drop_capabilities(libc: ctypes.CDLL) -> None:
 
 # -- seccomp: which system calls are answered ----------------------------------------------------------------
 
-_ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column below, the kernel's name
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column below, the kernel's name
 _KILL, _ALLOW, _ERROR = 0x80000000, 0x7FFF0000, 0x00050000
 _EPERM, _ENOSYS = _ERROR | errno.EPERM, _ERROR | errno.ENOSYS
 _YOUNG = 435  # calls from this number on are so new that libraries do without them where they are missing
@@ -188,7 +189,7 @@ setxattr:188:5 lsetxattr:189:6 fsetxattr:190:7 removexattr:197:14 lremovexattr:1
 utime:132:- utimes:235:- futimesat:261:- utimensat:280:88
 landlock_create_ruleset:444:444 landlock_add_rule:445:445 landlock_restrict_self:446:446 seccomp:317:277
 """
-_NUMBERS: dict[str, tuple[int, int]] = {
+SYSCALL_NUMBERS: dict[str, tuple[int, int]] = {
     name: (-1 if x86 == "-" else int(x86), -1 if arm == "-" else int(arm))
     for name, x86, arm in (entry.split(":") for entry in _TABLE.split())
 }
@@ -282,9 +283,9 @@ _Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, c
 def _program(rules: Sequence[Rule], otherwise: int) -> bytes | None:
     """The filter as the kernel reads it; None for an architecture whose numbers are not in the table."""
     machine = os.uname().machine
-    if machine not in _ARCHITECTURES or struct.calcsize("P") != 8:
+    if machine not in ARCHITECTURES or struct.calcsize("P") != 8:
         return None
-    column, architecture = _ARCHITECTURES[machine]
+    column, architecture = ARCHITECTURES[machine]
     code: list[_Instruction] = [
         (_LOAD, 0, 0, 4),
         (_EQUAL, 1, 0, architecture),
@@ -294,7 +295,7 @@ def _program(rules: Sequence[Rule], otherwise: int) -> bytes | None:
         (_RETURN, 0, 0, _KILL),
     ]
     for rule in rules:
-        number = _NUMBERS[rule.call][column]
+        number = SYSCALL_NUMBERS[rule.call][column]
         if number >= 0:
             code += _rule_code(number, rule)
     code += [
@@ -316,10 +317,10 @@ def _rule_code(number: int, rule: Rule) -> list[_Instruction]:
     return [(_EQUAL, 0, len(body), number), *body]
 
 
-def _filter(libc: ctypes.CDLL, program: bytes) -> bool:
+def install_filter(libc: ctypes.CDLL, program: bytes) -> bool:
     """Put the filter in force for all threads of this process; whether the kernel took it."""
     set_mode_filter, all_threads = 1, 1
     memory = ctypes.create_string_buffer(program, len(program))
     header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(memory))
-    column = _ARCHITECTURES[os.uname().machine][0]
-    return bool(libc.syscall(_NUMBERS["seccomp"][column], set_mode_filter, all_threads, header) == 0)
+    column = ARCHITECTURES[os.uname().machine][0]
+    return bool(libc.syscall(SYSCALL_NUMBERS["seccomp"][column], set_mode_filter, all_threads, header) == 0)

@@ -1,6 +1,6 @@
-"""What a video file says about itself, and how much of that is true: read with PyAV before decoding.
+"""Headers of video files: size, duration and codec by PyAV, the stated duration checked against the packets.
 
-Runs inside the decoding child process (decode_worker.py); imports neither torch nor numpy.
+Runs inside the decoding child process (worker.py); imports neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from encoder.errors import VideoError
-from encoder.video.descriptors import open_file, open_raw
-from encoder.video.shape import Shape, container_crop, shape_of
+from encoder.video.descriptors import open_file, open_unbuffered
+from encoder.video.geometry import DisplayGeometry, container_crop, display_geometry
+from encoder.video.limits import Rules
 
 # Raw streams: packets have an order and mostly a rate, but no times that could be trusted, and no index.
 COUNTED = frozenset(
@@ -21,7 +22,7 @@ COUNTED = frozenset(
 )
 # Demuxers an untrusted file may use: none of them opens a second file or a network address.
 SAFE_CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpegts,ivf,h264,hevc,obu,m4v,yuv4mpegpipe"
-LIE_S, LIE_SHARE = 1.0, 0.05  # a stated length may exceed the true one by this much before it is a lie
+TOLERANCE_S, TOLERANCE_SHARE = 1.0, 0.05  # a stated length may exceed the readable one by this much
 LAST_TICK = 1 << 62
 BACK_S = (3.0, 30.0, 0.0)  # steps back from the end to a key frame, where a file has no index
 MAX_DELAY = 16  # frames that a decoder holds back; an AVI whose first frame is later begins with nothing
@@ -29,44 +30,12 @@ DEFAULT_FPS = 25  # of a raw stream that names no rate, as in FFmpeg
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What a file must keep to; None means no limit. Plain values, because they travel as JSON."""
-
-    trusted: bool
-    codecs: tuple[str, ...] | None
-    max_pixels: int
-    max_duration_s: float | None
-    threads: int
-
-    def check_codec(self, codec: str) -> None:
-        """Raises VideoError, naming the codec, when it is not allowed."""
-        if self.codecs is not None and codec not in self.codecs:
-            allowed = ", ".join(self.codecs)
-            raise VideoError(f"the codec {codec!r} is not allowed here; convert the file to one of {allowed}")
-
-    def check_pixels(self, width: int, height: int) -> None:
-        """Raises VideoError, naming size and limit, when frames are too large."""
-        if width * height > self.max_pixels:
-            raise VideoError(
-                f"its frames of {width} x {height} pixels exceed the limit of {self.max_pixels} pixels; "
-                "scale the video down first"
-            )
-
-    def check_duration(self, duration_s: float) -> None:
-        """Raises VideoError when a video lasts longer than allowed."""
-        if self.max_duration_s is not None and duration_s > self.max_duration_s:
-            raise VideoError(
-                f"it lasts {duration_s:.1f} s, more than the allowed {self.max_duration_s:g} s; cut it first"
-            )
-
-
-@dataclass(frozen=True)
-class Header(Shape):
+class Header(DisplayGeometry):
     """Facts about one video stream, beside the shape of its frames.
 
-    claimed_s: length by the header; more than duration_s, what can be read, where it lies or the file is cut.
-    start_s: time stamp of the first frame, which counts as t = 0. step: ticks from one picture to the next
-    where pictures are counted because they carry no times, else 0. kind "image": it holds one picture.
+    claimed_s: length by the header; duration_s: length that can be read, less where the file is cut off.
+    start_s: time stamp of the first frame, which counts as t = 0. step: ticks from one frame to the next
+    where frames are counted because they carry no times, else 0. kind "image": it holds one frame.
     pillow: Pillow reads it, not FFmpeg.
     """
 
@@ -81,19 +50,20 @@ class Header(Shape):
     pillow: bool = False
 
     @property
-    def lies(self) -> bool:
-        return self.claimed_s - self.duration_s > max(LIE_S, LIE_SHARE * self.claimed_s)
+    def overstated(self) -> bool:
+        """Whether the header states a longer video than can be read: it is wrong, or the file is cut off."""
+        return self.claimed_s - self.duration_s > max(TOLERANCE_S, TOLERANCE_SHARE * self.claimed_s)
 
 
 @contextmanager
 def open_container(path: str, rules: Rules) -> Iterator[Any]:
-    """A PyAV input container that reads this one file (see handed.py) and closes with the block."""
+    """A PyAV input container that reads this one file (see descriptors.py) and closes with the block."""
     import av
 
     options = {"protocol_whitelist": "file"}
     if not rules.trusted:
         options["format_whitelist"] = SAFE_CONTAINERS
-    with av.open(open_raw(path), container_options=options, metadata_errors="replace") as container:
+    with av.open(open_unbuffered(path), container_options=options, metadata_errors="replace") as container:
         yield container
 
 
@@ -107,8 +77,8 @@ def video_stream(container: Any, rules: Rules) -> Any:
     cover = av.stream.Disposition.attached_pic
     streams = [s for s in container.streams.video if not s.disposition & cover]
     if not streams:
-        what = "only sound" if container.streams.audio else "no pictures"
-        raise VideoError(f"it holds {what}; give a file with a video stream")
+        content = "only sound" if container.streams.audio else "no pictures"
+        raise VideoError(f"it holds {content}; give a file with a video stream")
     best = container.streams.best("video")
     stream = next((s for s in streams if best is not None and s.index == best.index), streams[0])
     context = stream.codec_context
@@ -128,22 +98,23 @@ def codec_name(stream: Any) -> str:
 def inspect(path: str, rules: Rules) -> Header:
     """Header of a video file: its first frame is decoded, its last packets are found, nothing else.
 
-    All packets are read where a file cannot seek. A file that holds exactly one picture is an image.
+    All packets are read where a file cannot seek. A file that holds exactly one frame is an image.
     Raises VideoError when there is no decodable video or a rule is broken.
     """
     with open_container(path, rules) as container:
         stream = video_stream(container, rules)
         crop = container_crop(container, stream)
-        frame, sent = _first_frame(container, stream)
+        frame, first_stamp = _first_frame(container, stream)
         rules.check_pixels(frame.width, frame.height)
-        shape = shape_of(frame, stream, crop)
+        shape = display_geometry(frame, stream, crop)
         name, codec = container.format.name.split(",")[0], codec_name(stream)
-        if (shape.turns and name != "mov") or has_alpha(frame, codec) or see_through(stream):
+        if (shape.turns and name != "mov") or has_alpha(frame, codec) or has_webm_alpha(stream):
             shape = replace(shape, plain=False)
         header = Header(**vars(shape), frames=stream.frames or None, codec=codec, container=name)
         rules.check_pixels(header.width, header.height)
-        first = stamp(frame, stream) or 0
-        delay = first - sent if name == "avi" and sent is not None and first - sent <= MAX_DELAY else 0
+        first = timestamp(frame, stream) or 0
+        delay = first - first_stamp if name == "avi" and first_stamp is not None else 0
+        delay = delay if delay <= MAX_DELAY else 0
         length = None if name in COUNTED else _length(container, stream, first, delay, header, seek=True)
     if length is None:
         with open_container(path, rules) as container:
@@ -154,8 +125,8 @@ def inspect(path: str, rules: Rules) -> Header:
                 length = _length(container, stream, first, delay, header, seek=False)
     if length is None:
         raise VideoError("none of its pictures can be read; it is damaged or cut off, export it again")
-    if length.frames == 1 and not length.lies and _holds_one(path, rules):
-        if name == "gif" and not _ends_with(path, b";"):  # the decoder does not mind half a picture
+    if length.frames == 1 and not length.overstated and _holds_one(path, rules):
+        if name == "gif" and not _ends_with(path, b";"):  # the decoder does not mind half a frame
             raise VideoError("it is cut off; export or download it again")
         return replace(length, kind="image", duration_s=0.0, claimed_s=0.0)
     rules.check_duration(length.duration_s)
@@ -167,12 +138,12 @@ def has_alpha(frame: Any, codec: str) -> bool:
     return codec != "rawvideo" and any(part.is_alpha for part in frame.format.components)
 
 
-def see_through(stream: Any) -> bool:
-    """Whether a WebM stream has transparency beside its pictures, which FFmpeg's own decoders leave out."""
+def has_webm_alpha(stream: Any) -> bool:
+    """Whether a WebM stream has transparency beside its frames, which FFmpeg's own decoders leave out."""
     return codec_name(stream) in ("vp8", "vp9") and stream.metadata.get("alpha_mode") == "1"
 
 
-def stamp(item: Any, stream: Any) -> int | None:
+def timestamp(item: Any, stream: Any) -> int | None:
     """Time stamp of a packet or decoded frame, in ticks of the stream.
 
     AVI stores no presentation times and FFmpeg's guesses come out of order with reordered frames; the
@@ -189,28 +160,28 @@ def _first_frame(container: Any, stream: Any) -> tuple[Any, int | None]:
 
     if stream.codec_context.width == 0:  # FFmpeg drops sizes that no decoder can handle
         raise VideoError("its frames have no usable size (none, or far too large); export it smaller")
-    sent, wrong = None, None
+    first_stamp, damage = None, None
     for packet in container.demux(stream):
-        if sent is None and packet.size:
-            sent = stamp(packet, stream)
+        if first_stamp is None and packet.size:
+            first_stamp = timestamp(packet, stream)
         try:
             for frame in packet.decode():
-                return frame, sent
+                return frame, first_stamp
         except av.error.InvalidDataError as error:  # a recording that begins between two key frames, say
-            wrong = error
+            damage = error
     raise VideoError(
         "not one of its frames can be decoded; it is damaged or cut off, export it again"
-    ) from wrong
+    ) from damage
 
 
 def _length(
     container: Any, stream: Any, first: int, delay: int, header: Header, *, seek: bool
 ) -> Header | None:
-    """The header with start, length and claimed length; frames=1 where there may be one picture only.
+    """The header with start, length and claimed length; frames=1 where there may be one frame only.
 
     first: time stamp of the first frame. delay: ticks by which the times of frames are behind those of
     packets. seek: go to the end at once, instead of reading all up to it.
-    None where no picture can be read that way.
+    None where no frame can be read that way.
     """
     zero = float(first * stream.time_base)
     tail = _last_packets(container, stream, zero) if seek else _packets(container, stream)
@@ -229,7 +200,7 @@ def _length(
 
 
 def _counted(container: Any, stream: Any, header: Header) -> Header | None:
-    """The header of a raw stream: its pictures are its packets, each as long as the first."""
+    """The header of a raw stream: its frames are its packets, each as long as the first."""
     import av
 
     count, step = 0, 0
@@ -257,7 +228,7 @@ def _ends_with(path: str, last: bytes) -> bool:
 
 
 def _holds_one(path: str, rules: Rules) -> bool:
-    """Whether decoding gives one picture and no second."""
+    """Whether decoding gives one frame and no second."""
     with open_container(path, rules) as container:
         frames = container.decode(video_stream(container, rules))
         next(frames, None)
@@ -265,9 +236,9 @@ def _holds_one(path: str, rules: Rules) -> bool:
 
 
 def _claimed_s(container: Any, stream: Any, zero: float, end: float, last: float, skipped: float) -> float:
-    """Length of the pictures by the header, seconds; their true length where the header is right.
+    """Length of the frames by the header, seconds; their true length where the header is right.
 
-    end, last: where the pictures and where all streams really end, as time stamps. A container whose header
+    end, last: where the frames and where all streams really end, as time stamps. A container whose header
     has one length for all streams is right when its longest stream, maybe the sound, has that length, or
     ends at that time: of a segment of a longer recording (times from 4 s on, say) FFmpeg writes the end.
     skipped: length of what an AVI counts before its first frame.
@@ -281,7 +252,7 @@ def _claimed_s(container: Any, stream: Any, zero: float, end: float, last: float
     begin = (container.start_time or 0) / 1e6
     if whole > begin and _by_ffmpeg(container):
         whole -= begin
-    as_length, as_end = last - begin >= whole - LIE_S, begin < whole <= last + LIE_S
+    as_length, as_end = last - begin >= whole - TOLERANCE_S, begin < whole <= last + TOLERANCE_S
     return end - zero if as_length or (as_end and not _cut(container)) else whole
 
 
@@ -317,9 +288,9 @@ def _cut(container: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Tail:
-    """The end of a file: when its pictures and all of its streams end, in seconds as time stamps.
+    """The end of a file: when its frames and all of its streams end, in seconds as time stamps.
 
-    last: greatest time stamp of a picture, ticks. key: a key frame was among the packets that were read.
+    last: greatest time stamp of a frame, ticks. key: a key frame was among the packets that were read.
     """
 
     end_s: float
@@ -346,7 +317,7 @@ def _last_packets(container: Any, stream: Any, zero: float) -> _Tail | None:
 
 
 def _packets(container: Any, stream: Any) -> _Tail | None:
-    """Demux to the end of the file without decoding; None where no picture is left."""
+    """Demux to the end of the file without decoding; None where no frame is left."""
     import av
 
     ends: dict[int, float] = {}
@@ -358,7 +329,7 @@ def _packets(container: Any, stream: Any) -> _Tail | None:
             packet = next(packets)
         except (StopIteration, av.error.FFmpegError):  # a damaged tail ends the file
             break
-        pts = stamp(packet, packet.stream)
+        pts = timestamp(packet, packet.stream)
         if pts is None or packet.is_corrupt:
             continue
         length = float((packet.duration or 0) * packet.time_base)

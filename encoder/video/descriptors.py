@@ -1,7 +1,8 @@
-"""A file that another process opened: read by its descriptor, so that what was checked is what is read.
+"""File descriptors handed to the decoding child: what the parent opened and checked is what is read.
 
-The decoding child names it `fd:7.mp4`: descriptor 7, called *.mp4, which helps FFmpeg with raw formats.
-Where descriptors cannot travel (Windows), the name is a path, and the same functions take it.
+In the child such a file is named `fd:7.mp4`: descriptor 7 with the suffix of its path, which helps FFmpeg
+with raw formats. Where descriptors cannot travel (Windows), the name is a path, and the same functions take
+it.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import io
 import os
 import re
+import sys
 from typing import BinaryIO
 
 from encoder.errors import VideoError
 
-_LAST = (1 << 63) - 1  # the greatest position that the kernel knows
+PASSES_DESCRIPTORS = sys.platform != "win32"
+_MAX_POSITION = (1 << 63) - 1  # of the kernel
 _NAME = re.compile(r"fd:(\d+)(\.\w*)?")
 
 
@@ -23,7 +26,9 @@ class DescriptorReader(io.RawIOBase):
     def __init__(self, descriptor: int, name: str) -> None:
         self.name = name
         self._descriptor, self._position = descriptor, 0
+        before = os.lseek(descriptor, 0, os.SEEK_CUR)
         self._size = os.lseek(descriptor, 0, os.SEEK_END)
+        os.lseek(descriptor, before, os.SEEK_SET)  # shared with the caller where there is no /proc
 
     def readable(self) -> bool:
         return True
@@ -37,7 +42,7 @@ class DescriptorReader(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """The new position, or -1 for an impossible one: FFmpeg then goes on as with a file of its own."""
         position = (0, self._position, self._size)[whence] + offset
-        if not 0 <= position <= _LAST:
+        if not 0 <= position <= _MAX_POSITION:
             return -1
         self._position = position
         return position
@@ -57,13 +62,13 @@ class DescriptorReader(io.RawIOBase):
         return len(data)
 
 
-def handed_name(descriptor: int, path: str) -> str:
-    """What the functions below take for a descriptor; of the path only the suffix is kept."""
+def descriptor_name(descriptor: int, path: str) -> str:
+    """The name by which the functions below know a descriptor; of the path only the suffix is kept."""
     suffix = os.path.splitext(path)[1].lower()
     return f"fd:{descriptor}{suffix if re.fullmatch(r'[.][a-z0-9]{1,8}', suffix) else ''}"
 
 
-def open_raw(name: str) -> BinaryIO | DescriptorReader:
+def open_unbuffered(name: str) -> BinaryIO | DescriptorReader:
     """The file without a buffer, at its start."""
     match = _NAME.fullmatch(name)
     return DescriptorReader(int(match[1]), name) if match else open(name, "rb", buffering=0)
@@ -71,7 +76,7 @@ def open_raw(name: str) -> BinaryIO | DescriptorReader:
 
 def open_file(name: str) -> BinaryIO:
     """The file for reading in Python, at its start."""
-    return io.BufferedReader(open_raw(name))  # type: ignore[type-var]
+    return io.BufferedReader(open_unbuffered(name))  # type: ignore[type-var]
 
 
 def native_path(name: str) -> str:

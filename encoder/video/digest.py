@@ -1,15 +1,18 @@
-"""Content hashes that key caches: different files or pixels never share one.
+"""Cache keys: content hashes of files and pixels, and what the file system says of a file.
 
-A file is hashed whole, from the descriptor that is decoded, each time: BLAKE2b does some 850 MiB/s on one
-core beside the decoding, and nothing is remembered that could be stale. Only the caller's own files over
-WHOLE_BYTES are told apart without reading all of them, by what the file system says of them and by samples,
-since 4 GiB would take five seconds; the same film under another name then has another digest.
+Different content never shares a digest.
+
+A file is hashed whole, from the descriptor that is decoded, each time (BLAKE2b, some 850 MiB/s on one core
+beside the decoding); nothing is cached that could be stale. Only of the caller's own files over WHOLE_BYTES
+samples and the state in the file system are hashed instead, since 4 GiB would take five seconds; a copy of
+such a file has another digest.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import threading
 import time
 from concurrent.futures import Future
@@ -21,6 +24,25 @@ from encoder.errors import VideoError
 WHOLE_BYTES = 64 * 2**20  # the caller's own files up to this size are hashed whole, a stranger's always
 BLOCKS, BLOCK_BYTES = 256, 2**16  # of larger ones: this many evenly spaced blocks
 AT_ONCE = 2**20  # bytes hashed per call; smaller files are not worth a thread
+SETTLED_S = 2.0  # a file written less long ago may be written again within the clock's step, unnoticed
+
+
+def file_state(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
+    """What the file system says of a regular file: as long as it is the same, so is the content.
+
+    None where nothing can be concluded: no regular file, or one that was changed within SETTLED_S.
+    """
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    if not stat.S_ISREG(status.st_mode) or time.time() - status.st_ctime <= SETTLED_S:
+        return None
+    return _state(status)
+
+
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 def file_digest(
@@ -55,8 +77,7 @@ def file_digest(
 
 def _sampled(file: int, status: os.stat_result) -> str:
     size = status.st_size
-    identity = (status.st_dev, status.st_ino, size, status.st_mtime_ns, status.st_ctime_ns)
-    digest = hashlib.blake2b(repr(identity).encode(), digest_size=16, person=b"samples")
+    digest = hashlib.blake2b(repr(_state(status)).encode(), digest_size=16, person=b"samples")
     for i in range(BLOCKS):
         digest.update(_read(file, i * (size - BLOCK_BYTES) // (BLOCKS - 1), BLOCK_BYTES))
     return digest.hexdigest()
@@ -75,7 +96,7 @@ class Hashing:
     def __init__(self, file: int, *, whole: bool) -> None:
         self._file, self._whole = file, whole
         self._stop = threading.Event()
-        self._found: Future[str] = Future()
+        self._future: Future[str] = Future()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Hashing:
@@ -93,13 +114,13 @@ class Hashing:
         """The digest; waits up to `until` on the monotonic clock. Raises TimeoutError and as file_digest."""
         if self._thread is None:
             self._run()
-        return self._found.result(max(0.0, until - time.monotonic()))
+        return self._future.result(max(0.0, until - time.monotonic()))
 
     def _run(self) -> None:
         try:
-            self._found.set_result(file_digest(self._file, whole=self._whole, stop=self._stop))
+            self._future.set_result(file_digest(self._file, whole=self._whole, stop=self._stop))
         except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
-            self._found.set_exception(error)
+            self._future.set_exception(error)
 
 
 def pixel_digest(frames: Tensor, times_s: tuple[float, ...], kind: str = "", duration_s: float = 0.0) -> str:

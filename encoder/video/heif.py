@@ -1,7 +1,7 @@
-"""HEIC stills: the items of the file are found here, decoded by FFmpeg and put together.
+"""HEIC still images: finds the items of the file, has FFmpeg decode the tiles and assembles them.
 
-A photo from a phone is a grid of tiles, each a picture of its own; FFmpeg gives every tile as a stream and
-leaves the rest to its caller. Only whole pictures and grids are read: overlays, depth and alpha are not.
+A photo from a phone is a grid of tiles, each an image of its own; FFmpeg gives every tile as a stream and
+leaves the rest to its caller. Only whole images and grids are read: overlays, depth and alpha are not.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from encoder.errors import VideoError
-from encoder.video.containers import Rules, codec_name, open_container
+from encoder.video.containers import codec_name, open_container
 from encoder.video.descriptors import open_file
+from encoder.video.limits import Rules
 
 BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"mif1"))
 MAX_META = 1 << 22  # bytes of the box that describes all items: kilobytes in any photo
@@ -21,9 +22,9 @@ MAX_META = 1 << 22  # bytes of the box that describes all items: kilobytes in an
 
 @dataclass(frozen=True)
 class Heif:
-    """The primary picture: `columns` x `rows` tiles (item numbers, row by row) that cover width x height.
+    """The primary image: `columns` x `rows` tiles (item numbers, row by row) that cover width x height.
 
-    moves: Pillow transpositions that make it upright, in order.
+    transposes: Pillow transpositions that make it upright, in order.
     """
 
     width: int
@@ -31,26 +32,26 @@ class Heif:
     columns: int
     rows: int
     tiles: tuple[int, ...]
-    moves: tuple[int, ...]
+    transposes: tuple[int, ...]
 
     @property
     def upright(self) -> tuple[int, int]:
-        """Width and height after the moves."""
-        turned = sum(move in (2, 4) for move in self.moves) % 2  # ROTATE_90, ROTATE_270
+        """Width and height after the transposes."""
+        turned = sum(transpose in (2, 4) for transpose in self.transposes) % 2  # ROTATE_90, ROTATE_270
         return (self.height, self.width) if turned else (self.width, self.height)
 
 
-def describe(path: str) -> Heif:
-    """What the file's boxes say of its primary picture. Raises VideoError where they make no sense."""
+def read_item(path: str) -> Heif:
+    """What the file's boxes say of its primary image. Raises VideoError where they make no sense."""
     try:
         with open_file(path) as file:
-            return _describe(file)
+            return _primary_item(file)
     except (struct.error, IndexError, KeyError) as error:
         raise VideoError("its description of the picture is damaged; export it again") from error
 
 
-def compose(path: str, heif: Heif, rules: Rules) -> Any:
-    """The whole picture, upright, as a Pillow RGB image. Raises VideoError for a tile that is missing."""
+def decode(path: str, heif: Heif, rules: Rules) -> Any:
+    """The whole image, upright, as a Pillow RGB image. Raises VideoError for a tile that is missing."""
     from PIL import Image
 
     tiles: dict[int, Any] = {}
@@ -72,19 +73,19 @@ def compose(path: str, heif: Heif, rules: Rules) -> Any:
     wide, high = tiles[heif.tiles[0]].size
     for place, item in enumerate(heif.tiles):
         whole.paste(tiles[item], (place % heif.columns * wide, place // heif.columns * high))
-    for move in heif.moves:
-        whole = whole.transpose(Image.Transpose(move))
+    for transpose in heif.transposes:
+        whole = whole.transpose(Image.Transpose(transpose))
     return whole
 
 
-def _describe(file: Any) -> Heif:
+def _primary_item(file: Any) -> Heif:
     meta = _meta(file)
     boxes = dict(_boxes(meta[4:]))
     primary = _number(boxes[b"pitm"], 4, 2 if boxes[b"pitm"][0] == 0 else 4)
     kind = _kinds(boxes[b"iinf"])[primary]
-    sizes, moves = _properties(boxes[b"iprp"], primary)
+    sizes, transposes = _properties(boxes[b"iprp"], primary)
     if kind in (b"hvc1", b"av01"):
-        return Heif(*sizes, 1, 1, (primary,), moves)
+        return Heif(*sizes, 1, 1, (primary,), transposes)
     if kind != b"grid":
         raise VideoError(f"its picture is of the kind {kind.decode(errors='replace')!r}; save it as JPEG")
     grid = _payload(file, boxes, primary)
@@ -93,7 +94,7 @@ def _describe(file: Any) -> Heif:
     tiles = _tiles(boxes[b"iref"], primary)
     if len(tiles) != rows * columns or not width or not height:
         raise VideoError("its number of tiles is wrong; export it again")
-    return Heif(width, height, columns, rows, tiles, moves)
+    return Heif(width, height, columns, rows, tiles, transposes)
 
 
 def _meta(file: Any) -> bytes:
@@ -149,19 +150,21 @@ def _tiles(iref: bytes, item: int) -> tuple[int, ...]:
 
 
 def _properties(iprp: bytes, item: int) -> tuple[tuple[int, int], tuple[int, ...]]:
-    """Size of an item and the moves that make it upright, in the order in which they are named."""
+    """Size of an item and the transposes that make it upright, in the order in which they are named."""
     parts = dict(_boxes(iprp))
     known = list(_boxes(parts[b"ipco"]))
-    size, moves = (0, 0), []
+    size, transposes = (0, 0), []
     for index in _associations(parts[b"ipma"], item):
         kind, value = known[index - 1] if index else (b"", b"")
         if kind == b"ispe":
             size = (_number(value, 4, 4), _number(value, 8, 4))
         elif kind == b"irot" and value[0] & 3:
-            moves.append((0, 2, 3, 4)[value[0] & 3])  # Pillow's ROTATE_90, 180, 270, counter-clockwise too
+            transposes.append(
+                (0, 2, 3, 4)[value[0] & 3]
+            )  # Pillow's ROTATE_90, 180, 270, counter-clockwise too
         elif kind == b"imir":
-            moves.append(0 if value[0] & 1 else 1)  # left and right change places, or top and bottom
-    return size, tuple(moves)
+            transposes.append(0 if value[0] & 1 else 1)  # left and right change places, or top and bottom
+    return size, tuple(transposes)
 
 
 def _associations(ipma: bytes, item: int) -> list[int]:
@@ -169,9 +172,9 @@ def _associations(ipma: bytes, item: int) -> list[int]:
     wide_item, wide = 2 if ipma[0] == 0 else 4, 2 if ipma[3] & 1 else 1
     at = 8
     for _ in range(_number(ipma, 4, 4)):
-        found, count = _number(ipma, at, wide_item), _number(ipma, at + wide_item, 1)
+        number, count = _number(ipma, at, wide_item), _number(ipma, at + wide_item, 1)
         at += wide_item + 1
-        if found == item:
+        if number == item:
             mask = 0x7FFF if wide == 2 else 0x7F
             return [_number(ipma, at + i * wide, wide) & mask for i in range(count)]
         at += count * wide
@@ -186,7 +189,7 @@ def _payload(file: Any, boxes: dict[bytes, bytes], item: int) -> bytes:
     offset_wide, length_wide, base_wide, index_wide = widths
     count, at = _number(iloc, 6, wide_item), 6 + wide_item
     for _ in range(count):
-        found = _number(iloc, at, wide_item)
+        number = _number(iloc, at, wide_item)
         at += wide_item
         method = _number(iloc, at, 2) & 15 if version else 0
         at += (2 if version else 0) + 2
@@ -194,7 +197,7 @@ def _payload(file: Any, boxes: dict[bytes, bytes], item: int) -> bytes:
         extents, at = _number(iloc, at, 2), at + 2
         offset = _number(iloc, at + index_wide, offset_wide)
         length = _number(iloc, at + index_wide + offset_wide, length_wide)
-        if found == item:
+        if number == item:
             if method == 1:
                 return boxes[b"idat"][base + offset :][: min(length, 64)]
             file.seek(base + offset)

@@ -1,4 +1,4 @@
-"""Videos and images of any kind become a `Clip`: upright frames with the real time of each.
+"""Read videos and images of any kind as a `Clip`: upright frames with the presentation time of each.
 
     clip = read_clip("cat.mp4", frames=16)
     clip.frames, clip.times_s, clip.info
@@ -11,57 +11,29 @@ A file that is cut off can be used as far as its requested frames are readable; 
 from __future__ import annotations
 
 import atexit
-import errno
-import io
 import math
 import os
-import stat
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
 from encoder.errors import VideoError
-from encoder.video.containers import Rules
 from encoder.video.digest import Hashing, file_digest, pixel_digest
-from encoder.video.frame_times import fit_within, shown_at, spread_times
-from encoder.video.pictures import is_animation, is_pictures, read_animation, read_pictures, shrink
-from encoder.video.sandbox import Crashed, Decoded, OutOfTime, Sandbox
-from encoder.video.worker import PASSES_FILES
+from encoder.video.frame_times import shown_at, spread_times
+from encoder.video.geometry import fit_within
+from encoder.video.in_memory import is_animation, is_images, read_animation, read_images, shrink
+from encoder.video.limits import DEFAULT_LIMITS, Limits
+from encoder.video.protocol import Request
+from encoder.video.sandbox import Decoded, DecodeTimeout, WorkerCrashed, WorkerPool
+from encoder.video.sources import OpenFile, open_source, reason, source_label
 
-UNTRUSTED_CODECS = (
-    *("h264", "hevc", "vp8", "vp9", "av1", "mpeg4", "mjpeg"),
-    *("gif", "png", "jpeg", "webp", "bmp"),
-    "rawvideo",  # y4m
-)
 DECORD_SHARE = 0.6  # of the time limit; when decord hangs, PyAV has the rest
 Decoder = Literal["auto", "decord", "pyav"]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one read may cost; a VideoError says which limit a file breaks.
-
-    seconds: wall clock. memory_mib: address space of the decoding child, and size of the frames returned.
-    max_pixels: width x height of one frame. max_duration_s: None is any. max_bytes: size of the file.
-    codecs: allowed codecs; None is UNTRUSTED_CODECS for untrusted sources and any codec for trusted ones.
-    contained: refuse untrusted sources on a machine that cannot confine their decoder (`confine.report`); by
-    default they are read there as well, with a child process, its limits and an empty environment only.
-    """
-
-    seconds: float = 20.0
-    memory_mib: int = 3072
-    max_pixels: int = 8192 * 8192
-    max_duration_s: float | None = None
-    max_bytes: int = 16 * 2**30
-    codecs: tuple[str, ...] | None = None
-    contained: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +41,7 @@ class VideoInfo:
     """What is known of a source without its frames.
 
     width, height: display pixels, which are square and upright, after cropping. duration_s: length of the
-    pictures, 0.0 for one image. frames: count where the header has one. rotation: degrees (clockwise) by
+    video, 0.0 for one image. frames: count where the header has one. rotation: degrees (clockwise) by
     which stored frames were turned, after they were mirrored where the file says so.
     digest: hash of the content (digest.py), a cache key: two different sources never share one.
     """
@@ -101,9 +73,13 @@ class Clip:
         return self.info.duration_s
 
 
-DEFAULT_LIMITS = Limits()
-_sandbox = Sandbox()  # holds idle children only; they end by themselves after ten seconds
-atexit.register(_sandbox.close)
+_pool = WorkerPool()  # its idle children end by themselves after ten seconds
+atexit.register(_pool.close)
+
+
+def close_idle_workers() -> None:
+    """End the decoding children that wait for the next file now, instead of some seconds later."""
+    _pool.close()
 
 
 def probe(
@@ -119,12 +95,11 @@ def probe(
     Of a file that is cut off, duration_s is the part that can be read. name: what errors call the source
     (default: the file's own). Raises VideoError.
     """
-    if is_pictures(source):
-        return _from_pictures(source, fps, limits).info
-    name = name or _name(source)
-    with _as_file(source, limits, name) as file:
-        request = _request(file.name, 0, trusted, limits, "auto", None)
-        return _info(*_read(request, file, trusted, name))
+    if is_images(source):
+        return _clip_of_images(source, fps, limits).info
+    name = name or source_label(source)
+    with open_source(source, limits, name) as file:
+        return _info(*_read(_request(file, trusted, limits), file, name))
 
 
 def read_clip(
@@ -146,28 +121,32 @@ def read_clip(
 
     source: path, bytes, binary file object, one image, a list of images (PIL, array, tensor) or an array
     (T, H, W, C) of uint8 or uint16, C = 1, 3 or 4 (RGBA). Lists and arrays count as a video of `fps` frames
-    per second. An image that moves (GIF, APNG, WebP, AVIF) is a video with its own times; a still, or a
-    video of one picture, is an image and gives T = 1. What is transparent becomes white; HDR values and
-    colour profiles are left alone.
-    at_s: exact times instead (seconds; sorted). moments: places in [start_s, end_s] instead, from 0 (its
-    start) to 1 (sorted). Each frame is the one a player shows at its time.
+    per second. An animated image (GIF, APNG, WebP, AVIF) is a video with its own times; a still image, or a
+    video of one frame, is an image and gives T = 1. Transparency is composed on white; HDR values and
+    colour profiles are not converted.
+    at_s: exact times instead (seconds; sorted). moments: relative times in [start_s, end_s] instead, from 0
+    (its start) to 1 (sorted). Each frame is the one a player shows at its time.
     max_side: shrink frames whose longer side exceeds it while decoding.
     decoder: "auto" is decord for trusted files that it reads well, else PyAV. trusted=False: PyAV only,
     allowed codecs only, in a child process of its own. name: what errors call the source.
     Raises VideoError: one sentence, what was wrong and what to do.
     """
     _check(frames, start_s, end_s, at_s, moments, max_side, decoder, trusted)
-    if is_pictures(source):
-        return _from_pictures(source, fps, limits, frames, start_s, end_s, at_s, moments, max_side)
-    name = name or _name(source)
-    with _as_file(source, limits, name) as file:
-        request = _request(file.name, frames, trusted, limits, decoder, max_side)
-        request.update(start_s=start_s, end_s=end_s)
-        if at_s is not None:
-            request.update(at_s=[float(t) for t in at_s], max_count=len(at_s))
-        if moments is not None:
-            request.update(moments=[float(m) for m in moments], max_count=len(moments))
-        decoded, digest = _read(request, file, trusted, name)
+    if is_images(source):
+        return _clip_of_images(source, fps, limits, frames, start_s, end_s, at_s, moments, max_side)
+    name = name or source_label(source)
+    with open_source(source, limits, name) as file:
+        request = replace(
+            _request(file, trusted, limits),
+            frames=frames,
+            start_s=start_s,
+            end_s=end_s,
+            at_s=None if at_s is None else tuple(float(t) for t in at_s),
+            moments=None if moments is None else tuple(float(m) for m in moments),
+            max_side=max_side,
+            decoder=decoder if trusted else "pyav",
+        )
+        decoded, digest = _read(request, file, name)
         return Clip(decoded.frames, decoded.times_s, _info(decoded, digest))
 
 
@@ -198,29 +177,16 @@ def _check(
         raise VideoError("decord is only for trusted files; use decoder='auto' for untrusted ones.")
 
 
-def _request(
-    path: str, frames: int, trusted: bool, limits: Limits, decoder: str, max_side: int | None
-) -> dict[str, Any]:
-    """What the decoding child needs to know, as JSON values."""
-    codecs = limits.codecs if limits.codecs is not None or trusted else UNTRUSTED_CODECS
-    rules = Rules(trusted, codecs, limits.max_pixels, limits.max_duration_s, _threads())
-    return {
-        "path": path,
-        "frames": frames,
-        "max_count": frames,
-        "start_s": None,
-        "end_s": None,
-        "at_s": None,
-        "moments": None,
-        "max_side": max_side,
-        "decoder": decoder if trusted else "pyav",
-        "rules": asdict(rules),
-        "seconds": limits.seconds,
-        "memory_mib": limits.memory_mib,
-        "max_bytes_out": limits.memory_mib * 2**20,
-        "contained": limits.contained and not trusted,
-        "load_all": False,
-    }
+def _request(file: OpenFile, trusted: bool, limits: Limits) -> Request:
+    """A request for the header of a file, within the limits."""
+    return Request(
+        path=file.name,
+        rules=limits.rules(trusted, _threads()),
+        decoder="auto" if trusted else "pyav",
+        seconds=limits.seconds,
+        memory_mib=limits.memory_mib,
+        contained=limits.contained and not trusted,
+    )
 
 
 def _threads() -> int:
@@ -231,13 +197,14 @@ def _threads() -> int:
     return min(4, os.cpu_count() or 1)
 
 
-def _read(request: dict[str, Any], file: _Opened, trusted: bool, name: str) -> tuple[Decoded, str]:
+def _read(request: Request, file: OpenFile, name: str) -> tuple[Decoded, str]:
     """Decode an open file and hash it meanwhile; what is hashed is what was decoded."""
-    until = time.monotonic() + request["seconds"]
+    until = time.monotonic() + request.seconds
     before = os.fstat(file.descriptor)
+    trusted = request.rules.trusted
     try:
         with Hashing(file.descriptor, whole=not trusted or file.copied) as hashing:
-            decoded = _decode(request, file.descriptor, trusted, name)
+            decoded = _decode(request, file.descriptor, name)
             digest = hashing.result(until)
         if not trusted and _changed(before, file.descriptor, digest):
             raise VideoError(
@@ -246,7 +213,7 @@ def _read(request: dict[str, Any], file: _Opened, trusted: bool, name: str) -> t
     except (TimeoutError, FutureTimeout):
         raise VideoError(_too_long(request, name)) from None
     except OSError as error:
-        raise VideoError(f"Cannot read {name}: {_reason(error)}; check the disk it is on.") from error
+        raise VideoError(f"Cannot read {name}: {reason(error)}; check the disk it is on.") from error
     return decoded, digest
 
 
@@ -258,27 +225,28 @@ def _changed(before: os.stat_result, descriptor: int, digest: str) -> bool:
     return before.st_ctime_ns != after.st_ctime_ns and file_digest(descriptor) != digest
 
 
-def _too_long(request: dict[str, Any], name: str) -> str:
+def _too_long(request: Request, name: str) -> str:
     return (
-        f"Cannot read {name}: it took longer than {request['seconds']:g} s; "
+        f"Cannot read {name}: it took longer than {request.seconds:g} s; "
         "try a shorter or smaller video, or allow more seconds."
     )
 
 
-def _decode(request: dict[str, Any], file: int, trusted: bool, name: str) -> Decoded:
+def _decode(request: Request, file: int, name: str) -> Decoded:
     """Run a request in a child; where decord may have hung or crashed it, once more with PyAV."""
     started = time.monotonic()
-    may_use_decord = trusted and request["decoder"] == "auto" and request["frames"]
+    trusted = request.rules.trusted
+    may_use_decord = trusted and request.decoder == "auto" and request.frames > 0
     share = DECORD_SHARE if may_use_decord else 1.0
     try:
         try:
-            return _sandbox.decode({**request, "seconds": share * request["seconds"]}, file, keep=trusted)
-        except (OutOfTime, Crashed):
+            return _pool.decode(replace(request, seconds=share * request.seconds), file, keep=trusted)
+        except (DecodeTimeout, WorkerCrashed):
             if not may_use_decord:
                 raise
-            left = request["seconds"] - (time.monotonic() - started)
-            return _sandbox.decode({**request, "seconds": left, "decoder": "pyav"}, file, keep=trusted)
-    except OutOfTime:
+            left = request.seconds - (time.monotonic() - started)
+            return _pool.decode(replace(request, seconds=left, decoder="pyav"), file, keep=trusted)
+    except DecodeTimeout:
         raise VideoError(_too_long(request, name)) from None
     except VideoError as error:
         raise VideoError(f"Cannot read {name}: {error}.") from error.__cause__
@@ -287,159 +255,19 @@ def _decode(request: dict[str, Any], file: int, trusted: bool, name: str) -> Dec
 def _info(decoded: Decoded, digest: str) -> VideoInfo:
     header = decoded.header
     return VideoInfo(
-        kind="image" if header["kind"] == "image" else "video",
-        width=int(header["width"]),
-        height=int(header["height"]),
-        duration_s=float(header["duration_s"]),
-        frames=header["frames"],
-        codec=str(header["codec"]),
-        container=str(header["container"]),
-        rotation=(360 - 90 * int(header["turns"])) % 360,
+        kind="image" if header.kind == "image" else "video",
+        width=header.width,
+        height=header.height,
+        duration_s=header.duration_s,
+        frames=header.frames,
+        codec=header.codec,
+        container=header.container,
+        rotation=(360 - 90 * header.turns) % 360,
         digest=digest,
     )
 
 
-def _name(source: Any) -> str:
-    return (
-        repr(os.path.basename(os.fspath(source))) if isinstance(source, (str, os.PathLike)) else "the video"
-    )
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A regular file, opened once for reading: what is checked is what is hashed and decoded.
-
-    name: as the caller calls it. copied: it is a copy made for this call.
-    """
-
-    descriptor: int
-    name: str
-    copied: bool = False
-
-
-@contextmanager
-def _as_file(source: Any, limits: Limits, name: str) -> Iterator[_Opened]:
-    """The source as an open regular file; a temporary one without a name for bytes and one-pass sources.
-
-    A file object that is a regular file at its start is read in place, and stays where it is.
-    Raises VideoError when there is no such file, or it is empty, too large or not a file.
-    """
-    if isinstance(source, (str, os.PathLike)):
-        path = os.path.abspath(os.fsdecode(source))
-        descriptor = _open(path, name)
-        try:
-            _check_file(descriptor, name, limits)
-            yield _Opened(descriptor, path)
-        finally:
-            os.close(descriptor)
-    elif (own := _descriptor_of(source)) is not None:
-        descriptor = _open_again(own, name)
-        try:
-            _check_file(descriptor, name, limits)
-            yield _Opened(descriptor, str(source.name))
-        finally:
-            os.close(descriptor)
-    elif isinstance(source, (bytes, bytearray, memoryview)) or _can_be_read(source):
-        with _temporary_file() as file:
-            _copy(source, file, limits)
-            file.flush()
-            _check_file(file.fileno(), name, limits)
-            yield _Opened(file.fileno(), str(file.name), copied=True)
-    else:
-        raise VideoError(f"A video cannot be a {type(source).__name__}; give a path, bytes, file or images.")
-
-
-def _can_be_read(source: Any) -> bool:
-    return callable(getattr(source, "read", None)) and not isinstance(source, type)
-
-
-def _temporary_file() -> Any:
-    """A file that is gone with its descriptor; with a name only where the child needs one (Windows)."""
-    make = tempfile.TemporaryFile if PASSES_FILES else tempfile.NamedTemporaryFile
-    return make(prefix="fluxchat-")
-
-
-def _descriptor_of(source: Any) -> int | None:
-    """Descriptor of a file object that is a regular file, read as it is, at its start; else None."""
-    file = getattr(source, "file", source)  # tempfile wraps its files
-    raw = getattr(file, "raw", file)
-    if not PASSES_FILES or not isinstance(file, (io.BufferedReader, io.BufferedRandom, io.FileIO)):
-        return None
-    if not isinstance(raw, io.FileIO) or raw.closed or not raw.readable():
-        return None
-    descriptor = raw.fileno()
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode) or file.tell() != 0:
-        return None
-    file.flush()
-    return descriptor
-
-
-def _open(path: str, name: str) -> int:
-    """Open a path for reading without waiting for anybody, whatever it turns out to be."""
-    flags = (getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_NOCTTY", "O_CLOEXEC", "O_BINARY"))
-    try:
-        return os.open(path, os.O_RDONLY | sum(flags))
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL):
-            raise VideoError(f"Cannot read {name}: there is no such file; check the path.") from error
-        if os.path.isdir(path):
-            raise VideoError(_DIRECTORY.format(name)) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.ENXIO):
-            raise VideoError(_UNREADABLE.format(name)) from error
-        raise VideoError(f"Cannot read {name}: {_reason(error)}; try again.") from error
-    except ValueError as error:  # a zero byte in the name
-        raise VideoError(f"Cannot read {name}: there is no such file; check the path.") from error
-
-
-def _open_again(descriptor: int, name: str) -> int:
-    """A descriptor of the same file that cannot write and, on Linux, has a position of its own."""
-    import fcntl
-
-    try:
-        return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-            return os.dup(descriptor)
-        raise VideoError(f"Cannot read {name}: open it for reading only, in binary mode ('rb').") from error
-
-
-_DIRECTORY = "Cannot read {}: it is a directory; give one video or image file."
-_UNREADABLE = "Cannot read {}: it is not a readable file; check its kind and permissions."
-
-
-def _check_file(descriptor: int, name: str, limits: Limits) -> None:
-    status = os.fstat(descriptor)
-    if stat.S_ISDIR(status.st_mode):
-        raise VideoError(_DIRECTORY.format(name))
-    if not stat.S_ISREG(status.st_mode):
-        raise VideoError(_UNREADABLE.format(name))
-    if status.st_size == 0:
-        raise VideoError(f"Cannot read {name}: it is empty (0 bytes); export or download it again.")
-    if status.st_size > limits.max_bytes:
-        raise VideoError(
-            f"Cannot read {name}: {status.st_size} bytes exceed the limit of {limits.max_bytes}; "
-            "cut or compress it."
-        )
-
-
-def _reason(error: OSError) -> str:
-    return (error.strerror or type(error).__name__).lower()
-
-
-def _copy(source: Any, file: Any, limits: Limits) -> None:
-    """Write bytes or a binary file object's rest to a file, at most one byte over the limit."""
-    if not hasattr(source, "read"):
-        view = memoryview(source)
-        file.write((view if view.c_contiguous else memoryview(bytes(view)))[: limits.max_bytes + 1])
-        return
-    left = limits.max_bytes + 1
-    while left and (block := source.read(min(1 << 20, left))):
-        if not isinstance(block, (bytes, bytearray)):
-            raise VideoError("The file object gives text; open the video in binary mode ('rb').")
-        left -= file.write(block)
-
-
-def _from_pictures(
+def _clip_of_images(
     source: Any,
     fps: float,
     limits: Limits,
@@ -450,7 +278,7 @@ def _from_pictures(
     moments: Sequence[float] | None = None,
     max_side: int | None = None,
 ) -> Clip:
-    """Clip of images in memory, picture i shown from i / fps on; frames=None keeps all of them.
+    """Clip of images in memory, image i shown from i / fps on; frames=None keeps all of them.
 
     An opened animation (GIF, APNG, WebP, AVIF) keeps its own times.
     """
@@ -460,7 +288,7 @@ def _from_pictures(
     if is_animation(source):
         pixels, ends = read_animation(source, limits.max_pixels, limits.memory_mib * 2**20)
     else:
-        pixels = read_pictures(source, limits.max_pixels)
+        pixels = read_images(source, limits.max_pixels)
     total, height, width = pixels.shape[:3]
     single = total == 1 and not isinstance(source, (list, tuple))
     duration = 0.0 if single else ends[-1] if ends else total / fps

@@ -1,16 +1,15 @@
-"""Decoding in a child process with a wall clock, a memory limit and no way back but frames.
+"""A pool of decoding child processes, each with a time limit, a memory limit and one pipe for its frames.
 
 Why a child: decoders hang, crash and carry security holes; a thread that hangs cannot be ended. A child
 starts with an empty environment and no descriptor but its pipes, gets the file as an open descriptor, and
 confines itself (confine.py) before it reads a byte. A child for trusted files is kept a few seconds for the
-next call (starting one costs about 0.2 s); a child that saw an untrusted file, crashed, hung or met an error
-that it does not know is ended before the call returns.
+next call (starting one costs about 0.2 s); a child that read an untrusted file, crashed, hung or met an
+unexpected error is ended before the call returns.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -19,15 +18,26 @@ import sys
 import threading
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from encoder.errors import VideoError
-from encoder.video.reply import MAX_LINE, Untrue, read_error, read_message, read_pose, read_reply, read_time
-from encoder.video.worker import IDLE_S, PASSES_FILES
+from encoder.video.containers import Header
+from encoder.video.descriptors import PASSES_DESCRIPTORS
+from encoder.video.protocol import (
+    MAX_LINE,
+    ProtocolError,
+    Request,
+    read_error,
+    read_message,
+    read_reply,
+    read_rotation,
+    read_time,
+)
+from encoder.video.worker import IDLE_S
 
 MAX_IDLE = max(2, min(16, os.cpu_count() or 2))  # children kept between calls: one per parallel reader
 PIPE_BYTES = 1 << 20  # frames are megabytes: fewer switches between the processes
@@ -35,43 +45,43 @@ PIPE_BYTES = 1 << 20  # frames are megabytes: fewer switches between the process
 _LOADER_ENV = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")
 
 
-class OutOfTime(VideoError):
+class DecodeTimeout(VideoError):
     """The child did not finish within its wall-clock limit."""
 
 
-class Unprepared(VideoError):
+class LibraryNotLoaded(VideoError):
     """The child needed a library that it had not loaded before it confined itself."""
 
 
-class Crashed(VideoError):
+class WorkerCrashed(VideoError):
     """The child ended before its answer was complete."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """header: the child's Header as a dict; frames: uint8 (T, H, W, 3), upright; times_s: T seconds."""
+    """frames: uint8 (T, H, W, 3), upright; times_s: presentation times of these T frames, seconds."""
 
-    header: dict[str, Any]
+    header: Header
     frames: Tensor
     times_s: tuple[float, ...]
 
 
-class _Worker:
+class Worker:
     """One decoding child process, the socket that brings it requests and the pipe that its answers take.
 
-    sound: it may serve another call, because it ended every answer the way the protocol says.
+    reusable: it may serve another request, because it ended every answer as the protocol says.
     """
 
     def __init__(self) -> None:
         root = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
         # -S and an explicit path: no site start-up; the parent's __main__ is never imported
         code = "import sys; sys.path[:] = sys.argv[1:]; from encoder.video.worker import main; main()"
-        self.sound = True
+        self.reusable = True
         ours, theirs = socket.socketpair()
         try:
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", code, root, *filter(None, sys.path)],
-                stdin=theirs.fileno() if PASSES_FILES else subprocess.PIPE,
+                stdin=theirs.fileno() if PASSES_DESCRIPTORS else subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env={name: os.environ[name] for name in _LOADER_ENV if name in os.environ},
@@ -112,16 +122,16 @@ class _Worker:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
 
-    def ask(self, request: dict[str, Any], file: int) -> Decoded:
+    def ask(self, request: Request, file: int) -> Decoded:
         """Send one request about an open file, collect the frames. Raises VideoError."""
-        self.sound = False
-        self._send(json.dumps(request).encode() + b"\n", file)
+        self.reusable = False
+        self._send(request.to_line(), file)
         reply = read_reply(self._message(), request)
         frames = torch.empty((reply.count, reply.height, reply.width, 3), dtype=torch.uint8)
         times = []
         for frame in frames:
             message = self._message()
-            turns, mirror = read_pose(message)
+            turns, mirror = read_rotation(message)
             if turns or mirror:  # PyAV does not turn frames, decord has done so
                 shape = (reply.width, reply.height, 3) if turns % 2 else frame.shape
                 stored = torch.empty(shape, dtype=torch.uint8)
@@ -130,7 +140,7 @@ class _Worker:
             else:
                 self._fill(frame)
             times.append(read_time(message))
-        self.sound = True
+        self.reusable = True
         return Decoded(reply.header, frames, tuple(times))
 
     def _send(self, line: bytes, file: int) -> None:
@@ -149,11 +159,11 @@ class _Worker:
         if not line:
             raise EOFError
         if not line.endswith(b"\n"):
-            raise Untrue if len(line) == MAX_LINE else EOFError
+            raise ProtocolError if len(line) == MAX_LINE else EOFError
         message = read_message(line)
         if "error" in message:
-            self.sound = message.get("known") is True
-            kind = Unprepared if message.get("unprepared") is True else VideoError
+            self.reusable = message.get("known") is True
+            kind = LibraryNotLoaded if message.get("not_loaded") is True else VideoError
             raise kind(read_error(message))
         return message
 
@@ -162,61 +172,61 @@ class _Worker:
         assert stdout is not None
         view = memoryview(target.view(-1).numpy().data)
         while len(view):
-            got = stdout.readinto(view)  # type: ignore[attr-defined]
-            if not got:
+            count = stdout.readinto(view)  # type: ignore[attr-defined]
+            if not count:
                 raise EOFError
-            view = view[got:]
+            view = view[count:]
 
 
-class Sandbox:
-    """Hands requests to decoding children; safe to use from many threads and after a fork."""
+class WorkerPool:
+    """Decoding children that serve one request at a time; safe to use from many threads and after a fork."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._idle: list[tuple[float, _Worker]] = []
+        self._idle: list[tuple[float, Worker]] = []
         if hasattr(os, "register_at_fork"):
             reset = weakref.WeakMethod(self._after_fork)
             os.register_at_fork(after_in_child=lambda: (method := reset()) and method())
 
-    def decode(self, request: dict[str, Any], file: int, *, keep: bool) -> Decoded:
+    def decode(self, request: Request, file: int, *, keep: bool) -> Decoded:
         """One request about an open file in one child. keep: the child may serve later calls.
 
-        Raises VideoError for what is wrong with the file, Crashed when the child ended itself, OutOfTime
-        when request["seconds"] passed first.
+        Raises VideoError for what is wrong with the file, WorkerCrashed when the child ended itself,
+        DecodeTimeout when `request.seconds` passed first.
         """
         started = time.monotonic()
         try:
             return self._decode(request, file, keep=keep)
-        except Unprepared:
-            seconds = request["seconds"] - (time.monotonic() - started)
-            return self._decode({**request, "seconds": seconds, "load_all": True}, file, keep=keep)
+        except LibraryNotLoaded:
+            seconds = request.seconds - (time.monotonic() - started)
+            return self._decode(replace(request, seconds=seconds, load_all=True), file, keep=keep)
 
-    def _decode(self, request: dict[str, Any], file: int, *, keep: bool) -> Decoded:
+    def _decode(self, request: Request, file: int, *, keep: bool) -> Decoded:
         started = time.monotonic()
-        worker = self._take() if keep else _Worker()
+        worker = self.acquire() if keep else Worker()
         late = threading.Event()
 
         def stop() -> None:
             late.set()
             worker.kill()
 
-        clock = threading.Timer(max(0.0, request["seconds"] - (time.monotonic() - started)), stop)
+        clock = threading.Timer(max(0.0, request.seconds - (time.monotonic() - started)), stop)
         clock.daemon = True
         clock.start()
         try:
-            return worker.ask({**request, "parent": os.getpid()}, file)
+            return worker.ask(replace(request, parent=os.getpid()), file)
         except (EOFError, OSError, ValueError) as error:
             if late.is_set():
-                raise OutOfTime(
-                    f"it could not be read within {request['seconds']:.3g} s; "
+                raise DecodeTimeout(
+                    f"it could not be read within {request.seconds:.3g} s; "
                     "try a shorter or smaller video, or allow more seconds"
                 ) from error
-            raise Crashed(_how_it_ended(worker, request)) from error
+            raise WorkerCrashed(_how_it_ended(worker, request)) from error
         finally:
             clock.cancel()
             clock.join()  # so that it never kills a process number that is somebody else's by then
-            if worker.sound and keep and not late.is_set():
-                self._give(worker)
+            if worker.reusable and keep and not late.is_set():
+                self.release(worker)
             else:
                 worker.end()
 
@@ -227,11 +237,19 @@ class Sandbox:
         for _, worker in idle:
             worker.end()
 
-    def _take(self) -> _Worker:
-        worker = self._sweep(take=True)
-        return worker if worker is not None else _Worker()
+    @property
+    def idle(self) -> list[Worker]:
+        """The children that wait for a request, the latest last."""
+        with self._lock:
+            return [worker for _, worker in self._idle]
 
-    def _give(self, worker: _Worker) -> None:
+    def acquire(self) -> Worker:
+        """An idle child, or a new one."""
+        worker = self._sweep(take=True)
+        return worker if worker is not None else Worker()
+
+    def release(self, worker: Worker) -> None:
+        """Keep a child for a later request, or end it where enough are kept."""
         with self._lock:
             kept = len(self._idle) < MAX_IDLE
             if kept:
@@ -240,17 +258,17 @@ class Sandbox:
             worker.end()
         self._sweep()
 
-    def _sweep(self, *, take: bool = False) -> _Worker | None:
-        """End the children that are about to end themselves; with `take` the latest of the others."""
+    def _sweep(self, *, take: bool = False) -> Worker | None:
+        """End the children that are about to end themselves; returns the latest of the others with `take`."""
         with self._lock:
             now = time.monotonic()
             fresh = [(t, w) for t, w in self._idle if now - t < 0.5 * IDLE_S and w.alive()]
             stale = [w for t, w in self._idle if all(w is not other for _, other in fresh)]
-            found = fresh.pop()[1] if take and fresh else None
+            taken = fresh.pop()[1] if take and fresh else None
             self._idle = fresh
         for worker in stale:
             worker.end()
-        return found
+        return taken
 
     def _after_fork(self) -> None:
         """In a forked process: the children belong to the other one, and its lock may have been held."""
@@ -260,12 +278,12 @@ class Sandbox:
             worker.forget()
 
 
-def _how_it_ended(worker: _Worker, request: dict[str, Any]) -> str:
+def _how_it_ended(worker: Worker, request: Request) -> str:
     """One sentence about a child that ended before its answer was complete."""
     worker.kill()
     if worker.process.wait() == -getattr(signal, "SIGSYS", 31):
         return "its decoder tried what no decoder has to do and was ended; the file is not safe to use"
     return (
-        f"its decoder stopped or used more than {request['memory_mib']} MiB; "
+        f"its decoder stopped or used more than {request.memory_mib} MiB; "
         "the file may be damaged, convert it to h264 in mp4"
     )

@@ -1,14 +1,17 @@
-"""Sources that can be read only once (file objects, pipes, sockets, /dev/stdin), made readable again.
+"""Sources: whatever a caller gives (path, bytes, file object, pipe) becomes one open regular file.
 
-    held = hold(sys.stdin.buffer, limits)
+    with open_source(source, limits, "the video") as file:   # for one read: file.descriptor
+        ...
+    held = hold(sys.stdin.buffer, limits)                     # for several reads of a one-pass source
     read_clip(held.source)
 
-They are copied once into a nameless temporary file, which goes when the last user of the `Held` does. A file
-object on a whole file of its own is read in place, through its descriptor.
+A regular file is read in place; bytes and one-pass sources (file objects, pipes, sockets, /dev/stdin) are
+copied once into a nameless temporary file, which goes when its last user does.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -20,50 +23,180 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, BinaryIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
 from encoder.errors import VideoError
-
-if TYPE_CHECKING:
-    from encoder.video.reader import Limits
+from encoder.video.descriptors import PASSES_DESCRIPTORS
+from encoder.video.limits import Limits
 
 BLOCK = 1 << 20
-PATIENCE = 15  # a source may take so many times the limit in seconds in all, as long as it goes on
-_DESCRIPTORS = "/proc/self/fd"
-_PIPE = "check what should write to it"
+SLOW_FACTOR = 15  # a source that keeps sending may take this many times limits.seconds in all
+DESCRIPTORS = "/proc/self/fd"
+_CHECK_WRITER = "check what should write to it"
 _OWN_DESCRIPTOR = re.compile(r"/(?:proc/(?:self|thread-self|(\d+))|dev)/fd/(\d+)")
+_READ_ONLY = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+
+
+@dataclass(frozen=True)
+class OpenFile:
+    """A regular file, opened for reading: what is checked is what is hashed and decoded.
+
+    name: its name, for the suffix; where descriptors cannot travel to a child (Windows), its path.
+    copied: it is a copy that nobody else can write to.
+    """
+
+    descriptor: int
+    name: str
+    copied: bool = False
+
+
+@contextmanager
+def open_source(source: Any, limits: Limits, label: str) -> Iterator[OpenFile]:
+    """A source as an open regular file of at least one byte and at most `limits.max_bytes`.
+
+    A path is opened without waiting for anybody: a pipe or device is refused. Of a file object everything
+    from its position on is read (as `hold` does); one that is a regular file at its start stays where it is.
+    label: what errors call it. Raises VideoError.
+    """
+    if isinstance(source, Held) and source.file is None:
+        source = source.original
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        source = _copy_of_bytes(source, limits, label)
+    elif _is_file_object(source):
+        source = hold(source, limits, label)
+    if isinstance(source, Held):
+        name = source.name if PASSES_DESCRIPTORS else str(source.source)
+        descriptor, copied = source.open(label), source.copied
+    elif isinstance(source, (str, os.PathLike)):
+        name = os.path.abspath(os.fsdecode(source))
+        descriptor, copied = _open_path(name, label), False
+    else:
+        raise VideoError(f"A video cannot be a {type(source).__name__}; give a path, bytes, file or images.")
+    try:
+        _check_file(descriptor, limits, label)
+        yield OpenFile(descriptor, name, copied)
+    finally:
+        os.close(descriptor)
+
+
+def _open_path(path: str, label: str) -> int:
+    """A descriptor for reading a path; opening a pipe does not wait for its writer."""
+    flags = _READ_ONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL):
+            raise VideoError(f"Cannot read {label}: there is no such file; check the path.") from error
+        if os.path.isdir(path):
+            raise VideoError(_DIRECTORY.format(label)) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.ENXIO):
+            raise VideoError(_UNREADABLE.format(label)) from error
+        raise VideoError(f"Cannot read {label}: {reason(error)}; try again.") from error
+    except ValueError as error:  # a zero byte in the name
+        raise VideoError(f"Cannot read {label}: there is no such file; check the path.") from error
+
+
+_DIRECTORY = "Cannot read {}: it is a directory; give one video or image file."
+_UNREADABLE = "Cannot read {}: it is not a readable file; check its kind and permissions."
+
+
+def _check_file(descriptor: int, limits: Limits, label: str) -> None:
+    status = os.fstat(descriptor)
+    if stat.S_ISDIR(status.st_mode):
+        raise VideoError(_DIRECTORY.format(label))
+    if not stat.S_ISREG(status.st_mode):
+        raise VideoError(_UNREADABLE.format(label))
+    if status.st_size == 0:
+        raise VideoError(f"Cannot read {label}: it is empty (0 bytes); export or download it again.")
+    if status.st_size > limits.max_bytes:
+        raise VideoError(
+            f"Cannot read {label}: {status.st_size} bytes exceed the limit of {limits.max_bytes}; "
+            "cut or compress it."
+        )
+
+
+def reason(error: OSError) -> str:
+    """An operating system's error in a few words."""
+    return (error.strerror or type(error).__name__).lower()
+
+
+def source_name(source: Any) -> str:
+    """Base name of a path or of an open file; empty for what has none."""
+    if isinstance(source, Held):
+        return source.name or source_name(source.original)
+    value = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None)
+    if not isinstance(value, (str, os.PathLike)):
+        return ""
+    path = os.fsdecode(value)
+    return os.path.basename(path.rstrip(os.sep)) or path
+
+
+def source_label(source: Any) -> str:
+    """What errors call a source for which the caller has no name: its own in quotes, or "the video"."""
+    name = source_name(source)
+    return repr(name) if name else "the video"
+
+
+# -- holding a source that can be read only once -------------------------------------------------------------
 
 
 class Held:
     """A source that can be read again and again while this object lives.
 
-    name: what errors call it, without quotes; empty when it has none.
+    original: what was given, where that can be read again itself. file: else the open file to read instead.
+    name: what errors call it, without quotes; empty when it has none. copied: `file` is a copy.
     """
 
-    def __init__(self, source: Any, name: str = "", file: BinaryIO | None = None) -> None:
-        self.name = name
-        self._source, self._file = source, file
+    def __init__(
+        self, original: Any, name: str = "", file: BinaryIO | None = None, copied: bool = False
+    ) -> None:
+        self.original, self.name, self.file, self.copied = original, name, file, copied
         self._end = weakref.finalize(self, _discard, file, os.getpid()) if file is not None else None
 
     @property
     def source(self) -> Any:
-        """What `probe` and `read_clip` take: the source itself, or the path of what was kept of it."""
-        if self._file is None:
-            return self._source
-        if not os.path.isdir(_DESCRIPTORS):
-            return self._file.name
+        """What `probe` and `read_clip` take: the original, the path of the file, or this object."""
+        if self.file is None:
+            return self.original
+        if isinstance(self.file.name, str):
+            return self.file.name
         # Not "self": the path must mean the same in a child process.
-        return f"/proc/{os.getpid()}/fd/{self._file.fileno()}"
+        return f"/proc/{os.getpid()}/fd/{self.file.fileno()}" if os.path.isdir(DESCRIPTORS) else self
+
+    def open(self, label: str) -> int:
+        """A new descriptor of the file that cannot write and, on Linux, has a position of its own.
+
+        Raises VideoError.
+        """
+        file = self.file
+        assert file is not None
+        named = isinstance(file.name, str)
+        try:
+            return os.open(file.name if named else f"{DESCRIPTORS}/{file.fileno()}", _READ_ONLY)
+        except OSError as error:
+            if not named and _is_read_only(file.fileno()):
+                return os.dup(file.fileno())
+            raise VideoError(
+                f"Cannot read {label}: open it for reading only, in binary mode ('rb')."
+            ) from error
 
     def close(self) -> None:
-        """Free what is kept now instead of with the last reference; a second time does nothing."""
+        """Free the file now instead of with the last reference; a second time does nothing."""
         if self._end is not None:
             self._end()
 
 
+def _is_read_only(descriptor: int) -> bool:
+    import fcntl
+
+    return fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+
+
 def _discard(file: BinaryIO, owner: int) -> None:
-    """Close a kept file; where it has a name, the process that made it deletes it."""
+    """Close a file that was held; where it has a name, the process that made it deletes it."""
     file.close()
     if isinstance(file.name, str) and os.getpid() == owner:
         os.unlink(file.name)
@@ -74,14 +207,14 @@ def hold(source: Any, limits: Limits, label: str | None = None) -> Held:
 
     What can be read again already (paths of files, bytes, images, clips) passes unchanged, and so does what
     is no source at all; the reader says so. limits: `max_bytes` of a copy; nothing may come for `seconds`,
-    and the whole may take PATIENCE times as long. label: what errors call it. Raises VideoError.
+    and the whole may take SLOW_FACTOR times as long. label: what errors call it. Raises VideoError.
     """
     if isinstance(source, Held):
         return source
     if isinstance(source, (str, os.PathLike)):
         return _hold_path(source, limits, label)
-    if callable(getattr(source, "read", None)) and not isinstance(source, type):
-        return _hold_file(source, limits, label)
+    if _is_file_object(source):
+        return _hold_file_object(source, limits, label)
     return Held(source)
 
 
@@ -96,53 +229,46 @@ def _hold_path(source: str | os.PathLike[str], limits: Limits, label: str | None
         return Held(source)
     if own is None:
         if stat.S_ISFIFO(status.st_mode):
-            return _copied(lambda: _open_fifo(path), limits, name, label, _PIPE)
+            return _copy_of(lambda: _open_fifo(path), limits, name, label, _CHECK_WRITER)
         return Held(source)
     if os.isatty(own):
         raise VideoError(f"Cannot read {label}: it is a terminal; pipe a video into it, or name a file.")
     # The same number may mean another file in a decoding child: only this process can open it.
     file = os.fdopen(os.dup(own), "rb", buffering=0)
-    if stat.S_ISREG(status.st_mode) and os.path.isdir(_DESCRIPTORS):
+    if stat.S_ISREG(status.st_mode) and PASSES_DESCRIPTORS:
         return Held(None, name, file)
-    return _copied(lambda: file, limits, name, label, _PIPE)
+    return _copy_of(lambda: file, limits, name, label, _CHECK_WRITER)
 
 
 def _open_fifo(path: str) -> BinaryIO:
     """A FIFO for reading. Where polling waits for the first writer, opening does not: whoever gave up after a
     while must not take what the next one is sent."""
     flags = os.O_NONBLOCK if sys.platform == "linux" else 0
-    return os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags), "rb", buffering=0)
+    return os.fdopen(os.open(path, _READ_ONLY | flags), "rb", buffering=0)
 
 
 def _own_descriptor(path: str) -> int | None:
     """The number of this process's descriptor that a path stands for."""
     if path == "/dev/stdin":
         return 0
-    found = _OWN_DESCRIPTOR.fullmatch(path)
-    if found is None or found[1] not in (None, str(os.getpid())):
+    match = _OWN_DESCRIPTOR.fullmatch(path)
+    if match is None or match[1] not in (None, str(os.getpid())):
         return None
-    return int(found[2])
+    return int(match[2])
 
 
-def _hold_file(source: Any, limits: Limits, label: str | None) -> Held:
-    name = source_name(source)
-    label = label or (repr(name) if name else "the video")
+def _is_file_object(source: Any) -> bool:
+    return callable(getattr(source, "read", None)) and not isinstance(source, type)
+
+
+def _hold_file_object(source: Any, limits: Limits, label: str | None) -> Held:
+    label = label or source_label(source)
     if isinstance(source, io.TextIOBase):
         raise VideoError(f"Cannot read {label}: it is open as text; open it in binary mode ('rb').")
+    name = source_name(source)
     if (descriptor := _whole_file(source)) is not None:
         return Held(None, name, os.fdopen(os.dup(descriptor), "rb", buffering=0))
-    return _copied(lambda: source, limits, name, label, "give one that stands at its start (seek(0))")
-
-
-def source_name(source: Any) -> str:
-    """Base name of a path or of an open file; empty for what has none."""
-    if isinstance(source, Held):
-        return source.name or source_name(source._source)
-    value = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None)
-    if not isinstance(value, (str, os.PathLike)):
-        return ""
-    path = os.fsdecode(value)
-    return os.path.basename(path.rstrip(os.sep)) or path
+    return _copy_of(lambda: source, limits, name, label, "give one that stands at its start (seek(0))")
 
 
 def _whole_file(source: Any) -> int | None:
@@ -150,7 +276,7 @@ def _whole_file(source: Any) -> int | None:
 
     Only Python's own files are believed: a decompressing reader has the descriptor of what it decompresses.
     """
-    if not os.path.isdir(_DESCRIPTORS):
+    if not PASSES_DESCRIPTORS:
         return None
     raw: Any = source.file if isinstance(source, tempfile._TemporaryFileWrapper) else source
     if type(raw) in (io.BufferedReader, io.BufferedRandom):
@@ -160,45 +286,72 @@ def _whole_file(source: Any) -> int | None:
     try:
         if not source.readable() or source.tell() != 0:
             return None
+        source.flush()  # what was written to it and is still in its buffer
         descriptor = raw.fileno()
         return descriptor if stat.S_ISREG(os.fstat(descriptor).st_mode) else None
     except (OSError, ValueError):  # closed: copying it says so
         return None
 
 
-def _copied(open_source: Callable[[], Any], limits: Limits, name: str, label: str, cure: str) -> Held:
-    """A one-pass source's bytes in a temporary file. cure: what to do when there are none."""
-    if os.path.isdir(_DESCRIPTORS):
+# -- copies --------------------------------------------------------------------------------------------------
+
+
+def _temporary(name: str) -> tuple[Held, BinaryIO]:
+    """An empty temporary file; with a name only where no other way leads to it, and deleted with its Held."""
+    if PASSES_DESCRIPTORS and os.path.isdir(DESCRIPTORS):
         file: BinaryIO = tempfile.TemporaryFile(prefix="fluxchat-")  # noqa: SIM115 - the Held closes it
     else:
-        file = tempfile.NamedTemporaryFile(prefix="fluxchat-", delete=False).file  # type: ignore[assignment] # noqa: SIM115
-    held = Held(None, name, file)
+        handle, path = tempfile.mkstemp(prefix="fluxchat-")
+        os.close(handle)
+        file = open(path, "w+b")  # noqa: SIM115
+    return Held(None, name, file, copied=True), file
+
+
+def _copy_of_bytes(source: bytes | bytearray | memoryview, limits: Limits, label: str) -> Held:
+    """The content of a buffer, at most one byte over the limit, in a temporary file."""
+    held, file = _temporary("")
+    view = memoryview(source)
+    content = view.cast("B") if view.c_contiguous else memoryview(bytes(view))
+    try:
+        file.write(content[: limits.max_bytes + 1])
+        file.flush()
+    except OSError as error:
+        raise VideoError(f"Cannot read {label}: {_no_room(error)}.") from error
+    return held
+
+
+def _no_room(error: OSError) -> str:
+    return f"no copy of it can be kept ({error.strerror or error}); make room in {tempfile.gettempdir()}"
+
+
+def _copy_of(open_source: Callable[[], Any], limits: Limits, name: str, label: str, if_empty: str) -> Held:
+    """A one-pass source's bytes in a temporary file. if_empty: what to do when there are none."""
+    held, file = _temporary(name)
     copy = _Copy(open_source, file, limits.max_bytes + 1)
     copy.start()
     try:
         problem = copy.wait(limits)
     finally:
-        copy.left = True
+        copy.abandoned = True
         copy.join(0.2)  # so that nothing of a source that can be waited for is in use any more
     if problem is None and copy.bytes > limits.max_bytes:
         problem = f"it has more than the {limits.max_bytes} bytes allowed; cut or compress it"
     if problem is None and copy.bytes == 0:
-        problem = f"it gives 0 bytes; {cure}"
+        problem = f"it gives 0 bytes; {if_empty}"
     if problem is not None:
         raise VideoError(f"Cannot read {label}: {problem}.") from copy.error
-    file.flush()
     return held
 
 
 class _Copy(threading.Thread):
-    """Copies in a thread of its own: no way but this ends the wait for a source that blocks."""
+    """Copies in a thread of its own: there is no other way to stop waiting for a source that blocks."""
 
-    def __init__(self, open_source: Callable[[], Any], file: BinaryIO, most: int) -> None:
+    def __init__(self, open_source: Callable[[], Any], file: BinaryIO, max_bytes: int) -> None:
         super().__init__(name="fluxchat-source", daemon=True)
-        self._open, self._file, self._most = open_source, file, most
+        self._open, self._file, self._max_bytes = open_source, file, max_bytes
         self.bytes = 0
         self.error: BaseException | None = None
-        self.left = False  # nobody waits any more
+        self.abandoned = False  # nobody waits any more
         self._problem: str | None = None
         self._moved = self._began = time.monotonic()
         self._done = threading.Event()
@@ -209,19 +362,19 @@ class _Copy(threading.Thread):
             self._problem = self._copy()
         except BaseException as error:  # noqa: BLE001 - whatever a source raises is one sentence
             self.error = error
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-            self._problem = f"reading it failed ({type(error).__name__}: {reason}); open it again"
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+            self._problem = f"reading it failed ({type(error).__name__}: {first_line}); open it again"
         self._done.set()
 
     def _copy(self) -> str | None:
         source = self._open()
         # What is there at once, rather than a whole block: a slow source is not a silent one.
         read = getattr(source, "read1", None) or source.read
-        waited_for = _awaitable(source)
-        while self.bytes < self._most and not self.left:
-            if waited_for is not None and not waited_for.poll(50):
+        poll = _poll(source)
+        while self.bytes < self._max_bytes and not self.abandoned:
+            if poll is not None and not poll.poll(50):
                 continue
-            block = read(min(BLOCK, self._most - self.bytes))
+            block = read(min(BLOCK, self._max_bytes - self.bytes))
             if block is None:  # nothing yet, of a source that does not block
                 time.sleep(0.01)
                 continue
@@ -229,31 +382,35 @@ class _Copy(threading.Thread):
                 return "it gives text; open it in binary mode ('rb')"
             if not isinstance(block, (bytes, bytearray, memoryview)):
                 return f"its read() gives a {type(block).__name__}, not bytes; give a binary file object"
-            if not len(block) or self.left:
+            if not len(block) or self.abandoned:
                 break
             try:
                 self._file.write(block)
             except OSError as error:
-                reason = error.strerror or error
-                return f"no copy of it can be kept ({reason}); make room in {tempfile.gettempdir()}"
+                return _no_room(error)
             self.bytes += len(block)
             self._moved = time.monotonic()
+        try:
+            self._file.flush()
+        except OSError as error:
+            return _no_room(error)
         return None
 
     def wait(self, limits: Limits) -> str | None:
         """Until it is done; what went wrong, as the end of a sentence."""
         while True:
             now = time.monotonic()
-            idle, rest = self._moved + limits.seconds - now, self._began + PATIENCE * limits.seconds - now
+            idle = self._moved + limits.seconds - now
+            rest = self._began + SLOW_FACTOR * limits.seconds - now
             if self._done.wait(max(0.0, min(idle, rest))):
                 return self._problem
             if self._moved + limits.seconds <= time.monotonic():
-                return f"nothing came from it for {limits.seconds:g} s; {_PIPE}"
+                return f"nothing came from it for {limits.seconds:g} s; {_CHECK_WRITER}"
             if rest <= 0:
-                return f"it did not end within {PATIENCE * limits.seconds:g} s; save it to a file first"
+                return f"it did not end within {SLOW_FACTOR * limits.seconds:g} s; save it to a file first"
 
 
-def _awaitable(source: Any) -> select.poll | None:
+def _poll(source: Any) -> select.poll | None:
     """What tells whether a pipe or socket has something to read; None for what may have it in a buffer.
 
     A thread that waits inside a file object keeps whoever closes it waiting, too.
@@ -267,6 +424,9 @@ def _awaitable(source: Any) -> select.poll | None:
     poll = select.poll()
     poll.register(raw.fileno(), select.POLLIN)
     return poll
+
+
+# -- sources of one caller -----------------------------------------------------------------------------------
 
 
 class HeldSources:
@@ -287,10 +447,10 @@ class HeldSources:
         if entry is None:
             return hold(source, self._limits, label)
         with entry.lock:
-            place = _place(source)
-            if entry.held is None or (place is not None and place != entry.place):
+            position = _position(source)
+            if entry.held is None or (position is not None and position != entry.position):
                 entry.held = hold(source, self._limits, label)
-                entry.place = _place(source)
+                entry.position = _position(source)
             return entry.held
 
     def close(self) -> None:
@@ -311,7 +471,7 @@ class HeldSources:
                 return None
             with self._lock:
                 return self._by_key.setdefault((status.st_dev, status.st_ino), _Entry())
-        if isinstance(source, (type, Held)) or not callable(getattr(source, "read", None)):
+        if isinstance(source, Held) or not _is_file_object(source):
             return None
         with self._lock:
             try:
@@ -321,16 +481,16 @@ class HeldSources:
 
 
 class _Entry:
-    """What is held of one source. place: where it stood after reading."""
+    """What is held of one source. position: where the source stood after reading."""
 
     def __init__(self, source: Any = None) -> None:
         self.source = source
         self.lock = threading.Lock()
         self.held: Held | None = None
-        self.place: int | None = None
+        self.position: int | None = None
 
 
-def _place(source: Any) -> int | None:
+def _position(source: Any) -> int | None:
     """Position of a file object; None where it has none, or is closed."""
     try:
         return int(source.tell())

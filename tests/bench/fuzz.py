@@ -87,7 +87,7 @@ class Fuzz:
     def _left_behind(self) -> list[str]:
         """Processes and temporary files that should be gone."""
         faults = []
-        reader._sandbox.close()  # trusted decoders wait some seconds for the next file
+        reader.close_idle_workers()  # trusted decoders wait some seconds for the next file
         deadline = time.monotonic() + 5
         while (children := set(_children()) - self.others) and time.monotonic() < deadline:
             time.sleep(0.02)

@@ -33,7 +33,7 @@ class Video:
         (BASE, 512, 49.26),
     ],
 )
-def test_macs_of_the_paper(config, keep: int, giga: float) -> None:
+def test_macs_equal_the_papers_gflops(config, keep: int, giga: float) -> None:
     assert encoder_macs(config, keep, keep, pool=True, classes=400) / 1e9 == pytest.approx(giga, abs=0.006)
 
 
@@ -44,7 +44,9 @@ def test_token_optimization_counts_the_extra_patches() -> None:
 @pytest.mark.parametrize(
     ("keep", "frames", "side"), [(512, 8, 168), (1024, 16, 168), (2048, 24, 168), (3072, 24, 224)]
 )
-def test_anti_diagonal(keep: int, frames: int, side: int) -> None:
+def test_default_policy_follows_the_papers_token_optimization_table(
+    keep: int, frames: int, side: int
+) -> None:
     plan = Budget(keep).plan(Video(), SMALL)
     assert plan == Plan(frames, side, side, keep)
 
@@ -59,7 +61,7 @@ def test_plans_are_always_possible(name: str, tokens: int, frames: int | None) -
     assert plan.height in range(*config.resolution_range)
 
 
-def test_more_budget_never_sees_fewer_patches() -> None:
+def test_a_larger_budget_never_embeds_fewer_patches() -> None:
     seen = [Budget(tokens).plan(Video(), SMALL).grid.size for tokens in range(64, 4096, 64)]
     assert seen == sorted(seen)
 
@@ -71,7 +73,7 @@ def test_image_full_and_short_clips() -> None:
     assert Budget.full().plan(Video(frames=3), SMALL).frames == 3
 
 
-def test_auto_takes_the_largest_that_is_fast_enough() -> None:
+def test_auto_takes_the_most_tokens_within_the_latency_target() -> None:
     predicted = {}
 
     def seconds(plan: Plan) -> float:
@@ -137,7 +139,7 @@ def test_a_table_beyond_the_trained_range_goes_on_beyond_its_last_row() -> None:
         (None, Budget(1024)),
     ],
 )
-def test_budgets_as_people_write_them(text, budget: Budget) -> None:
+def test_budgets_are_parsed_from_text(text, budget: Budget) -> None:
     assert Budget.of(text) == budget
 
 
@@ -147,7 +149,7 @@ def test_wrong_budgets(text: str) -> None:
         Budget.of(text)
 
 
-def test_speed_recovers_the_rates_behind_timings() -> None:
+def test_speed_fit_recovers_known_rates() -> None:
     rows = [encoder_features(SMALL, seen, keep) for seen in (576, 2304, 7776) for keep in (64, 300, 576)]
     true = Speed((3.0, 20.0, 10.0, 15.0))
     fitted = Speed.fit(rows, [true.milliseconds(row) for row in rows])

@@ -1,4 +1,4 @@
-"""Weight files as people have them: wrapped, prefixed, partial, broken."""
+"""Weight files: wrapped, prefixed, partial, damaged."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_a_real_small_file_is_recognised(tmp_path: Path) -> None:
     assert loaded.config == SMALL.replace(num_classes=7, gelu="erf")
 
 
-def test_every_misfit_is_reported(model: FluxViT) -> None:
+def test_missing_unexpected_and_misshaped_keys_are_reported(model: FluxViT) -> None:
     tensors = dict(model.state_dict())
     del tensors["cls_token"]
     tensors["extra"] = torch.zeros(1)
@@ -75,7 +75,7 @@ def test_broken_files(tmp_path: Path, content) -> None:
             read_tensors(tmp_path / name)
 
 
-def test_something_else_is_not_a_fluxvit() -> None:
+def test_other_checkpoints_are_refused() -> None:
     with pytest.raises(CheckpointError, match="not a FluxViT"):
         infer_config({"weight": torch.zeros(2)})
 
@@ -110,7 +110,7 @@ def test_save_and_load(tmp_path: Path, model: FluxViT) -> None:
         ({"embed_dim": 4096, "depth": 200}, "do not fit the model"),
     ],
 )
-def test_sizes_that_no_encoder_has_take_no_memory(tmp_path: Path, values: dict[str, Any], word: str) -> None:
+def test_impossible_sizes_allocate_no_memory(tmp_path: Path, values: dict[str, Any], word: str) -> None:
     FluxViT(TINY).save_pretrained(tmp_path)
     config = tmp_path / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), **values}))
@@ -120,14 +120,14 @@ def test_sizes_that_no_encoder_has_take_no_memory(tmp_path: Path, values: dict[s
 
 
 @pytest.mark.parametrize("text", [b"", b"[" * 100_000, b"{", b"\xff", b"[]", b'{"depth": NaN}', b" " * 2**21])
-def test_settings_that_are_none_are_one_sentence(tmp_path: Path, text: bytes) -> None:
+def test_malformed_configurations_are_one_sentence(tmp_path: Path, text: bytes) -> None:
     FluxViT(TINY).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(ConfigError, match=r"^Cannot read the encoder configuration [^\n]*\.$"):
         FluxViT.from_pretrained(tmp_path)
 
 
-def test_a_few_bytes_cannot_claim_to_be_a_large_tensor(tmp_path: Path) -> None:
+def test_a_tensor_larger_than_its_storage_is_refused(tmp_path: Path) -> None:
     claimed = torch.zeros(1).expand(2**40)
     torch.save({"cls_token": claimed}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="does not hold all of 'cls_token'"):

@@ -51,4 +51,4 @@ def test_cache_is_bounded_and_survives_threads() -> None:
         found = list(pool.map(lambda grid: cache.get(table, source, grid), grids * 5))
     for grid, rows in zip(grids * 5, found, strict=True):
         assert torch.equal(rows, interpolate(table, source, grid))
-    assert len(cache._tables) <= 3
+    assert len(cache) <= 3

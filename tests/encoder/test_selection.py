@@ -105,7 +105,7 @@ def test_random_and_tube_follow_their_generator() -> None:
 
 @settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12), st.data())
-def test_uniform_takes_one_of_each_stretch(frames: int, height: int, width: int, data) -> None:
+def test_uniform_takes_one_patch_of_each_interval(frames: int, height: int, width: int, data) -> None:
     grid = Grid(frames, height, width)
     keep = data.draw(st.integers(1, grid.size))
     [kept] = select(torch.zeros(1, grid.size, 3), grid, keep, selector="uniform").tolist()

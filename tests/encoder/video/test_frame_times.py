@@ -1,11 +1,11 @@
-"""Sampling by time, as properties."""
+"""Frame sampling by time, as properties."""
 
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from encoder.video.frame_times import fit_within, middle_times, shown_at, split_runs
+from encoder.video.frame_times import middle_times, shown_at, split_runs
 
 spans = st.floats(0, 1e5, allow_nan=False)
 stamps = st.lists(st.integers(0, 10**7), min_size=1, max_size=60, unique=True).map(
@@ -34,13 +34,3 @@ def test_runs_cover_everything_once(count, runs):
     assert [i for part in parts for i in part] == list(range(count))
     assert all(len(part) for part in parts)
     assert len(parts) == min(runs, count)
-
-
-@given(st.integers(1, 9000), st.integers(1, 9000), st.none() | st.integers(1, 9000))
-def test_fit_within_keeps_aspect_and_limit(width, height, side):
-    small = fit_within(width, height, side)
-    assert min(small) >= 1
-    if side is None or max(width, height) <= side:
-        assert small == (width, height)
-    else:
-        assert max(small) == side

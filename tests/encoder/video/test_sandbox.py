@@ -1,4 +1,4 @@
-"""What a decoding child can reach once a file has taken it over, and what its parent believes of it."""
+"""What a hijacked decoding child can reach, and which of its answers its parent accepts."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ import tempfile
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from encoder.errors import VideoError
-from encoder.video import confine, reader, reply
+from encoder.video import confine, protocol, sandbox
 from encoder.video.containers import Header
+from encoder.video.limits import Rules
+from encoder.video.protocol import Request
 from encoder.video.reader import Limits, probe, read_clip
-from encoder.video.sandbox import Sandbox
-from encoder.video.worker import IDLE_S
+from encoder.video.sandbox import WorkerPool
 from tests import ROOT
 from tests.encoder.video import video_files as vf
 from tests.encoder.video.hijack import hijacked
@@ -33,8 +35,8 @@ pytestmark = pytest.mark.skipif(
     not confine.report().contained, reason="this machine cannot confine a decoder"
 )
 
-# What the hijacked child tries: each expression is true where it reached what it wanted.
-CERTAIN = {
+# What the hijacked child tries: each expression is true where the attempt succeeds.
+ATTEMPTS = {
     "read a file": "open(FOLDER + '/private').read()",
     "list a directory": "os.listdir(FOLDER)",
     "learn whether a file exists": "os.stat(FOLDER + '/private')",
@@ -80,7 +82,7 @@ CERTAIN = {
     "a personality": "libc.personality(0x0040000) != -1",
     "watching files": "libc.inotify_init() >= 0",
 }
-TRIES = """
+ATTEMPT_CODE = """
 import ctypes, fcntl, json, os, resource, signal, socket, subprocess, threading
 libc = ctypes.CDLL(None)
 CLONE, TGKILL = {"x86_64": (56, 234), "aarch64": (220, 131)}[os.uname().machine]
@@ -95,7 +97,7 @@ def raises_limit():
     return True
 def evil(request, out):
     global PARENT, FILE
-    PARENT, FILE = request["parent"], int(request["path"][3:].split(".")[0])
+    PARENT, FILE = request.parent, int(request.path[3:].split(".")[0])
     reached = ""
     for code in CODES:
         try:
@@ -105,7 +107,7 @@ def evil(request, out):
     thread = threading.Thread(target=lambda: out.write(b""))
     thread.start()
     thread.join()
-    dw._line(out, {"error": reached})
+    dw.write_message(out, {"error": reached})
     out.flush()
 dw.answer = evil
 """
@@ -135,7 +137,7 @@ def reached(clip: Path, tries: dict[str, str], *, confined: bool, trusted: bool 
             port = tcp.getsockname()[1]
             facts = {"FOLDER": folder, "PORT": port, "OTHER": other.pid, "ABSTRACT": abstract}
             code = "".join(f"{name} = {value!r}\n" for name, value in facts.items())
-            code += f"CODES = {list(tries.values())!r}\n" + TRIES
+            code += f"CODES = {list(tries.values())!r}\n" + ATTEMPT_CODE
             with (
                 hijacked(code, Path(folder), confined=confined, env={"SECRET": "x"}),
                 pytest.raises(VideoError) as caught,
@@ -149,15 +151,15 @@ def reached(clip: Path, tries: dict[str, str], *, confined: bool, trusted: bool 
 
 
 def test_a_hijacked_decoder_reaches_nothing(clip, monkeypatch):
-    tries = {**CERTAIN, "its parent's environment": "open(f'/proc/{PARENT}/environ', 'rb').read()"}
+    tries = {**ATTEMPTS, "its parent's environment": "open(f'/proc/{PARENT}/environ', 'rb').read()"}
     free = reached(clip, tries, confined=False)
     assert free == set(tries), f"tried in vain without confinement: {set(tries) - free}"
     assert reached(clip, tries, confined=True) == set()
 
 
-def test_a_hijacked_decoder_of_the_callers_own_file_reads_at_most(clip):
+def test_a_hijacked_decoder_of_a_trusted_file_can_only_read(clip):
     """The kept child for trusted files can open files, as its decoders do; no more."""
-    tries = dict(CERTAIN)
+    tries = dict(ATTEMPTS)
     may = {
         *("read a file", "list a directory", "learn whether a file exists", "its parent's command line"),
         *("its parent's environment", "change the directory", "lock the handed file"),
@@ -169,7 +171,7 @@ def test_a_hijacked_decoder_of_the_callers_own_file_reads_at_most(clip):
 
 
 # Calls that end the process: each in a child of its own.
-WORST = {
+FORBIDDEN = {
     "execve": "os.execv('/bin/true', ['true'])",
     "execveat": "libc.syscall(NUMBER['execveat'], -100, b'/bin/true', None, None, 0)",
     "program in memory": "os.execve(FILE, ['true'], {})",
@@ -189,18 +191,18 @@ WORST = {
 }
 
 
-def test_what_no_decoder_does_ends_it():
-    """None of these ends a free process by SIGSYS, all of them end a confined one."""
+def test_forbidden_system_calls_end_the_process():
+    """None of these ends an unconfined process by SIGSYS, all of them end a confined one."""
     for confined, ending in ((False, False), (True, True)):
         running = {}
-        for name, call in WORST.items():
+        for name, call in FORBIDDEN.items():
             code = f"""
                 import ctypes, os, sys
                 sys.path[:] = {sys.path!r}
                 from encoder.video import confine
                 libc = ctypes.CDLL(None)
-                column = confine._ARCHITECTURES[os.uname().machine][0]
-                NUMBER = {{name: both[column] for name, both in confine._NUMBERS.items()}}
+                column = confine.ARCHITECTURES[os.uname().machine][0]
+                NUMBER = {{name: both[column] for name, both in confine.SYSCALL_NUMBERS.items()}}
                 FILE = os.open('/bin/true', os.O_RDONLY)
                 if {confined}:
                     confine.confine(untrusted=True)
@@ -218,7 +220,7 @@ def test_what_no_decoder_does_ends_it():
             assert (process.wait(60) == -signal.SIGSYS) == ending, (name, process.returncode)
 
 
-def test_a_decoder_that_tried_the_worst_is_named(clip, tmp_path):
+def test_a_decoder_ended_for_a_forbidden_call_is_reported(clip, tmp_path):
     code = "import os\ndef evil(request, out):\n    os.execv('/bin/true', ['true'])\ndw.answer = evil\n"
     with hijacked(code, tmp_path), pytest.raises(VideoError, match="not safe to use"):
         probe(clip, trusted=False)
@@ -233,7 +235,7 @@ import os
 def evil(request, out):
     files = [n for n in map(int, os.listdir("/proc/self/fd")) if os.path.exists(f"/proc/self/fd/{n}")]
     kinds = sorted(os.readlink(f"/proc/self/fd/{n}").split(":")[0].rsplit("/", 1)[-1] for n in files)
-    dw._line(out, {"error": f"{len(open('/proc/self/environ').read())} {' '.join(kinds)}"})
+    dw.write_message(out, {"error": f"{len(open('/proc/self/environ').read())} {' '.join(kinds)}"})
     out.flush()
 dw.answer = evil
 """
@@ -251,7 +253,7 @@ import resource
 def evil(request, out):
     names = ("AS", "FSIZE", "CORE", "CPU", "NOFILE")
     found = {name: resource.getrlimit(getattr(resource, "RLIMIT_" + name)) for name in names}
-    dw._line(out, {"error": repr(found).replace("-", "minus ")})
+    dw.write_message(out, {"error": repr(found).replace("-", "minus ")})
     out.flush()
 dw.answer = evil
 """
@@ -263,7 +265,7 @@ dw.answer = evil
     assert "'NOFILE': (64, 64)" in words or trusted
 
 
-def test_nothing_of_a_decoder_survives_its_end(clip, tmp_path):
+def test_threads_and_children_of_a_decoder_end_with_it(clip, tmp_path):
     """Threads end with it, and its group is ended as a whole where a process could be made."""
     code = """
 import os, time
@@ -271,7 +273,7 @@ def evil(request, out):
     child = os.fork()
     if child == 0:
         time.sleep(60)
-    dw._line(out, {"error": f"child {child}"})
+    dw.write_message(out, {"error": f"child {child}"})
     out.flush()
     time.sleep(60)
 dw.answer = evil
@@ -297,7 +299,7 @@ dw.answer = evil
         "b'{\"error\": null}\\n'",
     ],
 )
-def test_a_child_that_floods_or_babbles_ends_in_one_sentence(clip, tmp_path, output):
+def test_endless_or_malformed_output_of_a_child_is_one_sentence(clip, tmp_path, output):
     code = f"""
 def evil(request, out):
     for _ in range(1 << 12):
@@ -309,7 +311,8 @@ dw.answer = evil
         read_clip(clip, 2, trusted=False)
 
 
-REQUEST = {"max_count": 4, "max_side": 64, "max_bytes_out": 10**6, "rules": {"max_pixels": 10**6}}
+RULES = Rules(trusted=True, codecs=None, max_pixels=10**6, max_duration_s=None, threads=1)
+REQUEST = Request("v.mp4", RULES, frames=4, max_side=64, memory_mib=1)
 
 
 def honest() -> dict:
@@ -319,13 +322,13 @@ def honest() -> dict:
     return {"header": dict(header), "count": 4, "width": 64, "height": 48}
 
 
-def test_an_honest_reply_is_believed():
-    found = reply.read_reply(honest(), REQUEST)
-    assert (found.count, found.height, found.width, found.header["codec"]) == (4, 48, 64, "h264")
+def test_a_valid_reply_is_accepted():
+    reply = protocol.read_reply(honest(), REQUEST)
+    assert (reply.count, reply.height, reply.width, reply.header.codec) == (4, 48, 64, "h264")
 
 
 @pytest.mark.parametrize(
-    "lie",
+    "change",
     [
         {"count": 5},
         {"count": -1},
@@ -351,59 +354,59 @@ def test_an_honest_reply_is_believed():
         {"header": {"extra": 1}},
     ],
 )
-def test_a_lie_is_not_believed(lie):
+def test_an_impossible_reply_is_refused(change):
     message = honest()
-    header = lie.pop("header", ...)
-    message.update(lie)
+    header = change.pop("header", ...)
+    message.update(change)
     if isinstance(header, dict) and header:
         message["header"].update(header)
     elif header is not ...:
         message["header"] = header
-    with pytest.raises(reply.Untrue):
-        reply.read_reply(message, REQUEST)
+    with pytest.raises(protocol.ProtocolError):
+        protocol.read_reply(message, REQUEST)
 
 
 @pytest.mark.parametrize("time_s", ["NaN", "Infinity", "1e999", "-1", '"1"', "null", "true"])
 def test_times_are_finite_and_not_negative(time_s):
-    with pytest.raises(reply.Untrue):
-        reply.read_time(reply.read_message(b'{"time": %s}' % time_s.encode()))
+    with pytest.raises(protocol.ProtocolError):
+        protocol.read_time(protocol.read_message(b'{"time": %s}' % time_s.encode()))
 
 
-def test_a_frame_is_turned_by_what_can_be_turned():
-    assert reply.read_pose({"turns": 3}) == (3, False)
+def test_a_rotation_is_quarter_turns_and_a_mirror():
+    assert protocol.read_rotation({"turns": 3}) == (3, False)
     for message in ({}, {"turns": 4}, {"turns": -1}, {"turns": 1, "mirror": 1}):
-        with pytest.raises(reply.Untrue):
-            reply.read_pose(message)
+        with pytest.raises(protocol.ProtocolError):
+            protocol.read_rotation(message)
 
 
 def test_error_texts_are_one_clean_line_without_paths():
     assert (
-        reply.clean("no frame at 2 s; 24/1 per second, h264/aac")
+        protocol.clean("no frame at 2 s; 24/1 per second, h264/aac")
         == "no frame at 2 s; 24/1 per second, h264/aac"
     )
     dirty = "a\r\nb\x1b[2J\u202e '/srv/secret dir/x.mp4' at /home/me/v.mp4, C:\\Users\\me and fd:7"
-    cleaned = reply.clean(dirty)
+    cleaned = protocol.clean(dirty)
     assert cleaned.isprintable()
     for part in ("srv", "home", "me/", "Users", "\x1b", "\u202e"):
         assert part not in cleaned
-    assert len(reply.clean("x" * 10**6)) <= reply.MAX_TEXT
-    assert reply.clean(" \n ") == "its decoder gave no reason"
+    assert len(protocol.clean("x" * 10**6)) <= protocol.MAX_TEXT
+    assert protocol.clean(" \n ") == "its decoder gave no reason"
 
 
 def test_one_bad_file_leaves_the_other_idle_children(clip, tmp_path):
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"nothing" * 100)
     crash = "import os\ndw.answer = lambda request, out: os._exit(1)\n"
-    pool = Sandbox()
-    idle = [pool._take(), pool._take()]
+    pool = WorkerPool()
+    idle = [pool.acquire(), pool.acquire()]
     for worker in idle:
-        pool._give(worker)
-    request = reader._request("v.mp4", 0, True, Limits(), "pyav", None)
+        pool.release(worker)
+    request = Request("v.mp4", RULES, decoder="pyav")
     with open(bad, "rb") as file, pytest.raises(VideoError):
         pool.decode(request, file.fileno(), keep=True)
     with open(clip, "rb") as file:
         pool.decode(request, file.fileno(), keep=True)
-        untrusted = {**request, "rules": {**request["rules"], "trusted": False}}
+        untrusted = replace(request, rules=replace(RULES, trusted=False))
         with hijacked(crash, tmp_path), pytest.raises(VideoError):
             pool.decode(untrusted, file.fileno(), keep=False)
     assert idle[0].alive()
@@ -411,58 +414,70 @@ def test_one_bad_file_leaves_the_other_idle_children(clip, tmp_path):
     assert not any(worker.alive() for worker in idle)
 
 
-def test_a_known_error_costs_no_child_and_an_unknown_one_does(clip, tmp_path):
+def test_a_known_error_keeps_the_child_and_an_unexpected_one_ends_it(clip, tmp_path):
     code = """
 real = dw.answer
 def answer(request, out):
-    if request["frames"] == 7:
-        raise_ = lambda path, rules: 1 / 0
-        dw.inspect = raise_
+    if request.frames == 7:
+        dw.inspect = lambda path, rules: 1 / 0
     real(request, out)
 dw.answer = answer
 """
-    pool = Sandbox()
+    pool = WorkerPool()
     with hijacked(code, tmp_path), open(clip, "rb") as file:
-        request = reader._request("v.mp4", 1, True, Limits(), "pyav", None)
-        first = pool._take()
-        pool._give(first)
-        for change, kept in (({}, True), ({"at_s": [99.0]}, True), ({"frames": 7}, False)):
-            worker = pool._idle[0][1]
+        request = Request("v.mp4", RULES, frames=1, decoder="pyav")
+        first = pool.acquire()
+        pool.release(first)
+        for change, alive in (({}, True), ({"at_s": (99.0,)}, True), ({"frames": 7}, False)):
+            assert pool.idle == [first]
             with pytest.raises(VideoError) if change else contextlib.nullcontext():
-                pool.decode({**request, **change}, file.fileno(), keep=True)
-            assert worker is first
-            assert worker.alive() == kept
+                pool.decode(replace(request, **change), file.fileno(), keep=True)
+            assert first.alive() == alive
     pool.close()
 
 
 def test_idle_children_are_few_and_not_kept_past_their_time(monkeypatch):
-    from encoder.video import sandbox
-
     monkeypatch.setattr(sandbox, "MAX_IDLE", 2)
-    pool = Sandbox()
-    workers = [pool._take() for _ in range(3)]
+    pool = WorkerPool()
+    workers = [pool.acquire() for _ in range(3)]
     for worker in workers:
-        pool._give(worker)
+        pool.release(worker)
     assert [worker.alive() for worker in workers] == [True, True, False]
-    pool._idle = [(since - IDLE_S, worker) for since, worker in pool._idle]
-    fresh = pool._take()
+    monkeypatch.setattr(sandbox, "IDLE_S", 0.0)
+    fresh = pool.acquire()
     assert fresh not in workers
     assert not any(worker.alive() for worker in workers)
     fresh.end()
 
 
-def test_a_fork_while_the_pool_is_locked_does_not_hang():
-    pool = Sandbox()
-    with pool._lock:
+class ForkingWorker:
+    """Forks when the pool looks whether it is alive, which it does while it is locked."""
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self.pool = pool
+        self.exit_code: int | None = None
+
+    def alive(self) -> bool:
         child = os.fork()
         if child == 0:
             signal.alarm(20)
-            pool.close()
+            self.pool.close()
             os._exit(7)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        self.exit_code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return True
+
+    def forget(self) -> None:
+        pass
 
 
-def test_a_machine_that_cannot_confine_is_refused_only_on_demand(clip, tmp_path):
+def test_a_fork_while_the_pool_is_locked_does_not_hang():
+    pool = WorkerPool()
+    worker = ForkingWorker(pool)
+    pool.release(worker)
+    assert worker.exit_code == 7
+
+
+def test_an_unconfined_decoder_is_refused_only_with_contained_limits(clip, tmp_path):
     code = "dw.confine = lambda untrusted, last: (last(), dw.Confinement())[1]\n"
     with hijacked(code, tmp_path):
         assert probe(clip, trusted=False).codec == "h264"
@@ -486,7 +501,7 @@ def test_landlock_alone_denies_files_and_tcp():
         import socket, sys
         sys.path[:] = {sys.path!r}
         from encoder.video import confine
-        confine._filter = lambda *_: False
+        confine.install_filter = lambda *_: False
         applied = confine.confine(untrusted=True)
         for call in (lambda: open("/etc/passwd"), lambda: socket.create_server(("127.0.0.1", 0))):
             try:
@@ -506,8 +521,8 @@ def test_call_numbers_are_those_of_libseccomp():
     if name is None:
         pytest.skip("no libseccomp here")
     library = ctypes.CDLL(name)
-    for column, architecture in confine._ARCHITECTURES.values():
-        for call, numbers in confine._NUMBERS.items():
+    for column, architecture in confine.ARCHITECTURES.values():
+        for call, numbers in confine.SYSCALL_NUMBERS.items():
             known = library.seccomp_syscall_resolve_name_arch(ctypes.c_uint32(architecture), call.encode())
             if known == -1:  # younger than this libseccomp
                 continue
@@ -541,7 +556,7 @@ def test_untrusted_files_decode_from_many_threads(clip):
     assert found == [3] * 4
 
 
-def test_what_few_files_need_is_loaded_by_a_second_child(clip, tmp_path):
+def test_a_library_not_loaded_is_imported_by_a_second_child(clip, tmp_path):
     code = """
 real = dw.answer
 def answer(request, out):

@@ -1,7 +1,8 @@
-"""Sources that can be read only once: what is held of them can be read again, and nothing of it stays."""
+"""Sources: what is checked is what is read; one-pass sources can be read again and leave nothing behind."""
 
 from __future__ import annotations
 
+import errno
 import gc
 import gzip
 import io
@@ -18,7 +19,9 @@ from typing import Any
 import pytest
 
 from encoder.errors import VideoError
+from encoder.video.descriptors import DescriptorReader, descriptor_name, open_file
 from encoder.video.reader import DEFAULT_LIMITS, Limits, probe, read_clip
+from encoder.video.sandbox import Decoded, WorkerPool
 from encoder.video.sources import Held, HeldSources, hold
 from tests.encoder.video import video_files as vf
 
@@ -154,7 +157,7 @@ KINDS: dict[str, Callable[[Path, ExitStack], Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_held_can_be_read_again(video: Path, kind: str) -> None:
+def test_held_sources_can_be_read_again(video: Path, kind: str) -> None:
     with ExitStack() as stack:
         held = hold(KINDS[kind](video, stack), DEFAULT_LIMITS)
         stack.close()  # the source itself is gone
@@ -165,7 +168,7 @@ def test_what_is_held_can_be_read_again(video: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bytes in memory", "fifo", "open file", "descriptor of a file"])
-def test_nothing_stays_when_the_last_user_is_gone(video: Path, kind: str) -> None:
+def test_a_held_source_is_freed_with_its_last_reference(video: Path, kind: str) -> None:
     files = set(os.listdir(tempfile.gettempdir()))
     before = descriptors()
     with ExitStack() as stack:
@@ -189,12 +192,14 @@ def test_a_whole_file_is_read_in_place(video: Path) -> None:
     held.close()
 
 
-def test_what_can_be_read_again_passes_unchanged(video: Path) -> None:
+def test_sources_that_can_be_read_again_pass_unchanged(video: Path) -> None:
     clip = read_clip(video, 2)
     for source in (str(video), video, b"bytes", clip, [clip], None, 5, "missing.mp4", io.BytesIO):
         assert hold(source, DEFAULT_LIMITS).source is source
     held = Held(video)
     assert hold(held, DEFAULT_LIMITS) is held
+    for source in (video, video.read_bytes(), io.BytesIO(video.read_bytes())):
+        assert probe(hold(source, DEFAULT_LIMITS)).digest == clip.info.digest
 
 
 class Failing:
@@ -261,8 +266,8 @@ WRONG: dict[str, tuple[Callable[[ExitStack], Any], str]] = {
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_a_source_that_gives_no_video_ends_in_a_sentence(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("encoder.video.sources.PATIENCE", 2)
+def test_sources_that_fail_are_one_sentence(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("encoder.video.sources.SLOW_FACTOR", 2)
     make, words = WRONG[kind]
     with ExitStack() as stack, pytest.raises(VideoError, match=words) as caught:
         hold(make(stack), Limits(seconds=0.2, max_bytes=100_000), "video 2 of 3")
@@ -270,7 +275,7 @@ def test_a_source_that_gives_no_video_ends_in_a_sentence(kind: str, monkeypatch:
     assert "\n" not in str(caught.value)
 
 
-def test_a_writer_that_comes_too_late_loses_nothing(video: Path, tmp_path: Path) -> None:
+def test_a_late_writer_of_a_fifo_loses_nothing(video: Path, tmp_path: Path) -> None:
     """Nobody who gave up waiting at a FIFO takes what the next one is sent."""
     name = tmp_path / "fifo"
     os.mkfifo(name)
@@ -318,7 +323,7 @@ def sources() -> HeldSources:
     return HeldSources(DEFAULT_LIMITS)
 
 
-def test_what_is_kept_goes_with_its_file_object(video: Path, sources: HeldSources) -> None:
+def test_copies_are_freed_with_their_file_object(video: Path, sources: HeldSources) -> None:
     before = descriptors()
     source = io.BytesIO(video.read_bytes())
     sources.hold(source)
@@ -331,3 +336,157 @@ def test_what_is_kept_goes_with_its_file_object(video: Path, sources: HeldSource
     assert descriptors() == before + 1
     sources.close()
     assert descriptors() == before
+
+
+@pytest.fixture
+def clip(tmp_path) -> Path:
+    return vf.write(tmp_path / "v.mp4", vf.steady(5))
+
+
+@pytest.fixture
+def other(tmp_path) -> Path:
+    return vf.write(tmp_path / "other.mp4", vf.steady(50))
+
+
+def around_decoding(
+    monkeypatch: pytest.MonkeyPatch,
+    before: Callable[[], object] = lambda: None,
+    after: Callable[[], object] = lambda: None,
+) -> None:
+    """Run code after a file was opened and checked and before it is decoded, or after that."""
+    decode = WorkerPool.decode
+
+    def decode_between(self: WorkerPool, *arguments: Any, **options: Any) -> Decoded:
+        before()
+        decoded = decode(self, *arguments, **options)
+        after()
+        return decoded
+
+    monkeypatch.setattr(WorkerPool, "decode", decode_between)
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_path_that_changes_after_the_check_is_not_followed(clip, other, monkeypatch, trusted):
+    def swap() -> None:
+        clip.unlink()
+        clip.symlink_to(other)
+
+    around_decoding(monkeypatch, before=swap)
+    assert probe(clip, trusted=trusted).duration_s == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("mode", ["rb", "r+b"])
+@pytest.mark.parametrize("buffering", [0, -1])
+def test_an_open_file_is_read_in_place_and_stays_where_it_is(clip, other, monkeypatch, mode, buffering):
+    monkeypatch.setattr(tempfile, "TemporaryFile", None)  # no copy can be made
+    with open(clip, mode, buffering=buffering) as file:
+        os.replace(other, clip)
+        for trusted in (True, False):
+            assert probe(file, trusted=trusted).duration_s == pytest.approx(0.2, abs=0.01)
+            assert file.tell() == 0
+
+
+def test_buffered_writes_of_an_open_file_are_read(clip, tmp_path):
+    with open(tmp_path / "new.mp4", "w+b") as file:
+        file.write(clip.read_bytes())
+        file.seek(0)
+        assert probe(file) == probe(clip)
+
+
+def test_a_decompressing_file_object_is_read_through_it(clip, tmp_path):
+    """Its descriptor is that of the compressed file."""
+    with gzip.open(tmp_path / "v.gz", "wb") as packed:
+        packed.write(clip.read_bytes())
+    with gzip.open(tmp_path / "v.gz") as packed:
+        assert probe(packed).digest == probe(clip).digest
+    with gzip.open(tmp_path / "v.gz") as packed:
+        assert probe(io.BufferedReader(packed)).digest == probe(clip).digest
+
+
+def test_any_view_of_bytes_is_their_content(clip):
+    data = clip.read_bytes()
+    doubled = bytes(byte for one in data for byte in (one, 0))
+    for view in (memoryview(data), memoryview(doubled)[::2], memoryview(bytearray(data)).toreadonly()):
+        assert probe(view).digest == probe(data).digest
+
+
+def test_a_full_disk_is_one_sentence(clip, monkeypatch):
+    class FullDisk(io.BytesIO):
+        name = 7
+
+        def write(self, content: Any) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: FullDisk())
+    for source in (clip.read_bytes(), io.BytesIO(clip.read_bytes())):
+        with pytest.raises(VideoError, match=r"no copy of it can be kept .*; make room"):
+            probe(source)
+
+
+def test_file_objects_without_a_proc_file_system(clip, monkeypatch):
+    """As on macOS, where /proc is missing."""
+    monkeypatch.setattr("encoder.video.sources.DESCRIPTORS", "/nowhere")
+    held = hold(io.BytesIO(clip.read_bytes()), DEFAULT_LIMITS)
+    with open(clip, "rb") as file:
+        in_place = hold(file, DEFAULT_LIMITS)
+        for source in (held, held.source, in_place, in_place.source, file, clip.read_bytes()):
+            assert probe(source).digest == probe(clip).digest
+    path = held.source
+    held.close()
+    assert not os.path.exists(path)
+
+
+def test_a_class_is_no_source():
+    with pytest.raises(VideoError, match="cannot be a type"):
+        probe(io.BytesIO)
+
+
+def test_an_open_file_is_read_from_its_position(clip, tmp_path):
+    (tmp_path / "shifted").write_bytes(b"head" + clip.read_bytes())
+    with open(tmp_path / "shifted", "rb") as file:
+        file.seek(4)
+        assert probe(file).digest == probe(clip).digest
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/null", "pipe", "socket/x", "a\0b", "x" * 5000])
+@pytest.mark.parametrize("trusted", [True, False])
+def test_pipes_and_devices_are_refused_without_waiting(tmp_path, name, trusted):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(VideoError, match=r"no such file|not a readable file"):
+        probe(str(tmp_path / name) if not name.startswith("/") else name, trusted=trusted)
+
+
+def test_an_untrusted_file_changed_while_it_is_read_is_refused(clip, monkeypatch):
+    def write() -> None:
+        with open(clip, "r+b") as file:
+            file.write(b"\0\0\0\x01")
+
+    around_decoding(monkeypatch, after=write)
+    with pytest.raises(VideoError, match="changed while it was read"):
+        probe(clip, trusted=False)
+
+
+def test_a_file_removed_while_it_is_read_is_read(clip, monkeypatch):
+    around_decoding(monkeypatch, after=clip.unlink)
+    assert probe(clip, trusted=False).codec == "h264"
+
+
+def test_readers_of_one_descriptor_do_not_disturb_each_other(tmp_path):
+    (tmp_path / "f").write_bytes(bytes(range(100)))
+    with open(tmp_path / "f", "rb") as file:
+        name = descriptor_name(file.fileno(), "x.MP4")
+        assert name.endswith(".mp4")
+        first, second = open_file(name), open_file(name)
+        assert first.read(3) == b"\0\1\2"
+        assert second.read(2) == b"\0\1"
+        assert second.seek(-2, os.SEEK_END) == 98
+        assert second.read() == bytes((98, 99))
+        assert first.read(1) == b"\3"
+        raw = DescriptorReader(file.fileno(), name)
+        assert raw.seek(5) == 5
+        assert raw.seek(-1) == raw.seek(1 << 64) == -1
+        assert raw.tell() == 5
+        assert raw.seek(1 << 62) == 1 << 62
+        assert raw.read(4) == b""
+    assert descriptor_name(3, "/srv/x.a/b").count("/") == 0
+    assert descriptor_name(3, "x.mp4/../../etc") == "fd:3"

@@ -8,10 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    from encoder.video.reader import Clip
 
 BITS = 12  # a frame's number is drawn as this many black or white bars
 # container, encoder, pixel format, codec name
@@ -68,6 +72,11 @@ def number_in(frame: np.ndarray) -> int:
     row = np.asarray(frame)[height // 4].astype(int).mean(-1)
     edges = [round(i * width / BITS) for i in range(BITS + 1)]
     return sum(1 << bit for bit in range(BITS) if row[(edges[bit] + edges[bit + 1]) // 2] > 127)
+
+
+def numbers_in(clip: Clip) -> list[int]:
+    """The numbers of all frames of a clip."""
+    return [number_in(frame.numpy()) for frame in clip.frames]
 
 
 @contextmanager

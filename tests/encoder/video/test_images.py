@@ -1,4 +1,4 @@
-"""Pictures of every kind, in files and in memory: a still has one frame, animations have their times."""
+"""Images in files and in memory: still images have one frame, animations their times."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.encoder.video import video_files as vf
 RED = (200, 0, 0)
 
 
-def half_clear(width: int = 32, height: int = 24) -> np.ndarray:
-    """RGBA uint8: red on the left, nothing (a black nothing) on the right."""
+def half_transparent(width: int = 32, height: int = 24) -> np.ndarray:
+    """RGBA uint8: opaque red on the left, transparent black on the right."""
     pixels = np.zeros((height, width, 4), np.uint8)
     pixels[:, : width // 2] = (*RED, 255)
     return pixels
@@ -33,7 +33,7 @@ def saved(image: Image.Image, kind: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-def is_half_white(frame, tolerance: int = 6) -> None:
+def assert_right_half_white(frame, tolerance: int = 6) -> None:
     pixels = np.asarray(frame).astype(int)
     middle = pixels.shape[1] // 2
     assert np.abs(pixels[:, : middle - 4] - RED).max() <= tolerance
@@ -44,7 +44,7 @@ TRUSTED_ONLY = ("TIFF", "ICO", "JPEG2000")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "AVIF", "GIF", *TRUSTED_ONLY])
-def test_a_still_of_any_format_is_one_frame_of_kind_image(kind):
+def test_a_still_image_of_any_format_is_one_frame(kind):
     picture = vf.numbered(1234)
     data = saved(Image.fromarray(picture), kind, **({"sizes": [(192, 128)]} if kind == "ICO" else {}))
     clip = read_clip(data, 8)
@@ -59,6 +59,65 @@ def test_a_still_of_any_format_is_one_frame_of_kind_image(kind):
         assert torch.equal(read_clip(data, trusted=False).frames, clip.frames)
 
 
+def test_image_files(tmp_path):
+    picture = vf.numbered(5)
+    for suffix, tolerance in (("png", 0), ("bmp", 0), ("webp", 12), ("jpg", 12)):
+        path = tmp_path / f"v.{suffix}"
+        Image.fromarray(picture).save(path)
+        for trusted in (True, False):
+            clip = read_clip(path, 8, trusted=trusted)
+            assert clip.info.kind == "image"
+            assert clip.times_s == (0.0,)
+            assert clip.duration_s == 0.0
+            assert np.abs(clip.frames[0].numpy().astype(int) - picture).mean() <= tolerance
+    turned = Image.fromarray(picture)
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    clip = read_clip(tmp_path / "turned.jpg")
+    assert (clip.info.width, clip.info.height) == (128, 192) == clip.frames.shape[2:0:-1]
+
+
+def test_animated_webp_is_a_video(tmp_path):
+    path = tmp_path / "v.webp"
+    images = [Image.fromarray(vf.numbered(i)) for i in range(6)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=[100, 100, 700, 100, 100, 100])
+    clip = read_clip(path, 6)
+    assert clip.info.kind == "video"
+    assert clip.duration_s == pytest.approx(1.2)
+    assert vf.numbers_in(clip) == [1, 2, 2, 2, 3, 5]
+
+
+def test_images_in_memory():
+    arrays = [vf.numbered(i) for i in range(4)]
+    sources = [
+        arrays,
+        [Image.fromarray(a) for a in arrays],
+        [torch.from_numpy(a) for a in arrays],
+        np.stack(arrays),
+        torch.from_numpy(np.stack(arrays)),
+    ]
+    clips = [read_clip(source, 4, fps=2.0) for source in sources]
+    for clip in clips:
+        assert vf.numbers_in(clip) == [0, 1, 2, 3]
+        assert clip.times_s == (0.0, 0.5, 1.0, 1.5)
+        assert clip.duration_s == 2.0
+        assert clip.info == clips[0].info
+    assert clips[0].info.kind == "frames"
+    assert probe(arrays, fps=2.0).digest == clips[0].info.digest != probe(arrays[::-1], fps=2.0).digest
+    assert vf.numbers_in(read_clip(arrays, 2)) == [1, 3]
+    one = read_clip(Image.fromarray(arrays[3]).convert("RGBA"), 16)
+    assert vf.numbers_in(one) == [3]
+    assert one.info.kind == "image"
+
+
+def test_a_clip_owns_its_frames():
+    array = np.zeros((2, 8, 8, 3), np.uint8)
+    clip = read_clip(array, 2)
+    array[:] = 255
+    assert clip.frames.max() == 0
+
+
 @pytest.mark.parametrize("kind", ["TIFF", "MPO", "ICO"])
 def test_of_several_pages_or_sizes_the_first_counts(tmp_path, kind):
     pages = [Image.fromarray(vf.numbered(i)) for i in (5, 6)]
@@ -71,7 +130,7 @@ def test_of_several_pages_or_sizes_the_first_counts(tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", ["jxl", "jxl code stream"])
-def test_a_still_that_no_decoder_reads_is_refused_by_name(name):
+def test_a_format_without_a_decoder_is_named(name):
     start = b"\xff\x0a" if "code" in name else b"\0\0\0\x0cJXL \r\n\x87\n"
     for trusted in (True, False):
         with pytest.raises(VideoError, match="no decoder for JPEG XL is installed; save it as PNG or JPEG"):
@@ -115,7 +174,7 @@ def test_an_animation_with_a_palette_keeps_its_colours(clear):
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "AVIF"])
-def test_an_animation_is_a_video_wherever_it_comes_from(tmp_path, kind):
+def test_an_animation_is_a_video_from_any_source(tmp_path, kind):
     data = animation(kind)
     path = tmp_path / "moving"
     path.write_bytes(data)
@@ -126,7 +185,7 @@ def test_an_animation_is_a_video_wherever_it_comes_from(tmp_path, kind):
             clip = read_clip(source, 5, trusted=trusted)
             assert (clip.info.kind, clip.info.frames) == ("video", 4)
             assert clip.duration_s == pytest.approx(1.0)
-            assert [vf.number_in(frame.numpy()) for frame in clip.frames] == [1, 1, 3, 3, 3]
+            assert vf.numbers_in(clip) == [1, 1, 3, 3, 3]
             assert clip.times_s == pytest.approx([0.1, 0.1, 0.5, 0.5, 0.5])
     assert opened.tell() == 2
     assert probe(opened).duration_s == pytest.approx(1.0)
@@ -140,25 +199,25 @@ def test_a_png_whose_first_picture_is_not_part_of_its_animation():
     for source in (data, Image.open(io.BytesIO(data))):
         clip = read_clip(source, 2)
         assert clip.duration_s == pytest.approx(0.4)
-        assert [vf.number_in(frame.numpy()) for frame in clip.frames] == [1, 2]
+        assert vf.numbers_in(clip) == [1, 2]
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
-def test_what_an_animation_takes_away_is_white_again(kind):
+def test_disposed_frames_of_an_animation_leave_white(kind):
     """Frame 0 is red on the left; frame 1, after frame 0 is disposed of, red on the right."""
-    left = half_clear()
+    left = half_transparent()
     images = [Image.fromarray(left), Image.fromarray(np.ascontiguousarray(left[:, ::-1]))]
     disposal = {"GIF": {"disposal": 2}, "PNG": {"disposal": 1}, "WEBP": {"lossless": True}}[kind]
     data = saved(images[0], kind, save_all=True, append_images=images[1:], duration=100, **disposal)
     for source in (data, Image.open(io.BytesIO(data))):
         clip = read_clip(source, 2)
-        is_half_white(clip.frames[0])
-        is_half_white(clip.frames[1].flip(1))
+        assert_right_half_white(clip.frames[0])
+        assert_right_half_white(clip.frames[1].flip(1))
 
 
-def clear_pictures() -> dict[str, bytes | Image.Image | np.ndarray | torch.Tensor]:
+def transparent_images() -> dict[str, bytes | Image.Image | np.ndarray | torch.Tensor]:
     """One picture, half of it transparent, in many forms."""
-    rgba = half_clear()
+    rgba = half_transparent()
     image = Image.fromarray(rgba)
     palette = Image.fromarray((rgba[..., 3] > 0).astype(np.uint8), "P")
     palette.putpalette([0, 0, 0, *RED])
@@ -184,11 +243,11 @@ def clear_pictures() -> dict[str, bytes | Image.Image | np.ndarray | torch.Tenso
     }
 
 
-def test_transparency_lies_on_white_on_every_path():
-    for name, source in clear_pictures().items():
+def test_transparency_is_composed_on_white_from_any_source():
+    for name, source in transparent_images().items():
         try:
             for frame in read_clip(source, 2).frames:
-                is_half_white(frame, 12 if name == "avif" else 6)
+                assert_right_half_white(frame, 12 if name == "avif" else 6)
         except AssertionError as error:
             raise AssertionError(name) from error
 
@@ -224,7 +283,7 @@ def test_a_sixteen_bit_png_in_colour():
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "HSV", "LAB"])
-def test_every_colour_mode_looks_as_it_should(mode):
+def test_every_colour_mode_becomes_rgb(mode):
     white = Image.new("RGB", (16, 16), "white")
     if mode == "LAB":
         profiles = (ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"))
@@ -273,14 +332,14 @@ def test_a_damaged_image_object_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF", "TIFF", "JPEG2000", "GIF"])
-def test_a_still_that_is_cut_off_is_called_so(kind):
+def test_a_truncated_still_image_is_an_error(kind):
     noise = np.random.default_rng(0).integers(0, 255, (64, 96, 3), np.uint8)
     data = saved(Image.fromarray(noise), kind)
     with pytest.raises(VideoError, match="cut off"):
         read_clip(data[: len(data) * 9 // 10])
 
 
-def test_limits_hold_for_pictures_in_memory():
+def test_limits_hold_for_images_in_memory():
     moving = Image.open(io.BytesIO(animation("GIF")))
     for source in (moving, Image.new("RGB", (64, 64)), np.zeros((64, 64, 4), np.uint8)):
         with pytest.raises(VideoError, match="exceed the limit of 1000 pixels"):
@@ -368,7 +427,7 @@ def heic(picture: np.ndarray, folder: Path, *, columns: int, rows: int, tile: in
 @pytest.mark.parametrize(
     ("moves", "turns", "mirror"), [(b"", 0, False), (b"\1", 1, False), (b"\3\1", 3, True)]
 )
-def test_a_photo_in_tiles_is_seen_whole_and_upright(tmp_path, moves, turns, mirror):
+def test_a_tiled_heic_photo_is_assembled_upright(tmp_path, moves, turns, mirror):
     vf.need_encoder("libx265")
     picture = vf.numbered(2730, 120, 72)
     data = heic(picture, tmp_path, columns=2, rows=2, tile=64, moves=moves)
@@ -383,7 +442,7 @@ def test_a_photo_in_tiles_is_seen_whole_and_upright(tmp_path, moves, turns, mirr
         probe(data, limits=Limits(codecs=("h264",)))
 
 
-def test_a_photo_whose_tiles_are_missing_is_refused(tmp_path):
+def test_a_heic_photo_without_its_tiles_is_refused(tmp_path):
     vf.need_encoder("libx265")
     data = heic(vf.numbered(1, 128, 64), tmp_path, columns=2, rows=1, tile=64, moves=b"")
     for bad in (data[:-200], data.replace(b"dimg", b"none"), data.replace(b"pitm", b"none"), data[:200]):

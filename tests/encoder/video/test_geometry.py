@@ -1,4 +1,4 @@
-"""Frames come as players show them: every pose, crop, pixel aspect and colour, by either decoder."""
+"""Display geometry: every orientation, crop, pixel aspect ratio and colour, by either decoder."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from encoder.errors import VideoError
+from encoder.video.geometry import fit_within, nearest_rotation
 from encoder.video.reader import Decoder, read_clip
-from encoder.video.shape import nearest_pose
 
 COLOURS = {"R": (200, 40, 40), "G": (40, 200, 40), "B": (40, 40, 200), "Y": (200, 200, 40)}
-POSES = [(turns, mirror) for turns in range(4) for mirror in (False, True)]
+ORIENTATIONS = [(turns, mirror) for turns in range(4) for mirror in (False, True)]
 ONE = 1 << 16
 BOTH: tuple[Decoder, ...] = ("auto", "pyav")
 
@@ -33,7 +33,7 @@ def corners(width: int = 64, height: int = 48) -> np.ndarray:
     return picture
 
 
-def seen(frame) -> str:
+def corner_colours(frame) -> str:
     """The names of a frame's four corners, row by row."""
     pixels = np.asarray(frame).astype(int)
     height, width = pixels.shape[:2]
@@ -41,7 +41,7 @@ def seen(frame) -> str:
     return "".join(min(COLOURS, key=lambda k: np.abs(pixels[place] - COLOURS[k]).sum()) for place in places)
 
 
-def posed(turns: int, mirror: bool, picture: np.ndarray) -> np.ndarray:
+def oriented(turns: int, mirror: bool, picture: np.ndarray) -> np.ndarray:
     """Brute force: quarter turns counter-clockwise, then a mirror from left to right."""
     turned = np.rot90(picture, turns)
     return turned[:, ::-1] if mirror else turned
@@ -65,17 +65,17 @@ def video(path: Path, picture: np.ndarray, *, pose=None, aspect=None, encoder="l
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.mkv"])
-def test_all_eight_poses_of_a_display_matrix(tmp_path, name):
-    for turns, mirror in POSES:
+def test_all_eight_orientations_of_a_display_matrix(tmp_path, name):
+    for turns, mirror in ORIENTATIONS:
         path = video(tmp_path / name, corners(), pose=(turns, mirror))
-        want = posed(turns, mirror, corners())
+        want = oriented(turns, mirror, corners())
         for decoder in BOTH:
             clip = read_clip(path, 1, decoder=decoder)
-            assert (turns, mirror, seen(clip.frames[0])) == (turns, mirror, seen(want))
+            assert (turns, mirror, corner_colours(clip.frames[0])) == (turns, mirror, corner_colours(want))
             assert clip.frames.shape[1:] == want.shape
             assert (clip.info.height, clip.info.width) == want.shape[:2]
         small = read_clip(path, 1, max_side=32, decoder="pyav").frames[0]
-        assert seen(small) == seen(want)
+        assert corner_colours(small) == corner_colours(want)
         assert max(small.shape[:2]) == 32
     assert torch.equal(read_clip(path, 1, trusted=False).frames, clip.frames)
 
@@ -99,22 +99,22 @@ def with_matrix(source: Path, target: Path, matrix: tuple[int, ...]) -> Path:
         ((0.0, 0.0, 0.0, 0.0), "RGBY"),  # no matrix at all
     ],
 )
-def test_a_crooked_matrix_is_rounded_to_the_nearest_pose(tmp_path, numbers, want):
+def test_any_matrix_is_rounded_to_the_nearest_orientation(tmp_path, numbers, want):
     a, b, c, d = (round(n * ONE) for n in numbers)
     plain = video(tmp_path / "plain.mp4", corners())
     path = with_matrix(plain, tmp_path / "a.mp4", (a, b, 0, c, d, 0, 0, 0, 1 << 30))
     for decoder in BOTH:
-        assert seen(read_clip(path, 1, decoder=decoder).frames[0]) == want
+        assert corner_colours(read_clip(path, 1, decoder=decoder).frames[0]) == want
 
 
-@given(st.floats(0.01, 100), st.floats(0.01, 100), st.sampled_from(POSES), st.floats(-0.7, 0.7))
-def test_scale_and_a_small_angle_never_change_the_pose(wide, high, pose, angle):
+@given(st.floats(0.01, 100), st.floats(0.01, 100), st.sampled_from(ORIENTATIONS), st.floats(-0.7, 0.7))
+def test_scale_and_a_small_angle_never_change_the_orientation(wide, high, pose, angle):
     turns, mirror = pose
     right, below = np.array([-1.0 if mirror else 1.0, 0.0]), np.array([0.0, 1.0])
     turn = turns * np.pi / 2 + angle
     quarter = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])  # y points down
     (a, b), (c, d) = quarter @ right * wide, quarter @ below * high
-    assert nearest_pose((a, b, 0, c, d, 0, 0, 0, 1))[:2] == pose
+    assert nearest_rotation((a, b, 0, c, d, 0, 0, 0, 1))[:2] == pose
 
 
 def test_the_rotate_tag_of_older_files(tmp_path):
@@ -129,7 +129,7 @@ def test_the_rotate_tag_of_older_files(tmp_path):
                 container.mux(stream.encode(frame.reformat(format="yuv420p")))
             container.mux(stream.encode())
         for decoder in BOTH:
-            assert seen(read_clip(path, 1, decoder=decoder).frames[0]) == want
+            assert corner_colours(read_clip(path, 1, decoder=decoder).frames[0]) == want
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
@@ -142,7 +142,7 @@ def test_pixels_that_are_not_square(tmp_path, name, aspect):
         clip = read_clip(path, 1, decoder=decoder)
         assert abs(clip.info.width - width) <= 1
         assert clip.frames.shape == (1, 48, clip.info.width, 3)
-        assert seen(clip.frames[0]) == "RGBY"
+        assert corner_colours(clip.frames[0]) == "RGBY"
     turned = video(tmp_path / "b.mp4", corners(), aspect=aspect, pose=(1, False))
     info = read_clip(turned, 1).info
     assert info.width == 48
@@ -178,7 +178,7 @@ def test_the_clean_aperture_of_mp4(tmp_path):
         clip = read_clip(path, 2, decoder=decoder)
         assert clip.frames.shape == (2, 24, 48, 3)
         assert (clip.info.width, clip.info.height) == (48, 24)
-        assert seen(clip.frames[0]) == "RGRG"
+        assert corner_colours(clip.frames[0]) == "RGRG"
         for x, name in ((29, "R"), (34, "G")):  # the border is 32 pixels from the left
             assert np.abs(clip.frames[0, 12, x].numpy().astype(int) - COLOURS[name]).max() < 40
 
@@ -204,7 +204,7 @@ def test_the_pixel_crop_of_matroska(tmp_path):
     for decoder in BOTH:
         clip = read_clip(path, 1, decoder=decoder)
         assert clip.frames.shape == (1, 24, 64, 3)
-        assert seen(clip.frames[0]) == "BYBY"
+        assert corner_colours(clip.frames[0]) == "BYBY"
 
 
 @pytest.mark.parametrize("matrix", ["bt601", "bt709", "bt2020"])
@@ -255,7 +255,7 @@ def test_colours_by_matrix_range_and_depth(tmp_path, matrix, full):
         ("a.mov", "qtrle", "argb"),
     ],
 )
-def test_transparent_video_lies_on_white(tmp_path, name, encoder, fmt):
+def test_transparent_video_is_composed_on_white(tmp_path, name, encoder, fmt):
     picture = np.zeros((48, 64, 4), np.uint8)
     picture[..., 0], picture[:, :32, 3] = 200, 255
     with av.open(str(tmp_path / name), "w") as container:
@@ -274,7 +274,7 @@ def test_transparent_video_lies_on_white(tmp_path, name, encoder, fmt):
         assert np.abs(clip.frames[2, 18, 10].numpy().astype(int) - (200, 0, 0)).max() < 6
 
 
-def test_decord_refuses_what_it_would_show_wrongly(tmp_path):
+def test_decord_refuses_mirrored_video(tmp_path):
     pytest.importorskip("decord")
     path = video(tmp_path / "a.mp4", corners(), pose=(0, True))
     with pytest.raises(VideoError, match="use decoder='auto'"):
@@ -287,16 +287,28 @@ STILLS = {"PNG": 0, "JPEG": 30, "WEBP": 30, "TIFF": 0, "AVIF": 30, "MPO": 30}
 
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from(sorted(STILLS)), st.integers(1, 8), st.tuples(st.integers(8, 70), st.integers(8, 70)))
-def test_stills_come_upright_in_every_format_orientation_and_size(tmp_path_factory, kind, orientation, size):
+def test_still_images_are_upright_in_every_format_orientation_and_size(
+    tmp_path_factory, kind, orientation, size
+):
     picture = Image.fromarray(corners(*size))
     exif = picture.getexif()
     exif[0x0112] = orientation
     path = tmp_path_factory.mktemp("stills") / "still"
     picture.save(path, kind, exif=exif)
-    want = posed(*EXIF[orientation - 1], corners(*size))
+    want = oriented(*EXIF[orientation - 1], corners(*size))
     clip = read_clip(path, 4)
     assert clip.frames.shape == (1, *want.shape)
     assert (clip.info.kind, clip.info.height, clip.info.width) == ("image", *want.shape[:2])
-    assert seen(clip.frames[0]) == seen(want)
+    assert corner_colours(clip.frames[0]) == corner_colours(want)
     in_memory = read_clip(Image.open(path)).frames
     assert np.abs(in_memory.numpy().astype(int) - clip.frames.numpy()).max() <= STILLS[kind]
+
+
+@given(st.integers(1, 9000), st.integers(1, 9000), st.none() | st.integers(1, 9000))
+def test_fit_within_keeps_aspect_and_limit(width, height, side):
+    small = fit_within(width, height, side)
+    assert min(small) >= 1
+    if side is None or max(width, height) <= side:
+        assert small == (width, height)
+    else:
+        assert max(small) == side

@@ -26,7 +26,7 @@ def golden_input() -> tuple[Tensor, Tensor]:
     return x, attention
 
 
-def test_golden_score_and_tokens() -> None:
+def test_golden_saliency_and_merged_tokens() -> None:
     x, attention = golden_input()
     expected = load_file(GOLDEN)
     scores = saliency(-torch.special.entr(attention.mean(1)).sum(-1))
@@ -36,7 +36,7 @@ def test_golden_score_and_tokens() -> None:
     assert places[:, 0].tolist() == [0, 0]
 
 
-def test_concentration_is_that_of_the_whole_table() -> None:
+def test_chunked_concentration_equals_the_whole_attention_matrix() -> None:
     torch.manual_seed(0)
     q, k = torch.randn(2, 3, 300, 8), torch.randn(2, 3, 300, 8)  # more queries than one chunk
     p = (q @ k.transpose(-2, -1) / 8**0.5).softmax(-1).mean(1).double()

@@ -1,4 +1,4 @@
-"""Pictures that are already in memory (PIL images, arrays, tensors) as uint8 frames."""
+"""Images in memory (PIL images, NumPy arrays, tensors) as uint8 RGB frames."""
 
 from __future__ import annotations
 
@@ -12,20 +12,27 @@ from PIL import Image
 from torch import Tensor
 
 from encoder.errors import VideoError
-from encoder.video.stills import eight_bits, end_times, go_to, moving_frames, playing, upright_rgb
+from encoder.video.images import (
+    animation_frames,
+    end_times,
+    restoring_frame,
+    seek_frame,
+    to_eight_bits,
+    upright_rgb,
+)
 
 
-def is_pictures(source: Any) -> bool:
-    """Whether a source is pictures in memory rather than the name or content of a file."""
+def is_images(source: Any) -> bool:
+    """Whether a source is images in memory rather than the name or content of a file."""
     return isinstance(source, (list, tuple)) or _is_array(source) or _is_pil(source)
 
 
 def is_animation(source: Any) -> bool:
-    """Whether a source is a Pillow image that moves: an opened GIF, APNG, WebP or AVIF of several frames."""
+    """Whether a source is an animated Pillow image: an opened GIF, APNG, WebP or AVIF of several frames."""
     if not _is_pil(source):
         return False
-    with _one_sentence():
-        return len(moving_frames(source)) > 1
+    with _damage_as_video_error():
+        return len(animation_frames(source)) > 1
 
 
 def read_animation(image: Any, max_pixels: int, max_bytes: int) -> tuple[Tensor, list[float]]:
@@ -34,22 +41,22 @@ def read_animation(image: Any, max_pixels: int, max_bytes: int) -> tuple[Tensor,
     The image is left at the frame at which it was. Raises VideoError for frames over max_pixels, together
     over max_bytes, or damaged.
     """
-    moving = moving_frames(image)
+    moving = animation_frames(image)
     _check_size(image.width, image.height, max_pixels)
     if len(moving) * image.width * image.height * 3 > max_bytes:
         raise VideoError(
             f"The {len(moving)} frames of {image.width} x {image.height} need more than "
             f"{max_bytes >> 20} MiB; give the animation as a file."
         )
-    with _one_sentence(), playing(image):
+    with _damage_as_video_error(), restoring_frame(image):
         ends, frames = end_times(image), []
         for index in moving:
-            go_to(image, index)
+            seek_frame(image, index)
             frames.append(_rgb(image))
     return torch.stack(frames), ends
 
 
-def read_pictures(source: Any, max_pixels: int) -> Tensor:
+def read_images(source: Any, max_pixels: int) -> Tensor:
     """uint8 RGB (T, H, W, 3) from one image, a list of equal-sized images, or pixels of several.
 
     Pixels are uint8, or uint16 from 0 to 65535; (H, W), (H, W, 1), (H, W, 3), (H, W, 4) for one image,
@@ -83,7 +90,7 @@ def _one(image: Any, max_pixels: int) -> Tensor:
     """uint8 (H, W, 3) from one image; grey is repeated, transparency is composed."""
     if _is_pil(image):
         _check_size(image.width, image.height, max_pixels)
-        with _one_sentence():
+        with _damage_as_video_error():
             return _rgb(image)
     if not _is_array(image):
         raise VideoError(f"An image cannot be a {type(image).__name__}; give a PIL image, array or tensor.")
@@ -97,13 +104,13 @@ def _one(image: Any, max_pixels: int) -> Tensor:
 
 
 def _channels_last(pixels: Tensor) -> bool:
-    """Whether (..., H, W, C) is grey, RGB or RGBA; what may as well be (..., C, H, W) is not."""
+    """Whether (..., H, W, C) is grey, RGB or RGBA and cannot be read as (..., C, H, W) as well."""
     rows, channels = pixels.shape[-3], pixels.shape[-1]
     return pixels.numel() > 0 and (channels == 3 or (channels in (1, 4) and rows not in (1, 3, 4)))
 
 
 def _rgb(image: Any) -> Tensor:
-    """uint8 (H, W, 3) of the current picture of a Pillow image, upright and opaque."""
+    """uint8 (H, W, 3) of the current frame of a Pillow image, upright and opaque."""
     return torch.from_numpy(np.array(upright_rgb(image)))
 
 
@@ -115,8 +122,8 @@ def _three_channels(pixels: Tensor) -> Tensor:
 
 
 @contextmanager
-def _one_sentence() -> Iterator[None]:
-    """Whatever Pillow finds wrong while it reads an image becomes one VideoError."""
+def _damage_as_video_error() -> Iterator[None]:
+    """Any error of Pillow while it reads an image becomes a VideoError."""
     try:
         yield
     except VideoError as error:
@@ -133,7 +140,7 @@ def _pixels(array: Any) -> Tensor:
         hint = "multiply floats from 0 to 1 by 255 and" if "float" in name else ""
         raise VideoError(f"Pixels must be uint8 (or uint16), not {name}; {hint} convert them first.")
     if name == "uint16":
-        return torch.from_numpy(eight_bits(np.asarray(values)))
+        return torch.from_numpy(to_eight_bits(np.asarray(values)))
     return values.clone() if isinstance(values, Tensor) else torch.from_numpy(values.copy())
 
 
