@@ -69,7 +69,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Seen:
+class EncodedVideo:
     """A video as the language model sees it: (M, D) embedding, its place in a prompt, and what it cost."""
 
     embedding: Tensor
@@ -83,6 +83,6 @@ class Seen:
         """Memory it holds, roughly."""
         return self.embedding.nbytes + 8 * len(self.kept.indices) + 512
 
-    def again(self) -> Seen:
+    def again(self) -> EncodedVideo:
         """The same from the cache: nothing was decoded or encoded."""
         return replace(self, decode_s=0.0, encode_s=0.0)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from app.answer import Answer, Seen
+from app.answer import Answer, EncodedVideo
 from app.estimate import Calibration, Estimate, estimate_plan
 from app.messages import (
     Media,
@@ -31,7 +31,7 @@ from app.messages import (
     question_messages,
 )
 from app.preview import Preview, choose, kept_tokens, thumbnails
-from app.streaming import AnswerStream, Conversation, StopSignal, Uncopied
+from app.streaming import AnswerStream, Conversation, NotCopyable, StopSignal
 from encoder.budget import Budget, Plan
 from encoder.errors import ConfigError, ContextError, ModelError, VideoError
 from encoder.preprocess import preprocess
@@ -40,14 +40,14 @@ from encoder.tokens import VisionTokens
 from encoder.video import confine
 from encoder.video.reader import DEFAULT_LIMITS, Clip, Limits, VideoInfo, probe, read_clip
 from encoder.video.sources import Held, HeldSources
-from llm_bridge.batching import Batcher
-from llm_bridge.generation import Generation, Sampling
+from llm_bridge.compute_worker import ComputeWorker
+from llm_bridge.generation import Generation, SamplingParams
 from llm_bridge.kv_cache import ByteLRU, CacheStats, PrefixCache
 from llm_bridge.llm import Quantize
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import Message, Prompt, TextBound, Visual, count_text, render
 
-__all__ = ["Answer", "Estimate", "Media", "Message", "Sampling", "VideoChat", "Videos"]
+__all__ = ["Answer", "Estimate", "Media", "Message", "SamplingParams", "VideoChat", "Videos"]
 
 SHIPPED = Path(__file__).parent / "pretrained"
 MIB = 2**20
@@ -65,7 +65,7 @@ class Query:
     messages: tuple[Message[Media], ...]
     budget: Budget
     selector: Selector
-    sampling: Sampling
+    sampling: SamplingParams
     scope: str
     progress: Progress
 
@@ -79,7 +79,7 @@ class Opened(NamedTuple):
     plan: Plan
 
 
-class VideoChat(Uncopied):
+class VideoChat(NotCopyable):
     """Ask questions about videos and images within a token budget. Safe to use from many threads.
 
     model: folder of a saved model (default: the one that ships), or a loaded VideoLanguageModel.
@@ -130,10 +130,10 @@ class VideoChat(Uncopied):
         self._sources = HeldSources(limits)
         self._revision = self.model.revision()
         self._clips: ByteLRU[Clip] = ByteLRU(cache_mib * MIB // 4, lambda clip: clip.frames.nbytes)
-        self._seen: ByteLRU[Seen] = ByteLRU(cache_mib * MIB // 4, lambda seen: seen.bytes)
+        self._seen: ByteLRU[EncodedVideo] = ByteLRU(cache_mib * MIB // 4, lambda seen: seen.bytes)
         self._infos: ByteLRU[VideoInfo] = ByteLRU(4096, lambda _: 1)
         self._prefixes = PrefixCache(cache_mib * MIB // 2, self.model.llm.kv_bytes_per_token)
-        self._batcher = Batcher(self.model.llm, batch)
+        self._worker = ComputeWorker(self.model.llm, batch)
         self._calibration: Calibration | None = None
         self._calibrating = threading.Lock()
 
@@ -183,7 +183,7 @@ class VideoChat(Uncopied):
         budget: tokens per video (see `Budget.of`; default: the model's). scope: whose question this is;
         nothing kept for one scope serves another. progress: told what begins ("decode", "encode",
         "prefill"), of which video, of how many. stop: an event that ends the answer when set.
-        sampling: fields of `Sampling`: max_new_tokens, temperature (0 is greedy), top_p, top_k, seed, ...
+        sampling: fields of `SamplingParams`: max_new_tokens, temperature (0 is greedy), top_p, ...
         Raises BudgetError or ConfigError for what is wrong with the arguments; on iteration VideoError,
         ContextError when all is longer than the model's context, and ModelError when it cannot answer.
         """
@@ -199,7 +199,7 @@ class VideoChat(Uncopied):
             check_messages(messages),
             self.plan_budget(budget),
             selector,
-            Sampling(**sampling),
+            SamplingParams(**sampling),
             scope,
             progress or (lambda what, index, count: None),
         )
@@ -214,7 +214,7 @@ class VideoChat(Uncopied):
         self._check_usable()
         return Conversation(self, video, options)
 
-    def _prepare(self, query: Query, stop: threading.Event) -> tuple[list[Seen], Generation]:
+    def _prepare(self, query: Query, stop: threading.Event) -> tuple[list[EncodedVideo], Generation]:
         """Look at the media of a question and make its prompt: all but the answer. Raises FluxChatError."""
         self._check_usable()
         messages = query.messages
@@ -251,7 +251,7 @@ class VideoChat(Uncopied):
             self._prefixes,
             query.scope,
             stop,
-            batcher=self._batcher,
+            worker=self._worker,
         )
         return looks, generation
 
@@ -364,7 +364,7 @@ class VideoChat(Uncopied):
         *,
         scope: str = "",
         progress: Callable[[str], None] = lambda _: None,
-    ) -> Seen:
+    ) -> EncodedVideo:
         """What the language model sees of a video: decoded, encoded and projected, or from the cache."""
         check_selector(selector)
         return self._look(self._open(as_media(video), self.plan_budget(budget)), selector, scope, progress)
@@ -437,7 +437,9 @@ class VideoChat(Uncopied):
             self._clips.put(key, clip)
         return clip
 
-    def _look(self, one: Opened, selector: Selector, scope: str, progress: Callable[[str], None]) -> Seen:
+    def _look(
+        self, one: Opened, selector: Selector, scope: str, progress: Callable[[str], None]
+    ) -> EncodedVideo:
         key = f"{scope}|{one.info.digest}|{one.plan.key}|{selector}|{self._revision}"
         if (seen := self._seen.get(key)) is not None:
             return seen.again()
@@ -448,10 +450,10 @@ class VideoChat(Uncopied):
         progress("encode")
         plan = one.plan
         pixels = preprocess(clip.frames, plan.height, plan.width, fit=self.model.config.fit)
-        vision, embedding = self._batcher.run(self._encode, pixels, plan.keep, clip.times_s, selector)
+        vision, embedding = self._worker.run(self._encode, pixels, plan.keep, clip.times_s, selector)
         kept = kept_tokens(clip, replace(plan, frames=len(clip.frames)), vision.kept[0])
         visual = Visual(len(embedding), key, one.info.duration_s, kept.times_s)
-        seen = Seen(embedding, visual, kept, decoded - start, time.perf_counter() - decoded)
+        seen = EncodedVideo(embedding, visual, kept, decoded - start, time.perf_counter() - decoded)
         self._seen.put(key, seen)
         return seen
 
@@ -508,7 +510,7 @@ class VideoChat(Uncopied):
     @property
     def decoding(self) -> tuple[int, int, int]:
         """Forward passes that made tokens, the tokens made, and the answers being made now."""
-        return self._batcher.steps, self._batcher.made, self._batcher.active
+        return self._worker.steps, self._worker.made, self._worker.active
 
     def forget(self, scope: str | None = None) -> None:
         """Drop everything kept for follow-up questions, or what was kept for one scope."""
@@ -526,7 +528,7 @@ class VideoChat(Uncopied):
         if os.getpid() != self._process:
             return  # nothing of it is this process's
         self._closed.set()
-        self._batcher.close()
+        self._worker.close()
         self._sources.close()
         self.forget()
 

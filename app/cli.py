@@ -156,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# Options that are fields of Sampling: name, type, how --help shows the value, what it says.
+# Options that are fields of SamplingParams: name, type, how --help shows the value, what it says.
 SAMPLING: tuple[tuple[str, type, str, str], ...] = (
     ("max_new_tokens", int, "N", "longest answer, in tokens (128)"),
     ("min_tokens", int, "N", "shortest answer, in tokens (0)"),
@@ -182,7 +182,7 @@ def _generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system prompt: how to answer, who to be")
     drawing = parser.add_argument_group("the answer")
     for name, kind, metavar, text in SAMPLING:
-        # What is not given has the default of `Sampling`.
+        # What is not given has the default of `SamplingParams`.
         drawing.add_argument(
             f"--{name.replace('_', '-')}", type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text
         )
@@ -389,7 +389,7 @@ def _check_inputs(args: argparse.Namespace) -> None:
     from encoder.budget import Budget
     from encoder.video.reader import DEFAULT_LIMITS, probe
     from encoder.video.sources import hold
-    from llm_bridge.generation import Sampling
+    from llm_bridge.generation import SamplingParams
     from llm_bridge.prompt import check_text
 
     if args.budget is not None:
@@ -399,7 +399,7 @@ def _check_inputs(args: argparse.Namespace) -> None:
         check_order(args.video, args.question)
     if getattr(args, "system", None) is not None:
         check_text(args.system, "The system prompt")
-    Sampling(**_sampling(args))
+    SamplingParams(**_sampling(args))
     if args.video is None:
         return
     if args.command == "chat" and args.video in ("-", "/dev/stdin"):

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from app.answer import Answer, Seen, Timings, Usage
+from app.answer import Answer, EncodedVideo, Timings, Usage
 from app.messages import Media, Videos, as_media, media_of, question_text
 from encoder.errors import ConfigError, FluxChatError, ModelError, OutOfMemory
 from encoder.video.reader import VideoInfo
@@ -24,15 +24,15 @@ from llm_bridge.prompt import Message, check_text
 __all__ = ["AnswerStream", "Conversation", "Videos"]
 
 
-class NotCopied(ModelError, pickle.PicklingError):
+class NotCopyableError(ModelError, pickle.PicklingError):
     """An object that belongs to one process: neither pickled nor copied."""
 
 
-class Uncopied:
+class NotCopyable:
     """Something with a model, threads and caches behind it: it stays in its process, as it is."""
 
     def __reduce_ex__(self, _: Any) -> NoReturn:
-        raise NotCopied(
+        raise NotCopyableError(
             f"{type(self).__name__} objects cannot be pickled or copied: make a VideoChat in each process."
         )
 
@@ -48,7 +48,7 @@ class StopSignal(threading.Event):
         return super().is_set() or any(other.is_set() for other in self._others)
 
 
-class AnswerStream(Uncopied):
+class AnswerStream(NotCopyable):
     """An answer in the making: iterate once for pieces of text, `stop()` from any thread, read `answer`.
 
     prepare: looks at the media and gives what was seen and the generation, ready to run. check: raises
@@ -57,7 +57,7 @@ class AnswerStream(Uncopied):
 
     def __init__(
         self,
-        prepare: Callable[[StopSignal], tuple[Sequence[Seen], Generation]],
+        prepare: Callable[[StopSignal], tuple[Sequence[EncodedVideo], Generation]],
         check: Callable[[], None],
         stop: StopSignal,
     ) -> None:
@@ -86,12 +86,12 @@ class AnswerStream(Uncopied):
             raise FluxChatError("This stream was read already: read its `answer`, or ask again.")
         self._begun = True
         start = time.perf_counter()
-        with memory_told():
+        with memory_errors_as_sentences():
             looks, generation = self._prepare(self._stop)
         prepared = time.perf_counter() - start
         pieces: list[str] = []
         try:
-            with memory_told():
+            with memory_errors_as_sentences():
                 for piece in generation:
                     pieces.append(piece)
                     yield piece
@@ -105,7 +105,12 @@ class AnswerStream(Uncopied):
         self._end(looks, generation.stats, pieces, prepared, start)
 
     def _end(
-        self, looks: Sequence[Seen], stats: GenerationStats, pieces: list[str], prepared: float, start: float
+        self,
+        looks: Sequence[EncodedVideo],
+        stats: GenerationStats,
+        pieces: list[str],
+        prepared: float,
+        start: float,
     ) -> None:
         """Make the answer and tell it."""
         self._answer = Answer(
@@ -134,7 +139,7 @@ class AnswerStream(Uncopied):
 
 
 @contextmanager
-def memory_told() -> Iterator[None]:
+def memory_errors_as_sentences() -> Iterator[None]:
     """Raises OutOfMemory, one sentence, for what Python and torch raise when memory is exhausted.
 
     Torch has an error of its own for cards, and none for the machine's memory but its words.
@@ -152,7 +157,7 @@ def memory_told() -> Iterator[None]:
         ) from error
 
 
-class Asked(Protocol):
+class Chat(Protocol):
     """What a conversation needs of a VideoChat."""
 
     def stream_messages(self, messages: Sequence[Message[Media]], **options: Any) -> AnswerStream: ...
@@ -162,7 +167,7 @@ class Asked(Protocol):
     def keep(self, video: Any) -> Media: ...
 
 
-class Conversation(Uncopied):
+class Conversation(NotCopyable):
     """Many turns about one or more videos; follow-ups pay only for their own words.
 
     `add` brings in another video for the next question. A turn is kept when its answer is complete, or was
@@ -170,7 +175,7 @@ class Conversation(Uncopied):
     threads at once. options: defaults of every turn, may be changed between turns.
     """
 
-    def __init__(self, chat: Asked, video: Any, options: dict[str, Any]) -> None:
+    def __init__(self, chat: Chat, video: Any, options: dict[str, Any]) -> None:
         if "history" in options:
             raise ConfigError("A conversation keeps its own history: leave history out.")
         self._chat = chat

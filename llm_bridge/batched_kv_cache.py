@@ -42,7 +42,7 @@ class _Layer(DynamicLayer):
         return self.keys, self.values
 
 
-class SharedKV:
+class BatchedKVCache:
     """The KV caches of B answers, each of its own length, and the step that extends all of them.
 
     parts: per answer and layer, keys and values (1, heads, length, width). They are copied.
@@ -95,6 +95,6 @@ class SharedKV:
         return tuple((keys.clone(), values.clone()) for keys, values in self.parts(row))
 
 
-def own_parts(kv: Any) -> Layers:
+def layers_of(kv: Any) -> Layers:
     """Keys and values of an answer's own cache."""
     return tuple((layer.keys, layer.values) for layer in kv.layers)

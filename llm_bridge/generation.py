@@ -21,12 +21,12 @@ from encoder.errors import BudgetError
 from llm_bridge.kv_cache import Layers, Piece, PrefixCache, joined, rewindable
 from llm_bridge.llm import LanguageModel
 from llm_bridge.prompt import PLACEHOLDER, Prompt
-from llm_bridge.sampling import Chooser as Chooser
-from llm_bridge.sampling import Sampling as Sampling
+from llm_bridge.sampling import Sampler as Sampler
+from llm_bridge.sampling import SamplingParams as SamplingParams
 from llm_bridge.sampling import chooser as chooser
 
 if TYPE_CHECKING:
-    from llm_bridge.batching import Batcher
+    from llm_bridge.compute_worker import ComputeWorker
 
 # In positions. A pass over few takes nearly the time of reading all weights; one over more gains no speed.
 SHORTEST_PIECE, LONGEST_PIECE = 16, 256
@@ -130,7 +130,7 @@ class Generation:
 
     prompt and visuals: what is asked; visuals are (M, D), one per span of the prompt. stop: set it, from any
     thread, and computing ends within one token. prefixes: KV to start from and to leave the prompt's in,
-    unless the answer fails, that of `scope` only. batcher: computes for several generations at once, each in
+    unless the answer fails, that of `scope` only. worker: computes for several generations at once, each in
     a thread of its own.
     Raises on iteration: BudgetError when prompt and answer exceed the model's context, ConfigError when the
     sampling names tokens that the model lacks, ModelError when its scores are no numbers.
@@ -139,18 +139,18 @@ class Generation:
     llm: LanguageModel
     prompt: Prompt
     visuals: Sequence[Tensor]
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     prefixes: PrefixCache | None = None
     scope: str = ""
     stop: threading.Event = field(default_factory=threading.Event)
     stats: GenerationStats = field(default_factory=GenerationStats)
-    batcher: Batcher | None = None
+    worker: ComputeWorker | None = None
     # Of the prompt, from its start: those that were there, and then those that were computed.
     _pieces: list[Piece] = field(default_factory=list, init=False, repr=False)
 
     def __iter__(self) -> Iterator[str]:
-        if self.batcher is not None:
-            self.batcher.check_process()
+        if self.worker is not None:
+            self.worker.check_process()
         self._check_context()
         vocabulary = getattr(self.llm.model.config.get_text_config(), "vocab_size", None)
         if vocabulary is not None:
@@ -213,10 +213,10 @@ class Generation:
         kv = logits = None
         start = self.stats.cached_tokens
         for end in ends[len(self._pieces) :]:
-            if self.batcher is None:
+            if self.worker is None:
                 kv, logits = self._prefill_piece(kv, start, end)
             else:
-                kv, logits = self.batcher.run(self._prefill_piece, kv, start, end)
+                kv, logits = self.worker.run(self._prefill_piece, kv, start, end)
             if logits is None:
                 break
             start = end
@@ -236,15 +236,15 @@ class Generation:
     def _step(self, kv: Any, **inputs: Tensor) -> Tensor:
         return self.llm.advance(kv, **inputs)[0]
 
-    def _choose(self, end_ids: Collection[int]) -> Chooser:
+    def _choose(self, end_ids: Collection[int]) -> Sampler:
         text = [token for token in self.prompt.ids if token != PLACEHOLDER]
-        return Chooser(self.sampling, text, end_ids)
+        return Sampler(self.sampling, text, end_ids)
 
     def _decode(self, kv: Any, logits: Tensor | None) -> Generator[int, None, None]:
         """New tokens until the end of the turn, the length limit, or a stop; none without scores."""
-        if self.batcher is None:
+        if self.worker is None:
             return self._decode_alone(kv, logits)
-        return self._decode_together(self.batcher, kv, logits)
+        return self._decode_together(self.worker, kv, logits)
 
     def _decode_alone(self, kv: Any, logits: Tensor | None) -> Generator[int, None, None]:
         if logits is None:
@@ -268,11 +268,11 @@ class Generation:
                 logits = self._step(kv, input_ids=torch.tensor([[token]], device=self.llm.device))
 
     def _decode_together(
-        self, batcher: Batcher, kv: Any, logits: Tensor | None
+        self, worker: ComputeWorker, kv: Any, logits: Tensor | None
     ) -> Generator[int, None, None]:
         if logits is None:
             return
-        row = batcher.join(kv, logits, self.sampling, self.stop, self._choose(batcher.eos))
+        row = worker.join(kv, logits, self.sampling, self.stop, self._choose(worker.eos))
         del kv, logits
         try:
             yield from row

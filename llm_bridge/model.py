@@ -22,11 +22,9 @@ from encoder.fluxvit import FluxViT
 from encoder.json_files import read_object
 from encoder.tokens import VisionTokens
 from llm_bridge.attention import packs
-from llm_bridge.branches import branched_attention
-from llm_bridge.label_weights import Weighting, label_weights
 from llm_bridge.llm import LanguageModel, Quantize, default_device, default_dtype, load_llm
 from llm_bridge.model_files.checks import first_line
-from llm_bridge.packing import Packing
+from llm_bridge.packing import Packing, Weighting, branched_attention, label_weights
 from llm_bridge.projector import Projector, ProjectorConfig
 from llm_bridge.prompt import IGNORE, PLACEHOLDER, Prompt, TimeSentence
 

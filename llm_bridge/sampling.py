@@ -1,6 +1,6 @@
 """How the next token of an answer is chosen from the model's scores.
 
-    choose = Chooser(Sampling(temperature=0.7, top_p=0.9, seed=1), prompt_ids, end_ids)
+    choose = Sampler(SamplingParams(temperature=0.7, top_p=0.9, seed=1), prompt_ids, end_ids)
     token = choose(scores)
 
 The rules are transformers' own, in its order for generation, except that logit_bias comes behind the
@@ -45,7 +45,7 @@ class LogitBias(Mapping[int, float]):
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How an answer is drawn, and how long it may be.
 
     max_new_tokens, min_tokens: bounds on its length; nothing ends it before the latter. temperature: 0 is
@@ -95,7 +95,7 @@ class Sampling:
                 raise ConfigError(f"{name} must be token ids below {size}, not {greatest}.")
 
 
-class Chooser:
+class Sampler:
     """Chooses the tokens of one answer, one after the other.
 
     prompt_ids: the text of the prompt, for the repetition penalty. end_ids: tokens that end an answer,
@@ -103,7 +103,7 @@ class Chooser:
     """
 
     def __init__(
-        self, sampling: Sampling, prompt_ids: Sequence[int] = (), end_ids: Collection[int] = frozenset()
+        self, sampling: SamplingParams, prompt_ids: Sequence[int] = (), end_ids: Collection[int] = frozenset()
     ) -> None:
         self._greedy, self._temperature = sampling.temperature == 0, sampling.temperature
         self._rules = _rules(sampling, len(prompt_ids), {*end_ids, *sampling.stop_token_ids})
@@ -147,16 +147,16 @@ class Chooser:
 
 
 def chooser(
-    sampling: Sampling,
+    sampling: SamplingParams,
     device: torch.device | str = "cpu",
     prompt_ids: Sequence[int] = (),
     end_ids: Collection[int] = frozenset(),
-) -> Chooser:
-    """A `Chooser`; scores may be on any device."""
-    return Chooser(sampling, prompt_ids, end_ids)
+) -> Sampler:
+    """A `Sampler`; scores may be on any device."""
+    return Sampler(sampling, prompt_ids, end_ids)
 
 
-def _rules(sampling: Sampling, prompt_length: int, end_ids: Collection[int]) -> Any:
+def _rules(sampling: SamplingParams, prompt_length: int, end_ids: Collection[int]) -> Any:
     """What changes scores by token id, (ids (1, N), scores (1, V)) -> scores; None when nothing does."""
     from transformers import (
         LogitsProcessorList,
@@ -176,7 +176,7 @@ def _rules(sampling: Sampling, prompt_length: int, end_ids: Collection[int]) -> 
     return LogitsProcessorList(rules) if rules else None
 
 
-def _warpers(sampling: Sampling) -> Any:
+def _warpers(sampling: SamplingParams) -> Any:
     """What leaves only the likeliest tokens, once the temperature has scaled the scores."""
     from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from app.cli import SAMPLING, STAGES, build_parser, main
-from llm_bridge.generation import Sampling
+from llm_bridge.generation import SamplingParams
 from tests import ROOT
 from tests.encoder.video import video_files as vf
 
@@ -144,13 +144,13 @@ def test_a_video_from_standard_input(shipped_example: Path) -> None:
 
 
 def test_options_of_the_answer_are_fields_of_sampling() -> None:
-    fields = {field.name for field in dataclasses.fields(Sampling)}
+    fields = {field.name for field in dataclasses.fields(SamplingParams)}
     assert {name for name, *_ in SAMPLING} <= fields
     words = ["ask", "v", "q", "--temperature", "0.5", "--top-k", "3", "--min-p", "0.1", "--min-tokens", "2"]
     args = build_parser().parse_args([*words, "--repetition-penalty", "1.1", "--seed", "5"])
     assert (args.temperature, args.top_k, args.min_p, args.min_tokens) == (0.5, 3, 0.1, 2)
     assert (args.repetition_penalty, args.seed) == (1.1, 5)
-    assert "max_new_tokens" not in args  # what is not given has the default of Sampling
+    assert "max_new_tokens" not in args  # what is not given has the default of SamplingParams
 
 
 def test_help_teaches() -> None:

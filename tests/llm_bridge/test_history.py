@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_bridge.generation import Generation, Sampling
+from llm_bridge.generation import Generation, SamplingParams
 from llm_bridge.kv_cache import PrefixCache
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.model import VideoLanguageModel
@@ -56,12 +56,12 @@ def test_scores_have_the_same_bits_whatever_was_asked_before(
     for length in (12, 1, 1):  # after answers of several tokens first
         for messages in turns:
             prompt = render(llm.tokenizer, messages)
-            with_cache = Generation(llm, prompt, [visual], Sampling(length), prefixes)
+            with_cache = Generation(llm, prompt, [visual], SamplingParams(length), prefixes)
             if length > 1:
                 list(with_cache)
                 continue
             found = first_scores(llm, with_cache)
-            assert torch.equal(found, first_scores(llm, Generation(llm, prompt, [visual], Sampling(1))))
+            assert torch.equal(found, first_scores(llm, Generation(llm, prompt, [visual], SamplingParams(1))))
             reused += with_cache.stats.cached_tokens >= 200
     assert reused == 2 * len(turns)
 

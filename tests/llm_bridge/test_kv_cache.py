@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_bridge.generation import Generation, GenerationStats, Sampling
+from llm_bridge.generation import Generation, GenerationStats, SamplingParams
 from llm_bridge.kv_cache import ByteLRU, Piece, PrefixCache
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.prompt import Message, Visual, render
@@ -48,7 +48,7 @@ def ask(
         for i, text in enumerate(turns)
     ]
     prompt = render(llm.tokenizer, messages)
-    generation = Generation(llm, prompt, [embedding(llm, key)], Sampling(max_new_tokens=12), prefixes)
+    generation = Generation(llm, prompt, [embedding(llm, key)], SamplingParams(max_new_tokens=12), prefixes)
     return "".join(generation), generation.stats
 
 

@@ -1,7 +1,7 @@
 """Several answers decoded together: one forward pass makes the next token of each.
 
-    batcher = Batcher(llm, max_rows=8)
-    for piece in Generation(llm, prompt, visuals, batcher=batcher): ...
+    worker = ComputeWorker(llm, max_batch=8)
+    for piece in Generation(llm, prompt, visuals, worker=worker): ...
 
 Decoding reads every weight once per step, so that answers after the first are nearly free. They join and
 leave between any two steps; shorter ones are padded on the left, where the mask hides it. All computing is
@@ -31,16 +31,16 @@ from encoder.errors import ModelError
 from llm_bridge.generation import FinishReason, cache_of
 from llm_bridge.kv_cache import rewindable
 from llm_bridge.llm import LanguageModel
-from llm_bridge.sampling import Chooser, Sampling
+from llm_bridge.sampling import Sampler, SamplingParams
 
 if TYPE_CHECKING:
-    from llm_bridge.batched_kv_cache import SharedKV
+    from llm_bridge.batched_kv_cache import BatchedKVCache
 
 T = TypeVar("T")
 CLOSED = "The model was closed, so that nothing is computed any more: load it again and ask again."
 
 
-class Row:
+class SequenceState:
     """One answer among those being decoded: iterate for token ids; `leave` at the end, whatever happened.
 
     tokens: made so far; may be ahead of the reader. finish: how it ended, error: what ended it instead, both
@@ -48,14 +48,14 @@ class Row:
     """
 
     def __init__(
-        self, batcher: Batcher, kv: Any, sampling: Sampling, stop: threading.Event, choose: Chooser
+        self, worker: ComputeWorker, kv: Any, sampling: SamplingParams, stop: threading.Event, choose: Sampler
     ) -> None:
         self.kv: Any | None = kv  # None while it is in the shared buffers, and at the end
         self.tokens: list[int] = []
         self.finish: FinishReason | None = None
         self.error: BaseException | None = None
         self.in_turn = False
-        self._stop, self._batcher, self._choose = stop, batcher, choose
+        self._stop, self._worker, self._choose = stop, worker, choose
         self._limit, self._ends = sampling.max_new_tokens, frozenset(sampling.stop_token_ids)
 
     @property
@@ -67,7 +67,7 @@ class Row:
         """Choose the next token by its scores (V,); whatever that raises becomes this row's error."""
         try:
             token = self._choose(logits)
-            if token in self._batcher.eos or token in self._ends:
+            if token in self._worker.eos or token in self._ends:
                 self.finish = "stop"
                 return
             self.tokens.append(token)
@@ -99,28 +99,28 @@ class Row:
             elif self.finish is not None:
                 return
             else:
-                self._batcher.run(self._batcher.advance, self, count)
+                self._worker.run(self._worker.advance, self, count)
 
     def leave(self) -> None:
         """Stop taking part; waits for nothing, since a garbage collector may call it in any thread."""
         if not self.over:
             self.finish = "cancelled"
-        self._batcher.drop(self)
+        self._worker.drop(self)
 
 
-class Batcher:
+class ComputeWorker:
     """Runs one language model for many threads.
 
-    max_rows: answers decoded in one pass, 1 is one at a time. A model whose cache forgets (sliding windows,
+    max_batch: answers decoded in one pass, 1 is one at a time. A model whose cache forgets (sliding windows,
     state spaces) or that takes no positions decodes its answers in turn, a token each.
     """
 
-    def __init__(self, llm: LanguageModel, max_rows: int = 8) -> None:
-        self.llm, self.max_rows, self.eos = llm, max_rows, llm.eos_ids
+    def __init__(self, llm: LanguageModel, max_batch: int = 8) -> None:
+        self.llm, self.max_batch, self.eos = llm, max_batch, llm.eos_ids
         self.steps = self.made = 0  # forward passes and the tokens that they made
-        self._rows: list[Row] = []  # by arrival; from here on only the computing thread reads and writes
-        self._shared: SharedKV | None = None
-        self._sharing: list[Row] = []
+        self._rows: list[SequenceState] = []  # by arrival
+        self._shared: BatchedKVCache | None = None
+        self._sharing: list[SequenceState] = []
         self._padding = "position_ids" in inspect.signature(llm.model.forward).parameters
         self._thread, self._process = ThreadPoolExecutor(1, "fluxchat-compute"), os.getpid()
 
@@ -155,15 +155,15 @@ class Batcher:
         self,
         kv: Any,
         logits: Tensor,
-        sampling: Sampling,
+        sampling: SamplingParams,
         stop: threading.Event,
-        choose: Chooser | None = None,
-    ) -> Row:
+        choose: Sampler | None = None,
+    ) -> SequenceState:
         """Decode from a prefilled KV cache and the scores (V,) of the first token on.
 
         choose: how, by default by `sampling` without knowing the prompt.
         """
-        row = Row(self, kv, sampling, stop, choose or Chooser(sampling, end_ids=self.eos))
+        row = SequenceState(self, kv, sampling, stop, choose or Sampler(sampling, end_ids=self.eos))
         row.push(logits)
         try:
             if not row.over:
@@ -173,7 +173,7 @@ class Batcher:
             raise
         return row
 
-    def drop(self, row: Row) -> None:
+    def drop(self, row: SequenceState) -> None:
         """Let an answer that is over be taken out soon."""
         with suppress(ModelError):  # closed, or in a forked process: it is not held for long
             self._submit(self.remove, row)
@@ -188,7 +188,7 @@ class Batcher:
 
     # -- in the computing thread ----------------------------------------------------------------------------
 
-    def _add(self, row: Row) -> None:
+    def _add(self, row: SequenceState) -> None:
         self._rows.append(row)
 
     def _abandon(self) -> None:
@@ -196,7 +196,7 @@ class Batcher:
             row.error = ModelError(CLOSED)
             self.remove(row)
 
-    def remove(self, row: Row) -> None:
+    def remove(self, row: SequenceState) -> None:
         """Take an answer out (computing thread only); does nothing when it is out."""
         if row in self._rows:
             self._rows.remove(row)
@@ -204,7 +204,7 @@ class Batcher:
         if not any(other in self._rows for other in self._sharing):
             self._shared, self._sharing = None, []
 
-    def advance(self, row: Row, count: int) -> None:
+    def advance(self, row: SequenceState, count: int) -> None:
         """One step for all (computing thread only), unless this row's token `count` has been made already."""
         if len(row.tokens) > count or row.over:
             return
@@ -214,7 +214,7 @@ class Batcher:
         for other in self._rows:
             other.look_at_stop()
         self._drop_those_over()
-        rows = self._rows[: self.max_rows]
+        rows = self._rows[: self.max_batch]
         made = [len(other.tokens) for other in rows]
         with torch.inference_mode():
             try:
@@ -231,7 +231,7 @@ class Batcher:
         self.made += sum(len(other.tokens) for other in rows) - sum(made)
         self._drop_those_over()
 
-    def _step(self, rows: list[Row]) -> None:
+    def _step(self, rows: list[SequenceState]) -> None:
         """The next token of those that share a pass."""
         together = [
             row
@@ -246,7 +246,7 @@ class Batcher:
         for row, logits in zip(self._sharing, scores, strict=True):
             row.push(logits)
 
-    def _step_alone(self, row: Row) -> None:
+    def _step_alone(self, row: SequenceState) -> None:
         """The next token of one answer from its own cache, or its error."""
         try:
             ids = torch.tensor([row.tokens[-1:]], device=self.llm.device)
@@ -257,9 +257,9 @@ class Batcher:
         self.steps += 1
         row.push(scores[0])
 
-    def _share(self, rows: list[Row]) -> None:
+    def _share(self, rows: list[SequenceState]) -> None:
         """Make the shared buffers hold exactly these answers, with room for a step."""
-        from llm_bridge.batched_kv_cache import SharedKV, own_parts
+        from llm_bridge.batched_kv_cache import BatchedKVCache, layers_of
 
         old, sharing = self._shared, self._sharing
         if sharing == rows and (old is None or old.filled < old.capacity):
@@ -269,14 +269,14 @@ class Batcher:
                 if row in self._rows and row not in rows:
                     row.kv = cache_of(self.llm, old.copies(index))
         parts = [
-            own_parts(row.kv) if row.kv is not None else old.parts(sharing.index(row))  # type: ignore[union-attr]
+            layers_of(row.kv) if row.kv is not None else old.parts(sharing.index(row))  # type: ignore[union-attr]
             for row in rows
         ]
-        self._shared, self._sharing = (SharedKV(parts), rows) if rows else (None, [])
+        self._shared, self._sharing = (BatchedKVCache(parts), rows) if rows else (None, [])
         for row in rows:
             row.kv = None
 
-    def _part(self, rows: list[Row]) -> None:
+    def _part(self, rows: list[SequenceState]) -> None:
         """Give these answers, and all in the shared buffers, a cache of their own as before the step."""
         shared, sharing = self._shared, self._sharing
         self._shared, self._sharing = None, []
