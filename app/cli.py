@@ -348,13 +348,11 @@ def run_info(args: argparse.Namespace) -> int:
     """The model, the machine, the versions; without the model where it cannot be loaded."""
     from app.about import machine_info
 
-    info: dict[str, Any] = {}
     try:
         with open_chat(args, fetch=False) as chat:
             info = chat.info()
     except FluxChatError as error:
-        info["model"] = f"cannot be loaded: {' '.join(str(error).split())}"
-    info = machine_info() | info
+        info = machine_info() | {"model": f"cannot be loaded: {' '.join(str(error).split())}"}
     if args.json:
         print(json.dumps(info))
     else:
@@ -389,8 +387,8 @@ def _check_inputs(args: argparse.Namespace) -> None:
     from encoder.budget import Budget
     from encoder.video.reader import DEFAULT_LIMITS, probe
     from encoder.video.sources import hold
-    from llm_bridge.generation import SamplingParams
     from llm_bridge.prompt import check_text
+    from llm_bridge.sampling import SamplingParams
 
     if args.budget is not None:
         Budget.of(args.budget)

@@ -1,14 +1,16 @@
-"""Several answers decoded together: one forward pass makes the next token of each.
+"""The one thread in which a model computes: encoding, prefills, and the decoding of several answers at once.
 
     worker = ComputeWorker(llm, max_batch=8)
-    for piece in Generation(llm, prompt, visuals, worker=worker): ...
+    embedding = worker.run(encode, pixels)
+    for piece in Generation(llm, prompt, [embedding], worker=worker): ...
 
-Decoding reads every weight once per step, so that answers after the first are nearly free. They join and
-leave between any two steps; shorter ones are padded on the left, where the mask hides it. All computing is
-in one thread, first come, first served: a new question's encoding and prefill take turns with the steps.
+A decoding step reads every weight once, however many answers it serves, so that answers after the first are
+nearly free. They join and leave between any two steps; shorter ones are padded on the left, where the mask
+hides it. Everything runs first come, first served: the encoding and prefill of a new question take turns with
+the steps.
 
-One answer's failure is its own. What goes wrong in choosing its token ends it alone. A pass that fails is
-tried again for each answer by itself, and those that it served are decoded in turn from then on.
+Failures are isolated. An error in sampling one answer's token ends that answer alone. A forward pass that
+fails is tried again for each answer by itself, and those answers are decoded in turn from then on.
 
 On CPUs the answers are those made alone, bit by bit (see batch_invariance.py). On GPUs a matrix product of
 several rows may round otherwise than that of one, so that a near tie may fall either way.
@@ -28,56 +30,62 @@ import torch
 from torch import Tensor
 
 from encoder.errors import ModelError
-from llm_bridge.generation import FinishReason, cache_of
-from llm_bridge.kv_cache import rewindable
+from llm_bridge.kv_cache import kv_from_layers, layers_of, rewindable
 from llm_bridge.llm import LanguageModel
-from llm_bridge.sampling import Sampler, SamplingParams
+from llm_bridge.sampling import FinishReason, Sampler, SamplingParams
 
 if TYPE_CHECKING:
     from llm_bridge.batched_kv_cache import BatchedKVCache
 
 T = TypeVar("T")
+THREAD_NAME = "fluxchat-compute"
 CLOSED = "The model was closed, so that nothing is computed any more: load it again and ask again."
 
 
 class SequenceState:
-    """One answer among those being decoded: iterate for token ids; `leave` at the end, whatever happened.
+    """One answer being decoded: iterate for token ids; call `leave` at the end, whatever happened.
 
     tokens: made so far; may be ahead of the reader. finish: how it ended, error: what ended it instead, both
-    None while it runs. in_turn: decoded by itself, since a pass that it shared failed.
+    None while it runs. alone: decoded by itself, since a pass that it shared failed.
     """
 
     def __init__(
-        self, worker: ComputeWorker, kv: Any, sampling: SamplingParams, stop: threading.Event, choose: Sampler
+        self,
+        worker: ComputeWorker,
+        kv: Any,
+        sampling: SamplingParams,
+        stop: threading.Event,
+        sampler: Sampler,
     ) -> None:
-        self.kv: Any | None = kv  # None while it is in the shared buffers, and at the end
+        self.kv: Any | None = kv  # None while it is in the batched KV cache, and at the end
+        self.sampler = sampler
         self.tokens: list[int] = []
         self.finish: FinishReason | None = None
         self.error: BaseException | None = None
-        self.in_turn = False
-        self._stop, self._worker, self._choose = stop, worker, choose
-        self._limit, self._ends = sampling.max_new_tokens, frozenset(sampling.stop_token_ids)
+        self.alone = False
+        self._worker, self._stop = worker, stop
+        self._max_tokens, self._stop_ids = sampling.max_new_tokens, frozenset(sampling.stop_token_ids)
 
     @property
-    def over(self) -> bool:
+    def ended(self) -> bool:
         """Whether no more tokens come."""
         return self.finish is not None or self.error is not None
 
-    def push(self, logits: Tensor) -> None:
-        """Choose the next token by its scores (V,); whatever that raises becomes this row's error."""
+    def append(self, logits: Tensor) -> None:
+        """Sample the next token from its logits (V,); whatever that raises becomes this sequence's error."""
         try:
-            token = self._choose(logits)
-            if token in self._worker.eos or token in self._ends:
+            token = self.sampler(logits)
+            if token in self._worker.eos or token in self._stop_ids:
                 self.finish = "stop"
                 return
             self.tokens.append(token)
-            if len(self.tokens) == self._limit:
+            if len(self.tokens) == self._max_tokens:
                 self.finish = "length"
         except BaseException as error:  # noqa: BLE001 - its reader raises it
             self.error = error
 
-    def look_at_stop(self) -> None:
-        """End it when it was told to stop."""
+    def check_stop(self) -> None:
+        """End it as cancelled when its stop event is set."""
         try:
             if self._stop.is_set():
                 self.finish = "cancelled"
@@ -87,8 +95,8 @@ class SequenceState:
     def __iter__(self) -> Iterator[int]:
         count = 0
         while True:
-            if not self.over or count < len(self.tokens):
-                self.look_at_stop()  # what was made ahead of the reader is not read any more
+            if not self.ended or count < len(self.tokens):
+                self.check_stop()  # tokens made ahead of the reader are not read any more
             if self.finish == "cancelled":
                 return
             if count < len(self.tokens):
@@ -103,31 +111,37 @@ class SequenceState:
 
     def leave(self) -> None:
         """Stop taking part; waits for nothing, since a garbage collector may call it in any thread."""
-        if not self.over:
+        if not self.ended:
             self.finish = "cancelled"
         self._worker.drop(self)
 
 
 class ComputeWorker:
-    """Runs one language model for many threads.
+    """The computing thread of one language model, for any number of asking threads.
 
-    max_batch: answers decoded in one pass, 1 is one at a time. A model whose cache forgets (sliding windows,
-    state spaces) or that takes no positions decodes its answers in turn, a token each.
+    max_batch: answers decoded in one pass, 1 is one at a time. A model whose KV cache forgets positions
+    (sliding windows, state spaces) or that takes no position ids decodes its answers in turn, a token each.
     """
 
     def __init__(self, llm: LanguageModel, max_batch: int = 8) -> None:
         self.llm, self.max_batch, self.eos = llm, max_batch, llm.eos_ids
         self.steps = self.made = 0  # forward passes and the tokens that they made
-        self._rows: list[SequenceState] = []  # by arrival
-        self._shared: BatchedKVCache | None = None
-        self._sharing: list[SequenceState] = []
-        self._padding = "position_ids" in inspect.signature(llm.model.forward).parameters
-        self._thread, self._process = ThreadPoolExecutor(1, "fluxchat-compute"), os.getpid()
+        # Read and written in the computing thread only.
+        self._sequences: list[SequenceState] = []  # by arrival
+        self._batch_kv: BatchedKVCache | None = None
+        self._batched: list[SequenceState] = []  # the rows of _batch_kv
+        self._takes_positions = "position_ids" in inspect.signature(llm.model.forward).parameters
+        self._thread, self._process = ThreadPoolExecutor(1, THREAD_NAME), os.getpid()
+
+    @property
+    def sequences(self) -> tuple[SequenceState, ...]:
+        """The answers in decoding, by arrival."""
+        return tuple(self._sequences)
 
     @property
     def active(self) -> int:
-        """Answers being decoded now."""
-        return sum(not row.over for row in list(self._rows))
+        """Number of answers being decoded now."""
+        return sum(not sequence.ended for sequence in self.sequences)
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function in the computing thread, after what waits already; returns what it returns.
@@ -157,26 +171,26 @@ class ComputeWorker:
         logits: Tensor,
         sampling: SamplingParams,
         stop: threading.Event,
-        choose: Sampler | None = None,
+        sampler: Sampler | None = None,
     ) -> SequenceState:
-        """Decode from a prefilled KV cache and the scores (V,) of the first token on.
+        """Decode from a prefilled KV cache and the logits (V,) of the first token on.
 
-        choose: how, by default by `sampling` without knowing the prompt.
+        sampler: default: one of `sampling` that does not know the prompt.
         """
-        row = SequenceState(self, kv, sampling, stop, choose or Sampler(sampling, end_ids=self.eos))
-        row.push(logits)
+        sequence = SequenceState(self, kv, sampling, stop, sampler or Sampler(sampling, end_ids=self.eos))
+        sequence.append(logits)
         try:
-            if not row.over:
-                self.run(self._add, row)
+            if not sequence.ended:
+                self.run(self._sequences.append, sequence)
         except BaseException:  # such as Ctrl-C while waiting: nobody will read what is computed
-            row.leave()
+            sequence.leave()
             raise
-        return row
+        return sequence
 
-    def drop(self, row: SequenceState) -> None:
-        """Let an answer that is over be taken out soon."""
+    def drop(self, sequence: SequenceState) -> None:
+        """Have an answer that has ended taken out soon."""
         with suppress(ModelError):  # closed, or in a forked process: it is not held for long
-            self._submit(self.remove, row)
+            self._submit(self.remove, sequence)
 
     def close(self) -> None:
         """Answers still being made end with a ModelError; the computing thread ends once it is idle."""
@@ -188,110 +202,110 @@ class ComputeWorker:
 
     # -- in the computing thread ----------------------------------------------------------------------------
 
-    def _add(self, row: SequenceState) -> None:
-        self._rows.append(row)
-
     def _abandon(self) -> None:
-        for row in list(self._rows):
-            row.error = ModelError(CLOSED)
-            self.remove(row)
+        for sequence in self.sequences:
+            sequence.error = ModelError(CLOSED)
+            self.remove(sequence)
 
-    def remove(self, row: SequenceState) -> None:
+    def remove(self, sequence: SequenceState) -> None:
         """Take an answer out (computing thread only); does nothing when it is out."""
-        if row in self._rows:
-            self._rows.remove(row)
-            row.kv = None
-        if not any(other in self._rows for other in self._sharing):
-            self._shared, self._sharing = None, []
+        if sequence in self._sequences:
+            self._sequences.remove(sequence)
+            sequence.kv = None
+        if not any(other in self._sequences for other in self._batched):
+            self._batch_kv, self._batched = None, []
 
-    def advance(self, row: SequenceState, count: int) -> None:
-        """One step for all (computing thread only), unless this row's token `count` has been made already."""
-        if len(row.tokens) > count or row.over:
+    def advance(self, sequence: SequenceState, count: int) -> None:
+        """One step for all (computing thread only), unless this sequence has token `count` already."""
+        if len(sequence.tokens) > count or sequence.ended:
             return
-        if row not in self._rows:  # or its reader would wait for ever
-            row.error = ModelError("The answer was given up: ask again.")
+        if sequence not in self._sequences:  # or its reader would wait for ever
+            sequence.error = ModelError("The answer was given up: ask again.")
             return
-        for other in self._rows:
-            other.look_at_stop()
-        self._drop_those_over()
-        rows = self._rows[: self.max_batch]
-        made = [len(other.tokens) for other in rows]
+        for other in self._sequences:
+            other.check_stop()
+        self._remove_ended()
+        batch = self._sequences[: self.max_batch]
+        lengths = [len(other.tokens) for other in batch]
         with torch.inference_mode():
             try:
-                self._step(rows)
+                self._step_together(batch)
             except BaseException:  # noqa: BLE001 - each is tried alone, and fails with an error of its own
                 failed = True
             else:
                 failed = False
             if failed:  # outside of the handler, which holds what the failed pass had allocated
-                self._part(rows)
-            for other, before in zip(rows, made, strict=True):
-                if len(other.tokens) == before and not other.over:
+                self._separate(batch)
+            for other, length in zip(batch, lengths, strict=True):
+                if len(other.tokens) == length and not other.ended:
                     self._step_alone(other)
-        self.made += sum(len(other.tokens) for other in rows) - sum(made)
-        self._drop_those_over()
+        self.made += sum(len(other.tokens) for other in batch) - sum(lengths)
+        self._remove_ended()
 
-    def _step(self, rows: list[SequenceState]) -> None:
-        """The next token of those that share a pass."""
+    def _step_together(self, batch: list[SequenceState]) -> None:
+        """The next token of those that can share a pass; none when there is only one."""
         together = [
-            row
-            for row in rows
-            if self._padding and not row.in_turn and (row.kv is None or rewindable(row.kv))
+            sequence
+            for sequence in batch
+            if self._takes_positions
+            and not sequence.alone
+            and (sequence.kv is None or rewindable(sequence.kv))
         ]
-        self._share(together if len(together) > 1 else [])
-        if self._shared is None:
+        self._rebatch(together if len(together) > 1 else [])
+        if self._batch_kv is None:
             return
-        scores = self._shared.step(self.llm, [row.tokens[-1] for row in self._sharing])
+        logits = self._batch_kv.step(self.llm, [sequence.tokens[-1] for sequence in self._batched])
         self.steps += 1
-        for row, logits in zip(self._sharing, scores, strict=True):
-            row.push(logits)
+        for sequence, row in zip(self._batched, logits, strict=True):
+            sequence.append(row)
 
-    def _step_alone(self, row: SequenceState) -> None:
-        """The next token of one answer from its own cache, or its error."""
+    def _step_alone(self, sequence: SequenceState) -> None:
+        """The next token of one answer from its own KV cache, or its error."""
         try:
-            ids = torch.tensor([row.tokens[-1:]], device=self.llm.device)
-            scores = self.llm.advance(row.kv, input_ids=ids)
+            ids = torch.tensor([sequence.tokens[-1:]], device=self.llm.device)
+            logits = self.llm.advance(sequence.kv, input_ids=ids)
         except BaseException as error:  # noqa: BLE001 - its reader raises it
-            row.error = error
+            sequence.error = error
             return
         self.steps += 1
-        row.push(scores[0])
+        sequence.append(logits[0])
 
-    def _share(self, rows: list[SequenceState]) -> None:
-        """Make the shared buffers hold exactly these answers, with room for a step."""
-        from llm_bridge.batched_kv_cache import BatchedKVCache, layers_of
+    def _rebatch(self, batch: list[SequenceState]) -> None:
+        """Make the batched KV cache hold exactly these sequences, with room for a step."""
+        from llm_bridge.batched_kv_cache import BatchedKVCache
 
-        old, sharing = self._shared, self._sharing
-        if sharing == rows and (old is None or old.filled < old.capacity):
+        old_kv, old_batch = self._batch_kv, self._batched
+        if old_batch == batch and (old_kv is None or old_kv.filled < old_kv.capacity):
             return
-        if old is not None:
-            for index, row in enumerate(sharing):
-                if row in self._rows and row not in rows:
-                    row.kv = cache_of(self.llm, old.copies(index))
-        parts = [
-            layers_of(row.kv) if row.kv is not None else old.parts(sharing.index(row))  # type: ignore[union-attr]
-            for row in rows
+        if old_kv is not None:
+            for row, sequence in enumerate(old_batch):
+                if sequence in self._sequences and sequence not in batch:
+                    sequence.kv = kv_from_layers(self.llm.model.config, old_kv.copies(row))
+        layers = [
+            layers_of(sequence.kv) if sequence.kv is not None else old_kv.views(old_batch.index(sequence))  # type: ignore[union-attr]
+            for sequence in batch
         ]
-        self._shared, self._sharing = (BatchedKVCache(parts), rows) if rows else (None, [])
-        for row in rows:
-            row.kv = None
+        self._batch_kv, self._batched = (BatchedKVCache(layers), batch) if batch else (None, [])
+        for sequence in batch:
+            sequence.kv = None
 
-    def _part(self, rows: list[SequenceState]) -> None:
-        """Give these answers, and all in the shared buffers, a cache of their own as before the step."""
-        shared, sharing = self._shared, self._sharing
-        self._shared, self._sharing = None, []
-        for row in rows:
-            row.in_turn = True
-        for index, row in enumerate(sharing):
-            if shared is None or row.kv is not None or row not in self._rows:
+    def _separate(self, batch: list[SequenceState]) -> None:
+        """Give these sequences, and all in the batched KV cache, a cache of their own as before the step."""
+        old_kv, old_batch = self._batch_kv, self._batched
+        self._batch_kv, self._batched = None, []
+        for sequence in batch:
+            sequence.alone = True
+        for row, sequence in enumerate(old_batch):
+            if old_kv is None or sequence.kv is not None or sequence not in self._sequences:
                 continue
-            row.in_turn = True
+            sequence.alone = True
             try:
                 # Views, since memory may be short; its next step copies them.
-                row.kv = cache_of(self.llm, shared.parts(index))
+                sequence.kv = kv_from_layers(self.llm.model.config, old_kv.views(row))
             except BaseException as error:  # noqa: BLE001 - its reader raises it
-                row.error = error
+                sequence.error = error
 
-    def _drop_those_over(self) -> None:
-        for row in [row for row in self._rows if row.over]:
-            self.remove(row)
+    def _remove_ended(self) -> None:
+        for sequence in self.sequences:
+            if sequence.ended:
+                self.remove(sequence)

@@ -1,4 +1,4 @@
-"""What a second question need not pay for: visual embeddings and KV prefixes, bounded in bytes."""
+"""Caches for follow-up questions, bounded in bytes, and the KV caches of transformers as plain tensors."""
 
 from __future__ import annotations
 
@@ -181,6 +181,29 @@ def _names(keys: Sequence[int], ends: Sequence[int], scope: str) -> Iterator[tup
         name = blake2b(name + repr(tuple(keys[start:end])).encode(), digest_size=16).digest()
         yield scope, name
         start = end
+
+
+def layers_of(kv: Any) -> Layers:
+    """Keys and values of a KV cache of transformers."""
+    return tuple((layer.keys, layer.values) for layer in kv.layers)
+
+
+def kv_from_layers(config: Any, layers: Layers = ()) -> Any:
+    """A KV cache of one sequence that begins with these keys and values, which are not copied.
+
+    config: of the transformers model. The layers must come from a `rewindable` cache.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    kv = DynamicCache(config=config)
+    if layers:
+        own = [DynamicLayer() for _ in layers]
+        for layer, (keys, values) in zip(own, layers, strict=True):
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+        kv.layers = list(own)
+    return kv
 
 
 def rewindable(kv: Any) -> bool:

@@ -69,7 +69,7 @@ def test_cached_answers_equal_fresh_ones(tiny_model: VideoLanguageModel) -> None
     questions = ["What is shown?", "Where does it go?", "How many are there?"]
     with VideoChat(tiny_model) as kept:
         cached = [text_of(kept, WORLD, q, history=[("Hi", "Hello.")]) for q in questions]
-        assert kept._prefixes.stats.hits >= 2
+        assert kept.caches["prefixes"].hits >= 2
     for question, expected in zip(questions, cached, strict=True):
         with VideoChat(tiny_model) as fresh:
             assert text_of(fresh, WORLD, question, history=[("Hi", "Hello.")]) == expected
@@ -252,8 +252,8 @@ def test_memory_of_the_caches_is_bounded(tiny_model: VideoLanguageModel) -> None
         for index in range(12):
             frames = torch.full((8, 32, 32, 3), index * 20, dtype=torch.uint8)
             chat.ask(frames, "What?", budget=64, max_new_tokens=1)
-            assert chat._seen.stats.bytes <= 2**19
-            assert chat._prefixes.stats.bytes <= 2**19
+            assert chat.caches["videos"].bytes <= 2**19
+            assert chat.caches["prefixes"].bytes <= 2**19
 
 
 @pytest.mark.parametrize(

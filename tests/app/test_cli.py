@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from app.cli import SAMPLING, STAGES, build_parser, main
-from llm_bridge.generation import SamplingParams
+from llm_bridge.sampling import SamplingParams
 from tests import ROOT
 from tests.encoder.video import video_files as vf
 

@@ -285,8 +285,9 @@ class Bench:
         return LanguageModel(model.to(self.device).eval().requires_grad_(False), tokenizer, "random")
 
     def _generation(self, llm: Any, count: int, new_tokens: int, worker: Any = None) -> Any:
-        from llm_bridge.generation import Generation, SamplingParams
+        from llm_bridge.generation import Generation
         from llm_bridge.prompt import Message, Visual, render
+        from llm_bridge.sampling import SamplingParams
 
         visual = Visual(count, "clip", 8.0, tuple(float(t) for t in range(8)))
         prompt = render(llm.tokenizer, [Message.of("user", visual, "What happens in the video?")])

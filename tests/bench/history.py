@@ -26,10 +26,11 @@ from typing import Any
 import torch
 
 from llm_bridge.compute_worker import ComputeWorker
-from llm_bridge.generation import Generation, SamplingParams
+from llm_bridge.generation import Generation
 from llm_bridge.kv_cache import PrefixCache
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.prompt import Message, Visual, render
+from llm_bridge.sampling import SamplingParams
 from tests import tiny_llms
 from tests.bench.common import environment, print_json
 

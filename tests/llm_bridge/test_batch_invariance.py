@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from llm_bridge.batch_invariance import RowInvariantLinear, left_padding, make_batch_invariant
-from llm_bridge.batched_kv_cache import BatchedKVCache, layers_of
+from llm_bridge.batched_kv_cache import BatchedKVCache
 from llm_bridge.compute_worker import ComputeWorker
-from llm_bridge.generation import Generation, SamplingParams, piece_ends
+from llm_bridge.generation import Generation, piece_ends
+from llm_bridge.kv_cache import layers_of
 from llm_bridge.llm import LanguageModel, default_dtype, load_llm
 from llm_bridge.prompt import Message, Visual, render
+from llm_bridge.sampling import SamplingParams
 from tests import tiny_llms
 
 STEPS = 32
@@ -27,7 +29,7 @@ DTYPES = [
 ]
 
 
-@pytest.fixture(params=["llama", "qwen2"])
+@pytest.fixture(params=["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     # Wide enough inside that oneDNN divides the sums of a single row.
     return tiny_llms.make(tmp_path / "llm", request.param, intermediate_size=1536)
@@ -48,7 +50,7 @@ def test_scores_have_the_same_bits(folder: Path, dtype: torch.dtype) -> None:
     with torch.inference_mode():
         for index in range(len(VISUAL_TOKENS)):
             alone = generation(llm, index, None)
-            kv, scores = alone._prefill(piece_ends(alone.prompt))
+            kv, scores = alone.prefill(piece_ends(alone.prompt))
             kvs.append(kv)
             assert scores is not None
             tokens.append(int(scores.argmax()))

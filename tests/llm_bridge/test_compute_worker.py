@@ -12,19 +12,14 @@ import pytest
 import torch
 
 from encoder.errors import ModelError
-from llm_bridge.compute_worker import ComputeWorker, SequenceState
-from llm_bridge.generation import (
-    Generation,
-    GenerationStats,
-    SamplingParams,
-    StreamingDecoder,
-    cache_of,
-    piece_ends,
-)
-from llm_bridge.kv_cache import PrefixCache
+from llm_bridge.compute_worker import ComputeWorker
+from llm_bridge.generation import Generation, GenerationStats, StreamingDecoder, piece_ends
+from llm_bridge.kv_cache import PrefixCache, kv_from_layers, layers_of
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.prompt import Message, Visual, render
+from llm_bridge.sampling import SamplingParams
 from tests import tiny_llms
+from tests.llm_bridge.conftest import ONE_QUICK
 
 QUESTIONS = [
     (3, "What is it?", 40),
@@ -34,6 +29,11 @@ QUESTIONS = [
     (17, "A cat sleeps; the sun shines. What is in the video?", 1),
     (64, "And then?", 33),
 ]
+
+
+@pytest.fixture(params=ONE_QUICK)
+def llm(request: pytest.FixtureRequest, tiny_llm: Callable[[str], LanguageModel]) -> LanguageModel:
+    return tiny_llm(request.param)
 
 
 @pytest.fixture
@@ -82,20 +82,20 @@ def test_together_equals_alone(llm: LanguageModel, worker: ComputeWorker, temper
 
 def test_scores_equal_those_alone(llm: LanguageModel) -> None:
     """Numbers, not only the best token: several rows of different lengths over twelve steps."""
-    from llm_bridge.batched_kv_cache import BatchedKVCache, layers_of
+    from llm_bridge.batched_kv_cache import BatchedKVCache
 
     kvs, last = [], []
     with torch.inference_mode():
         for index in (0, 1, 3):
             alone = generation(llm, index, None)
-            kv, scores = alone._prefill(piece_ends(alone.prompt))
+            kv, scores = alone.prefill(piece_ends(alone.prompt))
             kvs.append(kv)
             last.append(scores)
         shared = BatchedKVCache([layers_of(kv) for kv in kvs])
         tokens = [int(scores.argmax()) for scores in last]
         for step in range(80):  # past the room that the buffers are made with
             if shared.filled == shared.capacity:
-                shared = BatchedKVCache([shared.parts(row) for row in range(3)])
+                shared = BatchedKVCache([shared.views(row) for row in range(3)])
             found = shared.step(llm, tokens)
             expected = torch.stack(
                 [
@@ -107,7 +107,7 @@ def test_scores_equal_those_alone(llm: LanguageModel) -> None:
             tokens = expected.argmax(dim=1).tolist()
         for row, kv in enumerate(kvs):
             for (keys, values), layer in zip(
-                layers_of(cache_of(llm, shared.copies(row))), kv.layers, strict=True
+                layers_of(kv_from_layers(llm.model.config, shared.copies(row))), kv.layers, strict=True
             ):
                 torch.testing.assert_close(keys, layer.keys, atol=1e-4, rtol=1e-4)
                 torch.testing.assert_close(values, layer.values, atol=1e-4, rtol=1e-4)
@@ -212,19 +212,17 @@ def test_a_pass_that_fails_once_changes_no_answer(
     texts = [next(stream) for stream in streams]
     for index, stream in enumerate(streams):
         texts[index] += next(stream)  # they share buffers by now
-    handle = llm.model.model.layers[layer].register_forward_hook(no_room)
-    real, calls = worker._part, []
 
-    def repair(rows: list[SequenceState]) -> None:
+    def fails_once(*_: object) -> None:
         handle.remove()
-        calls.append(len(rows))
-        real(rows)
+        raise MemoryError("no room")
 
-    worker._part = repair  # type: ignore[method-assign]
+    handle = llm.model.model.layers[layer].register_forward_hook(fails_once)
+    steps, made = worker.steps, worker.made
     for index, stream in enumerate(streams):
         texts[index] += "".join(stream)
-    assert calls == [3]
     assert texts == expected
+    assert worker.steps - steps == worker.made - made > 3  # decoded in turn from then on
     assert worker.active == 0
 
 
@@ -234,10 +232,10 @@ def test_a_row_whose_own_pass_fails_ends_alone(tiny_llm: Callable[[str], Languag
     expected = [read(generation(llm, i, None))[0] for i in (3, 5)]
     streams = [iter(generation(llm, i, worker)) for i in (1, 3, 5)]
     texts = [next(stream) for stream in streams]
-    bad = worker._rows[0]
+    bad = worker.sequences[0]
 
     def fail(_: object, args: tuple[object, ...], kwargs: dict[str, torch.Tensor]) -> None:
-        if int(kwargs["input_ids"][0]) == bad.tokens[-1] and worker._rows[0] is bad:
+        if int(kwargs["input_ids"][0]) == bad.tokens[-1] and worker.sequences[0] is bad:
             raise MemoryError("no room")
 
     handle = llm.model.register_forward_pre_hook(fail, with_kwargs=True)
@@ -272,13 +270,13 @@ def test_a_failing_choice_ends_one_answer_and_no_other(
     bad.stop = stop = Strange()
     streams = [iter(bad), *(iter(generation(llm, i, worker)) for i in (1, 5))]
     texts = [next(stream) for stream in streams]
-    row = worker._rows[0]
+    sequence = worker.sequences[0]
     stop.broken = what == "stop"
     if what == "scores":
-        choose = row._choose
-        monkeypatch.setattr(row, "_choose", lambda scores: choose(scores * float("nan")))
+        sampler = sequence.sampler
+        monkeypatch.setattr(sequence, "sampler", lambda logits: sampler(logits * float("nan")))
     if what == "choice":
-        monkeypatch.setattr(row, "_choose", lambda _: 1 // 0)
+        monkeypatch.setattr(sequence, "sampler", lambda _: 1 // 0)
     for index in (1, 2):
         texts[index] += "".join(streams[index])
     error = {"stop": ValueError, "scores": ModelError, "choice": ZeroDivisionError}[what]
@@ -304,11 +302,11 @@ def test_who_joins_while_a_step_fails_is_computed(tiny_llm: Callable[[str], Lang
     with ThreadPoolExecutor(2) as pool:
         failing = pool.submit(list, streams[0])
         assert inside.wait(30)
-        kv, scores = generation(llm, 5, None), None
+        late = generation(llm, 5, None)
         handle.remove()  # the call in progress still fails
-        kv_cache, scores = kv._prefill(piece_ends(kv.prompt))
+        kv, scores = late.prefill(piece_ends(late.prompt))
         assert scores is not None
-        waiting = pool.submit(worker.join, kv_cache, scores, kv.sampling, kv.stop)
+        waiting = pool.submit(worker.join, kv, scores, late.sampling, late.stop)
         joined.set()
         row = waiting.result(30)
         failing.exception(30)
@@ -320,7 +318,7 @@ def test_a_row_that_nobody_computes_is_an_error(tiny_llm: Callable[[str], Langua
     llm = tiny_llm("qwen2")
     worker = ComputeWorker(llm)
     stream = begin(llm, worker, None, 3)[0]
-    worker._rows.clear()
+    worker.run(worker.remove, worker.sequences[0])
     with pytest.raises(ModelError, match="given up"):
         list(stream)
 

@@ -14,12 +14,12 @@ from llm_bridge.generation import (
     SHORTEST_PIECE,
     Generation,
     GenerationStats,
-    SamplingParams,
     StreamingDecoder,
     piece_ends,
 )
 from llm_bridge.llm import LanguageModel
 from llm_bridge.prompt import PLACEHOLDER, Message, Prompt, Visual, render
+from llm_bridge.sampling import SamplingParams
 
 VISUAL = Visual(6, "clip")
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm_bridge.generation import Generation, SamplingParams
+from llm_bridge.generation import Generation
 from llm_bridge.kv_cache import PrefixCache
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import Message, Visual, render
+from llm_bridge.sampling import SamplingParams
 from tests.bench.history import answer, conversations, tiny
 from tests.llm_bridge.test_batch_invariance import DTYPES
 

@@ -106,10 +106,10 @@ def test_any_setting_on_any_finite_scores_gives_an_allowed_token(
     sampling: SamplingParams, rows: list[list[float]], prompt: list[int]
 ) -> None:
     end_ids = {0}
-    choose = Sampler(sampling, prompt, end_ids)
+    sampler = Sampler(sampling, prompt, end_ids)
     seen = list(prompt)
     for made, row in enumerate(rows):
-        token = choose(torch.tensor(row))
+        token = sampler(torch.tensor(row))
         scores = [
             (score * sampling.repetition_penalty if score < 0 else score / sampling.repetition_penalty)
             if index in seen and sampling.repetition_penalty != 1
@@ -160,7 +160,7 @@ def test_a_tiny_temperature_is_nearly_greedy() -> None:
 
 
 def test_drawing_follows_the_probabilities() -> None:
-    choose = Sampler(SamplingParams(temperature=0.5, seed=0))
+    sampler = Sampler(SamplingParams(temperature=0.5, seed=0))
     scores = torch.log(torch.tensor([1.0, 2.0, 3.0])) * 0.5
-    counts = torch.bincount(torch.tensor([choose(scores) for _ in range(3000)]), minlength=3) / 3000
+    counts = torch.bincount(torch.tensor([sampler(scores) for _ in range(3000)]), minlength=3) / 3000
     torch.testing.assert_close(counts, torch.tensor([1 / 6, 2 / 6, 3 / 6]), atol=0.03, rtol=0)

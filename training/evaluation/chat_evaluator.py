@@ -9,10 +9,11 @@ import torch
 
 from encoder.preprocess import preprocess
 from llm_bridge.compute_worker import ComputeWorker
-from llm_bridge.generation import Generation, SamplingParams
+from llm_bridge.generation import Generation
 from llm_bridge.kv_cache import PrefixCache
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import Message, Prompt, Visual, render
+from llm_bridge.sampling import SamplingParams
 from training.data.media import Media
 from training.evaluation.encoder_input import Setting
 
