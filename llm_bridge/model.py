@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoder.budget import PlanRow, PlanTable
-from encoder.checkpoint import build, load_encoder, read_tensors, save_json, save_tensors
+from encoder.checkpoint import build, load_encoder, read_tensors, save_json, save_tensors, weights_hash
 from encoder.config import FluxViTConfig
 from encoder.errors import ConfigError, ModelError
 from encoder.fluxvit import FluxViT
@@ -207,11 +207,10 @@ class VideoLanguageModel(nn.Module):
     def revision(self, *, language: bool = True) -> str:
         """Hash of the encoder's weights and, unless `language` is False, of the projector's and of the
         language model's name and adapters: a cache key."""
-        digest = hashlib.blake2b(self.llm.identity.encode() if language else b"", digest_size=12)
-        for module in (self.encoder, self.projector) if language else (self.encoder,):
-            for name, value in module.state_dict().items():
-                digest.update(f"{name} {tuple(value.shape)} {value.double().sum().item()!r}".encode())
-        return digest.hexdigest()
+        if not language:
+            return weights_hash(self.encoder)
+        parts = f"{self.llm.identity} {weights_hash(self.encoder, self.projector)}"
+        return hashlib.blake2b(parts.encode(), digest_size=12).hexdigest()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, encoder.safetensors, projector.safetensors; the language model is only named."""
