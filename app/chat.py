@@ -62,10 +62,10 @@ class VideoChat(NotCopyable):
     model: folder of a saved model (default: the one that ships), or a loaded VideoLanguageModel.
     llm, encoder: replace the parts it names (hub id, folder or GGUF; official .pth or a saved folder).
     adapters: LoRA folders. device, dtype, device_map, quantize: as in `load_llm`; the best device by default.
-    cache_mib: bound on what is kept for follow-up questions: half of it KV prefixes, a quarter each decoded
+    cache_mib: bound on the caches for follow-up questions: half of it KV prefixes, a quarter each decoded
     frames and embeddings.
     trusted: False reads videos as strangers' uploads (sandboxed, allowed codecs only). limits: on reading.
-    batch: answers, asked from as many threads, whose tokens are made in one pass; 1 is one at a time.
+    batch: most answers, each asked from a thread of its own, that are decoded in one pass.
     It belongs to the process that made it: a forked child makes its own.
     Raises ModelError, CheckpointError or ConfigError: one sentence, what was wrong and what to do.
     """
@@ -154,8 +154,8 @@ class VideoChat(NotCopyable):
 
         messages: `Message.of("user", Media("a.mp4"), "What is it?")`, ...; a system message comes first.
         budget: tokens per video (see `Budget.of`; default: the model's). scope: whose question this is;
-        nothing kept for one scope serves another. progress: told what begins ("decode", "encode",
-        "prefill"), of which video, of how many. stop: an event that ends the answer when set.
+        nothing kept for one scope serves another. progress: called with what begins ("decode",
+        "encode", "prefill"), of which video, of how many. stop: an event that ends the answer when set.
         sampling: fields of `SamplingParams`: max_new_tokens, temperature (0 is greedy), top_p, ...
         Raises BudgetError or ConfigError for what is wrong with the arguments; on iteration VideoError,
         ContextError when all is longer than the model's context, and ModelError when it cannot answer.

