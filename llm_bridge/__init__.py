@@ -10,8 +10,8 @@ An answer's way through this room:
 
 Loading: `llm` (any causal language model, frozen), `adapters` (LoRA), `model_files` (checks of folders that
 strangers wrote), `assets` (the default language model, the cache folder). `batch_invariance` gives an answer
-the same bits in any batch. Training: `packing` (rows of a batch), `attention` and `lora` (faster backward passes
-on CPUs). `text_encoders`: text towers of the contrastive stages.
+the same bits in any batch. Training: `packing` (rows of a batch), `attention` and `lora` (faster backward
+passes on CPUs). `text_encoders`: text towers of the contrastive stages.
 
 Importing this package imports nothing else.
 """

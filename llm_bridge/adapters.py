@@ -76,7 +76,7 @@ def peft_config(folder: Path) -> Any:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """The settings of adapter_config.json; raises ModelError, in one sentence, for an adapter that is refused.
+    """The settings of adapter_config.json; raises ModelError, in one sentence, for one that is refused.
 
     That is: another kind than LoRA, settings that import a module or read another file, weights as pickles.
     """
