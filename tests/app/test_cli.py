@@ -1,4 +1,4 @@
-"""The `fluxchat` command: exit codes, answers on stdout, one line on stderr; `ask` and `chat` as processes."""
+"""The `fluxchat` command: exit codes, answers on stdout, one line on stderr; once as a process."""
 
 import dataclasses
 import json
