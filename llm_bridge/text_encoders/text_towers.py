@@ -39,7 +39,7 @@ MINILM_MIB = 200  # on disk while fetching
 # MobileCLIP's own vocabulary: that of OpenAI's CLIP.
 CLIP_TOKENIZER = "openai/clip-vit-base-patch16"
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
-KEPT_TEXTS = 1_000_000  # about 2 GB at 512-d
+CACHED_TEXTS = 1_000_000  # about 2 GB at 512-d
 AT_ONCE = 256  # texts in one batch on an accelerator
 LIKE_LENGTHS = 16  # and on a CPU
 
@@ -55,17 +55,17 @@ class TextTower(Protocol):
 
 
 class Tower(nn.Module):
-    """A text encoder, frozen until `requires_grad_(True)`, that caches embeddings of its last `kept` texts.
+    """A text encoder, frozen until `requires_grad_(True)`, that caches the embeddings of its last texts.
 
-    Subclasses define `tokenize` and `vectors`.
+    cache_size: number of texts. Subclasses define `tokenize` and `vectors`.
     """
 
     dim: int
 
-    def __init__(self, kept: int = KEPT_TEXTS) -> None:
+    def __init__(self, cache_size: int = CACHED_TEXTS) -> None:
         super().__init__()
-        self._kept = kept
-        self._known: OrderedDict[str, Tensor] = OrderedDict()
+        self._cache_size = cache_size
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -91,12 +91,12 @@ class Tower(nn.Module):
         if any(p.requires_grad for p in self.parameters()):
             return self(texts)
         with self._lock:
-            vectors = {text: self._known[text] for text in texts if text in self._known}
+            vectors = {text: self._cache[text] for text in texts if text in self._cache}
             new = [text for text in dict.fromkeys(texts) if text not in vectors]
             if self.device.type == "cpu":
-                # The last bits depend on a text's company, which memory would make depend on the past: a
-                # resumed run could differ. So one by one, or without memory those of like length together.
-                size = 1 if self._kept else LIKE_LENGTHS
+                # The last bits depend on the other texts of a batch, which with a cache are those not met
+                # before: a resumed run could differ. So one by one, or without a cache by like lengths.
+                size = 1 if self._cache_size else LIKE_LENGTHS
                 new.sort(key=len)
             else:
                 size = AT_ONCE
@@ -104,13 +104,13 @@ class Tower(nn.Module):
                 part = new[start : start + size]
                 with torch.autocast(self.device.type, enabled=False):
                     rows = self(part).cpu()
-                # Kept in main memory, one tensor each: a row of a batch would keep the whole batch.
+                # In main memory, one tensor each: a row of a batch would keep the whole batch.
                 vectors.update(zip(part, (row.clone() for row in rows), strict=True))
             for text in vectors:
-                self._known[text] = vectors[text]
-                self._known.move_to_end(text)
-            while len(self._known) > self._kept:
-                self._known.popitem(last=False)
+                self._cache[text] = vectors[text]
+                self._cache.move_to_end(text)
+            while len(self._cache) > self._cache_size:
+                self._cache.popitem(last=False)
         return torch.stack([vectors[text] for text in texts]).to(self.device)
 
 
@@ -126,9 +126,9 @@ class SentenceTower(Tower):
         device: torch.device | str = "cpu",
         *,
         length: int | None = None,
-        kept: int = KEPT_TEXTS,
+        cache_size: int = CACHED_TEXTS,
     ) -> None:
-        super().__init__(kept)
+        super().__init__(cache_size)
         from transformers import AutoModel
 
         self._tokenizer, self._length = _tokenizer(folder), length
@@ -156,8 +156,10 @@ class ContrastiveTower(Tower):
     it cannot be loaded, or has no text features.
     """
 
-    def __init__(self, folder: str | Path, *, length: int | None = None, kept: int = KEPT_TEXTS) -> None:
-        super().__init__(kept)
+    def __init__(
+        self, folder: str | Path, *, length: int | None = None, cache_size: int = CACHED_TEXTS
+    ) -> None:
+        super().__init__(cache_size)
         import transformers
 
         config = _config(folder)
@@ -211,9 +213,9 @@ class MobileClipTower(Tower):
         tokenizer: str | Path = CLIP_TOKENIZER,
         *,
         length: int | None = None,
-        kept: int = KEPT_TEXTS,
+        cache_size: int = CACHED_TEXTS,
     ) -> None:
-        super().__init__(kept)
+        super().__init__(cache_size)
         self.model = MobileClipText.load(weights).eval().requires_grad_(False)
         config = self.model.config
         self._tokenizer = _tokenizer(tokenizer)
@@ -243,26 +245,26 @@ def open_tower(
     *,
     tokenizer: str | None = None,
     length: int | None = None,
-    kept: int = KEPT_TEXTS,
+    cache_size: int = CACHED_TEXTS,
 ) -> Tower:
     """The tower that `source` is: a MobileCLIP file, or a folder or hub id of an image-text model or sentence
     encoder of Hugging Face; None for the small sentence encoder.
 
-    tokenizer: of a MobileCLIP file. length: most tokens of a text, None for what the model takes. kept: texts
-    whose embeddings are remembered. Raises CheckpointError, ConfigError or ModelError when it cannot be
-    loaded.
+    tokenizer: of a MobileCLIP file. length: most tokens of a text, None for what the model takes.
+    cache_size: texts whose embeddings are cached. Raises CheckpointError, ConfigError or ModelError when it
+    cannot be loaded.
     """
     if source is None:
-        return SentenceTower(sentence_tower_path(), length=length, kept=kept)
+        return SentenceTower(sentence_tower_path(), length=length, cache_size=cache_size)
     if str(source).endswith(WEIGHT_FILES):
-        return MobileClipTower(source, tokenizer or CLIP_TOKENIZER, length=length, kept=kept)
+        return MobileClipTower(source, tokenizer or CLIP_TOKENIZER, length=length, cache_size=cache_size)
     if tokenizer is not None:
         raise ConfigError(f"{source} brings its own tokenizer: text_tokenizer goes with a MobileCLIP file.")
     config = _config(source)
     named = (getattr(config, "architectures", None) or [""])[0]
     if hasattr(config, "vision_config") or named.endswith("WithProjection"):
-        return ContrastiveTower(source, length=length, kept=kept)
-    return SentenceTower(source, length=length, kept=kept)
+        return ContrastiveTower(source, length=length, cache_size=cache_size)
+    return SentenceTower(source, length=length, cache_size=cache_size)
 
 
 def _load(kind: Any, folder: str | Path) -> Any:

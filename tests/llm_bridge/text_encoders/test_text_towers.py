@@ -169,7 +169,7 @@ class Counting(Tower):
 
 
 def test_each_text_is_computed_once() -> None:
-    tower = Counting(kept=3)
+    tower = Counting(cache_size=3)
     first = tower.embed(["a", "bb", "a"])
     assert tower.computed == ["a", "bb"]
     assert torch.equal(first[0], first[2])
@@ -180,11 +180,11 @@ def test_each_text_is_computed_once() -> None:
     assert tower.computed == ["a", "bb", "ccc", "dddd"]
     tower.embed(["a"])
     assert tower.computed[-1] == "a"
-    assert torch.equal(Counting(kept=0).embed(["a", "bb", "a"]), first)
+    assert torch.equal(Counting(cache_size=0).embed(["a", "bb", "a"]), first)
 
 
 def test_a_trained_tower_remembers_nothing() -> None:
-    tower = Counting(kept=9)
+    tower = Counting(cache_size=9)
     before = tower.embed(["bb"])
     tower.requires_grad_(True)
     assert tower(["bb"]).requires_grad
