@@ -168,8 +168,11 @@ class VideoChat(NotCopyable):
             raise ConfigError(f"progress must be a function, not a {type(progress).__name__}.")
         if not isinstance(scope, str):
             raise ConfigError(f"scope must be a text (str), not a {type(scope).__name__}.")
+        checked = check_messages(messages)
+        if (system := self.model.config.system) and all(message.role != "system" for message in checked):
+            checked = (Message.of("system", system), *checked)
         query = Query(
-            check_messages(messages),
+            checked,
             self.plan_budget(budget),
             selector,
             SamplingParams(**sampling),
@@ -190,11 +193,8 @@ class VideoChat(NotCopyable):
     def _prepare(self, query: Query, stop: threading.Event) -> tuple[list[EncodedVideo], Generation]:
         """Encode the media of a question and make its prompt: all but the answer. Raises FluxChatError."""
         self._check_usable()
-        messages = query.messages
-        if (system := self.model.config.system) and all(m.role != "system" for m in messages):
-            messages = (Message.of("system", system), *messages)
-        text_tokens = self._count_text(messages, query.sampling.max_new_tokens)
-        media = [part for message in messages for part in message.content if isinstance(part, Media)]
+        text_tokens = self._count_text(query.messages, query.sampling.max_new_tokens)
+        media = [part for message in query.messages for part in message.content if isinstance(part, Media)]
         # All are opened before one is encoded: a question about one that cannot be read costs nothing.
         opened = [
             self._open(medium, query.budget, medium.label(index, len(media)))
@@ -215,7 +215,7 @@ class VideoChat(NotCopyable):
             self.model.llm.tokenizer,
             [
                 Message(m.role, tuple(p if isinstance(p, str) else next(visuals) for p in m.content))
-                for m in messages
+                for m in query.messages
             ],
             time_form=self.model.config.time_sentence,
         )
