@@ -107,7 +107,7 @@ class Conversation(NotCopyable):
         """Add a turn, unless it was stopped before its first word."""
         if answer.finish == "cancelled" and not answer.text:
             return
-        earlier = {id(medium) for medium in self._media()}  # a stream of before may have brought one in
+        earlier = {id(medium) for medium in self._media()}  # another stream may have added one since
         content = tuple(part for part in message.content if id(part) not in earlier)
         self._messages += (Message("user", content), Message.of("assistant", answer.text))
         self._new = tuple(medium for medium in self._new if all(medium is not part for part in content))

@@ -16,6 +16,8 @@ from llm_bridge.sampling import SamplingParams
 from tests import ROOT
 from tests.encoder.video import video_files as vf
 
+Call = Callable[..., subprocess.CompletedProcess[str]]
+
 
 def fluxchat(*args: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "app", *map(str, args)]
@@ -23,7 +25,7 @@ def fluxchat(*args: object, stdin: str | None = None) -> subprocess.CompletedPro
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
     """The command in this process, which has imported everything."""
 
     def run(*args: object) -> subprocess.CompletedProcess[str]:
@@ -68,9 +70,7 @@ BAD: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_file_is_one_line(
-    tmp_path: Path, kind: str, call: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_a_bad_file_is_one_line(tmp_path: Path, kind: str, call: Call) -> None:
     done = call("ask", BAD[kind](tmp_path), "What happens?")
     assert done.returncode == 2
     assert done.stdout == ""
@@ -90,9 +90,7 @@ def test_a_bad_file_is_one_line(
         (["--llm", "./nowhere"], "no model at"),
     ],
 )
-def test_a_wrong_option_is_one_line(
-    tmp_path: Path, options: list[str], word: str, call: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_a_wrong_option_is_one_line(tmp_path: Path, options: list[str], word: str, call: Call) -> None:
     video = vf.write(tmp_path / "v.mp4", vf.steady(10))
     done = call("ask", video, "What?", *options)
     assert done.returncode == 2
@@ -100,9 +98,7 @@ def test_a_wrong_option_is_one_line(
     assert word in done.stderr
 
 
-def test_an_empty_question_is_refused(
-    tmp_path: Path, call: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_an_empty_question_is_refused(tmp_path: Path, call: Call) -> None:
     done = call("ask", vf.write(tmp_path / "v.mp4", vf.steady(10)), "  ")
     assert (done.returncode, done.stderr) == (2, "fluxchat: The question is empty: ask something in words.\n")
 
@@ -125,9 +121,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_refused_is_one_line(
-    kind: str, shipped_example: Path, call: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_what_is_refused_is_one_line(kind: str, shipped_example: Path, call: Call) -> None:
     arguments, words = REFUSED[kind]
     done = call(*(shipped_example if text == "EXAMPLE" else text for text in arguments))
     assert (done.returncode, done.stdout) == (2, "")
@@ -144,7 +138,7 @@ def test_a_video_from_standard_input(shipped_example: Path) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/stdin"), reason="this system has no /dev/stdin")
-def test_an_empty_standard_input_is_one_line(call: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_an_empty_standard_input_is_one_line(call: Call) -> None:
     reading, writing = os.pipe()
     os.close(writing)
     before = os.dup(0)
@@ -169,7 +163,7 @@ def test_options_of_the_answer_are_fields_of_sampling() -> None:
     assert "max_new_tokens" not in args  # what is not given has the default of SamplingParams
 
 
-def test_help_has_examples(call: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+def test_help_has_examples(call: Call) -> None:
     text = call("--help").stdout
     for word in ("examples:", "--budget auto:1.5", "estimate", "--quantize"):
         assert word in text
@@ -182,9 +176,7 @@ def shipped_example() -> Path:
     return found[0]
 
 
-def test_ask_json_with_the_shipped_model(
-    shipped_example: Path, call: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_ask_json_with_the_shipped_model(shipped_example: Path, call: Call) -> None:
     done = call("ask", shipped_example, "What is in the video?", "--json", "--budget", "64")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
@@ -204,9 +196,7 @@ def test_chat_reads_questions_and_commands(shipped_example: Path) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_estimate_and_info(
-    shipped_example: Path, call: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_estimate_and_info(shipped_example: Path, call: Call) -> None:
     price = json.loads(call("estimate", shipped_example, "--budget", "64", "--json").stdout)
     assert price["kept_tokens"] == 64
     assert price["first_token_s"] > 0
