@@ -51,7 +51,7 @@ def apply_adapter(model: nn.Module, adapter: str | Path, *, merge: bool) -> Any:
     with refused(f"Cannot get the adapter {adapter}"):
         folder = local_folder(str(adapter), patterns=(CONFIG, WEIGHTS))
     read_adapter_config(folder)  # before peft is imported
-    if merge and _merge_plain(model, folder):
+    if merge and merge_plain_lora(model, folder):
         return model
     with quiet_peft():
         from peft import PeftModel
@@ -123,7 +123,7 @@ def _adapted(tensors: Mapping[str, Tensor]) -> set[str]:
     return {name.removeprefix(_PREFIX).partition(".lora_")[0] for name in tensors if ".lora_" in name}
 
 
-def _merge_plain(model: nn.Module, folder: Path) -> bool:
+def merge_plain_lora(model: nn.Module, folder: Path) -> bool:
     """Add scale * B A to the weights that a plain LoRA adapts; False, with nothing done, for others."""
     config = read_adapter_config(folder)
     if not _is_plain(config):
