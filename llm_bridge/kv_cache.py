@@ -7,13 +7,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 V = TypeVar("V")
-Layers = tuple[tuple["Tensor", "Tensor"], ...]  # keys and values (1, heads, length, width) of each layer
+Layers = tuple[tuple[Tensor, Tensor], ...]  # keys and values (1, heads, length, width) of each layer
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,6 @@ class Piece:
 
 def joined(pieces: Sequence[Piece]) -> Layers:
     """The keys and values of consecutive pieces as those of one."""
-    import torch
-
     if len(pieces) == 1:
         return pieces[0].layers
     columns = zip(*(piece.layers for piece in pieces), strict=True)
