@@ -199,7 +199,7 @@ class Calibration:
         """Whether a short prefill takes about as long now as predicted; takes some tenths of a second."""
         tokens = PREFILL_SIZES[0]
         predicted = self.prefill.milliseconds(_prefill_features(tokens))
-        return predicted / DRIFT < _prefill_ms(model, tokens) < predicted * DRIFT
+        return predicted / DRIFT < prefill_ms(model, tokens) < predicted * DRIFT
 
     @staticmethod
     @torch.inference_mode()
@@ -210,7 +210,7 @@ class Calibration:
             model.project(model.encode(list(pixels), [keep]))
 
         encoded = calibrate_encoder(model.encoder, encode)
-        times = [_prefill_ms(model, tokens) for tokens in PREFILL_SIZES]
+        times = [prefill_ms(model, tokens) for tokens in PREFILL_SIZES]
         prefilled = Speed.fit([_prefill_features(n) for n in PREFILL_SIZES], times)
         return Calibration(_measure_decode(), encoded, prefilled)
 
@@ -225,7 +225,7 @@ def _speed(weights: list[Any], features: int) -> Speed:
 
 
 @torch.inference_mode()
-def _prefill_ms(model: VideoLanguageModel, tokens: int) -> float:
+def prefill_ms(model: VideoLanguageModel, tokens: int) -> float:
     """Milliseconds of a prefill of so many tokens, measured now."""
     embeddings = torch.zeros(1, tokens, model.llm.hidden_size, device=model.llm.device, dtype=model.llm.dtype)
 

@@ -106,7 +106,7 @@ class Vision:
         self._model, self._worker = model, worker
         self._trusted, self._limits = trusted, limits
         self._sources = HeldSources(limits)
-        # By _file_state; with whether the file was settled when it was probed.
+        # By file_state; with whether the file was settled when it was probed.
         self._infos: ByteLRU[tuple[VideoInfo, bool]] = ByteLRU(MOST_INFOS, lambda _: 1)
         self._clips: ByteLRU[Clip] = ByteLRU(cache_bytes // 2, lambda clip: clip.frames.nbytes)
         self._encoded: ByteLRU[EncodedVideo] = ByteLRU(cache_bytes // 2, lambda video: video.bytes)
@@ -179,7 +179,7 @@ class Vision:
         source = held.source
         if isinstance(source, Clip):
             return source.info
-        state = _file_state(source)
+        state = file_state(source)
         if state is not None and (known := self._infos.get(state)) is not None:
             info, settled = known
             if settled or _same_content(source, info):
@@ -267,7 +267,7 @@ def _kept_tokens(clip: Clip, plan: Plan, indices: Tensor) -> KeptTokens:
     return KeptTokens(times, clip.duration_s, grid, tuple(indices.tolist()))
 
 
-def _file_state(source: Any) -> tuple[Any, ...] | None:
+def file_state(source: Any) -> tuple[Any, ...] | None:
     """Path and FILE_STATE of a file that stands under its path; None for any other source."""
     if not isinstance(source, (str, os.PathLike)) or not os.path.isfile(source):
         return None

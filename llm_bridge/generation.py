@@ -177,7 +177,7 @@ class Generation:
                 f"lower the token budget or max_new_tokens by {needed - limit}."
             )
 
-    def _embeddings(self, start: int, end: int) -> Tensor:
+    def embeddings(self, start: int, end: int) -> Tensor:
         """Input embeddings (1, end - start, D) of the prompt's positions."""
         ids = torch.tensor(self.prompt.ids[start:end], device=self.llm.device)
         embedded = self.llm.embed(ids.masked_fill(ids == PLACEHOLDER, 0))
@@ -211,7 +211,7 @@ class Generation:
             return kv, None
         if kv is None:
             kv = kv_from_layers(self.llm.model.config, joined(self._pieces) if self._pieces else ())
-        logits = self._step(kv, inputs_embeds=self._embeddings(start, end))
+        logits = self._step(kv, inputs_embeds=self.embeddings(start, end))
         if self.prefixes is not None and end - start >= SHORTEST_PIECE and rewindable(kv):
             self._pieces.append(Piece.of(kv, start, end))
         return kv, logits

@@ -131,13 +131,13 @@ class SentenceTower(Tower):
         super().__init__(cache_size)
         from transformers import AutoModel
 
-        self._tokenizer, self._length = _tokenizer(folder), length
+        self.tokenizer, self._length = _tokenizer(folder), length
         self.model: Any = _load(AutoModel, folder).to(device)
         self.dim = self.model.config.hidden_size
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Padded to the longest."""
-        batch = self._tokenizer(
+        batch = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self._length, return_tensors="pt"
         )
         return dict(batch.to(self.device))
@@ -172,7 +172,7 @@ class ContrastiveTower(Tower):
             for half in ("vision_model", "visual_projection"):
                 if hasattr(self.model, half):
                     delattr(self.model, half)
-        self._tokenizer = _tokenizer(folder)
+        self.tokenizer = _tokenizer(folder)
         text = getattr(config, "text_config", config)
         self._length = length or text.max_position_embeddings
         # SigLIP was trained on texts padded to the full length, without a mask.
@@ -182,7 +182,7 @@ class ContrastiveTower(Tower):
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Padded as the model was trained."""
-        batch = self._tokenizer(
+        batch = self.tokenizer(
             list(texts),
             padding="max_length" if self._whole else True,
             truncation=True,
@@ -218,10 +218,10 @@ class MobileClipTower(Tower):
         super().__init__(cache_size)
         self.model = MobileClipText.load(weights).eval().requires_grad_(False)
         config = self.model.config
-        self._tokenizer = _tokenizer(tokenizer)
-        if len(self._tokenizer) > config.vocabulary:
+        self.tokenizer = _tokenizer(tokenizer)
+        if len(self.tokenizer) > config.vocabulary:
             raise ConfigError(
-                f"The tokenizer {tokenizer} has {len(self._tokenizer)} words, the text tower {weights} "
+                f"The tokenizer {tokenizer} has {len(self.tokenizer)} words, the text tower {weights} "
                 f"{config.vocabulary}: name a CLIP tokenizer."
             )
         self._length = min(length or config.context, config.context)
@@ -229,7 +229,7 @@ class MobileClipTower(Tower):
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """`ids` and `ends`: the place of the end token, which also a cut text has."""
-        batch = self._tokenizer(
+        batch = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self._length, return_tensors="pt"
         )
         ends = batch["attention_mask"].sum(dim=1) - 1

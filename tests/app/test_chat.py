@@ -203,9 +203,7 @@ def test_a_calibration_that_no_longer_holds_is_replaced(
     measured_on_a_machine_so_many_times_slower: float,
 ) -> None:
     monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path))
-    monkeypatch.setattr(
-        "app.estimate._prefill_ms", lambda _, tokens: 5.0 + 0.1 * tokens
-    )  # whatever else runs
+    monkeypatch.setattr("app.estimate.prefill_ms", lambda _, tokens: 5.0 + 0.1 * tokens)  # whatever else runs
     now = Calibration.load_or_measure(tiny_model).prefill.milliseconds([1.0, 64.0, 64.0**2])
     [path] = (tmp_path / "calibration").iterdir()
     values = json.loads(path.read_text())

@@ -47,7 +47,7 @@ def test_a_file_written_again_within_the_clock_s_step_is_another(
     path = tmp_path / "v.mp4"
     path.write_bytes(SHORT.read_bytes())
     state = ("v.mp4", os.stat(path).st_ctime_ns)
-    monkeypatch.setattr("app.vision._file_state", lambda _: state)  # the system does not tell them apart
+    monkeypatch.setattr("app.vision.file_state", lambda _: state)  # the system does not tell them apart
     first = chat.probe(path)
     path.write_bytes(WORLD.read_bytes())
     assert chat.probe(path).digest != first.digest
