@@ -1,6 +1,7 @@
 """The `fluxchat` command: exit codes, answers on stdout, one line on stderr; once as a process."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -17,11 +18,6 @@ from tests import ROOT
 from tests.encoder.video import video_files as vf
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def fluxchat(*args: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "app", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=120)
 
 
 @pytest.fixture
@@ -186,9 +182,12 @@ def test_ask_json_with_the_shipped_model(shipped_example: Path, call: Call) -> N
     assert 0 < answer["timings"]["first_token_s"] <= answer["timings"]["total_s"]
 
 
-def test_chat_reads_questions_and_commands(shipped_example: Path) -> None:
+def test_chat_reads_questions_and_commands(
+    shipped_example: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = "What is in the video?\n/budget 32\nWhich way?\n/budget none\n/video nowhere.mp4\n/quit\n"
-    done = fluxchat("chat", shipped_example, "--max-new-tokens", "12", stdin=lines)
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    done = call("chat", shipped_example, "--max-new-tokens", "12")
     assert done.returncode == 0, done.stderr
     assert "32 of" in done.stdout
     assert "! A budget is" in done.stdout
