@@ -212,7 +212,7 @@ class Calibration:
         encoded = calibrate_encoder(model.encoder, encode)
         times = [prefill_ms(model, tokens) for tokens in PREFILL_SIZES]
         prefilled = Speed.fit([_prefill_features(n) for n in PREFILL_SIZES], times)
-        return Calibration(_measure_decode(), encoded, prefilled)
+        return Calibration(measure_decode(), encoded, prefilled)
 
 
 def _speed(weights: list[Any], features: int) -> Speed:
@@ -235,7 +235,7 @@ def prefill_ms(model: VideoLanguageModel, tokens: int) -> float:
     return time_ms(prefill, model.llm.device)
 
 
-def _measure_decode() -> Speed:
+def measure_decode() -> Speed:
     """Read clips made for the purpose, of two sizes and two numbers of samples."""
     rows, times = [], []
     for width, height in ((320, 180), (960, 540)):

@@ -13,6 +13,7 @@ from PIL import Image
 from app.chat import VideoChat, Videos
 from app.estimate import Calibration
 from encoder.budget import Budget
+from encoder.cost import Speed
 from encoder.errors import BudgetError, ConfigError, FluxChatError, ModelError, OutOfMemory, VideoError
 from encoder.video.reader import read_clip
 from llm_bridge.model import VideoLanguageModel
@@ -204,6 +205,8 @@ def test_a_calibration_that_no_longer_holds_is_replaced(
 ) -> None:
     monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path))
     monkeypatch.setattr("app.estimate.prefill_ms", lambda _, tokens: 5.0 + 0.1 * tokens)  # whatever else runs
+    monkeypatch.setattr("app.estimate.calibrate_encoder", lambda *_: Speed((1.0, 1.0, 1.0, 1.0)))
+    monkeypatch.setattr("app.estimate.measure_decode", lambda: Speed((1.0, 1.0, 1.0)))
     now = Calibration.load_or_measure(tiny_model).prefill.milliseconds([1.0, 64.0, 64.0**2])
     [path] = (tmp_path / "calibration").iterdir()
     values = json.loads(path.read_text())
