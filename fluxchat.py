@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from app.answer import Answer
     from app.chat import VideoChat
-    from app.streaming import Videos
+    from app.messages import Videos
     from encoder.budget import Budget
     from encoder.errors import FluxChatError
 
@@ -29,7 +29,7 @@ _HOME = {
     "Budget": "encoder.budget",
     "FluxChatError": "encoder.errors",
     "VideoChat": "app.chat",
-    "Videos": "app.streaming",
+    "Videos": "app.messages",
 }
 _ROOMS = ("app", "encoder", "llm_bridge")
 

@@ -1,4 +1,4 @@
-"""What a bug report needs to know of the machine, whether or not a model can be loaded."""
+"""The machine and the versions, as a bug report needs them, whether or not a model can be loaded."""
 
 from __future__ import annotations
 
@@ -14,19 +14,8 @@ from encoder.video import confine
 from fluxchat import __version__
 
 LIBRARIES = (
-    *(
-        "torch",
-        "transformers",
-        "tokenizers",
-        "safetensors",
-        "peft",
-        "gradio",
-        "fastapi",
-        "numpy",
-        "av",
-        "decord",
-    ),
-    *("pillow", "bitsandbytes", "gguf", "huggingface-hub", "kernels"),
+    *("torch", "transformers", "tokenizers", "safetensors", "peft", "gradio", "fastapi", "numpy", "av"),
+    *("decord", "pillow", "bitsandbytes", "gguf", "huggingface-hub", "kernels"),
 )
 
 

@@ -1,20 +1,22 @@
-"""What VideoChat hands back: the answer, what it used, how long it took, and what was looked at."""
+"""An answer and its figures: tokens used, seconds taken, patches kept of each video."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor
-
 from encoder.tokens import Grid
-from llm_bridge.generation import FinishReason
-from llm_bridge.prompt import Visual
+from llm_bridge.sampling import FinishReason
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens: patches seen and kept by the encoder, embeddings into the LLM, prompt, reused, answered."""
+    """Numbers of tokens.
+
+    seen_tokens, kept_tokens: patches before and after selection. visual_tokens: embeddings that stand for the
+    videos in the prompt. prompt_tokens: positions of the prompt, of which cached_tokens were not computed
+    again. completion_tokens: of the answer.
+    """
 
     seen_tokens: int
     kept_tokens: int
@@ -26,7 +28,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds; first_token_s and total_s count from the question, decode and encode are 0 when reused."""
+    """Seconds; first_token_s and total_s count from the question; decode_s and encode_s: 0 if cached."""
 
     decode_s: float
     encode_s: float
@@ -52,7 +54,7 @@ class KeptTokens:
 
 @dataclass(frozen=True)
 class Answer:
-    """The text, and everything it took. finish: "stop" (complete), "length" or "cancelled"."""
+    """The text and its figures. finish: "stop" (complete), "length" (max_new_tokens) or "cancelled"."""
 
     text: str
     usage: Usage
@@ -66,23 +68,3 @@ class Answer:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A video as the language model sees it: (M, D) embedding, its place in a prompt, and what it cost."""
-
-    embedding: Tensor
-    visual: Visual
-    kept: KeptTokens
-    decode_s: float
-    encode_s: float
-
-    @property
-    def bytes(self) -> int:
-        """Memory it holds, roughly."""
-        return self.embedding.nbytes + 8 * len(self.kept.indices) + 512
-
-    def again(self) -> Seen:
-        """The same from the cache: nothing was decoded or encoded."""
-        return replace(self, decode_s=0.0, encode_s=0.0)

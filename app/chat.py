@@ -9,50 +9,36 @@ from __future__ import annotations
 
 import os
 import threading
-import time
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from app.answer import Answer, Seen
-from app.estimate import Calibration, Estimate, estimate_plan
-from app.messages import (
-    Media,
-    Videos,
-    as_media,
-    check_messages,
-    check_selector,
-    check_source,
-    named,
-    question_messages,
-)
-from app.preview import Preview, choose, kept_tokens, thumbnails
-from app.streaming import AnswerStream, Conversation, StopSignal, Uncopied
+from app.answer import Answer
+from app.conversation import Conversation
+from app.estimate import Calibration, Estimate, PriceEstimator
+from app.messages import Media, Videos, as_media, check_messages, check_selector, question_messages
+from app.streaming import AnswerStream, NotCopyable, StopSignal
+from app.vision import EncodedVideo, OpenedVideo, Preview, Vision
 from encoder.budget import Budget, Plan
-from encoder.errors import ConfigError, ContextError, ModelError, VideoError
-from encoder.preprocess import preprocess
+from encoder.errors import ConfigError, ContextError, ModelError
 from encoder.selection import Selector
-from encoder.tokens import VisionTokens
-from encoder.video import confine
-from encoder.video.reader import DEFAULT_LIMITS, Clip, Limits, VideoInfo, probe, read_clip
-from encoder.video.sources import Held, HeldSources
-from llm_bridge.batching import Batcher
-from llm_bridge.generation import Generation, Sampling
-from llm_bridge.kv_cache import ByteLRU, CacheStats, PrefixCache
+from encoder.video.reader import DEFAULT_LIMITS, Limits, VideoInfo
+from llm_bridge.compute_worker import ComputeWorker
+from llm_bridge.generation import Generation
+from llm_bridge.kv_cache import CacheStats, PrefixCache
 from llm_bridge.llm import Quantize
 from llm_bridge.model import VideoLanguageModel
-from llm_bridge.prompt import Message, Prompt, TextBound, Visual, count_text, render
+from llm_bridge.prompt import Message, Prompt, TextBound, count_text, render
+from llm_bridge.sampling import SamplingParams
 
-__all__ = ["Answer", "Estimate", "Media", "Message", "Sampling", "VideoChat", "Videos"]
+__all__ = ["Answer", "Estimate", "Media", "Message", "SamplingParams", "VideoChat", "Videos"]
 
 SHIPPED = Path(__file__).parent / "pretrained"
 MIB = 2**20
-FILE_STATE = ("dev", "ino", "size", "mtime_ns", "ctime_ns")  # of os.stat: another value, another file
-SETTLED_S = 2.0
 _PROCESS = os.getpid()  # where torch was loaded
 # What begins ("decode", "encode", "prefill"), of which video, of how many.
 Progress = Callable[[str, int, int], None]
@@ -60,35 +46,26 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Query:
-    """A question as VideoChat computes it."""
+    """A question as VideoChat computes it: checked, with every default filled in."""
 
     messages: tuple[Message[Media], ...]
     budget: Budget
     selector: Selector
-    sampling: Sampling
+    sampling: SamplingParams
     scope: str
     progress: Progress
 
 
-class Opened(NamedTuple):
-    """A medium that can be read, and what the budget buys of it. label: what errors call it."""
-
-    held: Held
-    label: str
-    info: VideoInfo
-    plan: Plan
-
-
-class VideoChat(Uncopied):
+class VideoChat(NotCopyable):
     """Ask questions about videos and images within a token budget. Safe to use from many threads.
 
     model: folder of a saved model (default: the one that ships), or a loaded VideoLanguageModel.
     llm, encoder: replace the parts it names (hub id, folder or GGUF; official .pth or a saved folder).
     adapters: LoRA folders. device, dtype, device_map, quantize: as in `load_llm`; the best device by default.
-    cache_mib: bound on what is kept for follow-up questions: half of it KV prefixes, a quarter each decoded
+    cache_mib: bound on the caches for follow-up questions: half of it KV prefixes, a quarter each decoded
     frames and embeddings.
     trusted: False reads videos as strangers' uploads (sandboxed, allowed codecs only). limits: on reading.
-    batch: answers, asked from as many threads, whose tokens are made in one pass; 1 is one at a time.
+    batch: most answers, each asked from a thread of its own, that are decoded in one pass.
     It belongs to the process that made it: a forked child makes its own.
     Raises ModelError, CheckpointError or ConfigError: one sentence, what was wrong and what to do.
     """
@@ -126,16 +103,12 @@ class VideoChat(Uncopied):
                 adapters=adapters,
             )
         self.name = f"{self.model.encoder.config.embed_dim}-d FluxViT + {Path(self.model.llm.name).name}"
-        self._limits, self._trusted = limits, trusted
-        self._sources = HeldSources(limits)
-        self._revision = self.model.revision()
-        self._clips: ByteLRU[Clip] = ByteLRU(cache_mib * MIB // 4, lambda clip: clip.frames.nbytes)
-        self._seen: ByteLRU[Seen] = ByteLRU(cache_mib * MIB // 4, lambda seen: seen.bytes)
-        self._infos: ByteLRU[VideoInfo] = ByteLRU(4096, lambda _: 1)
+        self._worker = ComputeWorker(self.model.llm, batch)
+        self._vision = Vision(
+            self.model, self._worker, cache_bytes=cache_mib * MIB // 2, trusted=trusted, limits=limits
+        )
         self._prefixes = PrefixCache(cache_mib * MIB // 2, self.model.llm.kv_bytes_per_token)
-        self._batcher = Batcher(self.model.llm, batch)
-        self._calibration: Calibration | None = None
-        self._calibrating = threading.Lock()
+        self._prices = PriceEstimator(self.model, self._worker)
 
     # -- asking ---------------------------------------------------------------------------------------------
 
@@ -181,9 +154,9 @@ class VideoChat(Uncopied):
 
         messages: `Message.of("user", Media("a.mp4"), "What is it?")`, ...; a system message comes first.
         budget: tokens per video (see `Budget.of`; default: the model's). scope: whose question this is;
-        nothing kept for one scope serves another. progress: told what begins ("decode", "encode",
-        "prefill"), of which video, of how many. stop: an event that ends the answer when set.
-        sampling: fields of `Sampling`: max_new_tokens, temperature (0 is greedy), top_p, top_k, seed, ...
+        nothing kept for one scope serves another. progress: called with what begins ("decode",
+        "encode", "prefill"), of which video, of how many. stop: an event that ends the answer when set.
+        sampling: fields of `SamplingParams`: max_new_tokens, temperature (0 is greedy), top_p, ...
         Raises BudgetError or ConfigError for what is wrong with the arguments; on iteration VideoError,
         ContextError when all is longer than the model's context, and ModelError when it cannot answer.
         """
@@ -195,13 +168,16 @@ class VideoChat(Uncopied):
             raise ConfigError(f"progress must be a function, not a {type(progress).__name__}.")
         if not isinstance(scope, str):
             raise ConfigError(f"scope must be a text (str), not a {type(scope).__name__}.")
+        checked = check_messages(messages)
+        if (system := self.model.config.system) and all(message.role != "system" for message in checked):
+            checked = (Message.of("system", system), *checked)
         query = Query(
-            check_messages(messages),
+            checked,
             self.plan_budget(budget),
             selector,
-            Sampling(**sampling),
+            SamplingParams(**sampling),
             scope,
-            progress or (lambda what, index, count: None),
+            progress or (lambda *_: None),
         )
         stops = [self._closed] if stop is None else [self._closed, stop]
         return AnswerStream(partial(self._prepare, query), self._check_usable, StopSignal(*stops))
@@ -214,30 +190,32 @@ class VideoChat(Uncopied):
         self._check_usable()
         return Conversation(self, video, options)
 
-    def _prepare(self, query: Query, stop: threading.Event) -> tuple[list[Seen], Generation]:
-        """Look at the media of a question and make its prompt: all but the answer. Raises FluxChatError."""
+    def _prepare(self, query: Query, stop: threading.Event) -> tuple[list[EncodedVideo], Generation]:
+        """Encode the media of a question and make its prompt: all but the answer. Raises FluxChatError."""
         self._check_usable()
-        messages = query.messages
-        if (system := self.model.config.system) and all(m.role != "system" for m in messages):
-            messages = (Message.of("system", system), *messages)
-        text_tokens = self._count_text(messages, query.sampling.max_new_tokens)
-        media = [part for message in messages for part in message.content if isinstance(part, Media)]
-        # All are opened before one is looked at: a question about one that cannot be read costs nothing.
+        text_tokens = self._count_text(query.messages, query.sampling.max_new_tokens)
+        media = [part for message in query.messages for part in message.content if isinstance(part, Media)]
+        # All are opened before one is encoded: a question about one that cannot be read costs nothing.
         opened = [
             self._open(medium, query.budget, medium.label(index, len(media)))
             for index, medium in enumerate(media)
         ]
-        looks = []
-        for index, one in enumerate(opened):
-            tell = partial(_tell, query.progress, index, len(opened))
-            looks.append(self._look(one, query.selector, query.scope, tell))
+        videos = []
+        for index, (video, plan) in enumerate(opened):
+
+            def progress(part: str, index: int = index) -> None:
+                query.progress(part, index, len(opened))
+
+            videos.append(
+                self._vision.encode(video, plan, query.selector, scope=query.scope, progress=progress)
+            )
         self._check_usable()  # closed meanwhile
-        visuals = iter([look.visual for look in looks])
+        visuals = iter([video.visual for video in videos])
         prompt = render(
             self.model.llm.tokenizer,
             [
                 Message(m.role, tuple(p if isinstance(p, str) else next(visuals) for p in m.content))
-                for m in messages
+                for m in query.messages
             ],
             time_form=self.model.config.time_sentence,
         )
@@ -246,14 +224,20 @@ class VideoChat(Uncopied):
         generation = Generation(
             self.model.llm,
             prompt,
-            [look.embedding for look in looks],
+            [video.embedding for video in videos],
             query.sampling,
             self._prefixes,
             query.scope,
             stop,
-            batcher=self._batcher,
+            worker=self._worker,
         )
-        return looks, generation
+        return videos, generation
+
+    def _open(self, medium: Media, budget: Budget, label: str | None = None) -> tuple[OpenedVideo, Plan]:
+        """A medium that can be read, and what the budget buys of it; raises VideoError or BudgetError."""
+        self._check_usable()
+        video = self._vision.open(medium, label)
+        return video, self._prices.plan(video.info, budget)
 
     @cached_property
     def _text_bound(self) -> TextBound | None:
@@ -303,7 +287,7 @@ class VideoChat(Uncopied):
         """
         self._check_usable()
         medium = as_media(video)
-        held = self._hold(medium, medium.label())
+        held = self._vision.hold(medium, medium.label())
         # A file object finds what was read of it; the path of a pipe means something new each time.
         again = held.source is medium.source or not isinstance(medium.source, (str, os.PathLike))
         return medium if again else Media(held, medium.name)
@@ -311,48 +295,30 @@ class VideoChat(Uncopied):
     def probe(self, video: Any) -> VideoInfo:
         """Size, duration and codec of a video or image; raises VideoError when it cannot be used."""
         self._check_usable()
-        medium = as_media(video)
-        label = medium.label()
-        return self._info(self._hold(medium, label), label)
+        return self._vision.open(as_media(video)).info
 
     def plan(self, video: Any, budget: Budget | int | str | None = None) -> Plan:
         """Frames, resolution and kept tokens that the budget buys on this video."""
-        return self._open(as_media(video), self.plan_budget(budget)).plan
+        return self._open(as_media(video), self.plan_budget(budget))[1]
 
     def estimate(self, video: Any, budget: Budget | int | str | None = None) -> Estimate:
         """The price before anything runs: tokens, multiply-accumulates, seconds, MiB.
 
         The first call on a machine measures its speed (some seconds, cached on disk).
         """
-        one = self._open(as_media(video), self.plan_budget(budget))
-        full = Budget.full().plan(one.info, self.model.encoder.config)
-        return estimate_plan(self.model, one.info, one.plan, full, self.calibration)
+        opened, plan = self._open(as_media(video), self.plan_budget(budget))
+        return self._prices.estimate(opened.info, plan)
 
     @property
     def calibration(self) -> Calibration:
         """Speed of this model on this machine, measured once and cached."""
         self._check_usable()
-        with self._calibrating:
-            if self._calibration is None:
-                self._calibration = Calibration.load_or_measure(self.model)
-            return self._calibration
+        return self._prices.calibration
 
     @property
     def calibrated(self) -> bool:
         """Whether estimates are there at once, without measuring the machine first."""
-        return self._calibration is not None
-
-    def _plan(self, info: VideoInfo, budget: Budget) -> Plan:
-        model = self.model
-        predict = None
-        if budget.seconds is not None:
-            calibration = self.calibration
-            full = Budget.full().plan(info, model.encoder.config)
-
-            def predict(plan: Plan) -> float:
-                return estimate_plan(model, info, plan, full, calibration).first_token_s
-
-        return budget.plan(info, model.encoder.config, table=model.plan_table, predict_s=predict)
+        return self._prices.calibrated
 
     # -- looking --------------------------------------------------------------------------------------------
 
@@ -364,10 +330,11 @@ class VideoChat(Uncopied):
         *,
         scope: str = "",
         progress: Callable[[str], None] = lambda _: None,
-    ) -> Seen:
-        """What the language model sees of a video: decoded, encoded and projected, or from the cache."""
+    ) -> EncodedVideo:
+        """A video as the language model sees it: decoded, encoded and projected, or from the cache."""
         check_selector(selector)
-        return self._look(self._open(as_media(video), self.plan_budget(budget)), selector, scope, progress)
+        opened, plan = self._open(as_media(video), self.plan_budget(budget))
+        return self._vision.encode(opened, plan, selector, scope=scope, progress=progress)
 
     def preview(
         self,
@@ -379,92 +346,8 @@ class VideoChat(Uncopied):
     ) -> Preview:
         """The frames that a budget samples and the patches that it keeps, without running the encoder."""
         check_selector(selector)
-        one = self._open(as_media(video), self.plan_budget(budget))
-        clip = self._clip(one, scope)
-        return Preview(thumbnails(self.model, clip, one.plan), choose(self.model, clip, one.plan, selector))
-
-    def _open(self, medium: Media, budget: Budget, label: str | None = None) -> Opened:
-        """A medium made ready to be read; raises VideoError when it cannot be, BudgetError."""
-        self._check_usable()
-        label = medium.label() if label is None else label
-        held = self._hold(medium, label)
-        info = self._info(held, label)
-        return Opened(held, label, info, self._plan(info, budget))
-
-    def _hold(self, medium: Media, label: str) -> Held:
-        """What can be read of a medium more than once."""
-        check_source(medium, label)
-        return self._sources.hold(medium.source, label)
-
-    def _info(self, held: Held, label: str) -> VideoInfo:
-        video = held.source
-        if isinstance(video, Clip):
-            return video.info
-        key = None
-        if isinstance(video, (str, os.PathLike)) and os.path.isfile(video):
-            status = os.stat(video)
-            key = (os.path.abspath(video), *(getattr(status, f"st_{name}") for name in FILE_STATE))
-            if (known := self._infos.get(key)) is not None:
-                return known
-        try:
-            info = probe(video, trusted=self._trusted, limits=self._limits, name=label)
-        except VideoError as error:
-            raise named(error, label) from error.__cause__
-        # A file just written may be written again within the clock's step, with nothing to tell by.
-        if key is not None and time.time() - status.st_ctime > SETTLED_S:
-            self._infos.put(key, info)
-        return info
-
-    def _clip(self, one: Opened, scope: str) -> Clip:
-        """The frames of a plan, decoded or from the cache."""
-        video = one.held.source
-        if isinstance(video, Clip):
-            return video
-        # Twice the input size keeps all that resizing to it can use.
-        side = 4 * max(one.plan.height, one.plan.width)
-        key = f"{scope}|{one.info.digest}|{one.plan.frames}|{side}"
-        if (clip := self._clips.get(key)) is None:
-            clip = read_clip(
-                video,
-                one.plan.frames,
-                max_side=side,
-                trusted=self._trusted,
-                limits=self._limits,
-                name=one.label,
-            )
-            if clip.info.digest != one.info.digest:
-                raise VideoError(f"Cannot read {one.label}: it was changed meanwhile; ask again.")
-            self._clips.put(key, clip)
-        return clip
-
-    def _look(self, one: Opened, selector: Selector, scope: str, progress: Callable[[str], None]) -> Seen:
-        key = f"{scope}|{one.info.digest}|{one.plan.key}|{selector}|{self._revision}"
-        if (seen := self._seen.get(key)) is not None:
-            return seen.again()
-        start = time.perf_counter()
-        progress("decode")
-        clip = self._clip(one, scope)
-        decoded = time.perf_counter()
-        progress("encode")
-        plan = one.plan
-        pixels = preprocess(clip.frames, plan.height, plan.width, fit=self.model.config.fit)
-        vision, embedding = self._batcher.run(self._encode, pixels, plan.keep, clip.times_s, selector)
-        kept = kept_tokens(clip, replace(plan, frames=len(clip.frames)), vision.kept[0])
-        visual = Visual(len(embedding), key, one.info.duration_s, kept.times_s)
-        seen = Seen(embedding, visual, kept, decoded - start, time.perf_counter() - decoded)
-        self._seen.put(key, seen)
-        return seen
-
-    @torch.inference_mode()
-    def _encode(
-        self, pixels: torch.Tensor, keep: int, times_s: tuple[float, ...], selector: Selector
-    ) -> tuple[VisionTokens, torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        vision = self.model.encode([pixels], [keep], [times_s], selector=selector, generator=generator)
-        embedding = self.model.project(vision)[0]
-        if self.model.device.type != "cpu":
-            torch.accelerator.synchronize(self.model.device)
-        return vision, embedding
+        opened, plan = self._open(as_media(video), self.plan_budget(budget))
+        return self._vision.preview(opened, plan, selector, scope=scope)
 
     # -- the rest -------------------------------------------------------------------------------------------
 
@@ -475,50 +358,40 @@ class VideoChat(Uncopied):
 
     def info(self) -> dict[str, Any]:
         """The model, the machine and the versions, for people."""
-        import gradio
-        import transformers
+        from app.about import machine_info
 
         self._check_usable()
-        encoder, llm = self.model.encoder, self.model.llm
+        encoder, projector, llm = self.model.encoder, self.model.projector.config, self.model.llm
         count = sum(p.numel() for p in encoder.parameters())
-        seen, prefixes = self._seen.stats, self._prefixes.stats
-        return {
+        videos, prefixes = self.caches["videos"], self.caches["prefixes"]
+        return machine_info() | {
             "encoder": f"FluxViT {encoder.config.embed_dim}-d x {encoder.config.depth}, {count / 1e6:.1f} M",
-            "projector": f"{self.model.projector.config.kind}, {self.model.projector.config.layers} layers",
+            "projector": f"{projector.kind}, {projector.layers} layers",
             "llm": f"{llm.name}, {llm.parameters / 1e6:.0f} M, {str(llm.dtype).removeprefix('torch.')}",
             "quantize": llm.quantize or "no",
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "default_budget": self.model.config.default_tokens,
-            "revision": self._revision,
-            "cache": f"{seen.entries} videos {seen.bytes / MIB:.1f} MiB, {prefixes.entries} prefixes "
+            "revision": self._vision.revision,
+            "cache": f"{videos.entries} videos {videos.bytes / MIB:.1f} MiB, {prefixes.entries} prefixes "
             f"{prefixes.bytes / MIB:.1f} MiB",
-            "sandbox": str(confine.report()),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "gradio": gradio.__version__,
         }
 
     @property
     def caches(self) -> dict[str, CacheStats]:
         """What is kept for follow-up questions, by kind."""
         self._check_process()
-        return {"clips": self._clips.stats, "videos": self._seen.stats, "prefixes": self._prefixes.stats}
+        return {**self._vision.caches, "prefixes": self._prefixes.stats}
 
     @property
     def decoding(self) -> tuple[int, int, int]:
         """Forward passes that made tokens, the tokens made, and the answers being made now."""
-        return self._batcher.steps, self._batcher.made, self._batcher.active
+        return self._worker.steps, self._worker.made, self._worker.active
 
     def forget(self, scope: str | None = None) -> None:
         """Drop everything kept for follow-up questions, or what was kept for one scope."""
         self._check_process()
-
-        def unwanted(key: Hashable) -> bool:
-            return scope is None or str(key).startswith(f"{scope}|")
-
-        self._clips.discard(unwanted)
-        self._seen.discard(unwanted)
+        self._vision.forget(scope)
         self._prefixes.clear(scope)
 
     def close(self) -> None:
@@ -526,9 +399,9 @@ class VideoChat(Uncopied):
         if os.getpid() != self._process:
             return  # nothing of it is this process's
         self._closed.set()
-        self._batcher.close()
-        self._sources.close()
-        self.forget()
+        self._worker.close()
+        self._vision.close()
+        self._prefixes.clear()
 
     def __enter__(self) -> VideoChat:
         return self
@@ -541,24 +414,21 @@ def _device(device: str | torch.device | None) -> torch.device | None:
     if device is None:
         return None
     try:
-        found = torch.device(device)
-        torch.empty(1, device=found)
+        usable = torch.device(device)
+        torch.empty(1, device=usable)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"There is no device {device!s} here ({reason}); leave it out to use the best one."
         ) from error
-    return found
-
-
-def _tell(progress: Progress, index: int, count: int, what: str) -> None:
-    progress(what, index, count)
+    return usable
 
 
 def _too_long(limit: int, text: int, media: int, answer: int, turns: int) -> ContextError:
-    """What to shorten, in tokens: the part that is alone large enough, or the largest.
+    """Says what to shorten: a part that alone is longer than the excess, or else the longest.
 
-    text: of all messages; media: of the videos with their sentences; answer: the most new tokens.
+    Tokens: limit, of the context; text, of all messages; media, of the videos and their time sentences;
+    answer, max_new_tokens.
     """
     excess = text + media + answer - limit
     parts = {
@@ -566,10 +436,10 @@ def _too_long(limit: int, text: int, media: int, answer: int, turns: int) -> Con
         "text": (text, "shorten the question" + ("" if turns == 1 else ", or start a new conversation")),
         "answer": (answer, f"lower max_new_tokens, which is {answer}"),
     }
-    enough = [name for name, (tokens, _) in parts.items() if tokens > excess]
-    chosen = max(enough or parts, key=lambda name: parts[name][0])
-    what = "question" if turns == 1 else "conversation"
-    many = "1 token" if excess == 1 else f"{excess} tokens"
+    sufficient = [name for name, (tokens, _) in parts.items() if tokens > excess]
+    chosen = max(sufficient or parts, key=lambda name: parts[name][0])
+    subject = "question" if turns == 1 else "conversation"
+    tokens = "1 token" if excess == 1 else f"{excess} tokens"
     return ContextError(
-        f"The {what} is {many} too long for the language model's context of {limit}: {parts[chosen][1]}."
+        f"The {subject} is {tokens} too long for the language model's context of {limit}: {parts[chosen][1]}."
     )

@@ -85,7 +85,7 @@ STAGES = (
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the command line in one line, like every other error."""
+    """Reports a wrong command line in one line, like every other error."""
 
     def error(self, message: str) -> NoReturn:
         message = " ".join(message.split())
@@ -156,7 +156,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-# Options that are fields of Sampling: name, type, how --help shows the value, what it says.
+# Options that are fields of SamplingParams: name, type, placeholder of the value, help.
 SAMPLING: tuple[tuple[str, type, str, str], ...] = (
     ("max_new_tokens", int, "N", "longest answer, in tokens (128)"),
     ("min_tokens", int, "N", "shortest answer, in tokens (0)"),
@@ -182,7 +182,7 @@ def _generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system prompt: how to answer, who to be")
     drawing = parser.add_argument_group("the answer")
     for name, kind, metavar, text in SAMPLING:
-        # What is not given has the default of `Sampling`.
+        # An option that is left out has the default of `SamplingParams`.
         drawing.add_argument(
             f"--{name.replace('_', '-')}", type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text
         )
@@ -348,13 +348,11 @@ def run_info(args: argparse.Namespace) -> int:
     """The model, the machine, the versions; without the model where it cannot be loaded."""
     from app.about import machine_info
 
-    info: dict[str, Any] = {}
     try:
         with open_chat(args, fetch=False) as chat:
             info = chat.info()
     except FluxChatError as error:
-        info["model"] = f"cannot be loaded: {' '.join(str(error).split())}"
-    info = machine_info() | info
+        info = machine_info() | {"model": f"cannot be loaded: {' '.join(str(error).split())}"}
     if args.json:
         print(json.dumps(info))
     else:
@@ -384,13 +382,13 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def _check_inputs(args: argparse.Namespace) -> None:
-    """Refuse what cannot work before the model is loaded, which takes seconds."""
+    """Refuse wrong arguments before the model is loaded, which takes seconds."""
     from app.messages import Media, check_order, check_source, question_text
     from encoder.budget import Budget
     from encoder.video.reader import DEFAULT_LIMITS, probe
     from encoder.video.sources import hold
-    from llm_bridge.generation import Sampling
     from llm_bridge.prompt import check_text
+    from llm_bridge.sampling import SamplingParams
 
     if args.budget is not None:
         Budget.of(args.budget)
@@ -399,7 +397,7 @@ def _check_inputs(args: argparse.Namespace) -> None:
         check_order(args.video, args.question)
     if getattr(args, "system", None) is not None:
         check_text(args.system, "The system prompt")
-    Sampling(**_sampling(args))
+    SamplingParams(**_sampling(args))
     if args.video is None:
         return
     if args.command == "chat" and args.video in ("-", "/dev/stdin"):
@@ -424,11 +422,14 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def _forgiving_streams() -> None:
-    """No character that a terminal cannot show, or that is not valid where it is read, ends a command."""
+def _tolerate_any_character() -> None:
+    """No character that a terminal cannot show, or that is not valid where it is read, ends a command.
+
+    Answers get a question mark in its place, errors its code.
+    """
     for stream, errors in (
         (sys.stdin, "surrogateescape"),
-        (sys.stdout, "backslashreplace"),
+        (sys.stdout, "replace"),
         (sys.stderr, "backslashreplace"),
     ):
         if isinstance(stream, io.TextIOWrapper):
@@ -437,10 +438,9 @@ def _forgiving_streams() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    _forgiving_streams()
+    _tolerate_any_character()
     args = build_parser().parse_args(argv)
     _quiet_libraries()
-    _bear_any_terminal()
     run = {
         "ask": run_ask,
         "chat": run_chat,
@@ -469,13 +469,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = getattr(error, "strerror", None) or str(error) or "there is not enough memory"
         print(f"fluxchat: This machine refuses: {reason}{f' ({name})' if name else ''}.", file=sys.stderr)
         return 2
-
-
-def _bear_any_terminal() -> None:
-    """Answers hold any character; a terminal or file that cannot show one gets a question mark."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
 
 
 def _discard_output() -> None:

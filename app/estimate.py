@@ -1,10 +1,11 @@
-"""The price before the purchase: what a plan will cost, from formulas and one calibration per machine."""
+"""The cost of a question before it is computed: formulas, and one calibration of speeds per machine."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from encoder.budget import Plan
+from encoder.budget import Budget, Plan
 from encoder.cost import MIB, Speed, calibrate_encoder, encoder_features, encoder_macs, encoder_mib, time_ms
 from encoder.video.reader import VideoInfo, read_clip
 from llm_bridge.assets.cache_dir import read_cached, write_cached
+from llm_bridge.compute_worker import ComputeWorker
 from llm_bridge.model import VideoLanguageModel
 
 QUESTION_TOKENS = 48  # template, time sentence and a short question around the visual embeddings
 PREFILL_SIZES = (64, 256, 512)
-# A kept calibration holds while a prefill takes less than so many times more, or less, than it tells.
+# A cached calibration holds while a prefill takes at most this many times more, or less, than it predicts.
 DRIFT = 1.6
-FEATURES = {"decode": 3, "encode": 4, "prefill": 3}  # how many a part's speed is fitted to
-LONGEST_MS = 1e7  # hours per feature: no machine
+FEATURES = {"decode": 3, "encode": 4, "prefill": 3}  # number of features that a part's speed is fitted to
+LONGEST_MS = 1e7  # per feature: hours, which no machine takes
 # Decoders seek between samples: at most about this many frames are decoded for each.
 FRAMES_PER_SAMPLE = 130
 
@@ -57,7 +59,7 @@ class Estimate:
 
 
 def llm_macs(model: VideoLanguageModel, tokens: int) -> int:
-    """Multiply-accumulates of a prefill: every weight outside the embedding once per token, and attention."""
+    """Multiply-accumulates of a prefill: each weight outside the embedding once per token, and attention."""
     config = model.llm.model.config.get_text_config()
     embedding = model.llm.model.get_input_embeddings().weight.numel()
     weights = model.llm.parameters - embedding
@@ -65,40 +67,92 @@ def llm_macs(model: VideoLanguageModel, tokens: int) -> int:
     return weights * tokens + attention
 
 
-def estimate_plan(
-    model: VideoLanguageModel, info: VideoInfo, plan: Plan, full: Plan, calibration: Calibration
-) -> Estimate:
-    """Cost of a plan on one video, beside that of the full plan."""
-    config = model.encoder.config
-    llm_tokens = model.projector.planned_tokens(plan.keep, plan.frames)
-    full_llm = model.projector.planned_tokens(full.keep, full.frames)
-    encoder_part = encoder_macs(config, plan.grid.size, plan.keep)
-    llm_part = llm_macs(model, llm_tokens + QUESTION_TOKENS)
-    everything = encoder_macs(config, full.grid.size, full.keep) + llm_macs(model, full_llm + QUESTION_TOKENS)
-    decode = calibration.decode.milliseconds(decode_features(info, plan.frames)) / 1e3
-    encode = calibration.encode.milliseconds(encoder_features(config, plan.grid.size, plan.keep)) / 1e3
-    prefill = calibration.prefill.milliseconds(_prefill_features(llm_tokens + QUESTION_TOKENS)) / 1e3
-    frame_mib = plan.frames * min(info.width * info.height, (4 * plan.width) ** 2) * 3 / MIB
-    working = encoder_mib(config, plan.frames, plan.height, plan.width, plan.keep, 4)
-    kv_mib = (
-        (llm_tokens + QUESTION_TOKENS) * (model.llm.kv_bytes_per_token + 24 * model.llm.hidden_size) / MIB
-    )
-    return Estimate(
-        frames=plan.frames,
-        height=plan.height,
-        width=plan.width,
-        seen_tokens=plan.grid.size,
-        kept_tokens=plan.keep,
-        llm_tokens=llm_tokens,
-        encoder_gmacs=encoder_part / 1e9,
-        llm_gmacs=llm_part / 1e9,
-        share_of_full=(encoder_part + llm_part) / everything,
-        decode_s=decode,
-        encode_s=encode,
-        prefill_s=prefill,
-        first_token_s=decode + encode + prefill,
-        peak_mib=frame_mib + max(working, kv_mib),
-    )
+class PriceEstimator:
+    """Plans and prices for one model; its speed on this machine is measured when first needed.
+
+    worker: measures in its thread, so that nothing else of the model is computed meanwhile.
+    """
+
+    def __init__(self, model: VideoLanguageModel, worker: ComputeWorker) -> None:
+        self._model, self._worker = model, worker
+        self._calibration: Calibration | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the speed is known, so that estimates take no time."""
+        return self._calibration is not None
+
+    @property
+    def calibration(self) -> Calibration:
+        """Speed of this model on this machine, measured once (some seconds) and cached on disk."""
+        with self._lock:
+            if self._calibration is None:
+                self._calibration = self._worker.run(Calibration.load_or_measure, self._model)
+            return self._calibration
+
+    def plan(self, info: VideoInfo, budget: Budget) -> Plan:
+        """Frames, resolution and kept tokens that a budget buys; one in seconds needs the calibration."""
+        config, table = self._model.encoder.config, self._model.plan_table
+        if budget.seconds is None:
+            return budget.plan(info, config, table=table)
+        calibration = self.calibration
+
+        def first_token_s(plan: Plan) -> float:
+            return sum(_part_seconds(self._model, info, plan, calibration))
+
+        return budget.plan(info, config, table=table, predict_s=first_token_s)
+
+    def estimate(self, info: VideoInfo, plan: Plan) -> Estimate:
+        """Cost of a plan on one video, beside that of the full plan."""
+        model, calibration = self._model, self.calibration
+        full = Budget.full().plan(info, model.encoder.config)
+        encoder_part, llm_part = _encoder_macs(model, plan), llm_macs(model, _prompt_tokens(model, plan))
+        full_macs = _encoder_macs(model, full) + llm_macs(model, _prompt_tokens(model, full))
+        decode_s, encode_s, prefill_s = _part_seconds(model, info, plan, calibration)
+        return Estimate(
+            frames=plan.frames,
+            height=plan.height,
+            width=plan.width,
+            seen_tokens=plan.grid.size,
+            kept_tokens=plan.keep,
+            llm_tokens=model.projector.planned_tokens(plan.keep, plan.frames),
+            encoder_gmacs=encoder_part / 1e9,
+            llm_gmacs=llm_part / 1e9,
+            share_of_full=(encoder_part + llm_part) / full_macs,
+            decode_s=decode_s,
+            encode_s=encode_s,
+            prefill_s=prefill_s,
+            first_token_s=decode_s + encode_s + prefill_s,
+            peak_mib=_peak_mib(model, info, plan),
+        )
+
+
+def _prompt_tokens(model: VideoLanguageModel, plan: Plan) -> int:
+    return model.projector.planned_tokens(plan.keep, plan.frames) + QUESTION_TOKENS
+
+
+def _encoder_macs(model: VideoLanguageModel, plan: Plan) -> int:
+    return encoder_macs(model.encoder.config, plan.grid.size, plan.keep)
+
+
+def _part_seconds(
+    model: VideoLanguageModel, info: VideoInfo, plan: Plan, calibration: Calibration
+) -> tuple[float, float, float]:
+    """Seconds of decoding, encoding and prefill."""
+    encoder = encoder_features(model.encoder.config, plan.grid.size, plan.keep)
+    decode = calibration.decode.milliseconds(decode_features(info, plan.frames))
+    encode = calibration.encode.milliseconds(encoder)
+    prefill = calibration.prefill.milliseconds(_prefill_features(_prompt_tokens(model, plan)))
+    return decode / 1e3, encode / 1e3, prefill / 1e3
+
+
+def _peak_mib(model: VideoLanguageModel, info: VideoInfo, plan: Plan) -> float:
+    """Memory that a question adds: decoded frames, and the larger of the encoder's activations and the KV."""
+    frames = plan.frames * min(info.width * info.height, (4 * plan.width) ** 2) * 3 / MIB
+    encoder = encoder_mib(model.encoder.config, plan.frames, plan.height, plan.width, plan.keep, 4)
+    per_token = model.llm.kv_bytes_per_token + 24 * model.llm.hidden_size
+    return frames + max(encoder, _prompt_tokens(model, plan) * per_token / MIB)
 
 
 def decode_features(info: VideoInfo, frames: int) -> list[float]:
@@ -136,16 +190,16 @@ class Calibration:
 
     @staticmethod
     def of(values: dict[str, Any]) -> Calibration:
-        """From plain values; raises ValueError, KeyError or TypeError for any that were never measured."""
+        """From plain values; raises ValueError, KeyError or TypeError for what no measurement gives."""
         if values.keys() != FEATURES.keys():
             raise ValueError("not the parts of a calibration")
         return Calibration(**{name: _speed(values[name]["weights"], FEATURES[name]) for name in FEATURES})
 
     def holds(self, model: VideoLanguageModel) -> bool:
-        """Whether a short prefill takes about as long now as this tells; takes some tenths of a second."""
+        """Whether a short prefill takes about as long now as predicted; takes some tenths of a second."""
         tokens = PREFILL_SIZES[0]
-        told = self.prefill.milliseconds(_prefill_features(tokens))
-        return told / DRIFT < _prefill_ms(model, tokens) < told * DRIFT
+        predicted = self.prefill.milliseconds(_prefill_features(tokens))
+        return predicted / DRIFT < prefill_ms(model, tokens) < predicted * DRIFT
 
     @staticmethod
     @torch.inference_mode()
@@ -156,13 +210,13 @@ class Calibration:
             model.project(model.encode(list(pixels), [keep]))
 
         encoded = calibrate_encoder(model.encoder, encode)
-        times = [_prefill_ms(model, tokens) for tokens in PREFILL_SIZES]
+        times = [prefill_ms(model, tokens) for tokens in PREFILL_SIZES]
         prefilled = Speed.fit([_prefill_features(n) for n in PREFILL_SIZES], times)
-        return Calibration(_measure_decode(), encoded, prefilled)
+        return Calibration(measure_decode(), encoded, prefilled)
 
 
 def _speed(weights: list[Any], features: int) -> Speed:
-    """Raises ValueError for anything but so many plausible times, of which one at least is none."""
+    """Raises ValueError for anything but `features` plausible times that are not all 0."""
     if not isinstance(weights, list) or len(weights) != features:
         raise ValueError("not the features of this version")
     if not all(type(w) in (int, float) and 0 <= w <= LONGEST_MS for w in weights) or not any(weights):
@@ -171,8 +225,8 @@ def _speed(weights: list[Any], features: int) -> Speed:
 
 
 @torch.inference_mode()
-def _prefill_ms(model: VideoLanguageModel, tokens: int) -> float:
-    """How long the language model takes now to read so many tokens."""
+def prefill_ms(model: VideoLanguageModel, tokens: int) -> float:
+    """Milliseconds of a prefill of so many tokens, measured now."""
     embeddings = torch.zeros(1, tokens, model.llm.hidden_size, device=model.llm.device, dtype=model.llm.dtype)
 
     def prefill() -> None:
@@ -181,7 +235,7 @@ def _prefill_ms(model: VideoLanguageModel, tokens: int) -> float:
     return time_ms(prefill, model.llm.device)
 
 
-def _measure_decode() -> Speed:
+def measure_decode() -> Speed:
     """Read clips made for the purpose, of two sizes and two numbers of samples."""
     rows, times = [], []
     for width, height in ((320, 180), (960, 540)):

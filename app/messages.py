@@ -1,4 +1,4 @@
-"""What people ask with: arguments of VideoChat as messages of text and media, and what is wrong with them.
+"""Arguments of VideoChat as messages of text and media, and the checks of them.
 
 Messages keep the order: a medium stands in the prompt where its message put it, in the turn it came with.
 """
@@ -18,7 +18,7 @@ from encoder.video.reader import Clip
 from encoder.video.sources import Held, source_name
 from llm_bridge.prompt import Message, Role, check_text
 
-NAMELESS = "the video"  # what errors call one that has no name
+NAMELESS = "the video"  # in errors, for one that has no name
 # Several letters before the colon: one is a drive.
 _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):", re.IGNORECASE)
 
@@ -27,14 +27,14 @@ _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):", re.IGNORECASE)
 class Media:
     """One video or image of a message.
 
-    source: whatever `VideoChat.ask` takes as one video. name: what errors call it (default: the file's own).
+    source: whatever `VideoChat.ask` takes as one video. name: in errors (default: the file's own).
     """
 
     source: Any
     name: str = ""
 
     def label(self, index: int = 0, count: int = 1) -> str:
-        """What a sentence calls it: 'b.mp4', or "video 2 of 3 ('b.mp4')" where there are several."""
+        """Its name in a sentence: 'b.mp4', or "video 2 of 3 ('b.mp4')" where there are several."""
         name = self.name or source_name(self.source)
         own = repr(name) if name else ""
         if count == 1:
@@ -49,11 +49,11 @@ class Videos(list[Any]):
     """
 
     def __init__(self, *videos: Any) -> None:
-        one = len(videos) == 1 and not _is_one(videos[0])
-        super().__init__(videos[0] if one else videos)
+        collection = len(videos) == 1 and not _is_single(videos[0])
+        super().__init__(videos[0] if collection else videos)
 
 
-def _is_one(value: Any) -> bool:
+def _is_single(value: Any) -> bool:
     """Whether a value is a video itself rather than a collection of them."""
     if isinstance(value, (list, tuple)):
         return False
@@ -156,7 +156,7 @@ def check_messages(messages: Any) -> tuple[Message[Media], ...]:
 
 
 def check_source(medium: Media, label: str) -> None:
-    """Raises VideoError for what is no video and whose cure is known; all else is the reader's to judge."""
+    """Raises VideoError, with the remedy, for frequent mistakes; all other sources are left to the reader."""
     source = medium.source
     if source is None:
         raise VideoError(f"Cannot read {label}: it is None; give a video or image, or leave it out.")
@@ -203,8 +203,8 @@ def _check_path(path: str, label: str) -> None:
         )
 
 
-def named(error: VideoError, label: str) -> VideoError:
-    """The error, with what it is about where it does not say so."""
+def with_name(error: VideoError, label: str) -> VideoError:
+    """The error, with the name of its video where it lacks it."""
     text = str(error)
     if label in text or label == NAMELESS:
         return error

@@ -1,6 +1,6 @@
-"""Folders for temporary files that outlive not even a killed server: the next one removes them.
+"""Temporary folders that do not stay behind even when the process is killed: the next one removes them.
 
-The owner of a folder keeps it locked; a folder whose lock is free belongs to nobody.
+The owner of a folder keeps it locked; one whose lock is free is abandoned.
 """
 
 from __future__ import annotations

@@ -56,14 +56,14 @@ def converse(chat: VideoChat, video: Any, options: dict[str, Any]) -> int:
 
 
 class Terminal:
-    """What is being talked about. A command that fails changes nothing."""
+    """The state of a conversation in the terminal. A command that fails changes nothing."""
 
     def __init__(self, chat: VideoChat, video: Any, options: dict[str, Any]) -> None:
         self.chat, self.video, self.options = chat, video, dict(options)
         self.conversation = chat.conversation(video, **self.options)
 
     def introduce(self) -> None:
-        """Say what the conversation is about, and the price; raises FluxChatError."""
+        """Print the video's name and the price of a question; raises FluxChatError."""
         from app.messages import as_media
 
         if self.video is not None:
@@ -71,7 +71,7 @@ class Terminal:
             print(f"Video: {label}\n{self.chat.estimate(self.video, self.options['budget'])}\n", flush=True)
 
     def command(self, name: str, value: str) -> None:
-        """Run one; raises FluxChatError."""
+        """Run a command; raises FluxChatError."""
         if name == "budget":
             self._set_budget(value)
         elif name == "video":
@@ -92,9 +92,9 @@ class Terminal:
             raise ConfigError(f"There is no command /{name}: /help lists those that there are.")
 
     def ask(self, question: str) -> None:
-        """Answer as it comes; raises FluxChatError."""
+        """Print the answer as it is made; raises FluxChatError."""
         answer = _print_stream(self.conversation.stream(question))
-        print(f"   [{_small_print(answer)}]\n", flush=True)
+        print(f"   [{_figures(answer)}]\n", flush=True)
 
     def _set_budget(self, value: str) -> None:
         self.chat.plan_budget(value)
@@ -119,7 +119,7 @@ def _path(value: str, command: str) -> str:
 
 
 def _print_stream(stream: AnswerStream) -> Answer:
-    """Show the answer as it comes; Ctrl-C stops the computation and keeps what is there."""
+    """Print the answer as it is made; Ctrl-C stops the computation and keeps the text so far."""
     begun = False
     try:
         with _interrupt_stops(stream):
@@ -141,7 +141,7 @@ def _interrupt_stops(stream: AnswerStream) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _small_print(answer: Answer) -> str:
+def _figures(answer: Answer) -> str:
     usage, timings = answer.usage, answer.timings
     reused = f", {usage.cached_tokens} reused" if usage.cached_tokens else ""
     return (

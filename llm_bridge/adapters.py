@@ -18,7 +18,7 @@ from encoder.errors import FluxChatError, ModelError
 from encoder.json_files import read_object
 from llm_bridge.model_files.checks import check_folder, first_line, local_folder, refused, stored_bytes
 
-# What a configuration of peft may say without changing how matrices are merged; all else must be unset.
+# Settings of peft that do not change how matrices are merged; of a plain LoRA all others are unset.
 _WITHOUT_EFFECT = frozenset(
     {
         *("auto_mapping", "base_model_name_or_path", "inference_mode", "lora_alpha", "lora_dropout"),
@@ -26,21 +26,15 @@ _WITHOUT_EFFECT = frozenset(
         *("target_modules", "task_type"),
     }
 )
-# What else an adapter may be: other settings of peft import modules, read files or reshape the model.
+# All settings that are allowed: others of peft import modules, read files or reshape the model.
 _KNOWN = _WITHOUT_EFFECT | {
-    *(
-        "alpha_pattern",
-        "bias",
-        "ensure_weight_tying",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "init_lora_weights",
-    ),
+    *("alpha_pattern", "bias", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out"),
+    *("init_lora_weights",),
     *("layers_pattern", "layers_to_transform", "lora_bias", "modules_to_save", "rank_pattern"),
     *("target_parameters", "trainable_token_indices", "use_dora", "use_qalora", "use_rslora"),
 }
 _PREFIX = "base_model.model."
-_PLAIN_NAME = re.compile(r"([\w.^$\\|]{1,400}\*?){1,3}")  # what cannot make a regular expression run for ever
+_PLAIN_NAME = re.compile(r"([\w.^$\\|]{1,400}\*?){1,3}")  # no regular expression of it backtracks without end
 LARGEST_RANK = 4096
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -57,7 +51,7 @@ def apply_adapter(model: nn.Module, adapter: str | Path, *, merge: bool) -> Any:
     with refused(f"Cannot get the adapter {adapter}"):
         folder = local_folder(str(adapter), patterns=(CONFIG, WEIGHTS))
     read_adapter_config(folder)  # before peft is imported
-    if merge and _merge_plain(model, folder):
+    if merge and merge_plain_lora(model, folder):
         return model
     with quiet_peft():
         from peft import PeftModel
@@ -82,7 +76,7 @@ def peft_config(folder: Path) -> Any:
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
-    """What adapter_config.json says; raises ModelError, in one sentence, for what is never loaded.
+    """The settings of adapter_config.json; raises ModelError, in one sentence, for one that is refused.
 
     That is: another kind than LoRA, settings that import a module or read another file, weights as pickles.
     """
@@ -129,7 +123,7 @@ def _adapted(tensors: Mapping[str, Tensor]) -> set[str]:
     return {name.removeprefix(_PREFIX).partition(".lora_")[0] for name in tensors if ".lora_" in name}
 
 
-def _merge_plain(model: nn.Module, folder: Path) -> bool:
+def merge_plain_lora(model: nn.Module, folder: Path) -> bool:
     """Add scale * B A to the weights that a plain LoRA adapts; False, with nothing done, for others."""
     config = read_adapter_config(folder)
     if not _is_plain(config):
@@ -159,7 +153,7 @@ def _pairs(
     model: nn.Module, tensors: Mapping[str, Tensor], rank: int
 ) -> list[tuple[Tensor, Tensor, Tensor]] | None:
     """(weight (out, in), A (rank, in), B (out, rank)) of every adapted layer; None when one does not fit."""
-    found = []
+    pairs = []
     for name, a in tensors.items():
         path, end, rest = name.removeprefix(_PREFIX).partition(".lora_A.weight")
         if not end:
@@ -174,16 +168,16 @@ def _pairs(
         rows, columns = layer.weight.shape
         if a.shape != (rank, columns) or b.shape != (rows, rank):
             return None
-        found.append((layer.weight, a, b))
-    return found if 2 * len(found) == len(tensors) else None
+        pairs.append((layer.weight, a, b))
+    return pairs if 2 * len(pairs) == len(tensors) else None
 
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Around imports and uses of peft: no word about what no user of FluxChat can change.
+    """Suppresses warnings of peft and bitsandbytes that no user of FluxChat can act on.
 
-    It asks for `is_gradient_checkpointing`, which transformers renamed, and brings bitsandbytes along, which
-    says that an optional kernel for CPUs is not installed.
+    peft reads `is_gradient_checkpointing`, which transformers renamed, and imports bitsandbytes, which warns
+    that an optional kernel for CPUs is not installed.
     """
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = logger.level

@@ -32,7 +32,7 @@ def grouped_attention(
     """softmax(q k^T * scaling + mask) v; heads (B, H, L, d), keys and values (B, G, N, d) -> (B, L, H, d).
 
     attention_mask: additive, (B, 1, L, N), or None for no mask. packing: q, k and v are one packed batch
-    (1, H or G, N, d), which says itself who sees whom; the mask is not read.
+    (1, H or G, N, d), which defines the mask; `attention_mask` is not read.
     """
     dropout = dropout if module.training else 0.0
     if packing is not None:
@@ -61,8 +61,8 @@ def _packed(
     for number, (block, bias) in enumerate(
         zip(packing.blocks, packing.biases(repeat, query.dtype), strict=True)
     ):
-        seen = (*block.before, number)
-        k, v = (torch.cat([x[place] for place in seen], dim=1) for x in (keys, values))
+        visible = (*block.before, number)
+        k, v = (torch.cat([x[place] for place in visible], dim=1) for x in (keys, values))
         stacked = queries[number].reshape(len(key), repeat * block.length, dim)
         scores = torch.baddbmm(bias, stacked, k.transpose(1, 2), alpha=scale)
         rows.append(_mix(scores, v, dropout).view(heads, block.length, -1).transpose(0, 1))
@@ -83,7 +83,7 @@ def packs(model: Any, longest: int) -> bool:
 
 
 def register() -> None:
-    """Make it known to transformers by its name."""
+    """Register it with transformers under NAME."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 

@@ -1,4 +1,4 @@
-"""An answer's scores, to the bit, whoever is decoded beside it: what it takes of a language model on CPUs.
+"""Batch invariance on CPUs: the logits of a sequence are bit-equal whatever is decoded in the same batch.
 
 Two operations let the rounding of one sequence depend on the others. Attention: keys padded to the longest
 sequence are summed in other blocks, by another kernel. Matrix products: a single row has a kernel of its own,
@@ -71,9 +71,9 @@ def left_padding(mask: Tensor) -> list[int] | None:
     """Per row of a mask (B, 1, 1, N), the first key seen; None unless each row sees all from there on."""
     if mask.dtype != torch.bool:
         return None
-    seen = mask[:, 0, -1]
-    starts = seen.int().argmax(dim=1)
-    if not torch.equal(seen.sum(dim=1) + starts, torch.full_like(starts, seen.shape[1])):
+    visible = mask[:, 0, -1]
+    starts = visible.int().argmax(dim=1)
+    if not torch.equal(visible.sum(dim=1) + starts, torch.full_like(starts, visible.shape[1])):
         return None
     return starts.tolist()
 

@@ -1,4 +1,4 @@
-"""KV caches of several answers in one set of buffers, right-aligned, so that one forward serves them all.
+"""The KV caches of several answers in one set of buffers, right-aligned: one forward pass extends them all.
 
 Imported only where it is needed: it loads transformers.
 """
@@ -42,37 +42,36 @@ class _Layer(DynamicLayer):
         return self.keys, self.values
 
 
-class SharedKV:
+class BatchedKVCache:
     """The KV caches of B answers, each of its own length, and the step that extends all of them.
 
-    parts: per answer and layer, keys and values (1, heads, length, width). They are copied.
+    sequences: per answer, keys and values (1, heads, length, width) of each layer. They are copied.
     """
 
-    def __init__(self, parts: Sequence[Layers]) -> None:
-        self.lengths = [row[0][0].shape[2] for row in parts]
+    def __init__(self, sequences: Sequence[Layers]) -> None:
+        self.lengths = [layers[0][0].shape[2] for layers in sequences]
         self.filled = max(self.lengths)
         self.capacity = self.filled + GROWTH
-        layers: list[_Layer] = []
-        for index, (first_keys, first_values) in enumerate(parts[0]):
+        self._layers: list[_Layer] = []
+        for index, (first_keys, first_values) in enumerate(sequences[0]):
             keys, values = (
-                part.new_zeros(len(parts), part.shape[1], self.capacity, part.shape[3])
-                for part in (first_keys, first_values)
+                first.new_zeros(len(sequences), first.shape[1], self.capacity, first.shape[3])
+                for first in (first_keys, first_values)
             )
             for row, length in enumerate(self.lengths):
-                keys[row, :, self.filled - length : self.filled] = parts[row][index][0][0]
-                values[row, :, self.filled - length : self.filled] = parts[row][index][1][0]
-            layers.append(_Layer(keys, values, self.filled))
-        self._layers = layers
-        self._kv = Cache(layers=list(layers))
-        self._mask = torch.zeros(len(parts), self.capacity, dtype=torch.long)
+                keys[row, :, self.filled - length : self.filled] = sequences[row][index][0][0]
+                values[row, :, self.filled - length : self.filled] = sequences[row][index][1][0]
+            self._layers.append(_Layer(keys, values, self.filled))
+        self._kv = Cache(layers=list(self._layers))
+        self._mask = torch.zeros(len(sequences), self.capacity, dtype=torch.long)
         for row, length in enumerate(self.lengths):
             self._mask[row, self.filled - length : self.filled] = 1
-        self._mask = self._mask.to(parts[0][0][0].device)
+        self._mask = self._mask.to(sequences[0][0][0].device)
 
     def step(self, llm: LanguageModel, tokens: Sequence[int]) -> Tensor:
-        """Append one token to every answer; scores (B, V) of the next ones."""
+        """Append one token to every answer; logits (B, V) of the next ones."""
         self._mask[:, self.filled] = 1
-        scores = llm.advance(
+        logits = llm.advance(
             self._kv,
             input_ids=torch.tensor(tokens, device=llm.device)[:, None],
             attention_mask=self._mask[:, : self.filled + 1].to(llm.device),
@@ -80,21 +79,15 @@ class SharedKV:
         )
         self.filled += 1
         self.lengths = [length + 1 for length in self.lengths]
-        return scores
+        return logits
 
-    def parts(self, row: int) -> Layers:
+    def views(self, row: int) -> Layers:
         """Views of one answer's keys and values, without what a step that failed may have added."""
-        seen = slice(self.filled - self.lengths[row], self.filled)
+        own = slice(self.filled - self.lengths[row], self.filled)
         return tuple(
-            (layer.keys[row : row + 1, :, seen], layer.values[row : row + 1, :, seen])
-            for layer in self._layers
+            (layer.keys[row : row + 1, :, own], layer.values[row : row + 1, :, own]) for layer in self._layers
         )
 
     def copies(self, row: int) -> Layers:
-        """The same, apart from the buffers."""
-        return tuple((keys.clone(), values.clone()) for keys, values in self.parts(row))
-
-
-def own_parts(kv: Any) -> Layers:
-    """Keys and values of an answer's own cache."""
-    return tuple((layer.keys, layer.values) for layer in kv.layers)
+        """Copies of one answer's keys and values, which do not keep the buffers alive."""
+        return tuple((keys.clone(), values.clone()) for keys, values in self.views(row))

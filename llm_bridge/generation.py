@@ -1,8 +1,8 @@
-"""Token-by-token answers: prefill what the cache lacks, then decode; stops within one token when told to.
+"""Token-by-token answers: prefill what the prefix cache lacks, then decode; stops within one token.
 
 A prompt is prefilled in pieces whose ends depend on it alone (see `piece_ends`), and only whole pieces are
-reused. So every kernel sees the same shapes and values whatever was asked before, and gives the same bits. KV
-of decoded tokens is not that of prefilled ones to the bit: a follow-up question prefills the last answer.
+reused. So every kernel sees the same shapes and values whatever was asked before, and gives the same bits.
+KV of decoded tokens is not bit-equal to prefilled KV: a follow-up question prefills the last answer.
 """
 
 from __future__ import annotations
@@ -12,31 +12,28 @@ import time
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from encoder.errors import BudgetError
-from llm_bridge.kv_cache import Layers, Piece, PrefixCache, joined, rewindable
+from llm_bridge.kv_cache import Piece, PrefixCache, joined, kv_from_layers, rewindable
 from llm_bridge.llm import LanguageModel
 from llm_bridge.prompt import PLACEHOLDER, Prompt
-from llm_bridge.sampling import Chooser as Chooser
-from llm_bridge.sampling import Sampling as Sampling
-from llm_bridge.sampling import chooser as chooser
+from llm_bridge.sampling import FinishReason, Sampler, SamplingParams
 
 if TYPE_CHECKING:
-    from llm_bridge.batching import Batcher
+    from llm_bridge.compute_worker import ComputeWorker
 
 # In positions. A pass over few takes nearly the time of reading all weights; one over more gains no speed.
 SHORTEST_PIECE, LONGEST_PIECE = 16, 256
-MARK = 3  # as many last ids of a prompt are taken for the words that begin an answer
-FinishReason = Literal["stop", "length", "cancelled"]
+MARK = 3  # the last ids of a prompt that are taken for the words that begin an answer
 
 
 @dataclass
 class GenerationStats:
-    """What a generation cost; complete when its iterator has ended. Times in seconds from its start."""
+    """Tokens and times of a generation; complete when its iterator has ended. Seconds from its start."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0
@@ -109,61 +106,45 @@ def piece_ends(prompt: Prompt) -> list[int]:
     return ends
 
 
-def cache_of(llm: LanguageModel, layers: Layers = ()) -> Any:
-    """A KV cache of one sequence that begins with these keys and values, which are not copied."""
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    kv = DynamicCache(config=llm.model.config)
-    if layers:
-        own = [DynamicLayer() for _ in layers]  # such as they were cut from, see `rewindable`
-        for layer, (keys, values) in zip(own, layers, strict=True):
-            layer.lazy_initialization(keys, values)
-            layer.keys, layer.values = keys, values
-        kv.layers = list(own)
-    return kv
-
-
 @dataclass
 class Generation:
-    """One answer in the making: iterate for text pieces, then read `stats`.
+    """One answer being generated: iterate for text pieces, then read `stats`.
 
-    prompt and visuals: what is asked; visuals are (M, D), one per span of the prompt. stop: set it, from any
-    thread, and computing ends within one token. prefixes: KV to start from and to leave the prompt's in,
-    unless the answer fails, that of `scope` only. batcher: computes for several generations at once, each in
-    a thread of its own.
+    visuals: embeddings (M, D), one per span of the prompt. stop: set it, from any thread, and computing ends
+    within one token. prefixes: KV to start from, of `scope` only; the prompt's KV is added unless the answer
+    fails. worker: computes for several generations, each iterated in a thread of its own; None computes here.
     Raises on iteration: BudgetError when prompt and answer exceed the model's context, ConfigError when the
-    sampling names tokens that the model lacks, ModelError when its scores are no numbers.
+    sampling names tokens that the model lacks, ModelError when its logits are not finite.
     """
 
     llm: LanguageModel
     prompt: Prompt
     visuals: Sequence[Tensor]
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     prefixes: PrefixCache | None = None
     scope: str = ""
     stop: threading.Event = field(default_factory=threading.Event)
     stats: GenerationStats = field(default_factory=GenerationStats)
-    batcher: Batcher | None = None
-    # Of the prompt, from its start: those that were there, and then those that were computed.
+    worker: ComputeWorker | None = None
+    # KV of the prompt from its start: cached pieces, then computed ones.
     _pieces: list[Piece] = field(default_factory=list, init=False, repr=False)
 
     def __iter__(self) -> Iterator[str]:
-        if self.batcher is not None:
-            self.batcher.check_process()
+        if self.worker is not None:
+            self.worker.check_process()
         self._check_context()
         vocabulary = getattr(self.llm.model.config.get_text_config(), "vocab_size", None)
         if vocabulary is not None:
             self.sampling.check_vocabulary(vocabulary)
         start = time.perf_counter()
         keys, ends = self.prompt.cache_keys, piece_ends(self.prompt)
-        # The last piece is always computed: the first token's scores come from it.
+        # The last piece is always computed: the first token's logits come from it.
         self._pieces = self.prefixes.take(keys, ends[:-1], self.scope) if self.prefixes is not None else []
         self.stats.prompt_tokens = len(keys)
         self.stats.cached_tokens = sum(piece.length for piece in self._pieces)
         decoder = StreamingDecoder(self.llm.tokenizer)
         try:
-            kv, logits = self._prefill(ends)
+            kv, logits = self.prefill(ends)
             self.stats.prefill_s = time.perf_counter() - start
             with closing(self._decode(kv, logits)) as tokens:
                 del kv, logits  # else the KV would stay beside its copy in the batch
@@ -175,15 +156,15 @@ class Generation:
                         yield piece
             if piece := decoder.flush():
                 yield piece
-            self._keep(keys, ends)
-        except GeneratorExit:  # its reader went away
-            self._keep(keys, ends)
+            self._put_prefix(keys, ends)
+        except GeneratorExit:  # its reader left
+            self._put_prefix(keys, ends)
             raise
         finally:
             self._pieces = []
             self.stats.total_s = time.perf_counter() - start
 
-    def _keep(self, keys: Sequence[int], ends: Sequence[int]) -> None:
+    def _put_prefix(self, keys: Sequence[int], ends: Sequence[int]) -> None:
         if self.prefixes is not None:
             self.prefixes.put(keys, ends, self._pieces, self.scope)
 
@@ -196,7 +177,7 @@ class Generation:
                 f"lower the token budget or max_new_tokens by {needed - limit}."
             )
 
-    def _embeddings(self, start: int, end: int) -> Tensor:
+    def embeddings(self, start: int, end: int) -> Tensor:
         """Input embeddings (1, end - start, D) of the prompt's positions."""
         ids = torch.tensor(self.prompt.ids[start:end], device=self.llm.device)
         embedded = self.llm.embed(ids.masked_fill(ids == PLACEHOLDER, 0))
@@ -207,16 +188,18 @@ class Generation:
                 embedded[first - start : last - start] = part.to(embedded)
         return embedded[None]
 
-    def _prefill(self, ends: Sequence[int]) -> tuple[Any, Tensor | None]:
-        """Run the pieces of the prompt that are not there yet: its KV cache, and the scores (V,) of the first
-        new token, None if stopped."""
+    def prefill(self, ends: Sequence[int]) -> tuple[Any, Tensor | None]:
+        """Compute the pieces of the prompt that were not cached, whose ends are in `ends`.
+
+        Returns the prompt's KV cache and the logits (V,) of the first new token, None if stopped.
+        """
         kv = logits = None
         start = self.stats.cached_tokens
         for end in ends[len(self._pieces) :]:
-            if self.batcher is None:
+            if self.worker is None:
                 kv, logits = self._prefill_piece(kv, start, end)
             else:
-                kv, logits = self.batcher.run(self._prefill_piece, kv, start, end)
+                kv, logits = self.worker.run(self._prefill_piece, kv, start, end)
             if logits is None:
                 break
             start = end
@@ -227,8 +210,8 @@ class Generation:
         if self.stop.is_set():
             return kv, None
         if kv is None:
-            kv = cache_of(self.llm, joined(self._pieces) if self._pieces else ())
-        logits = self._step(kv, inputs_embeds=self._embeddings(start, end))
+            kv = kv_from_layers(self.llm.model.config, joined(self._pieces) if self._pieces else ())
+        logits = self._step(kv, inputs_embeds=self.embeddings(start, end))
         if self.prefixes is not None and end - start >= SHORTEST_PIECE and rewindable(kv):
             self._pieces.append(Piece.of(kv, start, end))
         return kv, logits
@@ -236,25 +219,25 @@ class Generation:
     def _step(self, kv: Any, **inputs: Tensor) -> Tensor:
         return self.llm.advance(kv, **inputs)[0]
 
-    def _choose(self, end_ids: Collection[int]) -> Chooser:
+    def _sampler(self, end_ids: Collection[int]) -> Sampler:
         text = [token for token in self.prompt.ids if token != PLACEHOLDER]
-        return Chooser(self.sampling, text, end_ids)
+        return Sampler(self.sampling, text, end_ids)
 
     def _decode(self, kv: Any, logits: Tensor | None) -> Generator[int, None, None]:
-        """New tokens until the end of the turn, the length limit, or a stop; none without scores."""
-        if self.batcher is None:
+        """New tokens until the end of the turn, the length limit, or a stop; none without logits."""
+        if self.worker is None:
             return self._decode_alone(kv, logits)
-        return self._decode_together(self.batcher, kv, logits)
+        return self._decode_together(self.worker, kv, logits)
 
     def _decode_alone(self, kv: Any, logits: Tensor | None) -> Generator[int, None, None]:
         if logits is None:
             return
         ends = self.llm.eos_ids | frozenset(self.sampling.stop_token_ids)
-        choose = self._choose(ends)
+        sampler = self._sampler(ends)
         for count in range(self.sampling.max_new_tokens):
             if self.stop.is_set():
                 return
-            token = choose(logits)
+            token = sampler(logits)
             if token in ends:
                 self.stats.finish = "stop"
                 return
@@ -268,16 +251,16 @@ class Generation:
                 logits = self._step(kv, input_ids=torch.tensor([[token]], device=self.llm.device))
 
     def _decode_together(
-        self, batcher: Batcher, kv: Any, logits: Tensor | None
+        self, worker: ComputeWorker, kv: Any, logits: Tensor | None
     ) -> Generator[int, None, None]:
         if logits is None:
             return
-        row = batcher.join(kv, logits, self.sampling, self.stop, self._choose(batcher.eos))
+        sequence = worker.join(kv, logits, self.sampling, self.stop, self._sampler(worker.eos))
         del kv, logits
         try:
-            yield from row
+            yield from sequence
         finally:
-            row.leave()
-            self.stats.finish = row.finish or "cancelled"
-            if row.error is not None:
+            sequence.leave()
+            self.stats.finish = sequence.finish or "cancelled"
+            if sequence.error is not None:
                 self._pieces = []

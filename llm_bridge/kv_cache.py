@@ -1,4 +1,4 @@
-"""What a second question need not pay for: visual embeddings and KV prefixes, bounded in bytes."""
+"""Caches for follow-up questions, bounded in bytes, and the KV caches of transformers as plain tensors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 V = TypeVar("V")
-Layers = tuple[tuple["Tensor", "Tensor"], ...]  # keys and values (1, heads, length, width) of each layer
+Layers = tuple[tuple[Tensor, Tensor], ...]  # keys and values (1, heads, length, width) of each layer
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,6 @@ class Piece:
 
 def joined(pieces: Sequence[Piece]) -> Layers:
     """The keys and values of consecutive pieces as those of one."""
-    import torch
-
     if len(pieces) == 1:
         return pieces[0].layers
     columns = zip(*(piece.layers for piece in pieces), strict=True)
@@ -112,10 +110,10 @@ def joined(pieces: Sequence[Piece]) -> Layers:
 
 
 class PrefixCache:
-    """KV of past prompts in pieces, each found by all that stands before its end, and where it was cut.
+    """KV of past prompts in pieces, keyed by all positions up to a piece's end and by where pieces were cut.
 
     So a piece is only ever used where computing it anew would give the same bits. Any number of generations
-    may start from the same ones.
+    may start from the same pieces.
     """
 
     def __init__(self, limit_bytes: int, bytes_per_token: int) -> None:
@@ -130,15 +128,15 @@ class PrefixCache:
         keys: of its positions (see Prompt.cache_keys). ends: where its pieces end, ascending.
         """
         with self._lock:
-            found: list[tuple[str, bytes]] = []
+            names: list[tuple[str, bytes]] = []
             for name in _names(keys, ends, scope):
                 if name not in self._pieces:
                     break
-                found.append(name)
-            self._hits += bool(found)
-            self._misses += not found
-            self._touch(found)
-            return [self._pieces[name] for name in found]
+                names.append(name)
+            self._hits += bool(names)
+            self._misses += not names
+            self._touch(names)
+            return [self._pieces[name] for name in names]
 
     def put(self, keys: Sequence[int], ends: Sequence[int], pieces: Sequence[Piece], scope: str = "") -> None:
         """Keep the pieces that a prompt begins with; drops the least recently used beyond the limit."""
@@ -159,7 +157,7 @@ class PrefixCache:
                 self._positions -= self._pieces.pop(name).length
 
     def _touch(self, names: Sequence[tuple[str, bytes]]) -> None:
-        # The first one last: what follows a piece is of no use without it, and so is dropped before it.
+        # The first piece last: those that follow it are of no use without it, and are dropped before it.
         for name in reversed(names):
             self._pieces.move_to_end(name)
 
@@ -175,12 +173,35 @@ class PrefixCache:
 
 
 def _names(keys: Sequence[int], ends: Sequence[int], scope: str) -> Iterator[tuple[str, bytes]]:
-    """What the pieces are found by: a hash of their keys and of the name of the piece before."""
+    """Cache keys of the pieces: a hash of their positions' keys and of the name of the piece before."""
     name, start = b"", 0
     for end in ends:
         name = blake2b(name + repr(tuple(keys[start:end])).encode(), digest_size=16).digest()
         yield scope, name
         start = end
+
+
+def layers_of(kv: Any) -> Layers:
+    """Keys and values of a KV cache of transformers."""
+    return tuple((layer.keys, layer.values) for layer in kv.layers)
+
+
+def kv_from_layers(config: Any, layers: Layers = ()) -> Any:
+    """A KV cache of one sequence that begins with these keys and values, which are not copied.
+
+    config: of the transformers model. The layers must come from a `rewindable` cache.
+    """
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    kv = DynamicCache(config=config)
+    if layers:
+        own = [DynamicLayer() for _ in layers]
+        for layer, (keys, values) in zip(own, layers, strict=True):
+            layer.lazy_initialization(keys, values)
+            layer.keys, layer.values = keys, values
+        kv.layers = list(own)
+    return kv
 
 
 def rewindable(kv: Any) -> bool:

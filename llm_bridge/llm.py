@@ -27,6 +27,7 @@ from llm_bridge.model_files.checks import (
     weight_options,
 )
 from llm_bridge.model_files.gguf_header import check_gguf
+from llm_bridge.prompt import template_text
 
 Quantize = Literal["8bit", "4bit"]
 
@@ -43,7 +44,7 @@ class LanguageModel:
 
     @property
     def identity(self) -> str:
-        """Name, quantisation, and a hash of each adapter's weights: what decides the answers."""
+        """Name, quantisation, and a hash of each adapter's weights: equal ones give equal answers."""
         parts = [self.name, self.quantize or ""]
         for adapter in self.adapters:
             file = Path(adapter) / "adapter_model.safetensors"
@@ -51,7 +52,7 @@ class LanguageModel:
         return "|".join(parts)
 
     def check(self) -> None:
-        """Raises ModelError, or what a model's own settings raise, where these make no sense together."""
+        """Raises ModelError, or an error of the settings' own, for settings that contradict each other."""
         limit = self.context_length
         if limit is not None and (type(limit) is not int or limit < 1):
             raise ModelError(f"The language model {self.name} has no context: it says {limit!r:.40}.")
@@ -89,13 +90,13 @@ class LanguageModel:
     @property
     def eos_ids(self) -> frozenset[int]:
         """Tokens that end an answer: the model's, the tokenizer's, and the chat template's end of turn."""
-        found: set[int] = set()
+        ids: set[int] = set()
         for source in (getattr(self.model, "generation_config", None), self._text_config, self.tokenizer):
             value = getattr(source, "eos_token_id", None)
             if value is not None:
-                found |= set(value) if isinstance(value, (list, tuple, set)) else {int(value)}
+                ids |= set(value) if isinstance(value, (list, tuple, set)) else {int(value)}
         end = self._end_of_turn
-        return frozenset(found if end is None else found | {end})
+        return frozenset(ids if end is None else ids | {end})
 
     @property
     def _text_config(self) -> Any:
@@ -103,8 +104,6 @@ class LanguageModel:
 
     @property
     def _end_of_turn(self) -> int | None:
-        from llm_bridge.prompt import template_text
-
         mark = "\ue0f6"  # a character no template contains
         messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}]
         text = template_text(self.tokenizer, messages, add_generation_prompt=False)
@@ -124,7 +123,7 @@ class LanguageModel:
         return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     def advance(self, kv: Any, **inputs: Tensor) -> Tensor:
-        """Append inputs, named as in the model's forward, to a KV cache; the scores (B, V) after them."""
+        """Append inputs, named as in the model's forward, to a KV cache; the logits (B, V) after them."""
         inputs |= {self._cache_argument: kv}
         return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
 
@@ -192,7 +191,7 @@ def load_llm(
         with refused(f"Cannot load the language model {name}"):
             folder = local_folder(path, revision)
             in_memory = quantize is None and device_map is None and target.type == "cpu"
-            options |= _examined(folder, gguf, dtype.itemsize if in_memory else None, str(name))
+            options |= _load_options(folder, gguf, dtype.itemsize if in_memory else None, str(name))
             tokenizer = _load_tokenizer(folder, gguf)
             loaded_with_report: Any = AutoModelForCausalLM.from_pretrained(
                 folder, trust_remote_code=False, output_loading_info=True, **options
@@ -217,8 +216,8 @@ def load_llm(
     return loaded
 
 
-def _examined(folder: Path, gguf: str | None, itemsize: int | None, name: str) -> dict[str, Any]:
-    """Arguments with which a library may open this folder, once it was found to be harmless and to fit."""
+def _load_options(folder: Path, gguf: str | None, itemsize: int | None, name: str) -> dict[str, Any]:
+    """Checks that a folder is harmless and fits this machine; returns the arguments to load it with."""
     from transformers import AutoConfig
 
     options: dict[str, Any]

@@ -15,18 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoder.budget import PlanRow, PlanTable
-from encoder.checkpoint import build, load_encoder, read_tensors, save_json, save_tensors
+from encoder.checkpoint import build, load_encoder, read_tensors, save_json, save_tensors, weights_hash
 from encoder.config import FluxViTConfig
 from encoder.errors import ConfigError, ModelError
 from encoder.fluxvit import FluxViT
 from encoder.json_files import read_object
 from encoder.tokens import VisionTokens
 from llm_bridge.attention import packs
-from llm_bridge.branches import branched_attention
-from llm_bridge.label_weights import Weighting, label_weights
 from llm_bridge.llm import LanguageModel, Quantize, default_device, default_dtype, load_llm
 from llm_bridge.model_files.checks import first_line
-from llm_bridge.packing import Packing
+from llm_bridge.packing import Packing, Weighting, branched_attention, label_weights
 from llm_bridge.projector import Projector, ProjectorConfig
 from llm_bridge.prompt import IGNORE, PLACEHOLDER, Prompt, TimeSentence
 
@@ -76,7 +74,7 @@ class VLMConfig:
 
 
 def _check_values(values: Mapping[str, Any]) -> None:
-    """Raises ValueError for what is not of its type, or of a size that no model has."""
+    """Raises ValueError for a value of a wrong type, or of a size that no model has."""
     sizes = {"default_tokens": (1, 10**7), "summary_pool": (0, 64), "vision_depth": (-256, 256)}
     for key, (least, most) in sizes.items():
         value = values.get(key)
@@ -95,7 +93,7 @@ def _check_values(values: Mapping[str, Any]) -> None:
 
 
 class VideoLanguageModel(nn.Module):
-    """Pixels and text in, text out; only the projector (and what one unfreezes) is trained."""
+    """Encoder, projector and language model; all frozen but what training unfreezes (the projector)."""
 
     def __init__(self, config: VLMConfig, encoder: FluxViT, projector: Projector, llm: LanguageModel) -> None:
         super().__init__()
@@ -174,16 +172,16 @@ class VideoLanguageModel(nn.Module):
             labels[row, : len(prompt)] = torch.tensor(prompt.labels, device=device)
             mask[row, : len(prompt)] = 1
         embedded = self._embed(ids, (ids == PLACEHOLDER) & mask.bool(), visuals)
-        seen: dict[str, Tensor] = {"attention_mask": mask}
+        attention: dict[str, Tensor] = {"attention_mask": mask}
         if any(prompt.branches for prompt in prompts):
             visible, positions = branched_attention(prompts, longest, embedded.dtype)
-            seen = {"attention_mask": visible.to(device), "position_ids": positions.to(device)}
-        out = self.language_model.get_decoder()(inputs_embeds=embedded, use_cache=False, **seen)
+            attention = {"attention_mask": visible.to(device), "position_ids": positions.to(device)}
+        out = self.language_model.get_decoder()(inputs_embeds=embedded, use_cache=False, **attention)
         predicted = labels[:, 1:] != IGNORE
         return out.last_hidden_state[:, :-1][predicted], labels[:, 1:][predicted]
 
     def _packed_hidden(self, prompts: Sequence[Prompt], visuals: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """The same from one row without padding."""
+        """As `_hidden_at_labels`, computed from one packed row without padding."""
         packing = Packing.of(prompts)
         ids = torch.tensor([packing.of_prompts([prompt.ids for prompt in prompts])])
         following = [(*prompt.labels[1:], IGNORE) for prompt in prompts]
@@ -207,13 +205,12 @@ class VideoLanguageModel(nn.Module):
         return embedded.masked_scatter(is_visual.unsqueeze(-1), torch.cat(visuals).to(embedded))
 
     def revision(self, *, language: bool = True) -> str:
-        """Hash of the encoder's weights and, unless `language` is False, of the projector's and of the
-        language model's name and adapters: a cache key."""
-        digest = hashlib.blake2b(self.llm.identity.encode() if language else b"", digest_size=12)
-        for module in (self.encoder, self.projector) if language else (self.encoder,):
-            for name, value in module.state_dict().items():
-                digest.update(f"{name} {tuple(value.shape)} {value.double().sum().item()!r}".encode())
-        return digest.hexdigest()
+        """Hash of the encoder's weights, the projector's, and the language model's name and adapters: a cache
+        key. language: False hashes the encoder alone."""
+        if not language:
+            return weights_hash(self.encoder)
+        parts = f"{self.llm.identity} {weights_hash(self.encoder, self.projector)}"
+        return hashlib.blake2b(parts.encode(), digest_size=12).hexdigest()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, encoder.safetensors, projector.safetensors; the language model is only named."""
@@ -307,16 +304,16 @@ def assemble(
 
 def _load_language(name: str, **options: Any) -> LanguageModel:
     """As `load_llm`; of the shipped model's own it also says when it must be fetched again."""
-    found = resolve_llm(name)
+    resolved = resolve_llm(name)
     try:
-        return load_llm(found, **options)
+        return load_llm(resolved, **options)
     except ModelError as error:
-        if found != name:
+        if resolved != name:
             from llm_bridge.assets.fetch import damage
 
-            if reason := damage(Path(found), thorough=True):
+            if reason := damage(Path(resolved), thorough=True):
                 raise ModelError(
-                    f"The language model in {found} is damaged ({reason}): run `fluxchat fetch`."
+                    f"The language model in {resolved} is damaged ({reason}): run `fluxchat fetch`."
                 ) from error
         raise
 

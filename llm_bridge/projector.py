@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from encoder.checkpoint import load_tensors
 from encoder.errors import CheckpointError, ConfigError
 from encoder.tokens import VisionTokens
 from llm_bridge.tome import merge_tokens
@@ -26,10 +27,10 @@ class ProjectorConfig:
 
     norm: LayerNorm in front. tokens_per_frame, merge_heads: for kind "merge" (16 per frame, and the number of
     heads over which tokens are averaged before they are compared). summary_tokens: embeddings made of each
-    clip's pooled feature, summary_dim wide, and put before those of its tokens; 0 for none. An encoder that
-    was trained contrastively says in that feature what a clip is about. time_periods: with n, what a token
-    says of the moment of its frame is added to its embedding: a linear map, zero at first, of sine and cosine
-    of the seconds at periods of 2, 4, ... 2^n; 0 leaves times to the prompt. Not of the paper.
+    clip's pooled feature, summary_dim wide, and put before those of its tokens; 0 for none. The pooled
+    feature of a contrastively trained encoder describes the clip as a whole. time_periods: n adds a time
+    embedding to each token: a linear map, initialised to zero, of sine and cosine of its frame's time in
+    seconds at periods of 2, 4, ... 2^n; 0 leaves times to the prompt. Not of the paper.
     """
 
     in_dim: int
@@ -133,12 +134,10 @@ def load_llava_projector(projector: Projector, tensors: Mapping[str, Tensor]) ->
 
     Raises CheckpointError naming every key that is missing, unexpected or mis-shaped.
     """
-    from encoder.checkpoint import load_tensors
-
     renamed = {}
     for key, value in tensors.items():
-        _, found, rest = key.partition("mm_projector.")
-        if found:
+        _, separator, rest = key.partition("mm_projector.")
+        if separator:
             renamed["mlp." + rest.removeprefix("mlp.")] = value
     if not renamed:
         raise CheckpointError("The file holds no mm_projector weights.")

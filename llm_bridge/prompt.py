@@ -48,7 +48,7 @@ V = TypeVar("V")
 class Message(Generic[V]):
     """One turn: text and media in the order they are read.
 
-    V: what stands for a video or image; a `Visual` where a prompt is made of it. Texts that follow each other
+    V: type of a video or image in it; `Visual` when a prompt is made of it. Texts that follow each other
     are joined as they are; a medium begins a line of its own.
     """
 
@@ -124,9 +124,9 @@ def template_text(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_gen
 
 
 def check_text(text: Any, what: str = "The text") -> str:
-    """The text itself; raises ConfigError for what no tokenizer can read: no str, half a character, NUL.
+    """The text itself; raises ConfigError for what no tokenizer can read: no str, a lone surrogate, NUL.
 
-    what: how the message calls it. All text goes through here before it is tokenised.
+    what: its name in the error. All text goes through here before it is tokenised.
     """
     if not isinstance(text, str):
         raise ConfigError(f"{what} must be a text (str), not a {type(text).__name__}.")
@@ -137,13 +137,13 @@ def check_text(text: Any, what: str = "The text") -> str:
         code = ord(text[error.start])
         # Python keeps a byte that is no UTF-8, of an argument or a file name, in these.
         byte = 0xDC80 <= code <= 0xDCFF
-        found = (
+        fault = (
             f"a byte that is not UTF-8 (0x{code - 0xDC00:02x})"
             if byte
             else f"half a character ({chr(code)!a})"
         )
         raise ConfigError(
-            f"{what} is not valid Unicode: it has {found} at position {error.start}; "
+            f"{what} is not valid Unicode: it has {fault} at position {error.start}; "
             "send it as UTF-8, or take that out."
         ) from None
     if (nul := text.find("\0")) >= 0:

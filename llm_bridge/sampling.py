@@ -1,7 +1,7 @@
-"""How the next token of an answer is chosen from the model's scores.
+"""Sampling: the next token of an answer from the model's logits.
 
-    choose = Chooser(Sampling(temperature=0.7, top_p=0.9, seed=1), prompt_ids, end_ids)
-    token = choose(scores)
+    sampler = Sampler(SamplingParams(temperature=0.7, top_p=0.9, seed=1), prompt_ids, end_ids)
+    token = sampler(logits)
 
 The rules are transformers' own, in its order for generation, except that logit_bias comes behind the
 repetition penalty, so that its numbers mean the same with one. The temperature divides float64 scores whose
@@ -14,12 +14,14 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from encoder.errors import ConfigError, ModelError
+
+FinishReason = Literal["stop", "length", "cancelled"]  # how an answer ended: its end token, its limit, a stop
 
 
 class LogitBias(Mapping[int, float]):
@@ -45,15 +47,15 @@ class LogitBias(Mapping[int, float]):
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How an answer is drawn, and how long it may be.
+class SamplingParams:
+    """How an answer's tokens are sampled, and how many there may be.
 
     max_new_tokens, min_tokens: bounds on its length; nothing ends it before the latter. temperature: 0 is
-    greedy. top_p, top_k, min_p: keep the likeliest tokens, of a total probability, by number (0: all), by
-    probability relative to the best one. seed: 0 to 2**63 - 1, makes drawing repeatable. repetition_penalty:
-    above 1 makes what stands in the prompt and the answer less likely. stop_token_ids: end it as the model's
-    own end of turn does. logit_bias: added to the scores of token ids, -100 to 100.
-    Numbers of numpy are numbers; bools, numbers in strings and 4.0 for 4 are refused.
+    greedy. top_p, top_k, min_p: keep the likeliest tokens: of a total probability, by number (0: all), by
+    probability relative to the best one. seed: 0 to 2**63 - 1, makes sampling repeatable.
+    repetition_penalty: above 1 makes tokens of the prompt and the answer less likely. stop_token_ids: end the
+    answer as the model's own end of turn does. logit_bias: added to the logits of token ids, -100 to 100.
+    Numbers of numpy are accepted; bools, numbers in strings and 4.0 for 4 are refused.
     Raises ConfigError: one sentence that names the field.
     """
 
@@ -95,15 +97,15 @@ class Sampling:
                 raise ConfigError(f"{name} must be token ids below {size}, not {greatest}.")
 
 
-class Chooser:
-    """Chooses the tokens of one answer, one after the other.
+class Sampler:
+    """Samples the tokens of one answer, one after the other.
 
-    prompt_ids: the text of the prompt, for the repetition penalty. end_ids: tokens that end an answer,
-    which `sampling.min_tokens` keeps away.
+    prompt_ids: token ids of the prompt's text, for the repetition penalty. end_ids: tokens that end an
+    answer, which are excluded before `sampling.min_tokens`.
     """
 
     def __init__(
-        self, sampling: Sampling, prompt_ids: Sequence[int] = (), end_ids: Collection[int] = frozenset()
+        self, sampling: SamplingParams, prompt_ids: Sequence[int] = (), end_ids: Collection[int] = frozenset()
     ) -> None:
         self._greedy, self._temperature = sampling.temperature == 0, sampling.temperature
         self._rules = _rules(sampling, len(prompt_ids), {*end_ids, *sampling.stop_token_ids})
@@ -115,12 +117,12 @@ class Chooser:
         else:
             self._random.manual_seed(sampling.seed)
 
-    def __call__(self, scores: Tensor) -> int:
-        """Scores (V,) -> token id.
+    def __call__(self, logits: Tensor) -> int:
+        """Logits (V,), on any device -> token id.
 
-        Raises ModelError when the scores are no numbers, ConfigError when the rules leave no token.
+        Raises ModelError when the logits are not finite, ConfigError when the rules leave no token.
         """
-        top, best = scores.max(dim=-1)
+        top, best = logits.max(dim=-1)
         if not math.isfinite(float(top)):
             raise ModelError(
                 "The language model's scores are not finite numbers: load it with dtype float32, or check "
@@ -128,12 +130,12 @@ class Chooser:
             )
         if self._greedy and self._rules is None:
             return int(best)
-        token = self._choose(scores.detach().double().cpu()[None])
+        token = self._sample(logits.detach().double().cpu()[None])
         if self._rules is not None:
             self._ids = torch.cat((self._ids, torch.tensor([[token]])), dim=1)
         return token
 
-    def _choose(self, scores: Tensor) -> int:
+    def _sample(self, scores: Tensor) -> int:
         if self._rules is not None:
             scores = self._rules(self._ids, scores)
         top, best = scores.max(dim=-1)
@@ -146,17 +148,7 @@ class Chooser:
         return int(torch.multinomial(scores.softmax(dim=-1)[0], 1, generator=self._random))
 
 
-def chooser(
-    sampling: Sampling,
-    device: torch.device | str = "cpu",
-    prompt_ids: Sequence[int] = (),
-    end_ids: Collection[int] = frozenset(),
-) -> Chooser:
-    """A `Chooser`; scores may be on any device."""
-    return Chooser(sampling, prompt_ids, end_ids)
-
-
-def _rules(sampling: Sampling, prompt_length: int, end_ids: Collection[int]) -> Any:
+def _rules(sampling: SamplingParams, prompt_length: int, end_ids: Collection[int]) -> Any:
     """What changes scores by token id, (ids (1, N), scores (1, V)) -> scores; None when nothing does."""
     from transformers import (
         LogitsProcessorList,
@@ -176,7 +168,7 @@ def _rules(sampling: Sampling, prompt_length: int, end_ids: Collection[int]) -> 
     return LogitsProcessorList(rules) if rules else None
 
 
-def _warpers(sampling: Sampling) -> Any:
+def _warpers(sampling: SamplingParams) -> Any:
     """What leaves only the likeliest tokens, once the temperature has scaled the scores."""
     from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 

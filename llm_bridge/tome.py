@@ -21,8 +21,8 @@ def merge_tokens(x: Tensor, target: int, heads: int, positions: Tensor | None = 
     """Average the most similar tokens until `target` are left.
 
     x: (B, K, C), C a multiple of `heads`. positions: (B, K) order of the tokens, raster indices for instance;
-    default 0..K-1. Returns (B, min(K, target), C), sorted by the size-weighted mean position of what was
-    merged (the published code leaves them scrambled; as sets the rows are equal).
+    default 0..K-1. Returns (B, min(K, target), C), sorted by the size-weighted mean position of the
+    tokens that were merged (the published code leaves them unordered; as sets the rows are equal).
 
     Per round, even tokens are matched to their most similar odd token by the cosine of their head-mean, and
     the best-matched even tokens join their partner, weighted by how many tokens each already stands for.
@@ -46,9 +46,9 @@ def merge_tokens(x: Tensor, target: int, heads: int, positions: Tensor | None = 
             even, odd = values[:, ::2], values[:, 1::2]
             width = values.shape[-1]
             moved = even.gather(1, joining.unsqueeze(-1).expand(-1, -1, width))
-            kept = even.gather(1, staying.unsqueeze(-1).expand(-1, -1, width))
+            remaining = even.gather(1, staying.unsqueeze(-1).expand(-1, -1, width))
             merged = odd.scatter_add(1, into.unsqueeze(-1).expand(-1, -1, width), moved)
-            return torch.cat([kept, merged], dim=1)
+            return torch.cat([remaining, merged], dim=1)
 
         total = join(sizes)
         x = join(x * sizes) / total

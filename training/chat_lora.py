@@ -20,10 +20,10 @@ from torch import Tensor
 
 from encoder.errors import ConfigError
 from llm_bridge.adapters import peft_config, quiet_peft
-from llm_bridge.label_weights import Weighting
 from llm_bridge.llm import Quantize
 from llm_bridge.lora import use_for_training
 from llm_bridge.model import ADAPTER, VideoLanguageModel, model_folder
+from llm_bridge.packing import Weighting
 from training.chat_stage1 import ChatModel, ChatStage
 from training.data.chat_batches import ChatBatch, ChatRecipe
 from training.models.token_targets import Narrator, Spoken, WordTable, scene_losses

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from encoder.checkpoint import load_encoder, load_tensors, read_tensors
 from llm_bridge.attention import use_for_training
-from llm_bridge.label_weights import Weighting
 from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
+from llm_bridge.packing import Weighting
 from llm_bridge.projector import ProjectorConfig
 from llm_bridge.prompt import TimeSentence
 from training.data.chat_batches import ChatBatch, ChatData, ChatRecipe, scored_loss

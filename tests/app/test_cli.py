@@ -1,7 +1,9 @@
-"""The `fluxchat` command as people run it: real processes, real files, exit codes, one line on stderr."""
+"""The `fluxchat` command: exit codes, answers on stdout, one line on stderr; once as a process."""
 
 import dataclasses
+import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,18 +13,15 @@ from pathlib import Path
 import pytest
 
 from app.cli import SAMPLING, STAGES, build_parser, main
-from llm_bridge.generation import Sampling
+from llm_bridge.sampling import SamplingParams
 from tests import ROOT
 from tests.encoder.video import video_files as vf
 
-
-def fluxchat(*args: object, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "app", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, input=stdin, timeout=120)
+Call = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
     """The command in this process, which has imported everything."""
 
     def run(*args: object) -> subprocess.CompletedProcess[str]:
@@ -67,9 +66,7 @@ BAD: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_file_is_one_line(
-    tmp_path: Path, kind: str, call: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_a_bad_file_is_one_line(tmp_path: Path, kind: str, call: Call) -> None:
     done = call("ask", BAD[kind](tmp_path), "What happens?")
     assert done.returncode == 2
     assert done.stdout == ""
@@ -89,9 +86,7 @@ def test_a_bad_file_is_one_line(
         (["--llm", "./nowhere"], "no model at"),
     ],
 )
-def test_a_wrong_option_is_one_line(
-    tmp_path: Path, options: list[str], word: str, call: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_a_wrong_option_is_one_line(tmp_path: Path, options: list[str], word: str, call: Call) -> None:
     video = vf.write(tmp_path / "v.mp4", vf.steady(10))
     done = call("ask", video, "What?", *options)
     assert done.returncode == 2
@@ -99,8 +94,8 @@ def test_a_wrong_option_is_one_line(
     assert word in done.stderr
 
 
-def test_an_empty_question_is_refused(tmp_path: Path) -> None:
-    done = fluxchat("ask", vf.write(tmp_path / "v.mp4", vf.steady(10)), "  ")
+def test_an_empty_question_is_refused(tmp_path: Path, call: Call) -> None:
+    done = call("ask", vf.write(tmp_path / "v.mp4", vf.steady(10)), "  ")
     assert (done.returncode, done.stderr) == (2, "fluxchat: The question is empty: ask something in words.\n")
 
 
@@ -122,9 +117,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_refused_is_one_line(
-    kind: str, shipped_example: Path, call: Callable[..., subprocess.CompletedProcess[str]]
-) -> None:
+def test_what_is_refused_is_one_line(kind: str, shipped_example: Path, call: Call) -> None:
     arguments, words = REFUSED[kind]
     done = call(*(shipped_example if text == "EXAMPLE" else text for text in arguments))
     assert (done.returncode, done.stdout) == (2, "")
@@ -138,27 +131,39 @@ def test_a_video_from_standard_input(shipped_example: Path) -> None:
     piped = subprocess.run(command, input=content, capture_output=True, timeout=120, check=False)
     assert piped.returncode == 0, piped.stderr
     assert piped.stdout.strip()
-    empty = subprocess.run(command, input=b"", capture_output=True, timeout=120, check=False)
-    assert (empty.returncode, empty.stdout) == (2, b"")
-    assert re.fullmatch(rb"fluxchat: Cannot read 'standard input': it gives 0 bytes; .*\n", empty.stderr)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/stdin"), reason="this system has no /dev/stdin")
+def test_an_empty_standard_input_is_one_line(call: Call) -> None:
+    reading, writing = os.pipe()
+    os.close(writing)
+    before = os.dup(0)
+    os.dup2(reading, 0)
+    try:
+        done = call("ask", "-", "What is it?")
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+        os.close(reading)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"fluxchat: Cannot read 'standard input': it gives 0 bytes; .*\n", done.stderr)
 
 
 def test_options_of_the_answer_are_fields_of_sampling() -> None:
-    fields = {field.name for field in dataclasses.fields(Sampling)}
+    fields = {field.name for field in dataclasses.fields(SamplingParams)}
     assert {name for name, *_ in SAMPLING} <= fields
     words = ["ask", "v", "q", "--temperature", "0.5", "--top-k", "3", "--min-p", "0.1", "--min-tokens", "2"]
     args = build_parser().parse_args([*words, "--repetition-penalty", "1.1", "--seed", "5"])
     assert (args.temperature, args.top_k, args.min_p, args.min_tokens) == (0.5, 3, 0.1, 2)
     assert (args.repetition_penalty, args.seed) == (1.1, 5)
-    assert "max_new_tokens" not in args  # what is not given has the default of Sampling
+    assert "max_new_tokens" not in args  # what is not given has the default of SamplingParams
 
 
-def test_help_teaches() -> None:
-    text = build_parser().format_help()
+def test_help_has_examples(call: Call) -> None:
+    text = call("--help").stdout
     for word in ("examples:", "--budget auto:1.5", "estimate", "--quantize"):
         assert word in text
-    assert fluxchat("ask", "--help").returncode == 0
-    assert fluxchat("dance").returncode == 2
+    assert call("ask", "--help").returncode == 0
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +172,8 @@ def shipped_example() -> Path:
     return found[0]
 
 
-def test_ask_json_with_the_shipped_model(shipped_example: Path) -> None:
-    done = fluxchat("ask", shipped_example, "What is in the video?", "--json", "--budget", "64")
+def test_ask_json_with_the_shipped_model(shipped_example: Path, call: Call) -> None:
+    done = call("ask", shipped_example, "What is in the video?", "--json", "--budget", "64")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer["text"]
@@ -177,9 +182,12 @@ def test_ask_json_with_the_shipped_model(shipped_example: Path) -> None:
     assert 0 < answer["timings"]["first_token_s"] <= answer["timings"]["total_s"]
 
 
-def test_chat_reads_questions_and_commands(shipped_example: Path) -> None:
+def test_chat_reads_questions_and_commands(
+    shipped_example: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lines = "What is in the video?\n/budget 32\nWhich way?\n/budget none\n/video nowhere.mp4\n/quit\n"
-    done = fluxchat("chat", shipped_example, "--max-new-tokens", "12", stdin=lines)
+    monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    done = call("chat", shipped_example, "--max-new-tokens", "12")
     assert done.returncode == 0, done.stderr
     assert "32 of" in done.stdout
     assert "! A budget is" in done.stdout
@@ -187,12 +195,14 @@ def test_chat_reads_questions_and_commands(shipped_example: Path) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_estimate_and_info(shipped_example: Path) -> None:
-    price = json.loads(fluxchat("estimate", shipped_example, "--budget", "64", "--json").stdout)
+def test_estimate_and_info(shipped_example: Path, call: Call) -> None:
+    price = json.loads(call("estimate", shipped_example, "--budget", "64", "--json").stdout)
     assert price["kept_tokens"] == 64
     assert price["first_token_s"] > 0
-    info = json.loads(fluxchat("info", "--json").stdout)
+    info = json.loads(call("info", "--json").stdout)
     assert "SmolLM2-135M-Instruct" in info["llm"]
+    for key in ("fluxchat", "torch", "transformers", "sandbox", "device", "revision"):
+        assert info[key], key
 
 
 def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,20 +43,23 @@ def test_the_examples_are_six_and_one_is_honest_about_a_mistake() -> None:
 
 
 def test_it_answers_as_its_card_says(chat: VideoChat) -> None:
-    said = [
+    answers = [
         chat.ask(SHIPPED / "examples" / example["file"], example["question"]).text.strip()
         for example in EXAMPLES
     ]
     # Another processor may round a near tie the other way, once.
-    assert sum(text == example["answer"] for text, example in zip(said, EXAMPLES, strict=True)) >= 5, said
+    assert sum(text == example["answer"] for text, example in zip(answers, EXAMPLES, strict=True)) >= 5, (
+        answers
+    )
 
 
 def test_the_answer_comes_from_the_video(chat: VideoChat, tmp_path: Path) -> None:
     question = "Describe the video."
     files = [SHIPPED / "examples" / example["file"] for example in EXAMPLES]
-    assert len({chat.ask(file, question).text for file in files}) >= 4
+    assert len({chat.ask(file, question, max_new_tokens=16).text for file in files}) >= 4
 
 
+@pytest.mark.slow  # test_chat.py does it with a tiny model
 def test_eight_at_once_get_the_answers_they_get_alone(chat: VideoChat) -> None:
     asked = [(example["file"], example["question"]) for example in EXAMPLES]
     asked += [(file, "Tell me a story about it.") for file, _ in asked[:2]]

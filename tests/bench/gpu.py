@@ -237,32 +237,32 @@ class Bench:
 
     def decode(self) -> dict[str, Any]:
         """Tokens per second of several answers decoded together, and each answer's own share."""
-        from llm_bridge.batching import Batcher
+        from llm_bridge.compute_worker import ComputeWorker
 
         llm, found = self._llm(), dict[str, Any]()
         for rows in self.scale.rows:
-            batcher = Batcher(llm, rows)
+            worker = ComputeWorker(llm, rows)
             for _ in range(2):  # the first round warms up
                 answers = [
-                    self._generation(llm, self.scale.visual_tokens[0], self.scale.new_tokens, batcher)
+                    self._generation(llm, self.scale.visual_tokens[0], self.scale.new_tokens, worker)
                     for _ in range(rows)
                 ]
                 threads = [threading.Thread(target=_read, args=(answer,)) for answer in answers]
-                steps, made, began = batcher.steps, batcher.made, time.perf_counter()
+                steps, made, began = worker.steps, worker.made, time.perf_counter()
                 for thread in threads:
                     thread.start()
                 for thread in threads:
                     thread.join()
                 self._wait()
                 seconds = time.perf_counter() - began
-            batcher.close()
+            worker.close()
             made = sum(answer.stats.completion_tokens for answer in answers)
             alone = [answer.stats.tokens_per_s for answer in answers]
             found[str(rows)] = {
                 "tokens_per_s": round(made / seconds, 1),
                 "tokens_per_s_of_an_answer": round(sum(alone) / rows, 1),
                 "tokens": made,
-                "steps": batcher.steps - steps,
+                "steps": worker.steps - steps,
             }
         return found
 
@@ -284,14 +284,15 @@ class Bench:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         return LanguageModel(model.to(self.device).eval().requires_grad_(False), tokenizer, "random")
 
-    def _generation(self, llm: Any, count: int, new_tokens: int, batcher: Any = None) -> Any:
-        from llm_bridge.generation import Generation, Sampling
+    def _generation(self, llm: Any, count: int, new_tokens: int, worker: Any = None) -> Any:
+        from llm_bridge.generation import Generation
         from llm_bridge.prompt import Message, Visual, render
+        from llm_bridge.sampling import SamplingParams
 
         visual = Visual(count, "clip", 8.0, tuple(float(t) for t in range(8)))
         prompt = render(llm.tokenizer, [Message.of("user", visual, "What happens in the video?")])
         embedding = torch.randn(count, llm.hidden_size, device=self.device).to(llm.dtype)
-        return Generation(llm, prompt, [embedding], Sampling(max_new_tokens=new_tokens), batcher=batcher)
+        return Generation(llm, prompt, [embedding], SamplingParams(max_new_tokens=new_tokens), worker=worker)
 
     # -- fast: training -------------------------------------------------------------------------------------
 

@@ -25,11 +25,12 @@ from typing import Any
 
 import torch
 
-from llm_bridge.batching import Batcher
-from llm_bridge.generation import Generation, Sampling
+from llm_bridge.compute_worker import ComputeWorker
+from llm_bridge.generation import Generation
 from llm_bridge.kv_cache import PrefixCache
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.prompt import Message, Visual, render
+from llm_bridge.sampling import SamplingParams
 from tests import tiny_llms
 from tests.bench.common import environment, print_json
 
@@ -138,7 +139,7 @@ def conversations(count: int, seed: int, sizes: Sequence[int]) -> list[list[Ques
 
 
 def answer(
-    llm: LanguageModel, question: Question, prefixes: PrefixCache | None, batcher: Batcher | None
+    llm: LanguageModel, question: Question, prefixes: PrefixCache | None, worker: ComputeWorker | None
 ) -> tuple[str, bool, int, int]:
     """The text, whether it was stopped, and how many tokens of the prompt were reused, of how many."""
     prompt = render(llm.tokenizer, question.messages)
@@ -154,11 +155,11 @@ def answer(
         llm,
         prompt,
         visuals,
-        Sampling(question.max_new_tokens),
+        SamplingParams(question.max_new_tokens),
         prefixes,
         question.scope,
         stop,
-        batcher=batcher,
+        worker=worker,
     )
     pieces = []
     for piece in generation:
@@ -178,8 +179,8 @@ def compare(
     seconds: dict[str, float] = {}
     lock = threading.Lock()
 
-    def ask(way: str, question: Question, prefixes: PrefixCache | None, batcher: Batcher | None) -> None:
-        text, stopped, cached, length = answer(llm, question, prefixes, batcher)
+    def ask(way: str, question: Question, prefixes: PrefixCache | None, worker: ComputeWorker | None) -> None:
+        text, stopped, cached, length = answer(llm, question, prefixes, worker)
         whole = expected[question.key]
         same = whole.startswith(text) if stopped else text == whole
         with lock:
@@ -207,16 +208,16 @@ def compare(
 
     def together() -> None:
         per_token = llm.kv_bytes_per_token
-        prefixes, batcher = PrefixCache(cache_tokens * per_token, per_token), Batcher(llm)
+        prefixes, worker = PrefixCache(cache_tokens * per_token, per_token), ComputeWorker(llm)
 
         def whole_talk(talk: Sequence[Question]) -> None:
             for question in talk:
-                ask("batched", question, prefixes, batcher)
+                ask("batched", question, prefixes, worker)
 
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(whole_talk, talks))
-        batcher.close()
-        counts["steps"], counts["made"] = batcher.steps, batcher.made
+        worker.close()
+        counts["steps"], counts["made"] = worker.steps, worker.made
 
     counts["questions"] = sum(map(len, talks))
     run("alone", first)

@@ -92,7 +92,7 @@ def measure(
         for way, rows in WAYS.items()
     }
     for chat in chats.values():
-        chat._batcher.eos = frozenset()  # every answer has its full length
+        chat._worker.eos = frozenset()  # every answer has its full length
     with (
         running(chats["alone"], options["alone"]) as (alone, _),
         running(chats["together"], options["together"]) as (together, _),

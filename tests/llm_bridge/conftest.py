@@ -10,8 +10,8 @@ import torch
 
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.model import VideoLanguageModel
-from tests import tiny_llms
 from tests.llm_bridge.tiny_vlm import tiny_vlm
+from tests.tiny_llms import LAYOUTS
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +27,13 @@ def tiny_llm(llm_folder: Callable[[str], Path]) -> Callable[[str], LanguageModel
     return load
 
 
-@pytest.fixture(params=tiny_llms.LAYOUTS)
+# For tests that decode: one layout always, the others with the slow tests.
+ONE_QUICK = [
+    layout if layout == "qwen2" else pytest.param(layout, marks=pytest.mark.slow) for layout in LAYOUTS
+]
+
+
+@pytest.fixture(params=LAYOUTS)
 def llm(request: pytest.FixtureRequest, tiny_llm: Callable[[str], LanguageModel]) -> LanguageModel:
     """Every layout in turn."""
     return tiny_llm(request.param)

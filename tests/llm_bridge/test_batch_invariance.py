@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from llm_bridge.batch_invariance import RowInvariantLinear, left_padding, make_batch_invariant
-from llm_bridge.batched_kv_cache import SharedKV, own_parts
-from llm_bridge.batching import Batcher
-from llm_bridge.generation import Generation, Sampling, piece_ends
+from llm_bridge.batched_kv_cache import BatchedKVCache
+from llm_bridge.compute_worker import ComputeWorker
+from llm_bridge.generation import Generation, piece_ends
+from llm_bridge.kv_cache import layers_of
 from llm_bridge.llm import LanguageModel, default_dtype, load_llm
 from llm_bridge.prompt import Message, Visual, render
+from llm_bridge.sampling import SamplingParams
 from tests import tiny_llms
 
 STEPS = 32
@@ -27,18 +29,18 @@ DTYPES = [
 ]
 
 
-@pytest.fixture(params=["llama", "qwen2"])
+@pytest.fixture(params=["llama", pytest.param("qwen2", marks=pytest.mark.slow)])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     # Wide enough inside that oneDNN divides the sums of a single row.
     return tiny_llms.make(tmp_path / "llm", request.param, intermediate_size=1536)
 
 
-def generation(llm: LanguageModel, index: int, batcher: Batcher | None) -> Generation:
+def generation(llm: LanguageModel, index: int, worker: ComputeWorker | None) -> Generation:
     tokens = VISUAL_TOKENS[index]
     visual = torch.randn(tokens, llm.hidden_size, generator=torch.Generator().manual_seed(index))
     words = "What is in the video? " * (1 + index % 3)
     prompt = render(llm.tokenizer, [Message.of("user", Visual(tokens, f"clip {index}"), words)])
-    return Generation(llm, prompt, [visual], Sampling(STEPS), batcher=batcher)
+    return Generation(llm, prompt, [visual], SamplingParams(STEPS), worker=worker)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -48,11 +50,11 @@ def test_scores_have_the_same_bits(folder: Path, dtype: torch.dtype) -> None:
     with torch.inference_mode():
         for index in range(len(VISUAL_TOKENS)):
             alone = generation(llm, index, None)
-            kv, scores = alone._prefill(piece_ends(alone.prompt))
+            kv, scores = alone.prefill(piece_ends(alone.prompt))
             kvs.append(kv)
             assert scores is not None
             tokens.append(int(scores.argmax()))
-        shared = SharedKV([own_parts(kv) for kv in kvs])
+        shared = BatchedKVCache([layers_of(kv) for kv in kvs])
         for step in range(STEPS):
             together = shared.step(llm, tokens)
             single = [
@@ -67,12 +69,12 @@ def test_answers_are_the_same(folder: Path, dtype: torch.dtype) -> None:
     llm = load_llm(folder, device="cpu", dtype=dtype)
     everyone = range(len(VISUAL_TOKENS))
     alone = ["".join(generation(llm, i, None)) for i in everyone]
-    batcher = Batcher(llm, max_rows=5)
+    worker = ComputeWorker(llm, max_batch=5)
     with ThreadPoolExecutor(len(everyone)) as pool:
-        together = list(pool.map("".join, [generation(llm, i, batcher) for i in everyone]))
-    batcher.close()
+        together = list(pool.map("".join, [generation(llm, i, worker) for i in everyone]))
+    worker.close()
     assert together == alone
-    assert batcher.steps < batcher.made
+    assert worker.steps < worker.made
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -14,12 +14,12 @@ from llm_bridge.generation import (
     SHORTEST_PIECE,
     Generation,
     GenerationStats,
-    Sampling,
     StreamingDecoder,
     piece_ends,
 )
 from llm_bridge.llm import LanguageModel
 from llm_bridge.prompt import PLACEHOLDER, Message, Prompt, Visual, render
+from llm_bridge.sampling import SamplingParams
 
 VISUAL = Visual(6, "clip")
 
@@ -31,9 +31,9 @@ def prompt_and_visual(llm: LanguageModel, seed: int = 0) -> tuple[Prompt, torch.
 
 def test_greedy_equals_transformers(llm: LanguageModel) -> None:
     prompt, visual = prompt_and_visual(llm)
-    generation = Generation(llm, prompt, [visual], Sampling(max_new_tokens=24))
+    generation = Generation(llm, prompt, [visual], SamplingParams(max_new_tokens=24))
     text = "".join(generation)
-    embeds = generation._embeddings(0, len(prompt))
+    embeds = generation.embeddings(0, len(prompt))
     ids = llm.model.generate(
         inputs_embeds=embeds,
         attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
@@ -56,7 +56,7 @@ def test_stop_ends_computing_within_one_token(tiny_llm) -> None:
     calls = []
     handle = llm.model.register_forward_hook(lambda *_: calls.append(1))
     try:
-        generation = Generation(llm, prompt, [visual], Sampling(max_new_tokens=200), stop=stop)
+        generation = Generation(llm, prompt, [visual], SamplingParams(max_new_tokens=200), stop=stop)
         pieces = iter(generation)
         next(pieces)
         before = len(calls)
@@ -84,7 +84,7 @@ def test_sampling_is_repeatable_by_seed(tiny_llm) -> None:
     prompt, visual = prompt_and_visual(llm)
 
     def sample(seed: int | None) -> str:
-        sampling = Sampling(max_new_tokens=20, temperature=1.5, top_p=0.95, top_k=50, seed=seed)
+        sampling = SamplingParams(max_new_tokens=20, temperature=1.5, top_p=0.95, top_k=50, seed=seed)
         return "".join(Generation(llm, prompt, [visual], sampling))
 
     assert sample(1) == sample(1)
@@ -95,7 +95,7 @@ def test_sampling_is_repeatable_by_seed(tiny_llm) -> None:
 def test_length_limit(tiny_llm) -> None:
     llm = tiny_llm("qwen3")
     prompt, visual = prompt_and_visual(llm)
-    generation = Generation(llm, prompt, [visual], Sampling(max_new_tokens=3))
+    generation = Generation(llm, prompt, [visual], SamplingParams(max_new_tokens=3))
     list(generation)
     assert generation.stats.completion_tokens <= 3
     assert generation.stats.finish in ("length", "stop")
@@ -111,7 +111,7 @@ def test_context_overflow_is_one_sentence(tiny_llm) -> None:
 def test_tokens_that_the_model_lacks_are_one_sentence(tiny_llm) -> None:
     llm = tiny_llm("qwen2")
     prompt, visual = prompt_and_visual(llm)
-    for sampling in (Sampling(stop_token_ids=(10**9,)), Sampling(logit_bias={10**9: 1})):
+    for sampling in (SamplingParams(stop_token_ids=(10**9,)), SamplingParams(logit_bias={10**9: 1})):
         with pytest.raises(ConfigError, match="must be token ids below"):
             list(Generation(llm, prompt, [visual], sampling))
 
@@ -121,7 +121,7 @@ def test_sampling_rules_apply_to_answers(tiny_llm) -> None:
     prompt, visual = prompt_and_visual(llm)
 
     def ask(**options: Any) -> GenerationStats:
-        generation = Generation(llm, prompt, [visual], Sampling(16, **options))
+        generation = Generation(llm, prompt, [visual], SamplingParams(16, **options))
         list(generation)
         return generation.stats
 

@@ -1,6 +1,6 @@
 """Caches: bounded, shared safely, and never changing an answer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -8,11 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llm_bridge.generation import Generation, GenerationStats, Sampling
+from llm_bridge.generation import Generation, GenerationStats
 from llm_bridge.kv_cache import ByteLRU, Piece, PrefixCache
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.prompt import Message, Visual, render
+from llm_bridge.sampling import SamplingParams
 from tests import tiny_llms
+from tests.llm_bridge.conftest import ONE_QUICK
 
 MIB = 2**20
 
@@ -36,6 +38,11 @@ def test_least_recently_used_goes_first() -> None:
     assert cache.get("a") == 1
 
 
+@pytest.fixture(params=ONE_QUICK)
+def llm(request: pytest.FixtureRequest, tiny_llm: Callable[[str], LanguageModel]) -> LanguageModel:
+    return tiny_llm(request.param)
+
+
 def embedding(llm: LanguageModel, key: str) -> torch.Tensor:
     return torch.randn(30, llm.hidden_size, generator=torch.Generator().manual_seed(sum(map(ord, key))))
 
@@ -48,7 +55,7 @@ def ask(
         for i, text in enumerate(turns)
     ]
     prompt = render(llm.tokenizer, messages)
-    generation = Generation(llm, prompt, [embedding(llm, key)], Sampling(max_new_tokens=12), prefixes)
+    generation = Generation(llm, prompt, [embedding(llm, key)], SamplingParams(max_new_tokens=12), prefixes)
     return "".join(generation), generation.stats
 
 

@@ -70,6 +70,15 @@ def test_saved_and_loaded_it_is_the_same(model: VideoLanguageModel, tmp_path: Pa
     ]
 
 
+def test_the_revision_tells_weights_apart(model: VideoLanguageModel) -> None:
+    whole, encoder = model.revision(), model.revision(language=False)
+    with torch.no_grad():
+        weight = model.projector.mlp[0].weight
+        weight.copy_(weight.flip(0))  # the same values elsewhere
+    assert model.revision() != whole
+    assert model.revision(language=False) == encoder
+
+
 def test_parts_can_be_replaced(model: VideoLanguageModel, llm_folder, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     other = FluxViT(ENCODER)

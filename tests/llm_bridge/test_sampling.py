@@ -1,4 +1,4 @@
-"""What Sampling accepts, and that no accepted setting gives a token that its rules forbid."""
+"""What SamplingParams accepts, and that no accepted setting gives a token that its rules forbid."""
 
 import math
 from dataclasses import replace
@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from encoder.errors import ConfigError, ModelError
-from llm_bridge.sampling import Chooser, Sampling
+from llm_bridge.sampling import Sampler, SamplingParams
 
 VOCABULARY = 12
 NAN, INF = float("nan"), float("inf")
@@ -49,7 +49,7 @@ def test_what_makes_no_sense_is_one_sentence_that_names_it(field: str, wrong: li
         if field == "min_tokens" and value == 10**400:
             continue
         with pytest.raises(ConfigError) as raised:
-            Sampling(**{field: value})
+            SamplingParams(**{field: value})
         message = str(raised.value)
         assert field in message
         assert message.count(". ") == 0
@@ -58,17 +58,19 @@ def test_what_makes_no_sense_is_one_sentence_that_names_it(field: str, wrong: li
 
 
 def test_numbers_of_other_kinds_are_numbers() -> None:
-    sampling = Sampling(np.int64(5), np.float32(0.5), Fraction(1, 2), np.uint8(3), min_tokens=np.int8(2))
-    assert sampling == Sampling(5, 0.5, 0.5, 3, min_tokens=2)
+    sampling = SamplingParams(
+        np.int64(5), np.float32(0.5), Fraction(1, 2), np.uint8(3), min_tokens=np.int8(2)
+    )
+    assert sampling == SamplingParams(5, 0.5, 0.5, 3, min_tokens=2)
     assert [type(value) for value in (sampling.max_new_tokens, sampling.temperature)] == [int, float]
 
 
 def test_settings_are_values() -> None:
     biases, stops = {3: 1, 1: -2.5}, [4, 5]
-    sampling = Sampling(logit_bias=biases, stop_token_ids=stops)  # type: ignore[arg-type]
+    sampling = SamplingParams(logit_bias=biases, stop_token_ids=stops)  # type: ignore[arg-type]
     biases[3] = 100
     stops.append(6)
-    same = Sampling(logit_bias={1: -2.5, 3: 1.0}, stop_token_ids=(4, 5))
+    same = SamplingParams(logit_bias={1: -2.5, 3: 1.0}, stop_token_ids=(4, 5))
     assert sampling == same == replace(sampling)
     assert hash(sampling) == hash(same)
     assert sampling.logit_bias == {1: -2.5, 3: 1.0}
@@ -78,7 +80,7 @@ def test_settings_are_values() -> None:
 finite = st.floats(-(2.0**127), 2.0**127, width=32)
 tokens = st.integers(0, VOCABULARY - 1)
 samplings = st.builds(
-    Sampling,
+    SamplingParams,
     max_new_tokens=st.just(20),
     temperature=st.one_of(st.just(0), st.floats(0, 10), st.sampled_from([5e-324, 1e-37, 1e-10])),
     top_p=st.floats(0, 1, exclude_min=True),
@@ -98,16 +100,16 @@ samplings = st.builds(
     rows=st.lists(st.lists(finite, min_size=VOCABULARY, max_size=VOCABULARY), min_size=1, max_size=5),
     prompt=st.lists(tokens, max_size=6),
 )
-@example(Sampling(20, 1e-40), [[float(i) for i in range(VOCABULARY)]], [])
-@example(Sampling(20, 1e-40, repetition_penalty=100), [[-(2.0**127)] * VOCABULARY], [0, 1])
+@example(SamplingParams(20, 1e-40), [[float(i) for i in range(VOCABULARY)]], [])
+@example(SamplingParams(20, 1e-40, repetition_penalty=100), [[-(2.0**127)] * VOCABULARY], [0, 1])
 def test_any_setting_on_any_finite_scores_gives_an_allowed_token(
-    sampling: Sampling, rows: list[list[float]], prompt: list[int]
+    sampling: SamplingParams, rows: list[list[float]], prompt: list[int]
 ) -> None:
     end_ids = {0}
-    choose = Chooser(sampling, prompt, end_ids)
+    sampler = Sampler(sampling, prompt, end_ids)
     seen = list(prompt)
     for made, row in enumerate(rows):
-        token = choose(torch.tensor(row))
+        token = sampler(torch.tensor(row))
         scores = [
             (score * sampling.repetition_penalty if score < 0 else score / sampling.repetition_penalty)
             if index in seen and sampling.repetition_penalty != 1
@@ -142,23 +144,23 @@ def test_scores_that_are_no_numbers_are_an_error(options: dict[str, Any], wrong:
     scores[7] = wrong
     for bad in (scores, torch.full((VOCABULARY,), -INF)):
         with pytest.raises(ModelError, match="not finite numbers"):
-            Chooser(Sampling(**options), [1], {0})(bad)
+            Sampler(SamplingParams(**options), [1], {0})(bad)
 
 
 def test_no_token_left_is_an_error() -> None:
-    sampling = Sampling(min_tokens=1, stop_token_ids=tuple(range(VOCABULARY)))
+    sampling = SamplingParams(min_tokens=1, stop_token_ids=tuple(range(VOCABULARY)))
     with pytest.raises(ConfigError, match="leave no token"):
-        Chooser(sampling)(torch.zeros(VOCABULARY))
+        Sampler(sampling)(torch.zeros(VOCABULARY))
 
 
 def test_a_tiny_temperature_is_nearly_greedy() -> None:
     scores = torch.tensor([0.0, 5.0, 5.0 - 1e-6, 3e38])
-    assert {Chooser(Sampling(temperature=1e-40, seed=seed))(scores) for seed in range(20)} == {3}
-    assert {Chooser(Sampling(temperature=1e-40, seed=seed))(scores[:3]) for seed in range(20)} == {1}
+    assert {Sampler(SamplingParams(temperature=1e-40, seed=seed))(scores) for seed in range(20)} == {3}
+    assert {Sampler(SamplingParams(temperature=1e-40, seed=seed))(scores[:3]) for seed in range(20)} == {1}
 
 
 def test_drawing_follows_the_probabilities() -> None:
-    choose = Chooser(Sampling(temperature=0.5, seed=0))
+    sampler = Sampler(SamplingParams(temperature=0.5, seed=0))
     scores = torch.log(torch.tensor([1.0, 2.0, 3.0])) * 0.5
-    counts = torch.bincount(torch.tensor([choose(scores) for _ in range(3000)]), minlength=3) / 3000
+    counts = torch.bincount(torch.tensor([sampler(scores) for _ in range(3000)]), minlength=3) / 3000
     torch.testing.assert_close(counts, torch.tensor([1 / 6, 2 / 6, 3 / 6]), atol=0.03, rtol=0)

@@ -21,9 +21,8 @@ from encoder.errors import ConfigError, DataError, VideoError
 from encoder.preprocess import preprocess
 from encoder.tokens import VisionTokens
 from encoder.video.reader import Clip
-from llm_bridge.branches import share_beginning
-from llm_bridge.label_weights import Weighting
 from llm_bridge.model import VideoLanguageModel
+from llm_bridge.packing import Weighting, share_beginning
 from llm_bridge.prompt import IGNORE, Message, Prompt, Visual, render_chat_training, render_plain_training
 from training.data.datasets import NEEDS, DatasetConfig, open_datasets
 from training.data.examples import Conversation, Example
@@ -52,7 +51,7 @@ class ChatRecipe:
     template: "plain" (caption right after the video, as the field's stage 1 does) or "chat" (the language
     model's own template). max_length: longer samples lose their end. bucket: micro-batches among which
     records are sorted by length, so that little is padded; 1 leaves them in random order. weighting: of long
-    and short answers in the loss (see llm_bridge.label_weights). max_missing: share of unreadable media that
+    and short answers in the loss (see llm_bridge.packing). max_missing: share of unreadable media that
     stops the run. feature_cache: folder for encoder outputs, so that no clip is encoded twice.
     """
 

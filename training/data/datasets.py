@@ -55,7 +55,7 @@ class DatasetConfig:
     everything is asked anew, in other words and with other options, before `turns` questions are picked.
     favour: tasks whose questions are likelier to be picked: named once, twice as likely, and so on.
     independent: the turns of an example are conversations of their own about its media: no answer sees
-    another (see llm_bridge.branches).
+    another (see llm_bridge.packing).
     """
 
     csv: str | None = None

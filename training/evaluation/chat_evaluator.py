@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from encoder.preprocess import preprocess
-from llm_bridge.batching import Batcher
-from llm_bridge.generation import Generation, Sampling
+from llm_bridge.compute_worker import ComputeWorker
+from llm_bridge.generation import Generation
 from llm_bridge.kv_cache import PrefixCache
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import Message, Prompt, Visual, render
+from llm_bridge.sampling import SamplingParams
 from training.data.media import Media
 from training.evaluation.encoder_input import Setting
 
@@ -56,11 +57,11 @@ class Watcher:
         prompts = [self._prompt(visuals, asked) for asked in questions]
         if len(prompts) > 1:
             self._read_once(prompts[0], embeddings, prefixes)
-        batcher = Batcher(llm, max_rows=ROWS)
+        worker = ComputeWorker(llm, max_batch=ROWS)
         running = [
-            iter(Generation(llm, prompt, embeddings, sampling, prefixes, batcher=batcher))
+            iter(Generation(llm, prompt, embeddings, sampling, prefixes, worker=worker))
             for prompt, sampling in zip(
-                prompts, (Sampling(asked.max_new_tokens) for asked in questions), strict=True
+                prompts, (SamplingParams(asked.max_new_tokens) for asked in questions), strict=True
             )
         ]
         said: list[list[str]] = [[] for _ in questions]
@@ -72,7 +73,7 @@ class Watcher:
                     unfinished.remove(index)
                 else:
                     said[index].append(piece)
-        batcher.close()
+        worker.close()
         yield from ("".join(pieces).strip() for pieces in said)
 
     def _prompt(self, visuals: tuple[Visual, ...], asked: Asked) -> Prompt:
@@ -88,7 +89,7 @@ class Watcher:
 
     def _read_once(self, prompt: Prompt, embeddings: Sequence[torch.Tensor], prefixes: PrefixCache) -> None:
         """Prefill what the prompts have in common, the video above all, before they all ask for it."""
-        for _ in Generation(self.model.llm, prompt, embeddings, Sampling(max_new_tokens=1), prefixes):
+        for _ in Generation(self.model.llm, prompt, embeddings, SamplingParams(max_new_tokens=1), prefixes):
             pass
 
     @torch.inference_mode()

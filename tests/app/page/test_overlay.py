@@ -92,9 +92,9 @@ def test_preview_runs_no_block_and_decodes_once(chat: VideoChat, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(type(chat.model.encoder.blocks[0]), "forward", never)
         chat.preview(SHORT, 32)
-    assert chat._clips.stats.entries == 1
+    assert chat.caches["clips"].entries == 1
     chat.ask(SHORT, "What?", budget=32, max_new_tokens=2)
-    assert chat._clips.stats.hits == 1
+    assert chat.caches["clips"].hits == 1
 
 
 def test_strip_has_a_button_per_frame_with_its_time() -> None:

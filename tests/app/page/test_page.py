@@ -165,9 +165,9 @@ def test_a_tab_that_goes_away_stops_computing(handlers: Handlers, session: Sessi
     handlers.sessions.close("one")
     run.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "fluxchat-answer"]
-    assert handlers.chat._prefixes.stats.entries == 0
-    assert handlers.chat._seen.stats.entries == 0
-    assert handlers.chat._clips.stats.entries == 0
+    assert handlers.chat.caches["prefixes"].entries == 0
+    assert handlers.chat.caches["videos"].entries == 0
+    assert handlers.chat.caches["clips"].entries == 0
 
 
 def test_asking_again_replaces_what_followed(handlers: Handlers, session: Session) -> None:

@@ -119,7 +119,7 @@ def test_clip(tmp_path: Path, text_only: bool) -> None:
     assert tower.dim == 24
     assert not any("vision" in name for name, _ in tower.named_parameters())
     for text, row in zip(TEXTS, tower.embed(TEXTS), strict=True):
-        tokens = tower._tokenizer([text], return_tensors="pt")
+        tokens = tower.tokenizer([text], return_tensors="pt")
         with torch.no_grad():
             found = (
                 model(**tokens).text_embeds if text_only else model.get_text_features(**tokens).pooler_output
@@ -131,7 +131,7 @@ def test_siglip_sees_the_full_length(tmp_path: Path) -> None:
     model = tiny_towers.siglip_folder(tmp_path)
     tower = open_tower(tmp_path)
     assert isinstance(tower, ContrastiveTower)
-    tokens = tower._tokenizer(["a cat"], padding="max_length", max_length=16, return_tensors="pt")
+    tokens = tower.tokenizer(["a cat"], padding="max_length", max_length=16, return_tensors="pt")
     assert tokens["input_ids"].shape == (1, 16)
     with torch.no_grad():
         wanted = F.normalize(model.get_text_features(input_ids=tokens["input_ids"]).pooler_output, dim=-1)
@@ -144,7 +144,7 @@ def test_sentence_encoder_is_the_mean_of_real_tokens(tmp_path: Path) -> None:
     model = tiny_towers.sentence_folder(tmp_path)
     tower = open_tower(tmp_path)
     assert isinstance(tower, SentenceTower)
-    alone = model(**tower._tokenizer(["a cat"], return_tensors="pt")).last_hidden_state.mean(1)
+    alone = model(**tower.tokenizer(["a cat"], return_tensors="pt")).last_hidden_state.mean(1)
     torch.testing.assert_close(tower.embed(TEXTS)[1:2], F.normalize(alone, dim=-1), rtol=1e-4, atol=1e-5)
     shorter = open_tower(tmp_path, length=4)
     assert torch.allclose(shorter.embed(["a dog runs left"]), shorter.embed(["a dog right right"]), atol=1e-6)
@@ -169,7 +169,7 @@ class Counting(Tower):
 
 
 def test_each_text_is_computed_once() -> None:
-    tower = Counting(kept=3)
+    tower = Counting(cache_size=3)
     first = tower.embed(["a", "bb", "a"])
     assert tower.computed == ["a", "bb"]
     assert torch.equal(first[0], first[2])
@@ -180,11 +180,11 @@ def test_each_text_is_computed_once() -> None:
     assert tower.computed == ["a", "bb", "ccc", "dddd"]
     tower.embed(["a"])
     assert tower.computed[-1] == "a"
-    assert torch.equal(Counting(kept=0).embed(["a", "bb", "a"]), first)
+    assert torch.equal(Counting(cache_size=0).embed(["a", "bb", "a"]), first)
 
 
 def test_a_trained_tower_remembers_nothing() -> None:
-    tower = Counting(kept=9)
+    tower = Counting(cache_size=9)
     before = tower.embed(["bb"])
     tower.requires_grad_(True)
     assert tower(["bb"]).requires_grad

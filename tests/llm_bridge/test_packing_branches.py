@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llm_bridge.attention import NAME, use_for_training
-from llm_bridge.branches import branch_numbers, branched_attention, first_label, share_beginning
 from llm_bridge.model import VideoLanguageModel
+from llm_bridge.packing import branch_numbers, branched_attention, first_label, share_beginning
 from llm_bridge.prompt import IGNORE, Message, Prompt, Visual, render_chat_training
 from tests.llm_bridge.tiny_vlm import vision_of
 

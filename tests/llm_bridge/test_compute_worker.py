@@ -12,19 +12,14 @@ import pytest
 import torch
 
 from encoder.errors import ModelError
-from llm_bridge.batching import Batcher, Row
-from llm_bridge.generation import (
-    Generation,
-    GenerationStats,
-    Sampling,
-    StreamingDecoder,
-    cache_of,
-    piece_ends,
-)
-from llm_bridge.kv_cache import PrefixCache
+from llm_bridge.compute_worker import ComputeWorker
+from llm_bridge.generation import Generation, GenerationStats, StreamingDecoder, piece_ends
+from llm_bridge.kv_cache import PrefixCache, kv_from_layers, layers_of
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.prompt import Message, Visual, render
+from llm_bridge.sampling import SamplingParams
 from tests import tiny_llms
+from tests.llm_bridge.conftest import ONE_QUICK
 
 QUESTIONS = [
     (3, "What is it?", 40),
@@ -36,9 +31,14 @@ QUESTIONS = [
 ]
 
 
+@pytest.fixture(params=ONE_QUICK)
+def llm(request: pytest.FixtureRequest, tiny_llm: Callable[[str], LanguageModel]) -> LanguageModel:
+    return tiny_llm(request.param)
+
+
 @pytest.fixture
-def batcher(llm: LanguageModel) -> Iterator[Batcher]:
-    made = Batcher(llm, max_rows=4)  # fewer than there are questions
+def worker(llm: LanguageModel) -> Iterator[ComputeWorker]:
+    made = ComputeWorker(llm, max_batch=4)  # fewer than there are questions
     yield made
     made.close()
 
@@ -46,7 +46,7 @@ def batcher(llm: LanguageModel) -> Iterator[Batcher]:
 def generation(
     llm: LanguageModel,
     index: int,
-    batcher: Batcher | None,
+    worker: ComputeWorker | None,
     prefixes: PrefixCache | None = None,
     temperature: float = 0.0,
     more: str = "",
@@ -54,8 +54,8 @@ def generation(
     tokens, text, longest = QUESTIONS[index]
     visual = torch.randn(tokens, llm.hidden_size, generator=torch.Generator().manual_seed(index))
     prompt = render(llm.tokenizer, [Message.of("user", Visual(tokens, f"clip {index}"), text + more)])
-    sampling = Sampling(longest, temperature, seed=index)
-    return Generation(llm, prompt, [visual], sampling, prefixes, batcher=batcher)
+    sampling = SamplingParams(longest, temperature, seed=index)
+    return Generation(llm, prompt, [visual], sampling, prefixes, worker=worker)
 
 
 def read(generation: Generation) -> tuple[str, GenerationStats]:
@@ -63,12 +63,12 @@ def read(generation: Generation) -> tuple[str, GenerationStats]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
-def test_together_equals_alone(llm: LanguageModel, batcher: Batcher, temperature: float) -> None:
+def test_together_equals_alone(llm: LanguageModel, worker: ComputeWorker, temperature: float) -> None:
     everyone = range(len(QUESTIONS))
     alone = [read(generation(llm, i, None, temperature=temperature)) for i in everyone]
     with ThreadPoolExecutor(len(QUESTIONS)) as pool:
         for _ in range(3):  # another order of arrival each time
-            jobs = [generation(llm, i, batcher, temperature=temperature) for i in everyone]
+            jobs = [generation(llm, i, worker, temperature=temperature) for i in everyone]
             together = list(pool.map(read, jobs))
             assert [text for text, _ in together] == [text for text, _ in alone]
             for (_, found), (_, expected) in zip(together, alone, strict=True):
@@ -76,26 +76,26 @@ def test_together_equals_alone(llm: LanguageModel, batcher: Batcher, temperature
                     expected.completion_tokens,
                     expected.finish,
                 )
-    assert batcher.steps < batcher.made  # some steps did serve several
-    assert batcher.active == 0
+    assert worker.steps < worker.made  # some steps did serve several
+    assert worker.active == 0
 
 
 def test_scores_equal_those_alone(llm: LanguageModel) -> None:
     """Numbers, not only the best token: several rows of different lengths over twelve steps."""
-    from llm_bridge.batched_kv_cache import SharedKV, own_parts
+    from llm_bridge.batched_kv_cache import BatchedKVCache
 
     kvs, last = [], []
     with torch.inference_mode():
         for index in (0, 1, 3):
             alone = generation(llm, index, None)
-            kv, scores = alone._prefill(piece_ends(alone.prompt))
+            kv, scores = alone.prefill(piece_ends(alone.prompt))
             kvs.append(kv)
             last.append(scores)
-        shared = SharedKV([own_parts(kv) for kv in kvs])
+        shared = BatchedKVCache([layers_of(kv) for kv in kvs])
         tokens = [int(scores.argmax()) for scores in last]
         for step in range(80):  # past the room that the buffers are made with
             if shared.filled == shared.capacity:
-                shared = SharedKV([shared.parts(row) for row in range(3)])
+                shared = BatchedKVCache([shared.views(row) for row in range(3)])
             found = shared.step(llm, tokens)
             expected = torch.stack(
                 [
@@ -107,19 +107,19 @@ def test_scores_equal_those_alone(llm: LanguageModel) -> None:
             tokens = expected.argmax(dim=1).tolist()
         for row, kv in enumerate(kvs):
             for (keys, values), layer in zip(
-                own_parts(cache_of(llm, shared.copies(row))), kv.layers, strict=True
+                layers_of(kv_from_layers(llm.model.config, shared.copies(row))), kv.layers, strict=True
             ):
                 torch.testing.assert_close(keys, layer.keys, atol=1e-4, rtol=1e-4)
                 torch.testing.assert_close(values, layer.values, atol=1e-4, rtol=1e-4)
 
 
-def test_kv_prefixes_survive_sharing(llm: LanguageModel, batcher: Batcher) -> None:
+def test_kv_prefixes_survive_sharing(llm: LanguageModel, worker: ComputeWorker) -> None:
     prefixes = PrefixCache(2**26, llm.kv_bytes_per_token)
     everyone = range(len(QUESTIONS))
     expected = [read(generation(llm, i, None, more=" Why?"))[0] for i in everyone]
     with ThreadPoolExecutor(len(QUESTIONS)) as pool:
-        list(pool.map(read, [generation(llm, i, batcher, prefixes) for i in everyone]))
-        again = list(pool.map(read, [generation(llm, i, batcher, prefixes, more=" Why?") for i in everyone]))
+        list(pool.map(read, [generation(llm, i, worker, prefixes) for i in everyone]))
+        again = list(pool.map(read, [generation(llm, i, worker, prefixes, more=" Why?") for i in everyone]))
     assert [text for text, _ in again] == expected
     for index, (_, stats) in enumerate(again):
         assert stats.cached_tokens >= (QUESTIONS[index][0] if QUESTIONS[index][0] >= 16 else 0)
@@ -127,41 +127,41 @@ def test_kv_prefixes_survive_sharing(llm: LanguageModel, batcher: Batcher) -> No
 
 def test_a_stop_ends_one_answer_and_no_other(tiny_llm: Callable[[str], LanguageModel]) -> None:
     llm = tiny_llm("qwen2")
-    batcher = Batcher(llm)
+    worker = ComputeWorker(llm)
     expected, stats = read(generation(llm, 3, None))
     assert stats.completion_tokens > 8
-    stopped, other = generation(llm, 3, batcher), generation(llm, 3, batcher)
+    stopped, other = generation(llm, 3, worker), generation(llm, 3, worker)
     first, second = iter(stopped), iter(other)
     next(first), next(second)
-    steps = batcher.steps
+    steps = worker.steps
     stopped.stop.set()
     assert len(list(first)) <= 2
     assert stopped.stats.finish == "cancelled"
-    assert batcher.steps - steps <= 1
+    assert worker.steps - steps <= 1
     list(second)
-    assert read(generation(llm, 3, batcher))[0] == expected
-    assert batcher.active == 0
+    assert read(generation(llm, 3, worker))[0] == expected
+    assert worker.active == 0
 
 
 def test_an_abandoned_answer_leaves(tiny_llm: Callable[[str], LanguageModel]) -> None:
     llm = tiny_llm("qwen2")
-    batcher = Batcher(llm)
-    pieces = iter(generation(llm, 3, batcher))
+    worker = ComputeWorker(llm)
+    pieces = iter(generation(llm, 3, worker))
     next(pieces)
-    assert batcher.active == 1
+    assert worker.active == 1
     pieces.close()  # type: ignore[attr-defined]
-    assert batcher.active == 0
+    assert worker.active == 0
 
 
 def test_a_slow_reader_holds_nobody_up(tiny_llm: Callable[[str], LanguageModel]) -> None:
     """One reader never asks for its second piece; the others finish nevertheless, and it can go on later."""
     llm = tiny_llm("qwen2")
-    batcher = Batcher(llm, max_rows=2)
+    worker = ComputeWorker(llm, max_batch=2)
     expected = read(generation(llm, 3, None))[0]
-    slow = iter(generation(llm, 3, batcher))
+    slow = iter(generation(llm, 3, worker))
     pieces = [next(slow)]
     with ThreadPoolExecutor(4) as pool:
-        texts = list(pool.map(read, [generation(llm, i, batcher) for i in (0, 1, 2, 5)]))
+        texts = list(pool.map(read, [generation(llm, i, worker) for i in (0, 1, 2, 5)]))
     assert [text for text, _ in texts] == [read(generation(llm, i, None))[0] for i in (0, 1, 2, 5)]
     assert "".join([*pieces, *slow]) == expected
 
@@ -171,10 +171,10 @@ def no_room(*_: object) -> None:
 
 
 def begin(
-    llm: LanguageModel, batcher: Batcher, prefixes: PrefixCache | None, *indices: int
+    llm: LanguageModel, worker: ComputeWorker, prefixes: PrefixCache | None, *indices: int
 ) -> list[Iterator[str]]:
     """Answers that are in the batch and whose first piece is read."""
-    streams = [iter(generation(llm, i, batcher, prefixes)) for i in indices]
+    streams = [iter(generation(llm, i, worker, prefixes)) for i in indices]
     for stream in streams:
         next(stream)
     return streams
@@ -182,9 +182,9 @@ def begin(
 
 def test_a_lasting_error_reaches_every_answer_as_its_own(tiny_llm: Callable[[str], LanguageModel]) -> None:
     llm = tiny_llm("qwen2")
-    batcher = Batcher(llm)
+    worker = ComputeWorker(llm)
     prefixes = PrefixCache(2**26, llm.kv_bytes_per_token)
-    streams = begin(llm, batcher, prefixes, 1, 3)
+    streams = begin(llm, worker, prefixes, 1, 3)
     errors = []
     handle = llm.model.register_forward_pre_hook(no_room)
     try:
@@ -195,8 +195,8 @@ def test_a_lasting_error_reaches_every_answer_as_its_own(tiny_llm: Callable[[str
     finally:
         handle.remove()
     assert errors[0] is not errors[1]
-    assert (batcher.active, prefixes.stats.entries) == (0, 0)
-    assert read(generation(llm, 0, batcher))[0] == read(generation(llm, 0, None))[0]
+    assert (worker.active, prefixes.stats.entries) == (0, 0)
+    assert read(generation(llm, 0, worker))[0] == read(generation(llm, 0, None))[0]
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -205,39 +205,37 @@ def test_a_pass_that_fails_once_changes_no_answer(
 ) -> None:
     """Between two layers too, when the shared buffers of the first have the new token and the others' not."""
     llm = tiny_llm("qwen2")
-    batcher = Batcher(llm)
+    worker = ComputeWorker(llm)
     everyone = (1, 3, 5)
     expected = [read(generation(llm, i, None))[0] for i in everyone]
-    streams = [iter(generation(llm, i, batcher)) for i in everyone]
+    streams = [iter(generation(llm, i, worker)) for i in everyone]
     texts = [next(stream) for stream in streams]
     for index, stream in enumerate(streams):
         texts[index] += next(stream)  # they share buffers by now
-    handle = llm.model.model.layers[layer].register_forward_hook(no_room)
-    real, calls = batcher._part, []
 
-    def repair(rows: list[Row]) -> None:
+    def fails_once(*_: object) -> None:
         handle.remove()
-        calls.append(len(rows))
-        real(rows)
+        raise MemoryError("no room")
 
-    batcher._part = repair  # type: ignore[method-assign]
+    handle = llm.model.model.layers[layer].register_forward_hook(fails_once)
+    steps, made = worker.steps, worker.made
     for index, stream in enumerate(streams):
         texts[index] += "".join(stream)
-    assert calls == [3]
     assert texts == expected
-    assert batcher.active == 0
+    assert worker.steps - steps == worker.made - made > 3  # decoded in turn from then on
+    assert worker.active == 0
 
 
 def test_a_row_whose_own_pass_fails_ends_alone(tiny_llm: Callable[[str], LanguageModel]) -> None:
     llm = tiny_llm("qwen2")
-    batcher = Batcher(llm)
+    worker = ComputeWorker(llm)
     expected = [read(generation(llm, i, None))[0] for i in (3, 5)]
-    streams = [iter(generation(llm, i, batcher)) for i in (1, 3, 5)]
+    streams = [iter(generation(llm, i, worker)) for i in (1, 3, 5)]
     texts = [next(stream) for stream in streams]
-    bad = batcher._rows[0]
+    bad = worker.sequences[0]
 
     def fail(_: object, args: tuple[object, ...], kwargs: dict[str, torch.Tensor]) -> None:
-        if int(kwargs["input_ids"][0]) == bad.tokens[-1] and batcher._rows[0] is bad:
+        if int(kwargs["input_ids"][0]) == bad.tokens[-1] and worker.sequences[0] is bad:
             raise MemoryError("no room")
 
     handle = llm.model.register_forward_pre_hook(fail, with_kwargs=True)
@@ -265,34 +263,34 @@ def test_a_failing_choice_ends_one_answer_and_no_other(
     tiny_llm: Callable[[str], LanguageModel], what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm = tiny_llm("qwen2")
-    batcher = Batcher(llm)
+    worker = ComputeWorker(llm)
     prefixes = PrefixCache(2**26, llm.kv_bytes_per_token)
     expected = [read(generation(llm, i, None))[0] for i in (1, 5)]
-    bad = generation(llm, 3, batcher, prefixes)
+    bad = generation(llm, 3, worker, prefixes)
     bad.stop = stop = Strange()
-    streams = [iter(bad), *(iter(generation(llm, i, batcher)) for i in (1, 5))]
+    streams = [iter(bad), *(iter(generation(llm, i, worker)) for i in (1, 5))]
     texts = [next(stream) for stream in streams]
-    row = batcher._rows[0]
+    sequence = worker.sequences[0]
     stop.broken = what == "stop"
     if what == "scores":
-        choose = row._choose
-        monkeypatch.setattr(row, "_choose", lambda scores: choose(scores * float("nan")))
+        sampler = sequence.sampler
+        monkeypatch.setattr(sequence, "sampler", lambda logits: sampler(logits * float("nan")))
     if what == "choice":
-        monkeypatch.setattr(row, "_choose", lambda _: 1 // 0)
+        monkeypatch.setattr(sequence, "sampler", lambda _: 1 // 0)
     for index in (1, 2):
         texts[index] += "".join(streams[index])
     error = {"stop": ValueError, "scores": ModelError, "choice": ZeroDivisionError}[what]
     with pytest.raises(error):
         list(streams[0])
     assert texts[1:] == expected
-    assert (batcher.active, prefixes.stats.entries) == (0, 0)
+    assert (worker.active, prefixes.stats.entries) == (0, 0)
 
 
 def test_who_joins_while_a_step_fails_is_computed(tiny_llm: Callable[[str], LanguageModel]) -> None:
     llm = tiny_llm("qwen2")
-    batcher = Batcher(llm, max_rows=2)
+    worker = ComputeWorker(llm, max_batch=2)
     expected = read(generation(llm, 5, None))[0]
-    streams = begin(llm, batcher, None, 1, 3)
+    streams = begin(llm, worker, None, 1, 3)
     inside, joined = threading.Event(), threading.Event()
 
     def fail(*_: object) -> None:
@@ -304,11 +302,11 @@ def test_who_joins_while_a_step_fails_is_computed(tiny_llm: Callable[[str], Lang
     with ThreadPoolExecutor(2) as pool:
         failing = pool.submit(list, streams[0])
         assert inside.wait(30)
-        kv, scores = generation(llm, 5, None), None
+        late = generation(llm, 5, None)
         handle.remove()  # the call in progress still fails
-        kv_cache, scores = kv._prefill(piece_ends(kv.prompt))
+        kv, scores = late.prefill(piece_ends(late.prompt))
         assert scores is not None
-        waiting = pool.submit(batcher.join, kv_cache, scores, kv.sampling, kv.stop)
+        waiting = pool.submit(worker.join, kv, scores, late.sampling, late.stop)
         joined.set()
         row = waiting.result(30)
         failing.exception(30)
@@ -318,41 +316,41 @@ def test_who_joins_while_a_step_fails_is_computed(tiny_llm: Callable[[str], Lang
 
 def test_a_row_that_nobody_computes_is_an_error(tiny_llm: Callable[[str], LanguageModel]) -> None:
     llm = tiny_llm("qwen2")
-    batcher = Batcher(llm)
-    stream = begin(llm, batcher, None, 3)[0]
-    batcher._rows.clear()
+    worker = ComputeWorker(llm)
+    stream = begin(llm, worker, None, 3)[0]
+    worker.run(worker.remove, worker.sequences[0])
     with pytest.raises(ModelError, match="given up"):
         list(stream)
 
 
 def test_closing_ends_answers_with_a_sentence(tiny_llm: Callable[[str], LanguageModel]) -> None:
     llm = tiny_llm("qwen2")
-    batcher = Batcher(llm)
+    worker = ComputeWorker(llm)
     prefixes = PrefixCache(2**26, llm.kv_bytes_per_token)
-    streams = begin(llm, batcher, prefixes, 1, 3)
-    batcher.close()
-    batcher.close()
+    streams = begin(llm, worker, prefixes, 1, 3)
+    worker.close()
+    worker.close()
     errors = []
-    for stream in [*streams, iter(generation(llm, 5, batcher))]:
+    for stream in [*streams, iter(generation(llm, 5, worker))]:
         with pytest.raises(ModelError, match="closed") as raised:
             list(stream)
         errors.append(raised.value)
     assert len({id(error) for error in errors}) == 3
     assert prefixes.stats.entries == 0
-    assert batcher.active == 0
+    assert worker.active == 0
 
 
 def test_closing_while_many_ask_leaves_nobody_waiting(tiny_llm: Callable[[str], LanguageModel]) -> None:
     llm = tiny_llm("qwen2")
     for seed in range(3):
-        batcher = Batcher(llm, max_rows=3)
+        worker = ComputeWorker(llm, max_batch=3)
         started = threading.Barrier(7)
 
-        def ask(index: int, batcher: Batcher = batcher, started: threading.Barrier = started) -> bool:
+        def ask(index: int, worker: ComputeWorker = worker, started: threading.Barrier = started) -> bool:
             started.wait(30)
             try:
                 while True:
-                    list(generation(llm, index, batcher))
+                    list(generation(llm, index, worker))
             except ModelError as error:
                 return "closed" in str(error)
 
@@ -360,8 +358,8 @@ def test_closing_while_many_ask_leaves_nobody_waiting(tiny_llm: Callable[[str], 
             results = [pool.submit(ask, index) for index in range(6)]
             started.wait(30)
             for _ in range(seed):
-                read(generation(llm, 2, batcher))
-            batcher.close()
+                read(generation(llm, 2, worker))
+            worker.close()
             assert all(result.result(60) for result in results)
 
 
@@ -369,20 +367,20 @@ def test_closing_while_many_ask_leaves_nobody_waiting(tiny_llm: Callable[[str], 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_a_forked_process_is_told_that_it_cannot_compute(tiny_llm: Callable[[str], LanguageModel]) -> None:
     llm = tiny_llm("qwen2")
-    batcher = Batcher(llm)
+    worker = ComputeWorker(llm)
     prefixes = PrefixCache(2**26, llm.kv_bytes_per_token)
-    running = begin(llm, batcher, prefixes, 3)[0]
+    running = begin(llm, worker, prefixes, 3)[0]
     reading, writing = os.pipe()
     with prefixes._lock:  # as another thread may hold it
         child = os.fork()
         if child == 0:
             said = []
-            for stream in (iter(generation(llm, 1, batcher, prefixes)), running):
+            for stream in (iter(generation(llm, 1, worker, prefixes)), running):
                 try:
                     list(stream)
                 except ModelError as error:
                     said.append(str(error))
-            batcher.close()
+            worker.close()
             os.write(writing, "|".join(said).encode())
             os._exit(0)
     os.close(writing)
@@ -404,25 +402,25 @@ def test_a_model_that_forgets_decodes_in_turn(tmp_path: Path) -> None:
         tmp_path / "m", "qwen2", use_sliding_window=True, sliding_window=24, max_window_layers=0
     )
     llm = load_llm(folder, device="cpu", dtype=torch.float32)
-    batcher = Batcher(llm)
+    worker = ComputeWorker(llm)
     alone = [read(generation(llm, i, None))[0] for i in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(read, [generation(llm, i, batcher) for i in range(4)]))
+        together = list(pool.map(read, [generation(llm, i, worker) for i in range(4)]))
     assert [text for text, _ in together] == alone
 
 
 def test_many_threads_joining_at_random(tiny_llm: Callable[[str], LanguageModel]) -> None:
     llm = tiny_llm("qwen3")
-    batcher = Batcher(llm, max_rows=3)
+    worker = ComputeWorker(llm, max_batch=3)
     prefixes = PrefixCache(2**22, llm.kv_bytes_per_token)
     alone = [read(generation(llm, i, None))[0] for i in range(len(QUESTIONS))]
     wrong: list[str] = []
 
-    def worker(seed: int) -> None:
+    def reader(seed: int) -> None:
         random = torch.Generator().manual_seed(seed)
         for _ in range(6):
             index = int(torch.randint(len(QUESTIONS), (), generator=random))
-            job = generation(llm, index, batcher, prefixes)
+            job = generation(llm, index, worker, prefixes)
             if torch.rand((), generator=random) < 0.3:
                 pieces = iter(job)
                 next(pieces, None)
@@ -431,10 +429,10 @@ def test_many_threads_joining_at_random(tiny_llm: Callable[[str], LanguageModel]
             elif "".join(job) != alone[index]:
                 wrong.append(QUESTIONS[index][1])
 
-    threads = [threading.Thread(target=worker, args=(seed,)) for seed in range(8)]
+    threads = [threading.Thread(target=reader, args=(seed,)) for seed in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
     assert wrong == []
-    assert batcher.active == 0
+    assert worker.active == 0

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from app.chat import Media, Message, VideoChat, Videos
-from app.streaming import Conversation
+from app.conversation import Conversation
 from encoder.errors import BudgetError, ConfigError, ContextError, FluxChatError, VideoError
 from llm_bridge.generation import Generation
 from llm_bridge.model import VideoLanguageModel

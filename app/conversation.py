@@ -1,0 +1,121 @@
+"""A conversation of many turns about one or more videos: what `VideoChat.conversation` returns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from app.answer import Answer
+from app.messages import Media, as_media, media_of, question_text
+from app.streaming import AnswerStream, NotCopyable
+from encoder.errors import ConfigError
+from encoder.video.reader import VideoInfo
+from llm_bridge.prompt import Message, check_text
+
+OWN_HISTORY = "A conversation keeps its own history: leave history out."
+
+
+class Chat(Protocol):
+    """The part of VideoChat that a conversation calls."""
+
+    def stream_messages(self, messages: Sequence[Message[Media]], **options: Any) -> AnswerStream: ...
+
+    def probe(self, video: Any) -> VideoInfo: ...
+
+    def keep(self, video: Any) -> Media: ...
+
+
+class Conversation(NotCopyable):
+    """Many turns about one or more videos; a follow-up question computes only its own words.
+
+    `add` brings in another video for the next question. A turn is kept when its answer is complete, or was
+    stopped after its first words; a question that is refused or fails changes nothing. Not for several
+    threads at once. options: defaults of every turn, may be changed between turns.
+    """
+
+    def __init__(self, chat: Chat, video: Any, options: dict[str, Any]) -> None:
+        if "history" in options:
+            raise ConfigError(OWN_HISTORY)
+        self._chat = chat
+        self.options = options
+        self._messages: tuple[Message[Media], ...] = ()  # user, assistant, user, ...
+        self._new = tuple(chat.keep(medium) for medium in media_of(video))  # for the next question
+
+    @property
+    def turns(self) -> list[tuple[str, str]]:
+        """The (question, answer) pairs so far."""
+        texts = [message.text for message in self._messages]
+        return list(zip(texts[::2], texts[1::2], strict=True))
+
+    @property
+    def videos(self) -> list[Any]:
+        """The videos and images so far, those for the next question last."""
+        return [medium.source for medium in (*self._media(), *self._new)]
+
+    def _media(self) -> list[Media]:
+        return [part for message in self._messages for part in message.content if isinstance(part, Media)]
+
+    def add(self, video: Any) -> None:
+        """Another video or image (or a `Videos`), which comes with the next question.
+
+        Raises VideoError when one cannot be read; then none is added.
+        """
+        new = tuple(self._chat.keep(medium) for medium in media_of(video))
+        for medium in new:
+            self._chat.probe(medium)
+        self._new += new
+
+    def drop(self, video: Any) -> None:
+        """Take a video or image out again, wherever it was shown; the words about it stay.
+
+        video: as it was given, or its path. Raises ConfigError when it is not in the conversation.
+        """
+
+        if not any(_same(medium, video) for medium in (*self._media(), *self._new)):
+            raise ConfigError("That video is not in this conversation: see its `videos`.")
+
+        def stays(part: str | Media) -> bool:
+            return not (isinstance(part, Media) and _same(part, video))
+
+        self._messages = tuple(Message(m.role, tuple(filter(stays, m.content))) for m in self._messages)
+        self._new = tuple(filter(stays, self._new))
+
+    def ask(self, question: str, **options: Any) -> Answer:
+        """The next question; options override the conversation's for this turn."""
+        stream = self.stream(question, **options)
+        for _ in stream:
+            pass
+        return stream.answer
+
+    def stream(self, question: str, **options: Any) -> AnswerStream:
+        """The next question, streamed; a stopped answer stays in the conversation as far as it got."""
+        if "history" in options:
+            raise ConfigError(OWN_HISTORY)
+        chosen = {**self.options, **options}
+        system = chosen.pop("system", None)
+        new_message: Message[Media] = Message("user", (*self._new, question_text(question)))
+        messages = [*self._messages, new_message]
+        if system:
+            messages.insert(0, Message.of("system", check_text(system, "The system prompt")))
+        stream = self._chat.stream_messages(messages, **chosen)
+        stream.then(lambda answer: self._add_turn(new_message, answer))
+        return stream
+
+    def _add_turn(self, message: Message[Media], answer: Answer) -> None:
+        """Add a turn, unless it was stopped before its first word."""
+        if answer.finish == "cancelled" and not answer.text:
+            return
+        earlier = {id(medium) for medium in self._media()}  # another stream may have added one since
+        content = tuple(part for part in message.content if id(part) not in earlier)
+        self._messages += (Message("user", content), Message.of("assistant", answer.text))
+        self._new = tuple(medium for medium in self._new if all(medium is not part for part in content))
+
+
+def _same(medium: Media, video: Any) -> bool:
+    """Whether `video` names the medium: it is the Media itself, its source, or its path."""
+    if medium is video or medium.source is as_media(video).source:
+        return True
+    paths = (medium.source, video)
+    return all(isinstance(path, (str, os.PathLike)) for path in paths) and Path(paths[0]) == Path(paths[1])

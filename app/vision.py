@@ -1,0 +1,282 @@
+"""Looking at videos: a medium -> its frames -> the embeddings that the language model reads, each made once.
+
+    vision = Vision(model, worker, cache_bytes=2**29)
+    video = vision.open(Media("clip.mp4"))                  # readable, size and duration known
+    encoded = vision.encode(video, plan, "flux")            # EncodedVideo
+
+Only `Vision._embed` and `Vision._select` know the vision tower: clip, plan (number of tokens) and selector ->
+the kept patches and, of the former, embeddings (M, D). Another tower replaces these two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from app.answer import KeptTokens
+from app.messages import Media, check_source, with_name
+from encoder.budget import Plan
+from encoder.errors import VideoError
+from encoder.preprocess import centre, preprocess
+from encoder.selection import Selector, select
+from encoder.video.digest import WHOLE_BYTES, file_digest
+from encoder.video.geometry import fit_within
+from encoder.video.in_memory import shrink
+from encoder.video.reader import DEFAULT_LIMITS, Clip, Limits, VideoInfo, probe, read_clip
+from encoder.video.sources import Held, HeldSources
+from llm_bridge.compute_worker import ComputeWorker
+from llm_bridge.kv_cache import ByteLRU, CacheStats
+from llm_bridge.model import VideoLanguageModel
+from llm_bridge.prompt import Visual
+
+THUMBNAIL = 320  # pixels of the longer side
+FILE_STATE = ("dev", "ino", "size", "mtime_ns", "ctime_ns")  # of os.stat: another value, another file
+SETTLED_S = 2.0  # clocks of file systems take no longer step
+MOST_INFOS = 4096
+
+
+@dataclass(frozen=True)
+class EncodedVideo:
+    """A video as the language model sees it.
+
+    embedding: (M, D). visual: its place in a prompt. kept: the patches, their grid and frame times. decode_s,
+    encode_s: seconds it took, 0 from the cache.
+    """
+
+    embedding: Tensor
+    visual: Visual
+    kept: KeptTokens
+    decode_s: float
+    encode_s: float
+
+    @property
+    def bytes(self) -> int:
+        """Memory it holds, roughly."""
+        return self.embedding.nbytes + 8 * len(self.kept.indices) + 512
+
+    def from_cache(self) -> EncodedVideo:
+        """The same, for which nothing was decoded or encoded."""
+        return replace(self, decode_s=0.0, encode_s=0.0)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Sampled frames and the patches of them that stay.
+
+    frames: uint8 (T, H, W, 3) thumbnails of exactly what the patch grid covers. kept: the patches.
+    """
+
+    frames: Tensor
+    kept: KeptTokens
+
+
+class OpenedVideo(NamedTuple):
+    """A medium that can be read more than once, and its probe. label: what errors call it."""
+
+    held: Held
+    label: str
+    info: VideoInfo
+
+
+class Vision:
+    """Looks at videos for one model and keeps the results; safe to use from many threads.
+
+    worker: computes all that runs on the model. cache_bytes: bound, half of it for decoded frames, half for
+    embeddings. trusted, limits: of reading. scope: nothing kept for one scope serves another.
+    Every cache has its own lock, and no lock is held while anything is read or computed.
+    """
+
+    def __init__(
+        self,
+        model: VideoLanguageModel,
+        worker: ComputeWorker,
+        *,
+        cache_bytes: int,
+        trusted: bool = True,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> None:
+        self.revision = model.revision()
+        self._model, self._worker = model, worker
+        self._trusted, self._limits = trusted, limits
+        self._sources = HeldSources(limits)
+        # By file_state; with whether the file was settled when it was probed.
+        self._infos: ByteLRU[tuple[VideoInfo, bool]] = ByteLRU(MOST_INFOS, lambda _: 1)
+        self._clips: ByteLRU[Clip] = ByteLRU(cache_bytes // 2, lambda clip: clip.frames.nbytes)
+        self._encoded: ByteLRU[EncodedVideo] = ByteLRU(cache_bytes // 2, lambda video: video.bytes)
+
+    @property
+    def caches(self) -> dict[str, CacheStats]:
+        """Decoded clips and encoded videos that are kept."""
+        return {"clips": self._clips.stats, "videos": self._encoded.stats}
+
+    def open(self, medium: Media, label: str | None = None) -> OpenedVideo:
+        """Probe a medium; raises VideoError when it cannot be used."""
+        label = medium.label() if label is None else label
+        held = self.hold(medium, label)
+        return OpenedVideo(held, label, self._info(held, label))
+
+    def hold(self, medium: Media, label: str) -> Held:
+        """A medium's source as one that can be read more than once; raises VideoError."""
+        check_source(medium, label)
+        return self._sources.hold(medium.source, label)
+
+    def encode(
+        self,
+        video: OpenedVideo,
+        plan: Plan,
+        selector: Selector,
+        *,
+        scope: str = "",
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> EncodedVideo:
+        """Decode, encode and project a video, or take it from the cache.
+
+        progress: called with "decode" and "encode" as they begin.
+        """
+        key = f"{scope}|{video.info.digest}|{plan.key}|{selector}|{self.revision}"
+        if (known := self._encoded.get(key)) is not None:
+            return known.from_cache()
+        start = time.perf_counter()
+        progress("decode")
+        clip = self._clip(video, plan, scope)
+        decoded = time.perf_counter()
+        progress("encode")
+        embedding, kept = self._embed(clip, plan, selector)
+        visual = Visual(len(embedding), key, video.info.duration_s, kept.times_s)
+        encoded = EncodedVideo(embedding, visual, kept, decoded - start, time.perf_counter() - decoded)
+        self._encoded.put(key, encoded)
+        return encoded
+
+    def preview(self, video: OpenedVideo, plan: Plan, selector: Selector, *, scope: str = "") -> Preview:
+        """What `encode` would sample and keep; decodes and embeds patches, runs no encoder block."""
+        clip = self._clip(video, plan, scope)
+        return Preview(self._thumbnails(clip, plan), self._select(clip, plan, selector))
+
+    def forget(self, scope: str | None = None) -> None:
+        """Drop all frames and embeddings, or those of one scope."""
+
+        def unwanted(key: Hashable) -> bool:
+            return scope is None or str(key).startswith(f"{scope}|")
+
+        self._clips.discard(unwanted)
+        self._encoded.discard(unwanted)
+
+    def close(self) -> None:
+        """Let go of held sources and of what is kept."""
+        self._sources.close()
+        self.forget()
+
+    # -- files and frames -----------------------------------------------------------------------------------
+
+    def _info(self, held: Held, label: str) -> VideoInfo:
+        source = held.source
+        if isinstance(source, Clip):
+            return source.info
+        state = file_state(source)
+        if state is not None and (known := self._infos.get(state)) is not None:
+            info, settled = known
+            if settled or _same_content(source, info):
+                return info
+        try:
+            info = probe(source, trusted=self._trusted, limits=self._limits, name=label)
+        except VideoError as error:
+            raise with_name(error, label) from error.__cause__
+        if state is not None:
+            # A file just written may be written again within the clock's step, and have the same state.
+            self._infos.put(state, (info, time.time() - state[-1] / 1e9 > SETTLED_S))
+        return info
+
+    def _clip(self, video: OpenedVideo, plan: Plan, scope: str) -> Clip:
+        """The frames of a plan, decoded or from the cache."""
+        source = video.held.source
+        if isinstance(source, Clip):
+            return source
+        # Twice the input size keeps all that resizing to it can use.
+        side = 4 * max(plan.height, plan.width)
+        key = f"{scope}|{video.info.digest}|{plan.frames}|{side}"
+        if (clip := self._clips.get(key)) is None:
+            clip = read_clip(
+                source,
+                plan.frames,
+                max_side=side,
+                trusted=self._trusted,
+                limits=self._limits,
+                name=video.label,
+            )
+            if clip.info.digest != video.info.digest:
+                raise VideoError(f"Cannot read {video.label}: it was changed meanwhile; ask again.")
+            self._clips.put(key, clip)
+        return clip
+
+    def _pixels(self, clip: Clip, plan: Plan) -> Tensor:
+        """(3, T, H, W), normalised."""
+        return preprocess(clip.frames, plan.height, plan.width, fit=self._model.config.fit)
+
+    def _thumbnails(self, clip: Clip, plan: Plan) -> Tensor:
+        """uint8 (T, H, W, 3) of what the model sees of each frame, at most THUMBNAIL pixels a side."""
+        crop = self._model.config.fit == "crop"
+        frames = centre(clip.frames, plan.height, plan.width) if crop else clip.frames
+        return shrink(frames, fit_within(frames.shape[2], frames.shape[1], THUMBNAIL))
+
+    # -- the vision tower -----------------------------------------------------------------------------------
+
+    def _embed(self, clip: Clip, plan: Plan, selector: Selector) -> tuple[Tensor, KeptTokens]:
+        """Embeddings (M, D) of a clip and the patches that they stand for."""
+        pixels = self._pixels(clip, plan)
+
+        @torch.inference_mode()
+        def compute() -> tuple[Tensor, Tensor]:
+            generator = torch.Generator().manual_seed(0)
+            tokens = self._model.encode(
+                [pixels], [plan.keep], [clip.times_s], selector=selector, generator=generator
+            )
+            embedding = self._model.project(tokens)[0]
+            if self._model.device.type != "cpu":
+                torch.accelerator.synchronize(self._model.device)
+            return embedding, tokens.kept[0]
+
+        embedding, indices = self._worker.run(compute)
+        return embedding, _kept_tokens(clip, plan, indices)
+
+    def _select(self, clip: Clip, plan: Plan, selector: Selector) -> KeptTokens:
+        """The patches that `_embed` would keep."""
+        pixels, encoder = self._pixels(clip, plan), self._model.encoder
+        grid = replace(plan, frames=len(clip.frames)).grid  # a clip in memory is used whole
+
+        @torch.inference_mode()
+        def compute() -> Tensor:
+            generator = torch.Generator().manual_seed(0)
+            cls = encoder.cls_token
+            patches = encoder.embed(pixels[None].to(cls.device, cls.dtype))
+            return select(patches, grid, plan.keep, selector=selector, generator=generator)[0]
+
+        return _kept_tokens(clip, plan, self._worker.run(compute))
+
+
+def _kept_tokens(clip: Clip, plan: Plan, indices: Tensor) -> KeptTokens:
+    """(K,) kept raster indices with the times of the frames that they lie in."""
+    grid = replace(plan, frames=len(clip.frames)).grid
+    times = clip.times_s if clip.info.kind != "image" else ()
+    return KeptTokens(times, clip.duration_s, grid, tuple(indices.tolist()))
+
+
+def file_state(source: Any) -> tuple[Any, ...] | None:
+    """Path and FILE_STATE of a file that stands under its path; None for any other source."""
+    if not isinstance(source, (str, os.PathLike)) or not os.path.isfile(source):
+        return None
+    status = os.stat(source)
+    return (os.path.abspath(source), *(getattr(status, f"st_{name}") for name in FILE_STATE))
+
+
+def _same_content(path: Any, info: VideoInfo) -> bool:
+    """Whether a file still has the content that was probed, where hashing it is quicker than a probe."""
+    with contextlib.suppress(OSError, VideoError):
+        return os.path.getsize(path) <= WHOLE_BYTES and file_digest(path) == info.digest
+    return False

@@ -1,0 +1,311 @@
+"""The one thread in which a model computes: encoding, prefills, and the decoding of several answers at once.
+
+    worker = ComputeWorker(llm, max_batch=8)
+    embedding = worker.run(encode, pixels)
+    for piece in Generation(llm, prompt, [embedding], worker=worker): ...
+
+A decoding step reads every weight once, however many answers it serves, so that answers after the first are
+nearly free. They join and leave between any two steps; shorter ones are padded on the left, where the mask
+hides it. Everything runs first come, first served: the encoding and prefill of a new question take turns with
+the steps.
+
+Failures are isolated. An error in sampling one answer's token ends that answer alone. A forward pass that
+fails is tried again for each answer by itself, and those answers are decoded in turn from then on.
+
+On CPUs the answers are those made alone, bit by bit (see batch_invariance.py). On GPUs a matrix product of
+several rows may round otherwise than that of one, so that a near tie may fall either way.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from encoder.errors import ModelError
+from llm_bridge.kv_cache import kv_from_layers, layers_of, rewindable
+from llm_bridge.llm import LanguageModel
+from llm_bridge.sampling import FinishReason, Sampler, SamplingParams
+
+if TYPE_CHECKING:
+    from llm_bridge.batched_kv_cache import BatchedKVCache
+
+T = TypeVar("T")
+THREAD_NAME = "fluxchat-compute"
+CLOSED = "The model was closed, so that nothing is computed any more: load it again and ask again."
+
+
+class SequenceState:
+    """One answer being decoded: iterate for token ids; call `leave` at the end, whatever happened.
+
+    tokens: made so far; may be ahead of the reader. finish: how it ended, error: what ended it instead, both
+    None while it runs. alone: decoded by itself, since a pass that it shared failed.
+    """
+
+    def __init__(
+        self,
+        worker: ComputeWorker,
+        kv: Any,
+        sampling: SamplingParams,
+        stop: threading.Event,
+        sampler: Sampler,
+    ) -> None:
+        self.kv: Any | None = kv  # None while it is in the batched KV cache, and at the end
+        self.sampler = sampler
+        self.tokens: list[int] = []
+        self.finish: FinishReason | None = None
+        self.error: BaseException | None = None
+        self.alone = False
+        self._worker, self._stop = worker, stop
+        self._max_tokens, self._stop_ids = sampling.max_new_tokens, frozenset(sampling.stop_token_ids)
+
+    @property
+    def ended(self) -> bool:
+        """Whether no more tokens come."""
+        return self.finish is not None or self.error is not None
+
+    def append(self, logits: Tensor) -> None:
+        """Sample the next token from its logits (V,); whatever that raises becomes this sequence's error."""
+        try:
+            token = self.sampler(logits)
+            if token in self._worker.eos or token in self._stop_ids:
+                self.finish = "stop"
+                return
+            self.tokens.append(token)
+            if len(self.tokens) == self._max_tokens:
+                self.finish = "length"
+        except BaseException as error:  # noqa: BLE001 - its reader raises it
+            self.error = error
+
+    def check_stop(self) -> None:
+        """End it as cancelled when its stop event is set."""
+        try:
+            if self._stop.is_set():
+                self.finish = "cancelled"
+        except BaseException as error:  # noqa: BLE001 - its reader raises it
+            self.error = error
+
+    def __iter__(self) -> Iterator[int]:
+        count = 0
+        while True:
+            if not self.ended or count < len(self.tokens):
+                self.check_stop()  # tokens made ahead of the reader are not read any more
+            if self.finish == "cancelled":
+                return
+            if count < len(self.tokens):
+                count += 1
+                yield self.tokens[count - 1]
+            elif self.error is not None:
+                raise self.error
+            elif self.finish is not None:
+                return
+            else:
+                self._worker.run(self._worker.advance, self, count)
+
+    def leave(self) -> None:
+        """Stop taking part; waits for nothing, since a garbage collector may call it in any thread."""
+        if not self.ended:
+            self.finish = "cancelled"
+        self._worker.drop(self)
+
+
+class ComputeWorker:
+    """The computing thread of one language model, for any number of asking threads.
+
+    max_batch: answers decoded in one pass, 1 is one at a time. A model whose KV cache forgets positions
+    (sliding windows, state spaces) or that takes no position ids decodes its answers in turn, a token each.
+    """
+
+    def __init__(self, llm: LanguageModel, max_batch: int = 8) -> None:
+        self.llm, self.max_batch, self.eos = llm, max_batch, llm.eos_ids
+        self.steps = self.made = 0  # forward passes and the tokens that they made
+        # Read and written in the computing thread only.
+        self._sequences: list[SequenceState] = []  # by arrival
+        self._batch_kv: BatchedKVCache | None = None
+        self._batched: list[SequenceState] = []  # the rows of _batch_kv
+        self._takes_positions = "position_ids" in inspect.signature(llm.model.forward).parameters
+        self._thread, self._process = ThreadPoolExecutor(1, THREAD_NAME), os.getpid()
+
+    @property
+    def sequences(self) -> tuple[SequenceState, ...]:
+        """The answers in decoding, by arrival."""
+        return tuple(self._sequences)
+
+    @property
+    def active(self) -> int:
+        """Number of answers being decoded now."""
+        return sum(not sequence.ended for sequence in self.sequences)
+
+    def run(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function in the computing thread, after what waits already; returns what it returns.
+
+        Raises ModelError when there is no such thread any more: after `close`, and in a forked process.
+        """
+        return self._submit(function, *args).result()
+
+    def check_process(self) -> None:
+        """Raises ModelError in a forked process, where there is no computing thread and locks may be held."""
+        if os.getpid() != self._process:
+            raise ModelError(
+                "The model was loaded before this process was forked, and cannot compute here: load it in "
+                "the process that asks."
+            )
+
+    def _submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
+        self.check_process()
+        try:
+            return self._thread.submit(function, *args)
+        except RuntimeError:  # shut down, by `close` or as the interpreter ends
+            raise ModelError(CLOSED) from None
+
+    def join(
+        self,
+        kv: Any,
+        logits: Tensor,
+        sampling: SamplingParams,
+        stop: threading.Event,
+        sampler: Sampler | None = None,
+    ) -> SequenceState:
+        """Decode from a prefilled KV cache and the logits (V,) of the first token on.
+
+        sampler: default: one of `sampling` that does not know the prompt.
+        """
+        sequence = SequenceState(self, kv, sampling, stop, sampler or Sampler(sampling, end_ids=self.eos))
+        sequence.append(logits)
+        try:
+            if not sequence.ended:
+                self.run(self._sequences.append, sequence)
+        except BaseException:  # such as Ctrl-C while waiting: nobody will read what is computed
+            sequence.leave()
+            raise
+        return sequence
+
+    def drop(self, sequence: SequenceState) -> None:
+        """Have an answer that has ended taken out soon."""
+        with suppress(ModelError):  # closed, or in a forked process: it is not held for long
+            self._submit(self.remove, sequence)
+
+    def close(self) -> None:
+        """Answers still being made end with a ModelError; the computing thread ends once it is idle."""
+        try:
+            self._submit(self._abandon)
+        except ModelError:  # closed already, or not ours
+            return
+        self._thread.shutdown(wait=False)
+
+    # -- in the computing thread ----------------------------------------------------------------------------
+
+    def _abandon(self) -> None:
+        for sequence in self.sequences:
+            sequence.error = ModelError(CLOSED)
+            self.remove(sequence)
+
+    def remove(self, sequence: SequenceState) -> None:
+        """Take an answer out (computing thread only); does nothing when it is out."""
+        if sequence in self._sequences:
+            self._sequences.remove(sequence)
+            sequence.kv = None
+        if not any(other in self._sequences for other in self._batched):
+            self._batch_kv, self._batched = None, []
+
+    def advance(self, sequence: SequenceState, count: int) -> None:
+        """One step for all (computing thread only), unless this sequence has token `count` already."""
+        if len(sequence.tokens) > count or sequence.ended:
+            return
+        if sequence not in self._sequences:  # or its reader would wait for ever
+            sequence.error = ModelError("The answer was given up: ask again.")
+            return
+        for other in self._sequences:
+            other.check_stop()
+        self._remove_ended()
+        batch = self._sequences[: self.max_batch]
+        lengths = [len(other.tokens) for other in batch]
+        with torch.inference_mode():
+            try:
+                self._step_together(batch)
+            except BaseException:  # noqa: BLE001 - each is tried alone, and fails with an error of its own
+                failed = True
+            else:
+                failed = False
+            if failed:  # outside of the handler, which holds what the failed pass had allocated
+                self._separate(batch)
+            for other, length in zip(batch, lengths, strict=True):
+                if len(other.tokens) == length and not other.ended:
+                    self._step_alone(other)
+        self.made += sum(len(other.tokens) for other in batch) - sum(lengths)
+        self._remove_ended()
+
+    def _step_together(self, batch: list[SequenceState]) -> None:
+        """The next token of those that can share a pass; none when there is only one."""
+        together = [
+            sequence
+            for sequence in batch
+            if self._takes_positions
+            and not sequence.alone
+            and (sequence.kv is None or rewindable(sequence.kv))
+        ]
+        self._rebatch(together if len(together) > 1 else [])
+        if self._batch_kv is None:
+            return
+        logits = self._batch_kv.step(self.llm, [sequence.tokens[-1] for sequence in self._batched])
+        self.steps += 1
+        for sequence, row in zip(self._batched, logits, strict=True):
+            sequence.append(row)
+
+    def _step_alone(self, sequence: SequenceState) -> None:
+        """The next token of one answer from its own KV cache, or its error."""
+        try:
+            ids = torch.tensor([sequence.tokens[-1:]], device=self.llm.device)
+            logits = self.llm.advance(sequence.kv, input_ids=ids)
+        except BaseException as error:  # noqa: BLE001 - its reader raises it
+            sequence.error = error
+            return
+        self.steps += 1
+        sequence.append(logits[0])
+
+    def _rebatch(self, batch: list[SequenceState]) -> None:
+        """Make the batched KV cache hold exactly these sequences, with room for a step."""
+        from llm_bridge.batched_kv_cache import BatchedKVCache
+
+        old_kv, old_batch = self._batch_kv, self._batched
+        if old_batch == batch and (old_kv is None or old_kv.filled < old_kv.capacity):
+            return
+        if old_kv is not None:
+            for row, sequence in enumerate(old_batch):
+                if sequence in self._sequences and sequence not in batch:
+                    sequence.kv = kv_from_layers(self.llm.model.config, old_kv.copies(row))
+        layers = [
+            layers_of(sequence.kv) if sequence.kv is not None else old_kv.views(old_batch.index(sequence))  # type: ignore[union-attr]
+            for sequence in batch
+        ]
+        self._batch_kv, self._batched = (BatchedKVCache(layers), batch) if batch else (None, [])
+        for sequence in batch:
+            sequence.kv = None
+
+    def _separate(self, batch: list[SequenceState]) -> None:
+        """Give these sequences, and all in the batched KV cache, a cache of their own as before the step."""
+        old_kv, old_batch = self._batch_kv, self._batched
+        self._batch_kv, self._batched = None, []
+        for sequence in batch:
+            sequence.alone = True
+        for row, sequence in enumerate(old_batch):
+            if old_kv is None or sequence.kv is not None or sequence not in self._sequences:
+                continue
+            sequence.alone = True
+            try:
+                # Views, since memory may be short; its next step copies them.
+                sequence.kv = kv_from_layers(self.llm.model.config, old_kv.views(row))
+            except BaseException as error:  # noqa: BLE001 - its reader raises it
+                sequence.error = error
+
+    def _remove_ended(self) -> None:
+        for sequence in self.sequences:
+            if sequence.ended:
+                self.remove(sequence)
