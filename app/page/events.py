@@ -20,7 +20,7 @@ from app.page.html import notice, shelf
 from app.page.layout import Examples, View, default_examples, page_options
 from app.page.sessions import Session, Sessions
 from app.page.settings import Settings
-from app.server.media import MediaStore
+from app.server.media.store import MediaStore
 from encoder.errors import FluxChatError
 
 __all__ = ["build", "page_options"]

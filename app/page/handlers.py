@@ -25,8 +25,8 @@ from app.messages import question_text
 from app.page import html as markup
 from app.page.sessions import Media, Session, Sessions, Turn
 from app.page.settings import Settings
-from app.server.replies import ApiError
-from app.server.wire import longest_text
+from app.server.chat_request import longest_text
+from app.server.errors import ApiError
 from encoder.errors import ConfigError, FluxChatError
 
 LOG = logging.getLogger("fluxchat")

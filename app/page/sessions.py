@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.answer import Answer
-from app.server.media import MediaStore
-from app.server.replies import ApiError
+from app.server.errors import ApiError
+from app.server.media.store import MediaStore
 from encoder.errors import ConfigError
 from encoder.video.reader import VideoInfo
 

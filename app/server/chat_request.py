@@ -12,11 +12,11 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from app.server.replies import ApiError
+from app.server.errors import ApiError
 from app.server.schemas import (
     ALTERNATIVE,
     MAX_MEDIA,
@@ -31,6 +31,9 @@ from app.server.schemas import (
 )
 from encoder.selection import Selector
 from llm_bridge.prompt import Message, Role
+
+if TYPE_CHECKING:
+    from app.chat import VideoChat
 
 LOOKED_AT = 16  # unknown fields that are compared with the known ones
 
@@ -345,3 +348,30 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for inner in get_args(annotation):
         yield from _models(inner)
+
+
+def longest_text(chat: VideoChat) -> int:
+    """Characters of text that a question about anything may have: tokens of 16 are rare in any language."""
+    context = chat.model.llm.context_length
+    return max(1 << 16, 16 * context) if context else 1 << 20
+
+
+def check_text(body: Any, limit: int) -> None:
+    """Raises ApiError 400 when the messages' texts together have more than `limit` characters.
+
+    Nothing else in a request is tokenised; media are named, or bounded as files.
+    """
+    found = 0
+    messages = body.get("messages") if isinstance(body, dict) else None
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else [content]:
+            text = part.get("text") if isinstance(part, dict) else part
+            found += len(text) if isinstance(text, str) else 0
+    if found > limit:
+        raise ApiError(
+            400,
+            f"The texts have {found} characters, and at most {limit} can fit the model: shorten them.",
+            code="context_length_exceeded",
+            param="messages",
+        )

@@ -30,11 +30,11 @@ from fastapi import FastAPI
 
 from app.chat import VideoChat
 from app.scratch import ScratchFolder
-from app.server.bodies import Bodies
-from app.server.connections import ConnectionLimits, Connections
-from app.server.guard import LOCAL, Credentials, Guard, Lock
-from app.server.mount import mount_page
+from app.server.gradio_mount import mount_page
+from app.server.limits import BodyLimits, ConnectionLimits, Connections
 from app.server.routes import Server, ServerSettings
+from app.server.security.access_control import LOCAL, AccessControl
+from app.server.security.authentication import Authenticator, Credentials
 from encoder.errors import ConfigError
 from encoder.video import confine
 from encoder.video.reader import Limits
@@ -104,7 +104,7 @@ def make_app(chat: VideoChat, options: LaunchOptions) -> FastAPI:
     Raises ConfigError.
     """
     options.check()
-    lock = Lock(options.credentials)
+    authenticator = Authenticator(options.credentials)
     server = Server(chat, options.server)
 
     @contextlib.asynccontextmanager
@@ -123,17 +123,20 @@ def make_app(chat: VideoChat, options: LaunchOptions) -> FastAPI:
     if options.page:
         app = mount_page(app, chat, server, options)
     hosts = (*LOCAL, *options.hosts) if options.local else options.hosts or None
-    app.add_middleware(Bodies, limit=options.server.bodies_mib * 2**20, uploads=options.server.uploads)
+    app.add_middleware(BodyLimits, limit=options.server.bodies_mib * 2**20, uploads=options.server.uploads)
     app.add_middleware(
-        Guard, lock=lock, hosts=hosts, framed=options.public, closing=lambda: server.scheduler.draining
+        AccessControl,
+        authenticator=authenticator,
+        hosts=hosts,
+        framed=options.public,
+        closing=lambda: server.scheduler.draining,
     )
     if options.credentials.needed:
-        for what, name in (
-            ("total", "fluxchat_key_requests_total"),
-            ("refused", "fluxchat_key_refused_total"),
-        ):
-            text = "Requests by key." if what == "total" else "Requests past a key's rate or quota."
-            server.metrics.read(name, text, lambda what=what: lock.keys.counts(what), "counter")  # type: ignore[misc]
+        keys, metrics = authenticator.keys, server.metrics
+        metrics.counter("fluxchat_key_requests_total", "Requests by key.", keys.requests, "key")
+        metrics.counter(
+            "fluxchat_key_refused_total", "Requests past a key's rate or quota.", keys.refusals, "key"
+        )
     return app
 
 
@@ -213,7 +216,7 @@ def make_server(chat: VideoChat, options: LaunchOptions, listener: socket.socket
     """What `serve` runs; its `run([listener])` may be called in another thread, and `should_exit` ends it."""
     app = make_app(chat, options)
     connections = Connections(options.connections, options.proxies)
-    app.state.server.metrics.read("fluxchat_connections", "Open connections.", lambda: len(connections))
+    app.state.server.metrics.gauge("fluxchat_connections", "Open connections.", lambda: len(connections))
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -390,5 +393,5 @@ def options_of(args: Any) -> LaunchOptions:
         browser=args.browser,
     )
     options.check()
-    Lock(options.credentials)  # a file of keys that is wrong is said before the model is loaded
+    Authenticator(options.credentials)  # a file of keys that is wrong is said before the model is loaded
     return options

@@ -25,19 +25,21 @@ from typing import Any
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from app.chat import SHIPPED, VideoChat
 from app.messages import Media
-from app.server.chat_request import ChatRequest, Reference, parse_chat, refusal
-from app.server.guard import error_response
-from app.server.media import MediaStore, Resolver, StoredFile
-from app.server.metrics import Metrics
+from app.server.chat_request import ChatRequest, Reference, check_text, longest_text, parse_chat, refusal
+from app.server.errors import ApiError, ClientGone, PathRedactor, error_response
+from app.server.media.resolver import Resolver
+from app.server.media.store import MediaStore, StoredFile
+from app.server.media.uploads import receive_files
+from app.server.metrics import CONTENT_TYPE, Metrics
 from app.server.openapi import POLICY, Operation, describe, page
-from app.server.readings import declare, record
-from app.server.replies import ApiError, Reply, TextFilter
+from app.server.replies import EventStream, Reply, TextFilter, until_gone
+from app.server.request_body import read_json
 from app.server.scheduler import Job, Scheduler
 from app.server.schemas import (
     MODEL,
@@ -50,9 +52,6 @@ from app.server.schemas import (
     ModelList,
     ModelObject,
 )
-from app.server.scrub import Scrubber
-from app.server.uploads import receive_files
-from app.server.wire import ClientGone, EventStream, check_text, longest_text, read_json, until_gone
 from app.streaming import AnswerStream
 from encoder.errors import VideoError
 from encoder.video.reader import VideoInfo
@@ -104,17 +103,16 @@ class Server:
         settings = self.settings
         self.store = MediaStore(settings.store_mib * MIB, settings.keep_s)
         self.scheduler = Scheduler(settings.slots, settings.queue)
-        self.metrics = Metrics()
+        self.metrics = Metrics(self.chat, self.scheduler, self.store)
         self._resolver = Resolver(
             self.store, settings.media_root, settings.url_hosts, settings.upload_mib * MIB
         )
         self._probing = asyncio.Semaphore(settings.probes)
         self._started = int(time.time())
         own = {str(SHIPPED): "the model", str(self.chat.model.llm.name): "the model"}
-        self._scrub = Scrubber(own, [self.store.folder, settings.media_root])
+        self._scrub = PathRedactor(own, [self.store.folder, settings.media_root])
         self._operations = self._routes()
         self._document = describe(list(self._operations), "FluxChat", _version())
-        declare(self.metrics, self.chat, self.scheduler, self.store)
 
     def _routes(self) -> dict[Operation, Handler]:
         """What is offered, and who answers."""
@@ -196,7 +194,7 @@ class Server:
                 response = Response(status_code=499)
             except Exception as error:  # noqa: BLE001 - every failure must leave as JSON
                 response = error_response(self._error(error))
-            self.metrics.add("fluxchat_requests_total", route=route, status=str(response.status_code))
+            self.metrics.requests.labels(route=route, status=str(response.status_code)).inc()
             return response
 
         return answer
@@ -218,7 +216,7 @@ class Server:
 
     async def read_metrics(self, _: Request) -> Response:
         """Prometheus' text format."""
-        return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE)
 
     async def models(self, _: Request) -> Response:
         """The one model."""
@@ -394,7 +392,7 @@ class Server:
         async for piece in job:
             if not told:
                 told = True
-                self.metrics.observe("fluxchat_first_token_seconds", time.monotonic() - arrived)
+                self.metrics.first_token.observe(time.monotonic() - arrived)
             if out := text.push(piece):
                 yield out
             if text.done:
@@ -402,7 +400,7 @@ class Server:
         if out := text.flush():
             yield out
         if job.answer is not None:
-            record(self.metrics, job.answer, time.monotonic() - arrived)
+            self.metrics.record(job.answer, time.monotonic() - arrived)
 
 
 async def _next(pieces: AsyncIterator[str]) -> str | None:

@@ -17,8 +17,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from app.answer import Answer
-from app.server.guard import shutting_down
-from app.server.replies import ApiError
+from app.server.errors import ApiError, shutting_down
 from app.streaming import AnswerStream
 
 Source = Callable[[], AbstractContextManager[AnswerStream]]

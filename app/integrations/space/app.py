@@ -11,9 +11,9 @@ Settings of the Space that change it: FLUXCHAT_MODEL (a folder), FLUXCHAT_LLM (a
 import os
 
 from app.chat import VideoChat
-from app.server.guard import Credentials
 from app.server.launch import WEB_LIMITS, LaunchOptions, login_of, serve
 from app.server.routes import ServerSettings
+from app.server.security.authentication import Credentials
 
 
 def main() -> None:

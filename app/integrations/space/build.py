@@ -10,7 +10,7 @@ from pathlib import Path
 import tomllib
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parents[2]
 ROOMS = ("app", "encoder", "llm_bridge")
 GIVEN = ("gradio",)  # what the Space's own image has, in the version that README.md names
 

@@ -21,7 +21,7 @@ from app.page.handlers import Handlers, asked_messages
 from app.page.layout import header
 from app.page.sessions import MAX_MEDIA, Media, Session, Sessions
 from app.page.settings import CHOOSE, Range, Settings
-from app.server.media import MediaStore
+from app.server.media.store import MediaStore
 from encoder.budget import Budget
 from encoder.errors import BudgetError, ConfigError
 from llm_bridge.generation import Generation

@@ -18,13 +18,12 @@ import openai
 import pytest
 
 from app.chat import VideoChat
-from app.server import download as fetching
 from app.server.chat_request import Reference, parse_chat
+from app.server.errors import A_FILE, ApiError, PathRedactor
 from app.server.launch import LaunchOptions
-from app.server.media import Resolver
-from app.server.replies import ApiError
+from app.server.media import download as fetching
+from app.server.media.resolver import Resolver
 from app.server.routes import Server, ServerSettings
-from app.server.scrub import A_FILE, Scrubber
 from encoder.errors import BudgetError, ConfigError, ContextError, FluxChatError, ModelError, VideoError
 from llm_bridge.model import VideoLanguageModel
 from tests.app.server.serving import answer, ask, data_url, question, running, upload
@@ -444,7 +443,7 @@ def test_no_error_tells_where_the_servers_files_are(
 )
 def test_paths_are_scrubbed(tmp_path: Path, text: str, told: str) -> None:
     store, model = tmp_path / "store", tmp_path / "models" / "qwen"
-    scrub = Scrubber({str(model): "the model"}, [store, None])
+    scrub = PathRedactor({str(model): "the model"}, [store, None])
     places = {
         "store": str(store),
         "home": str(Path.home()),

@@ -23,15 +23,16 @@ import uvicorn
 from app.chat import VideoChat
 from app.page.handlers import Handlers
 from app.page.sessions import Sessions
-from app.server.bodies import Bodies
-from app.server.connections import ConnectionLimits, Connections
-from app.server.guard import Credentials, Guard, Lock
+from app.server.chat_request import check_text, longest_text
+from app.server.errors import ApiError
 from app.server.launch import LaunchOptions, bind
-from app.server.media import MediaStore
-from app.server.replies import ApiError
+from app.server.limits import BodyLimits, ConnectionLimits, Connections
+from app.server.media.store import MediaStore
+from app.server.media.uploads import file_name
+from app.server.request_body import read_json
 from app.server.routes import Server, ServerSettings
-from app.server.uploads import file_name
-from app.server.wire import check_text, longest_text, read_json
+from app.server.security.access_control import AccessControl
+from app.server.security.authentication import Authenticator, Credentials
 from llm_bridge.model import VideoLanguageModel
 from tests.app.conftest import SHORT
 from tests.app.server.serving import ask, running
@@ -241,8 +242,8 @@ async def test_bodies_are_bounded_together_until_they_are_answered() -> None:
 
         await reads({**scope, "fluxchat.go": go}, told, send)
 
-    bodies = Bodies(app, limit=8 << 20, uploads=1)
-    guard = Guard(bodies, Lock(Credentials()), None)
+    bodies = BodyLimits(app, limit=8 << 20, uploads=1)
+    guard = AccessControl(bodies, Authenticator(Credentials()), None)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://x") as client:
         large, small = [" " * (4 << 20)], ["x"]
         first = asyncio.ensure_future(client.post("/v1/chat/completions", json=large))
@@ -361,7 +362,7 @@ def test_a_file_in_use_stays_and_keeps_its_room(store: MediaStore, monkeypatch: 
 def test_what_came_to_the_page_and_is_no_sessions_goes_soon(
     store: MediaStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.media.PAGE_KEEP_S", 0.0)
+    monkeypatch.setattr("app.server.media.store.PAGE_KEEP_S", 0.0)
     named = store.add(io.BytesIO(b"1"), "a")
     page = store.add(io.BytesIO(b"2"), "b", page=store.folder)
     store.sweep()

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.server.chat_request import ChatRequest, Reference, parse_chat
-from app.server.json_body import decode_json
-from app.server.replies import ApiError
+from app.server.errors import ApiError
+from app.server.request_body import decode_json
 from app.server.schemas import ChatBody
 
 

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.server import data_urls
-from app.server.data_urls import DataError, TooLarge, decode_data, is_data_url
+from app.server.media import data_urls
+from app.server.media.data_urls import DataError, TooLarge, decode_data, is_data_url
 
 CONTENT = bytes(range(256)) * 3 + b"?>~"
 STANDARD = base64.b64encode(CONTENT).decode()

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from app.server import download as fetching
-from app.server.download import download, fetch, is_public, parse, public_address
-from app.server.replies import ApiError
+from app.server.errors import ApiError
+from app.server.media import download as fetching
+from app.server.media.download import download, fetch, is_public, parse, public_address
 
 HOSTS = ["videos.example", "Bücher.example"]
 

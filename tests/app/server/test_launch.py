@@ -22,8 +22,8 @@ from gradio_client import Client, handle_file
 
 from app.chat import VideoChat
 from app.cli import build_parser, main
-from app.server.guard import Credentials
 from app.server.launch import WEB_LIMITS, LaunchOptions, login_of
+from app.server.security.authentication import Credentials
 from encoder.errors import ConfigError
 from encoder.video import confine
 from llm_bridge.model import VideoLanguageModel

@@ -22,9 +22,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app.chat import VideoChat
 from app.messages import Media
+from app.server.errors import ApiError
 from app.server.launch import LaunchOptions
-from app.server.media import MediaStore
-from app.server.replies import ApiError, TextFilter
+from app.server.media.store import MediaStore
+from app.server.replies import TextFilter
 from app.server.routes import Server, ServerSettings
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import Message
@@ -322,6 +323,7 @@ def test_health_and_metrics(tiny_model: VideoLanguageModel, clips: list[Path]) -
         assert values["fluxchat_waiting",] == 0
         assert values["fluxchat_decoded_tokens_total",] > 0
         assert values["fluxchat_cache_entries", "videos"] == 1
+        assert "_created" not in text
 
 
 # -- load ---------------------------------------------------------------------------------------------------

@@ -20,14 +20,14 @@ import psutil
 import pytest
 
 from app.chat import VideoChat
-from app.server import download as fetching
 from app.server.chat_request import Reference
-from app.server.download import download, is_public
-from app.server.guard import Credentials
+from app.server.errors import ApiError
 from app.server.launch import WEB_LIMITS, LaunchOptions
-from app.server.media import Resolver
-from app.server.replies import ApiError
+from app.server.media import download as fetching
+from app.server.media.download import download, is_public
+from app.server.media.resolver import Resolver
 from app.server.routes import Server, ServerSettings
+from app.server.security.authentication import Credentials
 from llm_bridge.model import VideoLanguageModel
 from tests import ROOT
 from tests.app.server.serving import answer, ask, data_url, question, running, upload
@@ -109,7 +109,7 @@ def test_the_root_itself_works(shared: Serving) -> None:
 
 
 def test_without_a_root_no_path_works(tmp_path: Path) -> None:
-    from app.server.media import MediaStore
+    from app.server.media.store import MediaStore
 
     path = vf.write(tmp_path / "v.mp4", vf.steady(5))
     store = MediaStore()
@@ -455,7 +455,9 @@ def test_an_allowed_host_through_the_api(
     host: int, tiny_model: VideoLanguageModel, media: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = (media / "ok.mp4").read_bytes()
-    monkeypatch.setattr("app.media.fetch", lambda url, hosts, limit, into, cancelled: into.write(content))
+    monkeypatch.setattr(
+        "app.server.media.resolver.fetch", lambda url, hosts, limit, into, cancelled: into.write(content)
+    )
     options = LaunchOptions(page=False, server=ServerSettings(url_hosts=("videos.example",)))
     with VideoChat(tiny_model, trusted=False) as chat, running(chat, options) as (address, _):
         fetched = answer(ask(address, "What?", "http://videos.example/ok.mp4", max_tokens=6))

@@ -17,15 +17,14 @@ from fastapi import Request
 from app.chat import VideoChat
 from app.page.handlers import MAX_TURNS, Handlers
 from app.page.sessions import Sessions, Turn
-from app.server import media
-from app.server.chat_request import LOOKED_AT, parse_chat
-from app.server.connections import Connection, ConnectionLimits, Connections
-from app.server.guard import ANONYMOUS
-from app.server.json_body import decode_json
-from app.server.media import MediaStore
-from app.server.page_door import MOST_NAMED, PATH_LENGTH, PageDoor, PageUploads
-from app.server.replies import ApiError
-from app.server.wire import longest_text
+from app.server.chat_request import LOOKED_AT, longest_text, parse_chat
+from app.server.errors import ApiError
+from app.server.gradio_mount import MOST_NAMED, PATH_LENGTH, GradioAccess, PageUploads
+from app.server.limits import Connection, ConnectionLimits, Connections
+from app.server.media import store as media
+from app.server.media.store import MediaStore
+from app.server.request_body import decode_json
+from app.server.security.authentication import ANONYMOUS
 from llm_bridge.model import VideoLanguageModel
 from tests.app.server.serving import running
 
@@ -64,7 +63,7 @@ def test_few_of_many_unknown_fields_are_compared_with_known_ones() -> None:
 
 
 def test_only_what_can_be_a_path_is_resolved(store: MediaStore, tmp_path: Path) -> None:
-    door = PageDoor(mock.Mock(), store, tmp_path, (), mcp=False)
+    door = GradioAccess(mock.Mock(), store, tmp_path, (), mcp=False)
     with mock.patch.object(os.path, "realpath", wraps=os.path.realpath) as resolved:
         for path in ("/a" * PATH_LENGTH, "http://localhost/gradio_api/file=" + "/a" * PATH_LENGTH):
             with pytest.raises(ApiError) as caught:
@@ -74,7 +73,7 @@ def test_only_what_can_be_a_path_is_resolved(store: MediaStore, tmp_path: Path) 
 
 
 def test_a_request_names_few_files(store: MediaStore, tmp_path: Path) -> None:
-    door = PageDoor(mock.Mock(), store, tmp_path, (), mcp=False)
+    door = GradioAccess(mock.Mock(), store, tmp_path, (), mcp=False)
     mine = store.add(io.BytesIO(b"x"), "a.mp4", "me", page=tmp_path)
     door._check_all({"path": [mine.path] * MOST_NAMED}, "me")
     with pytest.raises(ApiError, match="files"):
@@ -163,7 +162,7 @@ async def test_nobody_follows_anothers_upload(
 
     with pytest.raises(ApiError, match="multipart"):
         await uploads.upload(request(ours))
-    with mock.patch("app.server.page_door.asyncio.sleep"):
+    with mock.patch("app.server.gradio_mount.asyncio.sleep"):
         if heard:
             assert (await uploads.progress(request(theirs))).status_code == 200
             return

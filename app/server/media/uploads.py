@@ -13,9 +13,9 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from app.server.media import BLOCK, Incoming, MediaStore, StoredFile, too_large
-from app.server.replies import ApiError
-from app.server.wire import limited
+from app.server.errors import ApiError, too_large
+from app.server.media.store import BLOCK, Incoming, MediaStore, StoredFile
+from app.server.request_body import limited
 
 HEAD_BYTES = 8192  # of one part
 FIELD_BYTES = 65536

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from html import escape
 
-from app.server.replies import ApiError
+from app.server.errors import ApiError
 
 LASTS_S = 7 * 86400.0
 MOST = 10_000  # cookies, and addresses that failed

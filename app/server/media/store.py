@@ -1,14 +1,7 @@
-"""The videos and images that requests name: uploaded files, data: URLs, files under one root, allowed hosts.
-
-    store = MediaStore()
-    with resolver.open([Reference("file-0a1b..."), Reference("data:video/mp4;base64,...")]) as media: ...
-
-Everything becomes an open file, of a folder of our own or under the root; nothing else is readable.
-"""
+"""The store of uploaded files: bounded in bytes and number, each file of one client, deleted when unused."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import os
@@ -17,34 +10,28 @@ import shutil
 import tempfile
 import threading
 import time
-import urllib.parse
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from app.messages import Media
 from app.scratch import ScratchFolder
-from app.server.beneath import open_beneath
-from app.server.chat_request import Reference
-from app.server.data_urls import DataError, TooLarge, decode_data, is_data_url
-from app.server.download import fetch, parse
-from app.server.guard import is_anonymous
-from app.server.replies import ApiError
+from app.server.errors import ApiError, disk_errors
+from app.server.security.authentication import is_anonymous
 
+FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 BLOCK = 1 << 20
 MOST_FILES = 10_000  # of any size: each takes an inode, and a place in what is swept
 PAGE_KEEP_S = 600.0  # what came to the page and is no session's
-_FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 
 
 @dataclass
 class StoredFile:
     """One file of the store. uploaded: by name, until deleted or unused for long; else it can be sent again.
 
-    client: whose it is (`fluxchat.client` of guard.py). folder: a folder of its own, None where it has none.
+    client: whose it is (`fluxchat.client` of access_control.py). folder: a folder of its own, or None.
     created: seconds since 1970.
     """
 
@@ -149,7 +136,7 @@ class MediaStore:
     def find(self, key: str, client: str = "") -> StoredFile:
         """An uploaded file of that client; raises ApiError 404."""
         with self._lock:
-            found = self._files.get(key) if _FILE_ID.fullmatch(key) else None
+            found = self._files.get(key) if FILE_ID.fullmatch(key) else None
         if found is None or not _owns(client, found):
             raise _no_file()
         return found
@@ -326,159 +313,12 @@ class Incoming:
                 self._store._settle(self.bytes, None)
 
 
-@contextmanager
-def disk_errors() -> Iterator[None]:
-    """Trouble with the disk as an ApiError."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        text = "The server's disk is full" if full else "The server cannot keep files now"
-        raise ApiError(
-            507 if full else 503,
-            f"{text}: try again later.",
-            kind="server_error",
-            code="storage_full" if full else "storage_failed",
-            headers={"Retry-After": "60"},
-        ) from error
-
-
 def _owns(client: str, stored: StoredFile) -> bool:
     return stored.client == client or (is_anonymous(client) and is_anonymous(stored.client))
 
 
 def _no_file() -> ApiError:
     return ApiError(404, "There is no such file: upload it again.", code="file_not_found")
-
-
-@dataclass(frozen=True)
-class Resolver:
-    """Opens what a request names. root: files under it may be named. hosts: may be fetched from.
-
-    max_bytes: of one file.
-    """
-
-    store: MediaStore
-    root: Path | None = None
-    hosts: tuple[str, ...] = ()
-    max_bytes: int = 200 * 2**20
-
-    @contextmanager
-    def open(
-        self, references: Sequence[Reference], client: str = "", cancelled: threading.Event | None = None
-    ) -> Iterator[list[Media]]:
-        """All that is named as open files, which stay until the end.
-
-        client: whose uploads may be named. cancelled: set it to end a transfer. Raises ApiError that says
-        which reference is wrong. Reads and may fetch.
-        """
-        count = len(references)
-        with ExitStack() as stack:
-            media: list[Media] = []
-            for index, reference in enumerate(references):
-                try:
-                    file, name = self._open(reference, client, cancelled, stack)
-                except ApiError as error:
-                    which = f"video {index + 1} of {count}" if count > 1 else ""
-                    raise error.about(reference.param, which) from error.__cause__
-                media.append(Media(file, _display(reference.name or name)))
-            yield media
-
-    def _open(
-        self, reference: Reference, client: str, cancelled: threading.Event | None, stack: ExitStack
-    ) -> tuple[BinaryIO, str]:
-        """(open file, its user's name for it)"""
-        value = reference.value
-        if reference.kind == "data" or is_data_url(value):
-            content, name = self._data(value)
-            return self._stored(self.store.add_bytes(content, client), stack), name
-        if reference.kind == "id" or _FILE_ID.fullmatch(value):
-            stored = self.store.find(value, client)
-            return self._stored(stored, stack), stored.name
-        if value.lower().startswith(("http:", "https:")):
-            return self._fetched(value, cancelled, stack)
-        return stack.enter_context(self._under_root(value)), _last(value)
-
-    def _stored(self, stored: StoredFile, stack: ExitStack) -> BinaryIO:
-        return stack.enter_context(_opened(stack.enter_context(self.store.use(stored))))
-
-    def _data(self, text: str) -> tuple[bytes, str]:
-        try:
-            return decode_data(text, self.max_bytes)
-        except TooLarge:
-            raise too_large(self.max_bytes) from None
-        except DataError as error:
-            raise _refused(str(error)) from None
-
-    def _fetched(self, url: str, cancelled: threading.Event | None, stack: ExitStack) -> tuple[BinaryIO, str]:
-        if not self.hosts:
-            raise _refused("This server fetches nothing: send a data: URL, or upload to /v1/files.")
-        name = _last(parse(url, self.hosts).path.partition("?")[0])
-        incoming = self.store.receive(name, key=f"url-{uuid.uuid4().hex}")
-        try:
-            fetch(url, self.hosts, self.max_bytes, incoming, cancelled)
-            file = stack.enter_context(_opened(incoming.path))  # before it can be swept away
-        except BaseException:
-            incoming.drop()
-            raise
-        stored = incoming.keep()
-        if self.store.hold(stored.path):
-            stack.callback(self.store.release, stored.path)  # deletes it
-        return file, name
-
-    def _under_root(self, url: str) -> BinaryIO:
-        # One message for all: a stranger must not learn which files there are elsewhere.
-        missing = _refused(f"There is no such media: use a data: URL{self._or_file()}.")
-        if self.root is None:
-            raise missing
-        try:
-            return open_beneath(self.root, _file_name(url))
-        except (OSError, ValueError):
-            raise missing from None
-
-    def _or_file(self) -> str:
-        return " or a file id" if self.root is None else ", a file id, or a path under the media root"
-
-
-def _opened(path: str) -> BinaryIO:
-    """A file of the store; its object does not know its name, so that no error can tell it."""
-    return os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), "rb")
-
-
-def _file_name(url: str) -> str:
-    """The path that a file: URL means; any other text is a path itself. Raises ValueError."""
-    if not url.isprintable():
-        raise ValueError("control characters")
-    if not url.lower().startswith("file:"):
-        return url
-    parts = urllib.parse.urlsplit(url)
-    if parts.netloc.lower() not in ("", "localhost") or parts.query or parts.fragment:
-        raise ValueError("no local file")
-    return urllib.parse.unquote(parts.path, errors="strict")
-
-
-def _last(path: str) -> str:
-    """The last part of a path or URL's path."""
-    return urllib.parse.unquote(path).replace("\\", "/").rstrip("/").rpartition("/")[2]
-
-
-def _display(name: str) -> str:
-    """What errors call a medium: the last part of its user's name for it, without what cannot be shown."""
-    return "".join(sign for sign in _last(name) if sign.isprintable())[:100]
-
-
-def too_large(limit: int) -> ApiError:
-    """413: larger than `limit` bytes."""
-    return ApiError(
-        413,
-        f"That is more than {limit / 2**20:g} MiB: cut or compress it.",
-        code="request_too_large",
-        headers={"Connection": "close"},  # the rest is not read
-    )
-
-
-def _refused(message: str) -> ApiError:
-    return ApiError(400, message, code="invalid_media", param="messages")
 
 
 def _remove(path: str, folder: str | None) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from app.server import beneath
-from app.server.beneath import open_beneath
 from app.server.chat_request import Reference
-from app.server.media import MediaStore, Resolver
-from app.server.replies import ApiError
+from app.server.errors import ApiError
+from app.server.media import path_confinement as beneath
+from app.server.media.path_confinement import open_beneath
+from app.server.media.resolver import Resolver
+from app.server.media.store import MediaStore
 
 INSIDE, SECRET = b"inside", b"secret"
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
-from app.server.replies import ApiError
+from app.server.errors import ApiError
 
 TIMEOUT_S = 10.0  # without a sign of the other side; the whole may take six times as long
 BLOCK = 1 << 16

@@ -22,8 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.server.metrics import Labels
-from app.server.replies import ApiError
+from app.server.errors import ApiError
 from encoder.errors import ConfigError
 
 LOG = logging.getLogger("fluxchat")
@@ -164,10 +163,15 @@ class KeyRing:
             use.today += 1
             use.total += 1
 
-    def counts(self, what: str) -> dict[Labels, float]:
-        """`total` or `refused` requests, or those of `today`, by key name; for the metrics."""
+    def requests(self) -> dict[str, float]:
+        """Requests that were let in, by key name."""
         with self._lock:
-            return {(("key", name),): getattr(use, what) for name, use in self._uses.items()}
+            return {name: use.total for name, use in self._uses.items()}
+
+    def refusals(self) -> dict[str, float]:
+        """Requests past a key's rate or quota, by key name."""
+        with self._lock:
+            return {name: use.refused for name, use in self._uses.items()}
 
     def _refresh(self) -> None:
         now = self._clock()

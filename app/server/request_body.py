@@ -1,18 +1,77 @@
-"""JSON as strangers may send it: one meaning, valid Unicode, finite numbers, as many parts as a request has.
+"""Reading request bodies: at most so many bytes, and strict JSON.
 
-Python's json takes NaN, half emojis and a key twice (the last one counts); none of them is JSON that two
-programs read alike, so each is refused with its place.
+Python's json takes NaN, lone surrogates and a key twice (the last one counts); none of them is JSON that two
+programs read alike, so each is refused with its place in the body.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import tempfile
+from collections.abc import AsyncGenerator
 from typing import Any
 
-from app.server.replies import ApiError
+from fastapi import Request
+from starlette.requests import ClientDisconnect
 
+from app.server.errors import ApiError, ClientGone, disk_errors, too_large
+
+SPOOL = 1 << 20  # bytes of a body that stay in memory while the rest comes
+INLINE = 1 << 16  # bytes of JSON that are parsed at once, in a millisecond
 MAX_PARTS = 200_000  # values of a body, an upper bound; each takes up to some 200 bytes of memory
+Steps = tuple[Any, str | int] | None  # the way to a value: (the way to what it is in, its key or place)
+
+
+async def limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
+    """The body in blocks; raises ApiError 413 past the limit, whatever its headers say.
+
+    Raises ClientGone when it is cut off.
+    """
+    length = request.headers.get("content-length", "0")
+    if not length.isdecimal() or int(length) > limit:
+        raise too_large(limit)
+    got = 0
+    try:
+        async for block in request.stream():
+            got += len(block)
+            if got > limit:
+                raise too_large(limit)
+            yield block
+    except ClientDisconnect:
+        raise ClientGone from None
+
+
+async def read_json(request: Request, limit: int) -> Any:
+    """The body as JSON; raises ApiError."""
+    # Anything else a foreign page could send without asking first (CORS preflight).
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "The Content-Type must be application/json.")
+    return await parse_json(await read_body(request, limit), request.scope.get("fluxchat.parsing"))
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body; raises ApiError. What has come of a large one waits on the disk for the rest."""
+    with tempfile.SpooledTemporaryFile(SPOOL) as spool:
+        got = 0
+        async for block in limited(request, limit):
+            got += len(block)
+            with disk_errors():
+                if got <= SPOOL:
+                    spool.write(block)
+                else:
+                    await asyncio.to_thread(spool.write, block)
+        spool.seek(0)
+        return spool.read() if got <= SPOOL else await asyncio.to_thread(spool.read)
+
+
+async def parse_json(body: bytes, one_at_a_time: asyncio.Semaphore | None = None) -> Any:
+    """JSON as Python objects; raises ApiError. A large one is parsed in a thread, in its turn."""
+    if len(body) <= INLINE:
+        return decode_json(body)
+    async with one_at_a_time or asyncio.Semaphore(1):
+        return await asyncio.to_thread(decode_json, body)
 
 
 def decode_json(body: bytes | bytearray) -> Any:
@@ -73,9 +132,6 @@ def _int(digits: str) -> int:
     if len(digits) > 40:
         raise _Refused(f"the number {digits[:40]}... is too large")
     return int(digits)
-
-
-Steps = tuple[Any, str | int] | None  # the way to a value: (the way to what it is in, its key or place)
 
 
 def _check_texts(value: Any, steps: Steps = None) -> None:

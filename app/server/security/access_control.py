@@ -13,16 +13,8 @@ What is let in carries in its ASGI scope:
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
-import hashlib
-import hmac
 import logging
-import secrets
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from http.cookies import CookieError, SimpleCookie
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
@@ -30,141 +22,17 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.server.keys import Key, KeyRing, digest
-from app.server.login import Cookies, Failures, page
-from app.server.replies import ApiError
+from app.server.errors import ApiError, error_response, shutting_down
+from app.server.security.authentication import Authenticator, is_anonymous
+from app.server.security.login import page
 
 LOG = logging.getLogger("fluxchat")
 LOCAL = ("localhost", "127.0.0.1", "::1")
 OPEN = ("/healthz", "/login", "/logout", "/favicon.ico", "/robots.txt")  # without a key or login
-FORWARDED = ("x-forwarded-for", "forwarded", "x-real-ip", "via", "cf-connecting-ip", "true-client-ip")
 FORM_BYTES = 8192
-ANONYMOUS = "anonymous-"
 
 
-@dataclass(frozen=True)
-class Credentials:
-    """api_key: a bearer token. login: (user, password). keys_file: more keys, see `keys.py`.
-
-    Each of them opens every door: programs send a key as a bearer token (or user and password, or any user
-    and a key, as Basic); people log in on a page.
-    """
-
-    api_key: str | None = None
-    login: tuple[str, str] | None = None
-    keys_file: Path | None = None
-
-    @property
-    def needed(self) -> bool:
-        """Whether anything is asked for at all."""
-        return self.api_key is not None or self.login is not None or self.keys_file is not None
-
-    def __str__(self) -> str:
-        named = (
-            (self.api_key, "an API key"),
-            (self.login, "a login"),
-            (self.keys_file, f"the keys of {self.keys_file}"),
-        )
-        return " or ".join(text for given, text in named if given is not None) or "nobody has to log in"
-
-
-@dataclass(frozen=True)
-class Client:
-    """Who asks. id: unguessable. name: None for a visitor without. key: what limits them."""
-
-    id: str
-    name: str | None = None
-    key: Key | None = None
-
-
-class Lock:
-    """Checks credentials. Raises ConfigError when the file of keys cannot be used."""
-
-    def __init__(self, credentials: Credentials) -> None:
-        self.credentials = credentials
-        own = credentials.api_key
-        fixed = [] if own is None else [Key("api-key", digest(own), metrics=True)]
-        self.keys = KeyRing(fixed, credentials.keys_file)
-        self.cookies, self.failures = Cookies(), Failures()
-        self._secret = secrets.token_bytes(32)
-
-    def client(self, headers: Headers, address: str, connection: str | None) -> Client | None:
-        """Who sends these headers; None when credentials are needed and missing.
-
-        address: where from. connection: an unguessable name of it. Raises ApiError 429 to who guesses.
-        """
-        if not self.credentials.needed:
-            if (visitor := self.visitor(headers)) is not None:
-                return Client(visitor)
-            # Behind a proxy one connection carries many people's requests.
-            shared = connection is None or any(name in headers for name in FORWARDED)
-            own = secrets.token_urlsafe(16) if shared else connection
-            return Client(f"{ANONYMOUS}{own}")
-        who = self.cookies.who(self.cookie(headers) or "")
-        if who is not None:
-            return self._named(who)
-        authorization = headers.get("authorization")
-        if authorization is None:
-            return None
-        scheme, _, value = authorization.partition(" ")
-        value = value.strip()
-        if scheme.lower() == "bearer":
-            return self._tried(address, None, value)
-        if scheme.lower() == "basic":
-            try:
-                given = base64.b64decode(value, validate=True).decode("utf-8", "surrogateescape")
-            except (binascii.Error, ValueError):
-                return None
-            user, _, password = given.partition(":")
-            return self._tried(address, user, password)
-        return None
-
-    def enter(self, address: str, user: str, password: str) -> str | None:
-        """A new cookie for who logs in, None when user or password are wrong; raises ApiError 429."""
-        client = self._tried(address, user, password)
-        if client is None:
-            return None
-        return self.cookies.new(f"login {client.name}" if client.key is None else _who(client.key))
-
-    def visitor(self, headers: Headers) -> str | None:
-        """The id of who has neither key nor login, by our cookie; else None."""
-        return self.cookies.who(self.cookie(headers) or "")
-
-    def cookie(self, headers: Headers) -> str | None:
-        """The value of our cookie."""
-        try:
-            found = SimpleCookie(headers.get("cookie", "")).get(self.cookies.name)
-        except CookieError:
-            return None
-        return None if found is None else found.value[:128]
-
-    def _tried(self, address: str, user: str | None, secret: str) -> Client | None:
-        self.failures.check(address)
-        key = self.keys.find(secret)
-        login = self.credentials.login
-        if login is not None and user is not None:
-            right = hmac.compare_digest(digest(user), digest(login[0]))
-            right &= hmac.compare_digest(digest(secret), digest(login[1]))
-            if right:
-                return self._named(f"login {login[0]}")
-        if key is not None:
-            return self._named(_who(key), key)
-        self.failures.add(address)
-        return None
-
-    def _named(self, who: str, key: Key | None = None) -> Client | None:
-        kind, _, name = who.partition(" ")
-        if kind == "key" and key is None:
-            name = name.partition(" ")[0]
-            key = self.keys.named(name)
-            if key is None or _who(key) != who:  # taken out of the file, or changed since
-                return None
-        name = name if key is None else key.name
-        text = f"{kind} {name}".encode("utf-8", "surrogateescape")
-        return Client(hmac.new(self._secret, text, hashlib.sha256).hexdigest(), name, key)
-
-
-class Guard:
+class AccessControl:
     """ASGI middleware. hosts: the names that may be asked for, None for any. framed: others may frame it.
 
     closing: whether the server is about to end. What the application does not answer is answered here, as an
@@ -174,13 +42,14 @@ class Guard:
     def __init__(
         self,
         app: ASGIApp,
-        lock: Lock,
+        authenticator: Authenticator,
         hosts: Iterable[str] | None,
         *,
         framed: bool = False,
         closing: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._app, self._lock, self._framed, self._closing = app, lock, framed, closing
+        self._app, self._framed, self._closing = app, framed, closing
+        self._authenticator = authenticator
         self._hosts = None if hosts is None else {name.lower() for name in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -225,14 +94,14 @@ class Guard:
         self._check_host(headers)
         self._check_origin(headers, scope, path)
         address = scope["client"][0][:64] if scope.get("client") else ""
-        if path in ("/login", "/logout") and self._lock.credentials.needed:
+        if path in ("/login", "/logout") and self._authenticator.credentials.needed:
             return await self._log(path, scope, headers, receive, address)
         if path in OPEN:
             return None
         if self._closing() and scope.get("method") == "POST":
             raise shutting_down()
         connection = scope.get("state", {}).get("fluxchat.connection")
-        client = self._lock.client(headers, address, connection)
+        client = self._authenticator.client(headers, address, connection)
         if client is None:
             if _is_reading(scope, headers) and not path.startswith("/v1/"):
                 asked = quote(scope["path"].lstrip("/")[:500])
@@ -244,15 +113,19 @@ class Guard:
                 headers={"WWW-Authenticate": "Bearer"},
             )
         if client.key is not None and scope.get("method") == "POST":
-            self._lock.keys.spend(client.key)
+            self._authenticator.keys.spend(client.key)
         if path.rstrip("/") == "/metrics" and client.key is not None and not client.key.metrics:
             raise ApiError(
                 403, "This key may not read what the others use: give it `metrics`.", code="no_metrics"
             )
         scope["fluxchat.client"], scope["fluxchat.name"] = client.id, client.name
-        if path.startswith("/v1/") and is_anonymous(client.id) and self._lock.visitor(headers) is None:
+        if (
+            path.startswith("/v1/")
+            and is_anonymous(client.id)
+            and self._authenticator.visitor(headers) is None
+        ):
             # OpenAI's clients close the connection after each streamed answer: the next one is known by this.
-            scope["fluxchat.cookie"] = self._lock.cookies.new(client.id)
+            scope["fluxchat.cookie"] = self._authenticator.cookies.new(client.id)
         return None
 
     def _check_host(self, headers: Headers) -> None:
@@ -283,7 +156,7 @@ class Guard:
         ended = "; Max-Age=0" if not value else ""
         # A page in another site's frame (as a Space is) keeps a cookie only so.
         site = "None; Secure" if self._framed and secure else "Lax; Secure" if secure else "Lax"
-        return f"{self._lock.cookies.name}={value}; Path=/; HttpOnly; SameSite={site}{ended}"
+        return f"{self._authenticator.cookies.name}={value}; Path=/; HttpOnly; SameSite={site}{ended}"
 
     # -- logging in and out ---------------------------------------------------------------------------------
 
@@ -291,7 +164,7 @@ class Guard:
         self, path: str, scope: Scope, headers: Headers, receive: Receive, address: str
     ) -> Response:
         if path == "/logout":
-            self._lock.cookies.end(self._lock.cookie(headers) or "")
+            self._authenticator.cookies.end(self._authenticator.cookie(headers) or "")
             return RedirectResponse("/login", 303, {"Set-Cookie": self._cookie("", scope)})
         query = parse_qs(scope["query_string"].decode("latin-1")[:2000])
         target = _local(query.get("next", ["/"])[0])
@@ -301,7 +174,7 @@ class Guard:
         user, password = form.get("username", [""])[0], form.get("password", [""])[0]
         reads = "text/html" in headers.get("accept", "")
         try:
-            value = self._lock.enter(address, user, password)
+            value = self._authenticator.enter(address, user, password)
         except ApiError as error:
             if not reads:
                 raise
@@ -318,10 +191,10 @@ class Guard:
     def _form(
         self, target: str, problem: str = "", status: int = 200, headers: dict[str, str] | None = None
     ) -> Response:
-        credentials = self._lock.credentials
+        credentials = self._authenticator.credentials
         html = page(
             user=credentials.login is not None,
-            keys=len(self._lock.keys) > 0,
+            keys=len(self._authenticator.keys) > 0,
             action=f"/login?next={quote(target)}",
             problem=problem,
         )
@@ -329,32 +202,6 @@ class Guard:
         return HTMLResponse(
             html, status, {"Content-Security-Policy": policy, "Cache-Control": "no-store", **(headers or {})}
         )
-
-
-def _who(key: Key) -> str:
-    """What a cookie stands for: a key's name and which key that was."""
-    return f"key {key.name} {key.digest.hex()}"
-
-
-def is_anonymous(client: str) -> bool:
-    """Whether a `fluxchat.client` has neither key nor login."""
-    return not client or client.startswith(ANONYMOUS)
-
-
-def shutting_down() -> ApiError:
-    """503: the server is about to end."""
-    return ApiError(
-        503,
-        "The server is shutting down: ask it again in a moment.",
-        kind="server_error",
-        code="shutting_down",
-        headers={"Retry-After": "5", "Connection": "close"},
-    )
-
-
-def error_response(error: ApiError) -> JSONResponse:
-    """An error as a response."""
-    return JSONResponse(error.body, error.status, error.headers)
 
 
 async def _short_body(receive: Receive) -> bytes:
