@@ -1,4 +1,4 @@
-"""The error responses of the API, in OpenAI's shape, with paths of the server taken out of their text."""
+"""Error responses: JSON in OpenAI's shape, with the server's own paths removed from their messages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OBJECT = re.compile(r"<[^<>]{0,200} at 0x[0-9a-fA-F]+>")
 
 
 class ApiError(Exception):
-    """An answer that is an error, in OpenAI's shape. message: one line, always valid Unicode."""
+    """An HTTP error response in OpenAI's shape. message: one line, always valid Unicode."""
 
     def __init__(
         self,
@@ -43,11 +43,11 @@ class ApiError(Exception):
             "error": {"message": message, "type": kind, "param": param, "code": code}
         }
 
-    def told(self, scrub: Callable[[str], str]) -> ApiError:
-        """The same with its sentence and field as `scrub` leaves them."""
+    def redacted(self, redact: Callable[[str], str]) -> ApiError:
+        """The same with `redact` applied to its message and param."""
         for key in ("message", "param"):
             if isinstance(text := self.body["error"][key], str):
-                self.body["error"][key] = scrub(text)
+                self.body["error"][key] = redact(text)
         return self
 
     def about(self, param: str, what: str = "") -> ApiError:
@@ -59,7 +59,7 @@ class ApiError(Exception):
 
     @staticmethod
     def of(error: BaseException) -> ApiError:
-        """The same for what asking can raise; what nobody foresaw is a 500 without details."""
+        """The response for an exception of a question; an unexpected one is a 500 without details."""
         if isinstance(error, ApiError):
             return error
         message = str(error)
@@ -84,7 +84,7 @@ class ApiError(Exception):
 
 
 def _one_line(text: str) -> str:
-    """A text that fits one line of JSON: no line breaks, no halves of characters, not endless."""
+    """A text as one line: no line breaks, no lone surrogates, at most LONGEST characters."""
     line = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
 
@@ -117,7 +117,7 @@ def too_large(limit: int) -> ApiError:
 
 @contextmanager
 def disk_errors() -> Iterator[None]:
-    """Trouble with the disk as an ApiError."""
+    """Turns an OSError of the disk into an ApiError: 507 when it is full, else 503."""
     try:
         yield
     except OSError as error:
@@ -132,14 +132,18 @@ def disk_errors() -> Iterator[None]:
         ) from error
 
 
-class ClientGone(Exception):
-    """Nobody reads the answer any more."""
+class ClientDisconnected(Exception):
+    """The client closed the connection: nobody reads the response."""
 
 
 class PathRedactor:
-    """Replaces paths in texts. named: what to call certain paths. folders: others, whose files are meant.
+    """Replaces the server's paths in texts.
 
-    The folders for temporary files, of the user, of the interpreter and of this program always are.
+    PathRedactor({"/srv/models/qwen": "the model"})("positions but /srv/models/qwen has 1024")
+    # "positions but the model has 1024"
+
+    named: what to call certain paths. folders: paths below these are called "a file of the server",
+    as are those below the temporary, home, working, interpreter and program folders.
     """
 
     def __init__(self, named: Mapping[str, str], folders: Iterable[str | Path | None] = ()) -> None:
@@ -155,7 +159,7 @@ class PathRedactor:
 
     def __call__(self, text: str) -> str:
         """The text without the server's paths, and without addresses of its memory."""
-        return _OBJECT.sub("it", self._paths.sub(lambda found: self._names[found[1]], text))
+        return _OBJECT.sub("it", self._paths.sub(lambda match: self._names[match[1]], text))
 
 
 def _spellings(paths: Iterable[str]) -> list[str]:

@@ -23,7 +23,7 @@ from fastapi import FastAPI, Request
 from app.chat import SHIPPED, VideoChat
 from app.server.media.download import download
 from app.server.media.store import MediaStore
-from app.server.routes import Server
+from app.server.routes import Api
 
 if TYPE_CHECKING:
     from app.server.launch import LaunchOptions
@@ -36,28 +36,28 @@ from urllib.parse import parse_qs
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.server.errors import ApiError, ClientGone
+from app.server.errors import ApiError, ClientDisconnected
 from app.server.media.uploads import receive_files
 from app.server.request_body import parse_json, read_body
 from app.server.security.authentication import is_anonymous
 
 BODY_BYTES = 4 << 20
-MOST_FILES = 16  # in one upload
-MOST_NAMED = 64  # files in one request
+MAX_FILES = 16  # in one upload
+MAX_NAMED_FILES = 64  # files in one request
 PATH_LENGTH = 4096  # the system's longest; resolving a path takes the square of its length
-MOST = 10_000  # sessions whose owner is remembered
-ROUTES = re.compile(
+MAX_SESSIONS = 10_000  # whose owner is remembered
+PAGE_ROUTES = re.compile(
     r"/|/config/?|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json|/pwa_icon(/\d+)?"
     r"|/(static|assets|svelte)/.*"
     r"|/gradio_api/(info/?|app_id/?|user/?|login_check/?|startup-events|theme\.css|openapi\.json|queue/status)"
     r"|/gradio_api/(queue/join|queue/data|reset/?|cancel|heartbeat/[\w-]{1,64}|file=.*)"
     r"|/gradio_api/(run|api|call|call/v2)/[\w-]+(/[\w-]*)?"
 )
-MCP = re.compile(r"/gradio_api/mcp(/.*)?")
-FILE = "/gradio_api/file="
+MCP_ROUTES = re.compile(r"/gradio_api/mcp(/.*)?")
+FILE_PREFIX = "/gradio_api/file="
 
 
-def mount_page(app: FastAPI, chat: VideoChat, server: Server, options: LaunchOptions) -> FastAPI:
+def mount_page(app: FastAPI, chat: VideoChat, api: Api, options: LaunchOptions) -> FastAPI:
     """The application with the page at its root; its uploads go to the server's store."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio
@@ -70,10 +70,10 @@ def mount_page(app: FastAPI, chat: VideoChat, server: Server, options: LaunchOpt
         chat,
         options.examples,
         workers=options.server.slots,
-        store=server.store,
+        store=api.store,
         login=options.credentials.needed,
     )
-    uploads = PageUploads(server.store, folder, limit)
+    uploads = PageUploads(api.store, folder, limit)
     app.router.add_route("/gradio_api/upload", uploads.upload, ["POST"])
     app.router.add_route("/gradio_api/upload_progress", uploads.progress, ["GET"])
     mounted = gradio.mount_gradio_app(
@@ -82,7 +82,7 @@ def mount_page(app: FastAPI, chat: VideoChat, server: Server, options: LaunchOpt
         "/",
         server_name=options.host,
         server_port=options.port,
-        # The guard has let in who comes here.
+        # AccessControl has authenticated the request.
         auth_dependency=_name if options.credentials.needed else None,
         allowed_paths=[],
         blocked_paths=[str(SHIPPED.parents[1])],
@@ -93,9 +93,9 @@ def mount_page(app: FastAPI, chat: VideoChat, server: Server, options: LaunchOpt
         mcp_server=options.mcp,
         **page_options(),
     )
-    lock(page, server.store, options.server.url_hosts, limit)
+    restrict_inputs(page, api.store, options.server.url_hosts, limit)
     mount: Any = mounted.routes[-1]
-    mount.app = GradioAccess(mount.app, server.store, folder, options.server.url_hosts, mcp=options.mcp)
+    mount.app = GradioAccess(mount.app, api.store, folder, options.server.url_hosts, mcp=options.mcp)
     app.state.sessions = page.sessions  # type: ignore[attr-defined]
     return mounted
 
@@ -105,29 +105,29 @@ def _name(request: Request) -> str | None:
     return name
 
 
-def lock(page: Any, store: MediaStore, hosts: Sequence[str], max_bytes: int) -> None:
-    """Take only uploads as files, and URLs of `hosts` only; leave files to our own decoders."""
+def restrict_inputs(page: Any, store: MediaStore, hosts: Sequence[str], max_bytes: int) -> None:
+    """Make the page take only uploads and URLs of `hosts`, and leave reading files to our own decoders."""
     from gradio import processing_utils
 
     # Gradio would run ffmpeg over what a stranger uploaded, outside of the sandbox.
     processing_utils.ffmpeg_installed = lambda: False
-    page.has_launched = True  # what gradio's check of paths asks for
+    page.has_launched = True  # makes Gradio check paths
     for block in page.blocks.values():
         if hasattr(block, "async_move_resource_to_block_cache"):
-            block.async_move_resource_to_block_cache = _Fetcher(block, store, hosts, max_bytes)
+            block.async_move_resource_to_block_cache = _InputFetcher(block, store, hosts, max_bytes)
 
 
-class _Fetcher:
-    """Brings what a request names into one component's cache."""
+class _InputFetcher:
+    """Moves the file or URL that a request names into one component's cache."""
 
     def __init__(self, block: Any, store: MediaStore, hosts: Sequence[str], max_bytes: int) -> None:
-        self._block, self._usual = block, block.async_move_resource_to_block_cache
+        self._block, self._original = block, block.async_move_resource_to_block_cache
         self._store, self._hosts, self._max_bytes = store, hosts, max_bytes
 
     async def __call__(self, source: str | Path | None) -> str | None:
         if source is None or not str(source).lower().startswith(("http://", "https://")):
-            found: str | None = await self._usual(source)
-            return found
+            path: str | None = await self._original(source)
+            return path
         if (upload := self._upload(str(source))) is not None:
             return upload
         content = await asyncio.to_thread(download, str(source), self._hosts, self._max_bytes)
@@ -135,11 +135,11 @@ class _Fetcher:
         return stored.path
 
     def _upload(self, url: str) -> str | None:
-        """The upload that a URL stands for, as MCP tools name it; the host may be that of a proxy."""
-        _, found, named = urlsplit(url).path.partition("/gradio_api/file=")
-        if not found:
+        """The path of the upload that a /gradio_api/file= URL (of any host: a proxy's) names, else None."""
+        _, prefix, name = urlsplit(url).path.partition(FILE_PREFIX)
+        if not prefix:
             return None
-        path = os.path.realpath(unquote(named))
+        path = os.path.realpath(unquote(name))
         inside = path.startswith(os.path.join(os.path.realpath(self._cache()), ""))
         return path if inside and os.path.isfile(path) else None
 
@@ -149,9 +149,9 @@ class _Fetcher:
 
 
 class GradioAccess:
-    """ASGI application around gradio's. folder: where the page's uploads are. hosts: may be fetched from.
+    """ASGI application around Gradio's that admits only known routes and the client's own files and sessions.
 
-    mcp: whether there are MCP tools.
+    folder: where the page's uploads are. hosts: may be fetched from. mcp: whether there are MCP tools.
     """
 
     def __init__(
@@ -167,55 +167,57 @@ class GradioAccess:
             await self._app(scope, receive, send)
             return
         path = scope["path"]
-        if not (ROUTES.fullmatch(path) or (self._mcp and MCP.fullmatch(path))):
+        if not (PAGE_ROUTES.fullmatch(path) or (self._mcp and MCP_ROUTES.fullmatch(path))):
             raise ApiError(404, f"There is no {path[:200]} here.", code="unknown_url")
         client = scope.get("fluxchat.client", "")
-        if path.startswith(FILE) and self._local(path[len(FILE) :], client) is None:
+        if path.startswith(FILE_PREFIX) and self._owned_path(path[len(FILE_PREFIX) :], client) is None:
             raise ApiError(404, "There is no such file here.", code="file_not_found")
         query = parse_qs(scope["query_string"].decode("latin-1"))
         named = query.get("session_hash", []) + re.findall("^/gradio_api/heartbeat/(.*)", path)
         for session in named:
-            self._bind(session, client)
-        if scope["method"] == "POST" and not MCP.fullmatch(path):
+            self._bind_session(session, client)
+        if scope["method"] == "POST" and not MCP_ROUTES.fullmatch(path):
             try:
                 body = await self._body(Request(scope, receive), client)
-            except ClientGone:
+            except ClientDisconnected:
                 return
             receive = _replay(body, receive)
         await self._app(scope, receive, send)
 
     async def _body(self, request: Request, client: str) -> bytes:
-        """A request's body, when all that it names is the client's."""
+        """A request's body; raises ApiError unless everything it names is the client's."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise ApiError(415, "The Content-Type must be application/json.")
         body = await read_body(request, BODY_BYTES)
         value = await parse_json(body, request.scope.get("fluxchat.parsing"))
         if isinstance(value, dict) and isinstance(value.get("session_hash"), str):
-            self._bind(value["session_hash"], client)
+            self._bind_session(value["session_hash"], client)
         await asyncio.to_thread(self._check_all, value, client)
         return body
 
     def _check_all(self, value: Any, client: str) -> None:
-        """Raises ApiError when a decoded body names what is not the client's, or too much."""
+        """Raises ApiError when a decoded body names files that are not the client's, or too many."""
         named = 0
         for text, is_file in _texts(value):
             named += self._check(text, is_file, client)
-            if named > MOST_NAMED:
-                raise ApiError(400, f"At most {MOST_NAMED} files are taken at once.", code="invalid_media")
+            if named > MAX_NAMED_FILES:
+                raise ApiError(
+                    400, f"At most {MAX_NAMED_FILES} files are taken at once.", code="invalid_media"
+                )
 
-    def _bind(self, session: str, client: str) -> None:
-        """A session is its first user's; nobody else finds it. Who has no name is known by it alone."""
+    def _bind_session(self, session: str, client: str) -> None:
+        """Bind a session to its first client; ApiError 404 for another. Anonymous clients are one owner."""
         owner = "" if is_anonymous(client) else client
         if len(session) > 128 or self._sessions.setdefault(session, owner) != owner:
             raise ApiError(404, "There is no such session: reload the page.", code="session_not_found")
         self._sessions.move_to_end(session)
-        while len(self._sessions) > MOST:
+        while len(self._sessions) > MAX_SESSIONS:
             self._sessions.popitem(last=False)
 
     def _check(self, text: str, is_file: bool, client: str) -> bool:
         """Whether a text names a file or URL; raises ApiError when it is not the client's upload."""
-        if is_file and text.lower().startswith(("http://", "https://")) and FILE not in text:
+        if is_file and text.lower().startswith(("http://", "https://")) and FILE_PREFIX not in text:
             try:
                 host = (urlsplit(text).hostname or "").lower()
             except ValueError:
@@ -224,14 +226,14 @@ class GradioAccess:
                 raise ApiError(400, "This server does not fetch from that host.", code="invalid_media")
             return True
         inside = self._folder in text or self._folder in unquote(text)
-        if (is_file or inside) and self._local(text, client) is None:
+        if (is_file or inside) and self._owned_path(text, client) is None:
             raise ApiError(404, "There is no such file: upload it again.", code="file_not_found")
         return is_file or inside
 
-    def _local(self, text: str, client: str) -> str | None:
-        """The client's upload that a path, or a URL of ours, stands for."""
-        if FILE in text:
-            text = unquote(text.partition(FILE)[2])
+    def _owned_path(self, text: str, client: str) -> str | None:
+        """The path of the client's upload that a path or a /gradio_api/file= URL names, else None."""
+        if FILE_PREFIX in text:
+            text = unquote(text.partition(FILE_PREFIX)[2])
         if len(text) > PATH_LENGTH:
             return None
         for path in (text, unquote(text)):
@@ -258,7 +260,7 @@ def _texts(value: Any) -> Iterator[tuple[str, bool]]:
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A body that was read, once more."""
+    """A `receive` that gives a body again that has been read."""
     sent = False
 
     async def again() -> Message:
@@ -274,7 +276,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 class PageUploads:
     """Gradio's upload routes, with the store behind them. limit: bytes of one file."""
 
-    MOST = 256  # whose progress can be followed
+    MAX_TRACKED = 256  # uploads whose progress can be followed
 
     def __init__(self, store: MediaStore, folder: str | Path, limit: int) -> None:
         self._store, self._folder, self._limit = store, folder, limit
@@ -282,8 +284,8 @@ class PageUploads:
 
     async def upload(self, request: Request) -> Response:
         """The paths of the uploaded files."""
-        progress = self._progress[_upload(request)] = _Progress()
-        while len(self._progress) > self.MOST:
+        progress = self._progress[_upload_key(request)] = _Progress()
+        while len(self._progress) > self.MAX_TRACKED:
             self._progress.popitem(last=False)
         try:
             stored = await receive_files(
@@ -291,11 +293,11 @@ class PageUploads:
                 self._store,
                 "files",
                 limit=self._limit,
-                most=MOST_FILES,
+                max_files=MAX_FILES,
                 page=self._folder,
-                tell=progress.add,
+                on_data=progress.add,
             )
-        except ClientGone:
+        except ClientDisconnected:
             return Response(status_code=499)
         finally:
             progress.done = True
@@ -303,7 +305,7 @@ class PageUploads:
 
     async def progress(self, request: Request) -> Response:
         """Server-sent events about an upload that is under way."""
-        wanted = _upload(request)
+        wanted = _upload_key(request)
         for _ in range(30):
             if wanted[1] and (progress := self._progress.get(wanted)) is not None:
                 return StreamingResponse(progress.events(), media_type="text/event-stream")
@@ -311,14 +313,14 @@ class PageUploads:
         raise ApiError(404, "There is no such upload.", code="unknown_upload")
 
 
-def _upload(request: Request) -> tuple[str, str]:
-    """(whose it is, its name): nobody else hears of it; who has no name is known by the upload's alone."""
+def _upload_key(request: Request) -> tuple[str, str]:
+    """(owner, upload id): only its owner can follow an upload; anonymous clients share one owner."""
     client = request.scope.get("fluxchat.client", "")
     return "" if is_anonymous(client) else client, request.query_params.get("upload_id", "")[:128]
 
 
 class _Progress:
-    """How much of an upload has come since somebody looked."""
+    """Bytes of an upload received since the last progress event."""
 
     def __init__(self) -> None:
         self.done, self._name, self._bytes = False, "", 0
@@ -329,7 +331,7 @@ class _Progress:
         self._name = name
 
     async def events(self) -> AsyncIterator[str]:
-        """What gradio's page reads."""
+        """The events that Gradio's page reads."""
         while not self.done:
             if self._bytes:
                 update = {"msg": "update", "orig_name": self._name, "chunk_size": self._bytes}

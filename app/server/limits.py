@@ -6,7 +6,7 @@ has waited longest without a request makes room, so that a new request (/healthz
 
 `BodyLimits` bounds the bytes of all requests' bodies together. A body counts as its bytes come, and until its
 request has been answered: what was made of it lives as long. Small bodies have a share of their own, so that
-large ones do not keep questions out. Uploads go to the disk in blocks; they are bounded in number here and in
+large ones do not lock questions out. Uploads go to the disk in blocks; they are bounded in number here and in
 bytes by the store.
 """
 
@@ -29,19 +29,19 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from app.server.errors import ApiError, error_response
 
 LINGER_S = 10.0  # for the rest of an answer when the connection is to be closed
-KEPT = 64  # connections beyond the limit, for /healthz
-SMALL = 1 << 20
-UPLOADS = ("/v1/files", "/gradio_api/upload")
+RESERVED = 64  # connections beyond the limit, for /healthz
+SMALL_BODY = 1 << 20
+UPLOAD_PATHS = ("/v1/files", "/gradio_api/upload")
 
 
 @dataclass(frozen=True)
 class ConnectionLimits:
-    """Bounds on connections, in seconds and bytes.
+    """Limits on connections, in seconds and bytes.
 
     total, per_address: connections at a time, in all and from one address (this machine and proxies: any).
     head_s: for a request's first line and headers. body_s: for a body, and a second more for each body_rate
-    bytes of it that come, never more than body_s ahead: what came fast at first must not be slow then.
-    send_s: for a reader that takes nothing; send_rate: what it must take of a large answer.
+    bytes received, at most body_s ahead: a body that starts fast must not become slow later.
+    send_s: for a client that reads nothing; send_rate: bytes a second that it must read of a large response.
     """
 
     total: int = 1000
@@ -54,7 +54,7 @@ class ConnectionLimits:
 
 
 class Connections:
-    """All connections of one server. proxies: addresses that may have any number. clock: seconds."""
+    """All open connections of one server. proxies: addresses without a limit of their own. clock: seconds."""
 
     def __init__(
         self,
@@ -70,27 +70,27 @@ class Connections:
         return len(self._open)
 
     def protocol(self, **options: Any) -> Connection:
-        """A new connection, as uvicorn makes them."""
+        """A new connection; uvicorn's `http` protocol factory."""
         return Connection(self, **options)
 
     def add(self, connection: Connection, address: str) -> bool:
-        """Count one more; False when there is no room for it even without those that only wait."""
+        """Register a connection, closing an idle one if needed; False when there is no room for it."""
         self._open[connection] = address
         self._by_address[address] += 1
         limits = self.limits
-        single = not _is_here(address) and address not in self.proxies
+        single = not _is_loopback(address) and address not in self.proxies
         if single and self._by_address[address] > limits.per_address:
             return self._make_room(connection, address)
         if len(self._open) > limits.total:
-            return self._make_room(connection, None) or len(self._open) <= limits.total + KEPT
+            return self._make_room(connection, None) or len(self._open) <= limits.total + RESERVED
         return True
 
     def full(self) -> bool:
-        """Whether only /healthz is answered on a new connection."""
+        """Whether new connections are answered at /healthz only."""
         return len(self._open) > self.limits.total
 
     def remove(self, connection: Connection) -> None:
-        """Forget a connection that is closed."""
+        """Unregister a closed connection."""
         address = self._open.pop(connection, None)
         if address is not None:
             self._by_address[address] -= 1
@@ -98,7 +98,7 @@ class Connections:
                 del self._by_address[address]
 
     def sweep(self) -> None:
-        """End what is overdue."""
+        """Close the overdue connections."""
         now = self.clock()
         for connection in list(self._open):
             connection.check(now)
@@ -116,22 +116,22 @@ class Connections:
 
 
 class Connection(H11Protocol):
-    """uvicorn's HTTP/1.1 with the clocks of one connection."""
+    """uvicorn's HTTP/1.1 protocol with timeouts for one connection."""
 
     def __init__(self, connections: Connections, **options: Any) -> None:
         super().__init__(**options)
         self._all = connections
-        self.waiting_since = connections.clock()  # for the head of a request, or a new one
+        self.waiting_since = connections.clock()  # for a request's head
         self._head_begun: float | None = self.waiting_since
         self._body_last = self._body_until = 0.0
-        self._stuck_since: float | None = None
+        self._write_blocked_since: float | None = None
         self._closing_since: float | None = None
-        # Told to the guard: whose requests come together when nobody has a name.
+        # Identifies anonymous clients to the access control: requests of one connection are one client's.
         self.app_state = {**self.app_state, "fluxchat.connection": secrets.token_urlsafe(16)}
 
     @property
     def waiting(self) -> bool:
-        """Whether it has no request that is being answered."""
+        """Whether no request is being answered on it."""
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -153,37 +153,37 @@ class Connection(H11Protocol):
         super().data_received(data)
         if self.cycle is not cycle:  # a head is complete
             self._head_begun = None
-            self._body_begins(now)
+            self._start_body_clock(now)
         elif not self.waiting:
-            self._body_comes(now, len(data))
+            self._extend_body_clock(now, len(data))
 
     def on_response_complete(self) -> None:
         self.waiting_since, self._head_begun = self._all.clock(), None
         before = self.cycle
         super().on_response_complete()
-        if self.cycle is not before:  # it was waiting in the buffer
-            self._body_begins(self.waiting_since)
-        elif self.conn.trailing_data[0]:  # a part of one
+        if self.cycle is not before:  # a pipelined request was in the buffer
+            self._start_body_clock(self.waiting_since)
+        elif self.conn.trailing_data[0]:  # a part of the next head
             self._head_begun = self.waiting_since
 
-    def _body_begins(self, now: float) -> None:
+    def _start_body_clock(self, now: float) -> None:
         self._body_last, self._body_until = now, now + self._all.limits.body_s
 
-    def _body_comes(self, now: float, amount: int) -> None:
+    def _extend_body_clock(self, now: float, amount: int) -> None:
         limits = self._all.limits
         self._body_last = now
         self._body_until = min(now + limits.body_s, self._body_until + amount / limits.body_rate)
 
     def _unsupported_upgrade_warning(self) -> None:
-        """There are no websockets here; that somebody asks for one is no news."""
+        """No warning: there are no websockets here."""
 
     def pause_writing(self) -> None:
         waiting = self.transport.get_write_buffer_size()
-        self._stuck_since = self._all.clock() + waiting / self._all.limits.send_rate
+        self._write_blocked_since = self._all.clock() + waiting / self._all.limits.send_rate
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        self._stuck_since = None
+        self._write_blocked_since = None
         super().resume_writing()
 
     def check(self, now: float) -> None:
@@ -194,7 +194,7 @@ class Connection(H11Protocol):
             if now - self._closing_since > LINGER_S:
                 self.transport.abort()
             return
-        if self._stuck_since is not None and now - self._stuck_since > limits.send_s:
+        if self._write_blocked_since is not None and now - self._write_blocked_since > limits.send_s:
             self.transport.abort()
             return
         if self.waiting:
@@ -203,7 +203,7 @@ class Connection(H11Protocol):
             return
         if not self.cycle.more_body:
             return
-        if self.flow.read_paused:  # we are the slow ones
+        if self.flow.read_paused:  # the server is slow, not the client
             self._body_until += now - self._body_last
             self._body_last = now
             return
@@ -211,7 +211,7 @@ class Connection(H11Protocol):
             self.end(_too_slow("The request's body did not come in time."))
 
     def end(self, error: ApiError | None) -> None:
-        """Close it, with a last word if nothing has been said yet."""
+        """Close it, with an error response if none has been started."""
         if error is not None and (self.cycle is None or not self.cycle.response_started or self.waiting):
             self.transport.write(_raw(error))
         if self.cycle is not None and not self.cycle.response_complete:
@@ -220,7 +220,7 @@ class Connection(H11Protocol):
         self.transport.close()
 
     async def _only_health(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """What is answered on a connection beyond the limit."""
+        """The ASGI application of a connection beyond the limit."""
         if scope["path"] == "/healthz":
             await self.config.loaded_app(scope, receive, send)
             return
@@ -252,35 +252,35 @@ def _busy() -> ApiError:
     )
 
 
-def _is_here(address: str) -> bool:
-    """Whether it is this machine's own."""
+def _is_loopback(address: str) -> bool:
+    """Whether an address is this machine's own."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
-        return not address  # a socket of the file system
+        return not address  # a Unix socket
 
 
 @dataclass
 class Pool:
-    """Something of which there is so much and no more."""
+    """A counted resource with a limit."""
 
     limit: int
     used: int = 0
 
-    def take(self, amount: int) -> bool:
-        """Take that much; False when there is not so much left."""
+    def acquire(self, amount: int) -> bool:
+        """Reserve an amount; False when less is left."""
         if self.used + amount > self.limit:
             return False
         self.used += amount
         return True
 
-    def give(self, amount: int) -> None:
-        """Give it back."""
+    def release(self, amount: int) -> None:
+        """Return an amount."""
         self.used -= amount
 
 
 class BodyLimits:
-    """ASGI middleware. limit: bytes of all bodies, a quarter of it for small ones. uploads: at a time."""
+    """ASGI middleware. limit: bytes of all bodies together, a quarter for small ones. uploads: at a time."""
 
     def __init__(self, app: ASGIApp, limit: int, uploads: int) -> None:
         self._app = app
@@ -293,18 +293,18 @@ class BodyLimits:
             await self._app(scope, receive, send)
             return
         scope["fluxchat.parsing"] = self._parsing  # large bodies are parsed one after the other
-        if scope["method"] == "POST" and scope["path"].rstrip("/") in UPLOADS:
-            if not self._uploads.take(1):
+        if scope["method"] == "POST" and scope["path"].rstrip("/") in UPLOAD_PATHS:
+            if not self._uploads.acquire(1):
                 raise _full("Too many uploads are under way")
             try:
                 await self._app(scope, receive, send)
             finally:
-                self._uploads.give(1)
+                self._uploads.release(1)
             return
         length = Headers(scope=scope).get("content-length", "")
         declared = int(length[:18]) if length.isdecimal() else None
-        pool = self._small if declared is not None and declared <= SMALL else self._large
-        # What is too large for any route is told so there.
+        pool = self._small if declared is not None and declared <= SMALL_BODY else self._large
+        # A body that no route would take gets its 413 there.
         if declared is not None and declared <= pool.limit < pool.used + declared:
             raise _full("Too many large requests are under way")
         taken = 0
@@ -315,7 +315,7 @@ class BodyLimits:
             nonlocal taken, refused
             message = await receive()
             size = len(message.get("body", b""))
-            if not pool.take(size):
+            if not pool.acquire(size):
                 refused = _full("Too many large requests are under way")
                 raise refused
             taken += size
@@ -323,7 +323,7 @@ class BodyLimits:
 
         async def answer(message: Message) -> None:
             nonlocal started
-            if refused is not None and not started:  # whatever was made of the refusal
+            if refused is not None and not started:  # in place of the application's response
                 started = True
                 await error_response(refused)(scope, receive, send)
             if refused is None:
@@ -333,7 +333,7 @@ class BodyLimits:
         try:
             await self._app(scope, counted, answer)
         finally:
-            pool.give(taken)
+            pool.release(taken)
 
 
 def _full(what: str) -> ApiError:

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from app.answer import Answer
-from app.server.errors import ApiError, ClientGone
+from app.server.errors import ApiError, ClientDisconnected
 from app.server.scheduler import Job
 from app.server.schemas import MODEL
 
@@ -25,9 +25,10 @@ T = TypeVar("T")
 
 @dataclass
 class TextFilter:
-    """What may leave the server of the text made so far: no blanks around it, nothing from a stop text on.
+    """Strips an answer and cuts it at the first stop text, while it is streamed.
 
-    `push` pieces as they come, `flush` at the end; the joined results are the answer. done: a stop text came.
+    `push` pieces as they are generated, `flush` at the end; the joined results are the answer. done: whether
+    a stop text came.
     """
 
     stops: tuple[str, ...] = ()
@@ -36,16 +37,16 @@ class TextFilter:
     _begun: bool = field(default=False, repr=False)
 
     def push(self, piece: str) -> str:
-        """The part of the text so far that is certain to belong to the answer, and new."""
+        """The next part that is certain to belong to the answer."""
         if self.done:
             return ""
         text = self._held + piece
         if not self._begun:
             text = text.lstrip()
-        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        if found:
+        positions = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if positions:
             self.done, self._held = True, ""
-            return text[: min(found)].rstrip()
+            return text[: min(positions)].rstrip()
         keep = len(text.rstrip())
         for stop in self.stops:
             keep = min(keep, self._begins(text, stop))
@@ -70,32 +71,32 @@ class TextFilter:
 
 
 class Reply:
-    """The objects that answer one request, in OpenAI's shape."""
+    """Builds the chat.completion objects of one request."""
 
     def __init__(self) -> None:
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
 
-    def whole(self, text: str, answer: Answer) -> dict[str, Any]:
-        """The answer in one object."""
+    def completion(self, text: str, answer: Answer) -> dict[str, Any]:
+        """The whole answer as a chat.completion."""
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish(answer)}
-        return {**self._head("chat.completion"), "choices": [choice], **self._costs(answer)}
+        return {**self._head("chat.completion"), "choices": [choice], **self._usage(answer)}
 
     def chunk(self, delta: dict[str, Any], answer: Answer | None = None) -> dict[str, Any]:
-        """A piece of a streamed answer; the last one has the whole `answer`."""
+        """One chat.completion.chunk; answer: given for the last one, which says why it ended."""
         finish = None if answer is None else _finish(answer)
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
     def usage_chunk(self, answer: Answer) -> dict[str, Any]:
-        """What stream_options.include_usage asks for."""
-        return {**self._head("chat.completion.chunk"), "choices": [], **self._costs(answer)}
+        """The chunk with usage and timings, sent when stream_options.include_usage asks for it."""
+        return {**self._head("chat.completion.chunk"), "choices": [], **self._usage(answer)}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": MODEL}
 
     @staticmethod
-    def _costs(answer: Answer) -> dict[str, Any]:
+    def _usage(answer: Answer) -> dict[str, Any]:
         usage, timings = answer.usage, answer.timings
         return {
             "usage": {
@@ -121,9 +122,9 @@ def _finish(answer: Answer) -> str:
 
 
 class EventStream(Response):
-    """Server-sent events that stop the job when the reader goes away or takes nothing for `send_s`.
+    """Server-sent events; stops the job when the client disconnects or reads nothing for `send_s` seconds.
 
-    failed: an exception as the error that the reader sees, since the status has been sent.
+    failed: turns an exception into the error event that is sent, since the status has been sent already.
     """
 
     media_type = "text/event-stream"
@@ -172,14 +173,14 @@ async def _disconnected(receive: Receive) -> None:
         continue
 
 
-async def until_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`; cancels it and raises ClientGone when the client goes away first."""
+async def until_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; cancels it and raises ClientDisconnected when the client disconnects first."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_disconnected(request.receive))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise ClientGone
+            raise ClientDisconnected
         return working.result()
     finally:
         for task in (working, leaving):

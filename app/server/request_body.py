@@ -16,18 +16,20 @@ from typing import Any
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from app.server.errors import ApiError, ClientGone, disk_errors, too_large
+from app.server.errors import ApiError, ClientDisconnected, disk_errors, too_large
 
 SPOOL = 1 << 20  # bytes of a body that stay in memory while the rest comes
 INLINE = 1 << 16  # bytes of JSON that are parsed at once, in a millisecond
 MAX_PARTS = 200_000  # values of a body, an upper bound; each takes up to some 200 bytes of memory
-Steps = tuple[Any, str | int] | None  # the way to a value: (the way to what it is in, its key or place)
+Steps = (
+    tuple[Any, str | int] | None
+)  # path of a value as a linked list: (path of its container, key or index)
 
 
-async def limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
+async def body_blocks(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
     """The body in blocks; raises ApiError 413 past the limit, whatever its headers say.
 
-    Raises ClientGone when it is cut off.
+    Raises ClientDisconnected when it is cut off.
     """
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > limit:
@@ -40,7 +42,7 @@ async def limited(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
                 raise too_large(limit)
             yield block
     except ClientDisconnect:
-        raise ClientGone from None
+        raise ClientDisconnected from None
 
 
 async def read_json(request: Request, limit: int) -> Any:
@@ -52,10 +54,10 @@ async def read_json(request: Request, limit: int) -> Any:
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The whole body; raises ApiError. What has come of a large one waits on the disk for the rest."""
+    """The whole body, spooled to disk while a large one arrives; raises ApiError."""
     with tempfile.SpooledTemporaryFile(SPOOL) as spool:
         got = 0
-        async for block in limited(request, limit):
+        async for block in body_blocks(request, limit):
             got += len(block)
             with disk_errors():
                 if got <= SPOOL:
@@ -67,7 +69,7 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 async def parse_json(body: bytes, one_at_a_time: asyncio.Semaphore | None = None) -> Any:
-    """JSON as Python objects; raises ApiError. A large one is parsed in a thread, in its turn."""
+    """JSON as Python objects; raises ApiError. A large body is parsed in a thread, one at a time."""
     if len(body) <= INLINE:
         return decode_json(body)
     async with one_at_a_time or asyncio.Semaphore(1):
@@ -101,7 +103,7 @@ def decode_json(body: bytes | bytearray) -> Any:
 
 
 class _Refused(ValueError):
-    """JSON by its syntax, but without one meaning."""
+    """Valid JSON syntax, but ambiguous or not representable."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)

@@ -1,9 +1,9 @@
-"""Who computes when: a bounded queue in front of a few threads, each running one answer.
+"""The scheduler of answers: a bounded queue in front of a few worker threads, each running one answer.
 
     job = await scheduler.start(lambda: chat.stream(video, question))
     async for piece in job: ...
 
-An answer runs at the model's speed, never at its reader's; a reader that goes away stops it.
+A slow client does not slow the worker down: pieces are queued. A client that disconnects stops its job.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ class Job:
                 if self._stopped:
                     stream.stop()
                 for piece in stream:
-                    self._tell(piece)
+                    self._put(piece)
                 self.answer = stream.answer
         except BaseException as caught:  # noqa: BLE001 - it is raised where the pieces are read
             error = caught
-        self._tell(error if error is not None else _END)
+        self._put(error if error is not None else _END)
 
     def abandon(self, error: BaseException) -> None:
-        """Tell the reader so now, whatever the thread still does."""
+        """Raise this error to the reader now, without waiting for the thread."""
         self.stop()
         self._pieces.put_nowait(error)
 
-    def _tell(self, item: Any) -> None:
+    def _put(self, item: Any) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._pieces.put_nowait, item)
 
@@ -80,7 +80,7 @@ class Scheduler:
         self._threads = ThreadPoolExecutor(slots, "fluxchat-answer")
         self._jobs: set[Job] = set()
         self._waiting = 0
-        self._usual_s = 5.0  # how long an answer takes, a moving average
+        self._mean_s = 5.0  # moving average of an answer's duration
         self._draining = self._closed = False
 
     @property
@@ -103,7 +103,7 @@ class Scheduler:
         if self._draining:
             raise shutting_down()
         if self._free.locked() and self._waiting >= self._queue:
-            seconds = max(1, math.ceil(self._usual_s * (self._waiting + 1) / self._slots))
+            seconds = max(1, math.ceil(self._mean_s * (self._waiting + 1) / self._slots))
             raise ApiError(
                 429,
                 f"{self._waiting} questions are waiting already: try again in {seconds} s.",
@@ -131,7 +131,7 @@ class Scheduler:
         started = time.monotonic()
 
         def ended(_: object) -> None:
-            self._usual_s += 0.2 * (time.monotonic() - started - self._usual_s)
+            self._mean_s += 0.2 * (time.monotonic() - started - self._mean_s)
             self._jobs.discard(job)
             self._free.release()
 

@@ -1,10 +1,10 @@
-"""Fetching a video from a host that the operator allows, and from nowhere else.
+"""Downloads from hosts that the operator allows, safe against server-side request forgery (SSRF).
 
     fetch("https://videos.example/a.mp4", ["videos.example"], max_bytes, file, cancelled)
 
-The name is resolved once, every address must be public, and the connection goes to exactly that address, so
-that a name cannot point inside after it was checked. Redirects are not followed; proxies are not used. The
-whole, from looking up the name to the last byte, ends within a time limit whatever the other side does.
+The host name is resolved once, every address must be public, and the connection goes to exactly that address,
+so that DNS rebinding has no effect. Redirects are not followed; proxies are not used. The whole transfer,
+from DNS look-up to last byte, ends within a time limit whatever the other side does.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from typing import Any, Protocol
 
 from app.server.errors import ApiError
 
-TIMEOUT_S = 10.0  # without a sign of the other side; the whole may take six times as long
+TIMEOUT_S = 10.0  # of silence; the whole transfer may take six times as long
 BLOCK = 1 << 16
-LOOK_S = 0.2  # how often it is looked whether the transfer is still wanted
+POLL_S = 0.2  # between checks whether the transfer was cancelled
 
 # The public internet: IPv4 and IPv6's global unicast, each less what IANA's registries of special-purpose
 # addresses take out of it. Forms of IPv6 that stand for an IPv4 address (mapped, compatible, 6to4, Teredo,
@@ -49,15 +49,15 @@ _SPECIAL = tuple(
 
 
 class Sink(Protocol):
-    """Where a file's content goes."""
+    """A writable target."""
 
     def write(self, block: bytes, /) -> Any:
-        """More of it."""
+        """Append a block."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a URL asks for. path: with the query, as it goes over the line."""
+    """The parts of a URL. path: with the query, as sent in the request line."""
 
     host: str
     port: int
@@ -77,9 +77,9 @@ def fetch(
     cancelled: set it, from any thread, and the transfer ends. Raises ApiError when the host is not allowed,
     and when the transfer fails, is cancelled or takes longer than 6 x TIMEOUT_S.
     """
-    target = parse(url, hosts)
+    target = parse_url(url, hosts)
     try:
-        with _Watch(6 * TIMEOUT_S, cancelled or threading.Event()) as watch:
+        with _TransferWatch(6 * TIMEOUT_S, cancelled or threading.Event()) as watch:
             try:
                 address = watch.call(public_address, target.host, target.port)
                 _transfer(target, address, max_bytes, into, watch)
@@ -99,7 +99,7 @@ def download(
     return content.getvalue()
 
 
-def parse(url: str, hosts: Iterable[str]) -> Target:
+def parse_url(url: str, hosts: Iterable[str]) -> Target:
     """A URL of one of the hosts; raises ApiError for every other text."""
     # urlsplit drops some of these silently; browsers read \ as /.
     if any(ord(sign) <= 32 or ord(sign) == 127 or sign == "\\" for sign in url):
@@ -137,12 +137,12 @@ def _allowed_name(name: str) -> str | None:
 def public_address(host: str, port: int) -> str:
     """The address to connect to; raises ApiError unless every address of the host is public."""
     try:
-        found = {str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError):
         raise _refused(f"There is no host {host}.") from None
-    if not found or not all(map(is_public, found)):
+    if not addresses or not all(map(is_public, addresses)):
         raise _refused("This server does not fetch from that host.")
-    return min(found, key=lambda address: (":" in address, address))  # IPv4 first: it works everywhere
+    return min(addresses, key=lambda address: (":" in address, address))  # IPv4 first: it works everywhere
 
 
 def is_public(address: str) -> bool:
@@ -159,9 +159,9 @@ def is_public(address: str) -> bool:
     return inside and not any(ip in network for network in _SPECIAL if network.version == ip.version)
 
 
-def _transfer(target: Target, address: str, max_bytes: int, into: Sink, watch: _Watch) -> None:
+def _transfer(target: Target, address: str, max_bytes: int, into: Sink, watch: _TransferWatch) -> None:
     """One request, one response. Raises ApiError, or OSError and HTTPException as they come."""
-    connection = _Pinned(target, address, watch)
+    connection = _PinnedConnection(target, address, watch)
     try:
         headers = {"User-Agent": "FluxChat", "Accept": "video/*, image/*", "Accept-Encoding": "identity"}
         connection.request("GET", target.path, headers=headers)
@@ -189,10 +189,10 @@ def _transfer(target: Target, address: str, max_bytes: int, into: Sink, watch: _
         connection.close()
 
 
-class _Pinned(http.client.HTTPConnection):
-    """A connection to one address, whatever the name resolves to by now."""
+class _PinnedConnection(http.client.HTTPConnection):
+    """A connection to a resolved address; the name is not resolved again."""
 
-    def __init__(self, target: Target, address: str, watch: _Watch) -> None:
+    def __init__(self, target: Target, address: str, watch: _TransferWatch) -> None:
         super().__init__(target.host, target.port, timeout=TIMEOUT_S)
         self._target, self._address, self._watch = target, address, watch
         if target.secure:
@@ -210,11 +210,11 @@ class _Pinned(http.client.HTTPConnection):
 
 
 class _TimeUp(Exception):
-    """The whole took too long."""
+    """The transfer took too long."""
 
 
-class _Watch:
-    """Interrupts a transfer, whatever it waits for, when its time is up or it is cancelled."""
+class _TransferWatch:
+    """A watchdog thread that interrupts a transfer when its time is up or it is cancelled."""
 
     def __init__(self, seconds: float, cancelled: threading.Event) -> None:
         self._end, self._cancelled = time.monotonic() + seconds, cancelled
@@ -223,7 +223,7 @@ class _Watch:
         self._interrupt: Callable[[], object] = lambda: None
         self._guarded: socket.socket | None = None
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> _TransferWatch:
         self._thread = threading.Thread(target=self._run, name="fluxchat-download-watch", daemon=True)
         self._thread.start()
         return self
@@ -283,7 +283,7 @@ class _Watch:
                 interrupt()
 
     def _run(self) -> None:
-        while not self._finished.wait(min(LOOK_S, max(0.0, self._end - time.monotonic()))):
+        while not self._finished.wait(min(POLL_S, max(0.0, self._end - time.monotonic()))):
             if self._over or self._cancelled.is_set():
                 with self._lock:
                     self._interrupt()

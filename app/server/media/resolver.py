@@ -1,9 +1,9 @@
-"""The videos and images that requests name: uploaded files, data: URLs, files under one root, allowed hosts.
+"""Opens the media that a request names: uploaded files, data: URLs, files under one root, allowed hosts.
 
     store = MediaStore()
     with resolver.open([Reference("file-0a1b..."), Reference("data:video/mp4;base64,...")]) as media: ...
 
-Everything becomes an open file, of a folder of our own or under the root; nothing else is readable.
+Everything becomes an open file of the store or under the media root; nothing else is readable.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from app.messages import Media
 from app.server.chat_request import Reference
 from app.server.errors import ApiError, too_large
 from app.server.media.data_urls import DataError, TooLarge, decode_data, is_data_url
-from app.server.media.download import fetch, parse
+from app.server.media.download import fetch, parse_url
 from app.server.media.path_confinement import open_beneath
 from app.server.media.store import FILE_ID, MediaStore, StoredFile
 
 
 @dataclass(frozen=True)
 class Resolver:
-    """Opens what a request names. root: files under it may be named. hosts: may be fetched from.
+    """Opens media references. root: files under it may be named. hosts: may be fetched from.
 
     max_bytes: of one file.
     """
@@ -43,10 +43,10 @@ class Resolver:
     def open(
         self, references: Sequence[Reference], client: str = "", cancelled: threading.Event | None = None
     ) -> Iterator[list[Media]]:
-        """All that is named as open files, which stay until the end.
+        """All references as open files, which are kept until the end of the context.
 
-        client: whose uploads may be named. cancelled: set it to end a transfer. Raises ApiError that says
-        which reference is wrong. Reads and may fetch.
+        client: whose uploads may be named. cancelled: set it to abort a download. Raises ApiError that names
+        the reference at fault. Reads files and may download.
         """
         count = len(references)
         with ExitStack() as stack:
@@ -63,7 +63,7 @@ class Resolver:
     def _open(
         self, reference: Reference, client: str, cancelled: threading.Event | None, stack: ExitStack
     ) -> tuple[BinaryIO, str]:
-        """(open file, its user's name for it)"""
+        """(open file, the client's name for it)"""
         value = reference.value
         if reference.kind == "data" or is_data_url(value):
             content, name = self._data(value)
@@ -73,7 +73,7 @@ class Resolver:
             return self._stored(stored, stack), stored.name
         if value.lower().startswith(("http:", "https:")):
             return self._fetched(value, cancelled, stack)
-        return stack.enter_context(self._under_root(value)), _last(value)
+        return stack.enter_context(self._under_root(value)), _base_name(value)
 
     def _stored(self, stored: StoredFile, stack: ExitStack) -> BinaryIO:
         return stack.enter_context(_opened(stack.enter_context(self.store.use(stored))))
@@ -89,7 +89,7 @@ class Resolver:
     def _fetched(self, url: str, cancelled: threading.Event | None, stack: ExitStack) -> tuple[BinaryIO, str]:
         if not self.hosts:
             raise _refused("This server fetches nothing: send a data: URL, or upload to /v1/files.")
-        name = _last(parse(url, self.hosts).path.partition("?")[0])
+        name = _base_name(parse_url(url, self.hosts).path.partition("?")[0])
         incoming = self.store.receive(name, key=f"url-{uuid.uuid4().hex}")
         try:
             fetch(url, self.hosts, self.max_bytes, incoming, cancelled)
@@ -103,7 +103,7 @@ class Resolver:
         return file, name
 
     def _under_root(self, url: str) -> BinaryIO:
-        # One message for all: a stranger must not learn which files there are elsewhere.
+        # One message for all: a client must not learn which files exist elsewhere.
         missing = _refused(f"There is no such media: use a data: URL{self._or_file()}.")
         if self.root is None:
             raise missing
@@ -117,7 +117,7 @@ class Resolver:
 
 
 def _opened(path: str) -> BinaryIO:
-    """A file of the store; its object does not know its name, so that no error can tell it."""
+    """A file of the store, opened by descriptor, so that no error message can contain its path."""
     return os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0)), "rb")
 
 
@@ -133,14 +133,14 @@ def _file_name(url: str) -> str:
     return urllib.parse.unquote(parts.path, errors="strict")
 
 
-def _last(path: str) -> str:
+def _base_name(path: str) -> str:
     """The last part of a path or URL's path."""
     return urllib.parse.unquote(path).replace("\\", "/").rstrip("/").rpartition("/")[2]
 
 
 def _display(name: str) -> str:
-    """What errors call a medium: the last part of its user's name for it, without what cannot be shown."""
-    return "".join(sign for sign in _last(name) if sign.isprintable())[:100]
+    """A medium's name in error messages: the base name, printable characters only."""
+    return "".join(sign for sign in _base_name(name) if sign.isprintable())[:100]
 
 
 def _refused(message: str) -> ApiError:

@@ -23,16 +23,17 @@ from app.server.security.authentication import is_anonymous
 
 FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 BLOCK = 1 << 20
-MOST_FILES = 10_000  # of any size: each takes an inode, and a place in what is swept
-PAGE_KEEP_S = 600.0  # what came to the page and is no session's
+MAX_FILES = 10_000  # of any size: each takes an inode
+PAGE_KEEP_S = 600.0  # uploads to the page that no session holds
 
 
 @dataclass
 class StoredFile:
-    """One file of the store. uploaded: by name, until deleted or unused for long; else it can be sent again.
+    """One file of the store.
 
-    client: whose it is (`fluxchat.client` of access_control.py). folder: a folder of its own, or None.
-    created: seconds since 1970.
+    uploaded: as a file with an id, kept until deleted or long unused; else from a data: URL or download, and
+    dropped first when room is needed. client: its owner (`fluxchat.client` of access_control.py). folder: of
+    its own, or None. created: seconds since 1970.
     """
 
     id: str
@@ -49,11 +50,11 @@ class StoredFile:
 
 
 class MediaStore:
-    """All files that clients sent, by whichever door, in folders that go away with the store.
+    """All files that clients sent, in folders that are deleted with the store. Thread-safe.
 
-    limit_bytes: of all files, those that are still coming included. keep_s: a file not used for so long is
-    deleted; one in use never is. A file of a key or login is nobody else's; files of those who have neither
-    belong to whoever knows their ids.
+    limit_bytes: of all files, incoming ones included. keep_s: a file unused for so long is deleted, one in
+    use never. A file of a key or login is accessible to that client only; files of anonymous clients to
+    every anonymous client that knows their ids.
     """
 
     def __init__(self, limit_bytes: int = 2 * 2**30, keep_s: float = 3600.0) -> None:
@@ -62,20 +63,20 @@ class MediaStore:
         self._limit, self._keep_s = limit_bytes, keep_s
         self._files: dict[str, StoredFile] = {}
         self._by_path: dict[str, StoredFile] = {}
-        self._bytes = self._coming = 0  # of files that are there, and of those that are on their way
+        self._bytes = self._incoming = 0  # bytes of stored files, and of incoming ones
         self._lock = threading.Lock()
 
-    # -- what comes -----------------------------------------------------------------------------------------
+    # -- incoming files --------------------------------------------------------------------------------------
 
     def receive(
         self, name: str, client: str = "", *, key: str | None = None, page: str | Path | None = None
-    ) -> Incoming:
-        """A file to be written block by block: `keep` or `drop` it at the end.
+    ) -> IncomingFile:
+        """A file to be written block by block, then committed with `keep` or aborted with `drop`.
 
-        key: of what can be sent again. page: the folder below which the page wants its files, each in one of
+        key: in place of a new file id. page: the folder below which the page wants its files, each in one of
         its own that nobody can guess. Raises ApiError when the disk is full.
         """
-        return Incoming(self, name, client, key, page)
+        return IncomingFile(self, name, client, key, page)
 
     def add(
         self, source: BinaryIO, name: str, client: str = "", *, page: str | Path | None = None
@@ -84,9 +85,9 @@ class MediaStore:
         return self._copied(source, self.receive(name, client, page=page))
 
     def add_bytes(self, content: bytes, client: str = "") -> StoredFile:
-        """Keep what a data: URL held; the same bytes of one client are kept once.
+        """Store the content of a data: URL; the same bytes of one client are stored once.
 
-        Of one client: else figures and times would tell others what somebody has sent.
+        Per client: else usage and timings would reveal to others what a client has sent.
         """
         whose = hashlib.sha256(client.encode()).digest()
         key = f"data-{hashlib.blake2b(content, digest_size=16, key=whose).hexdigest()}"
@@ -97,7 +98,7 @@ class MediaStore:
         return self._copied(io.BytesIO(content), self.receive(key, key=key))
 
     @staticmethod
-    def _copied(source: BinaryIO, target: Incoming) -> StoredFile:
+    def _copied(source: BinaryIO, target: IncomingFile) -> StoredFile:
         try:
             while block := source.read(BLOCK):
                 target.write(block)
@@ -109,7 +110,7 @@ class MediaStore:
     def _reserve(self, amount: int) -> None:
         with self._lock:
             self._sweep(amount)
-            if self._bytes + self._coming + amount > self._limit or len(self._by_path) >= MOST_FILES:
+            if self._bytes + self._incoming + amount > self._limit or len(self._by_path) >= MAX_FILES:
                 raise ApiError(
                     429,
                     "The server's store of files is full: delete files, or try again later.",
@@ -117,48 +118,47 @@ class MediaStore:
                     code="storage_full",
                     headers={"Retry-After": "60"},
                 )
-            self._coming += amount
+            self._incoming += amount
 
     def _settle(self, amount: int, stored: StoredFile | None) -> StoredFile | None:
-        """End a reservation, with the file or without; gives what is there already in its place."""
+        """End a reservation. Gives the stored file, or one already there under its id; None: aborted."""
         with self._lock:
-            self._coming -= amount
+            self._incoming -= amount
             if stored is None:
                 return None
-            if (known := self._files.get(stored.id)) is not None:  # sent twice at the same time
+            if (known := self._files.get(stored.id)) is not None:  # received twice at the same time
                 return known
             self._files[stored.id] = self._by_path[stored.path] = stored
             self._bytes += stored.bytes
             return stored
 
-    # -- what is there --------------------------------------------------------------------------------------
+    # -- stored files --------------------------------------------------------------------------------------
 
     def find(self, key: str, client: str = "") -> StoredFile:
         """An uploaded file of that client; raises ApiError 404."""
         with self._lock:
-            found = self._files.get(key) if FILE_ID.fullmatch(key) else None
-        if found is None or not _owns(client, found):
+            stored = self._files.get(key) if FILE_ID.fullmatch(key) else None
+        if stored is None or not _owns(client, stored):
             raise _no_file()
-        return found
+        return stored
 
     def files(self, client: str) -> list[StoredFile]:
-        """What exactly this client uploaded, the oldest first; who has neither key nor login sees what came
-        on the same connection."""
+        """The files that this client uploaded, oldest first; an anonymous one's of this visit only."""
         with self._lock:
             return [file for file in self._files.values() if file.uploaded and file.client == client]
 
     def touch(self, path: str, client: str) -> bool:
-        """Whether that path is a file of the client's; counts as using it."""
+        """Whether that path is a file of the client's; if so it counts as used now."""
         with self._lock:
-            found = self._by_path.get(path)
-            if found is None or found.deleted or not _owns(client, found):
+            stored = self._by_path.get(path)
+            if stored is None or stored.deleted or not _owns(client, stored):
                 return False
-            found.used = time.monotonic()
+            stored.used = time.monotonic()
             return True
 
     @contextmanager
     def use(self, stored: StoredFile) -> Iterator[str]:
-        """The file's path, which stays while it is used."""
+        """The file's path; it is not deleted meanwhile."""
         self._hold(stored)
         try:
             yield stored.path
@@ -166,7 +166,7 @@ class MediaStore:
             self._release(stored, delete=False)
 
     def hold(self, path: str) -> bool:
-        """Keep the file of that path until `release`; False when the store has none. Raises ApiError 404."""
+        """Keep the file of that path until `release`; False when there is none, ApiError 404 when deleted."""
         with self._lock:
             stored = self._by_path.get(path)
         if stored is None:
@@ -201,13 +201,13 @@ class MediaStore:
                 self._drop(stored)
 
     def delete(self, key: str, client: str = "") -> None:
-        """Forget an uploaded file; raises ApiError 404."""
+        """Delete an uploaded file; raises ApiError 404."""
         stored = self.find(key, client)
         with self._lock:
             self._drop(stored)
 
     def sweep(self) -> None:
-        """Delete what has not been used for long."""
+        """Delete files unused for longer than keep_s."""
         with self._lock:
             self._sweep(0)
 
@@ -218,7 +218,7 @@ class MediaStore:
             return len(self._files), self._bytes
 
     def close(self) -> None:
-        """Delete all of it."""
+        """Delete all files."""
         with self._lock:
             for file in self._by_path.values():
                 _remove(file.path, file.folder)
@@ -231,7 +231,7 @@ class MediaStore:
         now = time.monotonic()
         idle = sorted((f for f in self._files.values() if not f.users), key=lambda f: f.used)
         for file in idle:
-            full = self._bytes + self._coming + wanted > self._limit or len(self._by_path) >= MOST_FILES
+            full = self._bytes + self._incoming + wanted > self._limit or len(self._by_path) >= MAX_FILES
             crowded = full and not file.uploaded
             keep_s = self._keep_s if file.folder is None else min(self._keep_s, PAGE_KEEP_S)
             if crowded or now - file.used > keep_s:
@@ -245,14 +245,14 @@ class MediaStore:
             self._erase(stored)
 
     def _erase(self, stored: StoredFile) -> None:
-        # What is deleted while it is used keeps its room until it is gone.
+        # A file deleted while in use counts until it is gone from the disk.
         if self._by_path.pop(stored.path, None) is not None:
             self._bytes -= stored.bytes
             _remove(stored.path, stored.folder)
 
 
-class Incoming:
-    """One file on its way into the store: its bytes are counted and bounded as they come."""
+class IncomingFile:
+    """A file being received into the store; its bytes count against the limit as they arrive."""
 
     def __init__(
         self, store: MediaStore, name: str, client: str, key: str | None, page: str | Path | None
@@ -273,14 +273,14 @@ class Incoming:
                 handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             self._file = os.fdopen(handle, "wb", buffering=0)
         try:
-            store._reserve(0)  # of empty files there are as many
+            store._reserve(0)  # empty files count as files too
         except ApiError:
             self._file.close()
             _remove(self.path, self._folder)
             raise
 
     def write(self, block: bytes | bytearray) -> None:
-        """More of it; raises ApiError when the store or the disk is full."""
+        """Append a block; raises ApiError when the store or the disk is full."""
         with self._lock, disk_errors():
             if not self._open:
                 return
@@ -291,7 +291,7 @@ class Incoming:
                 view = view[self._file.write(view) :]
 
     def keep(self) -> StoredFile:
-        """It is complete: the store has it now."""
+        """Commit the complete file to the store."""
         self._file.close()
         self._open = False
         made = StoredFile(
@@ -304,7 +304,7 @@ class Incoming:
         return kept
 
     def drop(self) -> None:
-        """It was cut off, or is not wanted: nothing of it stays. Does nothing after `keep`."""
+        """Abort: delete what was received. Does nothing after `keep`."""
         with self._lock:
             if self._open:
                 self._open = False

@@ -1,11 +1,11 @@
-"""What stands in front of every request: who is asked for, from where, and with which key.
+"""Access control middleware: checks the host, the origin and the credentials of every request.
 
-A page of the web can make a visitor's browser send requests to 127.0.0.1. It cannot read the answers, but it
-must not be able to ask at all: hence the checks of Host (names that point here by DNS), Origin and
-Sec-Fetch-Site. With an API key or a login, nothing but `OPEN` is served without it.
+A page of another site can make a visitor's browser send requests to 127.0.0.1. It cannot read the responses,
+but it must not be able to send them at all: hence the checks of Host (against DNS rebinding), Origin and
+Sec-Fetch-Site (against cross-site requests). With an API key or a login, only `OPEN` is served without it.
 
-What is let in carries in its ASGI scope:
-    fluxchat.client  whose it is: unguessable; one per key or login, else one per visitor, who is known by
+An admitted request carries in its ASGI scope:
+    fluxchat.client  the client's id, unguessable: one per key or login, else one per visitor, known by
                      a cookie that /v1 sets, or by the connection
     fluxchat.name    the key's or login's name, None for a visitor without
 """
@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.server.errors import ApiError, error_response, shutting_down
 from app.server.security.authentication import Authenticator, is_anonymous
-from app.server.security.login import page
+from app.server.security.login import login_page
 
 LOG = logging.getLogger("fluxchat")
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -68,7 +68,7 @@ class AccessControl:
             await send(message)
 
         try:
-            response = await self._admit(scope, receive)
+            response = await self._authorize(scope, receive)
             await (self._app if response is None else response)(scope, receive, answer)
         except ApiError as error:
             await self._refuse(error, started, scope, receive, answer)
@@ -85,17 +85,17 @@ class AccessControl:
         elif not started:
             await error_response(error)(scope, receive, send)
 
-    async def _admit(self, scope: Scope, receive: Receive) -> Response | None:
-        """What the guard answers itself; None when the request may go on. Raises ApiError."""
+    async def _authorize(self, scope: Scope, receive: Receive) -> Response | None:
+        """None when the request is admitted, else the response to send; raises ApiError."""
         headers = Headers(scope=scope)
         path = scope["path"]
-        if scope.get("method") == "CONNECT":  # after an answer of 200, uvicorn would expect a tunnel
+        if scope.get("method") == "CONNECT":  # after a 200, uvicorn would expect a tunnel
             raise ApiError(405, "This server is no proxy.", code="method_not_allowed")
         self._check_host(headers)
         self._check_origin(headers, scope, path)
         address = scope["client"][0][:64] if scope.get("client") else ""
         if path in ("/login", "/logout") and self._authenticator.credentials.needed:
-            return await self._log(path, scope, headers, receive, address)
+            return await self._log_in_or_out(path, scope, headers, receive, address)
         if path in OPEN:
             return None
         if self._closing() and scope.get("method") == "POST":
@@ -103,9 +103,9 @@ class AccessControl:
         connection = scope.get("state", {}).get("fluxchat.connection")
         client = self._authenticator.client(headers, address, connection)
         if client is None:
-            if _is_reading(scope, headers) and not path.startswith("/v1/"):
-                asked = quote(scope["path"].lstrip("/")[:500])
-                return RedirectResponse(f"/login?next=/{asked}", 303)
+            if _wants_page(scope, headers) and not path.startswith("/v1/"):
+                target = quote(scope["path"].lstrip("/")[:500])
+                return RedirectResponse(f"/login?next=/{target}", 303)
             raise ApiError(
                 401,
                 "The API key is missing or wrong: send it as a bearer token.",
@@ -125,7 +125,7 @@ class AccessControl:
             and self._authenticator.visitor(headers) is None
         ):
             # OpenAI's clients close the connection after each streamed answer: the next one is known by this.
-            scope["fluxchat.cookie"] = self._authenticator.cookies.new(client.id)
+            scope["fluxchat.cookie"] = self._authenticator.cookies.issue(client.id)
         return None
 
     def _check_host(self, headers: Headers) -> None:
@@ -135,7 +135,7 @@ class AccessControl:
             )
 
     def _check_origin(self, headers: Headers, scope: Scope, path: str) -> None:
-        """Nothing for another site's page; it may only link to ours."""
+        """Refuses requests from other sites' pages, except links to ours."""
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "").lower()
         own = _authority(f"//{headers.get('host', '')}")
         foreign = origin is not None and (own is None or _authority(origin) != own)
@@ -160,21 +160,21 @@ class AccessControl:
 
     # -- logging in and out ---------------------------------------------------------------------------------
 
-    async def _log(
+    async def _log_in_or_out(
         self, path: str, scope: Scope, headers: Headers, receive: Receive, address: str
     ) -> Response:
         if path == "/logout":
-            self._authenticator.cookies.end(self._authenticator.cookie(headers) or "")
+            self._authenticator.cookies.revoke(self._authenticator.cookie(headers) or "")
             return RedirectResponse("/login", 303, {"Set-Cookie": self._cookie("", scope)})
         query = parse_qs(scope["query_string"].decode("latin-1")[:2000])
-        target = _local(query.get("next", ["/"])[0])
+        target = _local_path(query.get("next", ["/"])[0])
         if scope["method"] != "POST":
             return self._form(target)
-        form = parse_qs((await _short_body(receive)).decode("utf-8", "replace"), keep_blank_values=True)
+        form = parse_qs((await _read_form(receive)).decode("utf-8", "replace"), keep_blank_values=True)
         user, password = form.get("username", [""])[0], form.get("password", [""])[0]
         reads = "text/html" in headers.get("accept", "")
         try:
-            value = self._authenticator.enter(address, user, password)
+            value = self._authenticator.log_in(address, user, password)
         except ApiError as error:
             if not reads:
                 raise
@@ -192,7 +192,7 @@ class AccessControl:
         self, target: str, problem: str = "", status: int = 200, headers: dict[str, str] | None = None
     ) -> Response:
         credentials = self._authenticator.credentials
-        html = page(
+        html = login_page(
             user=credentials.login is not None,
             keys=len(self._authenticator.keys) > 0,
             action=f"/login?next={quote(target)}",
@@ -204,7 +204,7 @@ class AccessControl:
         )
 
 
-async def _short_body(receive: Receive) -> bytes:
+async def _read_form(receive: Receive) -> bytes:
     body = b""
     while True:
         message: Any = await receive()
@@ -217,13 +217,13 @@ async def _short_body(receive: Receive) -> bytes:
             return body
 
 
-def _is_reading(scope: Scope, headers: Headers) -> bool:
-    """Whether a person's browser asks for a page."""
+def _wants_page(scope: Scope, headers: Headers) -> bool:
+    """Whether a browser navigates to a page."""
     return scope.get("method") == "GET" and "text/html" in headers.get("accept", "")
 
 
-def _local(target: str) -> str:
-    """A path of this server to go to; never another site's."""
+def _local_path(target: str) -> str:
+    """The target as a path of this server; "/" in place of another site's URL."""
     bad = not target.startswith("/") or target[1:2] in ("/", "\\") or not target.isprintable()
     return "/" if bad else target
 

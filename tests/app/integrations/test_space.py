@@ -76,7 +76,7 @@ def test_it_runs_as_it_is(space: Path, tiny_model: VideoLanguageModel, tmp_path:
 
 
 def test_a_wrong_login_is_an_error() -> None:
-    from app.server.launch import login_of
+    from app.server.launch import parse_login
 
     with pytest.raises(ConfigError):
-        login_of("nobody")
+        parse_login("nobody")

@@ -22,7 +22,7 @@ from app.server.launch import LaunchOptions, make_app
 from app.server.security.access_control import OPEN, AccessControl
 from app.server.security.api_keys import KeyRing, read_keys
 from app.server.security.authentication import Authenticator, Credentials
-from app.server.security.login import FREE, Cookies, Failures
+from app.server.security.login import FREE_ATTEMPTS, LoginThrottle, SessionCookies
 from encoder.errors import ConfigError
 from llm_bridge.model import VideoLanguageModel
 from tests.app.server.serving import running, upload
@@ -92,7 +92,7 @@ def test_nothing_is_open_that_is_not_named(locked: str, tiny_model: VideoLanguag
     with VideoChat(tiny_model) as chat:
         app = make_app(chat, LaunchOptions(credentials=Credentials("k"), examples=[]))
         doors = {(m, p) for m, p in paths(app) if m in ("GET", "POST", "DELETE", "PUT") and p.startswith("/")}
-        app.state.server.close()
+        app.state.api.close()
     assert ("POST", "/gradio_api/queue/join") in doors
     assert ("POST", "/v1/chat/completions") in doors
     doors |= {("GET", path) for path in ("/docs", "/openapi.json", "/nothing", "//v1/models", "/login/x")}
@@ -500,7 +500,7 @@ async def test_past_the_rate_is_429_on_every_door(tmp_path: Path) -> None:
 
 def test_guessing_is_slowed_by_address() -> None:
     clock = Clock()
-    failures = Failures(clock)
+    failures = LoginThrottle(clock)
     waits = []
     for count in range(12):
         try:
@@ -510,7 +510,7 @@ def test_guessing_is_slowed_by_address() -> None:
             clock.now += waits[-1]
             failures.check("1.1.1.1")
         failures.add("1.1.1.1")
-        assert count >= FREE or not waits
+        assert count >= FREE_ATTEMPTS or not waits
     assert waits == [1, 2, 4, 8, 16, 32, 60]
     failures.check("2.2.2.2")
 
@@ -518,7 +518,7 @@ def test_guessing_is_slowed_by_address() -> None:
 @pytest.mark.anyio
 async def test_a_right_key_does_not_help_who_must_wait() -> None:
     async with behind(Credentials("k")) as client:
-        for _ in range(FREE):
+        for _ in range(FREE_ATTEMPTS):
             assert (await client.get("/v1/models", headers=bearer("x"))).status_code == 401
         assert (await client.get("/v1/models", headers=bearer("k"))).status_code == 429
         assert (await client.post("/login", data={"password": "k"})).status_code == 429
@@ -526,15 +526,15 @@ async def test_a_right_key_does_not_help_who_must_wait() -> None:
 
 def test_cookies_end() -> None:
     clock = Clock()
-    cookies = Cookies(clock)
-    value = cookies.new("login ann")
-    assert cookies.who(value) == "login ann"
-    assert cookies.who(value[:-1]) is None
-    cookies.end(value)
-    assert cookies.who(value) is None
-    late = cookies.new("login ann")
+    cookies = SessionCookies(clock)
+    value = cookies.issue("login ann")
+    assert cookies.subject(value) == "login ann"
+    assert cookies.subject(value[:-1]) is None
+    cookies.revoke(value)
+    assert cookies.subject(value) is None
+    late = cookies.issue("login ann")
     clock.now += 8 * 86400
-    assert cookies.who(late) is None
+    assert cookies.subject(late) is None
     assert value not in json.dumps(str(vars(cookies)))
 
 

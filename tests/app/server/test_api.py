@@ -23,13 +23,13 @@ from app.server.errors import A_FILE, ApiError, PathRedactor
 from app.server.launch import LaunchOptions
 from app.server.media import download as fetching
 from app.server.media.resolver import Resolver
-from app.server.routes import Server, ServerSettings
+from app.server.routes import Api, ServerSettings
 from encoder.errors import BudgetError, ConfigError, ContextError, FluxChatError, ModelError, VideoError
 from llm_bridge.model import VideoLanguageModel
 from tests.app.server.serving import answer, ask, data_url, question, running, upload
 from tests.encoder.video import video_files as vf
 
-Serving = tuple[str, Server]
+Serving = tuple[str, Api]
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_files_belong_to_who_uploaded_them(tiny_model: VideoLanguageModel, clip:
     from starlette.testclient import TestClient
 
     with VideoChat(tiny_model, trusted=False) as chat:
-        server = Server(chat)
+        server = Api(chat)
         app = FastAPI()
         server.install(app)
         with TestClient(Named(app)) as http:

@@ -30,7 +30,7 @@ from app.server.limits import BodyLimits, ConnectionLimits, Connections
 from app.server.media.store import MediaStore
 from app.server.media.uploads import file_name
 from app.server.request_body import read_json
-from app.server.routes import Server, ServerSettings
+from app.server.routes import Api, ServerSettings
 from app.server.security.access_control import AccessControl
 from app.server.security.authentication import Authenticator, Credentials
 from llm_bridge.model import VideoLanguageModel
@@ -38,7 +38,7 @@ from tests.app.conftest import SHORT
 from tests.app.server.serving import ask, running
 from tests.encoder.video import video_files as vf
 
-Serving = tuple[str, Server]
+Serving = tuple[str, Api]
 PARTS = 250_000  # more than a body may have
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -453,10 +453,10 @@ def test_a_broken_off_upload_leaves_nothing(small_store: Serving, path: str) -> 
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
     connection = connect(address)
     connection.sendall(f"{head}Content-Length: 900000\r\n\r\n".encode() + part + b"x" * 600_000)
-    while not server.store._coming:  # until some of it is on the disk
+    while not server.store._incoming:  # until some of it is on the disk
         threading.Event().wait(0.01)
     connection.close()
-    while server.store._coming:
+    while server.store._incoming:
         threading.Event().wait(0.01)
     assert (server.store.size, _folders(server)) == (before, folders)
     # Said to be complete, and it is not.
@@ -471,10 +471,10 @@ def test_a_broken_off_upload_leaves_nothing(small_store: Serving, path: str) -> 
         headers = {"Content-Type": "multipart/form-data; boundary=b"}
         sent = httpx.post(f"{address}{path}", content=body, headers=headers)
         assert sent.status_code == 400, body
-    assert (server.store.size, _folders(server), server.store._coming) == (before, folders, 0)
+    assert (server.store.size, _folders(server), server.store._incoming) == (before, folders, 0)
 
 
-def _folders(server: Server) -> set[str]:
+def _folders(server: Api) -> set[str]:
     from gradio.utils import get_upload_folder
 
     page = Path(get_upload_folder())
@@ -578,7 +578,7 @@ def test_who_waits_when_it_ends_gets_a_503(tiny_model: VideoLanguageModel) -> No
         handle.remove()
 
 
-def _in_loop(server: Server, call: Any) -> None:
+def _in_loop(server: Api, call: Any) -> None:
     """Do it in the server's event loop, where it belongs."""
     job = next(iter(server.scheduler._jobs), None)
     assert job is not None

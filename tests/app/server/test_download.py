@@ -14,7 +14,7 @@ import pytest
 
 from app.server.errors import ApiError
 from app.server.media import download as fetching
-from app.server.media.download import download, fetch, is_public, parse, public_address
+from app.server.media.download import download, fetch, is_public, parse_url, public_address
 
 HOSTS = ["videos.example", "Bücher.example"]
 
@@ -156,7 +156,7 @@ def test_all_addresses_of_a_name_must_be_public(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_urls_of_allowed_hosts(url: str, expected: tuple[str, int, str, bool] | None) -> None:
-    target = parse(url, HOSTS)
+    target = parse_url(url, HOSTS)
     if expected is None:
         assert target.path == "/gr%C3%BCn%20%C3%A9.mp4"
     else:
@@ -224,7 +224,7 @@ def test_urls_of_allowed_hosts(url: str, expected: tuple[str, int, str, bool] | 
 )
 def test_urls_that_are_not_fetched(url: str) -> None:
     with pytest.raises(ApiError) as caught:
-        parse(url, HOSTS)
+        parse_url(url, HOSTS)
     assert (caught.value.status, caught.value.body["error"]["code"]) == (400, "invalid_media")
 
 

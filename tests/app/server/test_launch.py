@@ -22,7 +22,7 @@ from gradio_client import Client, handle_file
 
 from app.chat import VideoChat
 from app.cli import build_parser, main
-from app.server.launch import WEB_LIMITS, LaunchOptions, login_of
+from app.server.launch import WEB_LIMITS, LaunchOptions, parse_login
 from app.server.security.authentication import Credentials
 from encoder.errors import ConfigError
 from encoder.video import confine
@@ -161,8 +161,8 @@ def test_options_in_python() -> None:
     LaunchOptions(host="192.168.0.1", credentials=Credentials(login=("a", "b"))).check()
     LaunchOptions(host="0.0.0.0", public=True).check()
     LaunchOptions(host="0.0.0.0", credentials=Credentials("key")).check()
-    assert login_of("a:b:c") == ("a", "b:c")
-    assert login_of(None) is None
+    assert parse_login("a:b:c") == ("a", "b:c")
+    assert parse_login(None) is None
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:

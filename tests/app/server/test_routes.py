@@ -26,14 +26,14 @@ from app.server.errors import ApiError
 from app.server.launch import LaunchOptions
 from app.server.media.store import MediaStore
 from app.server.replies import TextFilter
-from app.server.routes import Server, ServerSettings
+from app.server.routes import Api, ServerSettings
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import Message
 from tests.app.conftest import SHORT
 from tests.app.server.serving import answer, ask, data_url, question, running, upload
 from tests.encoder.video import video_files as vf
 
-Serving = tuple[str, Server]
+Serving = tuple[str, Api]
 
 
 @pytest.fixture(scope="module")

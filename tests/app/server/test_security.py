@@ -26,14 +26,14 @@ from app.server.launch import WEB_LIMITS, LaunchOptions
 from app.server.media import download as fetching
 from app.server.media.download import download, is_public
 from app.server.media.resolver import Resolver
-from app.server.routes import Server, ServerSettings
+from app.server.routes import Api, ServerSettings
 from app.server.security.authentication import Credentials
 from llm_bridge.model import VideoLanguageModel
 from tests import ROOT
 from tests.app.server.serving import answer, ask, data_url, question, running, upload
 from tests.encoder.video import video_files as vf
 
-Serving = tuple[str, Server]
+Serving = tuple[str, Api]
 LOGIN = ("ann", "secret:with colon")
 
 

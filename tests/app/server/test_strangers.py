@@ -17,9 +17,9 @@ from fastapi import Request
 from app.chat import VideoChat
 from app.page.handlers import MAX_TURNS, Handlers
 from app.page.sessions import Sessions, Turn
-from app.server.chat_request import LOOKED_AT, longest_text, parse_chat
+from app.server.chat_request import MAX_COMPARED, longest_text, parse_chat
 from app.server.errors import ApiError
-from app.server.gradio_mount import MOST_NAMED, PATH_LENGTH, GradioAccess, PageUploads
+from app.server.gradio_mount import MAX_NAMED_FILES, PATH_LENGTH, GradioAccess, PageUploads
 from app.server.limits import Connection, ConnectionLimits, Connections
 from app.server.media import store as media
 from app.server.media.store import MediaStore
@@ -59,7 +59,7 @@ def test_few_of_many_unknown_fields_are_compared_with_known_ones() -> None:
         pytest.raises(ApiError, match="x0"),
     ):
         parse_chat(body)
-    assert compared.call_count <= LOOKED_AT + 1
+    assert compared.call_count <= MAX_COMPARED + 1
 
 
 def test_only_what_can_be_a_path_is_resolved(store: MediaStore, tmp_path: Path) -> None:
@@ -75,9 +75,9 @@ def test_only_what_can_be_a_path_is_resolved(store: MediaStore, tmp_path: Path) 
 def test_a_request_names_few_files(store: MediaStore, tmp_path: Path) -> None:
     door = GradioAccess(mock.Mock(), store, tmp_path, (), mcp=False)
     mine = store.add(io.BytesIO(b"x"), "a.mp4", "me", page=tmp_path)
-    door._check_all({"path": [mine.path] * MOST_NAMED}, "me")
+    door._check_all({"path": [mine.path] * MAX_NAMED_FILES}, "me")
     with pytest.raises(ApiError, match="files"):
-        door._check_all({"path": [mine.path] * (MOST_NAMED + 1)}, "me")
+        door._check_all({"path": [mine.path] * (MAX_NAMED_FILES + 1)}, "me")
 
 
 def test_what_of_a_body_came_fast_does_not_pay_for_drops() -> None:
@@ -106,7 +106,7 @@ def test_what_of_a_body_came_fast_does_not_pay_for_drops() -> None:
 def test_files_are_counted_whatever_their_size(
     store: MediaStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(media, "MOST_FILES", 3)
+    monkeypatch.setattr(media, "MAX_FILES", 3)
     for _ in range(3):
         store.add(io.BytesIO(b""), "a.mp4", page=tmp_path)
     with pytest.raises(ApiError) as caught:
