@@ -48,7 +48,7 @@ KEY, WORN = "the-clients-key", "a-key-of-few-requests"
 HEADERS = {"Authorization": f"Bearer {KEY}"}
 HEALTH_S = 1.0  # /healthz answers within
 GROWTH = 0.10
-IDLE_GRACE_S = 15.0  # for what is still being cleaned up
+GONE_S = 15.0  # for what is still being cleaned up
 
 
 def tiny_model(folder: Path) -> Path:
@@ -281,7 +281,7 @@ def _commands(process: psutil.Process) -> list[list[str]]:
 
 def _settle(look: Any) -> list[Any]:
     """What is still there after a while."""
-    end = time.monotonic() + IDLE_GRACE_S
+    end = time.monotonic() + GONE_S
     while (found := look()) and time.monotonic() < end:
         time.sleep(0.2)
     return list(found)

@@ -310,12 +310,12 @@ def rubbish(seed: int) -> bytes:
     return heads[seed % len(heads)] + noise
 
 
-def test_fifty_rubbish_uploads_leave_nothing(shared: Serving, media: Path) -> None:
+def test_rubbish_uploads_leave_nothing(shared: Serving, media: Path) -> None:
     def leftovers() -> set[str]:
         return {path.name for path in Path(tempfile.gettempdir()).glob("fluxchat-*")}
 
     before, size = leftovers(), shared[1].store.size
-    for seed in range(50):
+    for seed in range(12):
         response = httpx.post(f"{shared[0]}/v1/files", files={"file": ("x.mp4", rubbish(seed))}, timeout=60)
         assert response.status_code == 400, (seed, response.text)
         assert b"root:" not in response.content
