@@ -1,4 +1,4 @@
-"""Damaged files of every kind (tests/bench/fuzz.py): each ends in an answer or an error and leaves nothing."""
+"""Damaged files of every kind (tests/bench/fuzz.py) end in an answer or an error and leave nothing."""
 
 from collections.abc import Sequence
 from pathlib import Path

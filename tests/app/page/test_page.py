@@ -17,7 +17,7 @@ from PIL import Image
 from app.chat import VideoChat
 from app.page import html as markup
 from app.page.events import build, page_options
-from app.page.handlers import Handlers, asked_messages
+from app.page.handlers import Handlers, conversation_messages
 from app.page.layout import header
 from app.page.sessions import MAX_MEDIA, Media, Session, Sessions
 from app.page.settings import CHOOSE, Range, Settings
@@ -199,7 +199,7 @@ def test_a_video_taken_out_leaves_the_turns_it_was_in(handlers: Handlers, sessio
     ask(handlers, session, "What is in both?")
     handlers.sessions.remove(session, 0)
     ask(handlers, session, "And now?", replace(PLAIN, system="Answer briefly."))
-    asked = asked_messages(session.media, session.history, "What else?")
+    asked = conversation_messages(session.media, session.history, "What else?")
     assert [[part if isinstance(part, str) else part.name for part in m.content] for m in asked[::2]] == [
         [WORLD.name, "What is in both?"],
         ["And now?"],
