@@ -1,4 +1,4 @@
-"""Sessions of the page: one per browser tab, with its media and conversation, freed when it closes."""
+"""Sessions of the page: a browser tab's media and conversation, freed when the tab closes or idles."""
 
 from __future__ import annotations
 
