@@ -193,10 +193,10 @@ class GradioAccess:
         value = await parse_json(body, request.scope.get("fluxchat.parsing"))
         if isinstance(value, dict) and isinstance(value.get("session_hash"), str):
             self._bind_session(value["session_hash"], client)
-        await asyncio.to_thread(self._check_all, value, client)
+        await asyncio.to_thread(self.check_body, value, client)
         return body
 
-    def _check_all(self, value: Any, client: str) -> None:
+    def check_body(self, value: Any, client: str) -> None:
         """Raises ApiError when a decoded body names files that are not the client's, or too many."""
         named = 0
         for text, is_file in _texts(value):

@@ -115,6 +115,32 @@ class Connections:
         return True
 
 
+class BodyClock:
+    """The deadline for the next bytes of a request's body."""
+
+    def __init__(self, limits: ConnectionLimits) -> None:
+        self._limits = limits
+        self._last = self._deadline = 0.0
+
+    def start(self, now: float) -> None:
+        """The head is complete: the body is due."""
+        self._last, self._deadline = now, now + self._limits.body_s
+
+    def received(self, now: float, amount: int) -> None:
+        """Extend the deadline by the time that the bytes pay for, to at most body_s from now."""
+        self._last = now
+        self._deadline = min(now + self._limits.body_s, self._deadline + amount / self._limits.body_rate)
+
+    def pause(self, now: float) -> None:
+        """Do not count the time since the last bytes."""
+        self._deadline += now - self._last
+        self._last = now
+
+    def overdue(self, now: float) -> bool:
+        """Whether the deadline has passed."""
+        return now > self._deadline
+
+
 class Connection(H11Protocol):
     """uvicorn's HTTP/1.1 protocol with timeouts for one connection."""
 
@@ -123,7 +149,7 @@ class Connection(H11Protocol):
         self._all = connections
         self.waiting_since = connections.clock()  # for a request's head
         self._head_begun: float | None = self.waiting_since
-        self._body_last = self._body_until = 0.0
+        self._body = BodyClock(connections.limits)
         self._write_blocked_since: float | None = None
         self._closing_since: float | None = None
         # Identifies anonymous clients to the access control: requests of one connection are one client's.
@@ -153,26 +179,18 @@ class Connection(H11Protocol):
         super().data_received(data)
         if self.cycle is not cycle:  # a head is complete
             self._head_begun = None
-            self._start_body_clock(now)
+            self._body.start(now)
         elif not self.waiting:
-            self._extend_body_clock(now, len(data))
+            self._body.received(now, len(data))
 
     def on_response_complete(self) -> None:
         self.waiting_since, self._head_begun = self._all.clock(), None
         before = self.cycle
         super().on_response_complete()
         if self.cycle is not before:  # a pipelined request was in the buffer
-            self._start_body_clock(self.waiting_since)
+            self._body.start(self.waiting_since)
         elif self.conn.trailing_data[0]:  # a part of the next head
             self._head_begun = self.waiting_since
-
-    def _start_body_clock(self, now: float) -> None:
-        self._body_last, self._body_until = now, now + self._all.limits.body_s
-
-    def _extend_body_clock(self, now: float, amount: int) -> None:
-        limits = self._all.limits
-        self._body_last = now
-        self._body_until = min(now + limits.body_s, self._body_until + amount / limits.body_rate)
 
     def _unsupported_upgrade_warning(self) -> None:
         """No warning: there are no websockets here."""
@@ -204,10 +222,8 @@ class Connection(H11Protocol):
         if not self.cycle.more_body:
             return
         if self.flow.read_paused:  # the server is slow, not the client
-            self._body_until += now - self._body_last
-            self._body_last = now
-            return
-        if now > self._body_until:
+            self._body.pause(now)
+        elif self._body.overdue(now):
             self.end(_too_slow("The request's body did not come in time."))
 
     def end(self, error: ApiError | None) -> None:
@@ -284,8 +300,8 @@ class BodyLimits:
 
     def __init__(self, app: ASGIApp, limit: int, uploads: int) -> None:
         self._app = app
-        self._small, self._large = Pool(limit // 4), Pool(limit - limit // 4)
-        self._uploads = Pool(uploads)
+        self.small, self.large = Pool(limit // 4), Pool(limit - limit // 4)
+        self.uploads = Pool(uploads)
         self._parsing = asyncio.Semaphore(1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -294,16 +310,16 @@ class BodyLimits:
             return
         scope["fluxchat.parsing"] = self._parsing  # large bodies are parsed one after the other
         if scope["method"] == "POST" and scope["path"].rstrip("/") in UPLOAD_PATHS:
-            if not self._uploads.acquire(1):
+            if not self.uploads.acquire(1):
                 raise _full("Too many uploads are under way")
             try:
                 await self._app(scope, receive, send)
             finally:
-                self._uploads.release(1)
+                self.uploads.release(1)
             return
         length = Headers(scope=scope).get("content-length", "")
         declared = int(length[:18]) if length.isdecimal() else None
-        pool = self._small if declared is not None and declared <= SMALL_BODY else self._large
+        pool = self.small if declared is not None and declared <= SMALL_BODY else self.large
         # A body that no route would take gets its 413 there.
         if declared is not None and declared <= pool.limit < pool.used + declared:
             raise _full("Too many large requests are under way")

@@ -29,7 +29,7 @@ class Job:
 
     def __init__(self) -> None:
         self._pieces: asyncio.Queue[Any] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._stream: AnswerStream | None = None
         self._stopped = False
         self.answer: Answer | None = None
@@ -55,8 +55,8 @@ class Job:
         self._pieces.put_nowait(error)
 
     def _put(self, item: Any) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, item)
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self._pieces.put_nowait, item)
 
     async def __aiter__(self) -> AsyncIterator[str]:
         while (item := await self._pieces.get()) is not _END:
@@ -78,7 +78,7 @@ class Scheduler:
         self._slots, self._queue = slots, queue
         self._free = asyncio.Semaphore(slots)
         self._threads = ThreadPoolExecutor(slots, "fluxchat-answer")
-        self._jobs: set[Job] = set()
+        self.jobs: set[Job] = set()
         self._waiting = 0
         self._mean_s = 5.0  # moving average of an answer's duration
         self._draining = self._closed = False
@@ -86,7 +86,7 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Answers being made."""
-        return len(self._jobs)
+        return len(self.jobs)
 
     @property
     def waiting(self) -> int:
@@ -127,12 +127,12 @@ class Scheduler:
             self._free.release()
             raise shutting_down()
         job = Job()
-        self._jobs.add(job)
+        self.jobs.add(job)
         started = time.monotonic()
 
         def ended(_: object) -> None:
             self._mean_s += 0.2 * (time.monotonic() - started - self._mean_s)
-            self._jobs.discard(job)
+            self.jobs.discard(job)
             self._free.release()
 
         asyncio.get_running_loop().run_in_executor(self._threads, job.run, source).add_done_callback(ended)
@@ -142,15 +142,15 @@ class Scheduler:
         """Refuse what is new, let what runs and waits finish, and stop what takes longer than `seconds`."""
         self._draining = True
         end = time.monotonic() + seconds
-        while (self._jobs or self._waiting) and time.monotonic() < end:
+        while (self.jobs or self._waiting) and time.monotonic() < end:
             await asyncio.sleep(0.05)
-        for job in self._jobs:
+        for job in self.jobs:
             job.stop()
 
     def close(self) -> None:
         """Stop everything; who waits gets a 503."""
         self._draining = self._closed = True
-        for job in self._jobs:
+        for job in self.jobs:
             job.stop()
         for _ in range(self._waiting):
             self._free.release()
@@ -158,5 +158,5 @@ class Scheduler:
 
     def abandon(self) -> None:
         """After `close`: a 503 for whoever still waits for an answer whose thread does not end."""
-        for job in self._jobs:
+        for job in self.jobs:
             job.abandon(shutting_down())

@@ -60,10 +60,11 @@ class MediaStore:
     def __init__(self, limit_bytes: int = 2 * 2**30, keep_s: float = 3600.0) -> None:
         self._scratch = ScratchFolder("files")
         self.folder = self._scratch.path
-        self._limit, self._keep_s = limit_bytes, keep_s
+        self.limit_bytes, self.keep_s = limit_bytes, keep_s
         self._files: dict[str, StoredFile] = {}
         self._by_path: dict[str, StoredFile] = {}
-        self._bytes = self._incoming = 0  # bytes of stored files, and of incoming ones
+        self._bytes = 0
+        self.incoming_bytes = 0  # of files being received
         self._lock = threading.Lock()
 
     # -- incoming files --------------------------------------------------------------------------------------
@@ -110,7 +111,7 @@ class MediaStore:
     def _reserve(self, amount: int) -> None:
         with self._lock:
             self._sweep(amount)
-            if self._bytes + self._incoming + amount > self._limit or len(self._by_path) >= MAX_FILES:
+            if self._full(amount):
                 raise ApiError(
                     429,
                     "The server's store of files is full: delete files, or try again later.",
@@ -118,12 +119,12 @@ class MediaStore:
                     code="storage_full",
                     headers={"Retry-After": "60"},
                 )
-            self._incoming += amount
+            self.incoming_bytes += amount
 
     def _settle(self, amount: int, stored: StoredFile | None) -> StoredFile | None:
         """End a reservation. Gives the stored file, or one already there under its id; None: aborted."""
         with self._lock:
-            self._incoming -= amount
+            self.incoming_bytes -= amount
             if stored is None:
                 return None
             if (known := self._files.get(stored.id)) is not None:  # received twice at the same time
@@ -227,13 +228,16 @@ class MediaStore:
             self._bytes = 0
         self._scratch.remove()
 
+    def _full(self, wanted: int) -> bool:
+        total = self._bytes + self.incoming_bytes + wanted
+        return total > self.limit_bytes or len(self._by_path) >= MAX_FILES
+
     def _sweep(self, wanted: int) -> None:
         now = time.monotonic()
         idle = sorted((f for f in self._files.values() if not f.users), key=lambda f: f.used)
         for file in idle:
-            full = self._bytes + self._incoming + wanted > self._limit or len(self._by_path) >= MAX_FILES
-            crowded = full and not file.uploaded
-            keep_s = self._keep_s if file.folder is None else min(self._keep_s, PAGE_KEEP_S)
+            crowded = self._full(wanted) and not file.uploaded
+            keep_s = self.keep_s if file.folder is None else min(self.keep_s, PAGE_KEEP_S)
             if crowded or now - file.used > keep_s:
                 self._drop(file)
 

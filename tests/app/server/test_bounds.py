@@ -263,7 +263,7 @@ async def test_bodies_are_bounded_together_until_they_are_answered() -> None:
         go.set()
         assert [(await first).json(), (await second).json()] == [1, 1]
         assert (await client.post("/v1/chat/completions", json=large)).json() == 1
-    assert bodies._large.used == bodies._small.used == bodies._uploads.used == 0
+    assert bodies.large.used == bodies.small.used == bodies.uploads.used == 0
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_a_full_disk_is_a_sentence(store: MediaStore, monkeypatch: pytest.Monkey
 def test_a_file_in_use_stays_and_keeps_its_room(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = store.add(io.BytesIO(b"x" * 800), "a", page=store.folder)
     assert store.hold(stored.path)
-    monkeypatch.setattr(store, "_keep_s", 0.0)
+    monkeypatch.setattr(store, "keep_s", 0.0)
     store.sweep()
     store.delete(stored.id)
     assert Path(stored.path).exists()
@@ -407,11 +407,11 @@ def test_a_session_keeps_its_video_for_as_long_as_it_talks(
     assert not Path(path).exists()
     assert handlers.add_copy(second, str(SHORT)) == ""
     assert store.size[0] == 1
-    monkeypatch.setattr(store, "_limit", 10)
+    monkeypatch.setattr(store, "limit_bytes", 10)
     assert "full" in handlers.add_copy(second, str(SHORT))
     with pytest.raises(ApiError):
         store.add(io.BytesIO(b"x" * 100), "no-video.mp4", page=tmp_path)
-    monkeypatch.setattr(store, "_limit", 10**9)
+    monkeypatch.setattr(store, "limit_bytes", 10**9)
     bad = store.add(io.BytesIO(b"x" * 100), "no-video.mp4", page=tmp_path)
     assert handlers.add(second, [bad.path]) != ""
     assert not Path(bad.path).exists()  # what was refused is not kept
@@ -437,10 +437,11 @@ def test_one_bound_for_every_door(small_store: Serving, tmp_path: Path) -> None:
     assert [sent.status_code for sent in page] == [200, 200, 429]
     assert page[2].json()["error"]["code"] == "storage_full"
     assert httpx.post(f"{address}/v1/files", files={"file": ("v.mp4", video)}).status_code == 429
-    stored = [server.store._by_path[sent.json()[0]] for sent in page[:2]]
-    for file in stored:
-        server.store.delete(file.id)
-        assert not Path(file.path).parent.exists()
+    for sent in page[:2]:
+        [path] = sent.json()
+        assert server.store.hold(path)
+        assert server.store.release(path)  # deletes it
+        assert not Path(path).parent.exists()
     assert httpx.post(f"{address}/v1/files", files={"file": ("v.mp4", video)}).status_code == 200
 
 
@@ -453,10 +454,10 @@ def test_a_broken_off_upload_leaves_nothing(small_store: Serving, path: str) -> 
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
     connection = connect(address)
     connection.sendall(f"{head}Content-Length: 900000\r\n\r\n".encode() + part + b"x" * 600_000)
-    while not server.store._incoming:  # until some of it is on the disk
+    while not server.store.incoming_bytes:  # until some of it is on the disk
         threading.Event().wait(0.01)
     connection.close()
-    while server.store._incoming:
+    while server.store.incoming_bytes:
         threading.Event().wait(0.01)
     assert (server.store.size, _folders(server)) == (before, folders)
     # Said to be complete, and it is not.
@@ -471,7 +472,7 @@ def test_a_broken_off_upload_leaves_nothing(small_store: Serving, path: str) -> 
         headers = {"Content-Type": "multipart/form-data; boundary=b"}
         sent = httpx.post(f"{address}{path}", content=body, headers=headers)
         assert sent.status_code == 400, body
-    assert (server.store.size, _folders(server), server.store._incoming) == (before, folders, 0)
+    assert (server.store.size, _folders(server), server.store.incoming_bytes) == (before, folders, 0)
 
 
 def _folders(server: Api) -> set[str]:
@@ -580,6 +581,6 @@ def test_who_waits_when_it_ends_gets_a_503(tiny_model: VideoLanguageModel) -> No
 
 def _in_loop(server: Api, call: Any) -> None:
     """Do it in the server's event loop, where it belongs."""
-    job = next(iter(server.scheduler._jobs), None)
+    job = next(iter(server.scheduler.jobs), None)
     assert job is not None
-    job._loop.call_soon_threadsafe(call)
+    job.loop.call_soon_threadsafe(call)

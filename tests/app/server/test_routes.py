@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -420,17 +421,19 @@ def test_a_slow_reader_holds_nobody_up(tiny_model: VideoLanguageModel) -> None:
 
 
 def test_draining_finishes_what_runs_and_refuses_the_rest(tiny_model: VideoLanguageModel) -> None:
-    with VideoChat(tiny_model, trusted=False) as chat, ThreadPoolExecutor(1) as pool:
+    with VideoChat(tiny_model, trusted=False) as chat, ThreadPoolExecutor(2) as pool:
         expected = chat.ask(None, "What?", max_new_tokens=80).text
         with running(chat) as (address, server):
             with slowly(chat):
                 first = pool.submit(ask, address, "What?", max_tokens=80)
                 until(lambda: server.scheduler.running == 1)
-                server.scheduler._draining = True
+                draining = pool.submit(asyncio.run, server.scheduler.drain(60))
+                until(lambda: server.scheduler.draining)
                 refused = ask(address, "What?")
                 assert httpx.get(f"{address}/healthz").status_code == 503
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
             assert "Retry-After" in refused.headers
+            draining.result()
         assert answer(first.result()) == expected
 
 

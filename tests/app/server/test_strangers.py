@@ -20,7 +20,7 @@ from app.page.sessions import Sessions, Turn
 from app.server.chat_request import MAX_COMPARED, longest_text, parse_chat
 from app.server.errors import ApiError
 from app.server.gradio_mount import MAX_NAMED_FILES, PATH_LENGTH, GradioAccess, PageUploads
-from app.server.limits import Connection, ConnectionLimits, Connections
+from app.server.limits import BodyClock, ConnectionLimits
 from app.server.media import store as media
 from app.server.media.store import MediaStore
 from app.server.request_body import decode_json
@@ -67,7 +67,7 @@ def test_only_what_can_be_a_path_is_resolved(store: MediaStore, tmp_path: Path) 
     with mock.patch.object(os.path, "realpath", wraps=os.path.realpath) as resolved:
         for path in ("/a" * PATH_LENGTH, "http://localhost/gradio_api/file=" + "/a" * PATH_LENGTH):
             with pytest.raises(ApiError) as caught:
-                door._check_all({"data": [{"path": path}]}, "me")
+                door.check_body({"data": [{"path": path}]}, "me")
             assert caught.value.status == 404
     assert not resolved.called
 
@@ -75,29 +75,23 @@ def test_only_what_can_be_a_path_is_resolved(store: MediaStore, tmp_path: Path) 
 def test_a_request_names_few_files(store: MediaStore, tmp_path: Path) -> None:
     door = GradioAccess(mock.Mock(), store, tmp_path, (), mcp=False)
     mine = store.add(io.BytesIO(b"x"), "a.mp4", "me", page=tmp_path)
-    door._check_all({"path": [mine.path] * MAX_NAMED_FILES}, "me")
+    door.check_body({"path": [mine.path] * MAX_NAMED_FILES}, "me")
     with pytest.raises(ApiError, match="files"):
-        door._check_all({"path": [mine.path] * (MAX_NAMED_FILES + 1)}, "me")
+        door.check_body({"path": [mine.path] * (MAX_NAMED_FILES + 1)}, "me")
 
 
-def test_what_of_a_body_came_fast_does_not_pay_for_drops() -> None:
+def test_a_fast_start_of_a_body_does_not_pay_for_drops() -> None:
     """16 MiB at once, then a byte now and then: a thousand seconds by the average, ten by the clock."""
-    now = 0.0
-    connections = Connections(ConnectionLimits(body_s=10, body_rate=16 * 1024))
-    one = mock.Mock(_all=connections, waiting=False, _stuck_since=None, _head_begun=None)
-    one.transport.is_closing.return_value = False
-    one.cycle.more_body, one.flow.read_paused = True, False
-    Connection._body_begins(one, now)
-    received = Connection._body_comes
-    received(one, now, 2**24)
+    clock = BodyClock(ConnectionLimits(body_s=10, body_rate=16 * 1024))
+    clock.start(0.0)
+    clock.received(0.0, 2**24)
     for now in (3.0, 6.0, 9.0):
-        received(one, now, 1)
-        Connection.check(one, now)
-    assert not one.end.called
-    now = 11.0
-    received(one, now, 1)
-    Connection.check(one, now)
-    assert one.end.called
+        clock.received(now, 1)
+        assert not clock.overdue(now)
+    clock.received(11.0, 1)
+    assert clock.overdue(11.0)
+    clock.pause(15.0)
+    assert not clock.overdue(14.0)
 
 
 # -- room ---------------------------------------------------------------------------------------------------
