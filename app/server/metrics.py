@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 TOKEN_KINDS = ("seen", "kept", "visual", "prompt", "cached", "completion")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+Values = float | Mapping[str, float]  # one value, or one for each value of a label
 
 
 class Metrics:
@@ -88,9 +89,6 @@ class Metrics:
     def text(self) -> bytes:
         """All metrics in Prometheus' text format 0.0.4."""
         return generate_latest(_WithoutCreated(self._registry))
-
-
-Values = float | Mapping[str, float]
 
 
 class _Read(Collector):
