@@ -88,7 +88,9 @@ def paths(app: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield method, prefix + path
 
 
-def test_nothing_is_open_that_is_not_named(locked: str, tiny_model: VideoLanguageModel, keys: Path) -> None:
+def test_every_route_but_the_open_ones_needs_credentials(
+    locked: str, tiny_model: VideoLanguageModel, keys: Path
+) -> None:
     with VideoChat(tiny_model) as chat:
         app = make_app(chat, LaunchOptions(credentials=Credentials("k"), examples=[]))
         doors = {(m, p) for m, p in paths(app) if m in ("GET", "POST", "DELETE", "PUT") and p.startswith("/")}
@@ -109,7 +111,7 @@ def test_nothing_is_open_that_is_not_named(locked: str, tiny_model: VideoLanguag
                 assert set(found.json()) == {"error"}
 
 
-def test_each_key_and_the_login_open_every_door(locked: str) -> None:
+def test_each_key_and_the_login_open_every_route(locked: str) -> None:
     basic = base64.b64encode(b"anybody:anns-key").decode()
     for headers in (bearer("anns-key"), bearer("bobs-key"), {"Authorization": f"Basic {basic}"}):
         for path in ("/v1/models", "/config", "/"):
@@ -118,7 +120,7 @@ def test_each_key_and_the_login_open_every_door(locked: str) -> None:
     assert httpx.get(f"{locked}/healthz").status_code == 200
 
 
-def test_what_all_keys_use_is_for_who_may_know(locked: str) -> None:
+def test_metrics_need_a_key_with_that_right(locked: str) -> None:
     assert httpx.get(f"{locked}/metrics", auth=LOGIN).status_code == 200
     told = httpx.get(f"{locked}/metrics", headers=bearer("anns-key"))
     assert told.status_code == 200
@@ -152,7 +154,7 @@ def test_a_browser_logs_in_and_out(locked: str, user: str, password: str) -> Non
 @pytest.mark.parametrize(
     "target", ["//evil.example", "https://evil.example", "/\\evil.example", "/a\r\nX: y"]
 )
-def test_a_login_leads_nowhere_else(locked: str, target: str) -> None:
+def test_login_redirects_to_this_server_only(locked: str, target: str) -> None:
     entered = httpx.post(
         f"{locked}/login",
         params={"next": target},
@@ -188,7 +190,7 @@ FOREIGN = [
 @pytest.mark.anyio
 @pytest.mark.parametrize("headers", FOREIGN)
 @pytest.mark.parametrize("kind", ["application/json", "text/plain", "multipart/form-data; boundary=x"])
-async def test_another_sites_page_does_nothing(headers: dict[str, str], kind: str) -> None:
+async def test_cross_site_requests_are_refused(headers: dict[str, str], kind: str) -> None:
     async with behind(Credentials()) as client:
         for path in ("/", "/v1/files", "/gradio_api/upload", "/gradio_api/cancel", "/healthz", "/login"):
             sent = await client.post(path, content=b"x", headers={**headers, "Content-Type": kind})
@@ -197,7 +199,7 @@ async def test_another_sites_page_does_nothing(headers: dict[str, str], kind: st
 
 
 @pytest.mark.anyio
-async def test_our_own_page_and_a_link_to_it_do() -> None:
+async def test_same_origin_requests_and_links_are_admitted() -> None:
     async with behind(Credentials()) as client:
         own = {"Origin": "http://localhost", "Sec-Fetch-Site": "same-origin"}
         assert (await client.post("/v1/files", headers=own)).status_code == 200
@@ -210,7 +212,7 @@ async def test_our_own_page_and_a_link_to_it_do() -> None:
 
 
 @pytest.mark.anyio
-async def test_the_name_that_is_asked_for_is_checked_on_every_path() -> None:
+async def test_the_host_header_is_checked_on_every_path() -> None:
     async with behind(Credentials(), hosts=["localhost"]) as client:
         for path in ("/", "/healthz", "/login", "/gradio_api/upload"):
             found = await client.post(path, headers={"Host": "evil.example"})
@@ -218,7 +220,7 @@ async def test_the_name_that_is_asked_for_is_checked_on_every_path() -> None:
 
 
 @pytest.mark.anyio
-async def test_websockets_are_guarded_too() -> None:
+async def test_websockets_need_credentials_too() -> None:
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -234,7 +236,7 @@ async def test_websockets_are_guarded_too() -> None:
 
 
 @pytest.mark.anyio
-async def test_failures_behind_the_guard_are_json() -> None:
+async def test_exceptions_of_the_application_are_json_errors() -> None:
     async def fail(*_: Any) -> None:
         raise RuntimeError("secret detail")
 
@@ -254,7 +256,7 @@ def state(connection: str) -> dict[str, Any]:
     return {"fluxchat.connection": connection}
 
 
-def test_clients_cannot_be_guessed_or_shared() -> None:
+def test_client_ids_are_unguessable_and_distinct() -> None:
     from starlette.datastructures import Headers
 
     lock = Authenticator(Credentials("k", LOGIN))
@@ -277,7 +279,7 @@ def test_clients_cannot_be_guessed_or_shared() -> None:
     assert forwarded[0] != forwarded[1]
 
 
-def test_cached_tokens_tell_nobody_else(tiny_model: VideoLanguageModel) -> None:
+def test_caches_are_not_shared_between_clients(tiny_model: VideoLanguageModel) -> None:
     with (
         VideoChat(tiny_model, trusted=False) as chat,
         running(chat) as (address, _),
@@ -298,7 +300,7 @@ def test_cached_tokens_tell_nobody_else(tiny_model: VideoLanguageModel) -> None:
         assert cached(second, 3) == 0
 
 
-def test_a_visitor_is_known_on_the_next_connection(tiny_model: VideoLanguageModel) -> None:
+def test_a_visitor_is_recognised_on_the_next_connection(tiny_model: VideoLanguageModel) -> None:
     """OpenAI's clients close the connection after each streamed answer."""
     turns = ["The PIN is 4719. " * 4, "Good.", "What is it?"]
     messages = [
@@ -332,7 +334,7 @@ def test_a_visitor_is_known_on_the_next_connection(tiny_model: VideoLanguageMode
         assert sent(messages, first.cookies, forwarded)[0] > 16
 
 
-def test_files_and_sessions_are_their_owners(locked: str, tmp_path: Path) -> None:
+def test_files_and_sessions_are_accessible_to_their_owners_only(locked: str, tmp_path: Path) -> None:
     video = vf.write(tmp_path / "v.mp4", vf.steady(10))
     file = upload(locked, video, **bearer("anns-key"))
     for key, status in (("anns-key", 200), ("bobs-key", 404)):
@@ -381,7 +383,7 @@ def test_files_and_sessions_are_their_owners(locked: str, tmp_path: Path) -> Non
         "/gradio_api/run-history/buckets",
     ],
 )
-def test_what_the_page_does_not_need_is_not_there(locked: str, path: str) -> None:
+def test_gradio_routes_that_the_page_does_not_need_are_404(locked: str, path: str) -> None:
     for method in ("GET", "POST"):
         found = httpx.request(method, f"{locked}{path}", headers=bearer("anns-key"), timeout=20)
         assert found.status_code == 404
@@ -428,7 +430,7 @@ def test_rate_and_quota(tmp_path: Path) -> None:
     assert ring.refusals()["ann"] == 2
 
 
-def test_the_file_is_read_again_and_a_wrong_one_is_not_taken(
+def test_a_changed_keys_file_is_reloaded_and_an_invalid_one_ignored(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, clock = tmp_path / "keys", Clock()
@@ -471,7 +473,7 @@ def test_a_wrong_file_of_keys_names_its_line(tmp_path: Path, text: str, line: in
     assert "key2" not in str(error.value)
 
 
-def test_files_that_are_no_keys(tmp_path: Path) -> None:
+def test_invalid_keys_files(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("# nobody\n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for name in ("empty", "binary", "missing", "."):
@@ -480,7 +482,7 @@ def test_files_that_are_no_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_past_the_rate_is_429_on_every_door(tmp_path: Path) -> None:
+async def test_past_the_rate_is_429_on_every_route(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("ann anns-key rate=1\n")
     async with behind(Credentials(keys_file=path)) as client:
@@ -498,7 +500,7 @@ async def test_past_the_rate_is_429_on_every_door(tmp_path: Path) -> None:
 # -- guessing -----------------------------------------------------------------------------------------------
 
 
-def test_guessing_is_slowed_by_address() -> None:
+def test_wrong_guesses_slow_an_address_down() -> None:
     clock = Clock()
     failures = LoginThrottle(clock)
     waits = []
@@ -516,7 +518,7 @@ def test_guessing_is_slowed_by_address() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_right_key_does_not_help_who_must_wait() -> None:
+async def test_a_right_key_does_not_end_the_wait() -> None:
     async with behind(Credentials("k")) as client:
         for _ in range(FREE_ATTEMPTS):
             assert (await client.get("/v1/models", headers=bearer("x"))).status_code == 401
@@ -524,7 +526,7 @@ async def test_a_right_key_does_not_help_who_must_wait() -> None:
         assert (await client.post("/login", data={"password": "k"})).status_code == 429
 
 
-def test_cookies_end() -> None:
+def test_cookies_expire_and_are_revoked() -> None:
     clock = Clock()
     cookies = SessionCookies(clock)
     value = cookies.issue("login ann")
@@ -538,7 +540,7 @@ def test_cookies_end() -> None:
     assert value not in json.dumps(str(vars(cookies)))
 
 
-def test_answers_need_no_cookie(locked: str) -> None:
+def test_an_api_key_needs_no_cookie(locked: str) -> None:
     sent = httpx.post(
         f"{locked}/v1/chat/completions",
         json={"messages": [{"role": "user", "content": "What?"}], "max_tokens": 2},

@@ -147,7 +147,7 @@ def test_a_process_with_secrets_of_the_environment_ends_by_ctrl_c(folder: Path) 
         (["--model", "nowhere"], "not a FluxChat model"),
     ],
 )
-def test_what_it_refuses(args: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_refused(args: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["web", "--port", "0", *args]) == 2
     out, errors = capsys.readouterr()
     assert out == ""
@@ -178,7 +178,7 @@ def test_options_in_python() -> None:
     assert parse_login(None) is None
 
 
-def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         build_parser().parse_args(["web", "--help"])
     text = capsys.readouterr().out

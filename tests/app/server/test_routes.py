@@ -275,7 +275,7 @@ def test_wrong_requests(shared: Serving, change: dict[str, Any], status: int, pa
 
 
 @pytest.mark.parametrize("body", [b"{", b"", b"[" * 100_000, b"\xff\xfe", b"[1]", b'"x"'])
-def test_bodies_that_are_no_request(shared: Serving, body: bytes) -> None:
+def test_bodies_that_are_not_json(shared: Serving, body: bytes) -> None:
     headers = {"Content-Type": "application/json"}
     response = httpx.post(f"{shared[0]}/v1/chat/completions", content=body, headers=headers)
     assert response.status_code == 400
@@ -370,7 +370,7 @@ def test_past_the_queue_is_429(tiny_model: VideoLanguageModel) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_vanished_client_stops_its_computing(tiny_model: VideoLanguageModel, stream: bool) -> None:
+def test_a_disconnected_client_stops_its_generation(tiny_model: VideoLanguageModel, stream: bool) -> None:
     with (
         VideoChat(tiny_model, trusted=False) as chat,
         running(chat) as (address, server),
@@ -388,7 +388,7 @@ def test_a_vanished_client_stops_its_computing(tiny_model: VideoLanguageModel, s
         assert len(times) < 300
 
 
-def test_a_client_that_leaves_the_queue_is_forgotten(tiny_model: VideoLanguageModel) -> None:
+def test_a_client_that_disconnects_leaves_the_queue(tiny_model: VideoLanguageModel) -> None:
     options = LaunchOptions(page=False, server=ServerSettings(slots=1))
     with (
         VideoChat(tiny_model, trusted=False) as chat,
@@ -406,7 +406,7 @@ def test_a_client_that_leaves_the_queue_is_forgotten(tiny_model: VideoLanguageMo
         assert first.result().status_code == 200
 
 
-def test_a_slow_reader_holds_nobody_up(tiny_model: VideoLanguageModel) -> None:
+def test_a_slow_reader_blocks_nobody(tiny_model: VideoLanguageModel) -> None:
     """It reads nothing of its long answer; with one slot, the next client is served all the same."""
     options = LaunchOptions(page=False, server=ServerSettings(slots=1))
     with VideoChat(tiny_model, trusted=False) as chat, running(chat, options) as (address, _):
@@ -420,7 +420,7 @@ def test_a_slow_reader_holds_nobody_up(tiny_model: VideoLanguageModel) -> None:
         assert rest[-2:] == ["data: [DONE]", ""]
 
 
-def test_draining_finishes_what_runs_and_refuses_the_rest(tiny_model: VideoLanguageModel) -> None:
+def test_draining_finishes_running_answers_and_refuses_new_ones(tiny_model: VideoLanguageModel) -> None:
     with VideoChat(tiny_model, trusted=False) as chat, ThreadPoolExecutor(2) as pool:
         expected = chat.ask(None, "What?", max_new_tokens=80).text
         with running(chat) as (address, server):
@@ -437,7 +437,7 @@ def test_draining_finishes_what_runs_and_refuses_the_rest(tiny_model: VideoLangu
         assert answer(first.result()) == expected
 
 
-def test_a_failure_nobody_foresaw_is_a_500_without_details(
+def test_an_unexpected_exception_is_a_500_without_details(
     tiny_model: VideoLanguageModel, caplog: pytest.LogCaptureFixture
 ) -> None:
     with VideoChat(tiny_model, trusted=False) as chat, running(chat) as (address, server):
@@ -484,7 +484,7 @@ def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(tiny_model: Video
     pieces=st.lists(st.text(alphabet="ab \n", max_size=4), max_size=8),
     stops=st.lists(st.text(alphabet="ab \n", min_size=1, max_size=3), max_size=2),
 )
-def test_text_filter_equals_cutting_the_whole(pieces: list[str], stops: list[str]) -> None:
+def test_text_filter_equals_cutting_the_whole_text(pieces: list[str], stops: list[str]) -> None:
     whole = "".join(pieces).lstrip()
     cuts = [whole.index(stop) for stop in stops if stop in whole]
     expected = whole[: min(cuts)].rstrip() if cuts else whole.rstrip()
@@ -519,7 +519,7 @@ def test_store_is_bounded(tmp_path: Path) -> None:
     assert not Path(store.folder).exists()
 
 
-def test_store_forgets_and_waits_for_users(tmp_path: Path) -> None:
+def test_store_sweeps_unused_files_only(tmp_path: Path) -> None:
     store, path = store_with(tmp_path, 10, keep_s=0.0)
     with path.open("rb") as file:
         kept = store.add(file, "a")
@@ -536,7 +536,7 @@ def test_store_forgets_and_waits_for_users(tmp_path: Path) -> None:
     store.close()
 
 
-def test_the_same_bytes_are_kept_once() -> None:
+def test_the_same_bytes_are_stored_once() -> None:
     store = MediaStore()
     with ThreadPoolExecutor(4) as pool:
         kept = list(pool.map(store.add_bytes, [SHORT.read_bytes()] * 8))

@@ -1,4 +1,4 @@
-"""What strangers may not do: read other files, reach other machines, fill the disk, lie, come uninvited."""
+"""Security of the running server: other files, other hosts, uploads, foreign origins, missing credentials."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_a_page_upload_is_never_served_as_a_page(shared: Serving) -> None:
         assert "html" not in got.headers["content-type"]
 
 
-def test_the_url_of_an_upload_stands_for_it_and_other_urls_for_nothing(shared: Serving, media: Path) -> None:
+def test_only_urls_of_uploads_resolve_to_files(shared: Serving, media: Path) -> None:
     """As MCP tools name media: they know URLs alone."""
     files = {"files": ("ok.mp4", (media / "ok.mp4").read_bytes())}
     upload = httpx.post(f"{shared[0]}/gradio_api/upload", files=files).json()[0]
@@ -241,7 +241,7 @@ def test_a_body_without_length_is_bounded_too(shared: Serving) -> None:
 
 
 @pytest.mark.parametrize("length", ["99999999999", "-5", "1e3", "+10", "０"])
-def test_content_lengths_that_lie(shared: Serving, length: str) -> None:
+def test_wrong_content_lengths(shared: Serving, length: str) -> None:
     host, port = shared[0].removeprefix("http://").split(":")
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
     with socket.create_connection((host, int(port)), timeout=20) as connection:
@@ -268,7 +268,7 @@ def test_data_urls_that_are_no_video(shared: Serving, url: str) -> None:
     assert ask(shared[0], "What?", url).status_code in (400, 413)
 
 
-def test_a_file_that_lies_about_its_length_has_its_true_one(shared: Serving, tmp_path: Path) -> None:
+def test_a_wrong_duration_in_a_file_is_corrected(shared: Serving, tmp_path: Path) -> None:
     path = vf.lying_matroska(vf.write(tmp_path / "s.mkv", vf.steady(30)), tmp_path / "lie.mkv", 36_000)
     with path.open("rb") as file:
         response = httpx.post(f"{shared[0]}/v1/files", files={"file": file}, timeout=60)
@@ -276,7 +276,7 @@ def test_a_file_that_lies_about_its_length_has_its_true_one(shared: Serving, tmp
 
 
 @pytest.mark.parametrize("excess", ["pixels", "codec", "duration"])
-def test_files_that_ask_too_much(shared: Serving, tmp_path: Path, excess: str) -> None:
+def test_files_beyond_the_decoding_limits(shared: Serving, tmp_path: Path, excess: str) -> None:
     if excess == "pixels":
         path = vf.huge(tmp_path / "huge.avi")
     elif excess == "duration":
@@ -419,7 +419,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     server.server_close()
 
 
-def test_downloads_go_to_the_checked_address_and_no_further(host: int) -> None:
+def test_downloads_connect_to_the_checked_address_only(host: int) -> None:
     base = f"http://videos.example:{host}"
     assert download(f"{base}/a?b=1#c", ["Videos.Example"], 1000) == b"xxxxx"
     for path, reason in [("redirect", "redirects"), ("large", "larger"), ("endless", "larger")]:
@@ -430,9 +430,7 @@ def test_downloads_go_to_the_checked_address_and_no_further(host: int) -> None:
 
 
 @pytest.mark.parametrize("where", ["path", "url"])
-def test_the_pages_api_reads_and_fetches_nothing_else(
-    shared: Serving, media: Path, host: int, where: str
-) -> None:
+def test_the_pages_api_reads_uploads_only(shared: Serving, media: Path, host: int, where: str) -> None:
     for target in (
         "/etc/passwd",
         str(media / "ok.mp4"),

@@ -1,4 +1,4 @@
-"""What a stranger sends to keep the server busy or to learn of others: each ends at once, in one sentence."""
+"""Requests meant to exhaust the server or to learn of other clients: each is refused quickly with an error."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def store() -> Any:
 # -- time ---------------------------------------------------------------------------------------------------
 
 
-def test_a_name_of_megabytes_is_not_copied_for_each_value_under_it() -> None:
+def test_a_huge_field_name_is_not_copied_for_each_nested_value() -> None:
     long = b'{"' + b"k" * 2**22 + b'": [' + b"0," * 90_000 + b"%s]}"
     assert len(decode_json(long % b"0")) == 1
     with pytest.raises(ApiError) as caught:
@@ -62,7 +62,7 @@ def test_few_of_many_unknown_fields_are_compared_with_known_ones() -> None:
     assert compared.call_count <= MAX_COMPARED + 1
 
 
-def test_only_what_can_be_a_path_is_resolved(store: MediaStore, tmp_path: Path) -> None:
+def test_overlong_paths_are_not_resolved(store: MediaStore, tmp_path: Path) -> None:
     door = GradioAccess(mock.Mock(), store, tmp_path, (), mcp=False)
     with mock.patch.object(os.path, "realpath", wraps=os.path.realpath) as resolved:
         for path in ("/a" * PATH_LENGTH, "http://localhost/gradio_api/file=" + "/a" * PATH_LENGTH):
@@ -72,7 +72,7 @@ def test_only_what_can_be_a_path_is_resolved(store: MediaStore, tmp_path: Path) 
     assert not resolved.called
 
 
-def test_a_request_names_few_files(store: MediaStore, tmp_path: Path) -> None:
+def test_a_request_names_a_limited_number_of_files(store: MediaStore, tmp_path: Path) -> None:
     door = GradioAccess(mock.Mock(), store, tmp_path, (), mcp=False)
     mine = store.add(io.BytesIO(b"x"), "a.mp4", "me", page=tmp_path)
     door.check_body({"path": [mine.path] * MAX_NAMED_FILES}, "me")
@@ -109,7 +109,7 @@ def test_files_are_counted_whatever_their_size(
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_conversation_keeps_no_megabytes(tiny_model: VideoLanguageModel) -> None:
+def test_a_conversation_does_not_keep_overlong_questions(tiny_model: VideoLanguageModel) -> None:
     with VideoChat(tiny_model, trusted=False) as chat:
         sessions = Sessions(chat.forget)
         session = sessions.get("a")
@@ -128,7 +128,7 @@ def test_a_conversation_keeps_no_megabytes(tiny_model: VideoLanguageModel) -> No
 # -- others -------------------------------------------------------------------------------------------------
 
 
-def test_who_sends_the_same_as_another_does_not_learn_so(store: MediaStore) -> None:
+def test_equal_data_of_two_clients_is_stored_twice(store: MediaStore) -> None:
     first, other = store.add_bytes(b"x" * 100, "ann"), store.add_bytes(b"x" * 100, "bob")
     assert first.path != other.path
     assert store.size == (2, 200)
@@ -145,7 +145,7 @@ def test_who_sends_the_same_as_another_does_not_learn_so(store: MediaStore) -> N
         (f"{ANONYMOUS}1", "", f"{ANONYMOUS}2", False),
     ],
 )
-async def test_nobody_follows_anothers_upload(
+async def test_upload_progress_is_visible_to_its_owner_only(
     store: MediaStore, tmp_path: Path, ours: str, query: str, theirs: str, heard: bool
 ) -> None:
     uploads = PageUploads(store, tmp_path, 1000)
@@ -164,9 +164,7 @@ async def test_nobody_follows_anothers_upload(
             await uploads.progress(request(theirs))
 
 
-def test_nobody_makes_a_tunnel_of_it(
-    tiny_model: VideoLanguageModel, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_connect_is_refused(tiny_model: VideoLanguageModel, caplog: pytest.LogCaptureFixture) -> None:
     with VideoChat(tiny_model, trusted=False) as chat, running(chat) as (address, _):
         url = httpx.URL(address)
         with socket.create_connection((url.host, url.port), 10) as connection:

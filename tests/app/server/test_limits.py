@@ -1,4 +1,4 @@
-"""Nothing a stranger sends, holds or uploads grows without end; what is in use stays; the end comes."""
+"""Limits: slow clients, connections, request bodies, stored files, and the end of the process."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def impatient(tiny_model: VideoLanguageModel) -> Iterator[Serving]:
         (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /healthz HT", b"200"),
     ],
 )
-def test_what_does_not_come_is_not_waited_for(impatient: Serving, sent: bytes, status: bytes) -> None:
+def test_incomplete_requests_time_out(impatient: Serving, sent: bytes, status: bytes) -> None:
     connection = connect(impatient[0])
     connection.sendall(sent)
     reply = rest(connection)  # ends: the server closes it
@@ -97,7 +97,7 @@ def test_what_does_not_come_is_not_waited_for(impatient: Serving, sent: bytes, s
         assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
 
 
-def test_drops_of_a_body_are_not_enough(impatient: Serving) -> None:
+def test_a_dripping_body_times_out(impatient: Serving) -> None:
     connection = connect(impatient[0])
     connection.sendall(HEAD + b"Content-Length: 100000\r\n\r\n")
     stop = threading.Event()
@@ -117,7 +117,7 @@ def test_drops_of_a_body_are_not_enough(impatient: Serving) -> None:
     assert reply == b"" or b" 408 " in reply
 
 
-def test_a_reader_that_reads_nothing_is_cut_off() -> None:
+def test_a_client_that_reads_nothing_is_disconnected() -> None:
     done = threading.Event()
 
     async def much(scope: Any, receive: Any, send: Any) -> None:
@@ -149,7 +149,7 @@ def test_a_reader_that_reads_nothing_is_cut_off() -> None:
     connection.close()
 
 
-def test_health_is_told_however_many_connections_wait(impatient: Serving) -> None:
+def test_health_is_answered_beyond_the_connection_limit(impatient: Serving) -> None:
     held = [connect(impatient[0]) for _ in range(40)]
     for connection in held:
         try:
@@ -161,7 +161,7 @@ def test_health_is_told_however_many_connections_wait(impatient: Serving) -> Non
         connection.close()
 
 
-def test_connections_that_work_are_not_pushed_out(tiny_model: VideoLanguageModel) -> None:
+def test_busy_connections_are_not_closed_for_new_ones(tiny_model: VideoLanguageModel) -> None:
     options = LaunchOptions(page=False, connections=ConnectionLimits(total=4))
     with VideoChat(tiny_model, trusted=False) as chat, running(chat, options) as (address, server):
         busy = []
@@ -189,7 +189,7 @@ class Held:
         self.ended = True
 
 
-def test_who_waits_longest_makes_room_for_his_own_address_first() -> None:
+def test_the_longest_idle_connection_of_the_same_address_is_closed_first() -> None:
     connections = Connections(ConnectionLimits(total=6, per_address=2), proxies=["9.9.9.9"])
 
     def come(held: Held, address: str) -> Any:
@@ -278,7 +278,7 @@ async def test_bodies_are_bounded_together_until_they_are_answered() -> None:
     ],
     ids=["depth", "lists", "numbers", "digits", "objects", "keys"],
 )
-def test_bombs_of_json_are_a_sentence(impatient: Serving, body: bytes) -> None:
+def test_json_bombs_are_400(impatient: Serving, body: bytes) -> None:
     headers = {"Content-Type": "application/json"}
     sent = httpx.post(f"{impatient[0]}/v1/chat/completions", content=body, headers=headers, timeout=30)
     assert sent.status_code == 400
@@ -316,7 +316,7 @@ def leftovers(store: MediaStore) -> list[str]:
     return os.listdir(store.folder)
 
 
-def test_a_file_counts_while_it_comes_and_not_when_it_is_cut_off(store: MediaStore) -> None:
+def test_incoming_bytes_count_until_the_upload_is_aborted(store: MediaStore) -> None:
     coming = store.receive("a")
     coming.write(b"x" * 900)
     with pytest.raises(ApiError, match="store of files is full"):
@@ -328,7 +328,7 @@ def test_a_file_counts_while_it_comes_and_not_when_it_is_cut_off(store: MediaSto
     store.add_bytes(b"y" * 1000)
 
 
-def test_a_full_disk_is_a_sentence(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_507(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
     coming = store.receive("a")
 
     def full(_: Any) -> int:
@@ -345,7 +345,7 @@ def test_a_full_disk_is_a_sentence(store: MediaStore, monkeypatch: pytest.Monkey
     assert (leftovers(store), store.size) == ([], (0, 0))
 
 
-def test_a_file_in_use_stays_and_keeps_its_room(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_in_use_stays_and_counts(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = store.add(io.BytesIO(b"x" * 800), "a", page=store.folder)
     assert store.hold(stored.path)
     monkeypatch.setattr(store, "keep_s", 0.0)
@@ -359,7 +359,7 @@ def test_a_file_in_use_stays_and_keeps_its_room(store: MediaStore, monkeypatch: 
     store.add_bytes(b"y" * 300)
 
 
-def test_what_came_to_the_page_and_is_no_sessions_goes_soon(
+def test_page_uploads_without_a_session_are_swept_soon(
     store: MediaStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("app.server.media.store.PAGE_KEEP_S", 0.0)
@@ -370,7 +370,7 @@ def test_what_came_to_the_page_and_is_no_sessions_goes_soon(
     assert not Path(page.path).exists()
 
 
-def test_who_may_have_a_file(store: MediaStore) -> None:
+def test_files_are_accessible_to_their_client(store: MediaStore) -> None:
     mine = store.add(io.BytesIO(b"1"), "a", "key-1")
     shared = store.add(io.BytesIO(b"2"), "b", "anonymous-1")
     for client, file, found in (
@@ -389,7 +389,7 @@ def test_who_may_have_a_file(store: MediaStore) -> None:
     assert store.files("anonymous-2") == []
 
 
-def test_a_session_keeps_its_video_for_as_long_as_it_talks(
+def test_a_session_keeps_its_videos_until_it_ends(
     chat: VideoChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = MediaStore(keep_s=0.0)
@@ -428,7 +428,7 @@ def small_store(tiny_model: VideoLanguageModel) -> Iterator[Serving]:
         yield pair
 
 
-def test_one_bound_for_every_door(small_store: Serving, tmp_path: Path) -> None:
+def test_api_and_page_share_one_store_limit(small_store: Serving, tmp_path: Path) -> None:
     address, server = small_store
     video = vf.write(tmp_path / "v.mp4", vf.steady(5)).read_bytes()
     page = [
@@ -446,7 +446,7 @@ def test_one_bound_for_every_door(small_store: Serving, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["/gradio_api/upload", "/v1/files"])
-def test_a_broken_off_upload_leaves_nothing(small_store: Serving, path: str) -> None:
+def test_an_interrupted_upload_leaves_nothing(small_store: Serving, path: str) -> None:
     address, server = small_store
     before, folders = server.store.size, _folders(server)
     field = b"files" if "gradio" in path else b"file"
@@ -554,7 +554,7 @@ def test_a_second_signal_ends_it_whatever_its_threads_do(
         process.wait()
 
 
-def test_who_waits_when_it_ends_gets_a_503(tiny_model: VideoLanguageModel) -> None:
+def test_queued_requests_get_503_at_shutdown(tiny_model: VideoLanguageModel) -> None:
     options = LaunchOptions(page=False, server=ServerSettings(slots=1))
     with VideoChat(tiny_model, trusted=False) as chat, running(chat, options) as (address, server):
         go, inside = threading.Event(), threading.Event()
