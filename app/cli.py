@@ -332,7 +332,8 @@ def run_web(args: argparse.Namespace) -> int:
     """The page and the API until SIGTERM or Ctrl-C."""
     from dataclasses import replace
 
-    from app.server.launch import WEB_LIMITS, bind, options_from_args, serve
+    from app.server.launch import bind, serve
+    from app.server.options import WEB_LIMITS, options_from_args
 
     options = options_from_args(args)
     listener = bind(options.host, options.port)  # before the model, which takes seconds

@@ -12,33 +12,27 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
-
-from fastapi import FastAPI, Request
-
-from app.chat import SHIPPED, VideoChat
-from app.server.media.download import download
-from app.server.media.store import MediaStore
-from app.server.routes import Api
-
-if TYPE_CHECKING:
-    from app.server.launch import LaunchOptions
 import json
+import os
 import re
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator
-from urllib.parse import parse_qs
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
+from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.chat import SHIPPED, VideoChat
 from app.server.errors import ApiError, ClientDisconnected
+from app.server.media.download import download
+from app.server.media.store import MediaStore
 from app.server.media.uploads import receive_files
+from app.server.options import LaunchOptions
 from app.server.request_body import parse_json, read_body
+from app.server.routes import Api
 from app.server.security.authentication import is_anonymous
 
 BODY_BYTES = 4 << 20

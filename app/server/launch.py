@@ -1,6 +1,6 @@
-"""`fluxchat web`: its options, the ASGI application (API, page, middleware), and the server process.
+"""`fluxchat web`: the ASGI application (API, page, middleware) and the server process.
 
-    serve(VideoChat(trusted=False, limits=WEB_LIMITS), port=7860)
+    serve(VideoChat(trusted=False, limits=WEB_LIMITS), LaunchOptions(port=7860))
 
 Bound to this machine unless credentials are needed. Prints one line on stdout when it is ready, and one on
 stderr about its access control. SIGTERM lets running answers finish; a second one stops them.
@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
-import ipaddress
 import logging
 import os
 import signal
@@ -19,11 +17,9 @@ import socket
 import sys
 import threading
 import webbrowser
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import replace
 from types import FrameType
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -31,73 +27,19 @@ from fastapi import FastAPI
 from app.chat import VideoChat
 from app.scratch import ScratchFolder
 from app.server.gradio_mount import mount_page
-from app.server.limits import BodyLimits, ConnectionLimits, Connections
-from app.server.routes import Api, ServerSettings
+from app.server.limits import BodyLimits, Connections
+from app.server.options import LaunchOptions, access_summary
+from app.server.routes import Api
 from app.server.security.access_control import LOCAL, AccessControl
-from app.server.security.authentication import Authenticator, Credentials
+from app.server.security.authentication import Authenticator
 from encoder.errors import ConfigError
 from encoder.video import confine
-from encoder.video.reader import Limits
 
-# Limits on decoding an upload.
-WEB_LIMITS = Limits(
-    seconds=20.0, max_pixels=8192 * 4320, max_duration_s=3600.0, max_bytes=200 * 2**20, memory_mib=2048
-)
 IDLE_GRACE_S = 2.0  # for idle connections, at shutdown
 STOPPED_S = 0.5  # for running answers, after a second signal
 END_S = 1.5  # from the second signal to the end of the process, whatever its threads do
-SWITCH_S = (
-    1e-3  # thread switch interval, so that computing threads delay the event loop less; Python's is 5 ms
-)
+SWITCH_S = 1e-3  # thread switch interval: computing threads delay the event loop less than at Python's 5 ms
 FILES, SPARE_FILES = 4096, 200  # limit of open files to ask for; those that are not connections
-
-
-@dataclass(frozen=True)
-class LaunchOptions:
-    """How to serve. host, port: 0 takes any free port. credentials: who may use it.
-
-    hosts: further host names that requests may carry (behind a proxy). proxies: addresses whose
-    X-Forwarded-For is trusted. connections: limits on them. public: bind to other addresses without
-    credentials, and allow framing, where another system controls access. examples: (file, question) pairs
-    of the page, None for the shipped ones. mcp: offer ask and estimate as MCP tools. page: serve the
-    page too. browser: open it. drain_s: how long answers may go on after SIGTERM.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 7860
-    credentials: Credentials = field(default_factory=Credentials)
-    server: ServerSettings = field(default_factory=ServerSettings)
-    hosts: tuple[str, ...] = ()
-    proxies: tuple[str, ...] = ("127.0.0.1",)
-    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
-    public: bool = False
-    examples: Sequence[tuple[str, str]] | None = None
-    mcp: bool = False
-    page: bool = True
-    browser: bool = False
-    drain_s: float = 30.0
-
-    def check(self) -> None:
-        """Raises ConfigError for what would be unsafe or cannot work."""
-        if not self.local and not self.credentials.needed and not self.public:
-            raise ConfigError(
-                f"Binding to {self.host} lets others in: add --auth USER:PASSWORD, --api-key KEY or "
-                "--api-keys FILE, or stay on 127.0.0.1."
-            )
-        if self.server.media_root is not None and not self.server.media_root.is_dir():
-            raise ConfigError(f"The media root {self.server.media_root} is not a folder.")
-        if self.mcp and importlib.util.find_spec("mcp") is None:
-            raise ConfigError("--mcp needs the mcp extra: pip install 'fluxchat[mcp]'.")
-
-    @property
-    def local(self) -> bool:
-        """Whether only this machine can connect."""
-        if self.host in LOCAL:
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:  # a name says nothing about where it leads
-            return False
 
 
 def make_app(chat: VideoChat, options: LaunchOptions) -> FastAPI:
@@ -336,67 +278,8 @@ def _kill_children() -> None:
                 child.send_signal(signal.SIGKILL)
 
 
-def access_summary(options: LaunchOptions, *notes: str) -> str:
-    """One line about who can connect and which credentials are needed; notes: appended."""
-    credentials = (
-        f"asks for {options.credentials}" if options.credentials.needed else str(options.credentials)
-    )
-    binding = "only this machine can connect" if options.local else f"bound to {options.host}"
-    return "FluxChat: " + "; ".join((credentials, binding, *notes)) + "."
-
-
 def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = "127.0.0.1" if host == "0.0.0.0" else "::1"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def parse_login(text: str | None) -> tuple[str, str] | None:
-    """USER:PASSWORD as a pair; raises ConfigError when it is neither that nor None."""
-    if text is None:
-        return None
-    user, colon, password = text.partition(":")
-    if not (colon and user and password):
-        raise ConfigError("--auth must be USER:PASSWORD.")
-    return user, password
-
-
-def options_from_args(args: Any) -> LaunchOptions:
-    """The options of `fluxchat web`; secrets may come from FLUXCHAT_AUTH and FLUXCHAT_API_KEY instead.
-
-    Raises ConfigError.
-    """
-    if min(args.parallel, args.upload_mib, args.store_mib) < 1 or min(args.queue, args.cache_mib) < 0:
-        raise ConfigError(
-            "--parallel, --upload-mib and --store-mib must be at least 1, --queue and --cache-mib at least 0."
-        )
-    if min(args.max_connections, args.connections_per_address) < 1:
-        raise ConfigError("--max-connections and --connections-per-address must be at least 1.")
-    if not 0 <= args.port < 65536:
-        raise ConfigError(f"A port lies between 0 and 65535: --port cannot be {args.port}.")
-    options = LaunchOptions(
-        host=args.host,
-        port=args.port,
-        credentials=Credentials(
-            args.api_key or os.environ.get("FLUXCHAT_API_KEY") or None,
-            parse_login(args.auth or os.environ.get("FLUXCHAT_AUTH") or None),
-            None if args.api_keys is None else Path(args.api_keys),
-        ),
-        server=ServerSettings(
-            slots=args.parallel,
-            queue=args.queue,
-            media_root=None if args.media_root is None else Path(args.media_root),
-            url_hosts=tuple(args.allow_url_host),
-            upload_mib=args.upload_mib,
-            store_mib=max(args.store_mib, args.upload_mib),
-        ),
-        hosts=tuple(args.allow_host),
-        proxies=tuple(args.proxy),
-        connections=ConnectionLimits(args.max_connections, args.connections_per_address),
-        mcp=args.mcp,
-        browser=args.browser,
-    )
-    options.check()
-    Authenticator(options.credentials)  # reports a wrong keys file before the model is loaded
-    return options

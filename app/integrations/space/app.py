@@ -11,7 +11,8 @@ Settings of the Space that change it: FLUXCHAT_MODEL (a folder), FLUXCHAT_LLM (a
 import os
 
 from app.chat import VideoChat
-from app.server.launch import WEB_LIMITS, LaunchOptions, parse_login, serve
+from app.server.launch import serve
+from app.server.options import WEB_LIMITS, LaunchOptions, parse_login
 from app.server.routes import ServerSettings
 from app.server.security.authentication import Credentials
 

@@ -76,7 +76,7 @@ def test_the_built_space_runs(space: Path, tiny_model: VideoLanguageModel, tmp_p
 
 
 def test_a_wrong_login_is_an_error() -> None:
-    from app.server.launch import parse_login
+    from app.server.options import parse_login
 
     with pytest.raises(ConfigError):
         parse_login("nobody")

@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 
 from app.chat import VideoChat
-from app.server.launch import LaunchOptions, bind, make_server
+from app.server.launch import bind, make_server
+from app.server.options import LaunchOptions
 from app.server.routes import Api
 
 

@@ -1,4 +1,4 @@
-"""Requests meant to exhaust the server or to learn of other clients: each is refused quickly with an error."""
+"""Requests meant to exhaust the server or to learn of other clients: each is refused with an error."""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ from starlette.types import Receive, Scope, Send
 
 from app.chat import VideoChat
 from app.server.errors import ApiError
-from app.server.launch import LaunchOptions, make_app
+from app.server.launch import make_app
+from app.server.options import LaunchOptions
 from app.server.security.access_control import OPEN, AccessControl
 from app.server.security.api_keys import KeyRing, read_keys
 from app.server.security.authentication import Authenticator, Credentials

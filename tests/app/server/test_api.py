@@ -20,9 +20,9 @@ import pytest
 from app.chat import VideoChat
 from app.server.chat_request import Reference, parse_chat
 from app.server.errors import A_FILE, ApiError, PathRedactor
-from app.server.launch import LaunchOptions
 from app.server.media import download as fetching
 from app.server.media.resolver import Resolver
+from app.server.options import LaunchOptions
 from app.server.routes import Api, ServerSettings
 from encoder.errors import BudgetError, ConfigError, ContextError, FluxChatError, ModelError, VideoError
 from llm_bridge.model import VideoLanguageModel

@@ -22,7 +22,7 @@ from gradio_client import Client, handle_file
 
 from app.chat import VideoChat
 from app.cli import build_parser, main
-from app.server.launch import WEB_LIMITS, LaunchOptions, options_from_args, parse_login
+from app.server.options import WEB_LIMITS, LaunchOptions, options_from_args, parse_login
 from app.server.security.authentication import Credentials
 from encoder.errors import ConfigError
 from encoder.video import confine

@@ -25,10 +25,11 @@ from app.page.handlers import Handlers
 from app.page.sessions import Sessions
 from app.server.chat_request import check_text, longest_text
 from app.server.errors import ApiError
-from app.server.launch import LaunchOptions, bind
+from app.server.launch import bind
 from app.server.limits import BodyLimits, ConnectionLimits, Connections
 from app.server.media.store import MediaStore
 from app.server.media.uploads import file_name
+from app.server.options import LaunchOptions
 from app.server.request_body import read_json
 from app.server.routes import Api, ServerSettings
 from app.server.security.access_control import AccessControl
@@ -505,7 +506,8 @@ def test_names_of_files(sent: str, kept: str) -> None:
 STUCK = """
 import sys, threading
 from app.chat import VideoChat
-from app.server.launch import LaunchOptions, bind, serve
+from app.server.launch import bind, serve
+from app.server.options import LaunchOptions
 chat = VideoChat(sys.argv[1], trusted=False)
 
 class Stuck:

@@ -24,8 +24,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from app.chat import VideoChat
 from app.messages import Media
 from app.server.errors import ApiError
-from app.server.launch import LaunchOptions
 from app.server.media.store import MediaStore
+from app.server.options import LaunchOptions
 from app.server.replies import TextFilter
 from app.server.routes import Api, ServerSettings
 from llm_bridge.model import VideoLanguageModel

@@ -22,10 +22,10 @@ import pytest
 from app.chat import VideoChat
 from app.server.chat_request import Reference
 from app.server.errors import ApiError
-from app.server.launch import WEB_LIMITS, LaunchOptions
 from app.server.media import download as fetching
 from app.server.media.download import download, is_public
 from app.server.media.resolver import Resolver
+from app.server.options import WEB_LIMITS, LaunchOptions
 from app.server.routes import Api, ServerSettings
 from app.server.security.authentication import Credentials
 from llm_bridge.model import VideoLanguageModel
