@@ -2,13 +2,15 @@
 
 A request passes, in this order:
 
-    limits           the connection's time limits (uvicorn protocol), then the bytes of its body (middleware)
-    security         access control (middleware): host, origin, API key or login, the key's rate
+    limits           number and time limits of connections (uvicorn protocol)
+    security         middleware: checks the host, the origin, the API key or login, and the key's rate
+    limits           middleware: bounds the bytes of all requests' bodies in memory
     routes           the handlers of the API;  gradio_mount: the page, for its own routes
     request_body     the body as strict JSON;  chat_request, schemas: validated as a ChatRequest
     scheduler        a bounded queue and worker threads; one job runs one answer
     media            what the request names, opened as files: uploads, data: URLs, downloads, the media root
     replies, errors  the answer as JSON or server-sent events, or an error in OpenAI's shape
 
-`launch` puts them together and runs the process, as `options` says; `metrics` counts for /metrics, `openapi` documents the API.
+`launch` puts them together and runs the process with the settings in `options`; `metrics` counts for /metrics,
+`openapi` documents the API.
 """
