@@ -11,6 +11,6 @@ A request passes, in this order:
     media            what the request names, opened as files: uploads, data: URLs, downloads, the media root
     replies, errors  the answer as JSON or server-sent events, or an error in OpenAI's shape
 
-`launch` puts them together and runs the process with the settings in `options`; `metrics` counts for /metrics,
-`openapi` documents the API.
+`launch` puts them together and runs the process with the settings in `options`; `metrics` counts for
+/metrics, `openapi` documents the API.
 """
