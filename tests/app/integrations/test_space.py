@@ -59,8 +59,8 @@ def test_the_built_space_runs(space: Path, tiny_model: VideoLanguageModel, tmp_p
         "GRADIO_SERVER_PORT": "0",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    where = [sys.executable, "-c", "import app.server.launch, sys; print(app.server.launch.__file__)"]
-    found = subprocess.run(where, cwd=space, capture_output=True, text=True, check=True).stdout
+    which = [sys.executable, "-c", "import app; print(app.__file__)"]
+    found = subprocess.run(which, cwd=space, capture_output=True, text=True, check=True).stdout
     assert Path(found.strip()).is_relative_to(space)  # not this repository's
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "app.py"], cwd=space, stdout=subprocess.PIPE, text=True, env=env

@@ -330,20 +330,20 @@ def test_health_and_metrics(tiny_model: VideoLanguageModel, clips: list[Path]) -
 # -- load ---------------------------------------------------------------------------------------------------
 
 
-def test_eight_clients_get_the_answers_they_get_alone(
+def test_concurrent_clients_get_the_answers_they_get_alone(
     shared: Serving, tiny_model: VideoLanguageModel, clips: list[Path]
 ) -> None:
     asked = [
-        ("How many?", f"{n}.mp4", {"max_tokens": 10 + 3 * n, "token_budget": 8 * (n + 1)}) for n in range(8)
+        ("How many?", f"{n}.mp4", {"max_tokens": 10 + 3 * n, "token_budget": 8 * (n + 1)}) for n in range(5)
     ]
 
     def one(job: tuple[str, str, dict[str, Any]]) -> str:
         return answer(ask(shared[0], job[0], job[1], **job[2], user=str(time.monotonic_ns())))
 
     alone = [one(job) for job in asked]
-    assert len(set(alone)) > 4
+    assert len(set(alone)) > 2
     steps, made, _ = shared[1].chat.decoding
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(5) as pool:
         assert list(pool.map(one, asked)) == alone
     now = shared[1].chat.decoding
     assert now[0] - steps < now[1] - made  # steps were shared
