@@ -112,8 +112,11 @@ class _Read(Collector):
         """The values now."""
         metric = self._family(self._name, self._help, labels=[self._label] if self._label else [])
         values = self._read()
-        for label, value in values.items() if isinstance(values, Mapping) else [(None, values)]:
-            metric.add_metric([] if label is None else [label], value)
+        if isinstance(values, Mapping):
+            for label, value in values.items():
+                metric.add_metric([label], value)
+        else:
+            metric.add_metric([], values)
         yield metric
 
 
