@@ -105,6 +105,11 @@ def shutting_down() -> ApiError:
     )
 
 
+def invalid_media(message: str) -> ApiError:
+    """400: a video or image of the messages cannot be had."""
+    return ApiError(400, message, code="invalid_media", param="messages")
+
+
 def too_large(limit: int) -> ApiError:
     """413: larger than `limit` bytes."""
     return ApiError(

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
-from app.server.errors import ApiError
+from app.server.errors import ApiError, invalid_media
 
 TIMEOUT_S = 10.0  # of silence; the whole transfer may take six times as long
 BLOCK = 1 << 16
@@ -85,9 +85,11 @@ def fetch(
                 _transfer(target, address, max_bytes, into, watch)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 watch.check(target.host)
-                raise _refused(f"{target.host} could not be read ({type(error).__name__}).") from error
+                raise invalid_media(f"{target.host} could not be read ({type(error).__name__}).") from error
     except _TimeUp:
-        raise _refused(f"{target.host} is too slow: the transfer took over {6 * TIMEOUT_S:g} s.") from None
+        raise invalid_media(
+            f"{target.host} is too slow: the transfer took over {6 * TIMEOUT_S:g} s."
+        ) from None
 
 
 def download(
@@ -103,20 +105,22 @@ def parse_url(url: str, hosts: Iterable[str]) -> Target:
     """A URL of one of the hosts; raises ApiError for every other text."""
     # urlsplit drops some of these silently; browsers read \ as /.
     if any(ord(sign) <= 32 or ord(sign) == 127 or sign == "\\" for sign in url):
-        raise _refused("A URL must not hold blanks, control characters or backslashes: percent-encode them.")
+        raise invalid_media(
+            "A URL must not hold blanks, control characters or backslashes: percent-encode them."
+        )
     try:
         parts = urllib.parse.urlsplit(url)
         host, port = _ascii_host(parts.hostname or ""), parts.port
         path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
         query = urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~?")
     except ValueError:
-        raise _refused("That is not a URL.") from None
+        raise invalid_media("That is not a URL.") from None
     if "@" in parts.netloc:
-        raise _refused("A URL must not hold a user or a password.")
+        raise invalid_media("A URL must not hold a user or a password.")
     if parts.scheme not in ("http", "https") or not host or host not in set(map(_allowed_name, hosts)):
-        raise _refused("This server does not fetch from that host.")
+        raise invalid_media("This server does not fetch from that host.")
     if port == 0:
-        raise _refused("A URL's port cannot be 0.")
+        raise invalid_media("A URL's port cannot be 0.")
     secure = parts.scheme == "https"
     return Target(host, port or (443 if secure else 80), f"{path}?{query}" if query else path, secure)
 
@@ -139,9 +143,9 @@ def public_address(host: str, port: int) -> str:
     try:
         addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError):
-        raise _refused(f"There is no host {host}.") from None
+        raise invalid_media(f"There is no host {host}.") from None
     if not addresses or not all(map(is_public, addresses)):
-        raise _refused("This server does not fetch from that host.")
+        raise invalid_media("This server does not fetch from that host.")
     return min(addresses, key=lambda address: (":" in address, address))  # IPv4 first: it works everywhere
 
 
@@ -167,9 +171,11 @@ def _transfer(target: Target, address: str, max_bytes: int, into: Sink, watch: _
         connection.request("GET", target.path, headers=headers)
         response = connection.getresponse()
         if response.status != 200:
-            raise _refused(f"{target.host} answered {response.status}; redirects are not followed.")
+            raise invalid_media(f"{target.host} answered {response.status}; redirects are not followed.")
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise _refused(f"{target.host} sent the file compressed: only what is sent as it is can be read.")
+            raise invalid_media(
+                f"{target.host} sent the file compressed: only what is sent as it is can be read."
+            )
         length = response.length  # None where it is not said, or the content comes in chunks
         if length is not None and length > max_bytes:
             raise _too_large(max_bytes)
@@ -182,9 +188,9 @@ def _transfer(target: Target, address: str, max_bytes: int, into: Sink, watch: _
             into.write(block)
         watch.check(target.host)  # an interrupted connection looks as if it had ended
         if length is not None and got < length:
-            raise _refused(f"{target.host} sent {got} of {length} bytes: try again.")
+            raise invalid_media(f"{target.host} sent {got} of {length} bytes: try again.")
         if not got:
-            raise _refused(f"{target.host} sent nothing.")
+            raise invalid_media(f"{target.host} sent nothing.")
     finally:
         connection.close()
 
@@ -293,7 +299,3 @@ class _TransferWatch:
 def _too_large(max_bytes: int) -> ApiError:
     message = f"That file is larger than {max_bytes / 2**20:g} MiB: cut or compress it."
     return ApiError(413, message, code="invalid_media", param="messages")
-
-
-def _refused(message: str) -> ApiError:
-    return ApiError(400, message, code="invalid_media", param="messages")

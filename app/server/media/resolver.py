@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from app.messages import Media
 from app.server.chat_request import Reference
-from app.server.errors import ApiError, too_large
+from app.server.errors import ApiError, invalid_media, too_large
 from app.server.media.data_urls import DataError, TooLarge, decode_data, is_data_url
 from app.server.media.download import fetch, parse_url
 from app.server.media.path_confinement import open_beneath
@@ -84,11 +84,11 @@ class Resolver:
         except TooLarge:
             raise too_large(self.max_bytes) from None
         except DataError as error:
-            raise _refused(str(error)) from None
+            raise invalid_media(str(error)) from None
 
     def _fetched(self, url: str, cancelled: threading.Event | None, stack: ExitStack) -> tuple[BinaryIO, str]:
         if not self.hosts:
-            raise _refused("This server fetches nothing: send a data: URL, or upload to /v1/files.")
+            raise invalid_media("This server fetches nothing: send a data: URL, or upload to /v1/files.")
         name = _base_name(parse_url(url, self.hosts).path.partition("?")[0])
         incoming = self.store.receive(name, key=f"url-{uuid.uuid4().hex}")
         try:
@@ -104,7 +104,7 @@ class Resolver:
 
     def _under_root(self, url: str) -> BinaryIO:
         # One message for all: a client must not learn which files exist elsewhere.
-        missing = _refused(f"There is no such media: use a data: URL{self._or_file()}.")
+        missing = invalid_media(f"There is no such media: use a data: URL{self._or_file()}.")
         if self.root is None:
             raise missing
         try:
@@ -141,7 +141,3 @@ def _base_name(path: str) -> str:
 def _display(name: str) -> str:
     """A medium's name in error messages: the base name, printable characters only."""
     return "".join(sign for sign in _base_name(name) if sign.isprintable())[:100]
-
-
-def _refused(message: str) -> ApiError:
-    return ApiError(400, message, code="invalid_media", param="messages")
