@@ -332,9 +332,10 @@ def run_web(args: argparse.Namespace) -> int:
     """The page and the API until SIGTERM or Ctrl-C."""
     from dataclasses import replace
 
-    from app.server.launch import WEB_LIMITS, bind, options_of, serve
+    from app.server.launch import bind, serve
+    from app.server.options import WEB_LIMITS, options_from_args
 
-    options = options_of(args)
+    options = options_from_args(args)
     listener = bind(options.host, options.port)  # before the model, which takes seconds
     limits = replace(WEB_LIMITS, max_bytes=args.upload_mib * 2**20)
     bounds: dict[str, Any] = {"limits": limits, "batch": args.parallel, "cache_mib": args.cache_mib}

@@ -1,0 +1,1 @@
+"""FluxChat inside other programs: lmms-eval, and a Hugging Face Space."""

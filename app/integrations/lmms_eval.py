@@ -3,7 +3,7 @@
     pip install 'fluxchat[eval]'
     lmms-eval --model fluxchat --model_args budget=1024 --tasks mvbench --batch_size 1 --output_path results
 
-The package announces itself to lmms-eval, so nothing needs registering. Model arguments: model (folder of
+The package registers itself by an entry point in pyproject.toml. Model arguments: model (folder of
 a saved model; default: the one that ships), llm, encoder, device, dtype, quantize, budget, selector, system.
 """
 
@@ -16,12 +16,11 @@ from lmms_eval.api.model import lmms
 
 from encoder.errors import ConfigError
 
-# Longer lists of pictures are the frames of one video, shorter ones are separate pictures.
-MOST_PICTURES = 8
+MAX_PICTURES = 8  # a longer list of pictures is the frames of one video
 
 
 def manifest() -> Any:
-    """What lmms-eval asks of its plugins: the name of the model and where its class is."""
+    """The entry point of the plugin: the model's name and the path of its class."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="fluxchat", simple_class_path=f"{__name__}.FluxChat")
@@ -120,11 +119,11 @@ class FluxChat(lmms):
 
 
 def as_videos(visuals: Sequence[Any]) -> Any:
-    """What VideoChat takes: each path a video or picture of its own, many pictures one video."""
+    """The media for VideoChat: each path is a video or picture, a long list of pictures is one video."""
     from app.chat import Videos
 
     pictures = [visual for visual in visuals if not isinstance(visual, str)]
-    if len(pictures) == len(visuals) > MOST_PICTURES:
+    if len(pictures) == len(visuals) > MAX_PICTURES:
         return Videos([list(visuals)])
     return Videos(visuals)
 

@@ -1,6 +1,6 @@
-"""What the page's controls do, as plain functions of a session; nothing here lays anything out.
+"""Handlers of the page's events, as functions of a session, independent of the layout.
 
-Every generator may be closed at any yield (a tab that goes away): computing then ends within one token.
+Every generator may be closed at any yield (the tab was closed): generation then stops within one token.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from app.messages import question_text
 from app.page import html as markup
 from app.page.sessions import Media, Session, Sessions, Turn
 from app.page.settings import Settings
-from app.server.replies import ApiError
-from app.server.wire import longest_text
+from app.server.chat_request import longest_text
+from app.server.errors import ApiError
 from encoder.errors import ConfigError, FluxChatError
 
 LOG = logging.getLogger("fluxchat")
 YIELD_S = 0.05  # at most 20 updates a second
-THUMB, SMALL_THUMB = 208, 128  # pixels
+THUMBNAIL, SMALL_THUMBNAIL = 208, 128  # pixels
 EMPTY_COST = "Add a video or an image: its price appears here before you ask."
 PHASES = {"decode": "Reading the frames", "encode": "Looking", "prefill": "Thinking"}
 MAX_TURNS = 100  # that a conversation keeps, with what was looked at in each
 SHOWN = 200  # characters of a question that is too long
-SURPRISE = "Something went wrong that should not have; the server's log says what."
+UNEXPECTED_ERROR = "Something went wrong that should not have; the server's log says what."
 
 
 class Handlers:
-    """The page's behaviour around one VideoChat."""
+    """The event handlers around one VideoChat."""
 
     def __init__(self, chat: VideoChat, sessions: Sessions) -> None:
         self.chat, self.sessions = chat, sessions
-        # Made here because inside an event Gradio's components are only updates of themselves.
+        # Made here, since inside an event a Gradio component is only an update.
         self._html = gr.HTML("", js_on_load=None, apply_default_css=False, render=False).get_config()
 
     # -- videos ---------------------------------------------------------------------------------------------
 
     def show(self, session: Session, path: str | None) -> str:
-        """The player's file changed: add it to the conversation, or take the cleared one out.
+        """The player's file changed: add it to the conversation, or remove the cleared one.
 
         Returns an error as HTML, empty when there is none.
         """
@@ -84,10 +84,10 @@ class Handlers:
         except (ApiError, OSError) as error:  # no room for it
             return markup.problem(_sentence(error))
 
-    # -- the price ------------------------------------------------------------------------------------------
+    # -- cost -----------------------------------------------------------------------------------------------
 
     def pricing(self, session: Session) -> str:
-        """What stands in the cost line while the price is worked out."""
+        """The cost line while the cost is being estimated."""
         if not session.media:
             return markup.notice(EMPTY_COST)
         if self.chat.calibrated:
@@ -106,7 +106,7 @@ class Handlers:
         return markup.cost_line(estimates, budget.seconds)
 
     def strip(self, session: Session, settings: Settings) -> str:
-        """What the budget keeps of the video that is shown, before anything is asked."""
+        """The frames of the shown video with the patches that the budget keeps, before any question."""
         medium = session.current
         if medium is None:
             return ""
@@ -116,7 +116,7 @@ class Handlers:
             return markup.problem(_sentence(error))
         kept, grid = len(seen.kept.indices), seen.kept.grid
         label = f"What the model will look at: {kept} of {grid.size} patches"
-        frames = markup.strip(seen.frames, seen.kept, session.shown, side=THUMB, label=label)
+        frames = markup.strip(seen.frames, seen.kept, session.shown, side=THUMBNAIL, label=label)
         return f"<h3>{label}</h3>{frames}"
 
     # -- asking ---------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class Handlers:
         turn = Turn(question.strip(), phase="Waiting for its turn")
         try:
             self._check_length(turn.question)
-        except ConfigError as error:  # a conversation must not keep megabytes
+        except ConfigError as error:  # a long text must not stay in the session
             turn = Turn(f"{turn.question[:SHOWN]} …", error=_sentence(error))
         session.turns.append(turn)
         return True
@@ -156,7 +156,7 @@ class Handlers:
             turn.error, turn.phase = _sentence(error), ""
             yield self.messages(session)
         finally:
-            if not turn.done:  # the tab went away
+            if not turn.done:  # the tab was closed
                 turn.error, turn.phase = "Stopped.", ""
             session.busy -= 1
             if session.closed:
@@ -223,7 +223,7 @@ class Handlers:
         return shown
 
     def _component(self, html: str) -> ComponentMessage:
-        """Our own HTML inside a chat message."""
+        """HTML as a component inside a chat message."""
         return ComponentMessage(
             component="html", value=html, constructor_args={}, props={**self._html, "value": html}
         )
@@ -236,32 +236,34 @@ class Handlers:
         stop: threading.Event,
         history: Sequence[Turn],
     ) -> Iterator[tuple[str, str, Answer | None]]:
-        """(text so far, what is being done, the answer when it is there), at most every YIELD_S seconds."""
+        """Yields (text so far, current phase, the answer at the end), at most every YIELD_S seconds."""
         self._check_length(question, settings.system)
-        news: queue.Queue[str | None] = queue.Queue()
+        updates: queue.Queue[str | None] = queue.Queue()
         phase = ""
 
-        def tell(what: str, index: int, count: int) -> None:
+        def report(what: str, index: int, count: int) -> None:
             nonlocal phase
             phase = PHASES[what] + (f" of video {index + 1}" if count > 1 and what == "decode" else "")
-            news.put("")
+            updates.put("")
 
         options = settings.options()
         system = options.pop("system")
-        messages = asked_messages(session.media, history, question)
+        messages = conversation_messages(session.media, history, question)
         if system:
             messages.insert(0, Message.of("system", system))
-        stream = self.chat.stream_messages(messages, scope=session.scope, progress=tell, stop=stop, **options)
+        stream = self.chat.stream_messages(
+            messages, scope=session.scope, progress=report, stop=stop, **options
+        )
         failed: list[BaseException] = []
 
         def work() -> None:
             try:
                 for piece in stream:
-                    news.put(piece)
+                    updates.put(piece)
             except BaseException as error:  # noqa: BLE001 - raised again by the reader below
                 failed.append(error)
             finally:
-                news.put(None)
+                updates.put(None)
 
         worker = threading.Thread(target=work, name="fluxchat-answer", daemon=True)
         worker.start()
@@ -269,7 +271,7 @@ class Handlers:
         try:
             while True:
                 try:
-                    piece = news.get(timeout=YIELD_S if unseen else None)
+                    piece = updates.get(timeout=YIELD_S if unseen else None)
                 except queue.Empty:
                     piece = ""
                 if piece is None:
@@ -280,7 +282,7 @@ class Handlers:
                 if (now := time.monotonic()) - shown >= YIELD_S:
                     shown, unseen = now, False
                     yield text, phase, None
-        except GeneratorExit:  # the tab went away
+        except GeneratorExit:  # the tab was closed
             stream.stop()
             raise
         finally:
@@ -289,17 +291,17 @@ class Handlers:
             if isinstance(failed[0], FluxChatError):
                 raise failed[0]
             LOG.error("An answer failed", exc_info=failed[0])
-            raise FluxChatError(SURPRISE)
+            raise FluxChatError(UNEXPECTED_ERROR)
         yield stream.answer.text, "", stream.answer
 
     def _check_length(self, *texts: str) -> None:
-        """Raises ConfigError for what can never fit the model, before it is tokenised."""
+        """Raises ConfigError for texts too long for the model, before they are tokenised."""
         limit = longest_text(self.chat)
         if sum(map(len, texts)) > limit:
             raise ConfigError(f"That is too long: a question has at most {limit} characters.")
 
     def _details(self, session: Session, media: Sequence[Media], settings: Settings, answer: Answer) -> str:
-        """Strips of what was looked at, and the small print."""
+        """HTML under an answer: strips of frames with the kept patches, tokens and times."""
         strips = []
         for index, (medium, kept) in enumerate(zip(media, answer.kept, strict=False)):
             frames = self.chat.preview(
@@ -307,10 +309,10 @@ class Handlers:
             ).frames
             if len(frames) == kept.grid.frames:
                 label = f"What it looked at in {medium.name}"
-                strips.append(markup.strip(frames, kept, index, side=SMALL_THUMB, label=label))
+                strips.append(markup.strip(frames, kept, index, side=SMALL_THUMBNAIL, label=label))
         return f'<div class="fc-details">{"".join(strips)}{markup.small_print(answer)}</div>'
 
-    # -- programs -------------------------------------------------------------------------------------------
+    # -- API endpoints --------------------------------------------------------------------------------------
 
     def api_ask(
         self, video: str | None, question: str, budget: str = "", *, scope: str = ""
@@ -338,9 +340,11 @@ class Handlers:
         return asdict(self.chat.estimate(video, budget.strip() or None))
 
 
-def asked_messages(media: Sequence[Media], history: Sequence[Turn], question: str) -> list[Message[Part]]:
-    """A question after earlier turns. Each medium stands in the turn that first asked about it, so that what
-    was computed for earlier turns stays valid when another comes; those taken out are gone.
+def conversation_messages(
+    media: Sequence[Media], history: Sequence[Turn], question: str
+) -> list[Message[Part]]:
+    """The messages of a question after earlier turns. Each medium stands in the turn that first asked about
+    it, so that the KV cache of earlier turns stays valid when another is added; removed media are left out.
 
     Raises ConfigError for an empty question.
     """
@@ -360,5 +364,5 @@ def _parts(media: Sequence[Media]) -> tuple[Part, ...]:
 
 
 def _sentence(error: Exception) -> str:
-    """Its message on one line."""
+    """An error's message on one line."""
     return " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""HTML of the page's own pieces: cost line, strip of frames, shelf of videos, small print, times as links."""
+"""HTML fragments of the page: cost line, strip of frames, shelf of media, answer statistics, time links."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def strip(frames: Tensor, kept: KeptTokens, medium: int, *, side: int, label: st
 
 
 def cost_line(estimates: Sequence[Estimate], seconds: float | None = None) -> str:
-    """The price of a question: the sum over videos, since every one of them is looked at.
+    """The cost of a question: the sum over all videos of the conversation.
 
     seconds: the latency target, to say when it cannot be met.
     """
@@ -123,7 +123,7 @@ def problem(text: str) -> str:
 
 
 def shelf(media: Sequence[Media], shown: int) -> str:
-    """The videos and images of the conversation: show one, or take one out."""
+    """The videos and images of the conversation, with buttons to show and to remove each."""
     items = []
     for index, medium in enumerate(media):
         name = escape(medium.name)

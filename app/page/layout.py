@@ -1,4 +1,4 @@
-"""The page's controls, laid out: no behaviour (that is wired in web.py), no model is run."""
+"""The layout of the page: its controls, theme and examples. Their behaviour is in events.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Add one, choose how many tokens to look at, and ask.
 
 
 def page_options() -> dict[str, Any]:
-    """Arguments of `launch` and `mount_gradio_app` that give the page its looks, from local files only."""
+    """Arguments of `launch` and `mount_gradio_app` for the page's theme and CSS, from local files only."""
     font = ["ui-sans-serif", "system-ui", "sans-serif"]
     mono = ["ui-monospace", "monospace"]
     theme = gr.themes.Base(
@@ -63,17 +63,17 @@ def page_options() -> dict[str, Any]:
 
 
 def default_examples() -> Examples:
-    """The clips that ship with the model, each with the question that its list asks."""
+    """The clips that ship with the model, each with its question."""
     folder = SHIPPED / "examples"
     try:
-        asked = json.loads((folder / "examples.json").read_text())
+        rows = json.loads((folder / "examples.json").read_text())
     except (OSError, ValueError):
         return [(str(path), QUESTION) for path in sorted(folder.glob("*.mp4"))]
-    return [(str(folder / row["file"]), row["question"]) for row in asked]
+    return [(str(folder / row["file"]), row["question"]) for row in rows]
 
 
-class View:
-    """Every control of the page, laid out."""
+class Controls:
+    """All controls of the page."""
 
     def __init__(self, chat: VideoChat, examples: Examples, *, login: bool = False) -> None:
         budgets = Range.of(chat.model)

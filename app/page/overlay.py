@@ -1,4 +1,4 @@
-"""What the model looked at: sampled frames with the patches that were dropped dimmed."""
+"""Pictures of sampled frames in which the patches that token selection dropped are dimmed."""
 
 from __future__ import annotations
 

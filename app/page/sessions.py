@@ -1,4 +1,4 @@
-"""Who is on the page: each browser tab has its own videos and conversation, freed when it leaves or idles."""
+"""Sessions of the page: a browser tab's media and conversation, freed when the tab closes or idles."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from app.answer import Answer
-from app.server.media import MediaStore
-from app.server.replies import ApiError
+from app.server.errors import ApiError
+from app.server.media.store import MediaStore
 from encoder.errors import ConfigError
 from encoder.video.reader import VideoInfo
 
 IDLE_S = 1800.0
-KEPT_S = 3600.0  # for uploads that no session ever used
+UNUSED_UPLOAD_S = 3600.0  # for uploads that no session ever used
 MAX_SESSIONS = 1000
 MAX_MEDIA = 8  # videos and images in one conversation
 MAX_SECONDS = 4 * 3600.0  # of video in one conversation
@@ -43,7 +43,7 @@ class Media:
 
 @dataclass
 class Turn:
-    """A question and what became of it; details: HTML under the answer. media: all that it was about."""
+    """A question and its answer. details: HTML under the answer. media: all that it was about."""
 
     question: str
     media: tuple[Media, ...] = ()
@@ -63,7 +63,7 @@ class Turn:
 class Session:
     """One tab's conversation. `stop` ends what it computes now; a new event is made for each question.
 
-    scope: what a model keeps for it, under a name that nobody can guess.
+    scope: unguessable name of its entries in VideoChat's caches.
     """
 
     id: str
@@ -170,7 +170,7 @@ class Sessions:
         return shutil.copy(path, tempfile.mkdtemp(dir=self.uploads))
 
     def add(self, session: Session, medium: Media) -> None:
-        """Bring a video or image in; raises ConfigError when the session holds too many."""
+        """Add a video or image; raises ConfigError when the session has too many."""
         with self._lock:
             if session.closed:
                 raise ConfigError("This conversation has ended: reload the page.")
@@ -185,13 +185,13 @@ class Sessions:
             self._files[medium.path] += 1
 
     def discard(self, path: str) -> None:
-        """Delete an upload that was not taken, unless a session has it."""
+        """Delete an upload that was refused, unless a session has it."""
         with self._lock:
             if path not in self._files and self.store is not None and self.store.hold(path):
                 self.store.release(path)
 
     def remove(self, session: Session, index: int) -> None:
-        """Take a video or image out and delete its upload if nobody else has it."""
+        """Remove a video or image, and delete its upload unless another session has it."""
         with self._lock:
             medium = session.media.pop(index)
             if session.shown > index or session.shown == len(session.media):
@@ -199,7 +199,7 @@ class Sessions:
             self._release(medium)
 
     def close(self, session_id: str) -> None:
-        """Stop what it computes and free all that it holds; nothing happens if there is none."""
+        """Stop a session's generation and free its media; does nothing when there is none."""
         with self._lock:
             session = self._sessions.pop(session_id, None)
             if session is None:
@@ -219,7 +219,7 @@ class Sessions:
         self._wake.set()
 
     def sweep(self) -> None:
-        """Close the sessions that have idled too long."""
+        """Close sessions that have been idle for longer than `idle_s`."""
         limit = time.monotonic() - self._idle_s
         with self._lock:
             idle = [s.id for s in self._sessions.values() if s.touched < limit and not s.busy]
@@ -230,7 +230,7 @@ class Sessions:
 
     def _sweep_uploads(self) -> None:
         """Delete old files that no session uses, with folders that are empty then."""
-        limit = time.time() - max(KEPT_S, self._idle_s)
+        limit = time.time() - max(UNUSED_UPLOAD_S, self._idle_s)
         for path in self.uploads.glob("*/*") if self.uploads.is_dir() else ():
             with self._lock, contextlib.suppress(OSError):
                 if str(path) not in self._files and path.is_file() and path.stat().st_mtime < limit:

@@ -19,7 +19,7 @@ CHOOSE = "by budget"
 
 @dataclass(frozen=True)
 class Settings:
-    """What the controls say, in the order in which the page hands them over."""
+    """Values of the controls, in the order of `Controls.settings`."""
 
     tokens: int
     auto: bool
@@ -63,7 +63,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Range:
-    """Token budgets on the slider."""
+    """The range of the token budget slider."""
 
     step: int
     largest: int
@@ -80,14 +80,14 @@ class Range:
         step = max(8, min(64, 1 << (seen // 32).bit_length() - 1))
         context, free = model.llm.context_length, _free_mib(model)
 
-        def bears(tokens: int) -> bool:
+        def fits(tokens: int) -> bool:
             llm_tokens = model.projector.planned_tokens(tokens, frames)
             positions = llm_tokens + QUESTION_TOKENS + ANSWER_TOKENS
             kv_mib = positions * model.llm.kv_bytes_per_token / MIB
             working = encoder_mib(config, frames, side, side, tokens)
             return (context is None or positions <= context) and working + kv_mib <= free / 2
 
-        largest = next((n for n in range(seen // step * step, step, -step) if bears(n)), step)
+        largest = next((n for n in range(seen // step * step, step, -step) if fits(n)), step)
         return Range(step, largest)
 
     def near(self, tokens: int) -> int:
@@ -96,7 +96,7 @@ class Range:
 
 
 def _free_mib(model: VideoLanguageModel) -> float:
-    """Memory of the device that nothing uses yet."""
+    """Free memory of the model's device."""
     import torch
 
     if model.device.type == "cuda":

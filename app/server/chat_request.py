@@ -1,8 +1,8 @@
-"""A request for an answer, understood: messages whose texts and media are in the order they came.
+"""Parsing chat completion requests: messages with texts and media references in order, sampling options.
 
-    asked = parse_chat(body)   # raises ApiError that names what is wrong, and where
+    request = parse_chat(body)   # raises ApiError that names the field that is wrong
 
-What fields there are is schemas.py; here is what they mean together.
+schemas.py has the fields; here is what they mean together.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from app.server.replies import ApiError
+from app.server.errors import ApiError
 from app.server.schemas import (
     ALTERNATIVE,
     MAX_MEDIA,
@@ -32,15 +32,18 @@ from app.server.schemas import (
 from encoder.selection import Selector
 from llm_bridge.prompt import Message, Role
 
-LOOKED_AT = 16  # unknown fields that are compared with the known ones
+if TYPE_CHECKING:
+    from app.chat import VideoChat
+
+MAX_COMPARED = 16  # unknown fields that are compared with the known ones
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A video or image that a request names. param: where it does, as a path.
+    """A video or image that a request names. param: the path of the field that names it.
 
-    kind: "id" of an uploaded file, "data" in the request itself, or "url" for anything. name: what its user
-    calls it, "" when the request does not say.
+    kind: "id" of an uploaded file, "data" in the request itself, or "url" for anything. name: the client's
+    name of the file, "" when the request has none.
     """
 
     value: str = field(repr=False)
@@ -54,7 +57,7 @@ class ChatRequest:
     """messages: from the first system prompt to the question, roles in turn; media as References.
 
     max_tokens None: the server's default. sampling: options of `VideoChat.stream_messages`. stop: texts that
-    end the answer. label: sets apart what is kept for one user of the caller from what is kept for another.
+    end the answer. label: a hash of user and cache_salt; answers with different labels share no cache.
     """
 
     messages: tuple[Message[Reference], ...]
@@ -69,52 +72,52 @@ class ChatRequest:
 
     @property
     def media(self) -> list[Reference]:
-        """All that is named, in order."""
+        """All references, in order."""
         return [part for message in self.messages for part in message.content if not isinstance(part, str)]
 
 
-def parse_chat(body: Any) -> ChatRequest:
+def parse_chat(data: Any) -> ChatRequest:
     """A decoded JSON body as a ChatRequest; raises ApiError naming the field that is wrong."""
-    if not isinstance(body, dict):
+    if not isinstance(data, dict):
         raise ApiError(400, "The body must be a JSON object.")
-    model = body.get("model", MODEL)
+    model = data.get("model", MODEL)
     if isinstance(model, str) and model != MODEL:
         message = f"There is no model {model[:80]!r} here: use {MODEL!r}."
         raise ApiError(404, message, code="model_not_found", param="model")
     try:
-        asked = ChatBody.model_validate(body)
+        body = ChatBody.model_validate(data)
     except ValidationError as error:
-        raise refusal(error, ChatBody) from None
-    longest = _longest(asked)
-    if asked.min_tokens is not None and longest is not None and asked.min_tokens > longest:
+        raise validation_error(error, ChatBody) from None
+    longest = _longest(body)
+    if body.min_tokens is not None and longest is not None and body.min_tokens > longest:
         raise ApiError(400, "min_tokens must not be more than max_tokens.", param="min_tokens")
-    options = asked.stream_options
-    labels = [asked.user, asked.cache_salt]
+    options = body.stream_options
+    labels = [body.user, body.cache_salt]
     return ChatRequest(
-        messages=tuple(_conversation(asked)),
-        stream=bool(asked.stream),
+        messages=tuple(_conversation(body)),
+        stream=bool(body.stream),
         include_usage=bool(options and options.include_usage),
         max_tokens=longest,
         sampling={
-            "temperature": asked.temperature or 0.0,
-            "top_p": 1.0 if asked.top_p is None else asked.top_p,
-            "top_k": asked.top_k or 0,
-            "min_p": asked.min_p or 0.0,
-            "repetition_penalty": 1.0 if asked.repetition_penalty is None else asked.repetition_penalty,
-            "min_tokens": asked.min_tokens or 0,
-            "seed": asked.seed,
-            "stop_token_ids": tuple(asked.stop_token_ids or ()),
-            "logit_bias": {int(token): bias for token, bias in (asked.logit_bias or {}).items()} or None,
+            "temperature": body.temperature or 0.0,
+            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "top_k": body.top_k or 0,
+            "min_p": body.min_p or 0.0,
+            "repetition_penalty": 1.0 if body.repetition_penalty is None else body.repetition_penalty,
+            "min_tokens": body.min_tokens or 0,
+            "seed": body.seed,
+            "stop_token_ids": tuple(body.stop_token_ids or ()),
+            "logit_bias": {int(token): bias for token, bias in (body.logit_bias or {}).items()} or None,
         },
-        stop=tuple(asked.stop or ()),
-        token_budget=asked.token_budget,
-        selector=asked.selector or "flux",
+        stop=tuple(body.stop or ()),
+        token_budget=body.token_budget,
+        selector=body.selector or "flux",
         label=hashlib.blake2b(repr(labels).encode(), digest_size=12).hexdigest() if any(labels) else "",
     )
 
 
-def _longest(asked: ChatBody) -> int | None:
-    old, new = asked.max_tokens, asked.max_completion_tokens
+def _longest(body: ChatBody) -> int | None:
+    old, new = body.max_tokens, body.max_completion_tokens
     if old is not None and new is not None and old != new:
         raise ApiError(
             400, "max_tokens and max_completion_tokens differ: send one of them.", param="max_tokens"
@@ -125,10 +128,10 @@ def _longest(asked: ChatBody) -> int | None:
 # -- the conversation ---------------------------------------------------------------------------------------
 
 
-def _conversation(asked: ChatBody) -> Iterator[Message[Reference]]:
+def _conversation(body: ChatBody) -> Iterator[Message[Reference]]:
     """Messages with alternating roles; those of one role in a row are one."""
     turns: list[tuple[Role, list[str | Reference]]] = []
-    for index, message in enumerate(asked.messages):
+    for index, message in enumerate(body.messages):
         role: Role = "system" if message.role == "developer" else message.role
         parts = list(_parts(message.content, f"messages[{index}].content", role))
         if role == "assistant" and not any(other == "user" for other, _ in turns):
@@ -167,20 +170,20 @@ def _parts(content: Any, path: str, role: Role) -> Iterator[str | Reference]:
     """The texts that are not empty, and the media, of a message's content."""
     if isinstance(content, str):
         if content:
-            yield _words(content, path, role)
+            yield _without_nul(content, path, role)
         return
     for index, part in enumerate(content):
         if isinstance(part, (TextPart, RefusalPart)):
             key = "text" if isinstance(part, TextPart) else "refusal"
-            found: str | Reference = _words(getattr(part, key), f"{path}[{index}].{key}", role)
+            item: str | Reference = _without_nul(getattr(part, key), f"{path}[{index}].{key}", role)
         else:
-            found = _reference(part, f"{path}[{index}]")
-        if found != "":
-            yield found
+            item = _reference(part, f"{path}[{index}]")
+        if item != "":
+            yield item
 
 
-def _words(text: str, path: str, role: Role) -> str:
-    """A text that every tokenizer can read. A model may have said a NUL; people have not."""
+def _without_nul(text: str, path: str, role: Role) -> str:
+    """A text without NUL, which tokenizers cannot read: dropped from answers, refused in other messages."""
     if "\0" not in text:
         return text
     if role == "assistant":
@@ -189,18 +192,18 @@ def _words(text: str, path: str, role: Role) -> str:
 
 
 def _reference(part: Strict, path: str) -> Reference:
-    """What a part names; exactly one of its fields must."""
+    """The reference of a message part; exactly one of its fields must name the content."""
     name = ""
     if isinstance(part, FilePart):
         part, path = part.file, f"{path}.file"
     if isinstance(part, File):
         name = part.filename or ""
     fields = [key for key in type(part).model_fields if key not in ("type", "detail", "filename")]
-    given = [key for key in fields if getattr(part, key) is not None]
-    if len(given) != 1:
-        told = " or ".join(fields)
-        raise ApiError(400, f"{path} must say where its content is by one of {told}.", param=path)
-    (key,) = given
+    present = [key for key in fields if getattr(part, key) is not None]
+    if len(present) != 1:
+        names = " or ".join(fields)
+        raise ApiError(400, f"{path} must say where its content is by one of {names}.", param=path)
+    (key,) = present
     value = getattr(part, key)
     if isinstance(value, Url):
         return Reference(value.url, f"{path}.{key}.url")
@@ -208,26 +211,26 @@ def _reference(part: Strict, path: str) -> Reference:
     return Reference(value, f"{path}.{key}", kind, name)
 
 
-# -- what is wrong with a request ---------------------------------------------------------------------------
+# -- validation errors ---------------------------------------------------------------------------------------
 
 
-def refusal(error: ValidationError, model: type[BaseModel]) -> ApiError:
-    """The first thing that is wrong as one sentence; misspelt fields before fields that are missing."""
+def validation_error(error: ValidationError, model: type[BaseModel]) -> ApiError:
+    """A pydantic error as one sentence about the first problem; misspelt fields before missing ones."""
     errors = error.errors(include_url=False, include_context=True)
     # A body can hold a hundred thousand unknown fields; comparing names takes time.
-    unknown = [found for found in errors if found["type"] == "extra_forbidden"][:LOOKED_AT]
-    found = next((e for e in unknown if _nearest(model, e["loc"])), errors[0])
-    kind, path = found["type"], _path(found["loc"], named=found["type"] == "extra_forbidden")
+    unknown = [problem for problem in errors if problem["type"] == "extra_forbidden"][:MAX_COMPARED]
+    problem = next((e for e in unknown if _nearest(model, e["loc"])), errors[0])
+    kind, path = problem["type"], _path(problem["loc"], named=problem["type"] == "extra_forbidden")
     if kind == "extra_forbidden":
-        nearest = _nearest(model, found["loc"])
+        nearest = _nearest(model, problem["loc"])
         advice = f"did you mean {nearest}?" if nearest else "leave it out."
         return ApiError(400, f"This server knows no field {path}: {advice}", param=path, code="unknown_field")
-    return ApiError(400, f"{path} {_wrong(kind, found)}.", param=path)
+    return ApiError(400, f"{path} {_problem_text(kind, problem)}.", param=path)
 
 
-def _wrong(kind: str, found: Mapping[str, Any]) -> str:
-    """What a value must be, as the end of a sentence."""
-    context = found.get("ctx") or {}
+def _problem_text(kind: str, problem: Mapping[str, Any]) -> str:
+    """The end of the sentence about a problem: what the value must be."""
+    context = problem.get("ctx") or {}
     simple = {
         "missing": "is missing",
         "string_type": "must be a text",
@@ -249,7 +252,7 @@ def _wrong(kind: str, found: Mapping[str, Any]) -> str:
     if kind == "unsupported":
         return f"asks for what this server cannot do: {context['advice']}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        return _wrong_alternative(kind, found, context)
+        return _wrong_alternative(kind, problem, context)
     if kind == "literal_error":
         return f"must be {context['expected']}"
     bounds = {
@@ -270,26 +273,26 @@ def _wrong(kind: str, found: Mapping[str, Any]) -> str:
     return "is not valid"
 
 
-def _wrong_alternative(kind: str, found: Mapping[str, Any], context: Mapping[str, Any]) -> str:
-    """A value that is none of several forms: of a wrong kind, or of a wrong type or role."""
+def _wrong_alternative(kind: str, problem: Mapping[str, Any], context: Mapping[str, Any]) -> str:
+    """The message for a value that matches no alternative of a union."""
     if context["discriminator"] == "_kind()":
         kinds = {"text": "a text", "list": "a list", "object": "an object", "number": "a whole number"}
         tags = re.findall(f"'{ALTERNATIVE}([a-z]+)'", context["expected_tags"])
         return f"must be {' or '.join(kinds[tag] for tag in tags if tag in kinds)}"
-    value = found["input"]
-    is_message = len(found["loc"]) == 2
+    value = problem["input"]
+    is_message = len(problem["loc"]) == 2
     if not isinstance(value, Mapping):
         return "must be an object"
     if is_message:
-        told = str(value.get("role", ""))[:40]
-        if told in ("tool", "function"):
+        role = str(value.get("role", ""))[:40]
+        if role in ("tool", "function"):
             return "has the role of a tool: this server calls no tools"
         return "must have a role: system, developer, user or assistant"
     if kind == "union_tag_not_found":
         return "must have a type: text, video_url, image_url or file"
-    told = str(value.get("type", ""))[:40]
+    name = str(value.get("type", ""))[:40]
     usable = ", ".join(re.findall(f"'{ALTERNATIVE}([a-z_]+)'", context["expected_tags"]))
-    return f"is of the type {told!r}, which cannot stand here: use one of {usable}"
+    return f"is of the type {name!r}, which cannot stand here: use one of {usable}"
 
 
 def _path(loc: Sequence[str | int], named: bool = False) -> str:
@@ -321,16 +324,16 @@ def _nearest(model: type[BaseModel], loc: Sequence[str | int]) -> str | None:
 
 def _fields(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
     """Names of the fields of the object at `loc`: those of all models that may stand there."""
-    found: list[Any] = [model]
+    models: list[Any] = [model]
     for step in loc:
         if isinstance(step, int):
             continue
         if step.startswith(ALTERNATIVE):
-            found = [kind for kind in found if _stands_for(kind, step[len(ALTERNATIVE) :])] or found
+            models = [kind for kind in models if _stands_for(kind, step[len(ALTERNATIVE) :])] or models
             continue
-        inner = [kind.model_fields[step] for kind in found if step in kind.model_fields]
-        found = [kind for info in inner for kind in _models(info.annotation)]
-    return sorted({name for kind in found for name in kind.model_fields})
+        inner = [kind.model_fields[step] for kind in models if step in kind.model_fields]
+        models = [kind for info in inner for kind in _models(info.annotation)]
+    return sorted({name for kind in models for name in kind.model_fields})
 
 
 def _stands_for(model: type[BaseModel], tag: str) -> bool:
@@ -345,3 +348,30 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for inner in get_args(annotation):
         yield from _models(inner)
+
+
+def longest_text(chat: VideoChat) -> int:
+    """Characters of text that a question about anything may have: tokens of 16 are rare in any language."""
+    context = chat.model.llm.context_length
+    return max(1 << 16, 16 * context) if context else 1 << 20
+
+
+def check_text(body: Any, limit: int) -> None:
+    """Raises ApiError 400 when the messages' texts together have more than `limit` characters.
+
+    Nothing else in a request is tokenised; media are named, or bounded as files.
+    """
+    characters = 0
+    messages = body.get("messages") if isinstance(body, dict) else None
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else [content]:
+            text = part.get("text") if isinstance(part, dict) else part
+            characters += len(text) if isinstance(text, str) else 0
+    if characters > limit:
+        raise ApiError(
+            400,
+            f"The texts have {characters} characters, and at most {limit} can fit the model: shorten them.",
+            code="context_length_exceeded",
+            param="messages",
+        )

@@ -1,92 +1,133 @@
-"""Counters and histograms in Prometheus' text format, and nothing else."""
+"""The metrics at /metrics, by prometheus_client: what is counted, and what is read when they are scraped."""
 
 from __future__ import annotations
 
-import threading
-from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from app.answer import Answer
+    from app.chat import VideoChat
+    from app.server.media.store import MediaStore
+    from app.server.scheduler import Scheduler
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-Labels = tuple[tuple[str, str], ...]
-
-
-@dataclass
-class _Histogram:
-    counts: list[int] = field(default_factory=lambda: [0] * len(SECONDS))
-    total: int = 0
-    sum: float = 0.0
+TOKEN_KINDS = ("seen", "kept", "visual", "prompt", "cached", "completion")
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+Values = float | Mapping[str, float]  # one value, or one for each value of a label
 
 
 class Metrics:
-    """Thread-safe. `gauges` are functions read when the text is made."""
+    """The metrics of one server, in a registry of its own. Thread-safe."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._help: dict[str, str] = {}
-        self._counters: dict[str, dict[Labels, float]] = defaultdict(lambda: defaultdict(float))
-        self._histograms: dict[str, _Histogram] = {}
-        self._read: dict[str, tuple[str, Callable[[], Mapping[Labels, float] | float]]] = {}
+    def __init__(self, chat: VideoChat, scheduler: Scheduler, store: MediaStore) -> None:
+        self._registry = own = CollectorRegistry()
+        self.requests = Counter(
+            "fluxchat_requests_total", "Requests by route and status.", ["route", "status"], registry=own
+        )
+        self._answers = Counter(
+            "fluxchat_answers_total", "Answers by how they ended.", ["finish"], registry=own
+        )
+        self._tokens = Counter(
+            "fluxchat_tokens_total",
+            "Tokens: seen and kept by the encoder, prompt, cached, answered.",
+            ["kind"],
+            registry=own,
+        )
+        self.first_token = Histogram(
+            "fluxchat_first_token_seconds",
+            "From a request's arrival to its answer's first piece.",
+            buckets=SECONDS,
+            registry=own,
+        )
+        self._answer = Histogram(
+            "fluxchat_answer_seconds",
+            "From a request's arrival to its answer's end.",
+            buckets=SECONDS,
+            registry=own,
+        )
+        self.gauge("fluxchat_running", "Answers being made.", lambda: scheduler.running)
+        self.gauge("fluxchat_waiting", "Requests waiting for a turn.", lambda: scheduler.waiting)
+        self.gauge("fluxchat_files", "Files that clients sent.", lambda: store.size[0])
+        self.gauge("fluxchat_file_bytes", "Bytes of the files that clients sent.", lambda: store.size[1])
+        self.counter(
+            "fluxchat_decode_steps_total", "Forward passes that made tokens.", lambda: chat.decoding[0]
+        )
+        self.counter(
+            "fluxchat_decoded_tokens_total",
+            "Tokens made; over the steps: how many answers shared one.",
+            lambda: chat.decoding[1],
+        )
 
-    def counter(self, name: str, help: str) -> None:
-        """Declare a counter; it shows once it has counted."""
-        self._help[name] = help
+        def by_cache(name: str) -> Callable[[], Mapping[str, float]]:
+            return lambda: {cache: getattr(stats, name) for cache, stats in chat.caches.items()}
 
-    def histogram(self, name: str, help: str) -> None:
-        """Declare a histogram of seconds."""
-        self._help[name] = help
-        self._histograms[name] = _Histogram()
+        self.gauge("fluxchat_cache_bytes", "Bytes kept for follow-up questions.", by_cache("bytes"), "cache")
+        self.gauge("fluxchat_cache_entries", "Entries kept.", by_cache("entries"), "cache")
+        self.counter("fluxchat_cache_hits_total", "Look-ups that found it.", by_cache("hits"), "cache")
+        self.counter("fluxchat_cache_misses_total", "Look-ups that did not.", by_cache("misses"), "cache")
 
-    def read(
-        self, name: str, help: str, value: Callable[[], Mapping[Labels, float] | float], kind: str = "gauge"
+    def record(self, answer: Answer, seconds: float) -> None:
+        """Count one answer, complete `seconds` after its request arrived."""
+        self._answer.observe(seconds)
+        self._answers.labels(finish=answer.finish).inc()
+        for kind in TOKEN_KINDS:
+            self._tokens.labels(kind=kind).inc(getattr(answer.usage, f"{kind}_tokens"))
+
+    def gauge(self, name: str, help: str, read: Callable[[], Values], label: str | None = None) -> None:
+        """Add a gauge that is read at each scrape; with a label, one value for each of its values."""
+        self._registry.register(_Read(GaugeMetricFamily, name, help, read, label))
+
+    def counter(self, name: str, help: str, read: Callable[[], Values], label: str | None = None) -> None:
+        """The same for a count that is kept elsewhere."""
+        self._registry.register(_Read(CounterMetricFamily, name, help, read, label))
+
+    def text(self) -> bytes:
+        """All metrics in Prometheus' text format 0.0.4."""
+        return generate_latest(_WithoutCreated(self._registry))
+
+
+class _Read(Collector):
+    """A metric whose values come from a function."""
+
+    def __init__(
+        self,
+        family: type[GaugeMetricFamily] | type[CounterMetricFamily],
+        name: str,
+        help: str,
+        read: Callable[[], Values],
+        label: str | None,
     ) -> None:
-        """Declare a value, or several by labels, that is read when asked for."""
-        self._help[name] = help
-        self._read[name] = (kind, value)
+        self._family, self._name, self._help, self._read, self._label = family, name, help, read, label
 
-    def add(self, name: str, amount: float = 1.0, **labels: str) -> None:
-        """Count."""
-        with self._lock:
-            self._counters[name][tuple(sorted(labels.items()))] += amount
+    def describe(self) -> list[Metric]:
+        """Its name alone: registering must not read anything."""
+        return [self._family(self._name, self._help)]
 
-    def observe(self, name: str, seconds: float) -> None:
-        """One more value of a histogram."""
-        with self._lock:
-            histogram = self._histograms[name]
-            histogram.total += 1
-            histogram.sum += seconds
-            for index, bound in enumerate(SECONDS):
-                histogram.counts[index] += seconds <= bound
-
-    def text(self) -> str:
-        """Everything, in Prometheus' text format 0.0.4."""
-        lines: list[str] = []
-
-        def head(name: str, kind: str) -> None:
-            lines.extend((f"# HELP {name} {self._help[name]}", f"# TYPE {name} {kind}"))
-
-        with self._lock:
-            for name, values in self._counters.items():
-                head(name, "counter")
-                lines.extend(f"{name}{_labels(labels)} {value:g}" for labels, value in values.items())
-            for name, histogram in self._histograms.items():
-                head(name, "histogram")
-                for bound, count in zip(SECONDS, histogram.counts, strict=True):
-                    lines.append(f'{name}_bucket{{le="{bound:g}"}} {count}')
-                lines.append(f'{name}_bucket{{le="+Inf"}} {histogram.total}')
-                lines.extend((f"{name}_sum {histogram.sum:.6f}", f"{name}_count {histogram.total}"))
-        for name, (kind, value) in self._read.items():
-            head(name, kind)
-            found = value()
-            by_labels = found if isinstance(found, Mapping) else {(): found}
-            lines.extend(f"{name}{_labels(labels)} {number:.12g}" for labels, number in by_labels.items())
-        return "\n".join(lines) + "\n"
+    def collect(self) -> Iterator[Metric]:
+        """The values now."""
+        metric = self._family(self._name, self._help, labels=[self._label] if self._label else [])
+        values = self._read()
+        if isinstance(values, Mapping):
+            for label, value in values.items():
+                metric.add_metric([label], value)
+        else:
+            metric.add_metric([], values)
+        yield metric
 
 
-def _labels(labels: Labels) -> str:
-    if not labels:
-        return ""
-    escaped = (
-        (key, value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")) for key, value in labels
-    )
-    return "{" + ",".join(f'{key}="{value}"' for key, value in escaped) + "}"
+class _WithoutCreated(Collector):
+    """A registry without the `_created` series, a timestamp beside every counter and histogram."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics as Prometheus' text format has always had them."""
+        for metric in self._registry.collect():
+            metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
+            yield metric

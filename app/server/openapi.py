@@ -1,4 +1,4 @@
-"""What the API offers: for programs (OpenAPI 3.1), and for people (a page that loads nothing else)."""
+"""The API's description: an OpenAPI 3.1 document, and the same as an HTML page without scripts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Operation:
     errors: tuple[int, ...] = ()
 
 
-def describe(operations: Sequence[Operation], title: str, version: str) -> dict[str, Any]:
+def openapi_document(operations: Sequence[Operation], title: str, version: str) -> dict[str, Any]:
     """The OpenAPI document."""
     models = {model for o in operations for model in (ErrorBody, o.answer, o.body) if model is not None}
     ordered: list[type[BaseModel]] = sorted(models, key=lambda model: model.__name__)
@@ -62,8 +62,8 @@ def _operation(operation: Operation) -> dict[str, Any]:
     name = re.sub(r"\W+", "_", f"{operation.method.lower()}{operation.path}").strip("_")
     described: dict[str, Any] = {"operationId": name, "summary": operation.summary}
     parameters = [
-        {"name": found, "in": "path", "required": True, "schema": {"type": "string"}}
-        for found in re.findall(r"{(\w+)}", operation.path)
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        for name in re.findall(r"{(\w+)}", operation.path)
     ]
     if operation.query is not None:
         schema = operation.query.model_json_schema()
@@ -91,7 +91,7 @@ def _json(model: type[BaseModel]) -> dict[str, Any]:
     return {"application/json": {"schema": {"$ref": _TEMPLATE.format(model=model.__name__)}}}
 
 
-def page(document: dict[str, Any]) -> str:
+def docs_page(document: dict[str, Any]) -> str:
     """The document as HTML."""
     title = escape(document["info"]["title"])
     schemas = document["components"]["schemas"]
@@ -121,14 +121,14 @@ def _fields(schema: dict[str, Any], schemas: dict[str, Any]) -> str:
     rows = []
     required = schema.get("required", ())
     for name, field in schema.get("properties", {}).items():
-        told = " (required)" if name in required else ""
-        words = escape(field.get("description", ""))
-        rows.append(f"<tr><td><code>{escape(name)}</code>{told}<td>{_kind(field, schemas)}<td>{words}</tr>")
+        note = " (required)" if name in required else ""
+        meaning = escape(field.get("description", ""))
+        rows.append(f"<tr><td><code>{escape(name)}</code>{note}<td>{_kind(field, schemas)}<td>{meaning}</tr>")
     return f"<table><tr><th>Field<th>Values<th>Meaning</tr>{''.join(rows)}</table>"
 
 
 def _kind(field: dict[str, Any], schemas: dict[str, Any]) -> str:
-    """A field's values in a few words, with links to the objects they may be."""
+    """The type of a field in a few words, with links to object types."""
     if reference := field.get("$ref"):
         name = reference.rpartition("/")[2]
         return f"<a href='#{escape(name)}'>{escape(name)}</a>"

@@ -1,91 +1,34 @@
-"""What programs get from the server: OpenAI's chat completions, whole or in pieces, and its errors."""
+"""Successful responses: OpenAI chat completions, whole or as server-sent events."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+from fastapi import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from app.answer import Answer
+from app.server.errors import ApiError, ClientDisconnected
+from app.server.scheduler import Job
 from app.server.schemas import MODEL
-from encoder.errors import BudgetError, ContextError, FluxChatError, ModelError, VideoError
 
-LONGEST = 1000  # characters of an error's sentence
-
-
-class ApiError(Exception):
-    """An answer that is an error, in OpenAI's shape. message: one line, always valid Unicode."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        kind: str = "invalid_request_error",
-        code: str | None = None,
-        param: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        message, param = _one_line(message), None if param is None else _one_line(param)
-        super().__init__(message)
-        self.status, self.headers = status, dict(headers or {})
-        self.body: dict[str, dict[str, Any]] = {
-            "error": {"message": message, "type": kind, "param": param, "code": code}
-        }
-
-    def told(self, scrub: Callable[[str], str]) -> ApiError:
-        """The same with its sentence and field as `scrub` leaves them."""
-        for key in ("message", "param"):
-            if isinstance(text := self.body["error"][key], str):
-                self.body["error"][key] = scrub(text)
-        return self
-
-    def about(self, param: str, what: str = "") -> ApiError:
-        """The same, about one field of the request; what: added to the sentence in brackets."""
-        detail = self.body["error"]
-        message = f"{detail['message'].removesuffix('.')} ({what})." if what else detail["message"]
-        kind, code = detail["type"], detail["code"]
-        return ApiError(self.status, message, kind=kind, code=code, param=param, headers=self.headers)
-
-    @staticmethod
-    def of(error: BaseException) -> ApiError:
-        """The same for what asking can raise; what nobody foresaw is a 500 without details."""
-        if isinstance(error, ApiError):
-            return error
-        message = str(error)
-        if isinstance(error, VideoError):
-            return ApiError(400, message, code="invalid_media", param="messages")
-        if isinstance(error, ContextError):
-            return ApiError(400, message, code="context_length_exceeded", param="messages")
-        if isinstance(error, BudgetError):
-            return ApiError(400, message, code="invalid_budget", param="token_budget")
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            text = "The server ran out of memory: lower token_budget, or try again later."
-            return ApiError(
-                503, text, kind="server_error", code="out_of_memory", headers={"Retry-After": "10"}
-            )
-        if isinstance(error, ModelError):
-            if type(error.__cause__).__module__.startswith("jinja2"):  # it refuses these roles in this order
-                return ApiError(400, message, code="unsupported_conversation", param="messages")
-            return ApiError(503, message, kind="server_error", code="model_unavailable")
-        if isinstance(error, FluxChatError):
-            return ApiError(400, message)
-        return ApiError(500, "The server failed; its log says why.", kind="server_error")
-
-
-def _one_line(text: str) -> str:
-    """A text that fits one line of JSON: no line breaks, no halves of characters, not endless."""
-    line = " ".join(text.split()).encode("utf-8", "backslashreplace").decode()
-    return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
+T = TypeVar("T")
 
 
 @dataclass
 class TextFilter:
-    """What may leave the server of the text made so far: no blanks around it, nothing from a stop text on.
+    """Strips an answer and cuts it at the first stop text, while it is streamed.
 
-    `push` pieces as they come, `flush` at the end; the joined results are the answer. done: a stop text came.
+    `push` pieces as they are generated, `flush` at the end; the joined results are the answer. done: whether
+    a stop text came.
     """
 
     stops: tuple[str, ...] = ()
@@ -94,16 +37,16 @@ class TextFilter:
     _begun: bool = field(default=False, repr=False)
 
     def push(self, piece: str) -> str:
-        """The part of the text so far that is certain to belong to the answer, and new."""
+        """The next part that is certain to belong to the answer."""
         if self.done:
             return ""
         text = self._held + piece
         if not self._begun:
             text = text.lstrip()
-        found = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        if found:
+        positions = [at for stop in self.stops if (at := text.find(stop)) >= 0]
+        if positions:
             self.done, self._held = True, ""
-            return text[: min(found)].rstrip()
+            return text[: min(positions)].rstrip()
         keep = len(text.rstrip())
         for stop in self.stops:
             keep = min(keep, self._begins(text, stop))
@@ -128,32 +71,32 @@ class TextFilter:
 
 
 class Reply:
-    """The objects that answer one request, in OpenAI's shape."""
+    """Builds the chat.completion objects of one request."""
 
     def __init__(self) -> None:
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
 
-    def whole(self, text: str, answer: Answer) -> dict[str, Any]:
-        """The answer in one object."""
+    def completion(self, text: str, answer: Answer) -> dict[str, Any]:
+        """The whole answer as a chat.completion."""
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish(answer)}
-        return {**self._head("chat.completion"), "choices": [choice], **self._costs(answer)}
+        return {**self._head("chat.completion"), "choices": [choice], **self._usage(answer)}
 
     def chunk(self, delta: dict[str, Any], answer: Answer | None = None) -> dict[str, Any]:
-        """A piece of a streamed answer; the last one has the whole `answer`."""
+        """One chat.completion.chunk; answer: given for the last one, which says why it ended."""
         finish = None if answer is None else _finish(answer)
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
     def usage_chunk(self, answer: Answer) -> dict[str, Any]:
-        """What stream_options.include_usage asks for."""
-        return {**self._head("chat.completion.chunk"), "choices": [], **self._costs(answer)}
+        """The chunk with usage and timings, sent when stream_options.include_usage asks for it."""
+        return {**self._head("chat.completion.chunk"), "choices": [], **self._usage(answer)}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": MODEL}
 
     @staticmethod
-    def _costs(answer: Answer) -> dict[str, Any]:
+    def _usage(answer: Answer) -> dict[str, Any]:
         usage, timings = answer.usage, answer.timings
         return {
             "usage": {
@@ -176,3 +119,72 @@ class Reply:
 
 def _finish(answer: Answer) -> str:
     return "length" if answer.finish == "length" else "stop"
+
+
+class EventStream(Response):
+    """Server-sent events; stops the job when the client disconnects or reads nothing for `send_s` seconds.
+
+    failed: turns an exception into the error event that is sent, since the status has been sent already.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        events: AsyncIterator[dict[str, Any]],
+        job: Job,
+        send_s: float,
+        failed: Callable[[BaseException], ApiError],
+    ) -> None:
+        self.status_code, self.background = 200, None
+        self._events, self._job, self._send_s, self._failed = events, job, send_s, failed
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writing = asyncio.ensure_future(self._write(send))
+        leaving = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._job.stop()
+            for task in (writing, leaving):
+                task.cancel()
+            await asyncio.gather(writing, leaving, return_exceptions=True)
+
+    async def _write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+
+        async def put(text: str, more: bool = True) -> None:
+            message = {"type": "http.response.body", "body": text.encode(), "more_body": more}
+            await asyncio.wait_for(send(message), self._send_s)
+
+        try:
+            async for event in self._events:
+                await put(f"data: {json.dumps(event, ensure_ascii=False)}\n\n")
+        except (TimeoutError, asyncio.TimeoutError):
+            return
+        except Exception as error:  # noqa: BLE001 - the status has been sent: the error is an event
+            await put(f"data: {json.dumps(self._failed(error).body)}\n\n")
+        await put("data: [DONE]\n\n", more=False)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        continue
+
+
+async def until_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`; cancels it and raises ClientDisconnected when the client disconnects first."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnected
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            if not task.done():
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task

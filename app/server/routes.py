@@ -1,6 +1,6 @@
-"""The routes for programs: OpenAI-style chat completions and files, health, metrics.
+"""The routes of the API: OpenAI-style chat completions and files, health, metrics, documentation.
 
-app = FastAPI(); Server(chat).install(app)
+app = FastAPI(); Api(chat).install(app)
 
 client = openai.OpenAI(base_url="http://127.0.0.1:7860/v1", api_key="none")
 client.chat.completions.create(model="fluxchat", messages=[{"role": "user", "content": [
@@ -25,19 +25,28 @@ from typing import Any
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from app.chat import SHIPPED, VideoChat
 from app.messages import Media
-from app.server.chat_request import ChatRequest, Reference, parse_chat, refusal
-from app.server.guard import error_response
-from app.server.media import MediaStore, Resolver, StoredFile
-from app.server.metrics import Metrics
-from app.server.openapi import POLICY, Operation, describe, page
-from app.server.readings import declare, record
-from app.server.replies import ApiError, Reply, TextFilter
+from app.server.chat_request import (
+    ChatRequest,
+    Reference,
+    check_text,
+    longest_text,
+    parse_chat,
+    validation_error,
+)
+from app.server.errors import ApiError, ClientDisconnected, PathRedactor, error_response
+from app.server.media.resolver import Resolver
+from app.server.media.store import MediaStore, StoredFile
+from app.server.media.uploads import receive_files
+from app.server.metrics import CONTENT_TYPE, Metrics
+from app.server.openapi import POLICY, Operation, docs_page, openapi_document
+from app.server.replies import EventStream, Reply, TextFilter, until_disconnected
+from app.server.request_body import read_json
 from app.server.scheduler import Job, Scheduler
 from app.server.schemas import (
     MODEL,
@@ -50,9 +59,6 @@ from app.server.schemas import (
     ModelList,
     ModelObject,
 )
-from app.server.scrub import Scrubber
-from app.server.uploads import receive_files
-from app.server.wire import ClientGone, EventStream, check_text, longest_text, read_json, until_gone
 from app.streaming import AnswerStream
 from encoder.errors import VideoError
 from encoder.video.reader import VideoInfo
@@ -94,8 +100,8 @@ class ServerSettings:
 
 
 @dataclass
-class Server:
-    """One VideoChat for programs. Belongs to one event loop; `close` when it ends."""
+class Api:
+    """The HTTP API around one VideoChat. Belongs to one event loop; `close` it at the end."""
 
     chat: VideoChat
     settings: ServerSettings = field(default_factory=ServerSettings)
@@ -104,20 +110,19 @@ class Server:
         settings = self.settings
         self.store = MediaStore(settings.store_mib * MIB, settings.keep_s)
         self.scheduler = Scheduler(settings.slots, settings.queue)
-        self.metrics = Metrics()
+        self.metrics = Metrics(self.chat, self.scheduler, self.store)
         self._resolver = Resolver(
             self.store, settings.media_root, settings.url_hosts, settings.upload_mib * MIB
         )
         self._probing = asyncio.Semaphore(settings.probes)
         self._started = int(time.time())
         own = {str(SHIPPED): "the model", str(self.chat.model.llm.name): "the model"}
-        self._scrub = Scrubber(own, [self.store.folder, settings.media_root])
+        self._redact = PathRedactor(own, [self.store.folder, settings.media_root])
         self._operations = self._routes()
-        self._document = describe(list(self._operations), "FluxChat", _version())
-        declare(self.metrics, self.chat, self.scheduler, self.store)
+        self._document = openapi_document(list(self._operations), "FluxChat", _version())
 
     def _routes(self) -> dict[Operation, Handler]:
-        """What is offered, and who answers."""
+        """The operations of the API and their handlers."""
         usual = (400, 401, 413, 415, 429, 500, 503)
         return {
             Operation(
@@ -165,18 +170,18 @@ class Server:
     def install(self, app: FastAPI) -> None:
         """Add the routes."""
         for operation, handler in self._operations.items():
-            answering = self._answering(handler, operation.path)
+            answering = self._with_errors(handler, operation.path)
             app.router.add_route(operation.path, answering, [operation.method], include_in_schema=False)
-        # Whatever else begins with /v1 must not fall through to the page, whatever its method.
-        nothing = _Anything(self._answering(self.nothing, "other"))
+        # Unknown paths below /v1 must not fall through to the page.
+        not_found = _AnyMethod(self._with_errors(self.not_found, "other"))
         others = [o.path for o in self._operations if not o.path.startswith("/v1/")]
         for path in ("/v1", "/v1/{rest:path}", *others):
-            app.router.routes.append(Route(path, nothing, include_in_schema=False))
+            app.router.routes.append(Route(path, not_found, include_in_schema=False))
         app.openapi = lambda: self._document  # type: ignore[method-assign]
-        app.add_exception_handler(HTTPException, self._answering(self.nothing, "other"))
+        app.add_exception_handler(HTTPException, self._with_errors(self.not_found, "other"))
 
     async def tidy(self) -> None:
-        """Delete files that nobody uses any more, now and then; runs until it is cancelled."""
+        """Delete long unused files every SWEEP_S seconds; runs until it is cancelled."""
         while True:
             await asyncio.sleep(SWEEP_S)
             await asyncio.to_thread(self.store.sweep)
@@ -186,28 +191,28 @@ class Server:
         self.scheduler.close()
         self.store.close()
 
-    def _answering(self, handler: Handler, route: str) -> Callable[..., Coroutine[Any, Any, Response]]:
-        """The handler with errors in OpenAI's shape, counted."""
+    def _with_errors(self, handler: Handler, route: str) -> Callable[..., Coroutine[Any, Any, Response]]:
+        """The handler, with exceptions turned into error responses, and requests counted."""
 
         async def answer(request: Request, _: object = None) -> Response:
             try:
                 response = await handler(request)
-            except ClientGone:
+            except ClientDisconnected:
                 response = Response(status_code=499)
             except Exception as error:  # noqa: BLE001 - every failure must leave as JSON
                 response = error_response(self._error(error))
-            self.metrics.add("fluxchat_requests_total", route=route, status=str(response.status_code))
+            self.metrics.requests.labels(route=route, status=str(response.status_code)).inc()
             return response
 
         return answer
 
     def _error(self, error: BaseException) -> ApiError:
-        """Any failure as what the client is told: a sentence without paths of the server."""
+        """The error response for an exception, without paths of the server."""
         known = ApiError.of(error)
         if known.status == 500:
             LOG.error("A request failed", exc_info=error)
-        # What Python's callers know by another name.
-        return known.told(lambda text: self._scrub(text).replace("max_new_tokens", "max_tokens"))
+        # The Python API has another name for it.
+        return known.redacted(lambda text: self._redact(text).replace("max_new_tokens", "max_tokens"))
 
     # -- small routes ---------------------------------------------------------------------------------------
 
@@ -218,7 +223,7 @@ class Server:
 
     async def read_metrics(self, _: Request) -> Response:
         """Prometheus' text format."""
-        return PlainTextResponse(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(self.metrics.text(), media_type=CONTENT_TYPE)
 
     async def models(self, _: Request) -> Response:
         """The one model."""
@@ -248,12 +253,12 @@ class Server:
 
     async def docs(self, _: Request) -> Response:
         """The same as a page."""
-        return HTMLResponse(page(self._document), headers={"Content-Security-Policy": POLICY})
+        return HTMLResponse(docs_page(self._document), headers={"Content-Security-Policy": POLICY})
 
-    async def nothing(self, request: Request) -> Response:
-        """What does not exist: 405 for another method of what does, else 404 with what there is."""
+    async def not_found(self, request: Request) -> Response:
+        """405 for an existing path with another method, else 404 that lists the routes."""
         path = request.url.path
-        methods = [o.method for o in self._operations if _fits(o.path, path)]
+        methods = [o.method for o in self._operations if _matches(o.path, path)]
         if methods:
             allowed = ", ".join(sorted({*methods, *(["HEAD"] if "GET" in methods else [])}))
             raise ApiError(
@@ -272,7 +277,7 @@ class Server:
     # -- files ----------------------------------------------------------------------------------------------
 
     async def upload(self, request: Request) -> Response:
-        """Keep a video or image that can be read; what cannot is refused and deleted."""
+        """Store an uploaded video or image; one that cannot be read is refused and deleted."""
         limit = self.settings.upload_mib * MIB
         [stored] = await receive_files(request, self.store, "file", limit=limit)
         try:
@@ -285,7 +290,7 @@ class Server:
         return JSONResponse({**_file(stored), "media": {**media, "duration_s": info.duration_s}})
 
     def _probe(self, stored: StoredFile) -> VideoInfo:
-        """What is known of an upload; raises ApiError that calls it by its user's name."""
+        """Metadata of an upload; raises ApiError that names it as its client does."""
         try:
             with self.store.use(stored) as path, open(path, "rb") as file:
                 return self.chat.probe(Media(file, stored.name))
@@ -297,18 +302,18 @@ class Server:
         try:
             query = FilesQuery.model_validate(dict(request.query_params))
         except ValidationError as error:
-            raise refusal(error, FilesQuery) from None
-        found = self.store.files(client_of(request))
+            raise validation_error(error, FilesQuery) from None
+        files = self.store.files(client_of(request))
         if query.order == "desc":
-            found.reverse()
+            files.reverse()
         if query.purpose not in (None, *PURPOSES):
-            found = []
+            files = []
         if query.after is not None:
-            places = [index for index, stored in enumerate(found) if stored.id == query.after]
-            found = found[places[0] + 1 :] if places else []
-        shown = [_file(stored) for stored in found[: query.limit]]
+            positions = [index for index, stored in enumerate(files) if stored.id == query.after]
+            files = files[positions[0] + 1 :] if positions else []
+        shown = [_file(stored) for stored in files[: query.limit]]
         first, last = (shown[0]["id"], shown[-1]["id"]) if shown else (None, None)
-        more = len(found) > len(shown)
+        more = len(files) > len(shown)
         return JSONResponse(
             {"object": "list", "data": shown, "first_id": first, "last_id": last, "has_more": more}
         )
@@ -328,73 +333,77 @@ class Server:
     async def chat_completions(self, request: Request) -> Response:
         """An answer, whole or as server-sent events."""
         arrived = time.monotonic()
-        self.scheduler.check()  # before a body of many megabytes is read
+        self.scheduler.check()  # before a large body is read
         body = await read_json(request, self.settings.body_mib * MIB)
         check_text(body, longest_text(self.chat))
-        asked = parse_chat(body)
-        self._check(asked)
+        chat_request = parse_chat(body)
+        self._check(chat_request)
         stop, client = threading.Event(), client_of(request)
         try:
-            job = await until_gone(request, self.scheduler.start(lambda: self._stream(asked, client, stop)))
+            job = await until_disconnected(
+                request, self.scheduler.start(lambda: self._stream(chat_request, client, stop))
+            )
         except BaseException:
             stop.set()
             raise
-        filtered = self._filtered(job, asked, arrived)
+        filtered = self._filtered(job, chat_request, arrived)
         try:
-            # The first piece decides about the status: most errors come before it.
-            first = await until_gone(request, _next(filtered))
-            if asked.stream:
+            # The status is sent after the first piece, since most errors come before it.
+            first = await until_disconnected(request, _next(filtered))
+            if chat_request.stream:
                 return EventStream(
-                    _events(filtered, first, job, asked), job, self.settings.send_s, self._error
+                    _events(filtered, first, job, chat_request), job, self.settings.send_s, self._error
                 )
-            rest = "" if first is None else await until_gone(request, _joined(filtered))
+            rest = "" if first is None else await until_disconnected(request, _joined(filtered))
         except BaseException:
-            stop.set()  # also while something is fetched, before there is a stream
+            stop.set()  # also during a download, before there is a stream
             job.stop()
             raise
         assert job.answer is not None
-        return JSONResponse(Reply().whole((first or "") + rest, job.answer))
+        return JSONResponse(Reply().completion((first or "") + rest, job.answer))
 
-    def _check(self, asked: ChatRequest) -> None:
-        """Raises ApiError or BudgetError for what is certain to fail, before it waits for its turn."""
-        self.chat.plan_budget(asked.token_budget)
-        if asked.sampling["min_tokens"] > self._longest(asked):
-            message = f"min_tokens must be at most {self._longest(asked)}, the length of this answer."
+    def _check(self, chat_request: ChatRequest) -> None:
+        """Raises ApiError or BudgetError for a request that must fail, before it is queued."""
+        self.chat.plan_budget(chat_request.token_budget)
+        if chat_request.sampling["min_tokens"] > self._longest(chat_request):
+            message = f"min_tokens must be at most {self._longest(chat_request)}, the length of this answer."
             raise ApiError(400, message, param="min_tokens")
         size = self.chat.model.llm.model.config.get_text_config().vocab_size
         for name in ("stop_token_ids", "logit_bias"):
-            for token in asked.sampling[name] or ():
+            for token in chat_request.sampling[name] or ():
                 if token >= size:
                     message = f"{name} names token {token}, but the last one is {size - 1}."
                     raise ApiError(400, message, param=name)
 
-    def _longest(self, asked: ChatRequest) -> int:
-        return min(asked.max_tokens or self.settings.default_tokens, self.settings.max_tokens)
+    def _longest(self, chat_request: ChatRequest) -> int:
+        return min(chat_request.max_tokens or self.settings.default_tokens, self.settings.max_tokens)
 
     @contextmanager
-    def _stream(self, asked: ChatRequest, client: str, stop: threading.Event) -> Iterator[AnswerStream]:
-        """The question as VideoChat takes it, in the job's thread; its files stay open until it ends."""
-        references = asked.media
+    def _stream(
+        self, chat_request: ChatRequest, client: str, stop: threading.Event
+    ) -> Iterator[AnswerStream]:
+        """The answer's stream, entered in the job's thread; the media stay open until it ends."""
+        references = chat_request.media
         with self._resolver.open(references, client, stop) as media:
             try:
                 yield self.chat.stream_messages(
-                    _resolved(asked.messages, media),
-                    budget=asked.token_budget,
-                    selector=asked.selector,
-                    max_new_tokens=self._longest(asked),
-                    scope=" ".join(filter(None, ("api", client, asked.label))),
+                    _resolved(chat_request.messages, media),
+                    budget=chat_request.token_budget,
+                    selector=chat_request.selector,
+                    max_new_tokens=self._longest(chat_request),
+                    scope=" ".join(filter(None, ("api", client, chat_request.label))),
                     stop=stop,
-                    **asked.sampling,
+                    **chat_request.sampling,
                 )
             except VideoError as error:
-                raise ApiError.of(error).about(_where(str(error), media, references)) from error
+                raise ApiError.of(error).about(_param_of(str(error), media, references)) from error
 
-    async def _filtered(self, job: Job, asked: ChatRequest, arrived: float) -> AsyncIterator[str]:
-        text, told = TextFilter(asked.stop), False
+    async def _filtered(self, job: Job, chat_request: ChatRequest, arrived: float) -> AsyncIterator[str]:
+        text, first_seen = TextFilter(chat_request.stop), False
         async for piece in job:
-            if not told:
-                told = True
-                self.metrics.observe("fluxchat_first_token_seconds", time.monotonic() - arrived)
+            if not first_seen:
+                first_seen = True
+                self.metrics.first_token.observe(time.monotonic() - arrived)
             if out := text.push(piece):
                 yield out
             if text.done:
@@ -402,7 +411,7 @@ class Server:
         if out := text.flush():
             yield out
         if job.answer is not None:
-            record(self.metrics, job.answer, time.monotonic() - arrived)
+            self.metrics.record(job.answer, time.monotonic() - arrived)
 
 
 async def _next(pieces: AsyncIterator[str]) -> str | None:
@@ -415,7 +424,7 @@ async def _joined(pieces: AsyncIterator[str]) -> str:
 
 
 async def _events(
-    pieces: AsyncIterator[str], first: str | None, job: Job, asked: ChatRequest
+    pieces: AsyncIterator[str], first: str | None, job: Job, chat_request: ChatRequest
 ) -> AsyncIterator[dict[str, Any]]:
     """The objects of a streamed answer."""
     reply = Reply()
@@ -426,11 +435,11 @@ async def _events(
         piece = await _next(pieces)
     assert job.answer is not None
     yield reply.chunk({}, job.answer)
-    if asked.include_usage:
+    if chat_request.include_usage:
         yield reply.usage_chunk(job.answer)
 
 
-class _Anything:
+class _AnyMethod:
     """A handler for every method, as an ASGI application."""
 
     def __init__(self, handler: Callable[..., Coroutine[Any, Any, Response]]) -> None:
@@ -442,22 +451,22 @@ class _Anything:
 
 
 def client_of(request: Request) -> str:
-    """Whose request it is (guard.py)."""
+    """The client id that access control put into the scope."""
     return str(request.scope.get("fluxchat.client", ""))
 
 
 def _resolved(messages: Sequence[Message[Reference]], media: Sequence[Media]) -> list[Message[Media]]:
-    """The messages with media in the places of what named them."""
-    found = iter(media)
+    """The messages with opened media in place of their references."""
+    remaining = iter(media)
 
     def parts(message: Message[Reference]) -> tuple[str | Media, ...]:
-        return tuple(part if isinstance(part, str) else next(found) for part in message.content)
+        return tuple(part if isinstance(part, str) else next(remaining) for part in message.content)
 
     return [Message(message.role, parts(message)) for message in messages]
 
 
-def _where(message: str, media: Sequence[Media], references: Sequence[Reference]) -> str:
-    """The field that named the medium an error is about; all messages when it does not say."""
+def _param_of(message: str, media: Sequence[Media], references: Sequence[Reference]) -> str:
+    """The request field of the medium that an error is about; "messages" when it names none."""
     if len(references) == 1:
         return references[0].param
     count = len(media)
@@ -465,8 +474,8 @@ def _where(message: str, media: Sequence[Media], references: Sequence[Reference]
     return references[named[0]].param if len(named) == 1 else "messages"
 
 
-def _fits(template: str, path: str) -> bool:
-    """Whether a path is one of /v1/files/{id}'s kind."""
+def _matches(template: str, path: str) -> bool:
+    """Whether a path matches a template such as /v1/files/{id}."""
     pattern = re.sub(r"\\{\w+\\}", "[^/]+", re.escape(template))
     return re.fullmatch(pattern, path) is not None
 

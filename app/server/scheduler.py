@@ -1,9 +1,9 @@
-"""Who computes when: a bounded queue in front of a few threads, each running one answer.
+"""The scheduler of answers: a bounded queue in front of a few worker threads, each running one answer.
 
     job = await scheduler.start(lambda: chat.stream(video, question))
     async for piece in job: ...
 
-An answer runs at the model's speed, never at its reader's; a reader that goes away stops it.
+A slow client does not slow the worker down: pieces are queued. A client that disconnects stops its job.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from app.answer import Answer
-from app.server.guard import shutting_down
-from app.server.replies import ApiError
+from app.server.errors import ApiError, shutting_down
 from app.streaming import AnswerStream
 
 Source = Callable[[], AbstractContextManager[AnswerStream]]
@@ -30,7 +29,7 @@ class Job:
 
     def __init__(self) -> None:
         self._pieces: asyncio.Queue[Any] = asyncio.Queue()
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._stream: AnswerStream | None = None
         self._stopped = False
         self.answer: Answer | None = None
@@ -44,20 +43,20 @@ class Job:
                 if self._stopped:
                     stream.stop()
                 for piece in stream:
-                    self._tell(piece)
+                    self._put(piece)
                 self.answer = stream.answer
         except BaseException as caught:  # noqa: BLE001 - it is raised where the pieces are read
             error = caught
-        self._tell(error if error is not None else _END)
+        self._put(error if error is not None else _END)
 
     def abandon(self, error: BaseException) -> None:
-        """Tell the reader so now, whatever the thread still does."""
+        """Raise this error to the reader now, without waiting for the thread."""
         self.stop()
         self._pieces.put_nowait(error)
 
-    def _tell(self, item: Any) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._pieces.put_nowait, item)
+    def _put(self, item: Any) -> None:
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self._pieces.put_nowait, item)
 
     async def __aiter__(self) -> AsyncIterator[str]:
         while (item := await self._pieces.get()) is not _END:
@@ -79,15 +78,15 @@ class Scheduler:
         self._slots, self._queue = slots, queue
         self._free = asyncio.Semaphore(slots)
         self._threads = ThreadPoolExecutor(slots, "fluxchat-answer")
-        self._jobs: set[Job] = set()
+        self.jobs: set[Job] = set()
         self._waiting = 0
-        self._usual_s = 5.0  # how long an answer takes, a moving average
+        self._mean_s = 5.0  # moving average of an answer's duration
         self._draining = self._closed = False
 
     @property
     def running(self) -> int:
         """Answers being made."""
-        return len(self._jobs)
+        return len(self.jobs)
 
     @property
     def waiting(self) -> int:
@@ -104,7 +103,7 @@ class Scheduler:
         if self._draining:
             raise shutting_down()
         if self._free.locked() and self._waiting >= self._queue:
-            seconds = max(1, math.ceil(self._usual_s * (self._waiting + 1) / self._slots))
+            seconds = max(1, math.ceil(self._mean_s * (self._waiting + 1) / self._slots))
             raise ApiError(
                 429,
                 f"{self._waiting} questions are waiting already: try again in {seconds} s.",
@@ -128,12 +127,12 @@ class Scheduler:
             self._free.release()
             raise shutting_down()
         job = Job()
-        self._jobs.add(job)
+        self.jobs.add(job)
         started = time.monotonic()
 
         def ended(_: object) -> None:
-            self._usual_s += 0.2 * (time.monotonic() - started - self._usual_s)
-            self._jobs.discard(job)
+            self._mean_s += 0.2 * (time.monotonic() - started - self._mean_s)
+            self.jobs.discard(job)
             self._free.release()
 
         asyncio.get_running_loop().run_in_executor(self._threads, job.run, source).add_done_callback(ended)
@@ -143,15 +142,15 @@ class Scheduler:
         """Refuse what is new, let what runs and waits finish, and stop what takes longer than `seconds`."""
         self._draining = True
         end = time.monotonic() + seconds
-        while (self._jobs or self._waiting) and time.monotonic() < end:
+        while (self.jobs or self._waiting) and time.monotonic() < end:
             await asyncio.sleep(0.05)
-        for job in self._jobs:
+        for job in self.jobs:
             job.stop()
 
     def close(self) -> None:
         """Stop everything; who waits gets a 503."""
         self._draining = self._closed = True
-        for job in self._jobs:
+        for job in self.jobs:
             job.stop()
         for _ in range(self._waiting):
             self._free.release()
@@ -159,5 +158,5 @@ class Scheduler:
 
     def abandon(self) -> None:
         """After `close`: a 503 for whoever still waits for an answer whose thread does not end."""
-        for job in self._jobs:
+        for job in self.jobs:
             job.abandon(shutting_down())

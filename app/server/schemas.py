@@ -1,7 +1,7 @@
-"""What programs send to the server, field by field: OpenAI's chat completions, and what this server adds.
+"""Pydantic models of the API: requests and responses of chat completions, files and models, as OpenAI's.
 
-A field that is not listed here is refused. Fields that this server has no use for are listed with the values
-that change nothing (`_only`); whoever asks for something else is told.
+A field that is not listed here is refused. Fields that this server does not support are listed with the
+values that change nothing (`_only`); any other value is refused with a message.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ MAX_MEDIA = 16  # videos and images in one request
 MAX_MESSAGES = 1024
 MAX_STOPS = 4
 MAX_IDS = 1024  # of stop_token_ids and logit_bias
-# Tags of alternatives begin with this, so that they can be told from fields in the path of an error.
+# Prefix of the tags of union alternatives, which distinguishes them from fields in the path of an error.
 ALTERNATIVE = "="
 
 
 class Strict(BaseModel):
-    """No other fields, no conversions: true is no number, and "1" neither."""
+    """Base model: no unknown fields and no conversions; neither true nor "1" is a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -44,8 +44,8 @@ class Strict(BaseModel):
         allowed = extra.get("enum") if isinstance(extra, dict) else None
         if not isinstance(allowed, list) or any(_same(value, neutral) for neutral in allowed):
             return value
-        told = " or ".join(json.dumps(neutral) for neutral in allowed[1:])
-        advice = f"leave it out or send {told}" if told else "leave it out"
+        values = " or ".join(json.dumps(neutral) for neutral in allowed[1:])
+        advice = f"leave it out or send {values}" if values else "leave it out"
         raise PydanticCustomError("unsupported", "{advice}", {"advice": advice})
 
 
@@ -66,8 +66,8 @@ def _by(name: str) -> Discriminator:
     """Alternatives that differ by the value of one field."""
 
     def of(value: Any) -> str | None:
-        found = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
-        return ALTERNATIVE + found if isinstance(found, str) else None
+        tag = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+        return ALTERNATIVE + tag if isinstance(tag, str) else None
 
     return Discriminator(of)
 
@@ -95,7 +95,7 @@ Text = Annotated[str, Field(max_length=4 * 2**20)]
 
 
 class TextPart(Strict):
-    """Words. (input_text and output_text are the names of OpenAI's Responses.)"""
+    """Text. (input_text and output_text are the names of OpenAI's Responses.)"""
 
     type: Literal["text", "input_text", "output_text"]
     text: Text
@@ -104,7 +104,7 @@ class TextPart(Strict):
 
 
 class RefusalPart(Strict):
-    """Words of the assistant, as OpenAI's clients hand them back."""
+    """A refusal of the assistant, as OpenAI's clients send it back."""
 
     type: Literal["refusal"]
     refusal: Text
@@ -189,7 +189,7 @@ UserPart = Annotated[
     | Annotated[InputFilePart, Tag("=input_file")],
     _by("type"),
 ]
-WordsPart = Annotated[
+AnswerPart = Annotated[
     Annotated[TextPart, Tag("=text")]
     | Annotated[TextPart, Tag("=input_text")]
     | Annotated[TextPart, Tag("=output_text")]
@@ -200,8 +200,8 @@ UserContent = Annotated[
     Annotated[Text, Tag("=text")] | Annotated[list[UserPart], Field(min_length=1), Tag("=list")],
     Discriminator(_kind),
 ]
-Words = Annotated[
-    Annotated[Text, Tag("=text")] | Annotated[list[WordsPart], Field(min_length=1), Tag("=list")],
+TextContent = Annotated[
+    Annotated[Text, Tag("=text")] | Annotated[list[AnswerPart], Field(min_length=1), Tag("=list")],
     Discriminator(_kind),
 ]
 
@@ -213,12 +213,12 @@ class SystemMessage(Strict):
     """How to answer."""
 
     role: Literal["system", "developer"]
-    content: Words
+    content: TextContent
     name: Any = _only()
 
 
 class UserMessage(Strict):
-    """Words, videos and images, read in this order."""
+    """Text, videos and images, in this order."""
 
     role: Literal["user"]
     content: UserContent
@@ -229,7 +229,7 @@ class AssistantMessage(Strict):
     """An earlier answer, as this server or OpenAI's clients give it."""
 
     role: Literal["assistant"]
-    content: Words
+    content: TextContent
     name: Any = _only()
     refusal: Any = _only()
     audio: Any = _only()
@@ -255,7 +255,7 @@ class StreamOptions(Strict):
     """Of a streamed answer."""
 
     include_usage: Flag = False
-    include_obfuscation: Flag = None  # padding against who watches the line; none is added
+    include_obfuscation: Flag = None  # padding of events against traffic analysis; none is added
     continuous_usage_stats: Any = _only(False)
 
 
@@ -275,7 +275,7 @@ TokenBudget = Annotated[
 
 
 class ChatBody(Strict):
-    """A question with what went before. Beside OpenAI's fields: token_budget, selector, vLLM's sampling."""
+    """A question with its conversation. Beside OpenAI's fields: token_budget, selector, vLLM's sampling."""
 
     model: str = MODEL
     messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -398,7 +398,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every answer that is none."""
+    """The body of every error response."""
 
     error: ErrorDetail
 

@@ -350,7 +350,7 @@ def _client(llm: Path) -> Any:
     from starlette.testclient import TestClient
 
     from app.chat import VideoChat
-    from app.server.routes import Server
+    from app.server.routes import Api
     from encoder.config import MICRO
     from encoder.fluxvit import FluxViT
     from llm_bridge.model import VLMConfig, assemble
@@ -362,7 +362,7 @@ def _client(llm: Path) -> Any:
     )
     model = assemble(config, FluxViT(encoder), None, device="cpu", dtype=torch.float32)
     app = FastAPI()
-    Server(VideoChat(model, trusted=False)).install(app)
+    Api(VideoChat(model, trusted=False)).install(app)
     return TestClient(app, raise_server_exceptions=True)
 
 

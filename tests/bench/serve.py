@@ -28,7 +28,7 @@ import httpx
 import torch
 
 from app.chat import VideoChat
-from app.server.launch import LaunchOptions
+from app.server.options import LaunchOptions
 from app.server.routes import ServerSettings
 from encoder.config import SIZES
 from encoder.fluxvit import FluxViT

@@ -11,9 +11,10 @@ Settings of the Space that change it: FLUXCHAT_MODEL (a folder), FLUXCHAT_LLM (a
 import os
 
 from app.chat import VideoChat
-from app.server.guard import Credentials
-from app.server.launch import WEB_LIMITS, LaunchOptions, login_of, serve
+from app.server.launch import serve
+from app.server.options import WEB_LIMITS, LaunchOptions, parse_login
 from app.server.routes import ServerSettings
+from app.server.security.authentication import Credentials
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
     options = LaunchOptions(
         host=os.environ.get("GRADIO_SERVER_NAME", "0.0.0.0"),
         port=int(os.environ.get("GRADIO_SERVER_PORT", "7860")),
-        credentials=Credentials(login=login_of(os.environ.get("FLUXCHAT_AUTH"))),
+        credentials=Credentials(login=parse_login(os.environ.get("FLUXCHAT_AUTH"))),
         server=ServerSettings(slots=4, queue=16, upload_mib=100),
         public=True,  # the Space's own settings say who may come in
     )

@@ -10,15 +10,15 @@ from pathlib import Path
 import tomllib
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parents[2]
 ROOMS = ("app", "encoder", "llm_bridge")
-GIVEN = ("gradio",)  # what the Space's own image has, in the version that README.md names
+PREINSTALLED = ("gradio",)  # what the Space's own image has, in the version that README.md names
 
 
 def requirements(project: Path) -> list[str]:
     """The package's dependencies without those of the Space's image."""
     wanted = tomllib.loads(project.read_text())["project"]["dependencies"]
-    return [line for line in wanted if not line.startswith(GIVEN)]
+    return [line for line in wanted if not line.startswith(PREINSTALLED)]
 
 
 def build(target: Path) -> None:

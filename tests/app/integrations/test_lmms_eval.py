@@ -112,7 +112,7 @@ def test_wrong_arguments(plugin: Any, saved: Path, arguments: dict[str, Any]) ->
         plugin.FluxChat(model=str(saved), **arguments)
 
 
-def test_the_package_announces_it() -> None:
+def test_the_entry_point_is_declared() -> None:
     """What pyproject.toml declares is what the harness looks for."""
     declared = (ROOT / "pyproject.toml").read_text()
     target = f"{MODULE}:manifest"

@@ -28,7 +28,7 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def test_the_header_fits(space: Path) -> None:
+def test_the_readme_header_matches_the_package(space: Path) -> None:
     _, header, _ = (space / "README.md").read_text().split("---\n", 2)
     values = yaml.safe_load(header)
     assert values["sdk"] == "gradio"
@@ -40,7 +40,7 @@ def test_the_header_fits(space: Path) -> None:
     assert "gradio" not in names
 
 
-def test_it_is_not_written_over_something(space: Path) -> None:
+def test_build_refuses_a_folder_that_is_not_empty(space: Path) -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "app/integrations/space/build.py", space],
         capture_output=True,
@@ -51,7 +51,7 @@ def test_it_is_not_written_over_something(space: Path) -> None:
     assert "is not empty" in done.stderr
 
 
-def test_it_runs_as_it_is(space: Path, tiny_model: VideoLanguageModel, tmp_path: Path) -> None:
+def test_the_built_space_runs(space: Path, tiny_model: VideoLanguageModel, tmp_path: Path) -> None:
     tiny_model.save_pretrained(tmp_path / "model")
     env = {
         **os.environ,
@@ -59,8 +59,8 @@ def test_it_runs_as_it_is(space: Path, tiny_model: VideoLanguageModel, tmp_path:
         "GRADIO_SERVER_PORT": "0",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    where = [sys.executable, "-c", "import app.server.launch, sys; print(app.server.launch.__file__)"]
-    found = subprocess.run(where, cwd=space, capture_output=True, text=True, check=True).stdout
+    which = [sys.executable, "-c", "import app; print(app.__file__)"]
+    found = subprocess.run(which, cwd=space, capture_output=True, text=True, check=True).stdout
     assert Path(found.strip()).is_relative_to(space)  # not this repository's
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "app.py"], cwd=space, stdout=subprocess.PIPE, text=True, env=env
@@ -76,7 +76,7 @@ def test_it_runs_as_it_is(space: Path, tiny_model: VideoLanguageModel, tmp_path:
 
 
 def test_a_wrong_login_is_an_error() -> None:
-    from app.server.launch import login_of
+    from app.server.options import parse_login
 
     with pytest.raises(ConfigError):
-        login_of("nobody")
+        parse_login("nobody")

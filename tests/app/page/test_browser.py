@@ -154,7 +154,7 @@ def test_price_first_then_a_question_then_a_fast_one(open_page: Callable[..., An
     plays_at(page, time_s - 0.1, time_s + 0.1)
 
 
-def test_auto_finds_a_budget_within_the_time(open_page: Callable[..., Any]) -> None:
+def test_auto_budget_meets_the_seconds(open_page: Callable[..., Any]) -> None:
     page = open_page()
     upload(page)
     page.get_by_label("auto, by time").check()
@@ -166,7 +166,7 @@ def test_auto_finds_a_budget_within_the_time(open_page: Callable[..., Any]) -> N
 
 
 @pytest.mark.usefixtures("steps")
-def test_stop_stops_and_keeps_what_was_said(open_page: Callable[..., Any]) -> None:
+def test_stop_keeps_the_text_so_far(open_page: Callable[..., Any]) -> None:
     page = open_page()
     ask(page, "Say something long.")
     expect(page.locator("#fluxchat-send")).to_be_hidden(timeout=PATIENCE_MS)
@@ -311,7 +311,7 @@ def test_bad_file_is_one_sentence(open_page: Callable[..., Any], tmp_path: Path)
     has(page.locator("#fluxchat-problem"), "Cannot read 'bad.mp4'")
 
 
-def test_a_refused_file_beside_a_video_is_told(open_page: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_refused_file_beside_a_video_shows_its_error(open_page: Callable[..., Any], tmp_path: Path) -> None:
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"<html>not a video</html>" * 50)
     page = open_page()

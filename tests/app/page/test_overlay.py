@@ -49,7 +49,7 @@ def test_kept_patches_stay_as_they_are_and_dropped_ones_dim() -> None:
     st.integers(5, 41),
     st.data(),
 )
-def test_as_much_is_bright_as_was_kept(
+def test_the_bright_share_equals_the_kept_share(
     frames: int, rows: int, columns: int, height: int, width: int, data: st.DataObject
 ) -> None:
     grid = Grid(frames, rows, columns)
@@ -75,7 +75,7 @@ def test_data_url_is_a_small_jpeg() -> None:
     assert picture.size == (100, 50)
 
 
-def test_preview_keeps_what_asking_keeps(chat: VideoChat) -> None:
+def test_preview_and_answer_keep_the_same_tokens(chat: VideoChat) -> None:
     for selector in ("flux", "uniform", "random", "tube"):
         preview = chat.preview(SHORT, 48, selector)
         seen = chat.look(SHORT, 48, selector)
@@ -85,7 +85,9 @@ def test_preview_keeps_what_asking_keeps(chat: VideoChat) -> None:
     assert chat.look(SHORT, 48, "tube").decode_s == 0
 
 
-def test_preview_runs_no_block_and_decodes_once(chat: VideoChat, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preview_runs_no_encoder_block_and_decodes_once(
+    chat: VideoChat, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def never(*_: object, **__: object) -> None:
         raise AssertionError("a block ran")
 
@@ -107,7 +109,7 @@ def test_strip_has_a_button_per_frame_with_its_time() -> None:
     assert "<seen>" not in html
 
 
-def test_strip_of_an_image_has_nowhere_to_go() -> None:
+def test_strip_of_an_image_has_no_buttons() -> None:
     one = KeptTokens((), 0.0, Grid(1, 2, 3), (0, 1))
     html = markup.strip(torch.zeros((1, 28, 42, 3), dtype=torch.uint8), one, 0, side=64, label="seen")
     assert "data-seek" not in html
@@ -143,7 +145,7 @@ def test_clock(seconds: float, whole: str, tenths: str) -> None:
     assert markup.clock(seconds, tenths=True) == tenths
 
 
-def test_small_print_says_what_was_reused_and_how_it_ended() -> None:
+def test_small_print_shows_reuse_and_finish() -> None:
     usage = Usage(100, 40, 40, 90, 60, 12)
     answer = Answer("", usage, Timings(0.0, 0.25, 0.05, 1.5, 2.0, 31.4), (), "cancelled")
     text = markup.small_print(answer)

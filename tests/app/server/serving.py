@@ -13,13 +13,14 @@ from typing import Any
 import httpx
 
 from app.chat import VideoChat
-from app.server.launch import LaunchOptions, bind, make_server
-from app.server.routes import Server
+from app.server.launch import bind, make_server
+from app.server.options import LaunchOptions
+from app.server.routes import Api
 
 
 @contextmanager
-def running(chat: VideoChat, options: LaunchOptions | None = None) -> Iterator[tuple[str, Server]]:
-    """(address, Server) of a server that answers, without the page unless the options say so."""
+def running(chat: VideoChat, options: LaunchOptions | None = None) -> Iterator[tuple[str, Api]]:
+    """(address, Api) of a server that answers, without the page unless the options say so."""
     options = options or LaunchOptions(page=False)
     listener = bind("127.0.0.1", 0)
     server = make_server(chat, options, listener)
@@ -29,7 +30,7 @@ def running(chat: VideoChat, options: LaunchOptions | None = None) -> Iterator[t
         while not server.started:
             assert thread.is_alive(), "the server did not start"
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}", server._api  # type: ignore[attr-defined]
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", server.api
     finally:
         server.should_exit = True
         thread.join(20)

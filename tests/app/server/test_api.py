@@ -18,19 +18,18 @@ import openai
 import pytest
 
 from app.chat import VideoChat
-from app.server import download as fetching
 from app.server.chat_request import Reference, parse_chat
-from app.server.launch import LaunchOptions
-from app.server.media import Resolver
-from app.server.replies import ApiError
-from app.server.routes import Server, ServerSettings
-from app.server.scrub import A_FILE, Scrubber
+from app.server.errors import A_FILE, ApiError, PathRedactor
+from app.server.media import download as fetching
+from app.server.media.resolver import Resolver
+from app.server.options import LaunchOptions
+from app.server.routes import Api, ServerSettings
 from encoder.errors import BudgetError, ConfigError, ContextError, FluxChatError, ModelError, VideoError
 from llm_bridge.model import VideoLanguageModel
 from tests.app.server.serving import answer, ask, data_url, question, running, upload
 from tests.encoder.video import video_files as vf
 
-Serving = tuple[str, Server]
+Serving = tuple[str, Api]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,9 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ("DELETE", "/metrics", "GET, HEAD"),
     ],
 )
-def test_a_wrong_method_is_told_the_right_ones(shared: Serving, method: str, path: str, allow: str) -> None:
+def test_a_wrong_method_is_405_with_the_allowed_ones(
+    shared: Serving, method: str, path: str, allow: str
+) -> None:
     response = httpx.request(method, shared[0] + path)
     assert (response.status_code, response.headers["Allow"]) == (405, allow)
     assert error_of(response)["code"] == "method_not_allowed"
@@ -89,7 +90,7 @@ def test_a_wrong_method_is_told_the_right_ones(shared: Serving, method: str, pat
     "path", ["/v1", "/v1/", "/v1/completions", "/v1/models/", "/v1/chat", "/v1/a/b/%00%ff"]
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
-def test_an_unknown_route_is_told_which_there_are(shared: Serving, method: str, path: str) -> None:
+def test_an_unknown_route_is_404_with_the_known_ones(shared: Serving, method: str, path: str) -> None:
     response = httpx.request(method, shared[0] + path)
     assert response.status_code == 404
     error = error_of(response)
@@ -107,7 +108,7 @@ def test_paths_beside_the_api_are_json_too(shared: Serving) -> None:
     assert error_of(httpx.get(f"{shared[0]}/nothing"))["code"] == "unknown_url"
 
 
-def test_an_unknown_model_is_told_the_known_one(client: openai.OpenAI) -> None:
+def test_an_unknown_model_is_404_with_the_known_one(client: openai.OpenAI) -> None:
     assert client.models.retrieve("fluxchat").id == "fluxchat"
     with pytest.raises(openai.NotFoundError, match="fluxchat") as caught:
         client.models.retrieve("gpt-4o")
@@ -140,7 +141,7 @@ def test_the_description_names_every_route_and_field(shared: Serving) -> None:
         assert name.split('"')[0] in document["components"]["schemas"]
 
 
-def test_the_page_of_it_loads_nothing_from_elsewhere(shared: Serving) -> None:
+def test_the_docs_page_loads_nothing_from_elsewhere(shared: Serving) -> None:
     response = httpx.get(f"{shared[0]}/docs")
     assert response.headers["content-type"].startswith("text/html")
     assert "<script" not in response.text
@@ -150,7 +151,7 @@ def test_the_page_of_it_loads_nothing_from_elsewhere(shared: Serving) -> None:
         assert told in response.text
 
 
-def test_the_page_comes_beside_the_chat_page_too(tiny_model: VideoLanguageModel) -> None:
+def test_the_docs_page_is_served_beside_the_chat_page(tiny_model: VideoLanguageModel) -> None:
     options = LaunchOptions(examples=[])
     with VideoChat(tiny_model, trusted=False) as chat, running(chat, options) as (address, _):
         assert "token_budget" in httpx.get(f"{address}/docs").text
@@ -198,7 +199,7 @@ def test_files_belong_to_who_uploaded_them(tiny_model: VideoLanguageModel, clip:
     from starlette.testclient import TestClient
 
     with VideoChat(tiny_model, trusted=False) as chat:
-        server = Server(chat)
+        server = Api(chat)
         app = FastAPI()
         server.install(app)
         with TestClient(Named(app)) as http:
@@ -220,7 +221,7 @@ def test_files_belong_to_who_uploaded_them(tiny_model: VideoLanguageModel, clip:
 # -- sampling and order, as the model gets them --------------------------------------------------------------
 
 
-def test_all_that_was_asked_reaches_the_model(
+def test_all_sampling_options_reach_the_model(
     tiny_model: VideoLanguageModel, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[Any, dict[str, Any]]] = []
@@ -283,14 +284,14 @@ def test_what_the_model_cannot_do_is_400(shared: Serving, change: dict[str, Any]
     assert error["code"] != "context_length_exceeded"
 
 
-def test_advice_is_in_the_words_of_the_api(shared: Serving) -> None:
+def test_error_messages_use_the_apis_names(shared: Serving) -> None:
     error = error_of(ask(shared[0], "What?", max_tokens=1024))
     assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
     assert "max_tokens" in error["message"]
     assert "max_new_tokens" not in error["message"]
 
 
-def test_who_leaves_during_a_transfer_ends_it(
+def test_a_client_that_disconnects_during_a_download_ends_it(
     tiny_model: VideoLanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended = threading.Event()
@@ -305,6 +306,7 @@ def test_who_leaves_during_a_transfer_ends_it(
         ended.set()
 
     monkeypatch.setattr(fetching, "public_address", lambda name, port: "127.0.0.1")
+    monkeypatch.setattr(fetching, "TIMEOUT_S", 1000.0)
     options = LaunchOptions(page=False, server=ServerSettings(url_hosts=("videos.example",)))
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
@@ -314,8 +316,8 @@ def test_who_leaves_during_a_transfer_ends_it(
         threading.Thread(target=host, args=(listener,), daemon=True).start()
         body = question("What?", f"http://videos.example:{listener.getsockname()[1]}/a.mp4")
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{address}/v1/chat/completions", json=body, timeout=0.5)
-        assert ended.wait(9), "it went on for nobody"
+            httpx.post(f"{address}/v1/chat/completions", json=body, timeout=httpx.Timeout(60, read=0.5))
+        assert ended.wait(60), "it went on for nobody"
         end = time.monotonic() + 20
         while server.scheduler.running:
             assert time.monotonic() < end
@@ -323,7 +325,7 @@ def test_who_leaves_during_a_transfer_ends_it(
         assert not list(Path(server.store.folder).iterdir())
 
 
-def test_half_a_character_is_400_wherever_it_is(shared: Serving) -> None:
+def test_a_lone_surrogate_is_400_in_every_field(shared: Serving) -> None:
     base = question("What?")
     for change in (
         question("a \ud83d b"),
@@ -373,7 +375,7 @@ def test_a_message_is_one_line_of_valid_unicode() -> None:
     assert len(str(error)) <= 1000
 
 
-def test_a_template_that_refuses_the_conversation_is_the_callers_matter() -> None:
+def test_a_chat_template_that_refuses_the_conversation_is_400() -> None:
     from jinja2 import TemplateError
 
     error = ModelError("The chat template refuses this.")
@@ -401,7 +403,7 @@ def test_an_upload_that_cannot_be_read_is_named(shared: Serving) -> None:
     assert "my holiday.mp4" in error["message"]
 
 
-def test_no_error_tells_where_the_servers_files_are(
+def test_no_error_contains_a_path_of_the_server(
     shared: Serving, clip: Path, tiny_model: VideoLanguageModel, tmp_path: Path
 ) -> None:
     address, server = shared
@@ -442,9 +444,9 @@ def test_no_error_tells_where_the_servers_files_are(
         ("3/4 of /v1/chat/completions", "3/4 of /v1/chat/completions"),
     ],
 )
-def test_paths_are_scrubbed(tmp_path: Path, text: str, told: str) -> None:
+def test_paths_are_redacted(tmp_path: Path, text: str, told: str) -> None:
     store, model = tmp_path / "store", tmp_path / "models" / "qwen"
-    scrub = Scrubber({str(model): "the model"}, [store, None])
+    scrub = PathRedactor({str(model): "the model"}, [store, None])
     places = {
         "store": str(store),
         "home": str(Path.home()),
@@ -454,7 +456,7 @@ def test_paths_are_scrubbed(tmp_path: Path, text: str, told: str) -> None:
     assert scrub(text.format(**places)) == told
 
 
-def test_a_failure_is_logged_but_not_told(
+def test_an_unexpected_exception_is_logged_but_not_shown(
     shared: Serving, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
@@ -471,7 +473,7 @@ def test_a_failure_is_logged_but_not_told(
 # -- what clients send --------------------------------------------------------------------------------------
 
 
-def test_a_conversation_goes_on_with_what_the_openai_client_was_given(client: openai.OpenAI) -> None:
+def test_openai_client_messages_can_be_sent_back(client: openai.OpenAI) -> None:
     """Programs put the message object that they got back into the next request."""
     messages: list[Any] = [{"role": "user", "content": "How many?"}]
     for _ in range(2):
@@ -514,7 +516,7 @@ def test_langchain_asks_about_videos(shared: Serving, clip: Path) -> None:
         model(extra_body={"token_budgets": 3}).invoke("Hello?")
 
 
-def test_langchain_in_the_manner_of_responses(shared: Serving, clip: Path) -> None:
+def test_langchain_with_the_responses_format(shared: Serving, clip: Path) -> None:
     """Its own blocks of content for images and files become OpenAI's."""
     langchain = pytest.importorskip("langchain_openai")
     from langchain_core.messages import HumanMessage
@@ -530,6 +532,6 @@ def test_langchain_in_the_manner_of_responses(shared: Serving, clip: Path) -> No
         assert chat.invoke([asked]).usage_metadata["input_tokens"] > 32
 
 
-def test_references_do_not_show_what_they_hold() -> None:
+def test_the_repr_of_a_reference_hides_its_value() -> None:
     """A log with a request in it must not hold the video."""
     assert "secret" not in repr(Reference("data:,secret"))

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.server.chat_request import ChatRequest, Reference, parse_chat
-from app.server.json_body import decode_json
-from app.server.replies import ApiError
+from app.server.errors import ApiError
+from app.server.request_body import decode_json
 from app.server.schemas import ChatBody
 
 
@@ -96,7 +96,7 @@ def test_any_sequence_of_parts_is_read_in_order(kinds: list[str]) -> None:
     assert "\n".join(found).split("\n") == [*names, "?"]
 
 
-def test_a_nul_is_the_askers_fault_but_not_the_models() -> None:
+def test_a_nul_is_refused_from_users_and_dropped_from_answers() -> None:
     asked = parsed(user(text("a")), {"role": "assistant", "content": "b\0c"}, user(text("d")))
     assert content(asked)[1] == ("assistant", ["bc"])
     for message, param in (
@@ -152,7 +152,7 @@ def test_every_way_to_name_a_medium(part: dict[str, Any], expected: tuple[str, s
         {"type": "video_url", "video_url": {"url": "a", "fps": 2}},
     ],
 )
-def test_media_that_are_not_named_rightly(part: dict[str, Any]) -> None:
+def test_invalid_media_references(part: dict[str, Any]) -> None:
     error = refused({"messages": [user(part, text("What?"))]})
     assert error.status == 400
     assert str(error.body["error"]["param"]).startswith("messages[0].content[0]")
@@ -192,7 +192,7 @@ CHANGING: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", CHANGING)
-def test_what_would_change_the_answer_is_refused(name: str) -> None:
+def test_unsupported_values_are_refused(name: str) -> None:
     error = refused({"messages": [user(text("x"))], name: CHANGING[name]})
     assert (error.status, error.body["error"]["param"]) == (400, name)
     assert name in str(error)
@@ -217,17 +217,17 @@ def test_what_would_change_the_answer_is_refused(name: str) -> None:
     ],
     ids=str,
 )
-def test_what_changes_nothing_is_taken(fields: dict[str, Any]) -> None:
+def test_neutral_values_are_accepted(fields: dict[str, Any]) -> None:
     asked, plain = parsed(**fields), parsed()
     assert (asked.sampling, asked.stop, asked.messages) == (plain.sampling, plain.stop, plain.messages)
 
 
-def test_a_text_ends_an_answer_alone_or_in_a_list() -> None:
+def test_stop_is_a_text_or_a_list() -> None:
     assert parsed(stop="a").stop == ("a",)
     assert parsed(stop=["a", "b"]).stop == ("a", "b")
 
 
-def test_what_is_supported_arrives() -> None:
+def test_supported_fields_are_parsed() -> None:
     asked = parsed(
         temperature=0.5,
         top_p=0.9,
@@ -274,7 +274,7 @@ def test_what_is_supported_arrives() -> None:
         ("max_new_tokens", "max_tokens"),
     ],
 )
-def test_a_misspelt_field_is_told_the_right_one(written: str, meant: str) -> None:
+def test_a_misspelt_field_gets_a_suggestion(written: str, meant: str) -> None:
     body = {"messages": [user(text("x"))], written: 16}
     if written == "mesages":
         del body["messages"]
@@ -283,7 +283,7 @@ def test_a_misspelt_field_is_told_the_right_one(written: str, meant: str) -> Non
     assert (error.body["error"]["param"], error.body["error"]["code"]) == (written, "unknown_field")
 
 
-def test_a_misspelt_field_inside_is_told_those_of_its_object() -> None:
+def test_a_misspelt_nested_field_gets_a_suggestion_of_its_object() -> None:
     error = refused({"messages": [user({"type": "video_url", "video_url": {"urls": "a"}}, text("x"))]})
     assert error.body["error"]["param"] == "messages[0].content[0].video_url.urls"
     assert str(error).endswith("did you mean url?")
@@ -408,24 +408,24 @@ def test_any_json_is_a_request_or_an_error_with_a_sentence(fields: dict[str, Any
     ],
     ids=lambda body: repr(body[:24]),
 )
-def test_json_with_no_one_meaning_is_refused(body: bytes) -> None:
+def test_ambiguous_json_is_refused(body: bytes) -> None:
     with pytest.raises(ApiError) as caught:
         decode_json(body)
     assert caught.value.status == 400
     json.dumps(caught.value.body, ensure_ascii=False).encode()
 
 
-def test_half_a_character_is_named_with_its_place() -> None:
+def test_a_lone_surrogate_is_named_with_its_path() -> None:
     with pytest.raises(ApiError) as caught:
         decode_json(b'{"messages": [{"content": "a \\ud83d"}]}')
     assert caught.value.body["error"]["param"] == "messages[0].content"
 
 
 @given(JSON)
-def test_json_that_is_right_stays_as_it_is(value: Any) -> None:
+def test_valid_json_is_decoded_unchanged(value: Any) -> None:
     assert decode_json(json.dumps(value).encode()) == value
     assert decode_json(json.dumps(value, ensure_ascii=False).encode("utf-8")) == value
 
 
-def test_whole_emojis_are_fine_in_either_spelling() -> None:
+def test_surrogate_pairs_are_valid() -> None:
     assert decode_json(b'"\\ud83d\\ude00"') == decode_json('"😀"'.encode()) == "😀"

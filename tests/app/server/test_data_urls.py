@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.server import data_urls
-from app.server.data_urls import DataError, TooLarge, decode_data, is_data_url
+from app.server.media import data_urls
+from app.server.media.data_urls import DataError, TooLarge, decode_data, is_data_url
 
 CONTENT = bytes(range(256)) * 3 + b"?>~"
 STANDARD = base64.b64encode(CONTENT).decode()
@@ -59,7 +59,7 @@ def test_all_forms_are_the_same_bytes(text: str) -> None:
     width=st.integers(1, 80),
     block=st.integers(3, 40),
 )
-def test_any_bytes_come_back(
+def test_any_bytes_round_trip(
     content: bytes, safe: bool, padded: bool, escaped: bool, width: int, block: int
 ) -> None:
     text = (base64.urlsafe_b64encode if safe else base64.b64encode)(content).decode()
@@ -109,7 +109,7 @@ def test_the_name_among_the_parameters(parameters: str, name: str) -> None:
     ],
     ids=lambda text: repr(text[:40]),
 )
-def test_what_is_no_data(text: str) -> None:
+def test_invalid_data_urls(text: str) -> None:
     with pytest.raises(DataError):
         decode_data(text, 10_000)
 
@@ -129,7 +129,7 @@ def test_the_bound_is_exact(make: Callable[[int], str]) -> None:
         decode_data(make(3001), 3000)
 
 
-def test_much_too_much_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_far_too_large_data_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base64, "b64decode", lambda *_, **__: pytest.fail("it was decoded"))
     monkeypatch.setattr(data_urls, "unquote_to_bytes", lambda _: pytest.fail("it was decoded"))
     for text in ("A" * 8_000, "data:;base64," + "A" * 8_000, "data:," + "%41" * 8_000):
@@ -137,7 +137,7 @@ def test_much_too_much_is_refused_before_it_is_decoded(monkeypatch: pytest.Monke
             decode_data(text, 1_000)
 
 
-def test_what_means_to_be_a_data_url() -> None:
+def test_is_data_url() -> None:
     assert is_data_url(" DaTa:x")
     assert not is_data_url("date:x")
     assert not is_data_url("file-0")

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from app.server import download as fetching
-from app.server.download import download, fetch, is_public, parse, public_address
-from app.server.replies import ApiError
+from app.server.errors import ApiError
+from app.server.media import download as fetching
+from app.server.media.download import download, fetch, is_public, parse_url, public_address
 
 HOSTS = ["videos.example", "Bücher.example"]
 
@@ -123,7 +123,7 @@ def test_addresses_of_the_public_internet(address: str) -> None:
         "1.1.1.1/32",
     ],
 )
-def test_everything_else_is_inside(address: str) -> None:
+def test_every_other_address_is_not_public(address: str) -> None:
     assert not is_public(address)
 
 
@@ -156,7 +156,7 @@ def test_all_addresses_of_a_name_must_be_public(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_urls_of_allowed_hosts(url: str, expected: tuple[str, int, str, bool] | None) -> None:
-    target = parse(url, HOSTS)
+    target = parse_url(url, HOSTS)
     if expected is None:
         assert target.path == "/gr%C3%BCn%20%C3%A9.mp4"
     else:
@@ -224,7 +224,7 @@ def test_urls_of_allowed_hosts(url: str, expected: tuple[str, int, str, bool] | 
 )
 def test_urls_that_are_not_fetched(url: str) -> None:
     with pytest.raises(ApiError) as caught:
-        parse(url, HOSTS)
+        parse_url(url, HOSTS)
     assert (caught.value.status, caught.value.body["error"]["code"]) == (400, "invalid_media")
 
 
@@ -285,7 +285,7 @@ OK = b"HTTP/1.1 200 OK\r\n"
         [OK, b"Content-Encoding: identity\r\nContent-Length: 5\r\n\r\nvideo"],
     ],
 )
-def test_what_is_sent_arrives(host: Callable[..., Host], answers: list[bytes]) -> None:
+def test_downloads_arrive(host: Callable[..., Host], answers: list[bytes]) -> None:
     into = io.BytesIO()
     fetch(host(*answers).url, HOSTS, 100, into)
     assert into.getvalue() == b"video"
@@ -310,7 +310,7 @@ def test_what_is_sent_arrives(host: Callable[..., Host], answers: list[bytes]) -
         ([], "could not be read"),
     ],
 )
-def test_other_answers_are_refused(host: Callable[..., Host], answers: list[bytes], reason: str) -> None:
+def test_other_responses_are_refused(host: Callable[..., Host], answers: list[bytes], reason: str) -> None:
     made = host(*answers)
     with pytest.raises(ApiError, match=reason):
         download(made.url, HOSTS, 100)
@@ -358,7 +358,7 @@ def forever(block: bytes) -> Callable[[socket.socket], None]:
         "trailers",
     ],
 )
-def test_a_transfer_ends_whatever_drips(
+def test_a_dripping_transfer_times_out(
     host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch, answers: list[bytes], block: bytes
 ) -> None:
     # Between the bytes there is less than the first limit; the whole is held by the second.
@@ -369,9 +369,7 @@ def test_a_transfer_ends_whatever_drips(
     assert made.closed.wait(20)
 
 
-def test_tls_that_never_answers_has_an_end(
-    host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_silent_tls_handshake_times_out(host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fetching, "TIMEOUT_S", 0.1)
     # A record that promises 16 KiB and comes byte by byte.
     made = host(b"\x16\x03\x03\x40\x00", then=forever(b"\0"))
@@ -380,7 +378,7 @@ def test_tls_that_never_answers_has_an_end(
     assert made.closed.wait(20)
 
 
-def test_looking_up_a_name_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_dns_lookup_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
 
     def never(*_: Any) -> str:
@@ -395,7 +393,7 @@ def test_looking_up_a_name_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("when", ["name", "headers", "body"])
-def test_a_transfer_is_cancelled_wherever_it_is(
+def test_a_transfer_can_be_cancelled_in_every_phase(
     host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     cancelled, waiting, released = threading.Event(), threading.Event(), threading.Event()
@@ -432,7 +430,7 @@ def test_a_transfer_is_cancelled_wherever_it_is(
     assert "Nobody waits" in str(told[0])
 
 
-def test_a_certificate_is_asked_for_by_the_hosts_name(host: Callable[..., Host]) -> None:
+def test_tls_verifies_the_host_name(host: Callable[..., Host]) -> None:
     names: list[str | None] = []
 
     def hello(connection: socket.socket) -> None:

@@ -22,8 +22,8 @@ from gradio_client import Client, handle_file
 
 from app.chat import VideoChat
 from app.cli import build_parser, main
-from app.server.guard import Credentials
-from app.server.launch import WEB_LIMITS, LaunchOptions, login_of
+from app.server.options import WEB_LIMITS, LaunchOptions, options_from_args, parse_login
+from app.server.security.authentication import Credentials
 from encoder.errors import ConfigError
 from encoder.video import confine
 from llm_bridge.model import VideoLanguageModel
@@ -90,10 +90,10 @@ def test_one_line_then_answers_and_sigterm_drains(folder: Path, tmp_path: Path) 
         assert heartbeat.status_code == 200
         assert httpx.get(f"{address}/healthz").json() == {"status": "ok"}
         assert "fluxchat-question" in httpx.get(f"{address}/config", timeout=30).text
-        expected = answer(ask(address, "What?", "v.mp4", max_tokens=700, temperature=0.5, seed=1))
+        expected = answer(ask(address, "What?", "v.mp4", max_tokens=200, temperature=0.5, seed=1))
         assert len(list(tmp_path.glob("fluxchat-files-*"))) == 1
         before = httpx.get(f"{address}/metrics").text
-        late = pool.submit(ask, address, "What?", "v.mp4", max_tokens=700, temperature=0.5, seed=1)
+        late = pool.submit(ask, address, "What?", "v.mp4", max_tokens=200, temperature=0.5, seed=1)
         while "fluxchat_running 1" not in httpx.get(f"{address}/metrics").text and not late.done():
             time.sleep(0.01)
         assert "fluxchat_running 0" in before
@@ -107,7 +107,17 @@ def test_one_line_then_answers_and_sigterm_drains(folder: Path, tmp_path: Path) 
     assert video.exists()
 
 
-def test_secrets_come_from_the_environment_and_ctrl_c_ends_it(folder: Path) -> None:
+def test_secrets_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = build_parser().parse_args(["web", "--host", "0.0.0.0"])
+    with pytest.raises(ConfigError, match="--api-key"):
+        options_from_args(args)
+    monkeypatch.setenv("FLUXCHAT_API_KEY", "k")
+    monkeypatch.setenv("FLUXCHAT_AUTH", "ann:secret")
+    assert options_from_args(args).credentials == Credentials("k", ("ann", "secret"))
+
+
+@pytest.mark.slow
+def test_a_process_with_secrets_of_the_environment_ends_by_ctrl_c(folder: Path) -> None:
     secrets = {"FLUXCHAT_API_KEY": "k", "FLUXCHAT_AUTH": "ann:secret"}
     with web("--model", folder, "--host", "0.0.0.0", **secrets) as (process, address):
         assert httpx.get(f"{address}/v1/models").status_code == 401
@@ -137,7 +147,7 @@ def test_secrets_come_from_the_environment_and_ctrl_c_ends_it(folder: Path) -> N
         (["--model", "nowhere"], "not a FluxChat model"),
     ],
 )
-def test_what_it_refuses(args: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_options_are_refused(args: list[str], word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["web", "--port", "0", *args]) == 2
     out, errors = capsys.readouterr()
     assert out == ""
@@ -145,14 +155,17 @@ def test_what_it_refuses(args: list[str], word: str, capsys: pytest.CaptureFixtu
     assert word in errors
 
 
-def test_a_port_in_use_is_one_line_at_once() -> None:
+def test_a_port_in_use_is_one_line_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("app.chat.VideoChat.__init__", lambda *_, **__: pytest.fail("the model was loaded"))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        command = [sys.executable, "-m", "app", "web", "--port", str(taken.getsockname()[1])]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
-    assert "choose another --port" in done.stderr
+        assert main(["web", "--port", str(taken.getsockname()[1])]) == 2
+    out, errors = capsys.readouterr()
+    assert (out, len(errors.splitlines())) == ("", 1)
+    assert "choose another --port" in errors
 
 
 def test_options_in_python() -> None:
@@ -161,11 +174,11 @@ def test_options_in_python() -> None:
     LaunchOptions(host="192.168.0.1", credentials=Credentials(login=("a", "b"))).check()
     LaunchOptions(host="0.0.0.0", public=True).check()
     LaunchOptions(host="0.0.0.0", credentials=Credentials("key")).check()
-    assert login_of("a:b:c") == ("a", "b:c")
-    assert login_of(None) is None
+    assert parse_login("a:b:c") == ("a", "b:c")
+    assert parse_login(None) is None
 
 
-def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         build_parser().parse_args(["web", "--help"])
     text = capsys.readouterr().out
@@ -195,6 +208,10 @@ def test_gradio_client_asks_and_estimates(tiny_model: VideoLanguageModel, tmp_pa
         price = client.predict(handle_file(str(video)), "16", api_name="/estimate")
         assert price["kept_tokens"] == 16
         assert price["first_token_s"] > 0
+        bad = tmp_path / "bad.mp4"
+        bad.write_bytes(b"nothing" * 100)
+        with pytest.raises(Exception, match="Cannot read"):
+            client.predict(handle_file(str(bad)), "", api_name="/estimate")
         names = set(client.view_api(return_format="dict")["named_endpoints"])
         assert names == {"/ask", "/estimate"}
         client.close()

@@ -17,11 +17,13 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from app.chat import VideoChat
-from app.server.guard import OPEN, Credentials, Guard, Lock
-from app.server.keys import KeyRing, read_keys
-from app.server.launch import LaunchOptions, make_app
-from app.server.login import FREE, Cookies, Failures
-from app.server.replies import ApiError
+from app.server.errors import ApiError
+from app.server.launch import make_app
+from app.server.options import LaunchOptions
+from app.server.security.access_control import OPEN, AccessControl
+from app.server.security.api_keys import KeyRing, read_keys
+from app.server.security.authentication import Authenticator, Credentials
+from app.server.security.login import FREE_ATTEMPTS, LoginThrottle, SessionCookies
 from encoder.errors import ConfigError
 from llm_bridge.model import VideoLanguageModel
 from tests.app.server.serving import running, upload
@@ -47,7 +49,7 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 def behind(credentials: Credentials, app: Any = echo, **options: Any) -> httpx.AsyncClient:
     """A client of an application behind the guard."""
-    guard = Guard(app, Lock(credentials), options.pop("hosts", None), **options)
+    guard = AccessControl(app, Authenticator(credentials), options.pop("hosts", None), **options)
     return httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://localhost")
 
 
@@ -87,11 +89,13 @@ def paths(app: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield method, prefix + path
 
 
-def test_nothing_is_open_that_is_not_named(locked: str, tiny_model: VideoLanguageModel, keys: Path) -> None:
+def test_every_route_but_the_open_ones_needs_credentials(
+    locked: str, tiny_model: VideoLanguageModel, keys: Path
+) -> None:
     with VideoChat(tiny_model) as chat:
         app = make_app(chat, LaunchOptions(credentials=Credentials("k"), examples=[]))
         doors = {(m, p) for m, p in paths(app) if m in ("GET", "POST", "DELETE", "PUT") and p.startswith("/")}
-        app.state.server.close()
+        app.state.api.close()
     assert ("POST", "/gradio_api/queue/join") in doors
     assert ("POST", "/v1/chat/completions") in doors
     doors |= {("GET", path) for path in ("/docs", "/openapi.json", "/nothing", "//v1/models", "/login/x")}
@@ -108,7 +112,7 @@ def test_nothing_is_open_that_is_not_named(locked: str, tiny_model: VideoLanguag
                 assert set(found.json()) == {"error"}
 
 
-def test_each_key_and_the_login_open_every_door(locked: str) -> None:
+def test_each_key_and_the_login_open_every_route(locked: str) -> None:
     basic = base64.b64encode(b"anybody:anns-key").decode()
     for headers in (bearer("anns-key"), bearer("bobs-key"), {"Authorization": f"Basic {basic}"}):
         for path in ("/v1/models", "/config", "/"):
@@ -117,7 +121,7 @@ def test_each_key_and_the_login_open_every_door(locked: str) -> None:
     assert httpx.get(f"{locked}/healthz").status_code == 200
 
 
-def test_what_all_keys_use_is_for_who_may_know(locked: str) -> None:
+def test_metrics_need_a_key_with_that_right(locked: str) -> None:
     assert httpx.get(f"{locked}/metrics", auth=LOGIN).status_code == 200
     told = httpx.get(f"{locked}/metrics", headers=bearer("anns-key"))
     assert told.status_code == 200
@@ -151,7 +155,7 @@ def test_a_browser_logs_in_and_out(locked: str, user: str, password: str) -> Non
 @pytest.mark.parametrize(
     "target", ["//evil.example", "https://evil.example", "/\\evil.example", "/a\r\nX: y"]
 )
-def test_a_login_leads_nowhere_else(locked: str, target: str) -> None:
+def test_login_redirects_to_this_server_only(locked: str, target: str) -> None:
     entered = httpx.post(
         f"{locked}/login",
         params={"next": target},
@@ -187,7 +191,7 @@ FOREIGN = [
 @pytest.mark.anyio
 @pytest.mark.parametrize("headers", FOREIGN)
 @pytest.mark.parametrize("kind", ["application/json", "text/plain", "multipart/form-data; boundary=x"])
-async def test_another_sites_page_does_nothing(headers: dict[str, str], kind: str) -> None:
+async def test_cross_site_requests_are_refused(headers: dict[str, str], kind: str) -> None:
     async with behind(Credentials()) as client:
         for path in ("/", "/v1/files", "/gradio_api/upload", "/gradio_api/cancel", "/healthz", "/login"):
             sent = await client.post(path, content=b"x", headers={**headers, "Content-Type": kind})
@@ -196,7 +200,7 @@ async def test_another_sites_page_does_nothing(headers: dict[str, str], kind: st
 
 
 @pytest.mark.anyio
-async def test_our_own_page_and_a_link_to_it_do() -> None:
+async def test_same_origin_requests_and_links_are_admitted() -> None:
     async with behind(Credentials()) as client:
         own = {"Origin": "http://localhost", "Sec-Fetch-Site": "same-origin"}
         assert (await client.post("/v1/files", headers=own)).status_code == 200
@@ -209,7 +213,7 @@ async def test_our_own_page_and_a_link_to_it_do() -> None:
 
 
 @pytest.mark.anyio
-async def test_the_name_that_is_asked_for_is_checked_on_every_path() -> None:
+async def test_the_host_header_is_checked_on_every_path() -> None:
     async with behind(Credentials(), hosts=["localhost"]) as client:
         for path in ("/", "/healthz", "/login", "/gradio_api/upload"):
             found = await client.post(path, headers={"Host": "evil.example"})
@@ -217,7 +221,7 @@ async def test_the_name_that_is_asked_for_is_checked_on_every_path() -> None:
 
 
 @pytest.mark.anyio
-async def test_websockets_are_guarded_too() -> None:
+async def test_websockets_need_credentials_too() -> None:
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -226,14 +230,14 @@ async def test_websockets_are_guarded_too() -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    guard = Guard(echo, Lock(Credentials("k")), None)
+    guard = AccessControl(echo, Authenticator(Credentials("k")), None)
     scope = {"type": "websocket", "path": "/gradio_api/ws", "headers": [], "query_string": b""}
     await guard(scope, receive, send)
     assert sent == [{"type": "websocket.close", "code": 1008}]
 
 
 @pytest.mark.anyio
-async def test_failures_behind_the_guard_are_json() -> None:
+async def test_exceptions_of_the_application_are_json_errors() -> None:
     async def fail(*_: Any) -> None:
         raise RuntimeError("secret detail")
 
@@ -253,21 +257,21 @@ def state(connection: str) -> dict[str, Any]:
     return {"fluxchat.connection": connection}
 
 
-def test_clients_cannot_be_guessed_or_shared() -> None:
+def test_client_ids_are_unguessable_and_distinct() -> None:
     from starlette.datastructures import Headers
 
-    lock = Lock(Credentials("k", LOGIN))
+    lock = Authenticator(Credentials("k", LOGIN))
     key = lock.client(Headers(bearer("k")), "1", "c1")
     again = lock.client(Headers(bearer("k")), "2", "c2")
     login = lock.client(Headers({"Authorization": httpx.BasicAuth(*LOGIN)._auth_header}), "1", "c1")
-    other = Lock(Credentials("k")).client(Headers(bearer("k")), "1", "c1")
+    other = Authenticator(Credentials("k")).client(Headers(bearer("k")), "1", "c1")
     assert key is not None
     assert login is not None
     assert key == again
     assert len({key.id, login.id, other.id if other else ""}) == 3
     assert min(len(key.id), len(login.id)) >= 32
 
-    free = Lock(Credentials())
+    free = Authenticator(Credentials())
     one, same, two = (free.client(Headers({}), "1", name) for name in ("c1", "c1", "c2"))
     assert one == same
     assert one != two
@@ -276,7 +280,7 @@ def test_clients_cannot_be_guessed_or_shared() -> None:
     assert forwarded[0] != forwarded[1]
 
 
-def test_cached_tokens_tell_nobody_else(tiny_model: VideoLanguageModel) -> None:
+def test_caches_are_not_shared_between_clients(tiny_model: VideoLanguageModel) -> None:
     with (
         VideoChat(tiny_model, trusted=False) as chat,
         running(chat) as (address, _),
@@ -297,7 +301,7 @@ def test_cached_tokens_tell_nobody_else(tiny_model: VideoLanguageModel) -> None:
         assert cached(second, 3) == 0
 
 
-def test_a_visitor_is_known_on_the_next_connection(tiny_model: VideoLanguageModel) -> None:
+def test_a_visitor_is_recognised_on_the_next_connection(tiny_model: VideoLanguageModel) -> None:
     """OpenAI's clients close the connection after each streamed answer."""
     turns = ["The PIN is 4719. " * 4, "Good.", "What is it?"]
     messages = [
@@ -331,7 +335,7 @@ def test_a_visitor_is_known_on_the_next_connection(tiny_model: VideoLanguageMode
         assert sent(messages, first.cookies, forwarded)[0] > 16
 
 
-def test_files_and_sessions_are_their_owners(locked: str, tmp_path: Path) -> None:
+def test_files_and_sessions_are_accessible_to_their_owners_only(locked: str, tmp_path: Path) -> None:
     video = vf.write(tmp_path / "v.mp4", vf.steady(10))
     file = upload(locked, video, **bearer("anns-key"))
     for key, status in (("anns-key", 200), ("bobs-key", 404)):
@@ -380,7 +384,7 @@ def test_files_and_sessions_are_their_owners(locked: str, tmp_path: Path) -> Non
         "/gradio_api/run-history/buckets",
     ],
 )
-def test_what_the_page_does_not_need_is_not_there(locked: str, path: str) -> None:
+def test_gradio_routes_that_the_page_does_not_need_are_404(locked: str, path: str) -> None:
     for method in ("GET", "POST"):
         found = httpx.request(method, f"{locked}{path}", headers=bearer("anns-key"), timeout=20)
         assert found.status_code == 404
@@ -423,11 +427,11 @@ def test_rate_and_quota(tmp_path: Path) -> None:
     ring.spend(ann)
     for _ in range(100):
         ring.spend(bob)
-    assert ring.counts("total") == {(("key", "ann"),): 5, (("key", "bob"),): 100}
-    assert ring.counts("refused")[("key", "ann"),] == 2
+    assert ring.requests() == {"ann": 5, "bob": 100}
+    assert ring.refusals()["ann"] == 2
 
 
-def test_the_file_is_read_again_and_a_wrong_one_is_not_taken(
+def test_a_changed_keys_file_is_reloaded_and_an_invalid_one_ignored(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, clock = tmp_path / "keys", Clock()
@@ -470,7 +474,7 @@ def test_a_wrong_file_of_keys_names_its_line(tmp_path: Path, text: str, line: in
     assert "key2" not in str(error.value)
 
 
-def test_files_that_are_no_keys(tmp_path: Path) -> None:
+def test_invalid_keys_files(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("# nobody\n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for name in ("empty", "binary", "missing", "."):
@@ -479,7 +483,7 @@ def test_files_that_are_no_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.anyio
-async def test_past_the_rate_is_429_on_every_door(tmp_path: Path) -> None:
+async def test_past_the_rate_is_429_on_every_route(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text("ann anns-key rate=1\n")
     async with behind(Credentials(keys_file=path)) as client:
@@ -497,9 +501,9 @@ async def test_past_the_rate_is_429_on_every_door(tmp_path: Path) -> None:
 # -- guessing -----------------------------------------------------------------------------------------------
 
 
-def test_guessing_is_slowed_by_address() -> None:
+def test_wrong_guesses_slow_an_address_down() -> None:
     clock = Clock()
-    failures = Failures(clock)
+    failures = LoginThrottle(clock)
     waits = []
     for count in range(12):
         try:
@@ -509,35 +513,35 @@ def test_guessing_is_slowed_by_address() -> None:
             clock.now += waits[-1]
             failures.check("1.1.1.1")
         failures.add("1.1.1.1")
-        assert count >= FREE or not waits
+        assert count >= FREE_ATTEMPTS or not waits
     assert waits == [1, 2, 4, 8, 16, 32, 60]
     failures.check("2.2.2.2")
 
 
 @pytest.mark.anyio
-async def test_a_right_key_does_not_help_who_must_wait() -> None:
+async def test_a_right_key_does_not_end_the_wait() -> None:
     async with behind(Credentials("k")) as client:
-        for _ in range(FREE):
+        for _ in range(FREE_ATTEMPTS):
             assert (await client.get("/v1/models", headers=bearer("x"))).status_code == 401
         assert (await client.get("/v1/models", headers=bearer("k"))).status_code == 429
         assert (await client.post("/login", data={"password": "k"})).status_code == 429
 
 
-def test_cookies_end() -> None:
+def test_cookies_expire_and_are_revoked() -> None:
     clock = Clock()
-    cookies = Cookies(clock)
-    value = cookies.new("login ann")
-    assert cookies.who(value) == "login ann"
-    assert cookies.who(value[:-1]) is None
-    cookies.end(value)
-    assert cookies.who(value) is None
-    late = cookies.new("login ann")
+    cookies = SessionCookies(clock)
+    value = cookies.issue("login ann")
+    assert cookies.subject(value) == "login ann"
+    assert cookies.subject(value[:-1]) is None
+    cookies.revoke(value)
+    assert cookies.subject(value) is None
+    late = cookies.issue("login ann")
     clock.now += 8 * 86400
-    assert cookies.who(late) is None
+    assert cookies.subject(late) is None
     assert value not in json.dumps(str(vars(cookies)))
 
 
-def test_answers_need_no_cookie(locked: str) -> None:
+def test_an_api_key_needs_no_cookie(locked: str) -> None:
     sent = httpx.post(
         f"{locked}/v1/chat/completions",
         json={"messages": [{"role": "user", "content": "What?"}], "max_tokens": 2},

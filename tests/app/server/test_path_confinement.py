@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from app.server import beneath
-from app.server.beneath import open_beneath
 from app.server.chat_request import Reference
-from app.server.media import MediaStore, Resolver
-from app.server.replies import ApiError
+from app.server.errors import ApiError
+from app.server.media import path_confinement as beneath
+from app.server.media.path_confinement import open_beneath
+from app.server.media.resolver import Resolver
+from app.server.media.store import MediaStore
 
 INSIDE, SECRET = b"inside", b"secret"
 
@@ -53,7 +54,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
         "{root}/sub/../ok.mp4",
     ],
 )
-def test_what_is_under_the_root_is_read(root: Path, name: str) -> None:
+def test_files_under_the_root_are_read(root: Path, name: str) -> None:
     with open_beneath(root, name.replace("{root}", str(root))) as file:
         assert file.tell() == 0
         assert os.get_blocking(file.fileno())
@@ -91,7 +92,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("name", BAD, ids=lambda name: repr(name[:30]))
-def test_nothing_else_is(root: Path, name: str) -> None:
+def test_files_outside_the_root_are_refused(root: Path, name: str) -> None:
     name = name.replace("{root}", str(root)).replace("{outside}", str(root.parent))
     if name == "missing" or (name == "ok.mp4/" and os.path.exists(root / name)):
         pytest.skip("names mean something else on this system")
@@ -99,9 +100,7 @@ def test_nothing_else_is(root: Path, name: str) -> None:
         open_beneath(root, name)
 
 
-def test_a_link_that_comes_after_the_check_is_not_followed(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_link_made_after_the_check_is_not_followed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever may write under the root swaps the file, or its folder, at the worst moment."""
     secret, resolve = root.parent / "secret.mp4", os.path.realpath
     (root.parent / "away").mkdir()
@@ -134,7 +133,7 @@ def test_a_link_that_comes_after_the_check_is_not_followed(
         monkeypatch.setattr(os.path, "realpath", resolve)
 
 
-def test_swapping_all_the_time_never_shows_the_secret(root: Path) -> None:
+def test_concurrent_swapping_never_reveals_the_outside_file(root: Path) -> None:
     (root / "turn.mp4").write_bytes(INSIDE)
     (root / "link").symlink_to(root.parent / "secret.mp4")
     ended = threading.Event()
@@ -167,7 +166,7 @@ def resolver(root: Path) -> Iterator[Resolver]:
     store.close()
 
 
-def test_what_was_handed_out_stays_the_file_that_was_named(resolver: Resolver, root: Path) -> None:
+def test_an_opened_file_stays_the_one_that_was_checked(resolver: Resolver, root: Path) -> None:
     with resolver.open([Reference("sub/ok.mp4")]) as (medium,):
         (root / "sub" / "ok.mp4").unlink()
         (root / "sub" / "ok.mp4").symlink_to(root.parent / "secret.mp4")
@@ -209,7 +208,7 @@ def test_file_urls(resolver: Resolver, root: Path, url: str, works: bool) -> Non
     assert caught.value.body["error"]["param"] == "messages[0].content[0]"
 
 
-def test_all_refusals_are_alike(resolver: Resolver, root: Path) -> None:
+def test_all_refusals_have_one_message(resolver: Resolver, root: Path) -> None:
     """A stranger learns nothing of what lies elsewhere."""
     told = set()
     for name in BAD:
@@ -234,7 +233,7 @@ def test_an_id_is_only_an_id_and_data_only_data(resolver: Resolver) -> None:
         pass
 
 
-def test_files_of_others_are_not_there(resolver: Resolver, root: Path) -> None:
+def test_files_of_other_clients_are_404(resolver: Resolver, root: Path) -> None:
     with (root / "ok.mp4").open("rb") as file:
         stored = resolver.store.add(file, "mine.mp4", "ann")
     with resolver.open([Reference(stored.id, kind="id")], "ann") as (medium,):

@@ -1,9 +1,9 @@
-"""Media inside a request: data: URLs and base64 in every form that RFC 4648 and browsers produce.
+"""Decoding of data: URLs and base64, in every form that RFC 4648 and browsers produce.
 
     content, name = decode_data("data:video/mp4;name=cat.mp4;base64,AAAA...", max_bytes)
 
 Standard and URL-safe alphabet, with and without padding, line breaks anywhere, percent-encoded or not. The
-declared media type is not believed: what the content is shows when it is read.
+declared media type is ignored: the decoder detects the format.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def decode_data(text: str, max_bytes: int) -> tuple[bytes, str]:
     head = _HEAD.match(text[:HEAD])
     if head is None:
         raise DataError("A data: URL must look like data:video/mp4;base64,...")
-    parameters = [found.strip() for found in _PARAMETER.findall(head[1])]
+    parameters = [parameter.strip() for parameter in _PARAMETER.findall(head[1])]
     data = _ascii(text[head.end() :])
     if "base64" in {parameter.lower() for parameter in parameters}:
         content = _base64(data, max_bytes)

@@ -1,4 +1,4 @@
-"""What a stranger sends to keep the server busy or to learn of others: each ends at once, in one sentence."""
+"""Requests meant to exhaust the server or to learn of other clients: each is refused with an error."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ from fastapi import Request
 from app.chat import VideoChat
 from app.page.handlers import MAX_TURNS, Handlers
 from app.page.sessions import Sessions, Turn
-from app.server import media
-from app.server.chat_request import LOOKED_AT, parse_chat
-from app.server.connections import Connection, ConnectionLimits, Connections
-from app.server.guard import ANONYMOUS
-from app.server.json_body import decode_json
-from app.server.media import MediaStore
-from app.server.page_door import MOST_NAMED, PATH_LENGTH, PageDoor, PageUploads
-from app.server.replies import ApiError
-from app.server.wire import longest_text
+from app.server.chat_request import MAX_COMPARED, longest_text, parse_chat
+from app.server.errors import ApiError
+from app.server.gradio_mount import MAX_NAMED_FILES, PATH_LENGTH, GradioAccess, PageUploads
+from app.server.limits import BodyClock, ConnectionLimits
+from app.server.media import store as media
+from app.server.media.store import MediaStore
+from app.server.request_body import decode_json
+from app.server.security.authentication import ANONYMOUS
 from llm_bridge.model import VideoLanguageModel
 from tests.app.server.serving import running
 
@@ -45,7 +44,7 @@ def store() -> Any:
 # -- time ---------------------------------------------------------------------------------------------------
 
 
-def test_a_name_of_megabytes_is_not_copied_for_each_value_under_it() -> None:
+def test_a_huge_field_name_is_not_copied_for_each_nested_value() -> None:
     long = b'{"' + b"k" * 2**22 + b'": [' + b"0," * 90_000 + b"%s]}"
     assert len(decode_json(long % b"0")) == 1
     with pytest.raises(ApiError) as caught:
@@ -60,45 +59,39 @@ def test_few_of_many_unknown_fields_are_compared_with_known_ones() -> None:
         pytest.raises(ApiError, match="x0"),
     ):
         parse_chat(body)
-    assert compared.call_count <= LOOKED_AT + 1
+    assert compared.call_count <= MAX_COMPARED + 1
 
 
-def test_only_what_can_be_a_path_is_resolved(store: MediaStore, tmp_path: Path) -> None:
-    door = PageDoor(mock.Mock(), store, tmp_path, (), mcp=False)
+def test_overlong_paths_are_not_resolved(store: MediaStore, tmp_path: Path) -> None:
+    door = GradioAccess(mock.Mock(), store, tmp_path, (), mcp=False)
     with mock.patch.object(os.path, "realpath", wraps=os.path.realpath) as resolved:
         for path in ("/a" * PATH_LENGTH, "http://localhost/gradio_api/file=" + "/a" * PATH_LENGTH):
             with pytest.raises(ApiError) as caught:
-                door._check_all({"data": [{"path": path}]}, "me")
+                door.check_body({"data": [{"path": path}]}, "me")
             assert caught.value.status == 404
     assert not resolved.called
 
 
-def test_a_request_names_few_files(store: MediaStore, tmp_path: Path) -> None:
-    door = PageDoor(mock.Mock(), store, tmp_path, (), mcp=False)
+def test_a_request_names_a_limited_number_of_files(store: MediaStore, tmp_path: Path) -> None:
+    door = GradioAccess(mock.Mock(), store, tmp_path, (), mcp=False)
     mine = store.add(io.BytesIO(b"x"), "a.mp4", "me", page=tmp_path)
-    door._check_all({"path": [mine.path] * MOST_NAMED}, "me")
+    door.check_body({"path": [mine.path] * MAX_NAMED_FILES}, "me")
     with pytest.raises(ApiError, match="files"):
-        door._check_all({"path": [mine.path] * (MOST_NAMED + 1)}, "me")
+        door.check_body({"path": [mine.path] * (MAX_NAMED_FILES + 1)}, "me")
 
 
-def test_what_of_a_body_came_fast_does_not_pay_for_drops() -> None:
+def test_a_fast_start_of_a_body_does_not_pay_for_drops() -> None:
     """16 MiB at once, then a byte now and then: a thousand seconds by the average, ten by the clock."""
-    now = 0.0
-    connections = Connections(ConnectionLimits(body_s=10, body_rate=16 * 1024))
-    one = mock.Mock(_all=connections, waiting=False, _stuck_since=None, _head_begun=None)
-    one.transport.is_closing.return_value = False
-    one.cycle.more_body, one.flow.read_paused = True, False
-    Connection._body_begins(one, now)
-    received = Connection._body_comes
-    received(one, now, 2**24)
+    clock = BodyClock(ConnectionLimits(body_s=10, body_rate=16 * 1024))
+    clock.start(0.0)
+    clock.received(0.0, 2**24)
     for now in (3.0, 6.0, 9.0):
-        received(one, now, 1)
-        Connection.check(one, now)
-    assert not one.end.called
-    now = 11.0
-    received(one, now, 1)
-    Connection.check(one, now)
-    assert one.end.called
+        clock.received(now, 1)
+        assert not clock.overdue(now)
+    clock.received(11.0, 1)
+    assert clock.overdue(11.0)
+    clock.pause(15.0)
+    assert not clock.overdue(14.0)
 
 
 # -- room ---------------------------------------------------------------------------------------------------
@@ -107,7 +100,7 @@ def test_what_of_a_body_came_fast_does_not_pay_for_drops() -> None:
 def test_files_are_counted_whatever_their_size(
     store: MediaStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(media, "MOST_FILES", 3)
+    monkeypatch.setattr(media, "MAX_FILES", 3)
     for _ in range(3):
         store.add(io.BytesIO(b""), "a.mp4", page=tmp_path)
     with pytest.raises(ApiError) as caught:
@@ -116,7 +109,7 @@ def test_files_are_counted_whatever_their_size(
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_conversation_keeps_no_megabytes(tiny_model: VideoLanguageModel) -> None:
+def test_a_conversation_does_not_keep_overlong_questions(tiny_model: VideoLanguageModel) -> None:
     with VideoChat(tiny_model, trusted=False) as chat:
         sessions = Sessions(chat.forget)
         session = sessions.get("a")
@@ -135,7 +128,7 @@ def test_a_conversation_keeps_no_megabytes(tiny_model: VideoLanguageModel) -> No
 # -- others -------------------------------------------------------------------------------------------------
 
 
-def test_who_sends_the_same_as_another_does_not_learn_so(store: MediaStore) -> None:
+def test_equal_data_of_two_clients_is_stored_twice(store: MediaStore) -> None:
     first, other = store.add_bytes(b"x" * 100, "ann"), store.add_bytes(b"x" * 100, "bob")
     assert first.path != other.path
     assert store.size == (2, 200)
@@ -152,7 +145,7 @@ def test_who_sends_the_same_as_another_does_not_learn_so(store: MediaStore) -> N
         (f"{ANONYMOUS}1", "", f"{ANONYMOUS}2", False),
     ],
 )
-async def test_nobody_follows_anothers_upload(
+async def test_upload_progress_is_visible_to_its_owner_only(
     store: MediaStore, tmp_path: Path, ours: str, query: str, theirs: str, heard: bool
 ) -> None:
     uploads = PageUploads(store, tmp_path, 1000)
@@ -163,7 +156,7 @@ async def test_nobody_follows_anothers_upload(
 
     with pytest.raises(ApiError, match="multipart"):
         await uploads.upload(request(ours))
-    with mock.patch("app.server.page_door.asyncio.sleep"):
+    with mock.patch("app.server.gradio_mount.asyncio.sleep"):
         if heard:
             assert (await uploads.progress(request(theirs))).status_code == 200
             return
@@ -171,9 +164,7 @@ async def test_nobody_follows_anothers_upload(
             await uploads.progress(request(theirs))
 
 
-def test_nobody_makes_a_tunnel_of_it(
-    tiny_model: VideoLanguageModel, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_connect_is_refused(tiny_model: VideoLanguageModel, caplog: pytest.LogCaptureFixture) -> None:
     with VideoChat(tiny_model, trusted=False) as chat, running(chat) as (address, _):
         url = httpx.URL(address)
         with socket.create_connection((url.host, url.port), 10) as connection:

@@ -1,10 +1,10 @@
-"""Fetching a video from a host that the operator allows, and from nowhere else.
+"""Downloads from hosts that the operator allows, safe against server-side request forgery (SSRF).
 
     fetch("https://videos.example/a.mp4", ["videos.example"], max_bytes, file, cancelled)
 
-The name is resolved once, every address must be public, and the connection goes to exactly that address, so
-that a name cannot point inside after it was checked. Redirects are not followed; proxies are not used. The
-whole, from looking up the name to the last byte, ends within a time limit whatever the other side does.
+The host name is resolved once, every address must be public, and the connection goes to exactly that address,
+so that DNS rebinding has no effect. Redirects are not followed; proxies are not used. The whole transfer,
+from DNS look-up to last byte, ends within a time limit whatever the other side does.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol
 
-from app.server.replies import ApiError
+from app.server.errors import ApiError, invalid_media
 
-TIMEOUT_S = 10.0  # without a sign of the other side; the whole may take six times as long
+TIMEOUT_S = 10.0  # of silence; the whole transfer may take six times as long
 BLOCK = 1 << 16
-LOOK_S = 0.2  # how often it is looked whether the transfer is still wanted
+POLL_S = 0.2  # between checks whether the transfer was cancelled
 
 # The public internet: IPv4 and IPv6's global unicast, each less what IANA's registries of special-purpose
 # addresses take out of it. Forms of IPv6 that stand for an IPv4 address (mapped, compatible, 6to4, Teredo,
@@ -49,15 +49,15 @@ _SPECIAL = tuple(
 
 
 class Sink(Protocol):
-    """Where a file's content goes."""
+    """A writable target."""
 
     def write(self, block: bytes, /) -> Any:
-        """More of it."""
+        """Append a block."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a URL asks for. path: with the query, as it goes over the line."""
+    """The parts of a URL. path: with the query, as sent in the request line."""
 
     host: str
     port: int
@@ -77,17 +77,19 @@ def fetch(
     cancelled: set it, from any thread, and the transfer ends. Raises ApiError when the host is not allowed,
     and when the transfer fails, is cancelled or takes longer than 6 x TIMEOUT_S.
     """
-    target = parse(url, hosts)
+    target = parse_url(url, hosts)
     try:
-        with _Watch(6 * TIMEOUT_S, cancelled or threading.Event()) as watch:
+        with _TransferWatch(6 * TIMEOUT_S, cancelled or threading.Event()) as watch:
             try:
                 address = watch.call(public_address, target.host, target.port)
                 _transfer(target, address, max_bytes, into, watch)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 watch.check(target.host)
-                raise _refused(f"{target.host} could not be read ({type(error).__name__}).") from error
+                raise invalid_media(f"{target.host} could not be read ({type(error).__name__}).") from error
     except _TimeUp:
-        raise _refused(f"{target.host} is too slow: the transfer took over {6 * TIMEOUT_S:g} s.") from None
+        raise invalid_media(
+            f"{target.host} is too slow: the transfer took over {6 * TIMEOUT_S:g} s."
+        ) from None
 
 
 def download(
@@ -99,24 +101,26 @@ def download(
     return content.getvalue()
 
 
-def parse(url: str, hosts: Iterable[str]) -> Target:
+def parse_url(url: str, hosts: Iterable[str]) -> Target:
     """A URL of one of the hosts; raises ApiError for every other text."""
     # urlsplit drops some of these silently; browsers read \ as /.
     if any(ord(sign) <= 32 or ord(sign) == 127 or sign == "\\" for sign in url):
-        raise _refused("A URL must not hold blanks, control characters or backslashes: percent-encode them.")
+        raise invalid_media(
+            "A URL must not hold blanks, control characters or backslashes: percent-encode them."
+        )
     try:
         parts = urllib.parse.urlsplit(url)
         host, port = _ascii_host(parts.hostname or ""), parts.port
         path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
         query = urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~?")
     except ValueError:
-        raise _refused("That is not a URL.") from None
+        raise invalid_media("That is not a URL.") from None
     if "@" in parts.netloc:
-        raise _refused("A URL must not hold a user or a password.")
+        raise invalid_media("A URL must not hold a user or a password.")
     if parts.scheme not in ("http", "https") or not host or host not in set(map(_allowed_name, hosts)):
-        raise _refused("This server does not fetch from that host.")
+        raise invalid_media("This server does not fetch from that host.")
     if port == 0:
-        raise _refused("A URL's port cannot be 0.")
+        raise invalid_media("A URL's port cannot be 0.")
     secure = parts.scheme == "https"
     return Target(host, port or (443 if secure else 80), f"{path}?{query}" if query else path, secure)
 
@@ -137,12 +141,12 @@ def _allowed_name(name: str) -> str | None:
 def public_address(host: str, port: int) -> str:
     """The address to connect to; raises ApiError unless every address of the host is public."""
     try:
-        found = {str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+        addresses = {str(info[4][0]) for info in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
     except (OSError, UnicodeError):
-        raise _refused(f"There is no host {host}.") from None
-    if not found or not all(map(is_public, found)):
-        raise _refused("This server does not fetch from that host.")
-    return min(found, key=lambda address: (":" in address, address))  # IPv4 first: it works everywhere
+        raise invalid_media(f"There is no host {host}.") from None
+    if not addresses or not all(map(is_public, addresses)):
+        raise invalid_media("This server does not fetch from that host.")
+    return min(addresses, key=lambda address: (":" in address, address))  # IPv4 first: it works everywhere
 
 
 def is_public(address: str) -> bool:
@@ -159,17 +163,19 @@ def is_public(address: str) -> bool:
     return inside and not any(ip in network for network in _SPECIAL if network.version == ip.version)
 
 
-def _transfer(target: Target, address: str, max_bytes: int, into: Sink, watch: _Watch) -> None:
+def _transfer(target: Target, address: str, max_bytes: int, into: Sink, watch: _TransferWatch) -> None:
     """One request, one response. Raises ApiError, or OSError and HTTPException as they come."""
-    connection = _Pinned(target, address, watch)
+    connection = _PinnedConnection(target, address, watch)
     try:
         headers = {"User-Agent": "FluxChat", "Accept": "video/*, image/*", "Accept-Encoding": "identity"}
         connection.request("GET", target.path, headers=headers)
         response = connection.getresponse()
         if response.status != 200:
-            raise _refused(f"{target.host} answered {response.status}; redirects are not followed.")
+            raise invalid_media(f"{target.host} answered {response.status}; redirects are not followed.")
         if response.headers.get("Content-Encoding", "identity").lower() != "identity":
-            raise _refused(f"{target.host} sent the file compressed: only what is sent as it is can be read.")
+            raise invalid_media(
+                f"{target.host} sent the file compressed: only what is sent as it is can be read."
+            )
         length = response.length  # None where it is not said, or the content comes in chunks
         if length is not None and length > max_bytes:
             raise _too_large(max_bytes)
@@ -182,17 +188,17 @@ def _transfer(target: Target, address: str, max_bytes: int, into: Sink, watch: _
             into.write(block)
         watch.check(target.host)  # an interrupted connection looks as if it had ended
         if length is not None and got < length:
-            raise _refused(f"{target.host} sent {got} of {length} bytes: try again.")
+            raise invalid_media(f"{target.host} sent {got} of {length} bytes: try again.")
         if not got:
-            raise _refused(f"{target.host} sent nothing.")
+            raise invalid_media(f"{target.host} sent nothing.")
     finally:
         connection.close()
 
 
-class _Pinned(http.client.HTTPConnection):
-    """A connection to one address, whatever the name resolves to by now."""
+class _PinnedConnection(http.client.HTTPConnection):
+    """A connection to a resolved address; the name is not resolved again."""
 
-    def __init__(self, target: Target, address: str, watch: _Watch) -> None:
+    def __init__(self, target: Target, address: str, watch: _TransferWatch) -> None:
         super().__init__(target.host, target.port, timeout=TIMEOUT_S)
         self._target, self._address, self._watch = target, address, watch
         if target.secure:
@@ -210,11 +216,11 @@ class _Pinned(http.client.HTTPConnection):
 
 
 class _TimeUp(Exception):
-    """The whole took too long."""
+    """The transfer took too long."""
 
 
-class _Watch:
-    """Interrupts a transfer, whatever it waits for, when its time is up or it is cancelled."""
+class _TransferWatch:
+    """A watchdog thread that interrupts a transfer when its time is up or it is cancelled."""
 
     def __init__(self, seconds: float, cancelled: threading.Event) -> None:
         self._end, self._cancelled = time.monotonic() + seconds, cancelled
@@ -223,7 +229,7 @@ class _Watch:
         self._interrupt: Callable[[], object] = lambda: None
         self._guarded: socket.socket | None = None
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> _TransferWatch:
         self._thread = threading.Thread(target=self._run, name="fluxchat-download-watch", daemon=True)
         self._thread.start()
         return self
@@ -283,7 +289,7 @@ class _Watch:
                 interrupt()
 
     def _run(self) -> None:
-        while not self._finished.wait(min(LOOK_S, max(0.0, self._end - time.monotonic()))):
+        while not self._finished.wait(min(POLL_S, max(0.0, self._end - time.monotonic()))):
             if self._over or self._cancelled.is_set():
                 with self._lock:
                     self._interrupt()
@@ -293,7 +299,3 @@ class _Watch:
 def _too_large(max_bytes: int) -> ApiError:
     message = f"That file is larger than {max_bytes / 2**20:g} MiB: cut or compress it."
     return ApiError(413, message, code="invalid_media", param="messages")
-
-
-def _refused(message: str) -> ApiError:
-    return ApiError(400, message, code="invalid_media", param="messages")

@@ -1,4 +1,4 @@
-"""Logging in from a browser: a small form, a cookie, and ever longer waits for who guesses."""
+"""Browser login: the HTML form, session cookies, and growing delays after wrong passwords."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from html import escape
 
-from app.server.replies import ApiError
+from app.server.errors import ApiError
 
-LASTS_S = 7 * 86400.0
-MOST = 10_000  # cookies, and addresses that failed
-FREE = 5  # wrong guesses of an address before it must wait
-LONGEST_S = 60.0
-FORGET_S = 900.0
+LIFETIME_S = 7 * 86400.0
+MAX_ENTRIES = 10_000  # cookies, and addresses that failed
+FREE_ATTEMPTS = 5  # wrong guesses of an address before it must wait
+MAX_DELAY_S = 60.0
+RESET_S = 900.0
 
 PAGE = """\
 <!doctype html><html lang="en"><head><meta charset="utf-8"><title>FluxChat: log in</title>
@@ -36,7 +36,7 @@ PASSWORD = (
 )
 
 
-def page(*, user: bool, keys: bool, action: str, problem: str = "") -> str:
+def login_page(*, user: bool, keys: bool, action: str, problem: str = "") -> str:
     """The form as HTML. user: ask for a name too; keys: an API key does as a password."""
     label = "API key" if not user else "Password, or an API key" if keys else "Password"
     focus = " autofocus"
@@ -47,50 +47,50 @@ def page(*, user: bool, keys: bool, action: str, problem: str = "") -> str:
     return PAGE.format(action=escape(action, quote=True), problem=shown, fields=fields)
 
 
-class Cookies:
-    """Who is logged in, by the cookie of each; only hashes of the cookies are kept. Thread-safe."""
+class SessionCookies:
+    """Session cookies and whom each belongs to; only their hashes are stored. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.name = f"fluxchat-{secrets.token_hex(4)}"  # cookies know no ports: another server has another
         self._clock = clock
         self._lock = threading.Lock()
-        self._known: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
+        self._entries: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
 
-    def new(self, who: str) -> str:
-        """A cookie's value for `who`."""
+    def issue(self, subject: str) -> str:
+        """A new cookie's value for `subject`."""
         value = secrets.token_urlsafe(32)
         with self._lock:
-            self._known[_hash(value)] = (who, self._clock() + LASTS_S)
-            while len(self._known) > MOST:
-                self._known.popitem(last=False)
+            self._entries[_hash(value)] = (subject, self._clock() + LIFETIME_S)
+            while len(self._entries) > MAX_ENTRIES:
+                self._entries.popitem(last=False)
         return value
 
-    def who(self, value: str) -> str | None:
-        """Who has that cookie."""
+    def subject(self, value: str) -> str | None:
+        """Whom a cookie was issued for; None when it is unknown or expired."""
         with self._lock:
-            found = self._known.get(_hash(value))
-        return found[0] if found is not None and self._clock() < found[1] else None
+            entry = self._entries.get(_hash(value))
+        return entry[0] if entry is not None and self._clock() < entry[1] else None
 
-    def end(self, value: str) -> None:
-        """Forget a cookie."""
+    def revoke(self, value: str) -> None:
+        """Make a cookie invalid."""
         with self._lock:
-            self._known.pop(_hash(value), None)
+            self._entries.pop(_hash(value), None)
 
 
-class Failures:
-    """Slows guessing: after FREE wrong ones, an address waits 1, 2, 4 ... s for the next. Thread-safe."""
+class LoginThrottle:
+    """Slows guessing: after FREE_ATTEMPTS wrong ones an address waits 1, 2, 4 ... s. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._known: OrderedDict[str, tuple[int, float]] = OrderedDict()
+        self._entries: OrderedDict[str, tuple[int, float]] = OrderedDict()
 
     def check(self, address: str) -> None:
         """Raises ApiError 429 while the address has to wait."""
         with self._lock:
-            count, at = self._known.get(address, (0, 0.0))
+            count, at = self._entries.get(address, (0, 0.0))
         wait = at + self._wait(count) - self._clock()
-        if count >= FREE and wait > 0:
+        if count >= FREE_ATTEMPTS and wait > 0:
             seconds = math.ceil(wait)
             raise ApiError(
                 429,
@@ -104,14 +104,14 @@ class Failures:
         """One more wrong guess."""
         now = self._clock()
         with self._lock:
-            count, at = self._known.pop(address, (0, now))
-            self._known[address] = (1 if now - at > FORGET_S else count + 1, now)
-            while len(self._known) > MOST:
-                self._known.popitem(last=False)
+            count, at = self._entries.pop(address, (0, now))
+            self._entries[address] = (1 if now - at > RESET_S else count + 1, now)
+            while len(self._entries) > MAX_ENTRIES:
+                self._entries.popitem(last=False)
 
     @staticmethod
     def _wait(count: int) -> float:
-        return min(LONGEST_S, 2.0 ** max(0, min(count - FREE, 10)))
+        return min(MAX_DELAY_S, 2.0 ** max(0, min(count - FREE_ATTEMPTS, 10)))
 
 
 def _hash(value: str) -> bytes:

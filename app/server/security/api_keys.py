@@ -1,4 +1,4 @@
-"""API keys: who they belong to, how often they may ask, and how often they did.
+"""API keys: their owners, rate limits, daily quotas and usage.
 
     # NAME  KEY or sha256:HEX                        options
     ann     sha256:4a44dc15364204a80fe80e9039455cc1…  rate=60 quota=2000
@@ -6,7 +6,7 @@
     watch   another-one                               metrics
 
 rate: requests a minute; quota: requests a day (UTC), counted since the server's start. Without: no limit.
-metrics: may read /metrics, which tells how much every key is used; --api-key and a login always may.
+metrics: may read /metrics, which shows the usage of every key; --api-key and a login always may.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.server.metrics import Labels
-from app.server.replies import ApiError
+from app.server.errors import ApiError
 from encoder.errors import ConfigError
 
 LOG = logging.getLogger("fluxchat")
 DAY_S = 86400.0
-LOOK_S = 1.0  # how often the file is looked at, at most
+POLL_S = 1.0  # how often the file is looked at, at most
 _NAME = re.compile(r"[\w.@-]{1,64}", re.ASCII)
 _HASHED = re.compile(r"sha256:([0-9a-fA-F]{64})")
 
@@ -100,8 +99,8 @@ def _key(words: Sequence[str]) -> Key:
 
 
 @dataclass
-class _Use:
-    """What a key has used. tokens: requests it may make now, as of `at`; day: which one `today` counts."""
+class _Usage:
+    """Usage of a key. tokens: of its token bucket, as of `at`. day: which one `today` counts."""
 
     tokens: float
     at: float
@@ -122,21 +121,21 @@ class KeyRing:
     ) -> None:
         self._fixed, self._file, self._clock = tuple(keys), file, clock
         self._lock = threading.Lock()
-        self._uses: dict[str, _Use] = {}
-        self._stamp, self._looked = self._look(), clock()
+        self._usage: dict[str, _Usage] = {}
+        self._stamp, self._stat_at = self._stat(), clock()
         self._keys = self._all()
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def find(self, secret: str) -> Key | None:
-        """The key that `secret` is; takes the same time whichever it is, or none."""
+        """The key of that secret; the comparison takes the same time for any or none."""
         self._refresh()
-        given, found = digest(secret), None
+        wanted, match = digest(secret), None
         for key in self._keys:
-            if hmac.compare_digest(given, key.digest):
-                found = key
-        return found
+            if hmac.compare_digest(wanted, key.digest):
+                match = key
+        return match
 
     def named(self, name: str) -> Key | None:
         """The key of that name, if it is still there."""
@@ -147,7 +146,7 @@ class KeyRing:
         """Count a request; raises ApiError 429 past the key's rate or quota."""
         now = self._clock()
         with self._lock:
-            use = self._uses.setdefault(key.name, _Use(float(key.rate or 0), now, int(now // DAY_S)))
+            use = self._usage.setdefault(key.name, _Usage(float(key.rate or 0), now, int(now // DAY_S)))
             if int(now // DAY_S) != use.day:
                 use.day, use.today = int(now // DAY_S), 0
             if key.quota is not None and use.today >= key.quota:
@@ -164,17 +163,22 @@ class KeyRing:
             use.today += 1
             use.total += 1
 
-    def counts(self, what: str) -> dict[Labels, float]:
-        """`total` or `refused` requests, or those of `today`, by key name; for the metrics."""
+    def requests(self) -> dict[str, float]:
+        """Requests that were let in, by key name."""
         with self._lock:
-            return {(("key", name),): getattr(use, what) for name, use in self._uses.items()}
+            return {name: use.total for name, use in self._usage.items()}
+
+    def refusals(self) -> dict[str, float]:
+        """Requests past a key's rate or quota, by key name."""
+        with self._lock:
+            return {name: use.refused for name, use in self._usage.items()}
 
     def _refresh(self) -> None:
         now = self._clock()
         with self._lock:
-            if self._file is None or 0 <= now - self._looked < LOOK_S:
+            if self._file is None or 0 <= now - self._stat_at < POLL_S:
                 return
-            self._looked, stamp = now, self._look()
+            self._stat_at, stamp = now, self._stat()
             if stamp == self._stamp:
                 return
             self._stamp = stamp
@@ -183,13 +187,13 @@ class KeyRing:
             except ConfigError as error:
                 LOG.warning("The keys stay as they were: %s", error)
 
-    def _look(self) -> tuple[int, int, int] | None:
-        """What changes when the file does."""
+    def _stat(self) -> tuple[int, int, int] | None:
+        """A stamp of the file that differs when the file has changed."""
         try:
-            found = self._file.stat() if self._file is not None else None
+            info = self._file.stat() if self._file is not None else None
         except OSError:
             return None
-        return None if found is None else (found.st_mtime_ns, found.st_size, found.st_ino)
+        return None if info is None else (info.st_mtime_ns, info.st_size, info.st_ino)
 
     def _all(self) -> tuple[Key, ...]:
         return (*self._fixed, *(read_keys(self._file) if self._file is not None else ()))

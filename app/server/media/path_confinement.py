@@ -1,7 +1,7 @@
-"""Files under one folder, opened so that what was checked is what is read.
+"""Opens files under one folder only, safe against path traversal and symlink races.
 
-The way down is walked with open folders, following no link: whoever swaps a file or folder for a link between
-the check and the opening gets an error, not another file.
+The path is walked with open folder descriptors, following no link: a file or folder that is swapped for a
+link between the check and the opening gives an error, not another file.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Nothing a stranger sends, holds or uploads grows without end; what is in use stays; the end comes."""
+"""Limits: slow clients, connections, request bodies, stored files, and the end of the process."""
 
 from __future__ import annotations
 
@@ -23,21 +23,23 @@ import uvicorn
 from app.chat import VideoChat
 from app.page.handlers import Handlers
 from app.page.sessions import Sessions
-from app.server.bodies import Bodies
-from app.server.connections import ConnectionLimits, Connections
-from app.server.guard import Credentials, Guard, Lock
-from app.server.launch import LaunchOptions, bind
-from app.server.media import MediaStore
-from app.server.replies import ApiError
-from app.server.routes import Server, ServerSettings
-from app.server.uploads import file_name
-from app.server.wire import check_text, longest_text, read_json
+from app.server.chat_request import check_text, longest_text
+from app.server.errors import ApiError
+from app.server.launch import bind
+from app.server.limits import BodyLimits, ConnectionLimits, Connections
+from app.server.media.store import MediaStore
+from app.server.media.uploads import file_name
+from app.server.options import LaunchOptions
+from app.server.request_body import read_json
+from app.server.routes import Api, ServerSettings
+from app.server.security.access_control import AccessControl
+from app.server.security.authentication import Authenticator, Credentials
 from llm_bridge.model import VideoLanguageModel
 from tests.app.conftest import SHORT
 from tests.app.server.serving import ask, running
 from tests.encoder.video import video_files as vf
 
-Serving = tuple[str, Server]
+Serving = tuple[str, Api]
 PARTS = 250_000  # more than a body may have
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -87,7 +89,7 @@ def impatient(tiny_model: VideoLanguageModel) -> Iterator[Serving]:
         (b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /healthz HT", b"200"),
     ],
 )
-def test_what_does_not_come_is_not_waited_for(impatient: Serving, sent: bytes, status: bytes) -> None:
+def test_incomplete_requests_time_out(impatient: Serving, sent: bytes, status: bytes) -> None:
     connection = connect(impatient[0])
     connection.sendall(sent)
     reply = rest(connection)  # ends: the server closes it
@@ -96,7 +98,7 @@ def test_what_does_not_come_is_not_waited_for(impatient: Serving, sent: bytes, s
         assert json.loads(reply.partition(b"\r\n\r\n")[2])["error"]["code"] == "request_timeout"
 
 
-def test_drops_of_a_body_are_not_enough(impatient: Serving) -> None:
+def test_a_dripping_body_times_out(impatient: Serving) -> None:
     connection = connect(impatient[0])
     connection.sendall(HEAD + b"Content-Length: 100000\r\n\r\n")
     stop = threading.Event()
@@ -116,7 +118,7 @@ def test_drops_of_a_body_are_not_enough(impatient: Serving) -> None:
     assert reply == b"" or b" 408 " in reply
 
 
-def test_a_reader_that_reads_nothing_is_cut_off() -> None:
+def test_a_client_that_reads_nothing_is_disconnected() -> None:
     done = threading.Event()
 
     async def much(scope: Any, receive: Any, send: Any) -> None:
@@ -148,7 +150,7 @@ def test_a_reader_that_reads_nothing_is_cut_off() -> None:
     connection.close()
 
 
-def test_health_is_told_however_many_connections_wait(impatient: Serving) -> None:
+def test_health_is_answered_beyond_the_connection_limit(impatient: Serving) -> None:
     held = [connect(impatient[0]) for _ in range(40)]
     for connection in held:
         try:
@@ -160,7 +162,7 @@ def test_health_is_told_however_many_connections_wait(impatient: Serving) -> Non
         connection.close()
 
 
-def test_connections_that_work_are_not_pushed_out(tiny_model: VideoLanguageModel) -> None:
+def test_busy_connections_are_not_closed_for_new_ones(tiny_model: VideoLanguageModel) -> None:
     options = LaunchOptions(page=False, connections=ConnectionLimits(total=4))
     with VideoChat(tiny_model, trusted=False) as chat, running(chat, options) as (address, server):
         busy = []
@@ -188,7 +190,7 @@ class Held:
         self.ended = True
 
 
-def test_who_waits_longest_makes_room_for_his_own_address_first() -> None:
+def test_the_longest_idle_connection_of_the_same_address_is_closed_first() -> None:
     connections = Connections(ConnectionLimits(total=6, per_address=2), proxies=["9.9.9.9"])
 
     def come(held: Held, address: str) -> Any:
@@ -241,8 +243,8 @@ async def test_bodies_are_bounded_together_until_they_are_answered() -> None:
 
         await reads({**scope, "fluxchat.go": go}, told, send)
 
-    bodies = Bodies(app, limit=8 << 20, uploads=1)
-    guard = Guard(bodies, Lock(Credentials()), None)
+    bodies = BodyLimits(app, limit=8 << 20, uploads=1)
+    guard = AccessControl(bodies, Authenticator(Credentials()), None)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://x") as client:
         large, small = [" " * (4 << 20)], ["x"]
         first = asyncio.ensure_future(client.post("/v1/chat/completions", json=large))
@@ -262,7 +264,7 @@ async def test_bodies_are_bounded_together_until_they_are_answered() -> None:
         go.set()
         assert [(await first).json(), (await second).json()] == [1, 1]
         assert (await client.post("/v1/chat/completions", json=large)).json() == 1
-    assert bodies._large.used == bodies._small.used == bodies._uploads.used == 0
+    assert bodies.large.used == bodies.small.used == bodies.uploads.used == 0
 
 
 @pytest.mark.parametrize(
@@ -277,7 +279,7 @@ async def test_bodies_are_bounded_together_until_they_are_answered() -> None:
     ],
     ids=["depth", "lists", "numbers", "digits", "objects", "keys"],
 )
-def test_bombs_of_json_are_a_sentence(impatient: Serving, body: bytes) -> None:
+def test_json_bombs_are_400(impatient: Serving, body: bytes) -> None:
     headers = {"Content-Type": "application/json"}
     sent = httpx.post(f"{impatient[0]}/v1/chat/completions", content=body, headers=headers, timeout=30)
     assert sent.status_code == 400
@@ -315,7 +317,7 @@ def leftovers(store: MediaStore) -> list[str]:
     return os.listdir(store.folder)
 
 
-def test_a_file_counts_while_it_comes_and_not_when_it_is_cut_off(store: MediaStore) -> None:
+def test_incoming_bytes_count_until_the_upload_is_aborted(store: MediaStore) -> None:
     coming = store.receive("a")
     coming.write(b"x" * 900)
     with pytest.raises(ApiError, match="store of files is full"):
@@ -327,7 +329,7 @@ def test_a_file_counts_while_it_comes_and_not_when_it_is_cut_off(store: MediaSto
     store.add_bytes(b"y" * 1000)
 
 
-def test_a_full_disk_is_a_sentence(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_507(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
     coming = store.receive("a")
 
     def full(_: Any) -> int:
@@ -344,10 +346,10 @@ def test_a_full_disk_is_a_sentence(store: MediaStore, monkeypatch: pytest.Monkey
     assert (leftovers(store), store.size) == ([], (0, 0))
 
 
-def test_a_file_in_use_stays_and_keeps_its_room(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_in_use_stays_and_counts(store: MediaStore, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = store.add(io.BytesIO(b"x" * 800), "a", page=store.folder)
     assert store.hold(stored.path)
-    monkeypatch.setattr(store, "_keep_s", 0.0)
+    monkeypatch.setattr(store, "keep_s", 0.0)
     store.sweep()
     store.delete(stored.id)
     assert Path(stored.path).exists()
@@ -358,10 +360,10 @@ def test_a_file_in_use_stays_and_keeps_its_room(store: MediaStore, monkeypatch: 
     store.add_bytes(b"y" * 300)
 
 
-def test_what_came_to_the_page_and_is_no_sessions_goes_soon(
+def test_page_uploads_without_a_session_are_swept_soon(
     store: MediaStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.media.PAGE_KEEP_S", 0.0)
+    monkeypatch.setattr("app.server.media.store.PAGE_KEEP_S", 0.0)
     named = store.add(io.BytesIO(b"1"), "a")
     page = store.add(io.BytesIO(b"2"), "b", page=store.folder)
     store.sweep()
@@ -369,7 +371,7 @@ def test_what_came_to_the_page_and_is_no_sessions_goes_soon(
     assert not Path(page.path).exists()
 
 
-def test_who_may_have_a_file(store: MediaStore) -> None:
+def test_files_are_accessible_to_their_client(store: MediaStore) -> None:
     mine = store.add(io.BytesIO(b"1"), "a", "key-1")
     shared = store.add(io.BytesIO(b"2"), "b", "anonymous-1")
     for client, file, found in (
@@ -388,7 +390,7 @@ def test_who_may_have_a_file(store: MediaStore) -> None:
     assert store.files("anonymous-2") == []
 
 
-def test_a_session_keeps_its_video_for_as_long_as_it_talks(
+def test_a_session_keeps_its_videos_until_it_ends(
     chat: VideoChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = MediaStore(keep_s=0.0)
@@ -406,11 +408,11 @@ def test_a_session_keeps_its_video_for_as_long_as_it_talks(
     assert not Path(path).exists()
     assert handlers.add_copy(second, str(SHORT)) == ""
     assert store.size[0] == 1
-    monkeypatch.setattr(store, "_limit", 10)
+    monkeypatch.setattr(store, "limit_bytes", 10)
     assert "full" in handlers.add_copy(second, str(SHORT))
     with pytest.raises(ApiError):
         store.add(io.BytesIO(b"x" * 100), "no-video.mp4", page=tmp_path)
-    monkeypatch.setattr(store, "_limit", 10**9)
+    monkeypatch.setattr(store, "limit_bytes", 10**9)
     bad = store.add(io.BytesIO(b"x" * 100), "no-video.mp4", page=tmp_path)
     assert handlers.add(second, [bad.path]) != ""
     assert not Path(bad.path).exists()  # what was refused is not kept
@@ -427,7 +429,7 @@ def small_store(tiny_model: VideoLanguageModel) -> Iterator[Serving]:
         yield pair
 
 
-def test_one_bound_for_every_door(small_store: Serving, tmp_path: Path) -> None:
+def test_api_and_page_share_one_store_limit(small_store: Serving, tmp_path: Path) -> None:
     address, server = small_store
     video = vf.write(tmp_path / "v.mp4", vf.steady(5)).read_bytes()
     page = [
@@ -436,15 +438,16 @@ def test_one_bound_for_every_door(small_store: Serving, tmp_path: Path) -> None:
     assert [sent.status_code for sent in page] == [200, 200, 429]
     assert page[2].json()["error"]["code"] == "storage_full"
     assert httpx.post(f"{address}/v1/files", files={"file": ("v.mp4", video)}).status_code == 429
-    stored = [server.store._by_path[sent.json()[0]] for sent in page[:2]]
-    for file in stored:
-        server.store.delete(file.id)
-        assert not Path(file.path).parent.exists()
+    for sent in page[:2]:
+        [path] = sent.json()
+        assert server.store.hold(path)
+        assert server.store.release(path)  # deletes it
+        assert not Path(path).parent.exists()
     assert httpx.post(f"{address}/v1/files", files={"file": ("v.mp4", video)}).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/gradio_api/upload", "/v1/files"])
-def test_a_broken_off_upload_leaves_nothing(small_store: Serving, path: str) -> None:
+def test_an_interrupted_upload_leaves_nothing(small_store: Serving, path: str) -> None:
     address, server = small_store
     before, folders = server.store.size, _folders(server)
     field = b"files" if "gradio" in path else b"file"
@@ -452,10 +455,10 @@ def test_a_broken_off_upload_leaves_nothing(small_store: Serving, path: str) -> 
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
     connection = connect(address)
     connection.sendall(f"{head}Content-Length: 900000\r\n\r\n".encode() + part + b"x" * 600_000)
-    while not server.store._coming:  # until some of it is on the disk
+    while not server.store.incoming_bytes:  # until some of it is on the disk
         threading.Event().wait(0.01)
     connection.close()
-    while server.store._coming:
+    while server.store.incoming_bytes:
         threading.Event().wait(0.01)
     assert (server.store.size, _folders(server)) == (before, folders)
     # Said to be complete, and it is not.
@@ -470,10 +473,10 @@ def test_a_broken_off_upload_leaves_nothing(small_store: Serving, path: str) -> 
         headers = {"Content-Type": "multipart/form-data; boundary=b"}
         sent = httpx.post(f"{address}{path}", content=body, headers=headers)
         assert sent.status_code == 400, body
-    assert (server.store.size, _folders(server), server.store._coming) == (before, folders, 0)
+    assert (server.store.size, _folders(server), server.store.incoming_bytes) == (before, folders, 0)
 
 
-def _folders(server: Server) -> set[str]:
+def _folders(server: Api) -> set[str]:
     from gradio.utils import get_upload_folder
 
     page = Path(get_upload_folder())
@@ -503,7 +506,8 @@ def test_names_of_files(sent: str, kept: str) -> None:
 STUCK = """
 import sys, threading
 from app.chat import VideoChat
-from app.server.launch import LaunchOptions, bind, serve
+from app.server.launch import bind, serve
+from app.server.options import LaunchOptions
 chat = VideoChat(sys.argv[1], trusted=False)
 
 class Stuck:
@@ -552,7 +556,7 @@ def test_a_second_signal_ends_it_whatever_its_threads_do(
         process.wait()
 
 
-def test_who_waits_when_it_ends_gets_a_503(tiny_model: VideoLanguageModel) -> None:
+def test_queued_requests_get_503_at_shutdown(tiny_model: VideoLanguageModel) -> None:
     options = LaunchOptions(page=False, server=ServerSettings(slots=1))
     with VideoChat(tiny_model, trusted=False) as chat, running(chat, options) as (address, server):
         go, inside = threading.Event(), threading.Event()
@@ -577,8 +581,8 @@ def test_who_waits_when_it_ends_gets_a_503(tiny_model: VideoLanguageModel) -> No
         handle.remove()
 
 
-def _in_loop(server: Server, call: Any) -> None:
+def _in_loop(server: Api, call: Any) -> None:
     """Do it in the server's event loop, where it belongs."""
-    job = next(iter(server.scheduler._jobs), None)
+    job = next(iter(server.scheduler.jobs), None)
     assert job is not None
-    job._loop.call_soon_threadsafe(call)
+    job.loop.call_soon_threadsafe(call)

@@ -1,4 +1,4 @@
-"""Uploads by every door, straight into the one store: bounded as they come, nothing left of a broken one."""
+"""Multipart uploads, written to the store block by block within limits; an interrupted one leaves nothing."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from app.server.media import BLOCK, Incoming, MediaStore, StoredFile, too_large
-from app.server.replies import ApiError
-from app.server.wire import limited
+from app.server.errors import ApiError, too_large
+from app.server.media.store import BLOCK, IncomingFile, MediaStore, StoredFile
+from app.server.request_body import body_blocks
 
 HEAD_BYTES = 8192  # of one part
 FIELD_BYTES = 65536
@@ -23,11 +23,11 @@ FIELDS = 16
 MIB = 2**20
 
 
-class _Parts:
-    """What a multipart parser finds: ("head", name, filename or None), ("data", bytes), ("end",)."""
+class _MultipartParser:
+    """A streaming multipart parser: events ("head", name, filename or None), ("data", bytes), ("end",)."""
 
     def __init__(self, boundary: bytes) -> None:
-        self._found: list[tuple[Any, ...]] = []
+        self._events: list[tuple[Any, ...]] = []
         self._name, self._value, self._head, self._size = b"", b"", b"", 0
         self._parser = MultipartParser(
             boundary,
@@ -37,19 +37,19 @@ class _Parts:
                 "on_header_value": lambda data, start, end: self._more("_value", data[start:end]),
                 "on_header_end": self._header,
                 "on_headers_finished": self._headed,
-                "on_part_data": lambda data, start, end: self._found.append(("data", data[start:end])),
-                "on_part_end": lambda: self._found.append(("end",)),
+                "on_part_data": lambda data, start, end: self._events.append(("data", data[start:end])),
+                "on_part_end": lambda: self._events.append(("end",)),
             },
         )
 
     def feed(self, block: bytes) -> list[tuple[Any, ...]]:
-        """What comes of the next block; raises ApiError."""
-        self._found.clear()
+        """The events of the next block; raises ApiError."""
+        self._events.clear()
         try:
             self._parser.write(block)
         except FormParserError:
             raise _bad("it is not valid multipart/form-data") from None
-        return self._found
+        return self._events
 
     def end(self) -> None:
         """Raises ApiError when the last part did not end."""
@@ -78,7 +78,7 @@ class _Parts:
             raise _bad("a part has no name")
         file = options.get(b"filename")
         name = None if file is None else file.decode("utf-8", "replace")
-        self._found.append(("head", options[b"name"].decode("utf-8", "replace"), name))
+        self._events.append(("head", options[b"name"].decode("utf-8", "replace"), name))
 
 
 async def receive_files(
@@ -87,76 +87,77 @@ async def receive_files(
     field: str,
     *,
     limit: int,
-    most: int = 1,
+    max_files: int = 1,
     page: str | Path | None = None,
-    tell: Callable[[str, bytes], None] | None = None,
+    on_data: Callable[[str, bytes], None] | None = None,
 ) -> list[StoredFile]:
-    """The files of a multipart body, at least one and at most `most`, as files of who sends them.
+    """The files of a multipart body, at least one and at most `max_files`, owned by the client.
 
-    limit: bytes of one file. page: the folder where the page's files go. tell: hears of every piece.
+    limit: bytes of one file. page: the folder where the page's files go. on_data: called with
+    each (file name, piece).
     Raises ApiError; nothing stays then.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data" or b"boundary" not in options:
         raise ApiError(415, f"Send the file as multipart/form-data, in a field named {field}.")
     client = request.scope.get("fluxchat.client", "")
-    parts, done = _Parts(options[b"boundary"]), list[StoredFile]()
-    coming: Incoming | None = None
-    held, small, fields = bytearray(), 0, 0
+    parts, done = _MultipartParser(options[b"boundary"]), list[StoredFile]()
+    incoming: IncomingFile | None = None
+    buffer, part_bytes, fields = bytearray(), 0, 0
 
     async def flush() -> None:
-        if coming is not None and held:
-            await asyncio.to_thread(coming.write, bytes(held))
-            held.clear()
+        if incoming is not None and buffer:
+            await asyncio.to_thread(incoming.write, bytes(buffer))
+            buffer.clear()
 
     try:
-        async for block in limited(request, most * limit + MIB):
-            for found in parts.feed(block):
-                if found[0] == "head":
-                    fields, small = fields + 1, 0
-                    if found[2] is None:
-                        if fields > FIELDS + most:
+        async for block in body_blocks(request, max_files * limit + MIB):
+            for event in parts.feed(block):
+                if event[0] == "head":
+                    fields, part_bytes = fields + 1, 0
+                    if event[2] is None:
+                        if fields > FIELDS + max_files:
                             raise _bad("it has too many fields")
-                    elif found[1] != field:
+                    elif event[1] != field:
                         raise _bad(f"the field of a file is called {field}")
-                    elif len(done) == most:
-                        raise _bad(f"more than {most} came at once")
+                    elif len(done) == max_files:
+                        raise _bad(f"more than {max_files} came at once")
                     else:
-                        name = file_name(found[2])
-                        coming = await asyncio.to_thread(store.receive, name, client, page=page)
-                elif found[0] == "data":
-                    small += len(found[1])
-                    if coming is None:
-                        if small > FIELD_BYTES:
+                        name = file_name(event[2])
+                        incoming = await asyncio.to_thread(store.receive, name, client, page=page)
+                elif event[0] == "data":
+                    part_bytes += len(event[1])
+                    if incoming is None:
+                        if part_bytes > FIELD_BYTES:
                             raise _bad("a field is too long")
                         continue
-                    if small > limit:
+                    if part_bytes > limit:
                         raise too_large(limit)
-                    held += found[1]
-                    if tell is not None:
-                        tell(coming.name, found[1])
-                    if len(held) >= BLOCK // 4:
+                    buffer += event[1]
+                    if on_data is not None:
+                        on_data(incoming.name, event[1])
+                    if len(buffer) >= BLOCK // 4:
                         await flush()
-                elif coming is not None:
+                elif incoming is not None:
                     await flush()
-                    done.append(await asyncio.to_thread(coming.keep))
-                    coming = None
+                    done.append(await asyncio.to_thread(incoming.keep))
+                    incoming = None
         parts.end()
-        if coming is not None:
+        if incoming is not None:
             raise _bad("it is cut off")
         if not done:
             raise ApiError(400, f"The upload lacks a file, in a field named {field}.", param=field)
         return done
     except BaseException:
-        if coming is not None:
-            coming.drop()
+        if incoming is not None:
+            incoming.drop()
         for stored in done:
             store.delete(stored.id, client)
         raise
 
 
 def file_name(sent: str) -> str:
-    """The last part of a name, with nothing in it that a file system or a header takes amiss."""
+    """A safe file name: the last part of the sent one, without characters special to paths or headers."""
     name = re.sub(r"[^\w .,()+@-]", "_", sent.replace("\\", "/").rpartition("/")[2]).strip(" .")
     stem, ending = os.path.splitext(name)
     kept = stem.encode("utf-8", "ignore")[:180].decode("utf-8", "ignore") + ending[:16]

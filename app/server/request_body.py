@@ -1,18 +1,79 @@
-"""JSON as strangers may send it: one meaning, valid Unicode, finite numbers, as many parts as a request has.
+"""Reading request bodies: at most so many bytes, and strict JSON.
 
-Python's json takes NaN, half emojis and a key twice (the last one counts); none of them is JSON that two
-programs read alike, so each is refused with its place.
+Python's json takes NaN, lone surrogates and a key twice (the last one counts); none of them is JSON that two
+programs read alike, so each is refused with its place in the body.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import tempfile
+from collections.abc import AsyncGenerator
 from typing import Any
 
-from app.server.replies import ApiError
+from fastapi import Request
+from starlette.requests import ClientDisconnect
 
+from app.server.errors import ApiError, ClientDisconnected, disk_errors, too_large
+
+SPOOL = 1 << 20  # bytes of a body that stay in memory while the rest comes
+INLINE = 1 << 16  # bytes of JSON that are parsed at once, in a millisecond
 MAX_PARTS = 200_000  # values of a body, an upper bound; each takes up to some 200 bytes of memory
+Steps = (
+    tuple[Any, str | int] | None
+)  # path of a value as a linked list: (path of its container, key or index)
+
+
+async def body_blocks(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
+    """The body in blocks; raises ApiError 413 past the limit, whatever its headers say.
+
+    Raises ClientDisconnected when it is cut off.
+    """
+    length = request.headers.get("content-length", "0")
+    if not length.isdecimal() or int(length) > limit:
+        raise too_large(limit)
+    got = 0
+    try:
+        async for block in request.stream():
+            got += len(block)
+            if got > limit:
+                raise too_large(limit)
+            yield block
+    except ClientDisconnect:
+        raise ClientDisconnected from None
+
+
+async def read_json(request: Request, limit: int) -> Any:
+    """The body as JSON; raises ApiError."""
+    # Anything else a foreign page could send without asking first (CORS preflight).
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "The Content-Type must be application/json.")
+    return await parse_json(await read_body(request, limit), request.scope.get("fluxchat.parsing"))
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body, spooled to disk while a large one arrives; raises ApiError."""
+    with tempfile.SpooledTemporaryFile(SPOOL) as spool:
+        got = 0
+        async for block in body_blocks(request, limit):
+            got += len(block)
+            with disk_errors():
+                if got <= SPOOL:
+                    spool.write(block)
+                else:
+                    await asyncio.to_thread(spool.write, block)
+        spool.seek(0)
+        return spool.read() if got <= SPOOL else await asyncio.to_thread(spool.read)
+
+
+async def parse_json(body: bytes, one_at_a_time: asyncio.Semaphore | None = None) -> Any:
+    """JSON as Python objects; raises ApiError. A large body is parsed in a thread, one at a time."""
+    if len(body) <= INLINE:
+        return decode_json(body)
+    async with one_at_a_time or asyncio.Semaphore(1):
+        return await asyncio.to_thread(decode_json, body)
 
 
 def decode_json(body: bytes | bytearray) -> Any:
@@ -42,7 +103,7 @@ def decode_json(body: bytes | bytearray) -> Any:
 
 
 class _Refused(ValueError):
-    """JSON by its syntax, but without one meaning."""
+    """Valid JSON syntax, but ambiguous or not representable."""
 
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -73,9 +134,6 @@ def _int(digits: str) -> int:
     if len(digits) > 40:
         raise _Refused(f"the number {digits[:40]}... is too large")
     return int(digits)
-
-
-Steps = tuple[Any, str | int] | None  # the way to a value: (the way to what it is in, its key or place)
 
 
 def _check_texts(value: Any, steps: Steps = None) -> None:
