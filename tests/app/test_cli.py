@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from app.cli import SAMPLING, STAGES, build_parser, main
+from app.estimate import Calibration
+from encoder.cost import Speed
 from llm_bridge.sampling import SamplingParams
 from tests import ROOT
 from tests.encoder.video import video_files as vf
@@ -187,6 +189,8 @@ def test_chat_reads_questions_and_commands(
 ) -> None:
     lines = "What is in the video?\n/budget 32\nWhich way?\n/budget none\n/video nowhere.mp4\n/quit\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+    speeds = Calibration(Speed((1.0,) * 3), Speed((1.0,) * 4), Speed((1.0,) * 3))
+    monkeypatch.setattr(Calibration, "load_or_measure", lambda _: speeds)
     done = call("chat", shipped_example, "--max-new-tokens", "12")
     assert done.returncode == 0, done.stderr
     assert "32 of" in done.stdout

@@ -233,12 +233,14 @@ def compare(
     }
 
 
-def tiny(count: int, seed: int, threads: int, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def tiny(
+    count: int, seed: int, threads: int, dtype: torch.dtype = torch.float32, cache_tokens: int = 4000
+) -> dict[str, Any]:
     """With a tiny random model."""
     with tempfile.TemporaryDirectory() as folder:
         path = tiny_llms.make(Path(folder) / "llm", "qwen2", max_position_embeddings=4096)
         llm = load_llm(path, device="cpu", dtype=dtype)
-        return compare(llm, conversations(count, seed, (16, 33, 64, 120, 300)), threads, 4000)
+        return compare(llm, conversations(count, seed, (16, 33, 64, 120, 300)), threads, cache_tokens)
 
 
 def box(count: int, seed: int, threads: int) -> dict[str, Any]:

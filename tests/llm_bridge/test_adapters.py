@@ -54,7 +54,7 @@ def test_every_kind_is_merged_as_peft_merges_it(
     before = logits(load_llm(folder, device="cpu", dtype=dtype))
     ours = load_llm(folder, device="cpu", dtype=dtype, adapters=[adapter])
     with monkeypatch.context() as patch:
-        patch.setattr(adapters, "_merge_plain", lambda *_: False)
+        patch.setattr(adapters, "merge_plain_lora", lambda *_: False)
         theirs = load_llm(folder, device="cpu", dtype=dtype, adapters=[adapter])
     assert torch.equal(logits(ours), logits(theirs))
     assert (logits(ours) - before).abs().max() > 1e-3

@@ -309,7 +309,7 @@ def tensor(dimensions: tuple[int, ...], kind: int = 0, offset: int = 0) -> bytes
         (b"", "empty"),
         (b"GGUF", "ends in the middle"),
         (gguf(version=1), "version 1"),
-        (gguf(more=2**40), "tells of"),
+        (gguf(more=2**40), "table lists"),
         (gguf(more=9), "ends in the middle"),
         # transformers' reader goes through such a list for ever
         (gguf(text("a") + struct.pack("<IIQ", 9, 4, 2**60)), "list of"),

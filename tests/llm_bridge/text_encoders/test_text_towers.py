@@ -155,8 +155,8 @@ class Counting(Tower):
 
     dim = 2
 
-    def __init__(self, kept: int) -> None:
-        super().__init__(kept)
+    def __init__(self, cache_size: int) -> None:
+        super().__init__(cache_size)
         self.weight = nn.Parameter(torch.ones(()), requires_grad=False)
         self.computed: list[str] = []
 
