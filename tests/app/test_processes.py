@@ -45,14 +45,20 @@ def in_child(function: Callable[[], Any]) -> str:
     return told
 
 
-def locks_of(thing: Any) -> list[Any]:
-    """Every lock that an object, or one that it holds, has."""
+def locks_of(thing: Any, visited: set[int] | None = None) -> list[Any]:
+    """Every lock that an object of the project, or one that it holds, has."""
     kinds = (type(threading.Lock()), type(threading.RLock()))
-    found = [value for value in vars(thing).values() if isinstance(value, kinds)]
-    for value in vars(thing).values():
-        if type(value).__module__.partition(".")[0] in ("app", "encoder", "llm_bridge"):
-            found += [lock for lock in getattr(value, "__dict__", {}).values() if isinstance(lock, kinds)]
-    return found
+    visited = set() if visited is None else visited
+    visited.add(id(thing))
+    values = list(getattr(thing, "__dict__", {}).values())
+    locks = [value for value in values if isinstance(value, kinds)]
+    for value in values:
+        if (
+            type(value).__module__.partition(".")[0] in ("app", "encoder", "llm_bridge")
+            and id(value) not in visited
+        ):
+            locks += locks_of(value, visited)
+    return locks
 
 
 @pytest.mark.parametrize("held", [False, True])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -22,6 +22,7 @@ from app.page.layout import header
 from app.page.sessions import MAX_MEDIA, Media, Session, Sessions
 from app.page.settings import CHOOSE, Range, Settings
 from app.server.media.store import MediaStore
+from app.vision import Vision
 from encoder.budget import Budget
 from encoder.errors import BudgetError, ConfigError
 from llm_bridge.generation import Generation
@@ -110,18 +111,16 @@ def test_strip_under_the_answer_shows_what_was_kept(handlers: Handlers, session:
 
 
 def test_progress_is_shown(handlers: Handlers, session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    look = VideoChat._look
+    encode = Vision.encode
 
-    def slower(self: VideoChat, *args: Any) -> Any:
-        progress = args[-1]
-
-        def tell(what: str) -> None:
-            progress(what)
+    def slower(self: Vision, *args: Any, progress: Callable[[str], None], **options: Any) -> Any:
+        def report(part: str) -> None:
+            progress(part)
             time.sleep(0.12)
 
-        return look(self, *args[:-1], tell)
+        return encode(self, *args, progress=report, **options)
 
-    monkeypatch.setattr(VideoChat, "_look", slower)
+    monkeypatch.setattr(Vision, "encode", slower)
     handlers.begin(session, "What?")
     texts = [messages[1]["content"][0] for messages in handlers.run(session, PLAIN)]
     assert "*Reading the frames …*" in texts
