@@ -129,7 +129,7 @@ def test_missing_sprites_and_client_say_what_to_do(
 ) -> None:
     monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(DataError, match=r"python -m training\.demo_world fetch"):
+    with pytest.raises(DataError, match=r"python -m training\.synthetic fetch"):
         World("train")
     with pytest.raises(DataError, match="No sprites"):
         load_bank(tmp_path / "nowhere")
