@@ -1,8 +1,7 @@
-"""Scoring answers about the demo world: does a free text agree with the facts, and how sure is a share."""
+"""Scoring answers about the synthetic world: does a free text agree with the facts of a question."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -136,27 +135,3 @@ def _value(number: str) -> float:
 
 def _plain(text: str) -> str:
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
-
-
-def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share; (0, 1) for no trials."""
-    if total == 0:
-        return 0.0, 1.0
-    share, scale = right / total, 1 + z * z / total
-    centre = (share + z * z / (2 * total)) / scale
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / scale
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def mean_interval(shares: Sequence[tuple[int, int]]) -> tuple[float, float]:
-    """95 % interval of the mean of independent shares (right, total), each weighing the same.
-
-    MOVER: the distances of each share to its Wilson limits add as squares (Zou and Donner 2008). Raises
-    ZeroDivisionError for no shares.
-    """
-    values = [right / total if total else 0.5 for right, total in shares]
-    limits = [wilson(right, total) for right, total in shares]
-    mean = sum(values) / len(values)
-    below = math.hypot(*(v - low for v, (low, _) in zip(values, limits, strict=True))) / len(values)
-    above = math.hypot(*(high - v for v, (_, high) in zip(values, limits, strict=True))) / len(values)
-    return max(0.0, mean - below), min(1.0, mean + above)

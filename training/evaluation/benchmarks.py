@@ -139,7 +139,7 @@ def _caption_row(row: Any, where: str) -> tuple[str, list[str]]:
 # -- classes ------------------------------------------------------------------------------------------------
 
 
-def spoken(name: str) -> str:
+def class_words(name: str) -> str:
     """A class name as words: "ApplyEyeMakeup" -> "apply eye makeup", "adult+male+singing" likewise."""
     if "_" not in name and " " not in name:
         name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
@@ -257,7 +257,7 @@ def _json_of(text: str, path: Path) -> Any:
         raise DataError(f"{path} is not JSON: {error}.") from error
 
 
-def renamed(examples: Sequence[Example]) -> list[Example]:
+def with_unique_ids(examples: Sequence[Example]) -> list[Example]:
     """The same examples with ids that differ: what is listed twice gets a number."""
     seen: dict[str, int] = {}
     out = []
