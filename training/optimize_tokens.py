@@ -69,7 +69,7 @@ Score = Callable[[EncoderInput], Share]
 
 
 def encoder_score(args: argparse.Namespace, out: Path) -> tuple[Score, FrozenEncoder, dict[str, Any]]:
-    """Accuracy of an encoder on the synthetic world or a csv, the encoder, and what the figures depend on."""
+    """Accuracy of an encoder on the demo world or a csv, the encoder, and what the figures depend on."""
     encoder = FrozenEncoder.open(args.encoder, device_of_process(args.device), args.dtype)
     if args.csv is not None:
         return _score_on_csv(args, out, encoder)

@@ -1,4 +1,4 @@
-"""The page of results on the synthetic world, and the commands that measure them for one model.
+"""The page of results on the demo world, and the commands that measure them for one model.
 
     python -m training.results                       training/RESULTS.md from training/result_files/, no model
     python -m training.results --model app/pretrained --clip runs/cpu/clip --results runs/results

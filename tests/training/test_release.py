@@ -17,8 +17,8 @@ from training import chat_stage1, release
 from training.data import synthetic_source as world_data
 from training.optimize_tokens import install, model_config
 from training.synthetic.dataset import World
-from training.synthetic.scene_scripts import WorldConfig
 from training.synthetic.sprites import procedural_bank
+from training.synthetic.world_config import WorldConfig
 
 
 @pytest.fixture

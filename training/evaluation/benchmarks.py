@@ -1,6 +1,6 @@
 """Benchmarks: the public test sets as examples, read in the layouts in which they are published.
 
-Every benchmark can be the demo world instead: its test clips with captions, nouns and motions.
+Every benchmark can be the synthetic world instead: its test clips with captions, nouns and motions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a scene shows, as class numbers: of the whole clip, and of every patch of every frame.
 
-Flux-CLIP on the demo world can learn them beside the captions. Neither is of the paper.
+Flux-CLIP on the synthetic world can learn them beside the captions. Neither is of the paper.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from training.synthetic.dataset import Sample, World
-from training.synthetic.questions import MOST_OBJECTS, steady
+from training.synthetic.questions import MOST_OBJECTS
 from training.synthetic.scene import Scene, opacity_at, pose_at
-from training.synthetic.time_questions import change_of, happenings, least_gap, onsets
+from training.synthetic.scene_events import change_of, happenings, least_gap, onsets, steady
 
 UNKNOWN = -100  # what cross_entropy leaves out
 CHANGES = ("same", "appears", "vanishes", "becomes", "starts", "stops")

@@ -15,9 +15,8 @@ from training.synthetic.captions import place_of
 from training.synthetic.dataset import World
 from training.synthetic.labels import WorldLabels
 from training.synthetic.phrases import COUNTING, NUMBERS
-from training.synthetic.questions import steady
 from training.synthetic.scene import Motion, Scene, Shot
-from training.synthetic.time_questions import change_of, onsets
+from training.synthetic.scene_events import change_of, onsets, steady
 
 # The one word by which answers tell a motion from the others.
 MOTION_WORDS: Mapping[Motion, str] = {

@@ -369,7 +369,7 @@ def test_alignments_of_both_forms(tmp_path) -> None:
         x, (6,), *[tensors[f"vision_align.0.{n}"] for n in ("weight", "bias")]
     )
     expected = norm @ tensors["vision_align.1.weight"].T + tensors["vision_align.1.bias"]
-    torch.testing.assert_close(alignment.unit(x), torch.nn.functional.normalize(expected, dim=-1))
+    torch.testing.assert_close(alignment.embed(x), torch.nn.functional.normalize(expected, dim=-1))
     save_tensors({"other": torch.rand(2)}, tmp_path / "b.safetensors")
     with pytest.raises(CheckpointError, match="no alignment"):
         read_clip_head(tmp_path / "b.safetensors")
