@@ -1,1 +1,1 @@
-"""The synthetic world: seeded videos with captions, questions and answers; the shipped model learns from it."""
+"""The synthetic world: seeded videos with captions, questions and answers for the shipped model."""

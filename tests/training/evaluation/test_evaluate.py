@@ -140,6 +140,7 @@ def test_a_video_that_turns_up_is_used_the_next_time(run, tower, videos, tmp_pat
     assert only["videos"] == 6
 
 
+@pytest.mark.slow  # quick: test_blocks_are_shared_and_never_split
 def test_two_processes_give_the_same(run, tower, videos, tmp_path) -> None:
     alone, shared = tmp_path / "alone.json", tmp_path / "shared.json"
     main(retrieval(run, tower, videos, alone))
