@@ -82,8 +82,8 @@ def encoder_score(args: argparse.Namespace, out: Path) -> tuple[Score, FrozenEnc
     metadata = about_encoder(encoder, views, args.pool, args.seed, **about)
     run = EncoderRun(encoder, Journal(out, metadata), views, args.pool, args.seed, args.block)
 
-    def score(shown: EncoderInput) -> Share:
-        hits = attribute_hits(run, clip_head, clips, shown)
+    def score(encoder_input: EncoderInput) -> Share:
+        hits = attribute_hits(run, clip_head, clips, encoder_input)
         if args.metric == "joint":
             return Share.of(torch.stack(list(hits.values())).all(dim=0))
         return Share.of(hits[args.metric])
@@ -100,8 +100,8 @@ def _score_on_csv(
     metadata = about_encoder(encoder, views, args.pool, args.seed, **about)
     run = EncoderRun(encoder, Journal(out, metadata), views, args.pool, args.seed, args.block)
 
-    def score(shown: EncoderInput) -> Share:
-        first = evaluate_classify(run, data, shown)["top1"]
+    def score(encoder_input: EncoderInput) -> Share:
+        first = evaluate_classify(run, data, encoder_input)["top1"]
         return Share(round(first["value"] * first["n"]), first["n"])
 
     return score, encoder, {**metadata, "metric": "top-1"}
@@ -115,8 +115,8 @@ def model_score(args: argparse.Namespace, out: Path) -> tuple[Score, VideoLangua
     metadata = {**about_model(model), "seed": args.seed, **about_world(source)}
     journal = Journal(out, metadata)
 
-    def score(shown: EncoderInput) -> Share:
-        evaluator = ChatEvaluator(model, shown, args.seed)
+    def score(encoder_input: EncoderInput) -> Share:
+        evaluator = ChatEvaluator(model, encoder_input, args.seed)
         result = evaluate_world(evaluator, world, source.first, source.count, journal)
         return answer_share(result, "open" if args.metric == "open" else "choice")
 

@@ -226,7 +226,7 @@ def card(
         motions=len(world.level.motions),
         clips=first["tasks"]["caption: main object"]["n"],
         inputs="; ".join(
-            _input(run, shown, config.patch_size) for run, shown in measured["inputs"].items() if shown
+            _input(run, values, config.patch_size) for run, values in measured["inputs"].items() if values
         ),
         table=figures_table(runs),
     )
@@ -244,11 +244,11 @@ def card(
     )
 
 
-def _input(run: str, shown: Mapping[str, Any], patch_size: int) -> str:
+def _input(run: str, values: Mapping[str, Any], patch_size: int) -> str:
     """The encoder input of a run, from a result file's "inputs"."""
-    frames, side = shown["frames"], shown["resolution"]
+    frames, side = values["frames"], values["resolution"]
     patches = frames * (side // patch_size) ** 2
-    return f'"{run}" keeps {shown["K"]} of the {patches} patches of {frames} frames at {side} x {side}'
+    return f'"{run}" keeps {values["K"]} of the {patches} patches of {frames} frames at {side} x {side}'
 
 
 def figures_table(runs: Mapping[str, Any]) -> str:

@@ -157,10 +157,11 @@ def rows_table(first: str, results: Mapping[str, Mapping[str, Mapping[str, Any]]
 def abilities_by_run(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Runs down, abilities across, in percent with intervals; the last lines are chance and the numbers."""
     of_first = next(iter(results.values()))["goals"]
-    shown = [name for name in ABILITIES if name in of_first]
+    measured = [name for name in ABILITIES if name in of_first]
     lines: list[list[object]] = [
-        [run, *(share_cell(result["goals"].get(name)) for name in shown)] for run, result in results.items()
+        [run, *(share_cell(result["goals"].get(name)) for name in measured)]
+        for run, result in results.items()
     ]
-    lines.append(["chance", *(chance_cell(of_first[name]) for name in shown)])
-    lines.append(["n", *(str(of_first[name]["n"]) for name in shown)])
-    return table(["run", *(ABILITIES[name] for name in shown)], lines)
+    lines.append(["chance", *(chance_cell(of_first[name]) for name in measured)])
+    lines.append(["n", *(str(of_first[name]["n"]) for name in measured)])
+    return table(["run", *(ABILITIES[name] for name in measured)], lines)

@@ -130,10 +130,10 @@ def _caption_row(row: Any, where: str) -> tuple[str, list[str]]:
     name = row.get("video") or row.get("video_id")
     if not isinstance(name, str):
         raise DataError(f"{where} names no video.")
-    found: Any = next(
+    texts: Any = next(
         (row[key] for key in ("caption", "captions", "sentence", "description") if row.get(key)), []
     )
-    return name, list(parse_captions({"caption": found}, where))
+    return name, list(parse_captions({"caption": texts}, where))
 
 
 # -- classes ------------------------------------------------------------------------------------------------
@@ -259,9 +259,9 @@ def _json_of(text: str, path: Path) -> Any:
 
 def with_unique_ids(examples: Sequence[Example]) -> list[Example]:
     """The same examples with ids that differ: what is listed twice gets a number."""
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
     out = []
     for example in examples:
-        count = seen[example.id] = seen.get(example.id, 0) + 1
+        count = counts[example.id] = counts.get(example.id, 0) + 1
         out.append(example if count == 1 else replace(example, id=f"{example.id}#{count}"))
     return out

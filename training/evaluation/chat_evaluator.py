@@ -36,14 +36,14 @@ class ChatEvaluator:
     """A model at one encoder input; with None it is text-only: it is shown no video at all."""
 
     model: VideoLanguageModel
-    shown: EncoderInput | None
+    encoder_input: EncoderInput | None
     seed: int = 0
 
     @property
     def key(self) -> str:
         """Names the input in journals; the model and the seed are named by their header."""
         # "blind" is text-only in the journals of earlier versions, which go on.
-        return "blind" if self.shown is None else str(self.shown)
+        return "blind" if self.encoder_input is None else str(self.encoder_input)
 
     def answers(self, media: Media, number: int, questions: Sequence[Query]) -> Iterator[str]:
         """The answer to each question, decoded together, none knowing of the others.
@@ -96,21 +96,21 @@ class ChatEvaluator:
 
     @torch.inference_mode()
     def _encode(self, media: Media, number: int) -> tuple[tuple[Visual, ...], list[torch.Tensor]]:
-        if self.shown is None:
+        if self.encoder_input is None:
             return (), []
-        side, keep = self.shown.resolution, self.shown.keep
-        clip = media.load(self.shown.frames, side)
+        side, keep = self.encoder_input.resolution, self.encoder_input.keep
+        clip = media.load(self.encoder_input.frames, side)
         pixels = preprocess(clip, side, side, fit=self.model.config.fit)
-        merge = self.shown.merging(self.model.encoder.config.patch_size)
+        merge = self.encoder_input.merging(self.model.encoder.config.patch_size)
         vision = self.model.encode(
             [pixels],
             [None if merge else keep],
             [clip.times_s],
-            selector=self.shown.selector,
+            selector=self.encoder_input.selector,
             generator=torch.Generator().manual_seed(self.seed * 1_000_003 + number),
             merge=merge,
         )
         embedding = self.model.project(vision)[0]
         times = clip.times_s if clip.info.kind != "image" else ()
-        key = f"{number}/{self.shown}"
+        key = f"{number}/{self.encoder_input}"
         return (Visual(len(embedding), key, clip.duration_s, times),), [embedding]

@@ -81,7 +81,9 @@ def _finish(
     results: Mapping[str, Any],
 ) -> int:
     """Write the file, then print the table: a reader that closes the pipe must not lose the figures."""
-    inputs = {label: e.shown.to_dict() if e.shown else None for label, e in evaluators.items()}
+    inputs = {
+        label: e.encoder_input.to_dict() if e.encoder_input else None for label, e in evaluators.items()
+    }
     figures = {"inputs": inputs, "runs": results}
     write_result(out_path(args), args.command_line, model.device, args.recipe, metadata, figures)
     if Sharing().first:
@@ -93,12 +95,16 @@ def _evaluators(model: VideoLanguageModel, args: argparse.Namespace) -> dict[str
     """Runs by name: the inputs that were named, else every selector at every budget; and text-only."""
     config = model.config.encoder
     if args.setting or args.plan_table:
-        inputs = {str(shown): shown.check(config) for shown in encoder_inputs(args, config)}
+        inputs = {
+            str(encoder_input): encoder_input.check(config) for encoder_input in encoder_inputs(args, config)
+        }
     else:
         runs = [(selector, keep) for selector in args.selector for keep in args.budget]
         runs += [(selector, args.budget[0]) for selector in args.compare]
         inputs = {f"{selector} {keep}": input_of(model, keep, selector, args.plan) for selector, keep in runs}
-    evaluators = {label: ChatEvaluator(model, shown, args.seed) for label, shown in inputs.items()}
+    evaluators = {
+        label: ChatEvaluator(model, encoder_input, args.seed) for label, encoder_input in inputs.items()
+    }
     return evaluators if args.no_text_only else {**evaluators, TEXT_ONLY: ChatEvaluator(model, None)}
 
 

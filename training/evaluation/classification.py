@@ -54,7 +54,7 @@ def evaluate_action(
     clip_head: ClipHead,
     tower: TextTower,
     data: Labelled,
-    shown: EncoderInput,
+    encoder_input: EncoderInput,
     *,
     prompts: Sequence[str] = ACTION_PROMPTS,
     names: Sequence[str] | None = None,
@@ -68,12 +68,12 @@ def evaluate_action(
     called = list(names) if names is not None else [class_words(name) for name in data.classes]
 
     def features(pixels: Sequence[Tensor], seed: int) -> Tensor:
-        return clip_head.embed(run.pooled(pixels, shown, seed))
+        return clip_head.embed(run.pooled(pixels, encoder_input, seed))
 
-    readable, video, missing = run.vectors(data.examples, shown, features)
+    readable, video, missing = run.vectors(data.examples, encoder_input, features)
     labels = torch.tensor([data.examples[number].label for number in readable])
     return {
-        **shown.to_dict(),
+        **encoder_input.to_dict(),
         **accuracies(mean_cosines(video, class_vectors(called, prompts, tower)), labels),
         "classes": len(called),
         "prompt": list(prompts),
@@ -84,7 +84,7 @@ def evaluate_action(
 def evaluate_classify(
     run: EncoderRun,
     data: Labelled,
-    shown: EncoderInput,
+    encoder_input: EncoderInput,
     *,
     clip_head: ClipHead | None = None,
     attribute: str = "noun",
@@ -99,10 +99,12 @@ def evaluate_classify(
 
     def features(pixels: Sequence[Tensor], seed: int) -> Tensor:
         if clip_head is None:
-            return run.encoder.logits(pixels, shown, run.pool, seed)
-        return clip_head.scores(attribute, run.pooled(pixels, shown, seed))
+            return run.encoder.logits(pixels, encoder_input, run.pool, seed)
+        return clip_head.scores(attribute, run.pooled(pixels, encoder_input, seed))
 
-    readable, scores, missing = run.vectors(data.examples, shown, features, "scores", mean_probabilities)
+    readable, scores, missing = run.vectors(
+        data.examples, encoder_input, features, "scores", mean_probabilities
+    )
     labels = torch.tensor([data.examples[number].label for number in readable])
     if scores.shape[1] != len(data.classes):
         raise DataError(
@@ -110,7 +112,7 @@ def evaluate_classify(
             "belong to different sets."
         )
     return {
-        **shown.to_dict(),
+        **encoder_input.to_dict(),
         **accuracies(scores, labels),
         "classes": len(data.classes),
         "views": str(run.views),

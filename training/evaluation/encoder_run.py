@@ -30,24 +30,26 @@ class EncoderRun:
     block: int = 8
     workers: int = 2
 
-    def pooled(self, pixels: Sequence[Tensor], shown: EncoderInput, seed: int) -> Tensor:
+    def pooled(self, pixels: Sequence[Tensor], encoder_input: EncoderInput, seed: int) -> Tensor:
         """Pooled features (B, clip_embed_dim) of clips."""
-        return self.encoder.pooled(pixels, shown, self.pool, seed)
+        return self.encoder.pooled(pixels, encoder_input, self.pool, seed)
 
     def rows(
         self,
         examples: Sequence[Example],
-        shown: EncoderInput,
+        encoder_input: EncoderInput,
         features: Callable[[Sequence[Tensor], int], Tensor],
         describe: Callable[[Tensor], Row],
     ) -> list[Row]:
         """A row per example. features: (pixels of views, seed) -> (views, D); describe: the features (V, D)
         of an example's views -> what to note. What cannot be read becomes {"missing": reason}."""
-        shown.check(self.encoder.config)
+        encoder_input.check(self.encoder.config)
 
         def work(numbers: Sequence[int]) -> list[Row]:
             chosen = [examples[number] for number in numbers]
-            loaded = load_views(chosen, shown.frames, shown.resolution, self.views, self.workers)
+            loaded = load_views(
+                chosen, encoder_input.frames, encoder_input.resolution, self.views, self.workers
+            )
             rows: list[Row] = [{"missing": loaded.missing.get(place, "")} for place in range(len(chosen))]
             if loaded.places:
                 flat = [pixels for views in loaded.views for pixels in views]
@@ -57,13 +59,13 @@ class EncoderRun:
                     rows[place] = describe(values)
             return rows
 
-        ids = [f"{shown}|{example.id}" for example in examples]
-        return run_blocks(ids, work, self.journal, block=self.block, label=str(shown))
+        ids = [f"{encoder_input}|{example.id}" for example in examples]
+        return run_blocks(ids, work, self.journal, block=self.block, label=str(encoder_input))
 
     def vectors(
         self,
         examples: Sequence[Example],
-        shown: EncoderInput,
+        encoder_input: EncoderInput,
         features: Callable[[Sequence[Tensor], int], Tensor],
         key: str = "vector",
         over_views: Callable[[Tensor], Tensor] = lambda values: values.mean(dim=0),
@@ -73,7 +75,7 @@ class EncoderRun:
         key: names the vector in the journal. over_views: (V, D) of an example's views -> (D,). Raises
         DataError when nothing could be read.
         """
-        rows = self.rows(examples, shown, features, lambda values: {key: pack(over_views(values))})
+        rows = self.rows(examples, encoder_input, features, lambda values: {key: pack(over_views(values))})
         readable = [number for number, row in enumerate(rows) if "missing" not in row]
         missing = {e.id: row["missing"] for e, row in zip(examples, rows, strict=True) if "missing" in row}
         if not readable:

@@ -40,7 +40,10 @@ def run_world_encoder(args: argparse.Namespace) -> int:
     tower = None if args.no_retrieval else _tower(args)
     clips = WorldClips.of(world_source(args))
     run = command.start()
-    results = [evaluate_encoder(run, command.clip_head, tower, clips, shown) for shown in command.inputs]
+    results = [
+        evaluate_encoder(run, command.clip_head, tower, clips, encoder_input)
+        for encoder_input in command.inputs
+    ]
     return command.finish(encoder_table(results), {"text tower": _tower_name(args), "settings": results})
 
 
@@ -62,12 +65,12 @@ def run_retrieval(args: argparse.Namespace) -> int:
             command.clip_head,
             tower,
             examples,
-            shown,
+            encoder_input,
             duplicates="equal" if world else "strict",
             scale=args.dsl_scale,
             raw_text=raw,
         )
-        for shown in command.inputs
+        for encoder_input in command.inputs
     ]
     more = {"text tower": _tower_name(args), "text": "raw" if raw else "plain", "settings": results}
     return command.finish(retrieval_table(results), more)
@@ -83,7 +86,8 @@ def run_action(args: argparse.Namespace) -> int:
         wording = {"prompts": ("it {}", "the object {}", "something {}"), "names": names}
     run = command.start()
     results = [
-        evaluate_action(run, command.clip_head, tower, data, shown, **wording) for shown in command.inputs
+        evaluate_action(run, command.clip_head, tower, data, encoder_input, **wording)
+        for encoder_input in command.inputs
     ]
     return command.finish(accuracy_table(results), {"text tower": _tower_name(args), "settings": results})
 
@@ -97,8 +101,8 @@ def run_classify(args: argparse.Namespace) -> int:
     data = labelled_data(args)
     run = command.start()
     results = [
-        evaluate_classify(run, data, shown, clip_head=command.head, attribute=args.attribute)
-        for shown in command.inputs
+        evaluate_classify(run, data, encoder_input, clip_head=command.head, attribute=args.attribute)
+        for encoder_input in command.inputs
     ]
     return command.finish(accuracy_table(results), {"settings": results})
 
@@ -158,7 +162,7 @@ def _inputs(args: argparse.Namespace, config: FluxViTConfig) -> list[EncoderInpu
         inputs = [EncoderInput(frames, side, keep, selector) for selector in selectors for keep in budgets]
     if not inputs:
         inputs = unmasked(args.budget or (2048, 1024, 512), 224, config.patch_size)
-    return [shown.check(config) for shown in inputs]
+    return [encoder_input.check(config) for encoder_input in inputs]
 
 
 def _tower(args: argparse.Namespace) -> Tower:

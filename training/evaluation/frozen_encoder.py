@@ -63,38 +63,38 @@ class FrozenEncoder:
         return self.encoder.config
 
     @torch.inference_mode()
-    def tokens(self, pixels: Sequence[Tensor], shown: EncoderInput, seed: int = 0) -> VisionTokens:
+    def tokens(self, pixels: Sequence[Tensor], encoder_input: EncoderInput, seed: int = 0) -> VisionTokens:
         """Clips (3, T, H, W) of one shape -> their tokens; the seed decides what "random" keeps."""
         batch = torch.stack(list(pixels)).to(self.device, self.dtype)
-        merge = shown.merging(self.config.patch_size)
+        merge = encoder_input.merging(self.config.patch_size)
         generator = torch.Generator().manual_seed(seed)
-        keep = None if shown.merge else shown.keep
-        return self.encoder(batch, keep, selector=shown.selector, generator=generator, merge=merge)
+        keep = None if encoder_input.merge else encoder_input.keep
+        return self.encoder(batch, keep, selector=encoder_input.selector, generator=generator, merge=merge)
 
-    def ms(self, shown: EncoderInput) -> float:
+    def ms(self, encoder_input: EncoderInput) -> float:
         """Fastest of three times that one clip takes, in milliseconds."""
-        pixels = [torch.zeros(3, shown.frames, shown.resolution, shown.resolution)]
-        return time_ms(lambda: self.tokens(pixels, shown), self.device)
+        pixels = [torch.zeros(3, encoder_input.frames, encoder_input.resolution, encoder_input.resolution)]
+        return time_ms(lambda: self.tokens(pixels, encoder_input), self.device)
 
     @torch.inference_mode()
     def pooled(
-        self, pixels: Sequence[Tensor], shown: EncoderInput, pool: int | None = None, seed: int = 0
+        self, pixels: Sequence[Tensor], encoder_input: EncoderInput, pool: int | None = None, seed: int = 0
     ) -> Tensor:
         """Pooled features (B, clip_embed_dim) in float32; pool: number of the head, None by token count."""
-        head = pooling_head(shown.keep, self.config.num_pools) if pool is None else pool
-        return self.encoder.pool(self.tokens(pixels, shown, seed), head).float()
+        head = pooling_head(encoder_input.keep, self.config.num_pools) if pool is None else pool
+        return self.encoder.pool(self.tokens(pixels, encoder_input, seed), head).float()
 
     @torch.inference_mode()
     def logits(
-        self, pixels: Sequence[Tensor], shown: EncoderInput, pool: int | None = None, seed: int = 0
+        self, pixels: Sequence[Tensor], encoder_input: EncoderInput, pool: int | None = None, seed: int = 0
     ) -> Tensor:
         """Class scores (B, num_classes) in float32. Raises ConfigError for an encoder without classes."""
         if not self.config.num_classes:
             raise ConfigError(
                 "The encoder has no class heads: train them with `python -m training.finetune`."
             )
-        head = pooling_head(shown.keep, self.config.num_pools) if pool is None else pool
-        return self.encoder.classify(self.tokens(pixels, shown, seed), head).float()
+        head = pooling_head(encoder_input.keep, self.config.num_pools) if pool is None else pool
+        return self.encoder.classify(self.tokens(pixels, encoder_input, seed), head).float()
 
 
 def open_encoder(path: Path) -> FluxViT:

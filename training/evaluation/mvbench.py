@@ -224,18 +224,18 @@ def letter_flash(text: str) -> str | None:
     So "a dog" answers A; that is the published rule.
     """
     stripped = text.strip()
-    if found := re.match(r"([A-Ea-e])\.\s*\S", stripped):
-        return found.group(1).upper()
+    if match := re.match(r"([A-Ea-e])\.\s*\S", stripped):
+        return match.group(1).upper()
     cleaned = stripped.translate(str.maketrans(_REMOVED + "\n\t", " " * (len(_REMOVED) + 2)))
     cleaned = re.sub(r"\.(?!\d)", "", cleaned).strip(" '")
-    found = re.search(r"\b([A-Ea-e])\b", cleaned)
-    return found.group(1).upper() if found else None
+    match = re.search(r"\b([A-Ea-e])\b", cleaned)
+    return match.group(1).upper() if match else None
 
 
 def letter_videochat2(text: str) -> str | None:
     """The option letter of a completion of "Best option:(": the letter it begins with."""
-    found = re.match(r"\s*\(?\s*([A-Ea-e])\b", text)
-    return found.group(1).upper() if found else None
+    match = re.match(r"\s*\(?\s*([A-Ea-e])\b", text)
+    return match.group(1).upper() if match else None
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def evaluate_retrieval(
     clip_head: ClipHead,
     tower: TextTower,
     examples: Sequence[Example],
-    shown: EncoderInput,
+    encoder_input: EncoderInput,
     *,
     duplicates: Duplicates = "strict",
     scale: float = 1.0,
@@ -61,9 +61,9 @@ def evaluate_retrieval(
     clip_head.check(tower)
 
     def features(pixels: Sequence[Tensor], seed: int) -> Tensor:
-        return clip_head.embed(run.pooled(pixels, shown, seed))
+        return clip_head.embed(run.pooled(pixels, encoder_input, seed))
 
-    readable, video, missing = run.vectors(examples, shown, features)
+    readable, video, missing = run.vectors(examples, encoder_input, features)
     texts, owner = [], []
     for place, number in enumerate(readable):
         for caption in examples[number].captions:
@@ -71,7 +71,7 @@ def evaluate_retrieval(
             owner.append(place)
     text = tower.embed(texts).cpu()
     return {
-        **shown.to_dict(),
+        **encoder_input.to_dict(),
         "videos": len(readable),
         "texts": len(texts),
         "missing": missing,

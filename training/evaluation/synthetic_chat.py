@@ -1,8 +1,8 @@
 """The synthetic world's held-out clips: what a chat model answers about them.
 
 Clips, backgrounds and wordings of the test split were never trained on. The model describes every clip (is
-the main object named, is its motion told) and answers its questions, open and multiple choice; of things that
-training never showed it tells the kind.
+the main object named, is its motion named) and answers its questions, open and multiple choice; of things
+that training never showed it names the kind.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ def answers_by_number(
         rows: list[Row] = []
         for number in (numbers[place] for place in places):
             sample = world.sample(number)
-            asked = [
+            queries = [
                 Query(question.question, max_new_tokens=ANSWER_TOKENS)
                 for question in questions(sample, number)
             ]
             media = WorldMedia(world, sample, number)
-            rows.append({"answers": list(evaluator.answers(media, number, asked))})
+            rows.append({"answers": list(evaluator.answers(media, number, queries))})
         return rows
 
     rows = run_blocks([f"{label}|{n}" for n in numbers], work, journal, block=1, label=label)
@@ -148,7 +148,7 @@ def score_world(world: World, answers: Mapping[int, Sequence[str]]) -> dict[str,
 
 
 def _count_caption(world: World, sample: Sample, text: str, counts: _Counts) -> None:
-    """Is the main object named, is its motion told (of clips with one thing that does one)?"""
+    """Is the main object named, is its motion named (of clips with one thing that does one)?"""
     actor = sample.scene.actors[0]
     noun = world.nouns[actor.code]
     named, guess = names(text, noun.name, noun.plural), 1 / len(world.pool)

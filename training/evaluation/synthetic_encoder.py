@@ -54,13 +54,13 @@ class WorldClips:
         return WorldClips(examples, labels, {name: len(part) for name, part in classes.items()})
 
 
-def pooled_features(run: EncoderRun, clips: WorldClips, shown: EncoderInput) -> Tensor:
+def pooled_features(run: EncoderRun, clips: WorldClips, encoder_input: EncoderInput) -> Tensor:
     """(N, clip_embed_dim) of all clips, on the CPU."""
 
     def features(pixels: Sequence[Tensor], seed: int) -> Tensor:
-        return run.pooled(pixels, shown, seed)
+        return run.pooled(pixels, encoder_input, seed)
 
-    return run.vectors(clips.examples, shown, features)[1]
+    return run.vectors(clips.examples, encoder_input, features)[1]
 
 
 def attribute_scores(clip_head: ClipHead, clips: WorldClips, pooled: Tensor) -> dict[str, Tensor]:
@@ -77,23 +77,27 @@ def attribute_scores(clip_head: ClipHead, clips: WorldClips, pooled: Tensor) -> 
 
 
 def attribute_hits(
-    run: EncoderRun, clip_head: ClipHead, clips: WorldClips, shown: EncoderInput
+    run: EncoderRun, clip_head: ClipHead, clips: WorldClips, encoder_input: EncoderInput
 ) -> dict[str, Tensor]:
-    """Whether each clip's noun and motion are told right: (N,) bool each."""
-    by_attribute = attribute_scores(clip_head, clips, pooled_features(run, clips, shown))
+    """Whether each clip's noun and motion are classified rightly: (N,) bool each."""
+    by_attribute = attribute_scores(clip_head, clips, pooled_features(run, clips, encoder_input))
     return {name: top_k(scores, clips.labels[name], 1) for name, scores in by_attribute.items()}
 
 
 def evaluate_encoder(
-    run: EncoderRun, clip_head: ClipHead, tower: TextTower | None, clips: WorldClips, shown: EncoderInput
+    run: EncoderRun,
+    clip_head: ClipHead,
+    tower: TextTower | None,
+    clips: WorldClips,
+    encoder_input: EncoderInput,
 ) -> dict[str, Any]:
     """Accuracy of every attribute head, and retrieval by caption (left out without a tower), at one input.
 
     Equal captions count as equally right.
     """
-    pooled = pooled_features(run, clips, shown)
-    result: dict[str, Any] = {**shown.to_dict(), "n": len(pooled)}
-    result["ms_per_clip"] = round(run.encoder.ms(shown), 2)
+    pooled = pooled_features(run, clips, encoder_input)
+    result: dict[str, Any] = {**encoder_input.to_dict(), "n": len(pooled)}
+    result["ms_per_clip"] = round(run.encoder.ms(encoder_input), 2)
     for name, scores in attribute_scores(clip_head, clips, pooled).items():
         result[name] = {**accuracies(scores, clips.labels[name]), "chance": 1 / clips.classes[name]}
     if tower is not None:

@@ -144,7 +144,7 @@ class Accuracy:
     unreadable: dict[str, str]
 
     def merged(self, others: Sequence[Accuracy]) -> Accuracy:
-        """This and what other ranks found."""
+        """This and the counts of other ranks."""
         total = Accuracy(self.videos, dict(self.top1), dict(self.top5), dict(self.unreadable))
         for other in others:
             total.videos += other.videos

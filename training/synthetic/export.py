@@ -58,14 +58,14 @@ def record(
 ) -> dict[str, Any]:
     """One annotation: the caption and up to `questions` questions of different tasks."""
     rng = random.Random(name)
-    asked = rng.sample(sample.questions, len(sample.questions))
-    by_task = {question.task: question for question in asked}
+    shuffled = rng.sample(sample.questions, len(sample.questions))
+    by_task = {question.task: question for question in shuffled}
     turns = [(rng.choice(QUESTIONS["caption"][wording]), sample.caption)]
     chosen = rng.sample(list(by_task.values()), min(questions, len(by_task)))
     turns += [(question.question, question.answer) for question in chosen]
     conversations = []
-    for number, (asking, answer) in enumerate(turns):
-        conversations.append({"from": "human", "value": f"<image>\n{asking}" if number == 0 else asking})
+    for number, (request, answer) in enumerate(turns):
+        conversations.append({"from": "human", "value": f"<image>\n{request}" if number == 0 else request})
         conversations.append({"from": "gpt", "value": answer})
     return {"id": name, "video": f"videos/{name}.mp4", "conversations": conversations}
 
@@ -136,8 +136,8 @@ def contact_sheet(world: World, rows: int = 12, first: int = 0) -> Image.Image:
         for column, frame in enumerate(world.render(sample.scene, times, SHEET_SIDE, SHEET_SIDE)):
             sheet.paste(Image.fromarray(frame), (GAP + column * (SHEET_SIDE + GAP), top))
         question = next((q for q in reversed(sample.questions) if not q.options), None)
-        asked = f"{question.question}  {question.answer}" if question else ""
-        for line, text in enumerate((f"{duration_s:.1f} s  {sample.caption}", asked)):
+        exchange = f"{question.question}  {question.answer}" if question else ""
+        for line, text in enumerate((f"{duration_s:.1f} s  {sample.caption}", exchange)):
             draw.text(
                 (GAP, top + SHEET_SIDE + 1 + 15 * line),
                 textwrap.shorten(text, 165, placeholder=" ..."),

@@ -38,7 +38,7 @@ def onsets(scene: Scene, nouns: Nouns) -> list[tuple[float, str]]:
 
 
 @dataclass(frozen=True)
-class Happening:
+class SceneEvent:
     """Something that happens at a moment: a cut (actor None), or what an actor does; motion: a new one."""
 
     at_s: float
@@ -47,20 +47,20 @@ class Happening:
     motion: Motion | None = None
 
 
-def happenings(scene: Scene) -> list[Happening]:
+def events_of(scene: Scene) -> list[SceneEvent]:
     """All that happens in a scene, actor by actor, then the cuts."""
-    found = []
+    events = []
     for actor in scene.actors:
         if actor.starts_inside:
-            found.append(Happening(actor.appear_s, actor, "appears"))
+            events.append(SceneEvent(actor.appear_s, actor, "appears"))
         if actor.ends_inside:
-            found.append(Happening(actor.disappear_s, actor, "vanishes"))
+            events.append(SceneEvent(actor.disappear_s, actor, "vanishes"))
         if actor.becomes:
-            found.append(Happening(actor.becomes_s, actor, "becomes"))
+            events.append(SceneEvent(actor.becomes_s, actor, "becomes"))
         for before, after in pairwise(actor.phases):
             kind: Literal["moves", "rests"] = "rests" if after.motion == "still" else "moves"
-            found.append(Happening(before.end_s, actor, kind, after.motion))
-    return found + [Happening(shot.start_s, None, "cut") for shot in scene.shots[1:]]
+            events.append(SceneEvent(before.end_s, actor, kind, after.motion))
+    return events + [SceneEvent(shot.start_s, None, "cut") for shot in scene.shots[1:]]
 
 
 def change_of(actor: Actor) -> str | None:

@@ -81,10 +81,10 @@ class SceneWords:
         labels = self._labels.patches(scene, times_s, side)
         second = torch.tensor([round(time) if self._seconds else -1 for time in times_s])
         seconds = second[:, None, None].expand_as(labels["noun"])
-        told = torch.stack([labels["noun"], labels["motion"], seconds], dim=-1)
+        facts = torch.stack([labels["noun"], labels["motion"], seconds], dim=-1)
         shot = torch.tensor([scene.shots.index(scene.shot_at(time)) for time in times_s])
-        told[..., 1] += (told[..., 0] == 0) * shot[:, None, None]  # nothing there: the shot instead
-        kinds, which = told.flatten(0, 2).unique(dim=0, return_inverse=True)
+        facts[..., 1] += (facts[..., 0] == 0) * shot[:, None, None]  # nothing there: the shot instead
+        kinds, which = facts.flatten(0, 2).unique(dim=0, return_inverse=True)
         phrases = [
             " ".join(filter(None, (self._what(scene, noun, other), _second(second))))
             for noun, other, second in kinds.tolist()

@@ -9,7 +9,7 @@ from training.synthetic.captions import place_of
 from training.synthetic.phrases import ANSWERS, COUNTING, DOING, PLACES
 from training.synthetic.question_forms import Asker, Question
 from training.synthetic.scene import Actor
-from training.synthetic.scene_events import Happening, change_of, happenings, least_gap, onsets
+from training.synthetic.scene_events import SceneEvent, change_of, events_of, least_gap, onsets
 from training.synthetic.stage import shows
 
 PARTS = ("at the beginning", "in the middle", "at the end", "throughout the entire video")
@@ -157,28 +157,28 @@ def _events(ask: Asker) -> list[tuple[float, str, str]]:
     """What happens at a known time: (seconds, "the dog appear", "the dog appears")."""
     unique = [actor for _, actor in ask.unique]
     events = []
-    for happening in happenings(ask.scene):
-        actor = happening.actor
+    for event in events_of(ask.scene):
+        actor = event.actor
         if actor is None:
             if len(ask.scene.shots) == 2:
-                events.append((happening.at_s, "the scene change", "the scene changes"))
+                events.append((event.at_s, "the scene change", "the scene changes"))
         elif actor in unique:
-            the, (base, third) = f"the {ask.name(actor.code)}", _happens(ask, happening, actor)
-            events.append((happening.at_s, f"{the} {base}", f"{the} {third}"))
+            the, (base, third) = f"the {ask.name(actor.code)}", _happens(ask, event, actor)
+            events.append((event.at_s, f"{the} {base}", f"{the} {third}"))
     return events
 
 
-def _happens(ask: Asker, happening: Happening, actor: Actor) -> tuple[str, str]:
+def _happens(ask: Asker, event: SceneEvent, actor: Actor) -> tuple[str, str]:
     """Base form and third person: ("appear", "appears")."""
-    if happening.kind == "becomes":
+    if event.kind == "becomes":
         into = ask.nouns[actor.becomes or ""].indefinite
         return f"turn into {into}", f"turns into {into}"
-    if happening.kind == "moves":
-        assert happening.motion is not None
-        doing = DOING[happening.motion]
+    if event.kind == "moves":
+        assert event.motion is not None
+        doing = DOING[event.motion]
         return f"start {doing}", f"starts {doing}"
     return {
         "appears": ("appear", "appears"),
         "vanishes": ("disappear", "disappears"),
         "rests": ("stop moving", "stops moving"),
-    }[happening.kind]
+    }[event.kind]

@@ -15,7 +15,6 @@ from encoder.fluxvit import FluxViT
 from tests.encoder.video import video_files as vf
 from tests.llm_bridge.text_encoders.tiny_towers import sentence_folder
 from tests.training.synthetic.tiny_world import TINY, command, make_encoder
-from training.command_line import table
 from training.evaluate import main
 from training.evaluation.frozen_encoder import read_clip_head
 from training.evaluation.journal import Journal, Sharing, run_blocks
@@ -260,9 +259,7 @@ def test_world_encoder_command(run, tower, cached_world, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("table_name", ["retrieval", "action", "classify"])
-def test_every_table_runs_on_the_world(
-    table_name, run, tower, cached_world, tmp_path, monkeypatch, capsys
-) -> None:
+def test_every_table_runs_on_the_world(table_name, run, tower, cached_world, tmp_path, capsys) -> None:
     arguments = [
         *(table_name, "--dataset", "world", "--encoder", str(run / "encoder"), "--alignment", str(run)),
         *("--text-tower", str(tower), "--clips", "6", "--budget", "16", "--out", str(tmp_path / "t.json")),
@@ -349,10 +346,6 @@ def test_hash_of_weights_sees_every_value() -> None:
         model.weight[0, 0], model.weight[0, 1] = model.weight[0, 1].item(), model.weight[0, 0].item()
     assert weights_hash(model) != before
     assert weights_hash(model) == weights_hash(model)
-
-
-def test_table_columns() -> None:
-    assert table(["a", "b"], [["x", 1.25], ["long", None]]) == "a       b\nx     1.2\nlong    -"
 
 
 def test_alignments_of_both_forms(tmp_path) -> None:
