@@ -301,6 +301,10 @@ def run(args: argparse.Namespace) -> None:
     folder = target.parent / STORE
     if args.results:
         store(Path(args.results), folder)
+    if not folder.is_dir():
+        raise DataError(
+            f"There are no result files in {folder}: measure some, or name their folder (--results)."
+        )
     text = page(folder)
     with atomic_path(target) as temporary:
         temporary.write_text(text)

@@ -126,6 +126,12 @@ def test_damaged_results(tmp_path: Path) -> None:
         page(tmp_path)
 
 
+def test_no_page_without_results(tmp_path: Path, capsys) -> None:
+    assert main(["--page", str(tmp_path / "RESULTS.md")]) == 2
+    assert "no result files" in capsys.readouterr().err
+    assert not (tmp_path / "RESULTS.md").exists()
+
+
 def test_measuring_needs_a_folder(capsys) -> None:
     assert main(["--model", "m"]) == 2
     assert "--results" in capsys.readouterr().err
