@@ -32,6 +32,7 @@ from training.data.datasets import NEEDS, DatasetConfig, open_datasets
 from training.data.flexible_grids import FlexibleGrid
 from training.data.synthetic_source import WorldSource
 from training.data.video_batches import VideoBatches
+from training.evaluation.metrics import paired_recalls
 from training.models.clip_model import (
     ClipBatch,
     ClipModel,
@@ -40,7 +41,6 @@ from training.models.clip_model import (
     Trained,
     hits,
     load_alignment,
-    retrieval,
     set_image_positions,
 )
 from training.synthetic.dataset import World
@@ -293,7 +293,7 @@ class ClipStage:
         return {
             f"{name}_{keep}": value
             for keep in counts
-            for name, value in retrieval(torch.cat(videos[keep]), text).items()
+            for name, value in paired_recalls(torch.cat(videos[keep]), text).items()
         }
 
     @property

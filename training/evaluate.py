@@ -21,10 +21,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from encoder.errors import ConfigError, FluxChatError
+from encoder.errors import ConfigError
+from training.command_line import command_parser, run_command
+from training.evaluation.benchmarks import ACTIONS, CLASSIFY, RETRIEVAL
 from training.evaluation.chat_runs import run_mvbench, run_world_chat
+from training.evaluation.cli_arguments import (
+    add_budget_options,
+    add_encoder_options,
+    add_run_options,
+    add_world_options,
+)
+from training.evaluation.encoder_input import SELECTORS
 from training.evaluation.encoder_runs import run_action, run_classify, run_retrieval, run_world_encoder
-from training.evaluation.options import parser
+from training.evaluation.mvbench import TASKS
 
 
 def run_world(args: argparse.Namespace) -> int:
@@ -43,16 +52,122 @@ COMMANDS = {
 }
 
 
+def parser() -> argparse.ArgumentParser:
+    """One sub-command per table."""
+    top = command_parser("training.evaluate", __doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+
+    world = commands.add_parser("world", help="the demo world's held-out clips")
+    world.add_argument("--model", help="a saved chat model, such as app/pretrained")
+    _encoder_options(world, required=False)
+    add_budget_options(world, [128])
+    _chat_options(world)
+    world.add_argument(
+        "--unseen-clips",
+        type=int,
+        metavar="N",
+        help="with --model: also the kind of N things that training never showed; default: as --clips",
+    )
+    world.add_argument("--no-retrieval", action="store_true", help="with --encoder: attribute heads alone")
+
+    retrieval = commands.add_parser("retrieval", help="zero-shot text-to-video and video-to-text retrieval")
+    retrieval.add_argument("--dataset", choices=[*RETRIEVAL, "world"], required=True)
+    _encoder_options(retrieval)
+    add_budget_options(retrieval, None)
+    _file_options(retrieval)
+    retrieval.add_argument("--dsl-scale", type=float, default=1.0, help="scale inside the dual softmax")
+    retrieval.add_argument(
+        "--text",
+        choices=["auto", "plain", "raw"],
+        default="auto",
+        help="captions in lower case without punctuation, or as they are (auto: as they are for sentence "
+        "encoders)",
+    )
+
+    action = commands.add_parser("action", help="zero-shot action recognition by prompts")
+    action.add_argument("--dataset", choices=[*ACTIONS, "world"], required=True)
+    _encoder_options(action)
+    add_budget_options(action, None)
+    _file_options(action)
+    action.add_argument("--classes", help="file of class names")
+
+    classify = commands.add_parser("classify", help="classification by trained heads")
+    classify.add_argument("--dataset", choices=[*CLASSIFY, "world"], required=True)
+    _encoder_options(classify)
+    add_budget_options(classify, None)
+    _file_options(classify)
+    classify.add_argument("--classes", help="file of class names")
+    classify.add_argument("--clips-per-video", type=int, help="default: as published for the dataset")
+    classify.add_argument("--crops", type=int, choices=[1, 3], help="default: as published for the dataset")
+    classify.add_argument("--attribute", choices=["noun", "motion"], default="noun", help="of the demo world")
+
+    mvbench = commands.add_parser("mvbench", help="20 tasks of multiple choice")
+    mvbench.add_argument("--dataset", choices=["mvbench", "world"], default="mvbench")
+    mvbench.add_argument("--model", required=True, help="a saved chat model, such as app/pretrained")
+    mvbench.add_argument("--annotations", metavar="DIR", help="the folder of TASK.json files")
+    mvbench.add_argument("--videos", metavar="DIR", help="the folder of star, perception, clevrer, ...")
+    mvbench.add_argument("--task", nargs="+", choices=list(TASKS), metavar="TASK", help="only these")
+    mvbench.add_argument(
+        "--prompt",
+        nargs="+",
+        choices=["flash", "videochat2", "words"],
+        default=["flash", "videochat2"],
+        help="of VideoChat-Flash or VideoChat2, with their readers of letters; words: as flash, but the "
+        "words of an option count as its letter",
+    )
+    add_budget_options(mvbench, [128])
+    _chat_options(mvbench)
+
+    for command in (world, retrieval, action, classify, mvbench):
+        command.add_argument(
+            "--setting",
+            nargs="+",
+            default=[],
+            metavar="16x168:1024",
+            help="FRAMESxRESOLUTION[:TOKENS][/SELECTOR][+vid-tldr], one run for each",
+        )
+        command.add_argument("--plan-table", metavar="FILE", help="also one run for each of its rows")
+        add_world_options(command, clips=200)
+        command.add_argument("--split", choices=["test", "unseen"], default="test", help="of the demo world")
+        add_run_options(command)
+        command.add_argument("--out", help="JSON file for all figures; a journal lies beside it")
+    return top
+
+
+def _encoder_options(command: argparse.ArgumentParser, *, required: bool = True) -> None:
+    add_encoder_options(command, required=required)
+    command.add_argument(
+        "--text-tower",
+        help="a MobileCLIP file, or a Hugging Face folder; default: the small sentence encoder",
+    )
+    command.add_argument("--text-tokenizer", help="of a MobileCLIP file; default: CLIP's")
+    command.add_argument("--workers", type=int, default=2, help="threads that decode")
+
+
+def _file_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--annotations", metavar="FILE", help="the test set's list, as published")
+    command.add_argument("--videos", metavar="DIR", help="folder of its videos")
+    command.add_argument("--limit", type=int, help="only so many videos")
+
+
+def _chat_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--compare",
+        nargs="+",
+        default=[],
+        choices=SELECTORS,
+        metavar="SELECTOR",
+        help="further selectors, at the first budget alone",
+    )
+    command.add_argument("--plan", action="store_true", help="the model's own input for each budget")
+    command.add_argument(
+        "--no-text-only", "--no-blind", action="store_true", help="skip the run without the video"
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    given = sys.argv[1:] if argv is None else list(argv)
-    args = parser(__doc__).parse_args(given)
-    args.told = ["python", "-m", "training.evaluate", *given]
-    try:
-        return COMMANDS[args.command](args)
-    except FluxChatError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return run_command(parser(), lambda args: COMMANDS[args.command](args), argv)
 
 
 if __name__ == "__main__":

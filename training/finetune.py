@@ -29,7 +29,7 @@ from training.data.datasets import NEEDS, DatasetConfig, open_datasets
 from training.data.examples import ExampleSource
 from training.data.flexible_grids import FlexibleGrid
 from training.data.video_batches import VideoBatch, VideoBatches
-from training.evaluation.multi_view import Accuracy, ViewConfig, view_accuracy
+from training.evaluation.views import Accuracy, ViewConfig, view_accuracy
 from training.models.class_heads import read_head_map, slice_heads
 from training.models.clip_model import EncoderSource
 from training.trainer.command import run_stage

@@ -25,94 +25,102 @@ import torch
 
 from encoder.budget import PlanRow, PlanTable
 from encoder.checkpoint import save_json
-from encoder.errors import ConfigError, FluxChatError
+from encoder.errors import ConfigError
 from encoder.selection import Selector
 from llm_bridge.model import VideoLanguageModel, VLMConfig
-from training.data.synthetic_source import WorldSource
-from training.evaluation.alignment import read_alignment
-from training.evaluation.benchmarks import Labelled, read_labelled, renamed
-from training.evaluation.chat_evaluator import Watcher
-from training.evaluation.classify import evaluate_classify
-from training.evaluation.cli_arguments import INTERVAL, about_model, about_world, sharing_device
-from training.evaluation.encoder_input import DTYPES, Setting, Viewer
+from training.command_line import command_parser, run_command, table
+from training.evaluation.chat_evaluator import ChatEvaluator
+from training.evaluation.classification import evaluate_classify
+from training.evaluation.cli_arguments import (
+    add_encoder_options,
+    add_run_options,
+    add_world_options,
+    device_of_process,
+    read_labelled_files,
+    world_source,
+)
+from training.evaluation.encoder_input import SELECTORS, EncoderInput
+from training.evaluation.encoder_run import EncoderRun
+from training.evaluation.frozen_encoder import FrozenEncoder, read_clip_head
 from training.evaluation.heatmap import draw_heatmap, write_csv
+from training.evaluation.journal import Journal, Sharing
 from training.evaluation.metrics import Share
-from training.evaluation.results import Journal, Sharing, table, weights_hash, write_result
-from training.evaluation.run import Run, header, provenance
-from training.evaluation.synthetic import WorldClips, answer_share, attribute_hits, evaluate_world
+from training.evaluation.provenance import (
+    about_encoder,
+    about_model,
+    about_world,
+    weights_hash,
+    write_result,
+)
+from training.evaluation.synthetic_chat import answer_share, evaluate_world
+from training.evaluation.synthetic_encoder import WorldClips, attribute_hits
 from training.evaluation.token_search import (
     Cell,
-    Found,
     Grid,
     Measured,
+    SearchResult,
     best_cell,
     full_search,
     linear_search,
 )
 from training.evaluation.views import Views
 
-Score = Callable[[Setting], Share]
+Score = Callable[[EncoderInput], Share]
 
 
-def encoder_score(args: argparse.Namespace, out: Path) -> tuple[Score, Viewer, dict[str, Any]]:
-    """Accuracy of an encoder on the world or a csv, the encoder, and what the figures depend on."""
-    viewer = Viewer(args.encoder, sharing_device(args.device), args.dtype)
+def encoder_score(args: argparse.Namespace, out: Path) -> tuple[Score, FrozenEncoder, dict[str, Any]]:
+    """Accuracy of an encoder on the demo world or a csv, the encoder, and what the figures depend on."""
+    encoder = FrozenEncoder.open(args.encoder, device_of_process(args.device), args.dtype)
     if args.csv is not None:
-        classes = Path(args.classes) if args.classes else None
-        data = read_labelled(args.dataset, Path(args.csv), Path(args.videos or "."), classes)
-        data = Labelled(renamed(data.examples)[: args.limit], data.classes)
-        told = header(
-            viewer,
-            Views(fit="crop"),
-            args.pool,
-            args.seed,
-            dataset=args.dataset,
-            annotations=Path(args.csv).name,
-            preset=None,
-        )
-        run = Run(viewer, Journal(out, told), Views(fit="crop"), args.pool, args.seed, args.block)
-
-        def by_class(setting: Setting) -> Share:
-            first = evaluate_classify(run, data, setting)["top1"]
-            return Share(round(first["value"] * first["n"]), first["n"])
-
-        return by_class, viewer, {**told, "metric": "top-1"}
+        return _score_on_csv(args, out, encoder)
     if args.alignment is None:
         raise ConfigError("On the demo world an encoder is judged by its attribute heads: give --alignment.")
-    alignment = read_alignment(args.alignment).to(viewer.device)
-    source = _world(args)
+    clip_head = read_clip_head(args.alignment).to(encoder.device)
+    source, views = world_source(args), Views()
     clips = WorldClips.of(source)
-    beside = weights_hash(alignment.align, *alignment.heads.values())
-    told = header(viewer, Views(), args.pool, args.seed, alignment=beside, **about_world(source))
-    run = Run(viewer, Journal(out, told), Views(), args.pool, args.seed, args.block)
+    about = {"alignment": weights_hash(*clip_head.modules), **about_world(source)}
+    metadata = about_encoder(encoder, views, args.pool, args.seed, **about)
+    run = EncoderRun(encoder, Journal(out, metadata), views, args.pool, args.seed, args.block)
 
-    def by_attribute(setting: Setting) -> Share:
-        hits = attribute_hits(run, alignment, clips, setting)
+    def score(encoder_input: EncoderInput) -> Share:
+        hits = attribute_hits(run, clip_head, clips, encoder_input)
         if args.metric == "joint":
             return Share.of(torch.stack(list(hits.values())).all(dim=0))
         return Share.of(hits[args.metric])
 
-    return by_attribute, viewer, {**told, "metric": args.metric}
+    return score, encoder, {**metadata, "metric": args.metric}
+
+
+def _score_on_csv(
+    args: argparse.Namespace, out: Path, encoder: FrozenEncoder
+) -> tuple[Score, FrozenEncoder, dict[str, Any]]:
+    """Likewise, by the encoder's class heads."""
+    data, views = read_labelled_files(args, Path(args.csv), Path(args.videos or ".")), Views(fit="crop")
+    about = {"dataset": args.dataset, "annotations": Path(args.csv).name, "preset": None}
+    metadata = about_encoder(encoder, views, args.pool, args.seed, **about)
+    run = EncoderRun(encoder, Journal(out, metadata), views, args.pool, args.seed, args.block)
+
+    def score(encoder_input: EncoderInput) -> Share:
+        first = evaluate_classify(run, data, encoder_input)["top1"]
+        return Share(round(first["value"] * first["n"]), first["n"])
+
+    return score, encoder, {**metadata, "metric": "top-1"}
 
 
 def model_score(args: argparse.Namespace, out: Path) -> tuple[Score, VideoLanguageModel, dict[str, Any]]:
     """Accuracy of a chat model's answers on the world, of multiple-choice or of open questions."""
-    model = VideoLanguageModel.from_pretrained(args.model, device=sharing_device(args.device))
-    source = _world(args)
+    model = VideoLanguageModel.from_pretrained(args.model, device=device_of_process(args.device))
+    source = world_source(args)
     world = source.open()
-    told = {
-        **about_model(model),
-        "seed": args.seed,
-        **about_world(source),
-    }
-    journal = Journal(out, told)
+    metadata = {**about_model(model), "seed": args.seed, **about_world(source)}
+    journal = Journal(out, metadata)
 
-    def score(setting: Setting) -> Share:
-        watcher = Watcher(model, setting, args.seed)
-        result = evaluate_world(watcher, world, source.first, source.count, journal)
+    def score(encoder_input: EncoderInput) -> Share:
+        evaluator = ChatEvaluator(model, encoder_input, args.seed)
+        result = evaluate_world(evaluator, world, source.first, source.count, journal)
         return answer_share(result, "open" if args.metric == "open" else "choice")
 
-    return score, model, {**told, "metric": f"{args.metric} questions"}
+    return score, model, {**metadata, "metric": f"{args.metric} questions"}
 
 
 def optimize(args: argparse.Namespace) -> int:
@@ -129,28 +137,27 @@ def optimize(args: argparse.Namespace) -> int:
     result_file = out / "result.json"
     score: Score
     if args.model is not None:
-        score, model, told = model_score(args, result_file)
-        config, device, encoder = model.config.encoder, model.device, model.encoder
+        score, model, metadata = model_score(args, result_file)
+        encoder, device = FrozenEncoder(model.encoder), model.device
     else:
-        score, viewer, told = encoder_score(args, result_file)
-        config, device, encoder = viewer.config, viewer.device, viewer.encoder
+        score, encoder, metadata = encoder_score(args, result_file)
+        device = encoder.device
+    config = encoder.config
     grid = Grid(
         tuple(args.frames or range(*config.frames_range)),
         tuple(args.resolutions or range(*config.resolution_range)),
         config.patch_size,
     )
-    watch = Viewer.of(encoder)
     runs, rows = [], []
     ways = ["selector", "vid-tldr"] if args.merge else ["selector"]
     for keep in sorted(args.tokens):
         for way in ways:
-            found = _search(args, grid, keep, score, merge=way == "vid-tldr")
-            measured, full, linear = found
-            times = {} if args.no_times else _times(watch, measured, keep, way == "vid-tldr")
+            measured, full, linear = _search(args, grid, keep, score, merge=way == "vid-tldr")
+            times = {} if args.no_times else _times(encoder, measured, keep, way == "vid-tldr")
             name = f"{keep}" if way == "selector" else f"{keep}_{way}"
             if sharing.first:
                 write_csv(grid, keep, measured, out / f"grid_{name}.csv", times)
-                title = f"K = {keep}, {way}, {told['metric']}, n = {next(iter(measured.values())).total}"
+                title = f"K = {keep}, {way}, {metadata['metric']}, n = {next(iter(measured.values())).total}"
                 draw_heatmap(grid, keep, measured, out / f"heatmap_{name}.png", title=title, linear=linear)
             best = best_cell(measured, grid)
             runs.append(_described(keep, way, grid, measured, times, full, linear))
@@ -161,24 +168,24 @@ def optimize(args: argparse.Namespace) -> int:
         save_json([asdict(row) for row in rows], out / "plan_table.json")
         if args.install:
             install(rows, Path(args.install))
-    more = {"interval": INTERVAL, "frames": grid.frames, "resolutions": grid.resolutions, "runs": runs}
-    write_result(result_file, {**provenance(args.told, device, args.recipe), **told, **more}, sharing)
+    figures = {"frames": grid.frames, "resolutions": grid.resolutions, "runs": runs}
+    write_result(result_file, args.command_line, device, args.recipe, metadata, figures)
     return 0
 
 
 def _search(
     args: argparse.Namespace, grid: Grid, keep: int, score: Score, *, merge: bool
-) -> tuple[dict[Cell, Share], Found | None, Found | None]:
+) -> tuple[dict[Cell, Share], SearchResult | None, SearchResult | None]:
     """All cells that were measured, and what each kind of search found."""
     selector: Selector = "flux" if merge else args.selector
-    measured = Measured(lambda frames, side: score(Setting(frames, side, keep, selector, merge)))
+    measured = Measured(lambda frames, side: score(EncoderInput(frames, side, keep, selector, merge)))
 
     def measure(frames: int, side: int) -> Share:
         return measured((frames, side))
 
     linear = full = None
     if args.search in ("linear", "both"):
-        start = Setting.parse(args.start) if args.start else None
+        start = EncoderInput.parse(args.start) if args.start else None
         linear = linear_search(
             grid,
             keep,
@@ -192,9 +199,11 @@ def _search(
     return measured.cells, full, linear
 
 
-def _times(viewer: Viewer, cells: dict[Cell, Share], keep: int, merge: bool) -> dict[Cell, float]:
+def _times(encoder: FrozenEncoder, cells: dict[Cell, Share], keep: int, merge: bool) -> dict[Cell, float]:
     """Milliseconds of one clip for each cell."""
-    return {(frames, side): viewer.ms(Setting(frames, side, keep, merge=merge)) for frames, side in cells}
+    return {
+        (frames, side): encoder.ms(EncoderInput(frames, side, keep, merge=merge)) for frames, side in cells
+    }
 
 
 def _described(
@@ -203,33 +212,33 @@ def _described(
     grid: Grid,
     measured: dict[Cell, Share],
     times: dict[Cell, float],
-    full: Found | None,
-    linear: Found | None,
+    full: SearchResult | None,
+    linear: SearchResult | None,
 ) -> dict[str, Any]:
     """One search for the result file."""
     best = best_cell(measured, grid)
 
-    def told(found: Found | None) -> dict[str, Any] | None:
-        if found is None:
+    def described(search: SearchResult | None) -> dict[str, Any] | None:
+        if search is None:
             return None
-        frames, side = found.best
-        path = [f"{f}x{r}" for f, r in found.path]
+        frames, side = search.best
+        path = [f"{f}x{r}" for f, r in search.path]
         return {
             "frames": frames,
             "resolution": side,
-            **found.share.to_dict(),
-            "evaluations": found.evaluations,
+            **search.share.to_dict(),
+            "evaluations": search.evaluations,
             "path": path,
         }
 
     unmasked = [cell for cell in grid.unmasked(keep) if cell in measured]
-    top = max(unmasked, key=lambda cell: (grid.seen(cell), measured[cell].value), default=None)
+    top = max(unmasked, key=lambda cell: (grid.patches(cell), measured[cell].value), default=None)
     return {
         "K": keep,
         "by": way,
         "grid": len(grid.cells),
-        "full": told(full),
-        "linear": None if linear is None else {**(told(linear) or {}), "of": len(grid.cells)},
+        "full": described(full),
+        "linear": None if linear is None else {**(described(linear) or {}), "of": len(grid.cells)},
         "best": {"frames": best[0], "resolution": best[1], **measured[best].to_dict()},
         "unmasked": None if top is None else {"input": f"{top[0]}x{top[1]}", **measured[top].to_dict()},
         "ms of best": times.get(best),
@@ -245,13 +254,13 @@ def runs_table(runs: Sequence[dict[str, Any]]) -> str:
         best, plain = run["best"], run["unmasked"]
         line: list[object] = [f"{run['K']}, {run['by']}"]
         for name in ("full", "linear"):
-            found = run[name]
+            search = run[name]
             line += (
                 ["-", "-"]
-                if found is None
+                if search is None
                 else [
-                    f"{found['frames']}x{found['resolution']} {100 * found['value']:.1f}",
-                    f"{found['evaluations']} of {run['grid']}",
+                    f"{search['frames']}x{search['resolution']} {100 * search['value']:.1f}",
+                    f"{search['evaluations']} of {run['grid']}",
                 ]
             )
         line.append("-" if plain is None else f"{plain['input']} {100 * plain['value']:.1f}")
@@ -276,19 +285,10 @@ def install(rows: Sequence[PlanRow], folder: Path) -> None:
     save_json(replace(model_config(folder), plan_table=table).to_dict(), folder / "config.json")
 
 
-def _world(args: argparse.Namespace) -> WorldSource:
-    return WorldSource(split="test", count=args.clips, first=args.first, preset=args.preset, nouns=args.nouns)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(
-        prog="python -m training.optimize_tokens",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    top.add_argument("--encoder", help="a folder, an official file, or a chat model's folder")
-    top.add_argument("--alignment", help="of training.clip: attribute heads that judge on the demo world")
+    top = command_parser("training.optimize_tokens", __doc__)
+    add_encoder_options(top, required=False)
     top.add_argument("--model", help="a chat model, judged by its answers")
     top.add_argument(
         "--metric",
@@ -312,34 +312,19 @@ def parser() -> argparse.ArgumentParser:
         "--gain", type=float, default=0.0, help="accuracies rise from this much on, such as 0.002"
     )
     top.add_argument("--patience", type=int, default=1, help="steps without gain that end a climb")
-    top.add_argument("--selector", choices=["flux", "random", "uniform", "tube"], default="flux")
+    top.add_argument("--selector", choices=SELECTORS, default="flux")
     top.add_argument("--merge", choices=["vid-tldr"], help="also measure merging")
     top.add_argument("--no-times", action="store_true", help="do not time the encoder")
     top.add_argument("--install", metavar="MODEL", help="write the plan table into this model's config.json")
-    top.add_argument("--clips", type=int, default=256, help="of the demo world")
-    top.add_argument("--first", type=int, default=0)
-    top.add_argument("--preset", choices=["simple", "solo", "full"], default="full")
-    top.add_argument("--nouns", type=int)
-    top.add_argument("--pool", type=int, help="pooling head; default: by the number of tokens")
-    top.add_argument("--block", type=int, default=8)
-    top.add_argument("--seed", type=int, default=0)
-    top.add_argument("--dtype", choices=list(DTYPES), default="fp32")
-    top.add_argument("--device")
-    top.add_argument("--recipe", help="what the weights were trained with, for the result file")
+    add_world_options(top, clips=256)
+    add_run_options(top)
     top.add_argument("--out", required=True, metavar="DIR")
     return top
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    given = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(given)
-    args.told = ["python", "-m", "training.optimize_tokens", *given]
-    try:
-        return optimize(args)
-    except FluxChatError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return run_command(parser(), optimize, argv)
 
 
 if __name__ == "__main__":

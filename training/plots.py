@@ -27,7 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from encoder.checkpoint import atomic_path
-from encoder.errors import DataError, FluxChatError
+from encoder.errors import DataError
+from training.command_line import command_parser, run_command
 from training.evaluation.heatmap import figure_of, save_figure
 
 NORM = "grad_norm"
@@ -86,15 +87,15 @@ def smooth(values: Sequence[float], width: int) -> list[float]:
 
 def gradnorm_curves(run: Path, pattern: str = "") -> list[Curve]:
     """The norm over all parts, and of each part whose name matches; raises DataError when none was logged."""
-    found = read_run(run)
-    if NORM not in found:
+    logged = read_run(run)
+    if NORM not in logged:
         raise DataError(f"{run} has no gradient norms in its log.")
-    parts = [curve for name, curve in found.items() if name.startswith(NORM + "/")]
+    parts = [curve for name, curve in logged.items() if name.startswith(NORM + "/")]
     chosen = [part for part in parts if re.search(pattern, part.name.removeprefix(NORM + "/"))]
     if pattern and not chosen:
         names = ", ".join(part.name.removeprefix(NORM + "/") for part in parts) or "none"
         raise DataError(f"No part of {run} matches {pattern!r}: logged are {names}.")
-    overall = Curve("all parts", found[NORM].x, found[NORM].y)
+    overall = Curve("all parts", logged[NORM].x, logged[NORM].y)
     return [overall, *(Curve(part.name.removeprefix(NORM + "/"), part.x, part.y) for part in chosen)]
 
 
@@ -104,10 +105,10 @@ def convergence_curves(
     """A held-out figure of every run over epochs (over steps without `steps_per_epoch`). Raises DataError."""
     curves = []
     for number, run in enumerate(runs):
-        found = read_run(run)
-        curve = found.get(f"eval/{metric}") or found.get(metric)
+        logged = read_run(run)
+        curve = logged.get(f"eval/{metric}") or logged.get(metric)
         if curve is None:
-            held = [name.removeprefix("eval/") for name in found if name.startswith("eval/")]
+            held = [name.removeprefix("eval/") for name in logged if name.startswith("eval/")]
             raise DataError(
                 f"{run} has no figure {metric!r}: it has {', '.join(held) or 'no held-out ones'}."
             )
@@ -139,7 +140,7 @@ def draw(
 
 @dataclass(frozen=True)
 class _Point:
-    """One setting of a result file."""
+    """One encoder input of a result file."""
 
     grid: tuple[int, int]
     selector: str
@@ -150,7 +151,7 @@ class _Point:
 
 
 def _points(result: Path, metric: str) -> list[_Point]:
-    """Every setting, by tokens kept; raises DataError."""
+    """Every encoder input, by tokens kept; raises DataError."""
     try:
         points = []
         for row in json.loads(result.read_text())["settings"]:
@@ -234,11 +235,7 @@ def write_csv(curves: Sequence[Curve], out: Path, x: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.plots",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("training.plots", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     gradnorm = commands.add_parser("gradnorm", help="gradient norm of every part, over steps")
     gradnorm.add_argument("run", nargs="+", type=Path, help="folder of a run; of several, one file each")
@@ -255,36 +252,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     budget.add_argument("--metric", default="noun", help="an attribute: noun or motion")
     for command in (gradnorm, convergence, budget):
         command.add_argument("--out", required=True, type=Path, help="PNG; a csv of the same name beside it")
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "gradnorm":
-            for run in args.run:
-                out = args.out if len(args.run) == 1 else args.out.with_stem(f"{args.out.stem}_{run.name}")
-                curves = gradnorm_curves(run, args.parts)
-                draw(curves, out, x="step", y="gradient norm", title=run.name, width=args.smooth, log=True)
-                write_csv(curves, out.with_suffix(".csv"), "step")
-                print(f"{out}: {len(curves)} curves, {len(curves[0].x)} steps")
-        elif args.command == "budget":
-            by_way = budget_curves(args.result, args.metric)
-            draw_budget(by_way, args.out, args.metric)
-            write_csv([tokens for tokens, _ in by_way.values()], args.out.with_suffix(".csv"), "tokens")
-            print(f"{args.out}: {len(by_way)} ways to choose tokens")
-        else:
-            scales = args.steps_per_epoch
-            if scales is not None and len(scales) == 1:
-                scales *= len(args.run)
-            if scales is not None and len(scales) != len(args.run):
-                raise DataError(f"{len(scales)} steps per epoch were given for {len(args.run)} runs.")
-            curves = convergence_curves(args.run, args.metric, scales)
-            x = "step" if scales is None else "epoch"
-            draw(curves, args.out, x=x, y=args.metric, title=f"{args.metric} on held-out data")
-            write_csv(curves, args.out.with_suffix(".csv"), x)
-            for curve in curves:
-                print(f"{curve.name}: {curve.y[-1]:.4f} after {curve.x[-1]:g} {x}s, best {max(curve.y):.4f}")
-    except FluxChatError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return run_command(parser, run, argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw one of the figures."""
+    if args.command == "gradnorm":
+        for folder in args.run:
+            out = args.out if len(args.run) == 1 else args.out.with_stem(f"{args.out.stem}_{folder.name}")
+            curves = gradnorm_curves(folder, args.parts)
+            draw(curves, out, x="step", y="gradient norm", title=folder.name, width=args.smooth, log=True)
+            write_csv(curves, out.with_suffix(".csv"), "step")
+            print(f"{out}: {len(curves)} curves, {len(curves[0].x)} steps")
+    elif args.command == "budget":
+        by_way = budget_curves(args.result, args.metric)
+        draw_budget(by_way, args.out, args.metric)
+        write_csv([tokens for tokens, _ in by_way.values()], args.out.with_suffix(".csv"), "tokens")
+        print(f"{args.out}: {len(by_way)} ways to choose tokens")
+    else:
+        scales = args.steps_per_epoch
+        if scales is not None and len(scales) == 1:
+            scales *= len(args.run)
+        if scales is not None and len(scales) != len(args.run):
+            raise DataError(f"{len(scales)} steps per epoch were given for {len(args.run)} runs.")
+        curves = convergence_curves(args.run, args.metric, scales)
+        x = "step" if scales is None else "epoch"
+        draw(curves, args.out, x=x, y=args.metric, title=f"{args.metric} on held-out data")
+        write_csv(curves, args.out.with_suffix(".csv"), x)
+        for curve in curves:
+            print(f"{curve.name}: {curve.y[-1]:.4f} after {curve.x[-1]:g} {x}s, best {max(curve.y):.4f}")
 
 
 if __name__ == "__main__":

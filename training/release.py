@@ -1,12 +1,12 @@
-"""Make the folder that ships: weights, example clips with the model's own answers, a card with figures.
+"""Make the released model's folder: weights, example clips with the model's own answers, a card with figures.
 
     python -m training.release --model runs/box/chat_lora_answers/model --figures runs/box/world.json \
         --alignment runs/box/clip/alignment.safetensors
 
-The last step of `make model`. The clips come from the test split of the demo world; five whose questions the
-model answers rightly and one that it gets wrong, each first of its kind from number 0 on. A plan table that
-`training.optimize_tokens --install` wrote into the model goes along; so does that of the folder before, when
-the encoder it was measured on is still the same.
+The last step of `make model`. The clips come from the test split of the demo world; five whose questions
+the model answers rightly and one that it gets wrong, each first of its kind from number 0 on. A plan table
+that `training.optimize_tokens --install` wrote into the model goes along; so does that of the folder before,
+when the encoder it was measured on is still the same.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from encoder.checkpoint import save_json
-from encoder.errors import DataError, FluxChatError
+from encoder.errors import DataError
 from llm_bridge.model import ADAPTER, VideoLanguageModel
+from training.command_line import command_parser, run_command
 from training.data.media import FileMedia
 from training.data.synthetic_source import WorldSource
+from training.evaluation.ability_metrics import chance_cell, share_cell
 from training.evaluation.answer_scoring import agrees
-from training.evaluation.chat_evaluator import Asked, Watcher
+from training.evaluation.chat_evaluator import ChatEvaluator, Query
 from training.evaluation.chat_runs import input_of
-from training.model_card import card
+from training.evaluation.cli_arguments import PRESETS
 from training.synthetic.dataset import Sample, World
 from training.synthetic.export import write_video
 from training.synthetic.question_forms import Question
@@ -63,31 +65,31 @@ def suitable(sample: Sample, place: int, tasks: Sequence[str]) -> Question | Non
 
 def make_examples(model: VideoLanguageModel, world: World, folder: Path) -> list[Example]:
     """Write clips into a folder until enough are answered rightly and wrongly. Raises DataError if not."""
-    watcher = Watcher(model, input_of(model, model.config.default_tokens))
+    evaluator = ChatEvaluator(model, input_of(model, model.config.default_tokens))
     folder.mkdir(parents=True)
     tasks = TASKS if world.level.plots != ("solo",) else TASKS[:2]
-    found: list[Example] = []
-    shown: set[str] = set()
+    examples: list[Example] = []
+    used: set[str] = set()
     for number in range(400):
         sample = world.sample(number)
         code = sample.scene.actors[0].code
-        question = suitable(sample, len(found), tasks)
-        if question is None or code in shown:
+        question = suitable(sample, len(examples), tasks)
+        if question is None or code in used:
             continue
         name = f"{world.nouns[code].name.replace(' ', '-')}-{sample.scene.actors[0].motions[0]}.mp4"
         frames = round(sample.scene.duration_s * FPS)
         pixels = world.render(sample.scene, [i / FPS for i in range(frames)], SIZE, SIZE)
         write_video(folder / name, pixels, FPS, crf=26)
-        answer = next(watcher.answers(FileMedia((folder / name,)), number, [Asked(question.question)]))
+        answer = next(evaluator.answers(FileMedia((folder / name,)), number, [Query(question.question)]))
         right = agrees(question, answer)
-        if sum(example.right == right for example in found) >= (RIGHT if right else WRONG):
+        if sum(example.right == right for example in examples) >= (RIGHT if right else WRONG):
             (folder / name).unlink()
             continue
-        shown.add(code)
-        found.append(Example(name, question.question, question.answer, answer, right))
-        if len(found) == RIGHT + WRONG:
-            return sorted(found, key=lambda example: not example.right)
-    raise DataError(f"Only {len(found)} of {RIGHT + WRONG} example clips were found among 400.")
+        used.add(code)
+        examples.append(Example(name, question.question, question.answer, answer, right))
+        if len(examples) == RIGHT + WRONG:
+            return sorted(examples, key=lambda example: not example.right)
+    raise DataError(f"Only {len(examples)} of {RIGHT + WRONG} example clips were found among 400.")
 
 
 def copy_weights(source: Path, target: Path) -> Iterator[Path]:
@@ -121,7 +123,7 @@ def keep_plan_table(built: Path, before: Path) -> None:
         save_json({**new, "plan_table": old["plan_table"]}, configs[0])
 
 
-def ship(
+def release(
     model: Path,
     figures: Path,
     out: Path,
@@ -131,7 +133,7 @@ def ship(
     """Write `out` anew; it is complete or as it was. Raises DataError, ModelError or CheckpointError."""
     measured: dict[str, Any] = json.loads(figures.read_text())
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".ship-") as scratch:
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".release-") as scratch:
         built = Path(scratch) / "built"
         built.mkdir()
         sizes = {path.name: path.stat().st_size for path in copy_weights(model, built)}
@@ -149,13 +151,126 @@ def ship(
         os.replace(built, out)
 
 
+# -- the model card ----------------------------------------------------------------------------------------
+
+HEAD = """\
+---
+license: apache-2.0
+library_name: fluxchat
+pipeline_tag: video-text-to-text
+base_model: {llm}
+---
+# The model in the box
+
+A {width}-wide, {depth}-block FluxViT ({millions:.1f} M parameters), a {layers}-layer projector and
+{llm}{tuned}, trained on two CPU cores with this project's own commands (`make model`) on videos that it draws
+itself. It knows {nouns} things and {motions} ways to move; shown anything else, **it guesses**.
+
+## What it gets right
+
+{clips} clips of the test split (scenes, backgrounds and wordings that training never showed), greedy answers,
+percent with 95 % intervals. {inputs}; "text-only" is the same language model without the video.
+
+{table}
+"""
+TAIL = """
+## Examples
+
+{examples}
+
+## How it was made
+
+| file | MB |
+|---|---|
+{files}
+
+Recipes in `training/recipes/`, in this order: `cpu/umt.yaml` (Flux-UMT from nothing), `box/clip.yaml`
+(Flux-CLIP; what clips and patches show are further targets), `box/projector_warmup.yaml` (the projector
+learns words; not of the paper), `box/chat_stage1.yaml` (projector; encoder and language model frozen){lora}.
+Figures: commit `{commit}`, weights `{weights}`.
+
+## Data and licences
+
+Fluent Emoji by Microsoft (MIT) move over photographs from scikit-image that are free of known restrictions
+and over painted backgrounds: see `training/synthetic/LICENCES.md`. The text targets of Flux-CLIP come from
+all-MiniLM-L6-v2 (Apache-2.0). The language model is not in this folder: `fluxchat fetch` gets it. Weights:
+Apache-2.0.
+
+## Limits
+
+Trained on {objects}, square frames, {shortest:.0f} to {longest:.0f} seconds. On other videos it names one of
+the things it knows. It cannot read, recognise people or hear.
+"""
+
+
+def card(
+    model: VideoLanguageModel,
+    world: World,
+    sizes: Mapping[str, int],
+    measured: Mapping[str, Any],
+    examples: Sequence[Mapping[str, Any]],
+) -> str:
+    """Markdown. measured: the result of `training.evaluate world`; examples: those of the folder."""
+    config = model.config.encoder
+    runs: Mapping[str, Any] = measured["runs"]
+    first = next(iter(runs.values()))
+    most = world.level.max_objects
+    head = HEAD.format(
+        llm=model.config.llm,
+        width=config.embed_dim,
+        depth=config.depth,
+        millions=sum(p.numel() for p in model.encoder.parameters()) / 1e6,
+        layers=model.config.projector.layers,
+        tuned=" with a LoRA adapter" if model.llm.adapters else "",
+        nouns=len(world.pool),
+        motions=len(world.level.motions),
+        clips=first["tasks"]["caption: main object"]["n"],
+        inputs="; ".join(
+            _input(run, values, config.patch_size) for run, values in measured["inputs"].items() if values
+        ),
+        table=figures_table(runs),
+    )
+    return head + TAIL.format(
+        examples="\n".join(_example(example) for example in examples),
+        files="\n".join(f"| {name} | {size / 1e6:.1f} |" for name, size in sizes.items()),
+        lora=", `box/chat_lora.yaml` and `box/chat_lora_answers.yaml` (adapter)"
+        if model.llm.adapters
+        else "",
+        commit=measured.get("commit"),
+        weights=measured.get("weights"),
+        objects="one object per clip" if most == 1 else f"up to {most} objects per clip",
+        shortest=world.level.duration_s[0],
+        longest=world.level.duration_s[1],
+    )
+
+
+def _input(run: str, values: Mapping[str, Any], patch_size: int) -> str:
+    """The encoder input of a run, from a result file's "inputs"."""
+    frames, side = values["frames"], values["resolution"]
+    patches = frames * (side // patch_size) ** 2
+    return f'"{run}" keeps {values["K"]} of the {patches} patches of {frames} frames at {side} x {side}'
+
+
+def figures_table(runs: Mapping[str, Any]) -> str:
+    """Abilities (bold), then tasks, down and runs across; the runs are named by selector and tokens kept."""
+    names = list(runs)
+    lines = [f"| task | {' | '.join(names)} | chance | n |", "|---" * (len(names) + 3) + "|"]
+    for part, mark in (("goals", "**"), ("tasks", "")):
+        for task, row in runs[names[0]].get(part, {}).items():
+            cells = [share_cell(runs[name].get(part, {}).get(task)) or "" for name in names]
+            shares, chance = " | ".join(cells), chance_cell(row)
+            lines.append(f"| {mark}{task}{mark} | {shares} | {chance} | {row['n']} |")
+    return "\n".join(lines)
+
+
+def _example(example: Mapping[str, Any]) -> str:
+    verdict = "right" if example["right"] else f"wrong, it was: {example['expected']}"
+    return f'- `{example["file"]}` - "{example["question"]}" - "{example["answer"]}" ({verdict})'
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.release",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("training.release", __doc__)
     parser.add_argument("--model", type=Path, required=True, help="folder of the trained model")
     parser.add_argument("--figures", type=Path, required=True, help="JSON of training.evaluate world")
     parser.add_argument(
@@ -163,19 +278,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         help="alignment.safetensors of its encoder, for `training.evaluate --encoder`",
     )
-    parser.add_argument("--preset", choices=["simple", "solo", "full"], default="full", help="of its world")
+    parser.add_argument("--preset", choices=PRESETS, default="full", help="of its world")
     parser.add_argument("--out", type=Path, default=Path("app/pretrained"))
-    args = parser.parse_args(argv)
-    try:
-        ship(args.model, args.figures, args.out, args.preset, args.alignment)
-    except OSError as error:
-        print(f"Cannot read or write {error.filename}: {error.strerror}.", file=sys.stderr)
-        return 2
-    except FluxChatError as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(args.out)
-    return 0
+
+    def run(args: argparse.Namespace) -> None:
+        try:
+            release(args.model, args.figures, args.out, args.preset, args.alignment)
+        except OSError as error:
+            raise DataError(f"Cannot read or write {error.filename}: {error.strerror}.") from error
+        print(args.out)
+
+    return run_command(parser, run, argv)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Every table on the demo world for one model, and the page that shows them.
+"""The page of results on the demo world, and the commands that measure them for one model.
 
+    python -m training.results                       training/RESULTS.md from training/result_files/, no model
     python -m training.results --model app/pretrained --clip runs/cpu/clip --results runs/results
-    python -m training.results --model app/pretrained --chat-clips 200 --chat-tokens 64 32 16 ...
-    python -m training.results --results runs/results --page training/RESULTS.md   the page alone
+    python -m training.results --model app/pretrained --chat-clips 200 --chat-tokens 64 32 16 --results ...
+    python -m training.results --results runs/results --page training/RESULTS.md   store them, write the page
 
-Runs one command per table, each of which goes on where it stopped, then writes the page from their result
-files: only what was measured, each table with its command. What people wrote under "Finding:" stays, and so
-does a table whose result file is gone.
+With --model or --clip it runs one command per table, each of which goes on where it stopped. The page is made
+of the result files in `result_files` beside it, where those of --results are copied to: only what was
+measured, each table with its command. What people found is written in `result_files/findings.md`, under the
+same headings.
 """
 
 from __future__ import annotations
@@ -24,36 +26,35 @@ from pathlib import Path
 from typing import Any
 
 from encoder.checkpoint import atomic_path
-from encoder.errors import DataError, FluxChatError
-from training.evaluation.ability_metrics import goals_by_run
-from training.evaluation.action import accuracy_table
+from encoder.errors import ConfigError, DataError
+from training.command_line import command_parser, run_command
+from training.evaluation.ability_metrics import abilities_by_run
+from training.evaluation.chat_runs import TEXT_ONLY
+from training.evaluation.classification import accuracy_table
+from training.evaluation.cli_arguments import PRESETS
 from training.evaluation.mvbench import mvbench_table
 from training.evaluation.retrieval import retrieval_table
-from training.evaluation.run import setting_of
-from training.evaluation.synthetic import encoder_table, world_table
+from training.evaluation.synthetic_chat import world_table
+from training.evaluation.synthetic_encoder import encoder_table
 from training.optimize_tokens import runs_table
 
 Result = dict[str, Any]
 NOT_MEASURED = "Not measured yet."
+PAGE = Path(__file__).parent / "RESULTS.md"
+STORE = "result_files"  # the folder beside the page
 INTRODUCTION = """\
 # Results
 
 Measured on the demo world's test clips, whose backgrounds and wordings no training saw; the tables have the
 shape of the paper's. Shares are percent; every result file holds the 95 % intervals, and the hash of the
-weights, the commit, the machine and the seed. All of it again:
+weights, the commit, the machine and the seed. Each table names the command that measured it. This page is
+written from the files in `{store}` by
 
-    {command}
+    python -m training.results
 
-On public sets the same commands take `--annotations` and `--videos` (`python -m training.evaluate --help`).
+which with `--model MODEL --clip RUN --results DIR` measures the tables of another model. On public sets the
+same commands take `--annotations` and `--videos` (`python -m training.evaluate --help`).
 """
-
-
-def _by_setting(draw: Callable[[Any, Any], str]) -> Callable[[Result], str]:
-    def text(result: Result) -> str:
-        rows = result["settings"]
-        return draw([setting_of(row) for row in rows], rows)
-
-    return text
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,10 @@ class Section:
     show: Callable[[Result], str]
 
 
-def _against_blind(runs: Mapping[str, Any]) -> str:
-    """The first run beside the one without video; the other runs have a table of their own."""
-    chosen = dict.fromkeys([next(iter(runs)), *(["blind"] if "blind" in runs else [])])
-    return world_table({name: runs[name] for name in chosen})
+def _against_text_only(runs: Mapping[str, Any]) -> str:
+    """The first run beside the one without the video; the other runs have a table of their own."""
+    without = [name for name in (TEXT_ONLY, "blind") if name in runs]
+    return world_table({name: runs[name] for name in dict.fromkeys([next(iter(runs)), *without])})
 
 
 _EVALUATE = "training.evaluate"
@@ -84,7 +85,7 @@ SECTIONS: tuple[Section, ...] = (
         _CHAT,
         "model",
         "the chat table (Table 10)",
-        lambda result: _against_blind(result["runs"]),
+        lambda result: _against_text_only(result["runs"]),
     ),
     Section(
         "Fewer tokens and other selectors: what the chat model answers",
@@ -92,7 +93,7 @@ SECTIONS: tuple[Section, ...] = (
         _CHAT,
         "model",
         "the chat table (Table 10) and the selectors (Table 2); the same clips and questions in every line",
-        lambda result: goals_by_run(result["runs"]),
+        lambda result: abilities_by_run(result["runs"]),
     ),
     Section(
         "Multiple choice in MVBench's forms",
@@ -108,7 +109,7 @@ SECTIONS: tuple[Section, ...] = (
         (_EVALUATE, "world", "--selector", "flux", "random", "uniform", "tube"),
         "clip",
         "the selectors (Table 2)",
-        _by_setting(encoder_table),
+        lambda result: encoder_table(result["settings"]),
     ),
     Section(
         "Retrieval by caption",
@@ -116,7 +117,7 @@ SECTIONS: tuple[Section, ...] = (
         (_EVALUATE, "retrieval", "--dataset", "world"),
         "clip",
         "zero-shot retrieval (supplement Table 3)",
-        _by_setting(retrieval_table),
+        lambda result: retrieval_table(result["settings"]),
     ),
     Section(
         "Zero-shot action: which motion",
@@ -124,7 +125,7 @@ SECTIONS: tuple[Section, ...] = (
         (_EVALUATE, "action", "--dataset", "world"),
         "clip",
         "zero-shot action recognition (supplement Table 4)",
-        _by_setting(accuracy_table),
+        lambda result: accuracy_table(result["settings"]),
     ),
     Section(
         "Classification: which object",
@@ -132,7 +133,7 @@ SECTIONS: tuple[Section, ...] = (
         (_EVALUATE, "classify", "--dataset", "world", "--attribute", "noun"),
         "clip",
         "the main tables (6 to 8)",
-        _by_setting(accuracy_table),
+        lambda result: accuracy_table(result["settings"]),
     ),
     Section(
         "Token Optimization",
@@ -148,7 +149,7 @@ SECTIONS: tuple[Section, ...] = (
 def commands(args: argparse.Namespace) -> list[list[str]]:
     """One command per result file whose model or training.clip run is given."""
     by_stem = {section.stem: section for section in SECTIONS}
-    found = []
+    lines = []
     for section in by_stem.values():
         out = Path(args.results) / f"{section.stem}.json"
         if section.needs == "model" and args.model:
@@ -160,8 +161,8 @@ def commands(args: argparse.Namespace) -> list[list[str]]:
         if _searches(section):
             out = out.parent
         recipe = ["--recipe", args.recipe] if args.recipe else []
-        found.append(["-m", *section.command, *options, *recipe, "--out", str(out)])
-    return found
+        lines.append(["-m", *section.command, *options, *recipe, "--out", str(out)])
+    return lines
 
 
 def _searches(section: Section) -> bool:
@@ -196,83 +197,74 @@ def measure(args: argparse.Namespace) -> None:
             raise DataError(f"python {shlex.join(command)} failed: its message is above.")
 
 
-def page(results: Path, told: Sequence[str], old: str = "", pictures: Path | None = None) -> str:
-    """Markdown of all result files that are there. old: the page before, whose findings are kept, and its
-    tables where there is no file.
+def store(results: Path, folder: Path) -> None:
+    """Copy the result files of a folder, and the pictures beside them, to where the page is written from."""
+    for stem in {section.stem for section in SECTIONS}:
+        source = results / f"{stem}.json"
+        if source.exists():
+            target = folder / f"{stem}.json"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            for file in (source, *source.parent.glob("heatmap_*.png")):
+                if file.resolve() != (target.parent / file.name).resolve():
+                    shutil.copyfile(file, target.parent / file.name)
 
-    pictures: folder beside the page that the heatmaps are copied to.
-    """
-    kept, before = findings(old), sections(old)
-    parts = [INTRODUCTION.format(command=shlex.join(told))]
+
+def page(folder: Path) -> str:
+    """Markdown of all result files of a folder, which lies beside the page. Raises DataError."""
+    notes = folder / "findings.md"
+    findings = sections(notes.read_text()) if notes.exists() else {}
+    parts = [INTRODUCTION.format(store=folder.name)]
     for section in SECTIONS:
-        path = results / f"{section.stem}.json"
-        if not path.exists() and NOT_MEASURED not in before.get(section.title, NOT_MEASURED):
-            parts.append(f"## {section.title}\n{before[section.title].rstrip()}\n")
-            continue
+        path = folder / f"{section.stem}.json"
+        lines = [f"## {section.title}", "", f"Of the shape of {section.of_paper}.", ""]
         if not path.exists():
             command = shlex.join(["python", "-m", *section.command])
-            lines = [f"## {section.title}", "", f"Of the shape of {section.of_paper}.", ""]
             parts.append("\n".join([*lines, f"    {command} ...", "", NOT_MEASURED]) + "\n")
             continue
         try:
             result = json.loads(path.read_text())
-            lines = [f"## {section.title}", "", f"Of the shape of {section.of_paper}.", ""]
             lines += [f"    {result['command']}", "", "```", section.show(result), "```", "", about(result)]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is not a result of {section.command[0]}: {error!r}.") from error
-        if pictures is not None:
-            for picture in sorted(path.parent.glob("heatmap_*.png")):
-                lines += ["", f"![{picture.stem}]({_copied(picture, pictures)})"]
-        if section.title in kept:
-            lines += ["", kept[section.title]]
+        for picture in sorted(path.parent.glob("heatmap_*.png")):
+            lines += ["", f"![{picture.stem}]({picture.relative_to(folder.parent).as_posix()})"]
+        if section.title in findings:
+            lines += ["", findings[section.title]]
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
-
-
-def _copied(picture: Path, folder: Path) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(picture, folder / picture.name)
-    return f"{folder.name}/{picture.name}"
 
 
 def about(result: Result) -> str:
     """Where a table comes from, in one line."""
     machine = result["machine"]
-    said = [f"weights `{result['weights']}`", f"commit `{result['commit']}`"]
-    said += [f"language model {result['llm']}"] if "llm" in result else []
-    said += [result["dtype"], f"{machine['device']}, {machine['cpu']}, {machine['threads']} threads"]
-    said += [f"recipe {result['recipe']}"] if result.get("recipe") else []
-    said += [f"preset {result['preset']}"] if result.get("preset") else []
-    said += [f"seed {result['seed']}", f"intervals: {result['interval']}"]
-    return "; ".join(said) + "."
-
-
-def findings(text: str) -> dict[str, str]:
-    """The paragraph that begins with "Finding:" under each heading of a page."""
-    found = {}
-    for title, body in sections(text).items():
-        if said := re.search(r"^Finding:.*?(?=\n\s*\n|\Z)", body, flags=re.M | re.S):
-            found[title] = said.group(0).strip()
-    return found
+    facts = [f"weights `{result['weights']}`", f"commit `{result['commit']}`"]
+    facts += [f"language model {result['llm']}"] if "llm" in result else []
+    facts += [result["dtype"], f"{machine['device']}, {machine['cpu']}, {machine['threads']} threads"]
+    facts += [f"recipe {result['recipe']}"] if result.get("recipe") else []
+    facts += [f"preset {result['preset']}"] if result.get("preset") else []
+    facts += [f"seed {result['seed']}", f"intervals: {result['interval']}"]
+    facts += [f"source: {result['source']}"] if "source" in result else []
+    return "; ".join(facts) + "."
 
 
 def sections(text: str) -> dict[str, str]:
     """What stands under each heading of a page."""
     parts = (part.partition("\n") for part in re.split(r"^## ", text, flags=re.M)[1:])
-    return {title.strip(): body for title, _, body in parts}
+    return {title.strip(): body.strip() for title, _, body in parts}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.results",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("training.results", __doc__)
     parser.add_argument("--model", help="a chat model: its tables")
     parser.add_argument("--clip", help="folder of a training.clip run: the encoder's tables")
-    parser.add_argument("--results", required=True, metavar="DIR", help="where result files are or go")
-    parser.add_argument("--page", metavar="FILE", help="Markdown to write, such as training/RESULTS.md")
+    parser.add_argument("--results", metavar="DIR", help="where measured result files are or go")
+    parser.add_argument(
+        "--page",
+        metavar="FILE",
+        help="Markdown to write from result_files beside it; default: training/RESULTS.md, and none after "
+        "measuring",
+    )
     parser.add_argument("--clips", type=int, default=512, help="for the encoder")
     parser.add_argument("--chat-clips", type=int, default=200, help="for the chat model")
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 64, 32], help="of the encoder")
@@ -286,29 +278,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--frames", type=int, nargs="+", help="of Token Optimization; default: trained range")
     parser.add_argument("--resolutions", type=int, nargs="+", help="of Token Optimization; likewise")
     parser.add_argument("--pool", type=int, help="pooling head that training.clip trained")
-    parser.add_argument("--preset", choices=["simple", "solo", "full"], default="solo")
-    parser.add_argument("--chat-preset", choices=["simple", "solo", "full"], help="default: --preset")
+    parser.add_argument("--preset", choices=PRESETS, default="solo")
+    parser.add_argument("--chat-preset", choices=PRESETS, help="default: --preset")
     parser.add_argument("--plan", action="store_true", help="the chat model's own input for each budget")
     parser.add_argument(
         "--install", metavar="MODEL", help="write the measured plan table into this model's config.json"
     )
     parser.add_argument("--recipe", help="what the weights were trained with")
-    given = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(given)
-    try:
+    return run_command(parser, run, argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure what is to be measured, then write the page."""
+    measuring = args.model or args.clip
+    if measuring:
+        if not args.results:
+            raise ConfigError("Name the folder for the result files: --results DIR.")
         measure(args)
-        if args.page:
-            target = Path(args.page)
-            old = target.read_text() if target.exists() else ""
-            told = ["python", "-m", "training.results", *given]
-            text = page(Path(args.results), told, old, target.parent / "results")
-            with atomic_path(target) as temporary:
-                temporary.write_text(text)
-            print(f"{target}: {text.count('## ')} tables")
-    except FluxChatError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    if measuring and not args.page:
+        return
+    target = Path(args.page) if args.page else PAGE
+    folder = target.parent / STORE
+    if args.results:
+        store(Path(args.results), folder)
+    if not folder.is_dir():
+        raise DataError(
+            f"There are no result files in {folder}: measure some, or name their folder (--results)."
+        )
+    text = page(folder)
+    with atomic_path(target) as temporary:
+        temporary.write_text(text)
+    print(f"{target}: {text.count('## ')} tables")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,20 @@ import torch
 from encoder.config import MICRO
 from encoder.fluxvit import FluxViT
 from tests.encoder.video import video_files as vf
+from tests.training.synthetic.tiny_world import make_cache
+
+
+@pytest.fixture(scope="session")
+def world_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache folder ($FLUXCHAT_CACHE) with the small synthetic world."""
+    return make_cache(tmp_path_factory.mktemp("world-cache"))
+
+
+@pytest.fixture
+def cached_world(world_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, in use."""
+    monkeypatch.setenv("FLUXCHAT_CACHE", str(world_cache))
+    return world_cache
 
 
 @pytest.fixture(scope="session")

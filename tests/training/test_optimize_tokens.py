@@ -17,7 +17,7 @@ from encoder.errors import ConfigError
 from encoder.fluxvit import FluxViT
 from llm_bridge.model import VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
-from tests.training.synthetic.tiny_world import TINY, make_cache, make_encoder
+from tests.training.synthetic.tiny_world import TINY, make_encoder
 from training.data.synthetic_source import WorldSource
 from training.evaluation.heatmap import draw_heatmap
 from training.evaluation.metrics import Share
@@ -130,11 +130,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_encoder(tmp_path_factory.mktemp("run"))
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_cache(tmp_path_factory.mktemp("cache"))
-
-
 def command(run: Path, out: Path, *more: str) -> list[str]:
     return [
         *("--encoder", str(run / "encoder"), "--alignment", str(run), "--tokens", "32", "16"),
@@ -142,8 +137,7 @@ def command(run: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
-def test_the_command(run, cache, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("FLUXCHAT_CACHE", str(cache))
+def test_the_command(run, cached_world, tmp_path, capsys) -> None:
     model = tmp_path / "model"
     model.mkdir()
     config = VLMConfig(llm="x", projector=ProjectorConfig(32, 64), encoder=TINY)
@@ -190,10 +184,9 @@ def test_the_command(run, cache, tmp_path, monkeypatch, capsys) -> None:
 
 
 def test_an_installed_table_decides_about_budgets(
-    run: Path, cache: Path, tmp_path: Path, monkeypatch, llm_folder
+    run: Path, cached_world: Path, tmp_path: Path, llm_folder
 ) -> None:
     """From the measured grid to what a VideoChat of that folder samples."""
-    monkeypatch.setenv("FLUXCHAT_CACHE", str(cache))
     model = tmp_path / "model"
     config = VLMConfig(llm=str(llm_folder("qwen2")), projector=ProjectorConfig(32, 64), encoder=TINY)
     assemble(config, FluxViT(TINY), None, device="cpu").save_pretrained(model)
@@ -210,8 +203,7 @@ def test_an_installed_table_decides_about_budgets(
         assert (auto.frames, auto.height) == (table.rows[0].frames, table.rows[0].resolution)
 
 
-def test_a_chat_model_is_judged_by_its_answers(cache: Path, tmp_path: Path, monkeypatch, llm_folder) -> None:
-    monkeypatch.setenv("FLUXCHAT_CACHE", str(cache))
+def test_a_chat_model_is_judged_by_its_answers(cached_world: Path, tmp_path: Path, llm_folder) -> None:
     config = VLMConfig(llm=str(llm_folder("qwen2")), projector=ProjectorConfig(32, 64), encoder=TINY)
     assemble(config, FluxViT(TINY), None, device="cpu").save_pretrained(tmp_path / "model")
     arguments = ["--model", str(tmp_path / "model"), "--device", "cpu", "--tokens", "8", "--frames", "4"]
@@ -230,8 +222,7 @@ def test_a_chat_model_is_judged_by_its_answers(cache: Path, tmp_path: Path, monk
     assert totals == {"choice": choices, "open": len(questions) - choices + 4}
 
 
-def test_joint_is_noun_and_motion_on_the_same_clip(run, cache, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("FLUXCHAT_CACHE", str(cache))
+def test_joint_is_noun_and_motion_on_the_same_clip(run, cached_world, tmp_path) -> None:
     shares = {}
     for metric in ("noun", "motion", "joint"):
         options = ["--search", "linear", "--no-times", "--metric", metric]
@@ -253,7 +244,6 @@ def test_joint_is_noun_and_motion_on_the_same_clip(run, cache, tmp_path, monkeyp
         (["--metric", "open"], "use one of joint, noun, motion"),
     ],
 )
-def test_wrong_use(more, words, run, cache, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("FLUXCHAT_CACHE", str(cache))
+def test_wrong_use(more, words, run, cached_world, tmp_path, capsys) -> None:
     assert main(command(run, tmp_path / "out", "--no-times", *more)) == 2
     assert words in capsys.readouterr().err

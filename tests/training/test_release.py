@@ -13,13 +13,12 @@ from encoder.budget import PlanRow
 from encoder.checkpoint import read_tensors, save_tensors
 from encoder.video.reader import probe
 from llm_bridge.model import VideoLanguageModel
-from training import chat_stage1
-from training import release as ship
+from training import chat_stage1, release
 from training.data import synthetic_source as world_data
 from training.optimize_tokens import install, model_config
 from training.synthetic.dataset import World
-from training.synthetic.scene_scripts import WorldConfig
 from training.synthetic.sprites import procedural_bank
+from training.synthetic.world_config import WorldConfig
 
 
 @pytest.fixture
@@ -40,8 +39,8 @@ def figures(tmp_path: Path) -> Path:
     runs: dict[str, Any] = {
         "flux 16": {"goals": {"which appears first": row}, "tasks": {"caption: main object": row}}
     }
-    runs["blind"] = {"tasks": {}}
-    inputs = {"flux 16": {"frames": 4, "resolution": 56, "K": 16}, "blind": None}
+    runs["text-only"] = {"tasks": {}}
+    inputs = {"flux 16": {"frames": 4, "resolution": 56, "K": 16}, "text-only": None}
     path = tmp_path / "world.json"
     path.write_text(json.dumps({"runs": runs, "inputs": inputs, "commit": "abc123", "weights": "feed"}))
     return path
@@ -53,13 +52,13 @@ def test_the_folder_is_whole(
     bank = procedural_bank()
     monkeypatch.setattr(world_data, "World", lambda split, seed, level: World(split, seed, level, bank))
     # An untrained model gets nothing right; which clips are taken must not hang on that here.
-    monkeypatch.setattr(ship, "RIGHT", 0)
-    monkeypatch.setattr(ship, "WRONG", 2)
+    monkeypatch.setattr(release, "RIGHT", 0)
+    monkeypatch.setattr(release, "WRONG", 2)
     out = tmp_path / "pretrained"
     beside = tmp_path / "beside.safetensors"
     save_tensors({"align.weight": torch.zeros(2, 3)}, beside)
     arguments = ["--model", str(trained), "--figures", str(figures), "--preset", "solo", "--out", str(out)]
-    assert ship.main([*arguments, "--alignment", str(beside)]) == 0
+    assert release.main([*arguments, "--alignment", str(beside)]) == 0
     assert (out / "alignment.safetensors").read_bytes() == beside.read_bytes()
     assert VideoLanguageModel.from_pretrained(out, device="cpu").revision() == (
         VideoLanguageModel.from_pretrained(trained, device="cpu").revision()
@@ -73,20 +72,20 @@ def test_the_folder_is_whole(
     text = (out / "README.md").read_text()
     assert "| **which appears first** | 86.4 [80, 91] |  | 25 | 77 |" in text
     assert "| caption: main object | 86.4 [80, 91] |  | 25 | 77 |" in text
-    assert '"flux 16" keeps 16 of the 64 patches of 4 frames at 56 x 56; "blind" is' in text
+    assert '"flux 16" keeps 16 of the 64 patches of 4 frames at 56 x 56; "text-only" is' in text
     assert "abc123" in text
     assert examples[0]["question"] in text
-    assert not list(tmp_path.glob(".ship-*"))
+    assert not list(tmp_path.glob(".release-*"))
     # A plan table in the old folder stays with the same encoder, and goes with another.
     install([PlanRow(16, 4, 56)], out)
-    assert ship.main([*arguments]) == 0
+    assert release.main([*arguments]) == 0
     assert model_config(out).plan_table == (PlanRow(16, 4, 56),)
     weights = read_tensors(trained / "encoder.safetensors")
     save_tensors({name: value + 1 for name, value in weights.items()}, trained / "encoder.safetensors")
-    assert ship.main([*arguments]) == 0
+    assert release.main([*arguments]) == 0
     assert model_config(out).plan_table == ()
     install([PlanRow(32, 4, 56)], trained)
-    assert ship.main([*arguments]) == 0
+    assert release.main([*arguments]) == 0
     assert model_config(out).plan_table == (PlanRow(32, 4, 56),)
 
 
@@ -95,11 +94,11 @@ def test_examples_of_the_whole_world_ask_about_number_and_order() -> None:
     samples = [world.sample(number) for number in range(80)]
     tasks = {
         question.task
-        for place in range(len(ship.TASKS))
+        for place in range(len(release.TASKS))
         for sample in samples
-        if (question := ship.suitable(sample, place, ship.TASKS)) is not None
+        if (question := release.suitable(sample, place, release.TASKS)) is not None
     }
-    assert tasks == set(ship.TASKS)
+    assert tasks == set(release.TASKS)
 
 
 def test_a_missing_part_is_one_line_and_leaves_the_old_folder(
@@ -108,6 +107,6 @@ def test_a_missing_part_is_one_line_and_leaves_the_old_folder(
     out = tmp_path / "pretrained"
     out.mkdir()
     (out / "README.md").write_text("old")
-    assert ship.main(["--model", str(tmp_path), "--figures", str(figures), "--out", str(out)]) == 2
+    assert release.main(["--model", str(tmp_path), "--figures", str(figures), "--out", str(out)]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert (out / "README.md").read_text() == "old"

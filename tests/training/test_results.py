@@ -1,8 +1,10 @@
-"""The results page: only what was measured, each table with its command; findings stay."""
+"""The results page: written from stored files alone, each table with its command; findings stay."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -10,20 +12,20 @@ import pytest
 
 from encoder.errors import DataError
 from tests.llm_bridge.text_encoders.tiny_towers import sentence_folder
-from tests.training.synthetic.tiny_world import make_cache, make_encoder
-from training import evaluate
-from training.evaluation.ability_metrics import GOALS
-from training.results import SECTIONS, commands, findings, main, page
+from tests.training.synthetic.tiny_world import make_encoder
+from training import evaluate, optimize_tokens
+from training.evaluation.ability_metrics import ABILITIES
+from training.results import NOT_MEASURED, PAGE, SECTIONS, STORE, commands, main, page, sections, store
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def results(tmp_path_factory: pytest.TempPathFactory, world_cache: Path) -> Path:
     """Results of two real commands."""
     folder = tmp_path_factory.mktemp("results")
-    run, cache = make_encoder(folder / "run"), make_cache(folder / "cache")
+    run = make_encoder(folder / "run")
     sentence_folder(folder / "tower")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FLUXCHAT_CACHE", str(cache))
+        patch.setenv("FLUXCHAT_CACHE", str(world_cache))
         for name, dataset in (("world", []), ("retrieval", ["--dataset", "world"])):
             stem = "world_encoder" if name == "world" else name
             arguments = ["--encoder", str(run / "encoder"), "--alignment", str(run), "--clips", "6"]
@@ -32,74 +34,111 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_committed_page_is_made_of_the_committed_files(tmp_path: Path) -> None:
+    shutil.copytree(PAGE.parent / STORE, tmp_path / STORE)
+    assert main(["--page", str(tmp_path / PAGE.name)]) == 0
+    assert (tmp_path / PAGE.name).read_bytes() == PAGE.read_bytes()
+    assert NOT_MEASURED not in PAGE.read_text()
+
+
+@pytest.mark.parametrize("stem", sorted({section.stem for section in SECTIONS}))
+def test_the_commands_on_the_page_are_commands_of_today(stem: str) -> None:
+    command = json.loads((PAGE.parent / STORE / f"{stem}.json").read_text())["command"]
+    assert command in PAGE.read_text()
+    python, flag, module, *arguments = shlex.split(command)
+    assert (python, flag) == ("python", "-m")
+    parsers = {"training.evaluate": evaluate.parser, "training.optimize_tokens": optimize_tokens.parser}
+    parsers[module]().parse_args(arguments)
+
+
 def test_tables_with_their_commands_and_sources(results: Path) -> None:
-    text = page(results, ["python", "-m", "training.results"])
-    told = json.loads((results / "retrieval.json").read_text())
-    assert told["command"] in text
-    assert f"weights `{told['weights']}`" in text
-    share = 100 * told["settings"][0]["scores"]["plain"]["T2V"]["R@1"]["value"]
+    text = page(results)
+    result = json.loads((results / "retrieval.json").read_text())
+    assert result["command"] in text
+    assert f"weights `{result['weights']}`" in text
+    share = 100 * result["settings"][0]["scores"]["plain"]["T2V"]["R@1"]["value"]
     assert f"{share:.1f}" in text.split("## Retrieval by caption")[1].split("## ")[0]
-    assert text.count("Not measured yet.") == len(SECTIONS) - 2
+    assert text.count(NOT_MEASURED) == len(SECTIONS) - 2
 
 
-def test_the_chat_tables_share_one_result(results: Path, tmp_path: Path) -> None:
-    rows = {name: {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 9, "chance": 0.25} for name in GOALS}
+@pytest.mark.parametrize("without_video", ["text-only", "blind"])
+def test_the_chat_tables_share_one_result(results: Path, tmp_path: Path, without_video: str) -> None:
+    rows = {name: {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 9, "chance": 0.25} for name in ABILITIES}
     runs = {
         name: {"goals": rows, "parts": {}, "tasks": {}}
-        for name in ("flux 64", "flux 16", "random 64", "blind")
+        for name in ("flux 64", "flux 16", "random 64", without_video)
     }
     about = json.loads((results / "retrieval.json").read_text())
     (tmp_path / "world_chat.json").write_text(json.dumps({**about, "runs": runs}))
-    first, second = page(tmp_path, ["x"]).split("\n## ")[1:3]
+    first, second = page(tmp_path).split("\n## ")[1:3]
     assert "flux 64" in first
-    assert "blind" in first
+    assert without_video in first
     assert "flux 16" not in first
     assert [line.split("  ")[0] for line in second.splitlines() if "50.0 [40, 60]" in line] == list(runs)
 
 
-def test_findings_stay(results: Path) -> None:
-    first = page(results, ["x"])
-    said = "Finding: as in the paper, the selector\nis far above chance selection."
-    edited = first.replace("## Zero-shot action", f"{said}\n\nMore words.\n\n## Zero-shot action")
-    assert findings(edited) == {"Retrieval by caption": said}
-    second = page(results, ["x"], edited)
-    assert said in second.split("## Retrieval by caption")[1].split("## ")[0]
-    assert page(results, ["x"], second) == second
+def test_findings_stand_below_their_tables(results: Path, tmp_path: Path) -> None:
+    folder = tmp_path / STORE
+    store(results, folder)
+    finding = "Finding: as in the paper, the selector\nis far above chance selection.\n\nMore words."
+    (folder / "findings.md").write_text(f"# Findings\n\n## Retrieval by caption\n\n{finding}\n")
+    assert sections(page(folder))["Retrieval by caption"].endswith(f"\n\n{finding}")
+    assert page(folder).count("Finding:") == 1
 
 
-def test_tables_stay_when_their_files_are_gone(results: Path, tmp_path: Path) -> None:
-    old = page(results, ["x"])
-    for gone in (tmp_path, tmp_path / "again"):
-        gone.mkdir(exist_ok=True)
-        assert page(gone, ["x"], old) == old
-    shutil.copy(results / "retrieval.json", tmp_path)
-    told = json.loads((tmp_path / "retrieval.json").read_text())
-    (tmp_path / "retrieval.json").write_text(json.dumps({**told, "command": "python of another day"}))
-    new = page(tmp_path, ["x"], old)
-    assert new != old
+def test_tables_stay_when_the_folder_of_a_run_is_gone(results: Path, tmp_path: Path, capsys) -> None:
+    target = tmp_path / "RESULTS.md"
+    assert main(["--results", str(results), "--page", str(target)]) == 0
+    old = target.read_text()
+    assert f"{len(SECTIONS)} tables" in capsys.readouterr().out
+    assert main(["--results", str(tmp_path / "gone"), "--page", str(target)]) == 0
+    assert target.read_text() == old
+    again = tmp_path / "again"
+    again.mkdir()
+    result = json.loads((results / "retrieval.json").read_text())
+    (again / "retrieval.json").write_text(json.dumps({**result, "command": "python of another day"}))
+    assert main(["--results", str(again), "--page", str(target)]) == 0
+    new = target.read_text()
     assert new.count("python of another day") == 1
-    assert new.split("## Classification")[1] == old.split("## Classification")[1]
+    assert new.split("## Zero-shot")[1] == old.split("## Zero-shot")[1]
+    assert (
+        sections(new)["What the encoder tells by itself"] == sections(old)["What the encoder tells by itself"]
+    )
+
+
+def test_pictures_are_stored_beside_their_result(results: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "tokens").mkdir(parents=True)
+    shutil.copy(PAGE.parent / STORE / "tokens" / "result.json", run / "tokens" / "result.json")
+    (run / "tokens" / "heatmap_64.png").write_bytes(b"picture")
+    (run / "tokens" / "grid_64.csv").write_text("")
+    store(run, tmp_path / STORE)
+    assert {path.name for path in (tmp_path / STORE / "tokens").iterdir()} == {
+        "result.json",
+        "heatmap_64.png",
+    }
+    assert f"![heatmap_64]({STORE}/tokens/heatmap_64.png)" in page(tmp_path / STORE)
 
 
 def test_damaged_results(tmp_path: Path) -> None:
     (tmp_path / "retrieval.json").write_text('{"command": "x"}')
     with pytest.raises(DataError, match=r"retrieval\.json is not a result"):
-        page(tmp_path, ["x"])
+        page(tmp_path)
 
 
-def test_the_command_writes_the_page_alone(results: Path, tmp_path: Path, capsys) -> None:
-    assert main(["--results", str(results), "--page", str(tmp_path / "RESULTS.md")]) == 0
-    assert (tmp_path / "RESULTS.md").read_text().startswith("# Results")
-    assert f"{len(SECTIONS)} tables" in capsys.readouterr().out
+def test_no_page_without_results(tmp_path: Path, capsys) -> None:
+    assert main(["--page", str(tmp_path / "RESULTS.md")]) == 2
+    assert "no result files" in capsys.readouterr().err
+    assert not (tmp_path / "RESULTS.md").exists()
+
+
+def test_measuring_needs_a_folder(capsys) -> None:
+    assert main(["--model", "m"]) == 2
+    assert "--results" in capsys.readouterr().err
 
 
 def test_every_command_parses() -> None:
-    """What the page would run is what the commands accept."""
-    import argparse
-
-    from training.evaluation.options import parser
-    from training.optimize_tokens import parser as token_parser
-
+    """What would be measured is what the commands accept."""
     args = argparse.Namespace(
         model="m",
         clip="c",
@@ -117,16 +156,16 @@ def test_every_command_parses() -> None:
         preset="solo",
         recipe="cpu/clip.yaml",
     )
-    found = commands(args)
-    assert len(found) == len({section.stem for section in SECTIONS})
-    for command in found:
+    lines = commands(args)
+    assert len(lines) == len({section.stem for section in SECTIONS})
+    for command in lines:
         module, rest = command[1], command[2:]
-        known = token_parser() if module == "training.optimize_tokens" else parser(None)
+        known = optimize_tokens.parser() if module == "training.optimize_tokens" else evaluate.parser()
         parsed = known.parse_args(rest)
         assert parsed.recipe == "cpu/clip.yaml"
         assert parsed.out.startswith("r/")
         assert parsed.preset == ("full" if "--model" in rest else "solo")
-    chat, forms = (parser(None).parse_args(command[2:]) for command in found[:2])
+    chat, forms = (evaluate.parser().parse_args(command[2:]) for command in lines[:2])
     assert chat.plan
     assert (chat.budget, chat.compare, forms.budget) == ([64, 16], ["uniform", "random"], [64])
     args.clip = None

@@ -11,7 +11,7 @@ import torch
 from encoder.errors import ConfigError
 from encoder.video.reader import Clip, VideoInfo
 from training.synthetic.dataset import Sample, Split, World
-from training.synthetic.scene_scripts import WorldConfig
+from training.synthetic.world_config import WorldConfig
 
 
 @dataclass(frozen=True)

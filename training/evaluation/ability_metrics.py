@@ -1,4 +1,4 @@
-"""What a chat model should be able to do in the demo world, by name: the rows that its results begin with.
+"""What a chat model should be able to do in the synthetic world, by name: the rows its results begin with.
 
 One row per ability, from open questions where the words must be right, and the multiple choice as MVBench
 counts it (the mean over task types). Each has its 95 % interval and what guessing would give.
@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from training.evaluation.answer_scoring import NEAR_S, mean_interval, names, wilson
-from training.evaluation.metrics import Share
-from training.evaluation.results import table
+from training.command_line import table
+from training.evaluation.answer_scoring import NEAR_S, names
+from training.evaluation.metrics import Share, mean_interval, wilson
 from training.synthetic.question_forms import Question
 from training.synthetic.questions import MOST_OBJECTS
 from training.synthetic.scene import DIRECTIONS, Scene
@@ -24,8 +24,8 @@ PRESENT, ABSENT = "presence, the answer is yes", "presence, the answer is no"
 PRESENCE = "presence, yes or no (balanced)"
 CHOICE = "multiple choice, mean over task types"
 UNSEEN = "unseen things: category among 8"
-# In the order of the table, each with its head where the runs are lines.
-GOALS: Mapping[str, str] = {
+# In the order of the table, each with its column's head where the runs are lines.
+ABILITIES: Mapping[str, str] = {
     NAMED: "object",
     MOTION: "motion",
     DIRECTION: "direction",
@@ -38,8 +38,8 @@ GOALS: Mapping[str, str] = {
 }
 
 
-# Which clips of a goal are easy and which are hard: rows of their own.
-PARTS: Mapping[str, tuple[str, Callable[[Scene], bool]]] = {
+# Easy and hard clips of an ability have rows of their own.
+CLIP_PARTS: Mapping[str, tuple[str, Callable[[Scene], bool]]] = {
     "object, clips with one kind of thing": (NAMED, lambda scene: len(scene.shown) == 1),
     "object, clips with two kinds": (NAMED, lambda scene: len(scene.shown) == 2),
     "object, clips with more kinds": (NAMED, lambda scene: len(scene.shown) > 2),
@@ -92,8 +92,8 @@ def mean_of(tallies: Sequence[Tally]) -> dict[str, Any]:
     return described(mean, low, high, sum(share.total for share in shares), chance)
 
 
-def goal_of(question: Question, scene: Scene) -> tuple[str, float] | None:
-    """The goal that an open question counts for, and the probability that a guess is right; None for none.
+def ability_of(question: Question, scene: Scene) -> tuple[str, float] | None:
+    """The ability that an open question counts for, and the probability that a guess is right; None for none.
 
     Guesses: one of the four directions, of the numbers, of the things in question; any moment of the video.
     """
@@ -115,29 +115,31 @@ def goal_of(question: Question, scene: Scene) -> tuple[str, float] | None:
     return None
 
 
-def part_of(goal: str, scene: Scene) -> str | None:
-    """The one of PARTS that a scene is of; None for a goal without parts."""
-    return next((name for name, (whole, holds) in PARTS.items() if whole == goal and holds(scene)), None)
+def part_of(ability: str, scene: Scene) -> str | None:
+    """The one of CLIP_PARTS that a scene is of; None for an ability without parts."""
+    return next(
+        (name for name, (whole, holds) in CLIP_PARTS.items() if whole == ability and holds(scene)), None
+    )
 
 
-def goal_rows(tallies: Mapping[str, Tally], choices: Sequence[Tally]) -> dict[str, Any]:
-    """Rows by goal, in order, of what was asked. choices: the multiple-choice tallies, one per task type."""
+def ability_rows(tallies: Mapping[str, Tally], choices: Sequence[Tally]) -> dict[str, Any]:
+    """Rows by ability, in order. choices: the multiple-choice tallies, one per task type."""
     rows = {name: tally.to_dict() for name, tally in tallies.items()}
     if PRESENT in tallies and ABSENT in tallies:
         rows[PRESENCE] = mean_of([tallies[PRESENT], tallies[ABSENT]])
     if choices:
         rows[CHOICE] = mean_of(choices)
-    return {name: rows[name] for name in GOALS if name in rows}
+    return {name: rows[name] for name in ABILITIES if name in rows}
 
 
-def percent(row: Mapping[str, Any] | None) -> str | None:
+def share_cell(row: Mapping[str, Any] | None) -> str | None:
     """A share with its interval: "84.4 [77, 90]"; None for no row."""
     if row is None:
         return None
     return f"{100 * row['accuracy']:.1f} [{100 * row['low']:.0f}, {100 * row['high']:.0f}]"
 
 
-def chance_percent(row: Mapping[str, Any]) -> str:
+def chance_cell(row: Mapping[str, Any]) -> str:
     """What guessing gives, as 25 or 12.5; empty where that is unknown."""
     return f"{100 * row['chance']:.1f}".removesuffix(".0") if "chance" in row else ""
 
@@ -147,18 +149,19 @@ def rows_table(first: str, results: Mapping[str, Mapping[str, Mapping[str, Any]]
     runs = list(results)
     lines: list[list[object]] = []
     for name, row in results[runs[0]].items():
-        shares = (percent(results[run].get(name)) for run in runs)
-        lines.append([name, *shares, chance_percent(row), str(row["n"])])
+        shares = (share_cell(results[run].get(name)) for run in runs)
+        lines.append([name, *shares, chance_cell(row), str(row["n"])])
     return table([first, *runs, "chance", "n"], lines)
 
 
-def goals_by_run(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Runs down and goals across, in percent with intervals; the last lines are chance and the numbers."""
+def abilities_by_run(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Runs down, abilities across, in percent with intervals; the last lines are chance and the numbers."""
     of_first = next(iter(results.values()))["goals"]
-    shown = [name for name in GOALS if name in of_first]
+    measured = [name for name in ABILITIES if name in of_first]
     lines: list[list[object]] = [
-        [run, *(percent(result["goals"].get(name)) for name in shown)] for run, result in results.items()
+        [run, *(share_cell(result["goals"].get(name)) for name in measured)]
+        for run, result in results.items()
     ]
-    lines.append(["chance", *(chance_percent(of_first[name]) for name in shown)])
-    lines.append(["n", *(str(of_first[name]["n"]) for name in shown)])
-    return table(["run", *(GOALS[name] for name in shown)], lines)
+    lines.append(["chance", *(chance_cell(of_first[name]) for name in measured)])
+    lines.append(["n", *(str(of_first[name]["n"]) for name in measured)])
+    return table(["run", *(ABILITIES[name] for name in measured)], lines)

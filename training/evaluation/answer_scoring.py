@@ -1,8 +1,7 @@
-"""Scoring answers about the demo world: does a free text agree with the facts, and how sure is a share."""
+"""Scoring answers about the synthetic world: does a free text agree with the facts of a question."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from training.synthetic.phrases import COUNTING
 from training.synthetic.question_forms import Question
 
-# Words that tell a motion, in any wording the world or a language model uses; more telling ones first.
+# Words that name a motion, in any wording the world or a language model uses; more specific ones first.
 _MOTION_WORDS: Mapping[str, str] = {
     "circle": r"circle|circling|circular|loop",
     "toward": r"toward|closer|nearer|approach|bigger|larger|grow",
@@ -22,7 +21,7 @@ _MOTION_WORDS: Mapping[str, str] = {
     "down": r"\bdown\b|downward|\bsink|\bdrop|\bfall|descend",
     "still": r"\bstill\b|not mov|n't mov|in place|where it was|stationary",
 }
-# Words that tell what became of a thing; "becomes" is told by what it turns into.
+# Words that name a change; "becomes" is recognised by what the thing turns into.
 _CHANGE_WORDS: Mapping[str, str] = {
     "same": r"\bsame\b|\bnothing\b|unchanged|n't change|not change",
     "stops": r"\bstop|\bhalt|comes to (?:a )?rest",
@@ -30,13 +29,13 @@ _CHANGE_WORDS: Mapping[str, str] = {
     "appears": r"\bappear|shows up|\benters\b",
     "starts": r"\bstart|\bbegin",
 }
-# A time told counts as right when it is this near to the true one.
+# An answered time counts as right when it is this near to the true one.
 NEAR_S = 1.0
 _NUMBER = rf"(\d+(?:\.\d+)?|\b(?:{'|'.join(COUNTING)})\b)"
 
 
 def motion_in(text: str) -> str | None:
-    """The motion a text tells of, or None; the most telling word decides when there are several."""
+    """The motion that a text names, or None; of several the one that stands first in `_MOTION_WORDS`."""
     lowered = text.lower()
     return next((motion for motion, words in _MOTION_WORDS.items() if re.search(words, lowered)), None)
 
@@ -53,17 +52,17 @@ def letter_in(text: str) -> str | None:
 
     The A of "A bus." is an article and none.
     """
-    found = re.search(r"\(([A-Ha-h])\)|\b(A(?!\s+(?!is\b)[a-z])|[B-H])\b", text)
-    return (found.group(1) or found.group(2)).upper() if found else None
+    match = re.search(r"\(([A-Ha-h])\)|\b(A(?!\s+(?!is\b)[a-z])|[B-H])\b", text)
+    return (match.group(1) or match.group(2)).upper() if match else None
 
 
 def says_yes(text: str) -> bool | None:
     """Whether an answer says yes or no: the word it begins with, else the last of them; None for neither."""
     words = re.findall(r"[a-z]+", text.lower())
-    said = [word for word in words if word in ("yes", "no")]
-    if not said:
+    verdicts = [word for word in words if word in ("yes", "no")]
+    if not verdicts:
         return None
-    return (words[0] if words[0] in ("yes", "no") else said[-1]) == "yes"
+    return (words[0] if words[0] in ("yes", "no") else verdicts[-1]) == "yes"
 
 
 def option_in(text: str, options: Sequence[str]) -> int | None:
@@ -72,11 +71,11 @@ def option_in(text: str, options: Sequence[str]) -> int | None:
     By its letter when the answer begins with one, "(B)", "B." or "B:"; else by its words when the text holds
     those of one option alone, as VLMEvalKit infers options from texts; else by a letter anywhere.
     """
-    begun = re.match(r"\s*(?:\(([A-Ha-h])\)|([A-H])(?:[.):]|\s*$))", text)
-    said = f" {_plain(text)} "
-    held = [number for number, option in enumerate(options) if f" {_plain(option)} " in said]
-    if begun is None and len(held) == 1:
-        return held[0]
+    leading = re.match(r"\s*(?:\(([A-Ha-h])\)|([A-H])(?:[.):]|\s*$))", text)
+    answer = f" {_plain(text)} "
+    contained = [number for number, option in enumerate(options) if f" {_plain(option)} " in answer]
+    if leading is None and len(contained) == 1:
+        return contained[0]
     letter = letter_in(text)
     return ord(letter) - ord("A") if letter else None
 
@@ -105,11 +104,11 @@ def agrees(question: Question, text: str) -> bool:
     if "motion" in facts:
         return motion_in(text) == facts["motion"]
     if "count" in facts:
-        found = re.search(rf"{_NUMBER}|\bno(?:ne)?\b", lowered)
-        return found is not None and _value(found.group(1) or "zero") == facts["count"]
+        match = re.search(rf"{_NUMBER}|\bno(?:ne)?\b", lowered)
+        return match is not None and _value(match.group(1) or "zero") == facts["count"]
     if "time_s" in facts and "part" not in facts:
-        told = seconds_in(text)
-        return told is not None and abs(told - facts["time_s"]) <= NEAR_S
+        answered_s = seconds_in(text)
+        return answered_s is not None and abs(answered_s - facts["time_s"]) <= NEAR_S
     for key in ("first", "last"):
         if key in facts:
             return names(text, facts[key])
@@ -121,11 +120,11 @@ def agrees(question: Question, text: str) -> bool:
 
 
 def seconds_in(text: str) -> float | None:
-    """The time that an answer tells, in seconds: its first number, "5" or "five", or 0 for "at the start"."""
+    """The time that an answer gives, in seconds: its first number, "5" or "five", or 0 for "at the start"."""
     lowered = text.lower()
-    found = re.search(_NUMBER, lowered)
-    if found is not None:
-        return _value(found.group(1))
+    match = re.search(_NUMBER, lowered)
+    if match is not None:
+        return _value(match.group(1))
     return 0.0 if re.search(r"\b(?:start|beginning)\b", lowered) else None
 
 
@@ -136,27 +135,3 @@ def _value(number: str) -> float:
 
 def _plain(text: str) -> str:
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
-
-
-def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share; (0, 1) for no trials."""
-    if total == 0:
-        return 0.0, 1.0
-    share, scale = right / total, 1 + z * z / total
-    centre = (share + z * z / (2 * total)) / scale
-    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / scale
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def mean_interval(shares: Sequence[tuple[int, int]]) -> tuple[float, float]:
-    """95 % interval of the mean of independent shares (right, total), each weighing the same.
-
-    MOVER: the distances of each share to its Wilson limits add as squares (Zou and Donner 2008). Raises
-    ZeroDivisionError for no shares.
-    """
-    values = [right / total if total else 0.5 for right, total in shares]
-    limits = [wilson(right, total) for right, total in shares]
-    mean = sum(values) / len(values)
-    below = math.hypot(*(v - low for v, (low, _) in zip(values, limits, strict=True))) / len(values)
-    above = math.hypot(*(high - v for v, (_, high) in zip(values, limits, strict=True))) / len(values)
-    return max(0.0, mean - below), min(1.0, mean + above)

@@ -1,6 +1,6 @@
 """Benchmarks: the public test sets as examples, read in the layouts in which they are published.
 
-Every benchmark can be the demo world instead: its test clips with captions, nouns and motions.
+Every benchmark can be the synthetic world instead: its test clips with captions, nouns and motions.
 """
 
 from __future__ import annotations
@@ -130,16 +130,16 @@ def _caption_row(row: Any, where: str) -> tuple[str, list[str]]:
     name = row.get("video") or row.get("video_id")
     if not isinstance(name, str):
         raise DataError(f"{where} names no video.")
-    found: Any = next(
+    texts: Any = next(
         (row[key] for key in ("caption", "captions", "sentence", "description") if row.get(key)), []
     )
-    return name, list(parse_captions({"caption": found}, where))
+    return name, list(parse_captions({"caption": texts}, where))
 
 
 # -- classes ------------------------------------------------------------------------------------------------
 
 
-def spoken(name: str) -> str:
+def class_words(name: str) -> str:
     """A class name as words: "ApplyEyeMakeup" -> "apply eye makeup", "adult+male+singing" likewise."""
     if "_" not in name and " " not in name:
         name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
@@ -257,11 +257,11 @@ def _json_of(text: str, path: Path) -> Any:
         raise DataError(f"{path} is not JSON: {error}.") from error
 
 
-def renamed(examples: Sequence[Example]) -> list[Example]:
+def with_unique_ids(examples: Sequence[Example]) -> list[Example]:
     """The same examples with ids that differ: what is listed twice gets a number."""
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
     out = []
     for example in examples:
-        count = seen[example.id] = seen.get(example.id, 0) + 1
+        count = counts[example.id] = counts.get(example.id, 0) + 1
         out.append(example if count == 1 else replace(example, id=f"{example.id}#{count}"))
     return out

@@ -1,9 +1,10 @@
-"""Chat models: the `world` and `mvbench` commands, at every setting and without the video."""
+"""Chat models: the `world` and `mvbench` commands, at every encoder input and text-only."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,88 +14,113 @@ from encoder.errors import ConfigError
 from encoder.selection import Selector
 from llm_bridge.model import VideoLanguageModel
 from training.evaluation.ability_metrics import UNSEEN
-from training.evaluation.chat_evaluator import Watcher
+from training.evaluation.chat_evaluator import ChatEvaluator
 from training.evaluation.cli_arguments import (
     about_data,
-    about_model,
-    finish,
-    path_of,
-    settings_of,
-    sharing_device,
+    device_of_process,
+    encoder_inputs,
+    out_path,
     world_source,
 )
-from training.evaluation.encoder_input import Setting
+from training.evaluation.encoder_input import EncoderInput
+from training.evaluation.journal import Journal, Sharing
 from training.evaluation.mvbench import evaluate_mvbench, mvbench_table, read_mvbench, world_items
-from training.evaluation.results import Journal
-from training.evaluation.synthetic import evaluate_unseen, evaluate_world, world_table
+from training.evaluation.provenance import about_model, write_result
+from training.evaluation.synthetic_chat import evaluate_unseen, evaluate_world, world_table
+
+TEXT_ONLY = "text-only"  # the run without the video; "blind" in result files of earlier versions
 
 
 def run_world_chat(args: argparse.Namespace) -> int:
-    """`world --model`: a chat model at every setting and blind."""
-    model = VideoLanguageModel.from_pretrained(args.model, device=sharing_device(args.device))
+    """`world --model`: a chat model at every input and text-only."""
+    model = VideoLanguageModel.from_pretrained(args.model, device=device_of_process(args.device))
     source = world_source(args)
-    watchers = _watchers(model, args)
-    told = _told(model, args, **about_data(args))
-    journal = Journal(path_of(args.out), told)
+    evaluators = _evaluators(model, args)
+    metadata = _metadata(model, args)
+    journal = Journal(out_path(args), metadata)
     world = source.open()
     results = {
-        label: evaluate_world(watcher, world, source.first, source.count, journal)
-        for label, watcher in watchers.items()
+        label: evaluate_world(evaluator, world, source.first, source.count, journal)
+        for label, evaluator in evaluators.items()
     }
-    unseen = source.count if args.unseen_clips is None else args.unseen_clips
-    if unseen and source.split == "test":
-        strange = replace(source, split="unseen").open()
-        for label, watcher in watchers.items():
-            row = evaluate_unseen(watcher, strange, source.first, unseen, journal)
+    unseen_clips = source.count if args.unseen_clips is None else args.unseen_clips
+    if unseen_clips and source.split == "test":
+        unseen = replace(source, split="unseen").open()
+        for label, evaluator in evaluators.items():
+            row = evaluate_unseen(evaluator, unseen, source.first, unseen_clips, journal)
             results[label]["goals"][UNSEEN] = row
-    return finish(args, world_table(results), told, model.device, watchers, {"runs": results})
+    return _finish(args, world_table(results), metadata, model, evaluators, results)
 
 
 def run_mvbench(args: argparse.Namespace) -> int:
-    """The `mvbench` command: every setting and blind, in each prompt form."""
-    model = VideoLanguageModel.from_pretrained(args.model, device=sharing_device(args.device))
+    """The `mvbench` command: every input and text-only, in each prompt form."""
+    model = VideoLanguageModel.from_pretrained(args.model, device=device_of_process(args.device))
     if args.dataset == "world":
         items = world_items(world_source(args))
     elif args.annotations is None or args.videos is None:
         raise ConfigError("Name the folder of MVBench's JSON files (--annotations) and that of --videos.")
     else:
         items = read_mvbench(Path(args.annotations), Path(args.videos), args.task)
-    watchers = _watchers(model, args)
-    told = _told(model, args, **about_data(args))
-    journal = Journal(path_of(args.out), told)
+    evaluators = _evaluators(model, args)
+    metadata = _metadata(model, args)
+    journal = Journal(out_path(args), metadata)
     results = {
-        f"{label}, {form}": evaluate_mvbench(watcher, items, form, journal)
+        f"{label}, {form}": evaluate_mvbench(evaluator, items, form, journal)
         for form in args.prompt
-        for label, watcher in watchers.items()
+        for label, evaluator in evaluators.items()
     }
-    return finish(args, mvbench_table(results), told, model.device, watchers, {"runs": results})
+    return _finish(args, mvbench_table(results), metadata, model, evaluators, results)
 
 
-def _watchers(model: VideoLanguageModel, args: argparse.Namespace) -> dict[str, Watcher]:
-    """Runs by name: the settings given, else every selector at every budget; and blind."""
+def _finish(
+    args: argparse.Namespace,
+    text: str,
+    metadata: dict[str, Any],
+    model: VideoLanguageModel,
+    evaluators: Mapping[str, ChatEvaluator],
+    results: Mapping[str, Any],
+) -> int:
+    """Write the file, then print the table: a reader that closes the pipe must not lose the figures."""
+    inputs = {
+        label: e.encoder_input.to_dict() if e.encoder_input else None for label, e in evaluators.items()
+    }
+    figures = {"inputs": inputs, "runs": results}
+    write_result(out_path(args), args.command_line, model.device, args.recipe, metadata, figures)
+    if Sharing().first:
+        print(text)
+    return 0
+
+
+def _evaluators(model: VideoLanguageModel, args: argparse.Namespace) -> dict[str, ChatEvaluator]:
+    """Runs by name: the inputs that were named, else every selector at every budget; and text-only."""
+    config = model.config.encoder
     if args.setting or args.plan_table:
-        settings = {str(s): s.check(model.config.encoder) for s in settings_of(args, model.config.encoder)}
+        inputs = {
+            str(encoder_input): encoder_input.check(config) for encoder_input in encoder_inputs(args, config)
+        }
     else:
         runs = [(selector, keep) for selector in args.selector for keep in args.budget]
         runs += [(selector, args.budget[0]) for selector in args.compare]
-        settings = {
-            f"{selector} {keep}": input_of(model, keep, selector, args.plan) for selector, keep in runs
-        }
-    watchers = {label: Watcher(model, setting, args.seed) for label, setting in settings.items()}
-    return watchers if args.no_blind else {**watchers, "blind": Watcher(model, None)}
+        inputs = {f"{selector} {keep}": input_of(model, keep, selector, args.plan) for selector, keep in runs}
+    evaluators = {
+        label: ChatEvaluator(model, encoder_input, args.seed) for label, encoder_input in inputs.items()
+    }
+    return evaluators if args.no_text_only else {**evaluators, TEXT_ONLY: ChatEvaluator(model, None)}
 
 
-def input_of(model: VideoLanguageModel, keep: int, selector: Selector = "flux", plan: bool = True) -> Setting:
+def input_of(
+    model: VideoLanguageModel, keep: int, selector: Selector = "flux", plan: bool = True
+) -> EncoderInput:
     """What a budget buys of a long video by the model's plan table or policy; without `plan` the largest
     trained input."""
     config = model.config.encoder
     frames, side = max(range(*config.frames_range)), max(range(*config.resolution_range))
     if plan:  # the world draws as many frames as are asked for
         frames, side = input_for(keep, sys.maxsize, config, model.plan_table)
-    return Setting(frames, side, keep, selector)
+    return EncoderInput(frames, side, keep, selector)
 
 
-def _told(model: VideoLanguageModel, args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+def _metadata(model: VideoLanguageModel, args: argparse.Namespace) -> dict[str, Any]:
     """What a chat model's answers depend on."""
     return {
         **about_model(model),
@@ -102,5 +128,5 @@ def _told(model: VideoLanguageModel, args: argparse.Namespace, **more: Any) -> d
         "system": model.config.system,
         "time sentence": model.config.time_sentence,
         "seed": args.seed,
-        **more,
+        **about_data(args),
     }

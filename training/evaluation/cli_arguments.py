@@ -1,44 +1,81 @@
-"""What was asked for on the command line, as objects; and the end of every command: table and file."""
+"""Options that several evaluations share, and the objects that they name."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 
 from encoder.budget import PlanTable
+from encoder.config import FluxViTConfig
 from encoder.errors import ConfigError
-from llm_bridge.model import VideoLanguageModel
 from training.data.examples import Example
 from training.data.synthetic_examples import WorldExamples
 from training.data.synthetic_source import WorldSource
-from training.evaluation.benchmarks import Labelled, read_labelled, renamed
-from training.evaluation.chat_evaluator import Watcher
-from training.evaluation.encoder_input import Setting, from_table
-from training.evaluation.results import Sharing, weights_hash, write_result
-from training.evaluation.run import describe_setting, provenance
+from training.evaluation.benchmarks import Labelled, read_labelled, with_unique_ids
+from training.evaluation.encoder_input import SELECTORS, EncoderInput, from_plan_table
+from training.evaluation.frozen_encoder import DTYPES
+from training.evaluation.provenance import about_world
 from training.trainer.recipe import build
 
-INTERVAL = "Wilson, 95 % (means over tasks: MOVER)"
+PRESETS: tuple[str, ...] = get_args(get_type_hints(WorldSource)["preset"])
 
 
-def sharing_device(asked: str | None) -> str | None:
+def add_world_options(command: argparse.ArgumentParser, clips: int) -> None:
+    """Which clips of the synthetic world; clips: how many by default."""
+    command.add_argument("--clips", type=int, default=clips, help="of the demo world")
+    command.add_argument("--first", type=int, default=0, help="number of the world's first sample")
+    command.add_argument("--preset", choices=PRESETS, default="full", help="how rich the world is")
+    command.add_argument("--nouns", type=int, help="nouns of the world that take part")
+
+
+def add_encoder_options(command: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """An encoder and how its features are computed."""
+    command.add_argument(
+        "--encoder", required=required, help="a folder, an official file, or a chat model's folder"
+    )
+    command.add_argument("--alignment", help="alignment.safetensors of training.clip, or its folder")
+    command.add_argument("--pool", type=int, help="pooling head; default: by the number of tokens")
+    command.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    command.add_argument("--block", type=int, default=8, help="videos that go through the encoder together")
+
+
+def add_run_options(command: argparse.ArgumentParser) -> None:
+    """Seed, device and what the result file says of the weights."""
+    command.add_argument("--seed", type=int, default=0, help="for selectors that draw")
+    command.add_argument("--device")
+    command.add_argument("--recipe", help="what the weights were trained with, for the result file")
+
+
+def add_budget_options(command: argparse.ArgumentParser, default: list[int] | None) -> None:
+    """Token counts and how they are selected."""
+    command.add_argument("--budget", type=int, nargs="+", default=default, help="tokens, one run for each")
+    command.add_argument("--selector", nargs="+", default=["flux"], choices=SELECTORS)
+
+
+def device_of_process(name: str | None) -> str | None:
     """The device asked for; of several processes each takes the GPU of its number."""
     local = os.environ.get("LOCAL_RANK")
-    if asked is None and local is not None and torch.cuda.is_available():
+    if name is None and local is not None and torch.cuda.is_available():
         return f"cuda:{local}"
-    return asked
+    return name
 
 
-def settings_of(args: argparse.Namespace, config: Any) -> list[Setting]:
+def encoder_inputs(args: argparse.Namespace, config: FluxViTConfig) -> list[EncoderInput]:
     """Those of --setting, and one per row of --plan-table."""
-    table = from_table(PlanTable.read(args.plan_table)) if args.plan_table else []
-    return [*(Setting.parse(text).check(config) for text in args.setting), *table]
+    table = from_plan_table(PlanTable.read(args.plan_table)) if args.plan_table else []
+    return [*(EncoderInput.parse(text).check(config) for text in args.setting), *table]
+
+
+def world_source(args: argparse.Namespace) -> WorldSource:
+    """The part of the synthetic world that the options name; the test split where there is no --split."""
+    split = getattr(args, "split", "test")
+    values = {"split": split, "preset": args.preset, "count": args.clips, "first": args.first}
+    return build(WorldSource, values | ({"nouns": args.nouns} if args.nouns else {}), "world")
 
 
 def about_data(args: argparse.Namespace) -> dict[str, Any]:
@@ -49,77 +86,34 @@ def about_data(args: argparse.Namespace) -> dict[str, Any]:
     return {"dataset": dataset, "annotations": args.annotations and Path(args.annotations).name}
 
 
-def about_world(source: WorldSource) -> dict[str, Any]:
-    """Which part of the world, and a hash of its first scenes: another version of the world has another."""
-    world = source.open()
-    seen = repr([world.sample(source.first + number) for number in range(3)])
-    return {
-        "dataset": "world",
-        "split": source.split,
-        "preset": source.preset,
-        "nouns": source.nouns,
-        "scenes": hashlib.blake2b(seen.encode(), digest_size=6).hexdigest(),
-    }
-
-
-def about_model(model: VideoLanguageModel) -> dict[str, Any]:
-    """A chat model's weights: a hash of encoder and projector, the language model, hashes of its adapters."""
-    quantize, *adapters = model.llm.identity.removeprefix(model.llm.name + "|").split("|")
-    return {
-        "weights": weights_hash(model.encoder, model.projector),
-        "llm": Path(model.llm.name).name,
-        "quantize": quantize or None,
-        "adapters": [adapter[:24] for adapter in adapters],
-        "dtype": str(model.llm.dtype).removeprefix("torch."),
-    }
-
-
-def world_source(args: argparse.Namespace) -> WorldSource:
-    values = {"split": args.split, "preset": args.preset, "count": args.clips, "first": args.first}
-    return build(WorldSource, values | ({"nouns": args.nouns} if args.nouns else {}), "world")
-
-
 def world_examples(args: argparse.Namespace, label: str) -> Labelled:
+    """The world's clips with their first actor's noun or motion as label."""
     source = WorldExamples(world_source(args), label)  # type: ignore[arg-type]
     return Labelled([source[number] for number in range(len(source))], source.classes)
 
 
-def labelled(args: argparse.Namespace) -> Labelled:
+def labelled_data(args: argparse.Namespace) -> Labelled:
+    """The labelled set of `action` and `classify`."""
     if args.dataset == "world":
-        attribute = "motion" if args.command == "action" else args.attribute
-        return world_examples(args, attribute)
-    annotations, videos = needed(args)
+        return world_examples(args, "motion" if args.command == "action" else args.attribute)
+    annotations, videos = files_of_data(args)
+    return read_labelled_files(args, annotations, videos)
+
+
+def read_labelled_files(args: argparse.Namespace, annotations: Path, videos: Path) -> Labelled:
+    """A labelled set by --dataset, --classes and --limit."""
     data = read_labelled(args.dataset, annotations, videos, Path(args.classes) if args.classes else None)
-    examples: Sequence[Example] = renamed(data.examples)[: args.limit]
+    examples: Sequence[Example] = with_unique_ids(data.examples)[: args.limit]
     return Labelled(examples, data.classes)
 
 
-def needed(args: argparse.Namespace) -> tuple[Path, Path]:
+def files_of_data(args: argparse.Namespace) -> tuple[Path, Path]:
+    """The annotations and the folder of videos; raises ConfigError without them."""
     if args.annotations is None or args.videos is None:
         raise ConfigError(f"Name the files of {args.dataset}: --annotations FILE and --videos DIR.")
     return Path(args.annotations), Path(args.videos)
 
 
-def path_of(out: str | None) -> Path | None:
-    return Path(out) if out else None
-
-
-def finish(
-    args: argparse.Namespace,
-    text: str,
-    told: dict[str, Any],
-    device: torch.device,
-    watchers: dict[str, Watcher],
-    figures: dict[str, Any],
-) -> int:
-    """Write the file, then print the table: a reader that closes the pipe must not lose the figures."""
-    sharing = Sharing()
-    shown = {
-        label: None if watcher.setting is None else describe_setting(watcher.setting)
-        for label, watcher in watchers.items()
-    }
-    result = {**provenance(args.told, device, args.recipe), **told, "interval": INTERVAL}
-    write_result(path_of(args.out), {**result, **({"inputs": shown} if shown else {}), **figures}, sharing)
-    if sharing.first:
-        print(text)
-    return 0
+def out_path(args: argparse.Namespace) -> Path | None:
+    """Where the result goes; None keeps it in memory."""
+    return Path(args.out) if args.out else None

@@ -3,126 +3,166 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from encoder.config import FluxViTConfig
 from encoder.errors import ConfigError
 from llm_bridge.text_encoders.text_towers import MINILM, SentenceTower, Tower, open_tower
-from training.evaluation.action import accuracy_table, evaluate_action
-from training.evaluation.alignment import Alignment, read_alignment
 from training.evaluation.benchmarks import CLASSIFY, RETRIEVAL, read_retrieval
-from training.evaluation.classify import evaluate_classify
+from training.evaluation.classification import accuracy_table, evaluate_action, evaluate_classify
 from training.evaluation.cli_arguments import (
     about_data,
-    finish,
-    labelled,
-    needed,
-    path_of,
-    settings_of,
-    sharing_device,
+    device_of_process,
+    encoder_inputs,
+    files_of_data,
+    labelled_data,
+    out_path,
     world_examples,
     world_source,
 )
-from training.evaluation.encoder_input import Setting, Viewer, unmasked
-from training.evaluation.results import Journal, weights_hash
+from training.evaluation.encoder_input import EncoderInput, unmasked
+from training.evaluation.encoder_run import EncoderRun
+from training.evaluation.frozen_encoder import ClipHead, FrozenEncoder, read_clip_head
+from training.evaluation.journal import Journal, Sharing
+from training.evaluation.provenance import about_encoder, weights_hash, write_result
 from training.evaluation.retrieval import evaluate_retrieval, retrieval_table
-from training.evaluation.run import Run, header
-from training.evaluation.synthetic import WorldClips, encoder_table, evaluate_encoder
+from training.evaluation.synthetic_encoder import WorldClips, encoder_table, evaluate_encoder
 from training.evaluation.views import Views
 from training.synthetic.phrases import ANSWERS
 
 
 def run_world_encoder(args: argparse.Namespace) -> int:
     """`world --encoder`: attribute heads, and retrieval by caption."""
-    viewer = Viewer(args.encoder, sharing_device(args.device), args.dtype)
-    alignment = _alignment(args, viewer)
-    settings = _encoder_settings(args, viewer)
+    command = _Command.open(args)
     tower = None if args.no_retrieval else _tower(args)
-    source = world_source(args)
-    told = _encoder_header(args, viewer, alignment, Views())
-    run = _run(args, viewer, Views(), told)
-    clips = WorldClips.of(source)
-    results = [evaluate_encoder(run, alignment, tower, clips, setting) for setting in settings]
-    return finish(
-        args,
-        encoder_table(settings, results),
-        told,
-        viewer.device,
-        {},
-        {"text tower": _tower_name(args), "settings": results},
-    )
+    clips = WorldClips.of(world_source(args))
+    run = command.start()
+    results = [
+        evaluate_encoder(run, command.clip_head, tower, clips, encoder_input)
+        for encoder_input in command.inputs
+    ]
+    return command.finish(encoder_table(results), {"text tower": _tower_name(args), "settings": results})
 
 
 def run_retrieval(args: argparse.Namespace) -> int:
     """The `retrieval` command."""
-    viewer = Viewer(args.encoder, sharing_device(args.device), args.dtype)
-    alignment, tower, world = _alignment(args, viewer), _tower(args), args.dataset == "world"
+    command = _Command.open(args)
+    tower, world = _tower(args), args.dataset == "world"
     if world:
         examples = world_examples(args, "noun").examples
     else:
-        annotations, videos = needed(args)
+        annotations, videos = files_of_data(args)
         examples = read_retrieval(annotations, videos, RETRIEVAL[args.dataset])
     examples = examples[: args.limit]
-    told = _encoder_header(args, viewer, alignment, Views())
-    run = _run(args, viewer, Views(), told)
-    settings = _encoder_settings(args, viewer)
     raw = isinstance(tower, SentenceTower) if args.text == "auto" else args.text == "raw"
+    run = command.start()
     results = [
         evaluate_retrieval(
             run,
-            alignment,
+            command.clip_head,
             tower,
             examples,
-            setting,
+            encoder_input,
             duplicates="equal" if world else "strict",
             scale=args.dsl_scale,
             raw_text=raw,
         )
-        for setting in settings
+        for encoder_input in command.inputs
     ]
     more = {"text tower": _tower_name(args), "text": "raw" if raw else "plain", "settings": results}
-    return finish(args, retrieval_table(settings, results), told, viewer.device, {}, more)
+    return command.finish(retrieval_table(results), more)
 
 
 def run_action(args: argparse.Namespace) -> int:
     """The `action` command."""
-    viewer = Viewer(args.encoder, sharing_device(args.device), args.dtype)
-    alignment, tower = _alignment(args, viewer), _tower(args)
-    data = labelled(args)
-    # The world's motions as its captions tell them.
-    names = [ANSWERS[motion] for motion in data.classes] if args.dataset == "world" else None  # type: ignore[index]
-    prompts = ("it {}", "the object {}", "something {}") if names is not None else None
-    told = _encoder_header(args, viewer, alignment, Views())
-    run = _run(args, viewer, Views(), told)
-    settings = _encoder_settings(args, viewer)
-    options: dict[str, Any] = {} if prompts is None else {"prompts": prompts, "names": names}
-    results = [evaluate_action(run, alignment, tower, data, setting, **options) for setting in settings]
-    more = {"text tower": _tower_name(args), "settings": results}
-    return finish(args, accuracy_table(settings, results), told, viewer.device, {}, more)
+    command = _Command.open(args)
+    tower, data = _tower(args), labelled_data(args)
+    wording: dict[str, Any] = {}
+    if args.dataset == "world":  # its motions as its captions tell them
+        names = [ANSWERS[motion] for motion in data.classes]  # type: ignore[index]
+        wording = {"prompts": ("it {}", "the object {}", "something {}"), "names": names}
+    run = command.start()
+    results = [
+        evaluate_action(run, command.clip_head, tower, data, encoder_input, **wording)
+        for encoder_input in command.inputs
+    ]
+    return command.finish(accuracy_table(results), {"text tower": _tower_name(args), "settings": results})
 
 
 def run_classify(args: argparse.Namespace) -> int:
     """The `classify` command."""
-    viewer = Viewer(args.encoder, sharing_device(args.device), args.dtype)
-    alignment = _alignment(args, viewer) if args.alignment else None
-    data = labelled(args)
-    usual = CLASSIFY.get(args.dataset)
-    clips, crops = (usual.clips, usual.crops) if usual else (1, 1)
+    published = CLASSIFY.get(args.dataset)
+    clips, crops = (published.clips, published.crops) if published else (1, 1)
     views = Views(args.clips_per_video or clips, args.crops or crops, "crop")
-    told = _encoder_header(args, viewer, alignment, views, attribute=args.attribute)
-    run = _run(args, viewer, views, told)
-    settings = _encoder_settings(args, viewer)
+    command = _Command.open(args, views, needs_clip_head=False, attribute=args.attribute)
+    data = labelled_data(args)
+    run = command.start()
     results = [
-        evaluate_classify(run, data, setting, alignment=alignment, attribute=args.attribute)
-        for setting in settings
+        evaluate_classify(run, data, encoder_input, clip_head=command.head, attribute=args.attribute)
+        for encoder_input in command.inputs
     ]
-    return finish(args, accuracy_table(settings, results), told, viewer.device, {}, {"settings": results})
+    return command.finish(accuracy_table(results), {"settings": results})
 
 
-def _alignment(args: argparse.Namespace, viewer: Viewer) -> Alignment:
-    if args.alignment is None:
-        raise ConfigError("Name the alignment that training.clip saved beside the encoder (--alignment).")
-    return read_alignment(args.alignment).to(viewer.device)
+@dataclass(frozen=True)
+class _Command:
+    """What these commands share. head: of --alignment; metadata: what the figures depend on."""
+
+    args: argparse.Namespace
+    encoder: FrozenEncoder
+    head: ClipHead | None
+    views: Views
+    inputs: list[EncoderInput]
+    metadata: dict[str, Any]
+
+    @staticmethod
+    def open(
+        args: argparse.Namespace, views: Views | None = None, *, needs_clip_head: bool = True, **more: Any
+    ) -> _Command:
+        """The encoder, heads and inputs that the options name. Raises ConfigError or CheckpointError."""
+        encoder = FrozenEncoder.open(args.encoder, device_of_process(args.device), args.dtype)
+        if needs_clip_head and args.alignment is None:
+            raise ConfigError("Name the alignment that training.clip saved beside the encoder (--alignment).")
+        head = read_clip_head(args.alignment).to(encoder.device) if args.alignment else None
+        inputs, views = _inputs(args, encoder.config), views or Views()
+        more |= {"alignment": weights_hash(*head.modules) if head else None, "block": args.block}
+        metadata = about_encoder(encoder, views, args.pool, args.seed, **about_data(args), **more)
+        return _Command(args, encoder, head, views, inputs, metadata)
+
+    @property
+    def clip_head(self) -> ClipHead:
+        """The head of a command that needs one."""
+        assert self.head is not None
+        return self.head
+
+    def start(self) -> EncoderRun:
+        """The run, with its journal beside --out."""
+        args, journal = self.args, Journal(out_path(self.args), self.metadata)
+        return EncoderRun(self.encoder, journal, self.views, args.pool, args.seed, args.block, args.workers)
+
+    def finish(self, text: str, figures: Mapping[str, Any]) -> int:
+        """Write the file, then print the table: a reader that closes the pipe must not lose the figures."""
+        args, device = self.args, self.encoder.device
+        write_result(out_path(args), args.command_line, device, args.recipe, self.metadata, figures)
+        if Sharing().first:
+            print(text)
+        return 0
+
+
+def _inputs(args: argparse.Namespace, config: FluxViTConfig) -> list[EncoderInput]:
+    """Those that were named; else for the synthetic world the largest trained input at every budget, and for
+    public sets the upper lines of the paper's tables: 8, 4 and 2 frames of 224 pixels, nothing dropped."""
+    inputs = encoder_inputs(args, config)
+    if not inputs and (args.command == "world" or args.dataset == "world"):
+        frames, side = max(range(*config.frames_range)), max(range(*config.resolution_range))
+        budgets, selectors = args.budget or [256, 128, 64], args.selector
+        inputs = [EncoderInput(frames, side, keep, selector) for selector in selectors for keep in budgets]
+    if not inputs:
+        inputs = unmasked(args.budget or (2048, 1024, 512), 224, config.patch_size)
+    return [encoder_input.check(config) for encoder_input in inputs]
 
 
 def _tower(args: argparse.Namespace) -> Tower:
@@ -131,37 +171,3 @@ def _tower(args: argparse.Namespace) -> Tower:
 
 def _tower_name(args: argparse.Namespace) -> str:
     return Path(args.text_tower).name if args.text_tower else MINILM
-
-
-def _run(args: argparse.Namespace, viewer: Viewer, views: Views, told: dict[str, Any]) -> Run:
-    return Run(
-        viewer,
-        Journal(path_of(args.out), told),
-        views,
-        args.pool,
-        args.seed,
-        block=args.block,
-        workers=args.workers,
-    )
-
-
-def _encoder_header(
-    args: argparse.Namespace, viewer: Viewer, alignment: Alignment | None, views: Views, **more: Any
-) -> dict[str, Any]:
-    beside = [] if alignment is None else [alignment.align, *alignment.heads.values()]
-    more |= {"alignment": weights_hash(*beside) if beside else None, "block": args.block}
-    return header(viewer, views, args.pool, args.seed, **about_data(args), **more)
-
-
-def _encoder_settings(args: argparse.Namespace, viewer: Viewer) -> list[Setting]:
-    """Those given; else for the world the largest trained input at every budget, and for public sets the
-    upper lines of the paper's tables: 8, 4 and 2 frames of 224 pixels, nothing dropped."""
-    config = viewer.config
-    settings = settings_of(args, config)
-    if not settings and (args.command == "world" or args.dataset == "world"):
-        frames, side = max(range(*config.frames_range)), max(range(*config.resolution_range))
-        budgets, selectors = args.budget or [256, 128, 64], args.selector
-        settings = [Setting(frames, side, keep, selector) for selector in selectors for keep in budgets]
-    if not settings:
-        settings = unmasked(args.budget or (2048, 1024, 512), 224, config.patch_size)
-    return [setting.check(config) for setting in settings]

@@ -11,7 +11,7 @@ from typing import Any
 from encoder.checkpoint import atomic_path
 from encoder.errors import ModelError
 from training.evaluation.metrics import Share
-from training.evaluation.token_search import Cell, Found, Grid
+from training.evaluation.token_search import Cell, Grid, SearchResult
 
 
 def write_csv(
@@ -25,14 +25,14 @@ def write_csv(
     )
     for cell in grid.cells:
         if cell in cells:
-            seen, row = grid.seen(cell), cells[cell].to_dict()
-            kept = min(keep, seen)
+            patches, row = grid.patches(cell), cells[cell].to_dict()
+            kept = min(keep, patches)
             writer.writerow(
                 [
                     *cell,
-                    seen,
+                    patches,
                     kept,
-                    int(seen <= keep),
+                    int(patches <= keep),
                     *(row[k] for k in ("value", "low", "high", "n")),
                     round(times[cell], 2) if cell in times else "",
                 ]
@@ -48,7 +48,7 @@ def draw_heatmap(
     path: Path,
     *,
     title: str,
-    linear: Found | None = None,
+    linear: SearchResult | None = None,
 ) -> None:
     """Resolutions down, frames across, accuracy in percent; unmasked inputs are hatched, the best of each row
     is bold in a frame, the steps of the linear search are numbered. Raises ModelError without matplotlib."""
@@ -86,7 +86,7 @@ def draw_heatmap(
                 fontsize=9,
             )
             corner = (column - 0.5, row - 0.5)
-            if grid.seen((frames, side)) <= keep:
+            if grid.patches((frames, side)) <= keep:
                 axes.add_patch(
                     Rectangle(corner, 1, 1, fill=False, hatch="///", edgecolor=colour, linewidth=0, alpha=0.5)
                 )

@@ -1,4 +1,4 @@
-"""Metrics of the tables, as pure functions: recall at k, dual softmax, top-k accuracy, MVBench letters.
+"""Metrics of the tables, as pure functions: shares with intervals, recall at k, dual softmax, top-k accuracy.
 
 Ties are never in our favour: what scores the same as a right answer counts as if it came before it, so that a
 model which says the same of everything gets nothing for it.
@@ -6,8 +6,8 @@ model which says the same of everything gets nothing for it.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,10 +15,34 @@ import torch
 from torch import Tensor
 
 from encoder.errors import DataError
-from training.evaluation.answer_scoring import wilson
 
 KS = (1, 5, 10)
 Duplicates = Literal["strict", "equal"]
+
+
+# The intervals are written out here because SciPy is no dependency of an installation.
+def wilson(right: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share; (0, 1) for no trials."""
+    if total == 0:
+        return 0.0, 1.0
+    share, scale = right / total, 1 + z * z / total
+    centre = (share + z * z / (2 * total)) / scale
+    half = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mean_interval(shares: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """95 % interval of the mean of independent shares (right, total), each weighing the same.
+
+    MOVER: the distances of each share to its Wilson limits add as squares (Zou and Donner 2008). Raises
+    ZeroDivisionError for no shares.
+    """
+    values = [right / total if total else 0.5 for right, total in shares]
+    limits = [wilson(right, total) for right, total in shares]
+    mean = sum(values) / len(values)
+    below = math.hypot(*(v - low for v, (low, _) in zip(values, limits, strict=True))) / len(values)
+    above = math.hypot(*(high - v for v, (_, high) in zip(values, limits, strict=True))) / len(values)
+    return max(0.0, mean - below), min(1.0, mean + above)
 
 
 @dataclass(frozen=True)
@@ -93,6 +117,7 @@ def retrieval(
     dsl: bool,
     scale: float = 1.0,
     duplicates: Duplicates = "strict",
+    ks: Sequence[int] = KS,
 ) -> dict[str, dict[str, Share]]:
     """Recalls of text to video ("T2V", every text a query) and video to text ("V2T", best of its texts).
 
@@ -105,64 +130,19 @@ def retrieval(
     to_text = dual_softmax(cosines.T, scale) if dsl else cosines.T
     described = right.any(dim=0)
     return {
-        "T2V": recalls(best_ranks(to_video, right)),
-        "V2T": recalls(best_ranks(to_text[described], right.T[described])),
+        "T2V": recalls(best_ranks(to_video, right), ks),
+        "V2T": recalls(best_ranks(to_text[described], right.T[described]), ks),
     }
+
+
+def paired_recalls(video: Tensor, text: Tensor, ks: Sequence[int] = (1, 5)) -> dict[str, float]:
+    """Recalls of unit vectors (N, D) whose rows belong together, flat for logs: {"t2v_r1": share, ...}."""
+    pairs = range(len(text))
+    ways = retrieval(video.cpu(), text.cpu(), pairs, (), dsl=False, ks=ks)
+    return {f"{way.lower()}_r{k}": ways[way][f"R@{k}"].value for way in ("V2T", "T2V") for k in ks}
 
 
 def top_k(scores: Tensor, labels: Tensor, k: int) -> Tensor:
     """Whether the true class is among the first k: scores (B, C), labels (B,) -> (B,) bool."""
     right = torch.nn.functional.one_hot(labels, scores.shape[1]).bool()
     return best_ranks(scores, right) < k
-
-
-# -- MVBench ------------------------------------------------------------------------------------------------
-
-_REMOVED = ';/[]"{}()=+\\_->@<`,?!'
-
-
-def letter_flash(text: str) -> str | None:
-    """The option letter by the rule of the lmms-eval task that VideoChat-Flash uses: "C. ..." at the start,
-    else the first letter from A to E that stands alone once punctuation is gone, in either case.
-
-    So "a dog" answers A; that is the published rule.
-    """
-    stripped = text.strip()
-    if found := re.match(r"([A-Ea-e])\.\s*\S", stripped):
-        return found.group(1).upper()
-    cleaned = stripped.translate(str.maketrans(_REMOVED + "\n\t", " " * (len(_REMOVED) + 2)))
-    cleaned = re.sub(r"\.(?!\d)", "", cleaned).strip(" '")
-    found = re.search(r"\b([A-Ea-e])\b", cleaned)
-    return found.group(1).upper() if found else None
-
-
-def letter_videochat2(text: str) -> str | None:
-    """The option letter of a completion of "Best option:(": the letter it begins with."""
-    found = re.match(r"\s*\(?\s*([A-Ea-e])\b", text)
-    return found.group(1).upper() if found else None
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """One task of MVBench. empty: answers without any text, which the published share leaves out."""
-
-    right: int
-    answered: int
-    empty: int
-
-    @property
-    def percent(self) -> float | None:
-        """100 * right / answered, None when nothing was."""
-        return 100 * self.right / self.answered if self.answered else None
-
-
-def mvbench_scores(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, TaskScore], float | None]:
-    """Scores by task of rows {task, answer, letter, truth}, and the mean over tasks with answers."""
-    tasks: dict[str, TaskScore] = {}
-    for row in rows:
-        old = tasks.get(row["task"], TaskScore(0, 0, 0))
-        empty = not row["answer"].strip()
-        right = not empty and row["letter"] == row["truth"]
-        tasks[row["task"]] = TaskScore(old.right + right, old.answered + (not empty), old.empty + empty)
-    percents = [score.percent for score in tasks.values() if score.percent is not None]
-    return tasks, sum(percents) / len(percents) if percents else None

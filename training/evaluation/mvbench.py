@@ -2,12 +2,13 @@
 
 "flash" is VideoChat-Flash's (the lmms-eval task), "videochat2" that of the benchmark's own notebook. A video
 that cannot be found or read is listed and never guessed; answers without any text are left out of a task's
-share, as in the published code, and counted. The demo world's questions come in the same layout.
+share, as in the published code, and counted. The synthetic world's questions come in the same layout.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,13 +18,14 @@ from typing import Any, Literal
 from encoder.errors import DataError, VideoError
 from encoder.video.frame_times import middle_times, shown_at
 from encoder.video.reader import Clip, read_clip
+from training.command_line import table
 from training.data.media import IMAGES, FileMedia, Media, WorldMedia
 from training.data.synthetic_source import WorldSource
-from training.evaluation.answer_scoring import mean_interval, option_in, wilson
+from training.evaluation.answer_scoring import option_in
 from training.evaluation.benchmarks import find_video
-from training.evaluation.chat_evaluator import Asked, Watcher
-from training.evaluation.metrics import TaskScore, letter_flash, letter_videochat2, mvbench_scores
-from training.evaluation.results import Journal, Row, run_blocks, table
+from training.evaluation.chat_evaluator import ChatEvaluator, Query
+from training.evaluation.journal import Journal, Row, run_blocks
+from training.evaluation.metrics import mean_interval, wilson
 
 Form = Literal["flash", "videochat2", "words"]
 FRAME_FOLDERS_FPS = 3.0
@@ -74,7 +76,7 @@ TASKS: Mapping[str, Task] = {
 }
 
 
-# Tasks of the demo world that MVBench has under another name, and the options that its letters reach.
+# Tasks of the synthetic world that MVBench has under another name, and the options that its letters reach.
 AS_IN_MVBENCH: Mapping[str, str] = {"localisation_part": "action_localization"}
 MOST_OPTIONS = 5
 
@@ -171,7 +173,7 @@ def locate(task: Task, videos: Path, name: str, start_s: float | None, end_s: fl
 
 
 def world_items(source: WorldSource) -> list[Item]:
-    """The demo world's multiple-choice questions as such items.
+    """The synthetic world's multiple-choice questions as such items.
 
     Task names are MVBench's where it has the task. Questions with more options than the published readers of
     letters know are left out.
@@ -196,20 +198,70 @@ def by_video(items: Sequence[Item]) -> list[range]:
     return [range(start, end) for start, end in pairwise([*starts, len(items)])]
 
 
-def ask(item: Item, form: Form) -> Asked:
+def ask(item: Item, form: Form) -> Query:
     """The question as it is put to the model."""
     options = "".join(f"({chr(65 + i)}) {candidate}\n" for i, candidate in enumerate(item.candidates))
     if form != "videochat2":
         text = f"Question: {item.question}\nOption:\n{options}Only give the best option."
-        return Asked(text, max_new_tokens=16)
+        return Query(text, max_new_tokens=16)
     text = f"Question: {item.question}\nOptions:\n{options}\nOnly give the best option."
-    return Asked(text, system=SYSTEM, prefix="Best option:(", max_new_tokens=16)
+    return Query(text, system=SYSTEM, prefix="Best option:(", max_new_tokens=16)
 
 
 def letter_by_words(text: str, candidates: Sequence[str]) -> str | None:
     """The letter of the option that an answer chooses, by its letter or its words."""
     number = option_in(text, candidates)
     return None if number is None else chr(65 + number)
+
+
+_REMOVED = ';/[]"{}()=+\\_->@<`,?!'
+
+
+def letter_flash(text: str) -> str | None:
+    """The option letter by the rule of the lmms-eval task that VideoChat-Flash uses: "C. ..." at the start,
+    else the first letter from A to E that stands alone once punctuation is gone, in either case.
+
+    So "a dog" answers A; that is the published rule.
+    """
+    stripped = text.strip()
+    if match := re.match(r"([A-Ea-e])\.\s*\S", stripped):
+        return match.group(1).upper()
+    cleaned = stripped.translate(str.maketrans(_REMOVED + "\n\t", " " * (len(_REMOVED) + 2)))
+    cleaned = re.sub(r"\.(?!\d)", "", cleaned).strip(" '")
+    match = re.search(r"\b([A-Ea-e])\b", cleaned)
+    return match.group(1).upper() if match else None
+
+
+def letter_videochat2(text: str) -> str | None:
+    """The option letter of a completion of "Best option:(": the letter it begins with."""
+    match = re.match(r"\s*\(?\s*([A-Ea-e])\b", text)
+    return match.group(1).upper() if match else None
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One task of MVBench. empty: answers without any text, which the published share leaves out."""
+
+    right: int
+    answered: int
+    empty: int
+
+    @property
+    def percent(self) -> float | None:
+        """100 * right / answered, None when nothing was."""
+        return 100 * self.right / self.answered if self.answered else None
+
+
+def mvbench_scores(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, TaskScore], float | None]:
+    """Scores by task of rows {task, answer, letter, truth}, and the mean over tasks with answers."""
+    tasks: dict[str, TaskScore] = {}
+    for row in rows:
+        old = tasks.get(row["task"], TaskScore(0, 0, 0))
+        empty = not row["answer"].strip()
+        right = not empty and row["letter"] == row["truth"]
+        tasks[row["task"]] = TaskScore(old.right + right, old.answered + (not empty), old.empty + empty)
+    percents = [score.percent for score in tasks.values() if score.percent is not None]
+    return tasks, sum(percents) / len(percents) if percents else None
 
 
 LETTERS: Mapping[Form, Callable[[str, Sequence[str]], str | None]] = {
@@ -219,18 +271,20 @@ LETTERS: Mapping[Form, Callable[[str, Sequence[str]], str | None]] = {
 }
 
 
-def evaluate_mvbench(watcher: Watcher, items: Sequence[Item], form: Form, journal: Journal) -> dict[str, Any]:
+def evaluate_mvbench(
+    evaluator: ChatEvaluator, items: Sequence[Item], form: Form, journal: Journal
+) -> dict[str, Any]:
     """Score by task and their mean, with the missing videos."""
 
     def work(numbers: Sequence[int]) -> list[Row]:
-        asked = [ask(items[number], form) for number in numbers]
+        questions = [ask(items[number], form) for number in numbers]
         try:
-            said = list(watcher.answers(items[numbers[0]].media, numbers[0], asked))
+            answers = list(evaluator.answers(items[numbers[0]].media, numbers[0], questions))
         except VideoError as error:
             return [{"missing": str(error)} for _ in numbers]
-        return [{"answer": answer} for answer in said]
+        return [{"answer": answer} for answer in answers]
 
-    label = f"{watcher.key}|{form}"
+    label = f"{evaluator.key}|{form}"
     rows = run_blocks(
         [f"{label}|{item.id}" for item in items], work, journal, block=by_video(items), label=label
     )
@@ -250,28 +304,32 @@ def score_mvbench(items: Sequence[Item], rows: Sequence[Row], form: Form) -> dic
         if "missing" not in row
     ]
     scores, mean = mvbench_scores(answered)
-    gone = {i.id: row["missing"] for i, row in zip(items, rows, strict=True) if "missing" in row}
+    missing = {i.id: row["missing"] for i, row in zip(items, rows, strict=True) if "missing" in row}
     order = [*TASKS, *(item.task for item in items)]
     tasks = {
-        task: _task_row([item for item in items if item.task == task], scores.get(task), gone)
+        task: _task_row([item for item in items if item.task == task], scores.get(task), missing)
         for task in sorted({item.task for item in items}, key=order.index)
     }
-    found = [score for score in scores.values() if score.answered]
-    low, high = mean_interval([(score.right, score.answered) for score in found]) if found else (0.0, 1.0)
+    answered_tasks = [score for score in scores.values() if score.answered]
+    low, high = (
+        mean_interval([(score.right, score.answered) for score in answered_tasks])
+        if answered_tasks
+        else (0.0, 1.0)
+    )
     return {
         "prompt": form,
         "tasks": tasks,
         "mean": mean,
         "low": round(100 * low, 2),
         "high": round(100 * high, 2),
-        "complete": not gone and mean is not None,
+        "complete": not missing and mean is not None,
         "chance": sum(row["chance"] for row in tasks.values()) / len(tasks),
         "unreadable letters": sum(row["letter"] is None and bool(row["answer"].strip()) for row in answered),
-        "missing": gone,
+        "missing": missing,
     }
 
 
-def _task_row(items: Sequence[Item], score: TaskScore | None, gone: Mapping[str, str]) -> dict[str, Any]:
+def _task_row(items: Sequence[Item], score: TaskScore | None, missing: Mapping[str, str]) -> dict[str, Any]:
     """One task's share in percent with its interval; score: None when no video of it could be read."""
     low, high = wilson(score.right, score.answered) if score else (0.0, 1.0)
     return {
@@ -281,7 +339,7 @@ def _task_row(items: Sequence[Item], score: TaskScore | None, gone: Mapping[str,
         "chance": 100 * sum(1 / len(item.candidates) for item in items) / len(items),
         "answered": score.answered if score else 0,
         "empty": score.empty if score else 0,
-        "missing": sum(item.id in gone for item in items),
+        "missing": sum(item.id in missing for item in items),
         "questions": len(items),
     }
 
@@ -305,5 +363,5 @@ def mvbench_table(results: Mapping[str, dict[str, Any]]) -> str:
         totals = [results[run][count] for run in runs]
         lines.append([name, *(str(n if isinstance(n, int) else len(n)) for n in totals), "", ""])
     common = sum(task in TASKS for task in first["tasks"])
-    said = f"{common} of MVBench's {len(TASKS)} tasks, {len(first['tasks']) - common} others."
-    return f"{table(['task', *runs, 'chance', 'n'], lines)}\n{said}"
+    note = f"{common} of MVBench's {len(TASKS)} tasks, {len(first['tasks']) - common} others."
+    return f"{table(['task', *runs, 'chance', 'n'], lines)}\n{note}"

@@ -6,14 +6,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from encoder.errors import DataError, ModelError
+from torch import Tensor
+
 from llm_bridge.text_encoders.text_towers import TextTower
+from training.command_line import table
 from training.data.examples import Example
-from training.evaluation.alignment import Alignment
-from training.evaluation.encoder_input import Setting
+from training.evaluation.encoder_input import EncoderInput
+from training.evaluation.encoder_run import EncoderRun
+from training.evaluation.frozen_encoder import ClipHead
 from training.evaluation.metrics import Duplicates, retrieval
-from training.evaluation.results import Row, table
-from training.evaluation.run import Run, describe_setting, pack, split_missing, unpack
 
 
 def plain_text(text: str) -> str:
@@ -23,73 +24,67 @@ def plain_text(text: str) -> str:
     return " ".join(re.sub(r"[-/]", " ", text).split())
 
 
-def check_widths(alignment: Alignment, tower: TextTower) -> None:
-    """Raises ModelError when the two cannot be compared."""
-    if alignment.dim != tower.dim:
-        raise ModelError(
-            f"The alignment leads to {alignment.dim} dimensions, but the text tower has {tower.dim}: name "
-            "the tower that it was trained with (--text-tower)."
-        )
+def recall_scores(
+    video: Tensor,
+    text: Tensor,
+    owner: Sequence[int],
+    texts: Sequence[str],
+    *,
+    scale: float = 1.0,
+    duplicates: Duplicates = "strict",
+) -> dict[str, Any]:
+    """Recalls by kind of score ("plain", "dual softmax"), way and k, for result files. See
+    `metrics.retrieval`."""
+    scores: dict[str, Any] = {}
+    for name, dsl in (("plain", False), ("dual softmax", True)):
+        ways = retrieval(video, text, owner, texts, dsl=dsl, scale=scale, duplicates=duplicates)
+        scores[name] = {way: {k: share.to_dict() for k, share in by_k.items()} for way, by_k in ways.items()}
+    return scores
 
 
 def evaluate_retrieval(
-    run: Run,
-    alignment: Alignment,
+    run: EncoderRun,
+    clip_head: ClipHead,
     tower: TextTower,
     examples: Sequence[Example],
-    setting: Setting,
+    encoder_input: EncoderInput,
     *,
     duplicates: Duplicates = "strict",
     scale: float = 1.0,
     raw_text: bool = False,
 ) -> dict[str, Any]:
-    """Recalls at one setting, over the videos that could be read; the others are listed.
+    """Recalls at one input, over the videos that could be read; the others are listed.
 
     Each caption is a query of T2V; in V2T the best-placed of a video's captions counts. raw_text: captions go
     to the tower as they are (sentence encoders), not as `plain_text`.
     """
-    check_widths(alignment, tower)
+    clip_head.check(tower)
 
-    def describe(_: Example, features: Any) -> Row:
-        return {"vector": pack(features.mean(dim=0))}
+    def features(pixels: Sequence[Tensor], seed: int) -> Tensor:
+        return clip_head.embed(run.pooled(pixels, encoder_input, seed))
 
-    def features(pixels: Any, seed: int) -> Any:
-        return alignment.unit(run.viewer.pooled(pixels, setting, run.pool, seed))
-
-    rows = run.rows(examples, setting, features, describe)
-    present, gone = split_missing(examples, rows)
-    if not present:
-        raise DataError(
-            f"None of the {len(examples)} videos can be read; the first: {next(iter(gone.values()))}"
-        )
+    readable, video, missing = run.vectors(examples, encoder_input, features)
     texts, owner = [], []
-    for place, number in enumerate(present):
+    for place, number in enumerate(readable):
         for caption in examples[number].captions:
             texts.append(caption if raw_text else plain_text(caption))
             owner.append(place)
-    video, text = unpack([rows[number]["vector"] for number in present]), tower.embed(texts).cpu()
-    found = {
-        name: retrieval(video, text, owner, texts, dsl=dsl, scale=scale, duplicates=duplicates)
-        for name, dsl in (("plain", False), ("dual softmax", True))
-    }
+    text = tower.embed(texts).cpu()
     return {
-        **describe_setting(setting),
-        "videos": len(present),
+        **encoder_input.to_dict(),
+        "videos": len(readable),
         "texts": len(texts),
-        "missing": gone,
-        "scores": {
-            name: {way: {k: share.to_dict() for k, share in by_k.items()} for way, by_k in ways.items()}
-            for name, ways in found.items()
-        },
+        "missing": missing,
+        "scores": recall_scores(video, text, owner, texts, scale=scale, duplicates=duplicates),
     }
 
 
-def retrieval_table(settings: Sequence[Setting], results: Sequence[dict[str, Any]]) -> str:
-    """One line per setting and kind of score, in percent."""
+def retrieval_table(results: Sequence[dict[str, Any]]) -> str:
+    """One line per input and kind of score, in percent."""
     columns = ["tokens", "score", *(f"{way} R@{k}" for way in ("T2V", "V2T") for k in (1, 5, 10)), "videos"]
     lines = []
-    for setting, result in zip(settings, results, strict=True):
+    for result in results:
         for name, ways in result["scores"].items():
             shares = [100 * ways[way][f"R@{k}"]["value"] for way in ("T2V", "V2T") for k in (1, 5, 10)]
-            lines.append([setting.label, name, *shares, result["videos"]])
+            lines.append([EncoderInput.from_dict(result).label, name, *shares, result["videos"]])
     return table(columns, lines)

@@ -37,26 +37,26 @@ class Grid:
         """All of them, row by row of one resolution."""
         return [(frames, side) for side in self.resolutions for frames in self.frames]
 
-    def seen(self, cell: Cell) -> int:
+    def patches(self, cell: Cell) -> int:
         """Tokens of an input before selection."""
         return cell[0] * (cell[1] // self.patch_size) ** 2
 
     def unmasked(self, keep: int) -> list[Cell]:
         """Inputs of which nothing is dropped."""
-        return [cell for cell in self.cells if self.seen(cell) <= keep]
+        return [cell for cell in self.cells if self.patches(cell) <= keep]
 
     def start(self, keep: int) -> Cell:
         """Where the search begins: the fewest frames and, of the resolutions, the one whose input comes
         closest to K tokens without exceeding it (4 x 224 at 1024). Where even the lowest exceeds it, the
         highest, since the search only ever lowers the resolution."""
         frames = self.frames[0]
-        fitting = [side for side in self.resolutions if self.seen((frames, side)) <= keep]
+        fitting = [side for side in self.resolutions if self.patches((frames, side)) <= keep]
         return frames, max(fitting, default=self.resolutions[-1])
 
 
 @dataclass
 class Measured:
-    """A measure that remembers: every cell is evaluated once; `cells` holds those asked for, in order."""
+    """A measure that remembers: every cell is evaluated once; `cells` holds them in order of first use."""
 
     measure: Measure
     cells: dict[Cell, Share] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The best cell of a search, its share, and every cell it evaluated in order."""
 
     best: Cell
@@ -83,16 +83,16 @@ class Found:
 
 def best_cell(cells: dict[Cell, Share], grid: Grid) -> Cell:
     """The highest share; of equal ones the input with fewest tokens."""
-    return max(cells, key=lambda cell: (cells[cell].value, -grid.seen(cell)))
+    return max(cells, key=lambda cell: (cells[cell].value, -grid.patches(cell)))
 
 
-def full_search(grid: Grid, measure: Measure) -> Found:
+def full_search(grid: Grid, measure: Measure) -> SearchResult:
     """Every cell."""
     measured = Measured(measure)
     for cell in grid.cells:
         measured(cell)
     best = best_cell(measured.cells, grid)
-    return Found(best, measured.cells[best], tuple(measured.cells))
+    return SearchResult(best, measured.cells[best], tuple(measured.cells))
 
 
 def linear_search(
@@ -103,7 +103,7 @@ def linear_search(
     gain: float = 0.0,
     patience: int = 1,
     start: Cell | None = None,
-) -> Found:
+) -> SearchResult:
     """Raise frames to the plateau, then lower the resolution while that, with more frames, still gains.
 
     gain: an accuracy counts as higher only from this much on (0.002 is 0.2 points). patience: steps without
@@ -137,4 +137,4 @@ def linear_search(
         best = challenger
     # What was measured on the way may be better by less than `gain`.
     best = best_cell(measured.cells, grid)
-    return Found(best, measured.cells[best], tuple(measured.cells))
+    return SearchResult(best, measured.cells[best], tuple(measured.cells))

@@ -1,34 +1,36 @@
-"""Views: which frames and which part of the picture a test looks at, and loading them for a block of items.
+"""Multi-view testing: several clips and crops of each video, and the mean of their probabilities.
 
-Of several clips each takes one frame in each of F equal parts, at (clip + 1) / (clips + 1) of the part; one
-clip takes the middles. Of several crops each is a square along the longer side, at its start, middle and end.
+Of several clips each takes one frame in each of F equal parts of the video, at (clip + 1) / (clips + 1) of
+the part; a single clip takes the middles. Crops are squares of the shorter side, spread along the longer one.
+Released code: 4 clips x 3 crops for Kinetics, 2 x 3 for SSv2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from encoder.errors import ConfigError, VideoError
 from encoder.preprocess import preprocess
-from training.data.examples import Example
-from training.evaluation.encoder_input import Setting
+from training.data.examples import Example, ExampleSource
+from training.evaluation.metrics import top_k
 
 
 @dataclass(frozen=True)
 class Views:
-    """clips x crops of each video. fit: without crops, how a frame becomes square."""
+    """clips x crops of each video. fit: how a frame becomes square when there is one crop."""
 
     clips: int = 1
     crops: int = 1
     fit: str = "squash"
 
     def __post_init__(self) -> None:
-        if self.clips < 1 or self.crops not in (1, 3):
-            raise ConfigError(f"Views are at least 1 clip and 1 or 3 crops, not {self.clips} x {self.crops}.")
+        if self.clips < 1 or self.crops < 1:
+            raise ConfigError(f"Views are at least 1 clip and 1 crop, not {self.clips} x {self.crops}.")
         if self.fit not in ("squash", "crop"):
             raise ConfigError(f"fit must be 'squash' or 'crop', not {self.fit!r}.")
 
@@ -39,54 +41,170 @@ class Views:
         """Where the frames of a clip lie, from 0 to 1 of the video."""
         return [(part + (clip + 1) / (self.clips + 1)) / frames for part in range(frames)]
 
-    def load(self, example: Example, setting: Setting) -> list[Tensor]:
-        """All views of a video, each (3, T, R, R), clips outermost. Raises VideoError."""
-        side, out = setting.resolution, []
+    def load(self, example: Example, frames: int, side: int) -> list[Tensor]:
+        """All views of a video, each (3, frames, side, side), clips outermost; a still is repeated.
+
+        Raises VideoError as the example's media does.
+        """
+        views = []
         for clip in range(self.clips):
-            moments = self.moments(clip, setting.frames) if self.clips > 1 else None
-            frames = example.media.load(setting.frames, side, moments=moments).frames
+            moments = self.moments(clip, frames) if self.clips > 1 else None
+            pictures = example.media.load(frames, side, moments=moments).frames
+            if len(pictures) == 1:
+                pictures = pictures.expand(frames, -1, -1, -1)
             if self.crops == 1:
-                out.append(preprocess(frames, side, side, fit=self.fit))  # type: ignore[arg-type]
+                views.append(preprocess(pictures, side, side, fit=self.fit))  # type: ignore[arg-type]
             else:
-                out += [preprocess(crop, side, side) for crop in squares(frames)]
-        return out
+                views += [preprocess(crop, side, side) for crop in square_crops(pictures, self.crops)]
+        return views
 
 
-def squares(frames: Tensor) -> list[Tensor]:
-    """(T, H, W, 3) -> three squares of the shorter side: at the start, middle and end of the longer one."""
+def square_crops(frames: Tensor, crops: int) -> list[Tensor]:
+    """`crops` squares of the shorter side S, spread from the start to the end of the longer: (T, S, S, 3)
+    each. A single crop is the centre."""
     height, width = frames.shape[1:3]
     side = min(height, width)
-    out = []
-    for part in range(3):
-        top, left = (height - side) * part // 2, (width - side) * part // 2
-        out.append(frames[:, top : top + side, left : left + side])
-    return out
+    spare = max(height, width) - side
+    offsets = [spare * index // (crops - 1) for index in range(crops)] if crops > 1 else [spare // 2]
+    if width >= height:
+        return [frames[:, :, offset : offset + side] for offset in offsets]
+    return [frames[:, offset : offset + side] for offset in offsets]
+
+
+def mean_probabilities(logits: Tensor) -> Tensor:
+    """(V, C) class scores of the views of one video -> (C,) mean of their softmaxes."""
+    return logits.float().softmax(dim=-1).mean(dim=0)
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """What could be read of a block. places: which of its items; views: pixels of each; missing: why not."""
+class LoadedViews:
+    """What could be read of some examples. places: which of them; views: pixels of each; missing: reasons by
+    place."""
 
     places: list[int] = field(default_factory=list)
     views: list[list[Tensor]] = field(default_factory=list)
     missing: dict[int, str] = field(default_factory=dict)
 
 
-def load_block(examples: Sequence[Example], setting: Setting, views: Views, workers: int = 1) -> Loaded:
-    """The views of some examples; what cannot be read is named instead."""
+def load_views(
+    examples: Sequence[Example], frames: int, side: int, views: Views, workers: int = 1
+) -> LoadedViews:
+    """The views of some examples, decoded by `workers` threads; what cannot be read is named instead."""
 
-    def one(example: Example) -> list[Tensor] | str:
+    def load(example: Example) -> list[Tensor] | str:
         try:
-            return views.load(example, setting)
+            return views.load(example, frames, side)
         except VideoError as error:
             return str(error)
 
-    loaded = Loaded()
+    loaded = LoadedViews()
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        for place, found in enumerate(pool.map(one, examples)):
-            if isinstance(found, str):
-                loaded.missing[place] = found
+        for place, pixels in enumerate(pool.map(load, examples)):
+            if isinstance(pixels, str):
+                loaded.missing[place] = pixels
             else:
                 loaded.places.append(place)
-                loaded.views.append(found)
+                loaded.views.append(pixels)
     return loaded
+
+
+# -- during and after training: shared out over ranks -------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """The `test` part of a recipe: frames x resolution of each view, and how many clips and crops of them;
+    counts: token counts to test (none: those that are trained); examples: only the first so many, 0 for all.
+    """
+
+    frames: int = 12
+    resolution: int = 224
+    clips: int = 4
+    crops: int = 3
+    counts: tuple[int, ...] = ()
+    examples: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("frames", "resolution", "clips", "crops"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"test.{name} must be at least 1, not {getattr(self, name)}.")
+
+    def load(self, example: Example) -> Tensor:
+        """All views of a video, (clips * crops, 3, T, R, R); raises VideoError as its media does."""
+        return torch.stack(Views(self.clips, self.crops, "crop").load(example, self.frames, self.resolution))
+
+
+@dataclass
+class Accuracy:
+    """How many videos were right, by token count, and which could not be read."""
+
+    videos: int
+    top1: dict[int, int]
+    top5: dict[int, int]
+    unreadable: dict[str, str]
+
+    def merged(self, others: Sequence[Accuracy]) -> Accuracy:
+        """This and the counts of other ranks."""
+        total = Accuracy(self.videos, dict(self.top1), dict(self.top5), dict(self.unreadable))
+        for other in others:
+            total.videos += other.videos
+            for mine, theirs in ((total.top1, other.top1), (total.top5, other.top5)):
+                for count, right in theirs.items():
+                    mine[count] = mine.get(count, 0) + right
+            total.unreadable |= other.unreadable
+        return total
+
+    def shares(self) -> dict[str, float]:
+        """top1_COUNT and top5_COUNT of the videos that could be read; empty when none could."""
+        if not self.videos:
+            return {}
+        first = {f"top1_{count}": right / self.videos for count, right in self.top1.items()}
+        return first | {f"top5_{count}": right / self.videos for count, right in self.top5.items()}
+
+
+@torch.no_grad()
+def view_accuracy(
+    classify: Callable[[Tensor], Mapping[int, Tensor]],
+    source: ExampleSource,
+    config: ViewConfig,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    progress: Callable[[range], Sequence[int] | range] = lambda numbers: numbers,
+) -> Accuracy:
+    """Accuracy over a source. classify: pixels (V, 3, T, R, R) -> logits (V, classes) by token count.
+
+    Each rank takes every `ranks`-th video. All ranks call `classify` equally often, since sharded weights
+    need all of them: a rank without a video of its own runs on the last it had and does not count it.
+    """
+    size = min(config.examples or len(source), len(source))
+    accuracy = Accuracy(0, {}, {}, {})
+    pixels: Tensor | None = None
+    for turn in progress(range(-(-size // ranks))):
+        number = turn * ranks + rank
+        label = None
+        if number < size:
+            name = f"number {number}"
+            try:
+                example = source[number]
+                name = example.id
+                pixels, label = config.load(example), example.label
+                if label is None:
+                    raise VideoError("it has no label.")
+            except VideoError as error:
+                accuracy.unreadable[name] = str(error)
+        if pixels is None:
+            pixels = torch.zeros(config.clips * config.crops, 3, config.frames, *(2 * (config.resolution,)))
+        for count, logits in classify(pixels).items():
+            if label is None:
+                continue
+            scores = mean_probabilities(logits)[None].cpu()
+            for right, k in ((accuracy.top1, 1), (accuracy.top5, 5)):
+                right[count] = right.get(count, 0) + _is_right(scores, label, k)
+        accuracy.videos += label is not None
+    return accuracy
+
+
+def _is_right(scores: Tensor, label: int, k: int) -> bool:
+    """Whether a label is among the first k of scores (1, C); one that is no class of theirs never is."""
+    return 0 <= label < scores.shape[1] and bool(top_k(scores, torch.tensor([label]), k))

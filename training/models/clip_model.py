@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -225,18 +225,3 @@ def load_alignment(model: ClipModel, path: str) -> None:
     ]
     if lost:
         raise CheckpointError(f"{path} does not fit the recipe's alignment ({lost[0]}): {report}.")
-
-
-def retrieval(video: Tensor, text: Tensor, ranks: Sequence[int] = (1, 5)) -> dict[str, float]:
-    """Recall of unit vectors (N, D) whose rows belong together: {"t2v_r1": share, ...}.
-
-    A tie counts as lost, and so does an equal text's other video.
-    """
-    scores = video @ text.T
-    own = scores.diagonal()
-    before = {"v2t": (scores >= own[:, None]).sum(1), "t2v": (scores >= own[None]).sum(0)}
-    return {
-        f"{way}_r{rank}": (count <= rank).double().mean().item()
-        for way, count in before.items()
-        for rank in ranks
-    }

@@ -1,1 +1,1 @@
-"""The demo world: seeded videos with captions, questions and answers that the shipped model learns from."""
+"""The synthetic world: seeded videos with captions, questions and answers for the shipped model."""

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from encoder.errors import FluxChatError
+from training.command_line import command_parser, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status (2 after a clear error)."""
-    parser = argparse.ArgumentParser(prog="python -m training.synthetic", description=__doc__)
+    parser = command_parser("training.synthetic", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     fetching = commands.add_parser("fetch", help="download and convert the sprites and photographs")
     fetching.add_argument("--stills-only", action="store_true", help="skip the animated sprites (700 MB)")
@@ -34,13 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command.add_argument(
             "--shapes", action="store_true", help="coloured shapes: needs no fetched sprites"
         )
-    arguments = parser.parse_args(argv)
-    try:
-        _run(arguments)
-    except FluxChatError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(parser, _run, argv)
 
 
 def _run(arguments: argparse.Namespace) -> None:
@@ -50,8 +44,9 @@ def _run(arguments: argparse.Namespace) -> None:
         print(f"sprites ready in {fetch(stills_only=arguments.stills_only, force=arguments.force)}")
         return
     from training.synthetic.assets import open_bank
-    from training.synthetic.dataset import World, WorldConfig
+    from training.synthetic.dataset import World
     from training.synthetic.sprites import procedural_bank
+    from training.synthetic.world_config import WorldConfig
 
     bank = procedural_bank() if arguments.shapes else open_bank(stills_only=arguments.stills_only)
     level = WorldConfig.simple() if arguments.simple else WorldConfig()
@@ -61,7 +56,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
         print(export(world, arguments.count, arguments.out, size=arguments.size, fps=arguments.fps))
     else:
-        from training.synthetic.contact_sheet import contact_sheet, save_sheet
+        from training.synthetic.export import contact_sheet, save_sheet
 
         save_sheet(contact_sheet(world, arguments.rows, arguments.first), arguments.out)
         print(arguments.out)

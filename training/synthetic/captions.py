@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 
-from training.synthetic.nouns import Noun
+from training.synthetic.nouns import Nouns
 from training.synthetic.phrases import MOVES, NUMBERS, PLACES, Wording, sentence, third_person
 from training.synthetic.scene import Actor, Background, Scene, Shot, largest_first
-
-Nouns = Mapping[str, Noun]
 
 
 def place_of(background: Background) -> tuple[str, str] | None:

@@ -18,9 +18,10 @@ from training.synthetic.question_forms import Question
 from training.synthetic.questions import questions
 from training.synthetic.render import render
 from training.synthetic.scene import Motion, Scene
-from training.synthetic.scene_scripts import Stage, WorldConfig, shows, solo
+from training.synthetic.scene_scripts import SCENE_SCRIPTS, solo
 from training.synthetic.sprites import SpriteBank
-from training.synthetic.story_scripts import BUILDERS
+from training.synthetic.stage import Stage, shows
+from training.synthetic.world_config import WorldConfig
 
 Split = Literal["train", "test", "unseen"]
 LEAST_NOUNS = 8
@@ -30,7 +31,7 @@ TEST_PHOTOS = frozenset({"astronaut", "camera", "gravel"})
 
 @dataclass(frozen=True)
 class Sample:
-    """One video: its description, a caption, questions with answers, and the plot it follows."""
+    """One video: its description, a caption, questions with answers; plot: the scene script it follows."""
 
     scene: Scene
     caption: str
@@ -70,14 +71,14 @@ class World:
     def sample(self, index: int) -> Sample:
         """Sample number `index` (0, 1, 2, ... without end)."""
         plot = self._rng(index, "plot").choice(self.level.plots)
-        scene = BUILDERS[plot](self._stage, self._rng(index, "scene"), self._rng(index, "motion"))
+        scene = SCENE_SCRIPTS[plot](self._stage, self._rng(index, "scene"), self._rng(index, "motion"))
         return self._describe(scene, plot, self._rng(index, "words"))
 
     def siblings(self, index: int, n: int) -> list[Sample]:
         """`n` samples of one object that differ in its motion alone: same background, size, times.
 
-        The first is `sample(index)` when that is of the plot "solo". Raises ConfigError when the world has
-        fewer than `n` motions that show on the object.
+        The first is `sample(index)` when that follows the script "solo". Raises ConfigError when the world
+        has fewer than `n` motions that show on the object.
         """
         first = solo(self._stage, self._rng(index, "scene"), self._rng(index, "motion"))
         noun = self.nouns[first.actors[0].code]

@@ -1,6 +1,7 @@
-"""Writes the world as files: h264 videos and a LLaVA-style annotation list.
+"""Writes the world as files: h264 videos with a LLaVA-style annotation list, and a picture to look at.
 
     python -m training.synthetic export --split train --count 1000 --out DIR
+    python -m training.synthetic preview --out sheet.png
 
 Every record is {"id", "video", "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt",
 "value": ...}]}: first the caption, then questions about the same video.
@@ -11,12 +12,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import textwrap
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from encoder.errors import ConfigError
 from training.synthetic.dataset import Sample, World
@@ -24,6 +27,7 @@ from training.synthetic.phrases import Wording
 from training.synthetic.question_templates import QUESTIONS
 
 QUESTIONS_PER_VIDEO = 4
+SHEET_FRAMES, SHEET_SIDE, GAP, TEXT_HEIGHT = 8, 128, 4, 34  # of a contact sheet, in pixels
 
 
 def write_video(path: Path, frames: np.ndarray, fps: float, *, codec: str = "libx264", crf: int = 23) -> None:
@@ -54,14 +58,14 @@ def record(
 ) -> dict[str, Any]:
     """One annotation: the caption and up to `questions` questions of different tasks."""
     rng = random.Random(name)
-    asked = rng.sample(sample.questions, len(sample.questions))
-    by_task = {question.task: question for question in asked}
+    shuffled = rng.sample(sample.questions, len(sample.questions))
+    by_task = {question.task: question for question in shuffled}
     turns = [(rng.choice(QUESTIONS["caption"][wording]), sample.caption)]
     chosen = rng.sample(list(by_task.values()), min(questions, len(by_task)))
     turns += [(question.question, question.answer) for question in chosen]
     conversations = []
-    for number, (asking, answer) in enumerate(turns):
-        conversations.append({"from": "human", "value": f"<image>\n{asking}" if number == 0 else asking})
+    for number, (request, answer) in enumerate(turns):
+        conversations.append({"from": "human", "value": f"<image>\n{request}" if number == 0 else request})
         conversations.append({"from": "gpt", "value": answer})
     return {"id": name, "video": f"videos/{name}.mp4", "conversations": conversations}
 
@@ -115,3 +119,37 @@ def _export_each(world: World, count: int, out: Path, size: int, fps: float) -> 
             frames = max(2, round(sample.scene.duration_s * fps))
             write_video(path, world.render(sample.scene, [i / fps for i in range(frames)], size, size), fps)
         yield record(sample, name, wording)
+
+
+def contact_sheet(world: World, rows: int = 12, first: int = 0) -> Image.Image:
+    """Samples `first`, `first + 1`, ... as an RGB image: one per row, frames from left to right, the caption
+    and one question below."""
+    width = SHEET_FRAMES * (SHEET_SIDE + GAP) + GAP
+    sheet = Image.new("RGB", (width, rows * (SHEET_SIDE + TEXT_HEIGHT) + GAP), (250, 250, 248))
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(12)
+    for row in range(rows):
+        sample = world.sample(first + row)
+        duration_s = sample.scene.duration_s
+        times = [(k + 0.5) / SHEET_FRAMES * duration_s for k in range(SHEET_FRAMES)]
+        top = GAP + row * (SHEET_SIDE + TEXT_HEIGHT)
+        for column, frame in enumerate(world.render(sample.scene, times, SHEET_SIDE, SHEET_SIDE)):
+            sheet.paste(Image.fromarray(frame), (GAP + column * (SHEET_SIDE + GAP), top))
+        question = next((q for q in reversed(sample.questions) if not q.options), None)
+        exchange = f"{question.question}  {question.answer}" if question else ""
+        for line, text in enumerate((f"{duration_s:.1f} s  {sample.caption}", exchange)):
+            draw.text(
+                (GAP, top + SHEET_SIDE + 1 + 15 * line),
+                textwrap.shorten(text, 165, placeholder=" ..."),
+                fill=(40, 40, 40) if line == 0 else (110, 110, 110),
+                font=font,
+            )
+    return sheet
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Writes the sheet as PNG, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    sheet.save(temporary, "PNG")
+    os.replace(temporary, path)

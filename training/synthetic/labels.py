@@ -1,6 +1,6 @@
 """What a scene shows, as class numbers: of the whole clip, and of every patch of every frame.
 
-Flux-CLIP on the demo world can learn them beside the captions. Neither is of the paper.
+Flux-CLIP on the synthetic world can learn them beside the captions. Neither is of the paper.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from training.synthetic.dataset import Sample, World
-from training.synthetic.questions import MOST_OBJECTS, steady
+from training.synthetic.questions import MOST_OBJECTS
 from training.synthetic.scene import Scene, opacity_at, pose_at
-from training.synthetic.time_questions import change_of, happenings, least_gap, onsets
+from training.synthetic.scene_events import change_of, events_of, least_gap, onsets, steady
 
 UNKNOWN = -100  # what cross_entropy leaves out
 CHANGES = ("same", "appears", "vanishes", "becomes", "starts", "stops")
@@ -50,14 +50,14 @@ class WorldLabels:
     def clips(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
         """(B,) class numbers with UNKNOWN where the question has no answer; "noun" (B, nouns) shares."""
         scenes = [sample.scene for sample in samples]
-        found = {
+        classes = {
             "motion": [self._motion(scene) for scene in scenes],
             "count": [len(scene.actors) - 1 if steady(scene) else UNKNOWN for scene in scenes],
             "first": [self._first(scene) for scene in scenes],
             "change": [_change(scene) for scene in scenes],
             "event": [_event(scene) for scene in scenes],
         }
-        labels = {name: torch.tensor(values) for name, values in found.items() if name in self.clip_classes}
+        labels = {name: torch.tensor(values) for name, values in classes.items() if name in self.clip_classes}
         return {"noun": torch.stack([self._shown(scene) for scene in scenes])} | labels
 
     def _shown(self, scene: Scene) -> Tensor:
@@ -72,11 +72,11 @@ class WorldLabels:
         return self.motions[actors[0].motions[0]] if alone else UNKNOWN
 
     def _first(self, scene: Scene) -> int:
-        found = onsets(scene, self._world.nouns)
-        if len(found) < 2 or len(found) < len(scene.actors):
+        begins = onsets(scene, self._world.nouns)
+        if len(begins) < 2 or len(begins) < len(scene.actors):
             return UNKNOWN
-        clear = found[1][0] - found[0][0] >= least_gap(scene)
-        return self._names[found[0][1]] if clear else UNKNOWN
+        clear = begins[1][0] - begins[0][0] >= least_gap(scene)
+        return self._names[begins[0][1]] if clear else UNKNOWN
 
     def patches(self, scene: Scene, times_s: Sequence[float], side: int) -> dict[str, Tensor]:
         """(T, side, side) class numbers by patch attribute, for a square frame of side x side patches."""
@@ -103,7 +103,7 @@ def _change(scene: Scene) -> int:
 
 def _event(scene: Scene) -> int:
     """The part of the clip in which its only event lies."""
-    times = [happening.at_s for happening in happenings(scene)]
+    times = [event.at_s for event in events_of(scene)]
     if len(times) != 1:
         return UNKNOWN
     return min(int(times[0] / scene.duration_s * EVENT_PARTS), EVENT_PARTS - 1)

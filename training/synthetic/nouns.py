@@ -1,8 +1,9 @@
-"""The nouns of the demo world: what each sprite is called, its category, and whether training may see it."""
+"""The nouns of the synthetic world: what each sprite is called, its category, and who may see it."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -31,6 +32,9 @@ class Noun:
     def indefinite(self) -> str:
         """The noun with its article: "a dog", "an elephant"."""
         return with_article(self.name)
+
+
+Nouns = Mapping[str, Noun]  # by code
 
 
 def with_article(name: str) -> str:

@@ -1,4 +1,4 @@
-"""The words of the world: phrases for motions, places and numbers. Templates of questions: templates.py."""
+"""The words of the world: phrases for motions, places and numbers (templates: question_templates.py)."""
 
 from __future__ import annotations
 

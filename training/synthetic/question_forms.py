@@ -1,4 +1,4 @@
-"""What a question is, and the Asker that words one in open and in MVBench's multiple-choice form."""
+"""Question, and the Asker that words one in open and in MVBench's multiple-choice form."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from training.synthetic.captions import Nouns
-from training.synthetic.nouns import Noun, with_article
+from training.synthetic.nouns import Noun, Nouns, with_article
 from training.synthetic.phrases import Wording, sentence
 from training.synthetic.question_templates import FILMS, QUESTIONS
 from training.synthetic.scene import Actor, Scene, Shot

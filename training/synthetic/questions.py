@@ -9,12 +9,12 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from training.synthetic.captions import Nouns
-from training.synthetic.nouns import Noun
+from training.synthetic.nouns import Noun, Nouns
 from training.synthetic.phrases import ANSWERS, DOING, NUMBERS, OPTIONS, Wording
 from training.synthetic.question_forms import Asker, Question, kind_phrase
 from training.synthetic.scene import DIRECTIONS, Actor, Scene
-from training.synthetic.scene_scripts import shows
+from training.synthetic.scene_events import steady
+from training.synthetic.stage import shows
 from training.synthetic.time_questions import (
     ask_change,
     ask_localisation,
@@ -126,14 +126,6 @@ def ask_count(ask: Asker) -> Iterator[Question]:
         text = ask.text("moving_count")
         answer = NUMBERS[moving] if moving else "none"
         yield from ask.both("moving_count", text, answer, ["none", *NUMBERS[1:]], count=moving)
-
-
-def steady(scene: Scene) -> bool:
-    """Whether the same things, each with one motion, are there from start to end."""
-    calm = all(
-        len(a.phases) == 1 and not (a.becomes or a.starts_inside or a.ends_inside) for a in scene.actors
-    )
-    return len(scene.shots) == 1 and calm
 
 
 def ask_motion(ask: Asker) -> Iterator[Question]:

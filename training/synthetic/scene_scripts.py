@@ -1,18 +1,14 @@
-"""Plots: what a world may contain, and how a scene with one moving object comes about."""
+"""Scene scripts: how a scene of one or several objects, a sequence, a change or a cut comes about."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
-from encoder.errors import ConfigError
-from training.synthetic.backgrounds import LANDSCAPES, PLAIN
 from training.synthetic.nouns import Noun
-from training.synthetic.phrases import PLACES
 from training.synthetic.scene import (
-    MOTIONS,
     Actor,
     Background,
     Motion,
@@ -20,234 +16,27 @@ from training.synthetic.scene import (
     Pose,
     Scene,
     Shot,
+    opacity_at,
+    visible_fraction,
 )
+from training.synthetic.stage import Cell, Path, Stage, shows
 
-PLOTS = ("solo", "several", "group", "order", "sequence", "change", "vanish", "cut")
-# Turning them shows nothing.
-ROUND = frozenset(
-    [
-        "apple",
-        "basketball",
-        "clover",
-        "cookie",
-        "doughnut",
-        "moon",
-        "pizza",
-        "planet",
-        "snowflake",
-        "sun",
-        "target",
-        "tomato",
-        "volleyball",
-        "ferris wheel",
-        "soccer ball",
-        "tennis ball",
-        "flying saucer",
-    ]
-)
-ROUND_KINDS = frozenset({"circle", "ring"})
-
-
-@dataclass(frozen=True)
-class WorldConfig:
-    """How rich the world is. Durations in seconds, sizes as fractions of the frame's shorter side.
-
-    `nouns` limits how many nouns take part (taken in turn from all categories; None = all of the split),
-    `plots` and `motions` which kinds may occur, `pans`, `noise` and `jpeg` how often (0..1) a scene has
-    them.
-    """
-
-    max_objects: int = 4
-    motions: tuple[Motion, ...] = MOTIONS
-    nouns: int | None = None
-    plots: tuple[str, ...] = PLOTS
-    duration_s: tuple[float, float] = (2.0, 20.0)
-    size: tuple[float, float] = (0.3, 0.5)
-    pans: float = 0.3
-    noise: float = 0.5
-    jpeg: float = 0.15
-
-    def __post_init__(self) -> None:
-        unknown = sorted({*self.motions} - {*MOTIONS}) + sorted({*self.plots} - {*PLOTS})
-        if unknown or not self.motions or not self.plots:
-            raise ConfigError(
-                f"Unknown or missing motions or plots {unknown}: motions are {', '.join(MOTIONS)}; "
-                f"plots are {', '.join(PLOTS)}."
-            )
-        if not 1 <= self.max_objects <= 4:
-            raise ConfigError(f"max_objects is {self.max_objects}: the world has room for 1 to 4.")
-        if not 2.0 <= self.duration_s[0] <= self.duration_s[1]:
-            raise ConfigError(
-                f"duration_s is {self.duration_s}: give (shortest, longest) of at least 2 seconds."
-            )
-        if not 0.1 <= self.size[0] <= self.size[1] <= 0.6:
-            raise ConfigError(f"size is {self.size}: give (smallest, largest) between 0.1 and 0.6.")
-        if self.nouns is not None and self.nouns < 8:
-            raise ConfigError(
-                f"nouns is {self.nouns}: questions need at least 8 to choose wrong options from."
-            )
-
-    @staticmethod
-    def simple() -> WorldConfig:
-        """A curriculum's first step: one of 60 things, six motions, 2-6 s, no cuts, pans or compression."""
-        return WorldConfig(
-            max_objects=1,
-            motions=("left", "right", "up", "down", "circle", "toward"),
-            nouns=60,
-            plots=("solo",),
-            duration_s=(2.0, 6.0),
-            size=(0.3, 0.5),
-            pans=0.0,
-            jpeg=0.0,
-        )
-
-    @staticmethod
-    def solo() -> WorldConfig:
-        """The second step: one of all things, every motion, 2-10 s, no cuts or pans."""
-        return WorldConfig(
-            max_objects=1, plots=("solo",), duration_s=(2.0, 10.0), size=(0.28, 0.5), pans=0.0, jpeg=0.1
-        )
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a plot may draw from."""
-
-    config: WorldConfig
-    nouns: tuple[Noun, ...]
-    photos: tuple[str, ...]
-
-    def background(self, rng: random.Random) -> Background:
-        """A random photograph, landscape or plain backdrop."""
-        kinds: list[Sequence[str]] = [tuple(LANDSCAPES), PLAIN]
-        if self.photos:
-            kinds.append(("photo",))
-        kind = rng.choice(rng.choices(kinds, (3, 3, 2)[: len(kinds)])[0])
-        photo = rng.choice(self.photos) if kind == "photo" else None
-        return Background(kind, rng.getrandbits(32), photo)
-
-    def pick(self, rng: random.Random, count: int) -> list[Noun]:
-        """Different nouns."""
-        return rng.sample(self.nouns, count)
-
-    def motion(self, rng: random.Random, noun: Noun) -> Motion:
-        """A motion that shows on this noun; standing still is rarer than the others."""
-        choices = [m for m in self.config.motions if m != "still" and shows(noun, m)]
-        if not choices or ("still" in self.config.motions and rng.random() < 0.08):
-            return "still"
-        return rng.choice(choices)
-
-    def places(self, rng: random.Random, count: int) -> list[Background]:
-        """Different backgrounds that have a name."""
-        textures = [photo for photo in self.photos if photo in PLACES]
-        kinds = rng.sample([*LANDSCAPES, *textures], count)
-        return [
-            Background(
-                "photo" if kind in textures else kind, rng.getrandbits(32), kind if kind in textures else None
-            )
-            for kind in kinds
-        ]
-
-    def flat_shot(
-        self,
-        rng: random.Random,
-        start_s: float,
-        end_s: float,
-        actors: Sequence[Actor],
-        background: Background | None = None,
-    ) -> Shot:
-        """A shot with the given or a random background, light and (sometimes) pan."""
-        pan = (0.0, 0.0)
-        # Before a drifting background a thing at rest seems to move, so pans need everything in motion.
-        if rng.random() < self.config.pans and not any(_rests(actor) for actor in actors):
-            pan = (rng.uniform(-0.12, 0.12), rng.uniform(-0.06, 0.06))
-        tone = rng.uniform(0.75, 1.0) if rng.random() < 0.5 else 1.0
-        light = (
-            (tone, tone * rng.uniform(0.94, 1.0), tone * rng.uniform(0.88, 1.0)) if tone < 1.0 else (1.0,) * 3
-        )
-        return Shot(start_s, end_s, background or self.background(rng), tuple(actors), pan, light)
-
-    def finish(self, rng: random.Random, duration_s: float, shots: Sequence[Shot]) -> Scene:
-        """The scene around the shots, with noise and compression."""
-        noise = rng.randint(2, 8) if rng.random() < self.config.noise else 0
-        jpeg = rng.randint(25, 75) if rng.random() < self.config.jpeg else None
-        return Scene(duration_s, tuple(shots), rng.getrandbits(32), noise, jpeg)
-
-    def duration(self, rng: random.Random, least: float = 2.0) -> float:
-        """A length in seconds, short ones more often (log-uniform)."""
-        low, high = self.config.duration_s
-        low = min(max(low, least), high)
-        return round(low * (high / low) ** rng.random(), 2)
-
-
-def _rests(actor: Actor) -> bool:
-    return any(phase.motion == "still" for phase in actor.phases)
-
-
-def shows(noun: Noun, motion: Motion) -> bool:
-    """Whether a motion can be seen on a noun: a ball that spins looks like one that does not."""
-    return motion != "spin" or not (noun.name in ROUND or noun.category in ROUND_KINDS)
-
-
-Cell = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Path:
-    """The geometry that a motion is laid on; one path serves every motion."""
-
-    x: float
-    y: float
-    size: float
-    length: float
-    drift: float
-    sign: int
-    start_angle: float
-
-    @staticmethod
-    def draw(rng: random.Random, size: float, cell: Cell | None = None) -> Path:
-        """A random path in a cell (None: the frame), long enough to be seen, short enough to stay."""
-        if cell is None:
-            length = rng.uniform(0.42, 0.64)
-            # At the ends of its way four fifths of the object are still in the frame.
-            room = max(0.02, 0.5 - 0.3 * size - length / 2)
-            x, y = 0.5 + rng.uniform(-room, room), 0.5 + rng.uniform(-room, room)
-        else:
-            length = rng.uniform(0.32, 0.4)
-            x, y = (centre + rng.uniform(-0.03, 0.03) for centre in cell)
-        return Path(
-            x=x,
-            y=y,
-            size=size,
-            length=length,
-            drift=rng.uniform(-0.2, 0.2) * length,
-            sign=rng.choice((-1, 1)),
-            start_angle=rng.uniform(0, 6.28),
-        )
-
-    def phase(self, motion: Motion, start_s: float, end_s: float) -> Phase:
-        """The motion along this path between two times."""
-        x, y, size, half, drift = self.x, self.y, self.size, self.length / 2, self.drift / 2
-        if motion in ("left", "right"):
-            step = half if motion == "right" else -half
-            return Phase(
-                motion, start_s, end_s, Pose(x - step, y - drift, size), Pose(x + step, y + drift, size)
-            )
-        if motion in ("up", "down"):
-            step = half if motion == "down" else -half
-            return Phase(
-                motion, start_s, end_s, Pose(x - drift, y - step, size), Pose(x + drift, y + step, size)
-            )
-        middle = Pose(x, y, size)
-        if motion == "circle":
-            radius, angle = 0.45 * self.length, self.start_angle
-            edge = Pose(x + radius * math.cos(angle), y + radius * math.sin(angle), size)
-            return Phase(motion, start_s, end_s, edge, edge, radius, float(self.sign), angle)
-        if motion in ("toward", "away"):
-            near, far = Pose(x, y, min(1.4 * size, 0.62)), Pose(x, y, 0.65 * size)
-            return Phase(motion, start_s, end_s, *((far, near) if motion == "toward" else (near, far)))
-        turn = 360.0 * self.sign if motion == "spin" else 0.0
-        return Phase(motion, start_s, end_s, middle, Pose(x, y, size, turn))
+# Where objects have room of their own, by how many there are.
+CELLS: Mapping[int, Sequence[Sequence[Cell]]] = {
+    1: (((0.5, 0.5),),),
+    2: (
+        ((0.27, 0.5), (0.73, 0.5)),
+        ((0.5, 0.27), (0.5, 0.73)),
+        ((0.28, 0.3), (0.72, 0.7)),
+        ((0.28, 0.7), (0.72, 0.3)),
+    ),
+    3: (((0.27, 0.28), (0.73, 0.28), (0.5, 0.74)), ((0.27, 0.72), (0.73, 0.72), (0.5, 0.26))),
+    4: (((0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74)),),
+}
+SHRINK = {1: 1.0, 2: 0.85, 3: 0.72, 4: 0.64}
+TRIES = 12
+# What must be seen of every object, and for which share of its presence.
+SEEN, SEEN_SHARE = 0.55, 0.75
 
 
 def solo(stage: Stage, rng: random.Random, motion_rng: random.Random, motion: Motion | None = None) -> Scene:
@@ -261,3 +50,293 @@ def solo(stage: Stage, rng: random.Random, motion_rng: random.Random, motion: Mo
         noun.code, (path.phase(motion or stage.motion(motion_rng, noun), start_s, end_s),), flip=flip
     )
     return stage.finish(rng, duration_s, [stage.flat_shot(rng, 0.0, duration_s, [actor])])
+
+
+def _moving(stage: Stage, rng: random.Random, noun: Noun, share_still: float) -> Motion:
+    """Still with the given chance (when the world knows stillness), else some motion."""
+    if "still" in stage.config.motions and rng.random() < share_still:
+        return "still"
+    return stage.motion(rng, noun)
+
+
+def _some_moving(stage: Stage, rng: random.Random, nouns: Sequence[Noun]) -> list[Motion]:
+    """One motion per noun; how many of them move is nearly uniform, all of them somewhat more often."""
+    count = len(nouns)
+    movers = rng.choices(range(count + 1), [1] * count + [2])[0] if "still" in stage.config.motions else count
+    chosen = set(rng.sample(range(count), movers))
+    motions: list[Motion] = []
+    for number, noun in enumerate(nouns):
+        motion = stage.motion(rng, noun) if number in chosen else "still"
+        # Among several things a spinning one makes "how many move" a matter of taste.
+        if motion == "spin" and count > 1 and len(stage.config.motions) > 2:
+            motion = rng.choice([m for m in stage.config.motions if m not in ("still", "spin")])
+        motions.append(motion)
+    return motions
+
+
+def _size(stage: Stage, rng: random.Random, count: int, attempt: int = 0) -> float:
+    """A size for one of `count` objects; every failed attempt to keep them apart makes it smaller."""
+    return max(0.18, rng.uniform(*stage.config.size) * SHRINK[count] * 0.93**attempt)
+
+
+def _slots(rng: random.Random, count: int) -> list[Cell]:
+    slots = list(rng.choice(CELLS[count]))
+    rng.shuffle(slots)
+    return slots
+
+
+def _actor(
+    stage: Stage,
+    rng: random.Random,
+    noun: Noun,
+    motion: Motion,
+    cell: Cell | None,
+    window: tuple[float, float],
+    size: float,
+    **extra: float,
+) -> Actor:
+    """An object that does one motion in its cell between two times."""
+    path = Path.draw(rng, size, cell)
+    phases = (path.phase(motion, *window),)
+    return Actor(noun.code, phases, flip=rng.random() < 0.5, **extra)  # type: ignore[arg-type]
+
+
+def well_seen(actors: Sequence[Actor], start_s: float, end_s: float) -> bool:
+    """Whether every actor is seen well for most of the time that it is there."""
+    shot = Shot(start_s, end_s, Background("gradient", 0), tuple(actors))
+    times = [start_s + (i + 0.5) / 12 * (end_s - start_s) for i in range(12)]
+    for actor in actors:
+        present = [t for t in times if opacity_at(actor, t) > 0.6]
+        seen = sum(visible_fraction(shot, actor, t) >= SEEN for t in present)
+        if not present or seen < SEEN_SHARE * len(present):
+            return False
+    return True
+
+
+def _cast(build: Callable[[int], list[Actor]], start_s: float, end_s: float) -> list[Actor]:
+    """Builds actors until all are well seen; attempts use ever smaller objects, the last one is taken."""
+    actors: list[Actor] = []
+    for attempt in range(TRIES):
+        actors = build(attempt)
+        if well_seen(actors, start_s, end_s):
+            break
+    return actors
+
+
+def _different(
+    stage: Stage,
+    rng: random.Random,
+    start_s: float,
+    end_s: float,
+    nouns: Sequence[Noun],
+    share_still: float | None = None,
+) -> list[Actor]:
+    """One actor per noun, each with a motion of its own; two now and then share the frame and may cross."""
+    count = len(nouns)
+    if share_still is None:
+        motions = _some_moving(stage, rng, nouns)
+    else:
+        motions = [_moving(stage, rng, noun, share_still) for noun in nouns]
+    free = count == 1 or (count == 2 and rng.random() < 0.4)
+
+    def build(attempt: int) -> list[Actor]:
+        cells: Sequence[Cell | None] = [None] * count if free and attempt < TRIES // 2 else _slots(rng, count)
+        return [
+            _actor(stage, rng, noun, motion, cell, (start_s, end_s), _size(stage, rng, count, attempt))
+            for noun, motion, cell in zip(nouns, motions, cells, strict=True)
+        ]
+
+    return _cast(build, start_s, end_s)
+
+
+def several(stage: Stage, rng: random.Random, motion_rng: random.Random) -> Scene:
+    """Two to four different objects, each with a motion of its own."""
+    duration_s, most = stage.duration(rng), stage.config.max_objects
+    actors = _different(stage, rng, 0.0, duration_s, stage.pick(rng, rng.randint(min(2, most), most)))
+    return stage.finish(rng, duration_s, [stage.flat_shot(rng, 0.0, duration_s, actors)])
+
+
+def group(stage: Stage, rng: random.Random, motion_rng: random.Random) -> Scene:
+    """One to four of the same kind; they move alike or each as it likes."""
+    duration_s, count = stage.duration(rng), rng.randint(1, stage.config.max_objects)
+    noun = stage.pick(rng, 1)[0]
+    motions = _some_moving(stage, rng, [noun] * count)
+    if rng.random() < 0.5:
+        motions = [rng.choice(motions)] * count
+
+    def build(attempt: int) -> list[Actor]:
+        size = _size(stage, rng, count, attempt)
+        return [
+            _actor(stage, rng, noun, motion, cell, (0.0, duration_s), size)
+            for motion, cell in zip(motions, _slots(rng, count), strict=True)
+        ]
+
+    actors = _cast(build, 0.0, duration_s)
+    return stage.finish(rng, duration_s, [stage.flat_shot(rng, 0.0, duration_s, actors)])
+
+
+def order(stage: Stage, rng: random.Random, motion_rng: random.Random) -> Scene:
+    """Two or three objects that appear one after the other and stay."""
+    duration_s = stage.duration(rng, 4.0)
+    count = min(rng.choice((2, 2, 3)), stage.config.max_objects)
+    gap = duration_s / (count + 1)
+    times = [gap * (i + rng.uniform(-0.2, 0.2) + 0.6) for i in range(count)]
+    if rng.random() < 0.6:
+        times[0] = 0.0
+    nouns = stage.pick(rng, count)
+    motions = [_moving(stage, rng, noun, 0.6) for noun in nouns]
+
+    def build(attempt: int) -> list[Actor]:
+        return [
+            _actor(
+                stage,
+                rng,
+                noun,
+                motion,
+                cell,
+                (at, duration_s),
+                _size(stage, rng, count, attempt),
+                appear_s=at,
+            )
+            for noun, motion, cell, at in zip(nouns, motions, _slots(rng, count), times, strict=True)
+        ]
+
+    actors = _cast(build, 0.0, duration_s)
+    rng.shuffle(actors)
+    return stage.finish(rng, duration_s, [stage.flat_shot(rng, 0.0, duration_s, actors)])
+
+
+def vanish(stage: Stage, rng: random.Random, motion_rng: random.Random) -> Scene:
+    """One or more objects, of which one disappears or appears in the midst."""
+    duration_s = stage.duration(rng, 3.0)
+    count = rng.randint(1, min(3, stage.config.max_objects))
+    nouns = stage.pick(rng, count)
+    motions = [_moving(stage, rng, noun, 0.5) for noun in nouns]
+    event_s = rng.uniform(0.18, 0.82) * duration_s
+    comes = rng.random() < 0.4
+    window = (event_s, duration_s) if comes else (0.0, event_s)
+
+    def build(attempt: int) -> list[Actor]:
+        actors = []
+        for number, (noun, motion, cell) in enumerate(zip(nouns, motions, _slots(rng, count), strict=True)):
+            size = _size(stage, rng, count, attempt)
+            if number:
+                actors.append(_actor(stage, rng, noun, motion, cell, (0.0, duration_s), size))
+            else:
+                when = {"appear_s": event_s} if comes else {"disappear_s": event_s}
+                actors.append(_actor(stage, rng, noun, motion, cell, window, size, **when))
+        return actors
+
+    actors = _cast(build, 0.0, duration_s)
+    return stage.finish(rng, duration_s, [stage.flat_shot(rng, 0.0, duration_s, actors)])
+
+
+def _step(rng: random.Random, motion: Motion, at: Pose, start_s: float, end_s: float) -> Phase | None:
+    """A motion that goes on from a pose, or None when it would leave the frame or stay too short."""
+    if motion in ("left", "right", "up", "down"):
+        sign = 1 if motion in ("right", "down") else -1
+        here = at.x if motion in ("left", "right") else at.y
+        length = min(rng.uniform(0.4, 0.6), 0.84 - here if sign > 0 else here - 0.16)
+        if length < 0.3:
+            return None
+        step = sign * length
+        end = (at.x + step, at.y) if motion in ("left", "right") else (at.x, at.y + step)
+        return Phase(motion, start_s, end_s, at, Pose(*end, at.size, at.angle))
+    if motion == "circle":
+        # Seen from where it starts, the centre lies towards the middle of the frame.
+        radius = rng.uniform(0.15, 0.24)
+        for angle in rng.sample([k * 0.7854 for k in range(8)], 8):
+            edge = Phase(motion, start_s, end_s, at, at, radius, rng.choice((-1.0, 1.0)), angle)
+            centre = (at.x - radius * math.cos(angle), at.y - radius * math.sin(angle))
+            if all(0.14 + radius <= c <= 0.86 - radius for c in centre):
+                return edge
+        return None
+    if motion in ("toward", "away"):
+        size = at.size * (1.9 if motion == "toward" else 1 / 1.9)
+        return (
+            Phase(motion, start_s, end_s, at, Pose(at.x, at.y, size, at.angle))
+            if 0.14 <= size <= 0.62
+            else None
+        )
+    turn = 360.0 * rng.choice((-1, 1)) if motion == "spin" else 0.0
+    return Phase(motion, start_s, end_s, at, Pose(at.x, at.y, at.size, at.angle + turn))
+
+
+def sequence(stage: Stage, rng: random.Random, motion_rng: random.Random) -> Scene:
+    """One object that does two or three things in turn; falls back on a single motion when only one fits."""
+    duration_s = stage.duration(rng, 3.0)
+    noun = stage.pick(rng, 1)[0]
+    wanted = 3 if duration_s >= 6.0 and rng.random() < 0.4 else 2
+    choices = [m for m in stage.config.motions if m != "still" and shows(noun, m)]
+    at = Pose(rng.uniform(0.18, 0.82), rng.uniform(0.18, 0.82), rng.uniform(*stage.config.size) * 0.85)
+    play = 0.4 if wanted == 2 else 0.2
+    borders = [0.0, *((i + rng.uniform(-play, play)) / wanted for i in range(1, wanted)), 1.0]
+    phases: list[Phase] = []
+    for start, end in pairwise(borders):
+        for motion in rng.sample(choices, len(choices)):
+            if phases and motion == phases[-1].motion:
+                continue
+            phase = _step(rng, motion, at, start * duration_s, end * duration_s)
+            if phase is not None:
+                phases.append(phase)
+                at = phase.end
+                break
+    if not phases:
+        return solo(stage, rng, motion_rng)
+    actor = Actor(noun.code, tuple(phases), flip=rng.random() < 0.5)
+    return stage.finish(rng, duration_s, [stage.flat_shot(rng, 0.0, duration_s, [actor])])
+
+
+def change(stage: Stage, rng: random.Random, motion_rng: random.Random) -> Scene:
+    """An object turns into another, starts to move, or stops."""
+    duration_s = stage.duration(rng, 3.0)
+    noun, other = stage.pick(rng, 2)
+    event_s = rng.uniform(0.2, 0.8) * duration_s
+    path = Path.draw(rng, rng.uniform(*stage.config.size))
+    kind = rng.choice(("becomes", "becomes", "starts", "stops"))
+    motion = stage.motion(rng, noun)
+    phases: tuple[Phase, ...]
+    if kind == "becomes":
+        motion = _moving(stage, rng, noun, 0.5)
+        phases = (path.phase(motion, 0.0, duration_s),)
+        actor = Actor(noun.code, phases, flip=rng.random() < 0.5, becomes=other.code, becomes_s=event_s)
+    elif motion == "still":
+        actor = Actor(noun.code, (path.phase("still", 0.0, duration_s),), disappear_s=event_s)
+    else:
+        window = (event_s, duration_s) if kind == "starts" else (0.0, event_s)
+        move = path.phase(motion, *window)
+        rest = Phase("still", 0.0, event_s, move.start, move.start)
+        if kind == "stops":
+            rest = Phase("still", event_s, duration_s, move.end, move.end)
+        phases = (rest, move) if kind == "starts" else (move, rest)
+        actor = Actor(noun.code, phases, flip=rng.random() < 0.5)
+    return stage.finish(rng, duration_s, [stage.flat_shot(rng, 0.0, duration_s, [actor])])
+
+
+def cut(stage: Stage, rng: random.Random, motion_rng: random.Random) -> Scene:
+    """Two shots with different places and objects, one object (seldom two) in each."""
+    duration_s = stage.duration(rng, 4.0)
+    cut_s = rng.uniform(0.25, 0.75) * duration_s
+    counts = [min(rng.choice((1, 1, 2)), stage.config.max_objects) for _ in range(2)]
+    nouns = stage.pick(rng, sum(counts))
+    first = _different(stage, rng, 0.0, cut_s, nouns[: counts[0]], 0.25)
+    second = _different(stage, rng, cut_s, duration_s, nouns[counts[0] :], 0.25)
+    places = stage.places(rng, 2)
+    shots = [
+        stage.flat_shot(rng, 0.0, cut_s, first, places[0]),
+        stage.flat_shot(rng, cut_s, duration_s, second, places[1]),
+    ]
+    return stage.finish(rng, duration_s, shots)
+
+
+Script = Callable[[Stage, random.Random, random.Random], Scene]
+SCENE_SCRIPTS: Mapping[str, Script] = {
+    "solo": solo,
+    "several": several,
+    "group": group,
+    "order": order,
+    "sequence": sequence,
+    "change": change,
+    "vanish": vanish,
+    "cut": cut,
+}

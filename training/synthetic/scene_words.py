@@ -15,9 +15,8 @@ from training.synthetic.captions import place_of
 from training.synthetic.dataset import World
 from training.synthetic.labels import WorldLabels
 from training.synthetic.phrases import COUNTING, NUMBERS
-from training.synthetic.questions import steady
 from training.synthetic.scene import Motion, Scene, Shot
-from training.synthetic.time_questions import change_of, onsets
+from training.synthetic.scene_events import change_of, onsets, steady
 
 # The one word by which answers tell a motion from the others.
 MOTION_WORDS: Mapping[Motion, str] = {
@@ -82,10 +81,10 @@ class SceneWords:
         labels = self._labels.patches(scene, times_s, side)
         second = torch.tensor([round(time) if self._seconds else -1 for time in times_s])
         seconds = second[:, None, None].expand_as(labels["noun"])
-        told = torch.stack([labels["noun"], labels["motion"], seconds], dim=-1)
+        facts = torch.stack([labels["noun"], labels["motion"], seconds], dim=-1)
         shot = torch.tensor([scene.shots.index(scene.shot_at(time)) for time in times_s])
-        told[..., 1] += (told[..., 0] == 0) * shot[:, None, None]  # nothing there: the shot instead
-        kinds, which = told.flatten(0, 2).unique(dim=0, return_inverse=True)
+        facts[..., 1] += (facts[..., 0] == 0) * shot[:, None, None]  # nothing there: the shot instead
+        kinds, which = facts.flatten(0, 2).unique(dim=0, return_inverse=True)
         phrases = [
             " ".join(filter(None, (self._what(scene, noun, other), _second(second))))
             for noun, other, second in kinds.tolist()

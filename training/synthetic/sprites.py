@@ -138,11 +138,11 @@ def procedural_bank() -> SpriteBank:
             split = "unseen" if colour == "purple" else "train"
             nouns.append(Noun(code, name, plural, shape, split))  # type: ignore[arg-type]
             strips[code] = Strip(len(sprites), 1, 0.0)
-            sprites.append(_draw_shape(shape, rgb))
+            sprites.append(draw_shape(shape, rgb))
     return SpriteBank(tuple(nouns), pyramid(sprites, (64, 45, 32, 22)), strips)
 
 
-def _draw_shape(shape: str, rgb: tuple[int, int, int], side: int = 128) -> np.ndarray:
+def draw_shape(shape: str, rgb: tuple[int, int, int], side: int = 128) -> np.ndarray:
     """One shape in the middle of a transparent square: uint8 (side, side, 4), straight alpha."""
     image = Image.new("RGBA", (side, side), (*rgb, 0))
     draw = ImageDraw.Draw(image)

@@ -3,40 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise, permutations
-from typing import Literal
 
-from training.synthetic.captions import Nouns, place_of
+from training.synthetic.captions import place_of
 from training.synthetic.phrases import ANSWERS, COUNTING, DOING, PLACES
 from training.synthetic.question_forms import Asker, Question
-from training.synthetic.scene import Actor, Motion, Scene
-from training.synthetic.scene_scripts import shows
+from training.synthetic.scene import Actor
+from training.synthetic.scene_events import SceneEvent, change_of, events_of, least_gap, onsets
+from training.synthetic.stage import shows
 
-# Two onsets closer than this (share of the video, seconds) cannot be told apart.
-APART_SHARE, APART_S = 0.1, 0.7
 PARTS = ("at the beginning", "in the middle", "at the end", "throughout the entire video")
 # An event this near (share of a third) to the border of a third belongs to neither.
 PART_MARGIN = 0.12
 # How often the answers that scenes give most often are asked for, so that guessing them does not pay.
 CHANGE_SHARES = {"same": 0.35, "appears": 0.4}
 MIDDLE_SHARE = 0.25
-
-
-def least_gap(scene: Scene) -> float:
-    """Seconds by which two onsets must differ for their order to be seen."""
-    return max(APART_S, APART_SHARE * scene.duration_s)
-
-
-def onsets(scene: Scene, nouns: Nouns) -> list[tuple[float, str]]:
-    """When everything that its name alone identifies can first be seen, earliest first: (seconds, name)."""
-    codes = [actor.code for actor in scene.actors]
-    return sorted(
-        (shot.presence(actor)[0], nouns[actor.code].name)
-        for shot in scene.shots
-        for actor in shot.actors
-        if codes.count(actor.code) == 1
-    )
 
 
 def ask_order(ask: Asker) -> Iterator[Question]:
@@ -105,45 +86,6 @@ def ask_transition(ask: Asker) -> Iterator[Question]:
     facts = {"from": start, "to": end}
     text = ask.text("scene_transition")
     yield from ask.both("scene_transition", text, right, wrong, f"it changes {right}", **facts)
-
-
-@dataclass(frozen=True)
-class Happening:
-    """Something that happens at a moment: a cut (actor None), or what an actor does; motion: a new one."""
-
-    at_s: float
-    actor: Actor | None
-    kind: Literal["cut", "appears", "vanishes", "becomes", "moves", "rests"]
-    motion: Motion | None = None
-
-
-def happenings(scene: Scene) -> list[Happening]:
-    """All that happens in a scene, actor by actor, then the cuts."""
-    found = []
-    for actor in scene.actors:
-        if actor.starts_inside:
-            found.append(Happening(actor.appear_s, actor, "appears"))
-        if actor.ends_inside:
-            found.append(Happening(actor.disappear_s, actor, "vanishes"))
-        if actor.becomes:
-            found.append(Happening(actor.becomes_s, actor, "becomes"))
-        for before, after in pairwise(actor.phases):
-            kind: Literal["moves", "rests"] = "rests" if after.motion == "still" else "moves"
-            found.append(Happening(before.end_s, actor, kind, after.motion))
-    return found + [Happening(shot.start_s, None, "cut") for shot in scene.shots[1:]]
-
-
-def change_of(actor: Actor) -> str | None:
-    """The one change of state of an actor, or None."""
-    if actor.becomes:
-        return "becomes"
-    if actor.ends_inside:
-        return "vanishes"
-    if actor.starts_inside:
-        return "appears"
-    if len(actor.phases) == 2 and "still" in (actor.phases[0].motion, actor.phases[1].motion):
-        return "starts" if actor.phases[0].motion == "still" else "stops"
-    return None
 
 
 def ask_change(ask: Asker) -> Iterator[Question]:
@@ -215,28 +157,28 @@ def _events(ask: Asker) -> list[tuple[float, str, str]]:
     """What happens at a known time: (seconds, "the dog appear", "the dog appears")."""
     unique = [actor for _, actor in ask.unique]
     events = []
-    for happening in happenings(ask.scene):
-        actor = happening.actor
+    for event in events_of(ask.scene):
+        actor = event.actor
         if actor is None:
             if len(ask.scene.shots) == 2:
-                events.append((happening.at_s, "the scene change", "the scene changes"))
+                events.append((event.at_s, "the scene change", "the scene changes"))
         elif actor in unique:
-            the, (base, third) = f"the {ask.name(actor.code)}", _happens(ask, happening, actor)
-            events.append((happening.at_s, f"{the} {base}", f"{the} {third}"))
+            the, (base, third) = f"the {ask.name(actor.code)}", _happens(ask, event, actor)
+            events.append((event.at_s, f"{the} {base}", f"{the} {third}"))
     return events
 
 
-def _happens(ask: Asker, happening: Happening, actor: Actor) -> tuple[str, str]:
+def _happens(ask: Asker, event: SceneEvent, actor: Actor) -> tuple[str, str]:
     """Base form and third person: ("appear", "appears")."""
-    if happening.kind == "becomes":
+    if event.kind == "becomes":
         into = ask.nouns[actor.becomes or ""].indefinite
         return f"turn into {into}", f"turns into {into}"
-    if happening.kind == "moves":
-        assert happening.motion is not None
-        doing = DOING[happening.motion]
+    if event.kind == "moves":
+        assert event.motion is not None
+        doing = DOING[event.motion]
         return f"start {doing}", f"starts {doing}"
     return {
         "appears": ("appear", "appears"),
         "vanishes": ("disappear", "disappears"),
         "rests": ("stop moving", "stops moving"),
-    }[happening.kind]
+    }[event.kind]

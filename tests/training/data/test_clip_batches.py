@@ -21,7 +21,8 @@ from tests.training.data.clip_corpus import COLOURS, loop, recipe
 from training.clip import ClipStage
 from training.data.clip_batches import Alternation, as_numbers, still_grid
 from training.data.flexible_grids import FlexibleGrid
-from training.models.clip_model import ClipBatch, retrieval
+from training.evaluation.metrics import paired_recalls
+from training.models.clip_model import ClipBatch
 from training.trainer.gather import gather_rows
 from training.trainer.loop import train
 from training.trainer.losses import contrastive_loss
@@ -161,7 +162,7 @@ def test_recall_by_hand() -> None:
     text = torch.eye(4)
     video = F.normalize(torch.tensor([[1.0, 0, 0, 0], [2, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 1]]), dim=-1)
     # Clip 1 is nearer to text 0; clip 2 as near to text 3 as to its own.
-    found = retrieval(video, text, (1, 2))
+    found = paired_recalls(video, text, (1, 2))
     assert found == {"v2t_r1": 0.5, "v2t_r2": 1.0, "t2v_r1": 1.0, "t2v_r2": 1.0}
 
 

@@ -1,19 +1,15 @@
 """Scoring: what counts as right, on hand-made answers, and intervals against their definition."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from training.evaluation.answer_scoring import (
     agrees,
     letter_in,
-    mean_interval,
     motion_in,
     names,
     option_in,
     says_yes,
     seconds_in,
-    wilson,
 )
 from training.synthetic.dataset import World
 from training.synthetic.phrases import ANSWERS, MOVES
@@ -143,36 +139,3 @@ def test_the_worlds_own_answers_are_right() -> None:
             )
             checked += 1
     assert checked > 500
-
-
-@given(st.integers(0, 200), st.integers(1, 200))
-def test_wilson_holds_the_share(right: int, total: int) -> None:
-    right = min(right, total)
-    low, high = wilson(right, total)
-    assert 0 <= low <= right / total + 1e-9
-    assert right / total - 1e-9 <= high <= 1
-    wider = wilson(right * 4, total * 4)
-    assert wider[1] - wider[0] < high - low + 1e-9
-
-
-def test_wilson_by_hand() -> None:
-    # p = 0.5, n = 100: centre 0.5, half-width 1.96 / 2 / sqrt(100 + 1.96^2).
-    low, high = wilson(50, 100)
-    assert (low, high) == pytest.approx((0.40383, 0.59617), abs=1e-4)
-    assert wilson(0, 0) == (0.0, 1.0)
-
-
-@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 50)), min_size=1, max_size=8))
-def test_the_interval_of_a_mean_holds_it(shares) -> None:
-    shares = [(min(right, total), total) for right, total in shares]
-    low, high = mean_interval(shares)
-    mean = sum(right / total for right, total in shares) / len(shares)
-    assert 0 <= low <= mean + 1e-9
-    assert mean - 1e-9 <= high <= 1
-
-
-def test_the_interval_of_a_mean_by_hand() -> None:
-    assert mean_interval([(3, 10)]) == pytest.approx(wilson(3, 10))
-    # Four like shares: half the distances of one.
-    low, high = wilson(50, 100)
-    assert mean_interval([(50, 100)] * 4) == pytest.approx((0.5 - (0.5 - low) / 2, 0.5 + (high - 0.5) / 2))

@@ -1,20 +1,12 @@
-"""Readers of the public sets against tiny files of their true layouts; views and settings."""
+"""Readers of the public sets against tiny files of their true layouts."""
 
 import json
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
 
-from encoder.budget import PlanTable
-from encoder.errors import ConfigError, DataError, VideoError
-from tests.encoder.video import video_files as vf
-from training.data.media import FileMedia
-from training.evaluation.benchmarks import RETRIEVAL, find_video, read_labelled, read_retrieval, spoken
-from training.evaluation.encoder_input import Setting, from_table, head_for, unmasked
-from training.evaluation.mvbench import TASKS, FrameFolder, ask, read_mvbench
-from training.evaluation.views import Views, load_block, squares
+from encoder.errors import ConfigError, DataError
+from training.evaluation.benchmarks import RETRIEVAL, class_words, find_video, read_labelled, read_retrieval
 
 
 def touch(*paths: Path) -> None:
@@ -164,142 +156,4 @@ def test_kinetics_and_missing_class_files(tmp_path: Path) -> None:
     ],
 )
 def test_class_names_as_words(name: str, words: str) -> None:
-    assert spoken(name) == words
-
-
-# -- MVBench ------------------------------------------------------------------------------------------------
-
-
-def mvbench_rows(name: str) -> list[dict]:
-    """Two questions in the layout of the published file of a task."""
-    row = {"video": "x.mp4", "question": "What?", "candidates": ["left", "right", "up"], "answer": "up"}
-    if name == "episodic_reasoning":
-        return [{**row, "video": "castle_s01", "start": 0.0, "end": 2.0, "fps": 3, "subtitle": "(A:) Hi."}]
-    if TASKS[name].bounded:
-        row |= {"start": 1.0, "end": 3.5}
-    return [row, {**row, "answer": "left"}]
-
-
-def test_all_twenty_tasks(tmp_path: Path) -> None:
-    for name in TASKS:
-        (tmp_path / f"{name}.json").write_text(json.dumps(mvbench_rows(name)))
-    touch(tmp_path / "v/star/Charades_v1_480/x.mp4", tmp_path / "v/sta/sta_video_segment/x.mp4")
-    Image.new("RGB", (20, 20)).save(tmp_path / "one.jpg")
-    touch(tmp_path / "v/tvqa/frames_fps3_hq/castle_s01/00001.jpg")
-    items = read_mvbench(tmp_path, tmp_path / "v")
-    assert len(TASKS) == 20
-    assert len(items) == 39
-    assert len({item.id for item in items}) == 39
-    by_task = {item.task: item for item in reversed(items)}
-    assert (by_task["action_sequence"].truth, by_task["action_sequence"].candidates[0]) == (2, "left")
-    bounded = by_task["action_sequence"].media
-    assert isinstance(bounded, FileMedia)
-    assert (bounded.start_s, bounded.end_s) == (1.0, 3.5)
-    # A video that is cut already is taken whole.
-    cut = by_task["action_localization"].media
-    assert isinstance(cut, FileMedia)
-    assert (cut.start_s, cut.paths[0].parent.name) == (None, "sta_video_segment")
-    assert isinstance(by_task["episodic_reasoning"].media, FrameFolder)
-    with pytest.raises(VideoError):
-        by_task["moving_count"].media.load(4, 56)
-
-
-def test_bad_mvbench_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"moving_count\.json"):
-        read_mvbench(tmp_path, tmp_path, ["moving_count"])
-    row = {"video": "x.mp4", "question": "?", "candidates": ["1", "2"], "answer": "3"}
-    (tmp_path / "moving_count.json").write_text(json.dumps([row]))
-    with pytest.raises(DataError, match="question 0"):
-        read_mvbench(tmp_path, tmp_path, ["moving_count"])
-    with pytest.raises(DataError, match="no task"):
-        read_mvbench(tmp_path, tmp_path, ["dancing"])
-
-
-def test_both_prompt_forms(tmp_path: Path) -> None:
-    (tmp_path / "moving_count.json").write_text(json.dumps(mvbench_rows("moving_count")))
-    item = read_mvbench(tmp_path, tmp_path, ["moving_count"])[0]
-    flash, notebook = ask(item, "flash"), ask(item, "videochat2")
-    assert flash.question == (
-        "Question: What?\nOption:\n(A) left\n(B) right\n(C) up\nOnly give the best option."
-    )
-    assert (flash.system, flash.prefix, flash.max_new_tokens) == (None, "", 16)
-    assert notebook.question.startswith("Question: What?\nOptions:\n(A) left\n")
-    assert notebook.system is not None
-    assert notebook.system.startswith("Carefully watch the video")
-    assert notebook.prefix == "Best option:("
-
-
-def test_frame_folder_shows_three_pictures_a_second(tmp_path: Path) -> None:
-    folder = tmp_path / "clip"
-    folder.mkdir()
-    for number in range(12):  # 4 seconds
-        Image.fromarray(vf.numbered(number, 96, 64)).save(folder / f"{number + 1:05d}.png")
-    clip = FrameFolder(folder, 1.0, 3.0).load(2, 64)
-    assert [vf.number_in(frame.numpy()) for frame in clip.frames] == [4, 7]  # at 1.5 and 2.5 s
-    assert clip.times_s == (1.5, 2.5)
-    with pytest.raises(VideoError, match="ends before"):
-        FrameFolder(folder, 9.0).load(2, 64)
-    with pytest.raises(VideoError, match="no pictures"):
-        FrameFolder(tmp_path / "none").load(2, 64)
-
-
-# -- views and settings -------------------------------------------------------------------------------------
-
-
-def test_moments_of_clips() -> None:
-    assert Views(1).moments(0, 4) == [0.125, 0.375, 0.625, 0.875]
-    assert [Views(3).moments(clip, 1)[0] for clip in range(3)] == [0.25, 0.5, 0.75]
-
-
-def test_three_squares_along_the_longer_side() -> None:
-    wide = torch.arange(10).view(1, 1, 10, 1).expand(2, 4, 10, 3)
-    assert [crop[0, 0, :, 0].tolist() for crop in squares(wide)] == [
-        [0, 1, 2, 3],
-        [3, 4, 5, 6],
-        [6, 7, 8, 9],
-    ]
-    tall = wide.transpose(1, 2)
-    assert [tuple(crop.shape) for crop in squares(tall)] == [(2, 4, 4, 3)] * 3
-
-
-def test_views_of_a_real_video_and_a_missing_one(tmp_path: Path) -> None:
-    from training.data.examples import Example
-
-    vf.write(tmp_path / "a.mp4", [i / 10 for i in range(24)], size=(96, 64))
-    examples = [
-        Example("a", FileMedia((tmp_path / "a.mp4",))),
-        Example("b", FileMedia((tmp_path / "b.mp4",))),
-    ]
-    loaded = load_block(examples, Setting(4, 56), Views(2, 3), workers=2)
-    assert loaded.places == [0]
-    assert [tuple(v.shape) for v in loaded.views[0]] == [(3, 4, 56, 56)] * 6
-    assert "no such file" in loaded.missing[1]
-    # The crops of one clip differ, and so do the clips.
-    assert not torch.equal(loaded.views[0][0], loaded.views[0][2])
-    assert not torch.equal(loaded.views[0][0], loaded.views[0][3])
-
-
-@pytest.mark.parametrize("text", ["8x224", "16x168:1024", "4x56:9/random", "24x252:512+vid-tldr"])
-def test_settings_read_back(text: str) -> None:
-    assert str(Setting.parse(text)) == text
-
-
-@pytest.mark.parametrize(
-    "text", ["", "8", "8x", "0x224", "8x224:0", "8x224/best", "8x224+vid-tldr", "8x224:-1"]
-)
-def test_wrong_settings(text: str) -> None:
-    with pytest.raises(ConfigError):
-        Setting.parse(text)
-
-
-def test_settings_of_the_paper(tmp_path: Path) -> None:
-    assert [str(s) for s in unmasked((2048, 1024, 512), 224, 14)] == [
-        "8x224:2048",
-        "4x224:1024",
-        "2x224:512",
-    ]
-    (tmp_path / "plan.json").write_text('[{"tokens": 1024, "frames": 16, "resolution": 168}]')
-    [plus] = from_table(PlanTable.read(tmp_path / "plan.json"))
-    assert plus.label == "1024+ (16x168:1024)"
-    assert [head_for(keep, 3) for keep in (None, 3072, 2048, 1024, 512)] == [0, 0, 1, 2, 2]
-    assert (head_for(512, 2), head_for(512, 1)) == (1, 0)
+    assert class_words(name) == words

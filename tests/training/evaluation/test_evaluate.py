@@ -14,20 +14,16 @@ from encoder.errors import CheckpointError, DataError
 from encoder.fluxvit import FluxViT
 from tests.encoder.video import video_files as vf
 from tests.llm_bridge.text_encoders.tiny_towers import sentence_folder
-from tests.training.synthetic.tiny_world import TINY, command, make_cache, make_encoder
+from tests.training.synthetic.tiny_world import TINY, command, make_encoder
 from training.evaluate import main
-from training.evaluation.alignment import read_alignment
-from training.evaluation.results import Journal, Sharing, run_blocks, table, weights_hash
+from training.evaluation.frozen_encoder import read_clip_head
+from training.evaluation.journal import Journal, Sharing, run_blocks
+from training.evaluation.provenance import weights_hash
 
 PROVENANCE = {
     *("command", "commit", "recipe", "decoder", "machine", "weights", "dtype", "views", "pool", "seed"),
     *("dataset", "alignment", "block", "interval", "settings"),
 }
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_cache(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +95,7 @@ def test_figures_are_those_of_the_encoder_by_hand(run, tower, videos, tmp_path) 
     from training.evaluation.metrics import retrieval as recall
 
     main(retrieval(run, tower, videos, tmp_path / "r.json"))
-    model, align = FluxViT.from_pretrained(run / "encoder").eval(), read_alignment(run).align
+    model, align = FluxViT.from_pretrained(run / "encoder").eval(), read_clip_head(run).align
     vectors = []
     for number in range(5):
         pixels = preprocess(read_clip(videos / f"{number}.mp4", 4), 56, 56)
@@ -143,6 +139,7 @@ def test_a_video_that_turns_up_is_used_the_next_time(run, tower, videos, tmp_pat
     assert only["videos"] == 6
 
 
+@pytest.mark.slow  # quick: test_blocks_are_shared_and_never_split
 def test_two_processes_give_the_same(run, tower, videos, tmp_path) -> None:
     alone, shared = tmp_path / "alone.json", tmp_path / "shared.json"
     main(retrieval(run, tower, videos, alone))
@@ -184,7 +181,7 @@ def test_another_model_does_not_continue_a_journal(run, tower, videos, tmp_path,
 # -- classes ------------------------------------------------------------------------------------------------
 
 
-def test_classify_by_class_heads_over_views(videos, tmp_path, capsys) -> None:
+def test_classify_by_class_heads_mean_probabilities(videos, tmp_path, capsys) -> None:
     torch.manual_seed(3)
     FluxViT(TINY.replace(num_classes=3)).save_pretrained(tmp_path / "encoder")
     arguments = [
@@ -222,31 +219,31 @@ def test_action_by_prompts(run, tower, videos, tmp_path) -> None:
 
 
 def test_ensemble_is_the_mean_cosine_over_prompts() -> None:
-    from training.evaluation.action import ensemble
+    from training.evaluation.classification import mean_cosines
 
     torch.manual_seed(0)
     video, classes = torch.randn(4, 8), torch.randn(3, 5, 8)
     expected = torch.stack([video @ prompt.T for prompt in classes]).mean(0)
-    torch.testing.assert_close(ensemble(video, classes), expected)
+    torch.testing.assert_close(mean_cosines(video, classes), expected)
 
 
-def test_softmax_before_the_mean_over_views() -> None:
-    from training.evaluation.classify import over_views
+def test_softmax_before_the_mean_mean_probabilities() -> None:
+    from training.evaluation.views import mean_probabilities
 
     logits = torch.tensor([[10.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
-    assert over_views(logits).argmax() == 0  # one sure view outweighs two unsure ones here
-    torch.testing.assert_close(over_views(logits).sum(), torch.tensor(1.0))
+    assert mean_probabilities(logits).argmax() == 0  # one sure view outweighs two unsure ones here
+    torch.testing.assert_close(mean_probabilities(logits).sum(), torch.tensor(1.0))
 
 
 # -- the world ----------------------------------------------------------------------------------------------
 
 
-def test_world_encoder_command(run, tower, cache, tmp_path) -> None:
+def test_world_encoder_command(run, tower, cached_world, tmp_path) -> None:
     process = command(
         *("training.evaluate", "world", "--encoder", run / "encoder", "--alignment", run),
         *("--text-tower", tower, "--clips", "10", "--budget", "16", "--selector", "flux", "random"),
         *("--out", tmp_path / "w.json"),
-        cache=cache,
+        cache=cached_world,
     )
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -262,8 +259,7 @@ def test_world_encoder_command(run, tower, cache, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("table_name", ["retrieval", "action", "classify"])
-def test_every_table_runs_on_the_world(table_name, run, tower, cache, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("FLUXCHAT_CACHE", str(cache))
+def test_every_table_runs_on_the_world(table_name, run, tower, cached_world, tmp_path, capsys) -> None:
     arguments = [
         *(table_name, "--dataset", "world", "--encoder", str(run / "encoder"), "--alignment", str(run)),
         *("--text-tower", str(tower), "--clips", "6", "--budget", "16", "--out", str(tmp_path / "t.json")),
@@ -275,8 +271,7 @@ def test_every_table_runs_on_the_world(table_name, run, tower, cache, tmp_path, 
     assert "16 (8x84:16)" in capsys.readouterr().out
 
 
-def test_a_head_of_another_world_is_refused(cache, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("FLUXCHAT_CACHE", str(cache))
+def test_a_head_of_another_world_is_refused(cached_world, tmp_path, capsys) -> None:
     other = make_encoder(tmp_path / "other", nouns=7)
     arguments = ["world", "--encoder", str(other / "encoder"), "--alignment", str(other), "--clips", "4"]
     assert main([*arguments, "--no-retrieval"]) == 2
@@ -294,8 +289,7 @@ def test_a_head_of_another_world_is_refused(cache, tmp_path, monkeypatch, capsys
         (["mvbench", "--model", "none"], "none is not a FluxChat model"),
     ],
 )
-def test_wrong_use_is_one_line(arguments, words, run, tower, cache, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("FLUXCHAT_CACHE", str(cache))
+def test_wrong_use_is_one_line(arguments, words, run, tower, cached_world, monkeypatch, capsys) -> None:
     monkeypatch.chdir(run)
     filled = [
         "encoder" if a == "RUN" and arguments[i - 1] == "--encoder" else a for i, a in enumerate(arguments)
@@ -354,10 +348,6 @@ def test_hash_of_weights_sees_every_value() -> None:
     assert weights_hash(model) == weights_hash(model)
 
 
-def test_table_columns() -> None:
-    assert table(["a", "b"], [["x", 1.25], ["long", None]]) == "a       b\nx     1.2\nlong    -"
-
-
 def test_alignments_of_both_forms(tmp_path) -> None:
     torch.manual_seed(0)
     tensors = {
@@ -367,13 +357,13 @@ def test_alignments_of_both_forms(tmp_path) -> None:
         "vision_align.1.bias": torch.rand(4),
     }
     save_tensors(tensors, tmp_path / "a.safetensors")
-    alignment = read_alignment(tmp_path / "a.safetensors")
+    alignment = read_clip_head(tmp_path / "a.safetensors")
     x = torch.randn(3, 6)
     norm = torch.nn.functional.layer_norm(
         x, (6,), *[tensors[f"vision_align.0.{n}"] for n in ("weight", "bias")]
     )
     expected = norm @ tensors["vision_align.1.weight"].T + tensors["vision_align.1.bias"]
-    torch.testing.assert_close(alignment.unit(x), torch.nn.functional.normalize(expected, dim=-1))
+    torch.testing.assert_close(alignment.embed(x), torch.nn.functional.normalize(expected, dim=-1))
     save_tensors({"other": torch.rand(2)}, tmp_path / "b.safetensors")
     with pytest.raises(CheckpointError, match="no alignment"):
-        read_alignment(tmp_path / "b.safetensors")
+        read_clip_head(tmp_path / "b.safetensors")

@@ -13,14 +13,14 @@ from encoder.fluxvit import FluxViT
 from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
 from tests.encoder.video import video_files as vf
-from tests.training.synthetic.tiny_world import TINY, make_cache
-from training.data.media import FileMedia, WorldMedia
+from tests.training.synthetic.tiny_world import TINY
+from training.data.media import WorldMedia
 from training.data.synthetic_source import WorldSource
 from training.evaluate import main
-from training.evaluation.ability_metrics import NAMED, UNSEEN, goals_by_run
-from training.evaluation.chat_evaluator import Asked, Watcher
-from training.evaluation.encoder_input import Setting
-from training.evaluation.mvbench import TASKS, Item, by_video, mvbench_table, score_mvbench, world_items
+from training.evaluation.ability_metrics import NAMED, UNSEEN, abilities_by_run
+from training.evaluation.chat_evaluator import ChatEvaluator, Query
+from training.evaluation.encoder_input import EncoderInput
+from training.evaluation.mvbench import world_items
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +38,8 @@ def saved(model: VideoLanguageModel, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = tmp_path_factory.getbasetemp() / "chat-cache"
-    if not shared.exists():
-        make_cache(shared)
-    monkeypatch.setenv("FLUXCHAT_CACHE", str(shared))
+def cache(cached_world: Path) -> None:
+    """Every test uses the small world."""
 
 
 def test_world_command(saved: Path, tmp_path: Path, capsys) -> None:
@@ -52,7 +49,7 @@ def test_world_command(saved: Path, tmp_path: Path, capsys) -> None:
     ]
     assert main(arguments) == 0
     result = json.loads((tmp_path / "w.json").read_text())
-    assert set(result["runs"]) == {"flux 8", "blind"}
+    assert set(result["runs"]) == {"flux 8", "text-only"}
     assert result["inputs"]["flux 8"] == {
         "frames": 8,
         "resolution": 84,
@@ -60,16 +57,16 @@ def test_world_command(saved: Path, tmp_path: Path, capsys) -> None:
         "selector": "flux",
         "optimized": False,
     }
-    assert result["inputs"]["blind"] is None
+    assert result["inputs"]["text-only"] is None
     assert result["decoding"] == "greedy"
     tasks = result["runs"]["flux 8"]["tasks"]
     assert tasks["caption: motion"]["n"] == 2
     assert tasks["caption: main object"]["chance"] == pytest.approx(1 / 12)
     shown = capsys.readouterr().out
-    assert "blind" in shown
+    assert "text-only" in shown
     goals = result["runs"]["flux 8"]["goals"]
     assert goals[NAMED]["n"] == goals[UNSEEN]["n"] == 2
-    assert set(goals) == set(result["runs"]["blind"]["goals"])
+    assert set(goals) == set(result["runs"]["text-only"]["goals"])
     assert all(row["low"] <= row["accuracy"] <= row["high"] and "chance" in row for row in goals.values())
     assert all(name in shown for name in goals)
     # The answers are journaled: a second run computes none, and the figures are the same.
@@ -87,19 +84,19 @@ def test_budgets_and_selectors_on_the_same_clips(saved: Path, tmp_path: Path) ->
     before = journal.read_text()
     assert main([*arguments, "--budget", "8", "4"]) == 0
     result = json.loads((tmp_path / "w.json").read_text())
-    assert list(result["runs"]) == ["flux 8", "flux 4", "uniform 8", "random 8", "blind"]
-    assert UNSEEN not in result["runs"]["blind"]["goals"]
+    assert list(result["runs"]) == ["flux 8", "flux 4", "uniform 8", "random 8", "text-only"]
+    assert UNSEEN not in result["runs"]["text-only"]["goals"]
     # One more budget asks about its own clips alone.
     added = [json.loads(line)["id"] for line in journal.read_text().removeprefix(before).splitlines()]
     assert added == ["8x84:4|0", "8x84:4|1"]
-    lines = goals_by_run(result["runs"]).splitlines()
+    lines = abilities_by_run(result["runs"]).splitlines()
     assert [line.split("  ")[0] for line in lines] == ["run", *result["runs"], "chance", "n"]
 
 
 def test_another_plan_answers_anew(saved: Path, tmp_path: Path) -> None:
     """What the journal holds of one input does not stand for another with as many tokens."""
     arguments = ["world", "--model", str(saved), "--device", "cpu", "--clips", "1", "--preset", "solo"]
-    arguments += ["--budget", "8", "--no-blind", "--unseen-clips", "0", "--out", str(tmp_path / "w.json")]
+    arguments += ["--budget", "8", "--no-text-only", "--unseen-clips", "0", "--out", str(tmp_path / "w.json")]
     journal = tmp_path / "w.journal" / "0.jsonl"
     assert main(arguments) == 0
     assert main([*arguments, "--plan"]) == 0
@@ -116,7 +113,7 @@ def test_budgets_by_the_models_own_plan(saved: Path, tmp_path: Path) -> None:
         (planned / file.name).write_bytes(file.read_bytes())
     (planned / "config.json").write_text(json.dumps(values))
     arguments = ["world", "--model", str(planned), "--device", "cpu", "--clips", "1", "--budget", "8"]
-    assert main([*arguments, "--plan", "--no-blind", "--out", str(tmp_path / "w.json")]) == 0
+    assert main([*arguments, "--plan", "--no-text-only", "--out", str(tmp_path / "w.json")]) == 0
     [used] = json.loads((tmp_path / "w.json").read_text())["inputs"].values()
     assert (used["frames"], used["resolution"], used["K"]) == (4, 56, 8)
 
@@ -146,7 +143,7 @@ def test_mvbench_command_lists_what_is_missing(saved: Path, tmp_path: Path, caps
     arguments = [
         *("mvbench", "--model", str(saved), "--device", "cpu", "--annotations", str(annotations)),
         *("--videos", str(videos), "--task", "action_count", "state_change", "--setting", "4x56:8"),
-        *("--no-blind", "--out", str(tmp_path / "m.json")),
+        *("--no-text-only", "--out", str(tmp_path / "m.json")),
     ]
     assert main(arguments) == 0
     result = json.loads((tmp_path / "m.json").read_text())
@@ -162,7 +159,7 @@ def test_mvbench_command_lists_what_is_missing(saved: Path, tmp_path: Path, caps
 
 def test_mvbench_on_the_world(saved: Path, tmp_path: Path) -> None:
     arguments = ["mvbench", "--dataset", "world", "--model", str(saved), "--device", "cpu", "--clips", "2"]
-    arguments += ["--prompt", "flash", "--budget", "8", "--no-blind", "--preset", "solo"]
+    arguments += ["--prompt", "flash", "--budget", "8", "--no-text-only", "--preset", "solo"]
     out = tmp_path / "m.json"
     assert main([*arguments, "--out", str(out)]) == 0
     result = json.loads(out.read_text())
@@ -181,91 +178,38 @@ def test_mvbench_on_the_world(saved: Path, tmp_path: Path) -> None:
     )
 
 
-def test_world_questions_in_its_layout() -> None:
-    source = WorldSource(split="test", count=8)
-    world, items = source.open(), world_items(source)
-    assert len({item.id for item in items}) == len(items)
-    first = next(q for q in world.sample(0).questions if q.options)
-    assert items[0].candidates == first.options
-    assert items[0].truth == first.answer_index
-    assert f"Question: {items[0].question}\n" in first.question
-    assert max(len(item.candidates) for item in items) <= 5
-    blocks = by_video(items)
-    assert [n for block in blocks for n in block] == list(range(len(items)))
-    assert len(blocks) == 8
-
-
-def test_the_world_in_mvbenchs_tasks() -> None:
-    items = world_items(WorldSource(split="test", count=80))
-    said = [{"answer": f"({chr(65 + item.truth)})"} for item in items]
-    result = score_mvbench(items, said, "flash")
-    assert (result["mean"], result["high"]) == (100.0, 100.0)
-    assert result["low"] > 90
-    order = list(result["tasks"])
-    shared = [task for task in TASKS if task in order]
-    assert order[: len(shared)] == shared
-    assert {"action_localization", "action_sequence", "moving_direction", "scene_transition"} <= set(shared)
-    assert result["tasks"]["existence"]["chance"] == 50
-    in_words = [{"answer": item.candidates[item.truth].capitalize() + "."} for item in items]
-    assert score_mvbench(items, in_words, "words")["mean"] == 100.0
-    assert score_mvbench(items, said, "words")["mean"] == 100.0
-    assert score_mvbench(items, in_words, "flash")["mean"] < 50
-    text = mvbench_table({"all": result})
-    assert f"{len(shared)} of MVBench's 20 tasks" in text
-    assert "100.0 [" in text
-
-
-def test_mvbench_scores_by_hand() -> None:
-    media = FileMedia((Path("x"),))
-    items = [Item(f"{task}/{n}", task, media, "?", ("1", "2"), 1) for task in ("x", "y") for n in range(3)]
-    said = [
-        {"answer": "(B)"},
-        {"answer": "(A)"},
-        {"answer": ""},
-        {"answer": "b"},
-        {"missing": "gone"},
-        {"answer": "hm"},
-    ]
-    result = score_mvbench(items, said, "flash")
-    assert result["tasks"]["x"]["percent"] == 50.0
-    assert result["tasks"]["y"]["percent"] == 50.0
-    assert (result["tasks"]["x"]["empty"], result["tasks"]["y"]["missing"]) == (1, 1)
-    assert (result["mean"], result["chance"], result["unreadable letters"]) == (50.0, 50.0, 1)
-    assert result["missing"] == {"y/1": "gone"}
-
-
-# -- the watcher --------------------------------------------------------------------------------------------
+# -- the evaluator ------------------------------------------------------------------------------------------
 
 
 def test_each_question_stands_alone(model: VideoLanguageModel) -> None:
     world = WorldSource(split="test", count=1).open()
     media = WorldMedia(world, world.sample(0), 0)
-    watcher = Watcher(model, Setting(4, 56, 8))
-    both = list(watcher.answers(media, 0, [Asked("What is there?"), Asked("Where does it go?")]))
-    assert list(watcher.answers(media, 0, [Asked("Where does it go?")])) == both[1:]
+    evaluator = ChatEvaluator(model, EncoderInput(4, 56, 8))
+    both = list(evaluator.answers(media, 0, [Query("What is there?"), Query("Where does it go?")]))
+    assert list(evaluator.answers(media, 0, [Query("Where does it go?")])) == both[1:]
 
 
 def test_the_given_beginning_of_an_answer_counts(model: VideoLanguageModel) -> None:
     world = WorldSource(split="test", count=1).open()
     media = WorldMedia(world, world.sample(0), 0)
-    watcher = Watcher(model, Setting(4, 56, 8))
-    plain, begun = watcher.answers(media, 0, [Asked("What?"), Asked("What?", prefix="Best option:(")])
+    evaluator = ChatEvaluator(model, EncoderInput(4, 56, 8))
+    plain, begun = evaluator.answers(media, 0, [Query("What?"), Query("What?", prefix="Best option:(")])
     assert plain != begun
-    with_system = next(iter(watcher.answers(media, 0, [Asked("What?", system="Be brief.")])))
+    with_system = next(iter(evaluator.answers(media, 0, [Query("What?", system="Be brief.")])))
     assert with_system != plain
 
 
-def test_blind_sees_nothing(model: VideoLanguageModel) -> None:
+def test_text_only_sees_nothing(model: VideoLanguageModel) -> None:
     world = WorldSource(split="test", count=2).open()
-    blind = Watcher(model, None)
+    text_only = ChatEvaluator(model, None)
     said = [
-        list(blind.answers(WorldMedia(world, world.sample(n), n), n, [Asked("What is there?")]))
+        list(text_only.answers(WorldMedia(world, world.sample(n), n), n, [Query("What is there?")]))
         for n in range(2)
     ]
     assert said[0] == said[1]
 
 
-def test_settings_of_the_watcher_reach_the_encoder(model: VideoLanguageModel, monkeypatch) -> None:
+def test_encoder_inputs_reach_the_encoder(model: VideoLanguageModel, monkeypatch) -> None:
     world = WorldSource(split="test", count=1).open()
     media = WorldMedia(world, world.sample(0), 0)
     seen = []
@@ -278,7 +222,7 @@ def test_settings_of_the_watcher_reach_the_encoder(model: VideoLanguageModel, mo
 
     monkeypatch.setattr(model, "encode", spy)
     for text in ("4x56:8", "8x84:16/random", "8x56:32+vid-tldr"):
-        list(Watcher(model, Setting.parse(text)).answers(media, 0, [Asked("?", max_new_tokens=1)]))
+        list(ChatEvaluator(model, EncoderInput.parse(text)).answers(media, 0, [Query("?", max_new_tokens=1)]))
     assert seen == [
         ((3, 4, 56, 56), 8, "flux", None),
         ((3, 8, 84, 84), 16, "random", None),
@@ -289,7 +233,7 @@ def test_settings_of_the_watcher_reach_the_encoder(model: VideoLanguageModel, mo
 def test_another_adapter_does_not_continue_a_journal(model: VideoLanguageModel, tmp_path: Path) -> None:
     import dataclasses
 
-    from training.evaluation.cli_arguments import about_model
+    from training.evaluation.provenance import about_model
 
     told = []
     for content in (b"one", b"two"):

@@ -12,13 +12,13 @@ from training.evaluation.metrics import (
     Share,
     best_ranks,
     dual_softmax,
-    letter_flash,
-    letter_videochat2,
-    mvbench_scores,
+    mean_interval,
+    paired_recalls,
     recalls,
     relevance,
     retrieval,
     top_k,
+    wilson,
 )
 
 
@@ -151,48 +151,49 @@ def test_share_of_nothing() -> None:
     assert Share(0, 0).to_dict() == {"value": 0.0, "low": 0.0, "high": 1.0, "n": 0}
 
 
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        ("(B) left", "B"),
-        ("B", "B"),
-        ("c. to the right", "C"),
-        ("The best option is (D).", "D"),
-        ("Answer:\n(E)", "E"),
-        ("It is left, not right", None),
-        ("", None),
-        ("F", None),
-        ("[C]", "C"),
-        ("a dog", "A"),  # the published rule
-        ("Best option: 'B'", "B"),
-    ],
-)
-def test_letters_of_the_flash_form(text: str, letter: str | None) -> None:
-    assert letter_flash(text) == letter
+def test_pairs_in_rows_are_retrieval_with_one_caption_each() -> None:
+    torch.manual_seed(0)
+    video = torch.nn.functional.normalize(torch.randn(12, 8), dim=-1)
+    text = torch.nn.functional.normalize(video + 0.5 * torch.randn(12, 8), dim=-1)
+    ways = retrieval(video, text, range(12), [str(i) for i in range(12)], dsl=False)
+    expected = {f"{way.lower()}_r{k}": ways[way][f"R@{k}"].value for way in ways for k in (1, 5)}
+    assert paired_recalls(video, text) == expected
+    # What is the same for all is never right; nothing is found by a model that cannot tell clips apart.
+    same = video[:1].expand(12, -1)
+    assert set(paired_recalls(same, same).values()) == {0.0}
 
 
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [("A) left", "A"), ("b", "B"), ("(C) x", "C"), (" D.", "D"), ("dog", None), ("", None), ("The A", None)],
-)
-def test_letters_of_the_videochat2_form(text: str, letter: str | None) -> None:
-    assert letter_videochat2(text) == letter
+# -- intervals ----------------------------------------------------------------------------------------------
 
 
-def test_mvbench_by_hand() -> None:
-    rows = [
-        {"task": "x", "answer": "(A)", "letter": "A", "truth": "A"},
-        {"task": "x", "answer": "(B)", "letter": "B", "truth": "A"},
-        {"task": "x", "answer": " ", "letter": None, "truth": "A"},  # left out
-        {"task": "y", "answer": "dog", "letter": None, "truth": "B"},  # wrong
-        {"task": "y", "answer": "B", "letter": "B", "truth": "B"},
-        {"task": "y", "answer": "B", "letter": "B", "truth": "B"},
-        {"task": "z", "answer": "", "letter": None, "truth": "B"},
-    ]
-    tasks, mean = mvbench_scores(rows)
-    assert tasks["x"].percent == 50
-    assert (tasks["x"].answered, tasks["x"].empty) == (2, 1)
-    assert tasks["y"].percent == pytest.approx(200 / 3)
-    assert tasks["z"].percent is None
-    assert mean == pytest.approx((50 + 200 / 3) / 2)
-    assert mvbench_scores([]) == ({}, None)
+@given(st.integers(0, 200), st.integers(1, 200))
+def test_wilson_holds_the_share(right: int, total: int) -> None:
+    right = min(right, total)
+    low, high = wilson(right, total)
+    assert 0 <= low <= right / total + 1e-9
+    assert right / total - 1e-9 <= high <= 1
+    wider = wilson(right * 4, total * 4)
+    assert wider[1] - wider[0] < high - low + 1e-9
+
+
+def test_wilson_by_hand() -> None:
+    # p = 0.5, n = 100: centre 0.5, half-width 1.96 / 2 / sqrt(100 + 1.96^2).
+    low, high = wilson(50, 100)
+    assert (low, high) == pytest.approx((0.40383, 0.59617), abs=1e-4)
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 50)), min_size=1, max_size=8))
+def test_the_interval_of_a_mean_holds_it(shares) -> None:
+    shares = [(min(right, total), total) for right, total in shares]
+    low, high = mean_interval(shares)
+    mean = sum(right / total for right, total in shares) / len(shares)
+    assert 0 <= low <= mean + 1e-9
+    assert mean - 1e-9 <= high <= 1
+
+
+def test_the_interval_of_a_mean_by_hand() -> None:
+    assert mean_interval([(3, 10)]) == pytest.approx(wilson(3, 10))
+    # Four like shares: half the distances of one.
+    low, high = wilson(50, 100)
+    assert mean_interval([(50, 100)] * 4) == pytest.approx((0.5 - (0.5 - low) / 2, 0.5 + (high - 0.5) / 2))

@@ -19,9 +19,10 @@ from llm_bridge.assets.wheels import sha256
 from training.synthetic import assets
 from training.synthetic.__main__ import main
 from training.synthetic.assets import fetch, open_bank
-from training.synthetic.dataset import World, WorldConfig
+from training.synthetic.dataset import World
 from training.synthetic.nouns import load_nouns
 from training.synthetic.sprites import load_bank
+from training.synthetic.world_config import WorldConfig
 
 
 def disc(shift: int = 0) -> Image.Image:
@@ -129,7 +130,7 @@ def test_missing_sprites_and_client_say_what_to_do(
 ) -> None:
     monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path))
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(DataError, match=r"python -m training\.demo_world fetch"):
+    with pytest.raises(DataError, match=r"python -m training\.synthetic fetch"):
         World("train")
     with pytest.raises(DataError, match="No sprites"):
         load_bank(tmp_path / "nowhere")

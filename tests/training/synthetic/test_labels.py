@@ -7,8 +7,8 @@ import torch
 from training.synthetic.dataset import Sample, World
 from training.synthetic.labels import CHANGES, EVENT_PARTS, UNKNOWN, WorldLabels
 from training.synthetic.scene import Actor, Background, Phase, Pose, Scene, Shot
-from training.synthetic.scene_scripts import WorldConfig
 from training.synthetic.sprites import procedural_bank
+from training.synthetic.world_config import WorldConfig
 
 WORLD = World("train", 0, WorldConfig(), procedural_bank())
 LABELS = WorldLabels(WORLD)

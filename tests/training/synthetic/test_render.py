@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from encoder.errors import DataError
 from training.synthetic.backgrounds import KINDS, paint
-from training.synthetic.dataset import World, WorldConfig
+from training.synthetic.dataset import World
 from training.synthetic.render import render
 from training.synthetic.scene import MOTIONS, Actor, Background, Motion, Phase, Pose, Scene, Shot
 from training.synthetic.sprites import procedural_bank
+from training.synthetic.world_config import WorldConfig
 
 BANK = procedural_bank()
 SIDE = 64

@@ -15,9 +15,9 @@ from training.synthetic.captions import caption
 from training.synthetic.dataset import Sample, World
 from training.synthetic.questions import questions
 from training.synthetic.scene import Actor, Background, Phase, Pose, Scene, Shot
-from training.synthetic.scene_scripts import WorldConfig
 from training.synthetic.scene_words import BACKGROUND, FIXED_PHRASES, MOTION_WORDS, SceneWords
 from training.synthetic.sprites import procedural_bank
+from training.synthetic.world_config import WorldConfig
 
 WORLD = World("train", 0, WorldConfig(), procedural_bank())
 WORDS = SceneWords(WORLD)

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 from encoder.errors import ConfigError, DataError
 from tests import ROOT
 from training.evaluation.answer_scoring import agrees, seconds_in
-from training.synthetic.dataset import Sample, Split, World, WorldConfig
+from training.synthetic.dataset import Sample, Split, World
 from training.synthetic.nouns import load_nouns, of_split, with_article
 from training.synthetic.phrases import MOVES, third_person
 from training.synthetic.question_templates import QUESTIONS
 from training.synthetic.questions import TASKS
 from training.synthetic.scene import DIRECTIONS, MOTIONS, opacity_at, pose_at, visible_fraction
-from training.synthetic.scene_scripts import PLOTS
 from training.synthetic.sprites import SpriteBank, procedural_bank
+from training.synthetic.world_config import SCRIPTS, WorldConfig
 
 BANK = procedural_bank()
 SPLITS: tuple[Split, ...] = ("train", "test", "unseen")
@@ -314,7 +314,7 @@ def test_simple_worlds_have_one_moving_object() -> None:
         assert scene.duration_s <= 6.0
 
 
-@pytest.mark.parametrize("plot", PLOTS)
+@pytest.mark.parametrize("plot", SCRIPTS)
 @pytest.mark.parametrize("most", [1, 2, 4])
 def test_every_plot_works_with_any_number_of_objects(plot: str, most: int) -> None:
     source = world(level=WorldConfig(plots=(plot,), max_objects=most))
@@ -324,7 +324,7 @@ def test_every_plot_works_with_any_number_of_objects(plot: str, most: int) -> No
 
 
 @settings(max_examples=30, deadline=None)
-@given(motions=st.sets(st.sampled_from(MOTIONS), min_size=1), plot=st.sampled_from(PLOTS))
+@given(motions=st.sets(st.sampled_from(MOTIONS), min_size=1), plot=st.sampled_from(SCRIPTS))
 def test_only_the_motions_asked_for_occur(motions: set, plot: str) -> None:
     level = WorldConfig(plots=(plot,), motions=tuple(sorted(motions)))
     source = world(level=level)

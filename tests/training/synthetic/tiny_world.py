@@ -15,7 +15,7 @@ from encoder.config import MICRO
 from encoder.fluxvit import FluxViT
 from tests import ROOT
 from training.synthetic.nouns import load_nouns, of_split
-from training.synthetic.sprites import LEVELS, SHAPES, Strip, _draw_shape, pyramid, write_bank
+from training.synthetic.sprites import LEVELS, SHAPES, Strip, draw_shape, pyramid, write_bank
 
 NOUNS = 12
 TINY = MICRO.replace(
@@ -33,7 +33,7 @@ def make_cache(folder: Path) -> Path:
     """A cache folder ($FLUXCHAT_CACHE) whose world has a dozen nouns of each split and no photographs."""
     chosen = [noun for split in ("train", "unseen") for noun in of_split(load_nouns(), split, NOUNS)]  # type: ignore[arg-type]
     colours = [(220, 45, 45), (50, 170, 70), (50, 90, 220)]
-    sprites = [_draw_shape(SHAPES[i % len(SHAPES)], colours[i % 3]) for i in range(len(chosen))]
+    sprites = [draw_shape(SHAPES[i % len(SHAPES)], colours[i % 3]) for i in range(len(chosen))]
     (folder / "world" / "photos").mkdir(parents=True)
     strips = {noun.code: (Strip(i, 1, 0.0), Strip(i, 1, 0.0)) for i, noun in enumerate(chosen)}
     write_bank(folder / "world", strips, pyramid(sprites, LEVELS))

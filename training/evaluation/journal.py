@@ -1,4 +1,4 @@
-"""Results that can be trusted later: a journal per item that survives a stop, and files that say everything.
+"""A journal of finished items, which survives a stop and is shared by processes.
 
 Items are worked on in blocks of fixed composition. Processes of `accelerate launch` take blocks in turn and
 write a journal each; every process reads all of them. So the figures are the same for any number of
@@ -7,65 +7,18 @@ processes (which must see one folder), and a second run does only what the first
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from encoder.checkpoint import save_json
 from encoder.errors import DataError
 
 Row = dict[str, Any]
-
-
-def weights_hash(*modules: nn.Module) -> str:
-    """BLAKE2b over names, shapes and bytes of all parameters and buffers (24 hex digits)."""
-    digest = hashlib.blake2b(digest_size=12)
-    for module in modules:
-        for name, value in sorted(module.state_dict().items()):
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def commit() -> str | None:
-    """The commit of this code, with + when files were changed; None outside a checkout."""
-    folder = Path(__file__).parent
-    told = [
-        subprocess.run(["git", *command], capture_output=True, text=True, cwd=folder)
-        for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])
-    ]
-    if any(done.returncode for done in told):
-        return None
-    return told[0].stdout.strip() + ("+" if told[1].stdout.strip() else "")
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What it ran on."""
-    cpu = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
-    except OSError:
-        pass
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "cpu": cpu,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": name or str(device),
-        "processes": Sharing().count,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
 
 
 @dataclass(frozen=True)
@@ -204,26 +157,3 @@ def run_blocks(
             f"{len(missing)} items were not worked on, {missing[0]!r} first: do all processes see one folder?"
         )
     return [journal.rows[name] for name in ids]
-
-
-def write_result(out: Path | None, result: Mapping[str, Any], sharing: Sharing | None = None) -> None:
-    """The result file, by the first process."""
-    if out is not None and (sharing or Sharing()).first:
-        save_json(result, out)
-
-
-def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Text in columns; the first is left-aligned, None is a dash, numbers have one decimal."""
-
-    def cell(value: object) -> str:
-        return "-" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
-
-    cells = [[cell(value) for value in row] for row in (columns, *rows)]
-    widths = [max(len(row[place]) for row in cells) for place in range(len(columns))]
-    return "\n".join(
-        "  ".join(
-            text.rjust(width) if place else text.ljust(width)
-            for place, (text, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in cells
-    )

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.encoder.video import video_files as vf
 from training.data.examples import Example, ListExamples
 from training.data.media import FileMedia
-from training.evaluation.multi_view import ViewConfig, clip_moments, square_crops, view_accuracy, views_of
+from training.evaluation.views import ViewConfig, Views, load_views, square_crops, view_accuracy
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +26,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @given(frames=st.integers(1, 32), clips=st.integers(1, 8))
 def test_clips_lie_inside_every_segment_in_order(frames: int, clips: int) -> None:
-    moments = [clip_moments(frames, clip, clips) for clip in range(clips)]
+    moments = [Views(clips).moments(clip, frames) for clip in range(clips)]
     for segment in range(frames):
         places = [m[segment] for m in moments]
         assert segment / frames < places[0]
         assert places == sorted(places)
         assert places[-1] < (segment + 1) / frames
-    assert clip_moments(frames, 0, 1) == pytest.approx([(i + 0.5) / frames for i in range(frames)])
+    assert Views().moments(0, frames) == pytest.approx([(i + 0.5) / frames for i in range(frames)])
 
 
 def test_crops_are_squares_from_end_to_end() -> None:
@@ -48,7 +48,7 @@ def test_crops_are_squares_from_end_to_end() -> None:
 
 def test_views_of_a_video(data: Path) -> None:
     config = ViewConfig(frames=4, resolution=56, clips=2, crops=3)
-    views = views_of(Example("0", FileMedia((data / "0.mp4",)), 0), config)
+    views = config.load(Example("0", FileMedia((data / "0.mp4",)), 0))
     assert views.shape == (6, 3, 4, 56, 56)
     # Other moments show other numbers, other crops other parts.
     assert not torch.equal(views[0], views[3])
@@ -92,3 +92,37 @@ def test_ranks_share_the_videos_and_call_the_model_equally_often(data: Path) -> 
     assert total.videos == 5
     assert total.shares()["top1_9"] == pytest.approx(3 / 5)
     assert set(total.unreadable) == {"lost", "bare"}
+
+
+# -- loading -------------------------------------------------------------------------------------------------
+
+
+def test_moments_of_clips() -> None:
+    assert Views(1).moments(0, 4) == [0.125, 0.375, 0.625, 0.875]
+    assert [Views(3).moments(clip, 1)[0] for clip in range(3)] == [0.25, 0.5, 0.75]
+
+
+def test_three_squares_along_the_longer_side() -> None:
+    wide = torch.arange(10).view(1, 1, 10, 1).expand(2, 4, 10, 3)
+    assert [crop[0, 0, :, 0].tolist() for crop in square_crops(wide, 3)] == [
+        [0, 1, 2, 3],
+        [3, 4, 5, 6],
+        [6, 7, 8, 9],
+    ]
+    tall = wide.transpose(1, 2)
+    assert [tuple(crop.shape) for crop in square_crops(tall, 3)] == [(2, 4, 4, 3)] * 3
+
+
+def test_views_of_a_real_video_and_a_missing_one(tmp_path: Path) -> None:
+    vf.write(tmp_path / "a.mp4", [i / 10 for i in range(24)], size=(96, 64))
+    examples = [
+        Example("a", FileMedia((tmp_path / "a.mp4",))),
+        Example("b", FileMedia((tmp_path / "b.mp4",))),
+    ]
+    loaded = load_views(examples, 4, 56, Views(2, 3), workers=2)
+    assert loaded.places == [0]
+    assert [tuple(v.shape) for v in loaded.views[0]] == [(3, 4, 56, 56)] * 6
+    assert "no such file" in loaded.missing[1]
+    # The crops of one clip differ, and so do the clips.
+    assert not torch.equal(loaded.views[0][0], loaded.views[0][2])
+    assert not torch.equal(loaded.views[0][0], loaded.views[0][3])

@@ -1,0 +1,42 @@
+"""What all commands share: help from the docstring, one line for an error, tables."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+from encoder.errors import DataError
+from training.command_line import command_parser, run_command, table
+
+MODULES = ("evaluate", "optimize_tokens", "plots", "results", "release", "synthetic.__main__")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_help_names_the_command_and_is_its_docstring(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module = importlib.import_module(f"training.{name}")
+    with pytest.raises(SystemExit, match="0"):
+        module.main(["--help"])
+    text = capsys.readouterr().out
+    assert f"usage: python -m training.{name.removesuffix('.__main__')} " in text
+    assert module.__doc__.strip().splitlines()[0] in text
+
+
+def test_a_command_gets_its_words_and_its_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = command_parser("training.x", "Does x.")
+    parser.add_argument("--y", type=int)
+    words = []
+    assert run_command(parser, lambda args: words.extend(args.command_line), ["--y", "3"]) == 0
+    assert words == ["python", "-m", "training.x", "--y", "3"]
+
+    def fail(args: object) -> None:
+        raise DataError("It cannot be read.")
+
+    assert run_command(parser, fail, []) == 2
+    assert capsys.readouterr().err == "It cannot be read.\n"
+
+
+def test_table_columns() -> None:
+    rows = [["x", 1.25], ["long", None]]
+    assert table(["a", "b"], rows) == "a       b\nx     1.2\nlong    -"
+    assert table(["a", "b"], [["x", "yes"]], left=2, rule=True).splitlines() == ["a  b  ", "-  ---", "x  yes"]

@@ -1,0 +1,129 @@
+"""What a result file says besides its figures: the weights, the command, the commit and the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from encoder.checkpoint import save_json
+from llm_bridge.model import VideoLanguageModel
+from training.data.synthetic_source import WorldSource
+from training.evaluation.frozen_encoder import FrozenEncoder
+from training.evaluation.journal import Sharing
+from training.evaluation.views import Views
+
+DECODER = "auto (decord for trusted files, else PyAV)"
+INTERVAL = "Wilson, 95 % (means over tasks: MOVER)"
+
+
+def weights_hash(*modules: nn.Module) -> str:
+    """BLAKE2b over names, shapes and bytes of all parameters and buffers (24 hex digits)."""
+    digest = hashlib.blake2b(digest_size=12)
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def about_encoder(
+    encoder: FrozenEncoder, views: Views, pool: int | None, seed: int, **more: Any
+) -> dict[str, Any]:
+    """What every row about an encoder depends on."""
+    return {
+        "weights": weights_hash(encoder.encoder),
+        "dtype": str(encoder.dtype).removeprefix("torch."),
+        "views": str(views),
+        "fit": views.fit,
+        "pool": "by tokens" if pool is None else pool,
+        "seed": seed,
+        **more,
+    }
+
+
+def about_model(model: VideoLanguageModel) -> dict[str, Any]:
+    """A chat model's weights: a hash of encoder and projector, the language model, hashes of its adapters."""
+    quantize, *adapters = model.llm.identity.removeprefix(model.llm.name + "|").split("|")
+    return {
+        "weights": weights_hash(model.encoder, model.projector),
+        "llm": Path(model.llm.name).name,
+        "quantize": quantize or None,
+        "adapters": [adapter[:24] for adapter in adapters],
+        "dtype": str(model.llm.dtype).removeprefix("torch."),
+    }
+
+
+def about_world(source: WorldSource) -> dict[str, Any]:
+    """Which part of the synthetic world, and a hash of its first scenes: another version has another."""
+    world = source.open()
+    first_samples = repr([world.sample(source.first + number) for number in range(3)])
+    return {
+        "dataset": "world",
+        "split": source.split,
+        "preset": source.preset,
+        "nouns": source.nouns,
+        "scenes": hashlib.blake2b(first_samples.encode(), digest_size=6).hexdigest(),
+    }
+
+
+def commit() -> str | None:
+    """The commit of this code, with + when files were changed; None outside a checkout."""
+    folder = Path(__file__).parent
+    head, changes = (
+        subprocess.run(["git", *command], capture_output=True, text=True, cwd=folder)
+        for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])
+    )
+    if head.returncode or changes.returncode:
+        return None
+    return head.stdout.strip() + ("+" if changes.stdout.strip() else "")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What it ran on."""
+    cpu = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu)
+    except OSError:
+        pass
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": name or str(device),
+        "processes": Sharing().count,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def write_result(
+    out: Path | None,
+    command: Sequence[str],
+    device: torch.device,
+    recipe: str | None,
+    metadata: Mapping[str, Any],
+    figures: Mapping[str, Any],
+) -> None:
+    """The result file, by the first process. recipe: what the weights were trained with; metadata: what the
+    figures depend on, as in the journal's header."""
+    if out is None or not Sharing().first:
+        return
+    made_by = {
+        "command": shlex.join(command),
+        "commit": commit(),
+        "recipe": recipe,
+        "decoder": DECODER,
+        "machine": machine(device),
+    }
+    save_json({**made_by, **metadata, "interval": INTERVAL, **figures}, out)
