@@ -35,7 +35,7 @@ lora: {{rank: 4, alpha: 8, dropout: 0.1}}
 datasets: [{{json_path: {llava_json}, data_root: {llava_json.parent}}}]
 frames: 4
 resolution: 56
-keeps: [8, 16]
+num_tokens: [8, 16]
 bucket: 3
 optim: {{lr: 2e-2, batch_size: 4, micro_batch: 2, epochs: 4}}
 loop: {{out: OUT, precision: fp32, checkpoint_every: 2, keep_checkpoints: 20}}

@@ -222,8 +222,8 @@ def _fit_table(table: Tensor, wanted: Grid, path: str | Path) -> Tensor:
             f"The position table of {path} has {rows} rows, which are no frames of {wanted.height} x "
             f"{wanted.width}: set the teacher's pos_height and pos_width."
         )
-    found = Grid(rows // per_frame, wanted.height, wanted.width)
-    return torch.cat([table[:, :1], interpolate(table[0, 1:].float(), found, wanted)[None]], dim=1)
+    saved_grid = Grid(rows // per_frame, wanted.height, wanted.width)
+    return torch.cat([table[:, :1], interpolate(table[0, 1:].float(), saved_grid, wanted)[None]], dim=1)
 
 
 # -- as a teacher -------------------------------------------------------------------------------------------

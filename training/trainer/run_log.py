@@ -20,9 +20,9 @@ class Figures:
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, int]] = {}
 
-    def add(self, found: Mapping[str, Any]) -> None:
+    def add(self, figures: Mapping[str, Any]) -> None:
         """The figures of one micro-batch."""
-        for name, value in found.items():
+        for name, value in figures.items():
             total, count = self._sums.get(name, (0.0, 0))
             self._sums[name] = (total + float(value), count + 1)
 
@@ -31,8 +31,8 @@ class Figures:
         merged: dict[str, tuple[float, int]] = {}
         for other in others:
             for name, (total, count) in other._sums.items():
-                before, seen = merged.get(name, (0.0, 0))
-                merged[name] = (before + total, seen + count)
+                before, number = merged.get(name, (0.0, 0))
+                merged[name] = (before + total, number + count)
         self._sums = merged
 
     def means(self) -> dict[str, float]:
@@ -54,9 +54,9 @@ class RunLog:
         self._trackers = [_open_tracker(name, out, settings) for name in trackers]
         path = out / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= start]
+        earlier = [line for line in lines if _step_of(line) <= start]
         with atomic_path(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.write_text("".join(line + "\n" for line in earlier))
         self._file = open(path, "a")  # noqa: SIM115  lives as long as the run
         self._board: Any = None
         self.warning: str | None = None

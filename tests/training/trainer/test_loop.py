@@ -227,7 +227,11 @@ def figures(out: Path, name: str) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize(("sharded", "port"), [("", 29517), ("1", 29518)], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("sharded", "port"),
+    [("", 29517), pytest.param("1", 29518, marks=pytest.mark.slow)],
+    ids=["ddp", "fsdp"],
+)
 def test_two_processes_train_like_one(tmp_path: Path, sharded: str, port: int) -> None:
     """Each process accumulates two of a step's four micro-batches."""
     settings = {"batch_size": 16, "evaluate_every": 5}
@@ -253,9 +257,10 @@ def test_two_processes_train_like_one(tmp_path: Path, sharded: str, port: int) -
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "second", "port"),
-    [("two", "one", 29521), pytest.param("one", "two", 29522, marks=pytest.mark.slow)],
+    [("two", "one", 29521), ("one", "two", 29522)],
     ids=["shrink", "grow"],
 )
 def test_a_sharded_run_continues_on_another_number_of_processes(
