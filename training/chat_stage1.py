@@ -1,4 +1,4 @@
-"""Chat stage 1: the projector learns to speak to a frozen language model (paper supplement section 2).
+"""Chat stage 1: the projector alone is trained, between frozen encoder and LLM (paper supplement section 2).
 
     python -m training.chat_stage1 --config training/recipes/chat_stage1.yaml
 
@@ -154,7 +154,7 @@ class ChatStage:
 
 
 class Stage1(ChatStage):
-    """Of which only the projector is trained."""
+    """The projector alone has gradients."""
 
     def __init__(self, recipe: Stage1Recipe) -> None:
         super().__init__(recipe, recipe.model.assemble(recipe.loop.seed))

@@ -45,10 +45,7 @@ from training.models.clip_model import (
 from training.models.encoder_source import EncoderSource
 from training.synthetic.dataset import World
 from training.trainer.command import run_stage
-from training.trainer.losses import contrastive_loss
 from training.trainer.recipe import LoopConfig, OptimConfig
-
-__all__ = ["ClipModel", "ClipRecipe", "ClipStage", "EncoderSource", "contrastive_loss", "main"]
 
 COMPARED: tuple[Selector, ...] = ("flux", "random")
 EVALUATED_AT_ONCE = 32

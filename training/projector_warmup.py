@@ -164,7 +164,7 @@ class ProjectorWarmupStage:
         return frequent | set(self.vlm.llm.eos_ids)
 
     def evaluate(self) -> dict[str, float]:
-        """Nothing: the loss tells enough."""
+        """No figures besides the loss."""
         return {}
 
     def finish(self, out: Path) -> None:

@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from encoder.errors import ConfigError
 from encoder.fluxvit import FluxViT
 from training import clip
-from training.clip import ClipRecipe, ClipStage, contrastive_loss
+from training.clip import ClipRecipe, ClipStage
 from training.data import synthetic_source as world_data
 from training.models import clip_model
 from training.synthetic.dataset import World
 from training.synthetic.sprites import procedural_bank
 from training.trainer.loop import train
+from training.trainer.losses import contrastive_loss
 from training.trainer.recipe import LoopConfig, OptimConfig, build
 
 

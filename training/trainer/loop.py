@@ -27,7 +27,6 @@ from training.trainer.checkpoints import (
     load_optimizer,
     load_weights,
     save,
-    trainable_state,
 )
 from training.trainer.distributed import (
     GradientNorms,
@@ -43,8 +42,6 @@ from training.trainer.distributed import (
 from training.trainer.optim import learning_rate, parameter_groups
 from training.trainer.recipe import LoopConfig, OptimConfig
 from training.trainer.run_log import Figures, RunLog
-
-__all__ = ["Stage", "TrainResult", "total_steps", "train", "trainable_state"]
 
 
 class Stage(Protocol):
@@ -258,7 +255,8 @@ class _Run:
         save(self.accelerator, self.model, self.optimizer, self.out, self.done, self.optim, self.loop)
 
     def check(self) -> None:
-        """Raises DataError or CheckpointError for a run that ended without having learnt, or in ruins."""
+        """Raises DataError for a run whose steps were all skipped, CheckpointError when its last loss is not
+        finite."""
         done = self.done
         if done.step and done.empty == done.step:
             raise DataError(

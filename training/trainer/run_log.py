@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, and trackio or Weights & Biases where the recipe asks."""
+"""Logs of a run: metrics.jsonl, TensorBoard, and trackio or Weights & Biases where the recipe asks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Figures:
         return {name: total / count for name, (total, count) in self._sums.items()}
 
     def total(self, name: str) -> float | None:
-        """Sum over micro-batches and ranks; None when nobody reported it."""
+        """Sum over micro-batches and ranks; None when it was not reported."""
         return self._sums[name][0] if name in self._sums else None
 
 
@@ -76,7 +76,7 @@ class RunLog:
         flush: bool = False,
         echo: Callable[[str], object] | None = None,
     ) -> None:
-        """One line; echo also shows it to the person at the terminal."""
+        """One line of figures; echo also prints it."""
         line = {"step": step, **figures} | ({} if skipped is None else {"skipped": skipped})
         self._file.write(json.dumps(line) + "\n")
         if self._board is not None:
@@ -92,7 +92,7 @@ class RunLog:
             echo(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
 
     def close(self) -> None:
-        """Flush and let go of everything."""
+        """Flush and close everything."""
         self._file.close()
         if self._board is not None:
             self._board.close()
