@@ -179,18 +179,18 @@ def blocks(
     checkpointing: bool = False,
     depth: int | None = None,
 ) -> Part:
-    """Transformer blocks on `tokens` embedded patches and cls."""
+    """All transformer blocks on `tokens` embedded patches and cls; the first, since all are alike, is run."""
     encoder = meta_encoder(config)
     encoder.gradient_checkpointing = checkpointing
     patches = values(1, tokens, config.embed_dim, grad=learns)
 
     def run() -> list[Tensor]:
         # On the position table's own grid, which needs no interpolation.
-        out = encoder.encode(patches, encoder.pos_grid, indices(1, tokens), depth=depth)
+        out = encoder.encode(patches, encoder.pos_grid, indices(1, tokens), depth=1)
         return [out.packed, out.cls]
 
     with torch.set_grad_enabled(learns):
-        return count(run)
+        return count(run).times(len(encoder.blocks[:depth]), "")
 
 
 @cache
@@ -254,10 +254,18 @@ def observation(
     """What a teacher does for one clip."""
     pixels = values(1, 3, grid.frames, resolution, resolution)
     if isinstance(teacher, InternVideo2Teacher):
-        return count(lambda: teacher.model(pixels, indices(1, chosen)).pooled)
+        embedded = count(lambda: teacher.model.patch_embed(pixels))
+        return total("", (embedded, encoded_by_internvideo2(teacher.model, chosen)))
     height, width = teacher.input_size(pixels, grid)
     one_frame = count(lambda: teacher.look(values(1, 3, height, width))[2])
     return one_frame.times(grid.frames, "")
+
+
+@cache
+def encoded_by_internvideo2(model: InternVideo2, tokens: int) -> Part:
+    """Blocks and pooling of `tokens` embedded patches."""
+    patches = values(1, tokens, model.config.embed_dim)
+    return count(lambda: model.encode(patches, model.pos_grid, indices(1, tokens)).pooled)
 
 
 # -- text ---------------------------------------------------------------------------------------------------

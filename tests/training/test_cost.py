@@ -75,7 +75,7 @@ BY_FORMULA: dict[str, tuple[int, float]] = {
     "umt_small.yaml": (53711, 3118.9991),
 }
 # Where torch's counter differs by more than 2 % from those formulas, and why.
-SMALL_LLM = (1.08, 1.11)  # the whole square of causal attention, and the positions of summary tokens
+SMALL_LLM = (1.07, 1.11)  # the whole square of causal attention, and the positions of summary tokens
 DIFFERENT: dict[str, tuple[float, float]] = {
     "box/chat_lora.yaml": SMALL_LLM,
     "box/chat_lora_answers.yaml": SMALL_LLM,
@@ -170,11 +170,17 @@ def test_the_chat_stage_by_hand() -> None:
     assert image.parts[1].forward == pytest.approx(16 * (768 * 3584 + 3584 * 3584), rel=0.02)
 
 
-def test_gradient_checkpointing_adds_most_of_a_forward_pass() -> None:
+def test_gradient_checkpointing_computes_forward_again(llm_folder: Callable[[str], Path]) -> None:
     plain, again = (blocks(SMALL, 512, checkpointing=checkpointing) for checkpointing in (False, True))
     assert again.forward == plain.forward
-    # The last product of a block is not computed again: backward needs its input alone.
-    assert plain.backward + 0.6 * plain.forward < again.backward < plain.backward + plain.forward
+    assert again.backward == plain.backward + plain.forward
+    # Of a frozen layer, whose weights need no inputs, not to the end, and of the scores nothing.
+    plain, again = (
+        reading(language_model(str(llm_folder("llama")), None, checkpointing), 24, 9)
+        for checkpointing in (False, True)
+    )
+    assert again.forward == plain.forward
+    assert plain.backward + 0.3 * plain.forward < again.backward < plain.backward + plain.forward
 
 
 @pytest.mark.parametrize("tokens", [64, 1000])
@@ -333,7 +339,7 @@ def test_every_shipped_recipe_costs_what_formulas_say(
 
 
 def test_options_scale_the_result(capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = str(RECIPES / "umt_small.yaml")
+    recipe = str(RECIPES / "finetune_k400_small.yaml")
     usual = run(capsys, recipe)
     assert usual["gpu_hours"] == pytest.approx(2 * usual["macs"] / (312e12 * 0.35) / 3600)
     assert usual["hours"] == pytest.approx(usual["gpu_hours"] / 8)
@@ -342,8 +348,8 @@ def test_options_scale_the_result(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, recipe, "--tflops", "624")["hours"] == pytest.approx(usual["hours"] / 2)
     assert run(capsys, recipe, "--utilisation", "0.7")["hours"] == pytest.approx(usual["hours"] / 2)
     # Not exactly: what does not fill a step at the end of an epoch is not used.
-    assert run(capsys, recipe, "--samples", "550000")["macs"] == pytest.approx(usual["macs"] / 2, rel=1e-3)
-    assert run(capsys, recipe, "optim.epochs=50")["macs"] == pytest.approx(usual["macs"] / 2, rel=1e-3)
+    assert run(capsys, recipe, "--samples", "120218")["macs"] == pytest.approx(usual["macs"] / 2, rel=1e-3)
+    assert run(capsys, recipe, "optim.epochs=2.5")["macs"] == pytest.approx(usual["macs"] / 2, rel=1e-3)
     assert run(capsys, recipe, "--encoder", "base")["macs"] > usual["macs"]
 
 

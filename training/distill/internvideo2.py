@@ -173,9 +173,13 @@ class InternVideo2(nn.Module):
         self, pixels: Tensor, chosen: Tensor | None = None, layers: Sequence[int] = ()
     ) -> TeacherOutput:
         """pixels (B, 3, T, H, W) ImageNet-normalised; chosen: (B, N) raster indices, None for all tokens."""
-        grid = self.grid_of(pixels)
-        pixels = pixels.to(self.cls_token.dtype)
-        patches = self.patch_embed(pixels)
+        patches = self.patch_embed(pixels.to(self.cls_token.dtype))
+        return self.encode(patches, self.grid_of(pixels), chosen, layers)
+
+    def encode(
+        self, patches: Tensor, grid: Grid, chosen: Tensor | None = None, layers: Sequence[int] = ()
+    ) -> TeacherOutput:
+        """Blocks and pooling on patch embeddings (B, T*h*w, C)."""
         rows = self.pos_embed[0, 1:]
         if torch.is_grad_enabled():
             table = interpolate(rows, self.pos_grid, grid)

@@ -1,4 +1,5 @@
-"""The encoder that a stage starts from: a new one or weights, and its class heads for other classes.
+"""The encoder that a stage starts from: new or from weights, which pooling head serves which token count, and
+class heads for other classes.
 
 A model trained on Kinetics-710 already knows the 400 classes of Kinetics-400: their rows are kept, in the new
 order, in all three heads (the released script handles a single `head.weight` only, and leaves a FluxViT's
