@@ -86,8 +86,8 @@ def test_siblings_sit_side_by_side(tmp_path: Path) -> None:
     assert (motion[::2] != motion[1::2]).all()
     again = stage.batch(0)
     assert torch.equal(batch.pixels, again.pixels)
-    assert batch.num_tokens == again.keep
-    assert {stage.batch(i).keep for i in range(8)} == {8, 16}
+    assert batch.num_tokens == again.num_tokens
+    assert {stage.batch(i).num_tokens for i in range(8)} == {8, 16}
 
 
 def test_training_runs_learns_and_resumes_exactly(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_images_have_one_frame_at_the_videos_sizes(corpus: Path, tmp_path: Path)
         assert all(("Bars" in text) == (batch.kind == "video") for text in batch.captions)
     # Both micro-batches of a step have one type and one count.
     for one, other in zip(batches[::2], batches[1::2], strict=True):
-        assert (one.kind, one.keep) == (other.kind, other.keep)
+        assert (one.kind, one.num_tokens) == (other.kind, other.num_tokens)
     assert {batch.num_tokens for batch in batches} == {16, 32}
     for kind, count in (("image", 12), ("video", 8)):
         seen = [key for batch in batches[:10] if batch.kind == kind for key in batch.ids.tolist()]
