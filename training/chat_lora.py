@@ -26,7 +26,7 @@ from llm_bridge.model import ADAPTER, VideoLanguageModel, model_folder
 from llm_bridge.packing import Weighting
 from training.chat_stage1 import ChatModel, ChatStage
 from training.data.chat_batches import ChatBatch, ChatRecipe
-from training.models.token_targets import Narrator, Spoken, WordTable, scene_losses
+from training.models.token_targets import SceneTargets, TokenTargets, WordTable, target_losses
 from training.trainer.command import run_stage
 
 
@@ -47,6 +47,20 @@ class LoraSettings:
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"lora.dropout must lie from 0 to below 1, not {self.dropout}.")
 
+    def config(self) -> Any:
+        """The same as peft's LoraConfig."""
+        with quiet_peft():
+            from peft import LoraConfig
+
+        everywhere = self.targets == ("all-linear",)
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.dropout,
+            target_modules="all-linear" if everywhere else list(self.targets),
+            task_type="CAUSAL_LM",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraRecipe(ChatRecipe):
@@ -55,8 +69,8 @@ class LoraRecipe(ChatRecipe):
     start: folder of a model from stage 1, or from this stage, whose adapter then goes on learning.
     quantize: "4bit" or "8bit" base weights through bitsandbytes.
     train_projector: let the projector go on learning beside the adapter.
-    scene_words: weight of the warm start's loss beside that of the answers, for datasets of the demo world:
-    each visual token goes on saying the word of what its patch shows, from which the projector drifts else.
+    scene_words: weight of the projector warm-up's loss beside that of the answers, for datasets of the demo
+    world: each visual token stays near the word of what its patch shows, where the projector drifts off else.
     """
 
     stage: ClassVar[str] = "chat_lora"
@@ -77,14 +91,14 @@ class LoraRecipe(ChatRecipe):
 
 
 @dataclass(frozen=True)
-class ToldBatch(ChatBatch):
-    """A batch that also knows what the visual tokens of each of its clips should say."""
+class TargetBatch(ChatBatch):
+    """A batch with targets of the visual tokens of each of its clips."""
 
-    told: tuple[Spoken, ...]
+    targets: tuple[TokenTargets, ...]
 
 
-class ToldModel(ChatModel):
-    """The loss of the answers and, weighted, that of what the visual tokens say."""
+class TargetModel(ChatModel):
+    """The loss of the answers and, weighted, that of the token targets."""
 
     def __init__(self, model: VideoLanguageModel, weighting: Weighting, scene_words: float) -> None:
         super().__init__(model, weighting)
@@ -93,11 +107,10 @@ class ToldModel(ChatModel):
     def forward(self, batch: ChatBatch) -> tuple[Tensor, dict[str, float]]:
         """(loss, figures)."""
         loss, figures = super().forward(batch)
-        if not isinstance(batch, ToldBatch) or batch.vision is None:
+        if not isinstance(batch, TargetBatch) or batch.vision is None:
             return loss, figures
-        words = scene_losses(self.model.project(batch.vision), batch.told, self._table)
-        said = torch.stack(list(words.values())).sum()
-        return loss + self._scene_words * said, {
+        words = target_losses(self.model.project(batch.vision), batch.targets, self._table)
+        return loss + self._scene_words * torch.stack(list(words.values())).sum(), {
             **figures,
             "answers": loss.item(),
             **{name: value.item() for name, value in words.items()},
@@ -114,50 +127,41 @@ class LoraStage(ChatStage):
         self.adapted = self._add_adapter()
         vlm.projector.requires_grad_(recipe.train_projector)
         if recipe.scene_words:
-            self._narrator = Narrator(vlm)
-            self.model = ToldModel(vlm, recipe.weighting, recipe.scene_words)
+            self._targets = SceneTargets(vlm)
+            self.model = TargetModel(vlm, recipe.weighting, recipe.scene_words)
 
     def batch(self, index: int) -> ChatBatch:
         """Micro-batch number `index`."""
         if not self.recipe.scene_words:
             return super().batch(index)
-        examples, seen = self.data.seen(index)
-        batch = self.data.prompted(examples, seen)
-        pairs = zip(examples, seen, strict=True)
-        told = tuple(self._narrator.told(example.media, one) for example, one in pairs if one is not None)
-        return ToldBatch(batch.prompts, batch.vision, told)
+        examples, features = self.data.encoded(index)
+        batch = self.data.prompted(examples, features)
+        pairs = zip(examples, features, strict=True)
+        targets = tuple(self._targets.of(example.media, one) for example, one in pairs if one is not None)
+        return TargetBatch(batch.prompts, batch.vision, targets)
 
     def _add_adapter(self) -> torch.nn.Module:
         """Put the matrices into the model's own layers; the peft model around them saves them."""
         with quiet_peft():
-            from peft import LoraConfig, PeftModel, get_peft_model
+            from peft import PeftModel, get_peft_model
 
         recipe, base = self.recipe, self.vlm.language_model
         if recipe.gradient_checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(recipe.loop.seed)
-        settings = recipe.lora
-        everywhere = settings.targets == ("all-linear",)
-        config = LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,  # type: ignore[arg-type]
-            lora_dropout=settings.dropout,
-            target_modules="all-linear" if everywhere else list(settings.targets),
-            task_type="CAUSAL_LM",
-        )
         learnt = model_folder(recipe.start) / ADAPTER
         adapted: torch.nn.Module
         try:
             with quiet_peft():
                 if learnt.is_dir():
                     learnt_config = peft_config(learnt)
-                    _check_same_size(learnt_config, settings)
+                    _check_same_size(learnt_config, recipe.lora)
                     learnt_config.inference_mode = False
                     adapted = PeftModel.from_pretrained(
                         base, str(learnt), is_trainable=True, config=learnt_config, use_safetensors=True
                     )
                 else:
-                    adapted = get_peft_model(base, config)
+                    adapted = get_peft_model(base, recipe.lora.config())
         except ValueError as error:
             raise ConfigError(f"lora.targets does not fit the language model: {error}.") from error
         use_for_training(adapted)

@@ -1,4 +1,4 @@
-"""Chat stage 1: the projector learns to speak to a frozen language model (paper supplement section 2).
+"""Chat stage 1: the projector alone is trained, between frozen encoder and LLM (paper supplement section 2).
 
     python -m training.chat_stage1 --config training/recipes/chat_stage1.yaml
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from encoder.checkpoint import load_encoder, load_tensors, read_tensors
+from encoder.config import FluxViTConfig
 from llm_bridge.attention import use_for_training
 from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
 from llm_bridge.packing import Weighting
@@ -38,6 +39,21 @@ class ProjectorSettings:
     summary_tokens: int = 0
     time_periods: int = 0
 
+    def config(self, encoder: FluxViTConfig, llm_width: int) -> ProjectorConfig:
+        """The projector between an encoder and a language model."""
+        return ProjectorConfig(
+            in_dim=encoder.embed_dim,
+            out_dim=llm_width,
+            kind=self.kind,
+            layers=self.layers,
+            norm=self.norm,
+            tokens_per_frame=self.tokens_per_frame,
+            merge_heads=encoder.num_heads,
+            summary_tokens=self.summary_tokens,
+            summary_dim=encoder.clip_embed_dim if self.summary_tokens else 0,
+            time_periods=self.time_periods,
+        )
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -54,25 +70,21 @@ class ModelSource:
     default_tokens: int = 1024
     projector_init: str | None = None
 
+    @staticmethod
+    def like(config: VLMConfig, folder: str) -> ModelSource:
+        """What a saved model was made of. folder: where its encoder is."""
+        names = [field.name for field in fields(ProjectorSettings)]
+        settings = ProjectorSettings(**{name: getattr(config.projector, name) for name in names})
+        return ModelSource(folder, config.llm, settings, config.vision_depth)
+
     def assemble(self, seed: int) -> VideoLanguageModel:
         """The parts with a fresh projector; raises ModelError or CheckpointError."""
         encoder = load_encoder(self.encoder)
-        settings = self.projector
         config = VLMConfig(
             llm=self.llm,
             encoder=encoder.config,
-            projector=ProjectorConfig(
-                in_dim=encoder.config.embed_dim,
-                out_dim=encoder.config.embed_dim,  # replaced by the language model's width
-                kind=settings.kind,
-                layers=settings.layers,
-                norm=settings.norm,
-                tokens_per_frame=settings.tokens_per_frame,
-                merge_heads=encoder.config.num_heads,
-                summary_tokens=settings.summary_tokens,
-                summary_dim=encoder.config.clip_embed_dim if settings.summary_tokens else 0,
-                time_periods=settings.time_periods,
-            ),
+            # The width is replaced by that of the language model, which is not loaded yet.
+            projector=self.projector.config(encoder.config, encoder.config.embed_dim),
             vision_depth=self.vision_depth,
             time_sentence=self.time_sentence,
             default_tokens=self.default_tokens,
@@ -142,7 +154,7 @@ class ChatStage:
 
 
 class Stage1(ChatStage):
-    """Of which only the projector is trained."""
+    """The projector alone has gradients."""
 
     def __init__(self, recipe: Stage1Recipe) -> None:
         super().__init__(recipe, recipe.model.assemble(recipe.loop.seed))

@@ -37,18 +37,15 @@ from training.models.clip_model import (
     ClipBatch,
     ClipModel,
     ClipSettings,
-    EncoderSource,
     Trained,
     hits,
-    load_alignment,
+    load_clip_head,
     set_image_positions,
 )
+from training.models.encoder_source import EncoderSource
 from training.synthetic.dataset import World
 from training.trainer.command import run_stage
-from training.trainer.losses import contrastive_loss
 from training.trainer.recipe import LoopConfig, OptimConfig
-
-__all__ = ["ClipModel", "ClipRecipe", "ClipStage", "EncoderSource", "contrastive_loss", "main"]
 
 COMPARED: tuple[Selector, ...] = ("flux", "random")
 EVALUATED_AT_ONCE = 32
@@ -66,13 +63,14 @@ class ClipRecipe:
     patch_background: how much a kept patch without an object counts among those with one.
     image_positions: how the position table serves images (None: as the encoder says).
     What is compared at once: optim.micro_batch times the ranks; accumulated micro-batches stay apart.
-    keeps: token counts, one drawn per step with equal chance (repeat one to favour it). UNVERIFIED: the paper
-    does not say which counts Flux-CLIP was trained at. pool: the pooling head; pools: one for each of `keeps`
-    instead, as the released fine-tuning has them; UNVERIFIED, InternVideo2's CLIP has a single one.
+    num_tokens: kept of a clip, one number drawn per step with equal chance (repeat one to draw it more).
+    UNVERIFIED: the paper does not say which Flux-CLIP was trained at. pool: the pooling head; pools: one for
+    each of `num_tokens` instead, as the released fine-tuning has them; UNVERIFIED, InternVideo2's CLIP has a
+    single one.
     train: "projector" is stage 1 (the pooling heads in use, `align` and the temperature), "all" stage 2.
     train_text: the text tower too; UNVERIFIED whether stage 2 does, InternVideo2's code keeps it frozen.
-    align_norm: a LayerNorm in front of the linear map to the text space, as the released code has.
-    align_init: `alignment.safetensors` of an earlier run.
+    align_norm: a LayerNorm in front of the CLIP head's linear map to the text space, as in the released code.
+    align_init: the CLIP head of an earlier run, its `alignment.safetensors`.
     temperature: where it starts; temperature_min: it cannot fall below. positives: pairs that are equally
     right: equal "text", or the same media file ("id", as in the released code).
     text_tower: see `open_tower`; text_tokenizer: of a MobileCLIP file; text_length: most tokens per text;
@@ -82,6 +80,7 @@ class ClipRecipe:
     """
 
     stage: ClassVar[str] = "clip"
+    renamed: ClassVar[dict[str, str]] = {"keeps": "num_tokens"}
     optim: OptimConfig
     loop: LoopConfig
     encoder: EncoderSource = field(default_factory=EncoderSource)
@@ -95,7 +94,7 @@ class ClipRecipe:
     frames: int = 8
     resolution: int = 112
     image_positions: ImagePositions | None = None
-    keeps: tuple[int, ...] = (128,)
+    num_tokens: tuple[int, ...] = (128,)
     siblings: int = 1
     train: Trained = "all"
     train_text: bool = False
@@ -129,10 +128,10 @@ class ClipRecipe:
             object.__setattr__(self, "world", WorldSource())
         if self.siblings < 1 or self.optim.micro_batch % self.siblings:
             raise ConfigError("optim.micro_batch must be a multiple of siblings.")
-        if not self.keeps or min(self.keeps) < 1:
-            raise ConfigError("keeps must name at least one token count.")
-        if self.pools is not None and len(self.pools) != len(self.keeps):
-            raise ConfigError(f"pools must hold one head for each of {len(self.keeps)} keeps.")
+        if not self.num_tokens or min(self.num_tokens) < 1:
+            raise ConfigError("num_tokens must name at least one token count.")
+        if self.pools is not None and len(self.pools) != len(self.num_tokens):
+            raise ConfigError(f"pools must hold one head for each of {len(self.num_tokens)} token counts.")
         if not 0 < self.temperature_min <= self.temperature:
             raise ConfigError("temperature_min must lie above 0, and temperature not below it.")
         if not 0 < self.patch_background <= 1:
@@ -147,7 +146,7 @@ class ClipRecipe:
 
     def settings(self) -> ClipSettings:
         """What the model depends on."""
-        pools = dict(zip(self.keeps, self.pools, strict=True)) if self.pools else {}
+        pools = dict(zip(self.num_tokens, self.pools, strict=True)) if self.pools else {}
         return ClipSettings(
             train=self.train,
             pools=pools,
@@ -163,15 +162,15 @@ class ClipRecipe:
 
 
 class ClipStage:
-    """Flux-CLIP for the loop: its data, its model, its evaluation."""
+    """Flux-CLIP on the recipe's captioned clips."""
 
     def __init__(self, recipe: ClipRecipe) -> None:
         if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
             raise ConfigError("The temperature cannot be sharded: use ddp.yaml or deepspeed_zero1.yaml.")
         self.recipe = recipe
-        torch.manual_seed(recipe.loop.seed)
         self._per_step = recipe.optim.batch_size // recipe.optim.micro_batch
-        self.batches = self._open_data()
+        self.data = self._open_data()
+        torch.manual_seed(recipe.loop.seed)
         self.text = open_tower(
             recipe.text_tower,
             tokenizer=recipe.text_tokenizer,
@@ -180,17 +179,16 @@ class ClipStage:
         )
         # Accelerators differ by rank and are not known yet: there the model embeds texts itself.
         self._embeds_ahead = not recipe.train_text and not torch.accelerator.is_available()
-        labels = self.batches.labels if isinstance(self.batches, WorldBatches) else None
+        labels = self.data.labels if isinstance(self.data, WorldBatches) else None
         attributes = labels.clip_classes if labels and recipe.attribute_weight else {}
         patches = labels.patch_classes if labels and recipe.patch_weight else {}
         encoder = recipe.encoder.build()
-        if recipe.video_grid.patch_size != encoder.config.patch_size:
-            raise ConfigError(f"grid.patch_size must be the encoder's, {encoder.config.patch_size}.")
+        recipe.video_grid.check_patch(encoder.config.patch_size)
         set_image_positions(encoder, recipe.image_positions)
         encoder.gradient_checkpointing = recipe.gradient_checkpointing
         self.model = ClipModel(encoder, self.text, attributes, recipe.settings(), patches)
         if recipe.align_init is not None:
-            load_alignment(self.model, recipe.align_init)
+            load_clip_head(self.model, recipe.align_init)
 
     def _open_data(self) -> WorldBatches | MixtureBatches:
         recipe, size, seed = self.recipe, self.recipe.optim.micro_batch, self.recipe.loop.seed
@@ -218,20 +216,20 @@ class ClipStage:
     @property
     def micro_batches(self) -> int:
         """Micro-batches in one epoch."""
-        return self.batches.micro_batches
+        return self.data.micro_batches
 
     def batch(self, index: int) -> ClipBatch:
         """Micro-batch `index`: clips, their captions' embeddings and attributes, and a token count."""
         recipe = self.recipe
         step = index // self._per_step  # one count for all ranks, so that none waits for another
-        keep = random.Random(f"{recipe.loop.seed}/{step}/keep").choice(recipe.keeps)
-        return self._with_text(self.batches.get(index), keep)
+        num_tokens = random.Random(f"{recipe.loop.seed}/{step}/keep").choice(recipe.num_tokens)
+        return self._with_text(self.data.get(index), num_tokens)
 
-    def _with_text(self, found: Captioned, keep: int) -> ClipBatch:
-        text = self.text.embed(found.captions) if self._embeds_ahead else None
-        ids = found.ids if self.recipe.positives == "id" else None
+    def _with_text(self, clips: Captioned, num_tokens: int) -> ClipBatch:
+        text = self.text.embed(clips.captions) if self._embeds_ahead else None
+        ids = clips.ids if self.recipe.positives == "id" else None
         return ClipBatch(
-            found.pixels, text, found.labels, keep, found.captions, ids, found.kind, found.patches
+            clips.pixels, text, clips.labels, num_tokens, clips.captions, ids, clips.kind, clips.patches
         )
 
     @torch.no_grad()
@@ -240,60 +238,61 @@ class ClipStage:
 
         Also recall of captions and clips of held-out data; all of it at each token count.
         """
-        right: dict[str, float] = {}
-        if isinstance(self.batches, WorldBatches) and self.model.attributes:
-            right |= self._attributes(self.batches)
+        figures: dict[str, float] = {}
+        if isinstance(self.data, WorldBatches) and self.model.attributes:
+            figures |= self._attributes(self.data)
         if self.recipe.held_out:
-            right |= self._retrieval()
-        return right
+            figures |= self._retrieval()
+        return figures
 
-    def _attributes(self, batches: WorldBatches) -> dict[str, float]:
+    def _attributes(self, data: WorldBatches) -> dict[str, float]:
         recipe, clips = self.recipe, self.recipe.evaluate_clips
-        test = World("test", batches.source.seed, batches.world.level)
-        counts = sorted(set(recipe.keeps))
+        test = World("test", data.source.seed, data.world.level)
+        counts = sorted(set(recipe.num_tokens))
         right: dict[str, int] = {}
-        asked: dict[str, int] = {}
+        labelled: dict[str, int] = {}
         for start in range(0, clips, EVALUATED_AT_ONCE):
             samples = [test.sample(number) for number in range(start, min(start + EVALUATED_AT_ONCE, clips))]
-            found = batches.collate(test, samples, recipe.frames, recipe.resolution)
-            for keep in counts:
+            batch = data.collate(test, samples, recipe.frames, recipe.resolution)
+            for count in counts:
                 for selector in COMPARED:
-                    pooled = self.model.features(found.pixels.to(self._device), keep, selector).float()
+                    pooled = self.model.features(batch.pixels.to(self._device), count, selector).float()
                     for name, head in self.model.attributes.items():
-                        told, known = hits(head(pooled).cpu(), found.labels[name])
-                        key = f"{name}_{selector}_{keep}"
-                        right[key], asked[key] = right.get(key, 0) + told, asked.get(key, 0) + known
-        return {key: right[key] / max(1, asked[key]) for key in right}
+                        correct, known = hits(head(pooled).cpu(), batch.labels[name])
+                        key = f"{name}_{selector}_{count}"
+                        right[key] = right.get(key, 0) + correct
+                        labelled[key] = labelled.get(key, 0) + known
+        return {key: right[key] / max(1, labelled[key]) for key in right}
 
     def _retrieval(self) -> dict[str, float]:
         recipe = self.recipe
         source = open_datasets(recipe.held_out, NEEDS[recipe.stage])
-        count = min(recipe.evaluate_clips, len(source))
+        total = min(recipe.evaluate_clips, len(source))
         grid = FlexibleGrid.fixed(recipe.frames, recipe.resolution, recipe.video_grid.patch_size)
         batches = VideoBatches(
             source,
             grid,
             AugmentConfig(),
-            min(count, EVALUATED_AT_ONCE),
+            min(total, EVALUATED_AT_ONCE),
             0,
             out=Path(recipe.loop.out) / "held_out",
             sampling="middle",
             need=NEEDS[recipe.stage],
             threads=recipe.threads,
         )
-        counts = sorted(set(recipe.keeps))
-        videos: dict[int, list[Tensor]] = {keep: [] for keep in counts}
+        counts = sorted(set(recipe.num_tokens))
+        videos: dict[int, list[Tensor]] = {count: [] for count in counts}
         texts: list[Tensor] = []
-        for index in range(count // batches.micro_batch):
+        for index in range(total // batches.micro_batch):
             batch = batches.get(index)
             texts.append(self.text.to(self._device).embed([captions_of(e)[0] for e in batch.examples]))
-            for keep in counts:
-                videos[keep].append(self.model.embed(batch.pixels.to(self._device), keep))
+            for count in counts:
+                videos[count].append(self.model.embed(batch.pixels.to(self._device), count))
         text = torch.cat(texts)
         return {
-            f"{name}_{keep}": value
-            for keep in counts
-            for name, value in paired_recalls(torch.cat(videos[keep]), text).items()
+            f"{name}_{count}": value
+            for count in counts
+            for name, value in paired_recalls(torch.cat(videos[count]), text).items()
         }
 
     @property
@@ -301,9 +300,9 @@ class ClipStage:
         return self.model.log_scale.device
 
     def finish(self, out: Path) -> None:
-        """The encoder, as FluxViT.from_pretrained reads it, the alignment, and a trained text tower."""
+        """The encoder, as FluxViT.from_pretrained reads it, the CLIP head, and a trained text tower."""
         self.model.encoder.save_pretrained(out / "encoder")
-        save_tensors(self.model.alignment(), out / "alignment.safetensors")
+        save_tensors(self.model.head_state(), out / "alignment.safetensors")
         if self.recipe.train_text:
             save_tensors(self.text.state_dict(), out / "text_tower.safetensors")
 

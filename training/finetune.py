@@ -30,8 +30,13 @@ from training.data.examples import ExampleSource
 from training.data.flexible_grids import FlexibleGrid
 from training.data.video_batches import VideoBatch, VideoBatches
 from training.evaluation.views import Accuracy, ViewConfig, view_accuracy
-from training.models.class_heads import read_head_map, slice_heads
-from training.models.clip_model import EncoderSource
+from training.models.encoder_source import (
+    EncoderSource,
+    check_token_counts,
+    pool_heads,
+    read_head_map,
+    slice_heads,
+)
 from training.trainer.command import run_stage
 from training.trainer.distributed import merged_on_ranks, open_accelerator, rank_of
 from training.trainer.losses import count_alignment
@@ -44,18 +49,19 @@ NEW_HEADS, SAME_HEADS = "new", "same"
 class FinetuneRecipe:
     """Everything a fine-tuning run depends on.
 
-    counts: kept tokens of each pass, most first; a clip with fewer tokens gives all. pools: pooling and class
+    num_tokens: kept in each pass, most first; a clip with fewer tokens gives all. pools: pooling and class
     head of each count (None: head 0 for the first, 1 for the second, ...; head 1 for a single count). The
     training engine of the released code has the largest count on head 0, its evaluation scripts name the
     reverse, [2, 1, 0]: UNVERIFIED which the released weights follow.
     align_weight: of the SmoothL1 that draws each smaller count to the largest; 0 leaves it out.
     heads: "new" starts class heads from nothing, "same" keeps those of the weights, and a file takes rows of
-    them (see `heads.read_head_map`). num_classes: for data without a list of classes.
+    them (see `read_head_map`). num_classes: for data without a list of classes.
     repeats: clips of each example in a batch, drawn differently ("repeated augmentation"); batch sizes count
     clips. evaluate_examples: held-out videos of the evaluation during training, one clip and its centre each.
     """
 
     stage: ClassVar[str] = "finetune"
+    renamed: ClassVar[dict[str, str]] = {"counts": "num_tokens"}
     optim: OptimConfig
     loop: LoopConfig
     data: tuple[DatasetConfig, ...]
@@ -64,7 +70,7 @@ class FinetuneRecipe:
     grid: FlexibleGrid = field(default_factory=FlexibleGrid)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     test: ViewConfig = field(default_factory=ViewConfig)
-    counts: tuple[int, ...] = (3072, 2048, 1024)
+    num_tokens: tuple[int, ...] = (3072, 2048, 1024)
     pools: tuple[int, ...] | None = None
     align_weight: float = 1.0
     label_smoothing: float = 0.0
@@ -78,10 +84,7 @@ class FinetuneRecipe:
     evaluate_examples: int = 256
 
     def __post_init__(self) -> None:
-        if not self.counts or min(self.counts) < 1 or list(self.counts) != sorted(self.counts, reverse=True):
-            raise ConfigError(f"counts must be positive, largest first, not {list(self.counts)}.")
-        if len(self.pool_heads) != len(self.counts):
-            raise ConfigError(f"pools must hold one value for each of {len(self.counts)} counts.")
+        check_token_counts(self.num_tokens, pools=self.pools)
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"label_smoothing must lie from 0 to below 1, not {self.label_smoothing}.")
         if self.optim.micro_batch % self.repeats:
@@ -90,13 +93,11 @@ class FinetuneRecipe:
     @property
     def pool_heads(self) -> tuple[int, ...]:
         """Pooling and class head of each count."""
-        if self.pools is not None:
-            return self.pools
-        return (1,) if len(self.counts) == 1 else tuple(range(len(self.counts)))
+        return pool_heads(self.num_tokens, self.pools)
 
     def head_for(self, count: int) -> int:
         """Head of the trained count nearest to `count` (512 is served by the head of 1024)."""
-        nearest = min(range(len(self.counts)), key=lambda number: abs(self.counts[number] - count))
+        nearest = min(range(len(self.num_tokens)), key=lambda number: abs(self.num_tokens[number] - count))
         return self.pool_heads[nearest]
 
 
@@ -110,9 +111,10 @@ class FinetuneModel(nn.Module):
             raise ConfigError(
                 f"The encoder has {config.num_pools} pools: there is no head {max(recipe.pool_heads)}."
             )
-        if recipe.align_weight and config.num_aligners < len(recipe.counts) - 1:
+        if recipe.align_weight and config.num_aligners < len(recipe.num_tokens) - 1:
             raise ConfigError(
-                f"The encoder has {config.num_aligners} aligners, too few for {len(recipe.counts)} counts."
+                f"The encoder has {config.num_aligners} aligners, too few for {len(recipe.num_tokens)} "
+                "token counts."
             )
         encoder.gradient_checkpointing = recipe.gradient_checkpointing
         self.encoder = encoder
@@ -129,7 +131,7 @@ class FinetuneModel(nn.Module):
         loss = torch.zeros((), device=device)
         figures = {"tokens": 0.0}
         reference: Tensor | None = None
-        for number, (count, head) in enumerate(zip(recipe.counts, recipe.pool_heads, strict=True)):
+        for number, (count, head) in enumerate(zip(recipe.num_tokens, recipe.pool_heads, strict=True)):
             kept = select(patches.detach(), grid, count)
             pooled = encoder.pool(encoder.encode(patches, grid, kept), head)
             logits = encoder.head[head](encoder.fc_norm(pooled)).float()
@@ -153,11 +155,11 @@ class FinetuneModel(nn.Module):
         pixels = pixels.to(encoder.cls_token.device)
         grid = encoder.grid_of(*pixels.shape[2:])
         patches = encoder.embed(pixels)
-        found = {}
+        logits = {}
         for count in counts:
             kept = select(patches, grid, count)
-            found[count] = encoder.classify(encoder.encode(patches, grid, kept), self.recipe.head_for(count))
-        return found
+            logits[count] = encoder.classify(encoder.encode(patches, grid, kept), self.recipe.head_for(count))
+        return logits
 
 
 def class_count(recipe: FinetuneRecipe, source: ExampleSource) -> int:
@@ -204,16 +206,9 @@ class FinetuneStage:
 
     def __init__(self, recipe: FinetuneRecipe) -> None:
         self.recipe = recipe
-        torch.manual_seed(recipe.loop.seed)
         need = NEEDS[recipe.stage]
         source = open_datasets(recipe.data, need)
-        count = class_count(recipe, source)
-        self.model = FinetuneModel(build_encoder(recipe, source.classes, count), recipe)
-        if recipe.grid.patch_size != self.model.encoder.config.patch_size:
-            raise ConfigError(
-                f"grid.patch_size must be {self.model.encoder.config.patch_size}, the encoder's."
-            )
-        self._train = VideoBatches(
+        self.data = VideoBatches(
             source,
             recipe.grid,
             recipe.augment,
@@ -226,15 +221,19 @@ class FinetuneStage:
             need=need,
         )
         self.held_out = open_held_out(recipe, source.classes)
+        torch.manual_seed(recipe.loop.seed)
+        encoder = build_encoder(recipe, source.classes, class_count(recipe, source))
+        recipe.grid.check_patch(encoder.config.patch_size)
+        self.model = FinetuneModel(encoder, recipe)
 
     @property
     def micro_batches(self) -> int:
         """Micro-batches in one epoch."""
-        return self._train.micro_batches
+        return self.data.micro_batches
 
     def batch(self, index: int) -> VideoBatch:
         """Clips of micro-batch `index` on its own grid."""
-        return self._train.get(index)
+        return self.data.get(index)
 
     def evaluate(self) -> Mapping[str, float]:
         """Accuracy on the first held-out videos: one clip each, centre crop, at the trained counts."""
@@ -242,7 +241,7 @@ class FinetuneStage:
             return {}
         test = self.recipe.test
         views = ViewConfig(
-            test.frames, test.resolution, 1, 1, self.recipe.counts, self.recipe.evaluate_examples
+            test.frames, test.resolution, 1, 1, self.recipe.num_tokens, self.recipe.evaluate_examples
         )
         return measure(self.model, self.held_out, views).shares()
 
@@ -268,9 +267,9 @@ def measure(
     from tqdm.auto import tqdm
 
     rank, ranks = rank_of()
-    counts = views.counts or model.recipe.counts
+    counts = views.counts or model.recipe.num_tokens
     model.eval()
-    found = view_accuracy(
+    accuracy = view_accuracy(
         lambda pixels: model.classify(pixels, counts),
         source,
         views,
@@ -278,7 +277,7 @@ def measure(
         ranks=ranks,
         progress=lambda turns: tqdm(turns, unit="video", disable=not progress or rank > 0),
     )
-    total = Accuracy(0, {}, {}, {}).merged(merged_on_ranks(found))
+    total = Accuracy(0, {}, {}, {}).merged(merged_on_ranks(accuracy))
     if not total.videos:
         first = next(iter(total.unreadable.items()), ("none", "there are none"))
         raise DataError(f"None of the held-out videos can be tested: {first[0]}: {first[1]}")
@@ -302,17 +301,17 @@ def test(recipe: FinetuneRecipe) -> dict[str, float]:
             f"{folder} knows {encoder.config.num_classes} classes, held_out has {len(source.classes)}."
         )
     with accelerator.autocast():
-        found = measure(FinetuneModel(encoder, recipe), source, recipe.test, progress=True)
-    shares = found.shares()
+        accuracy = measure(FinetuneModel(encoder, recipe), source, recipe.test, progress=True)
+    shares = accuracy.shares()
     if accelerator.is_main_process:
-        views = {"clips": recipe.test.clips, "crops": recipe.test.crops, "videos": found.videos}
-        save_json(shares | views | {"unreadable": found.unreadable}, Path(recipe.loop.out) / "test.json")
-        print(f"{found.videos} videos, {recipe.test.clips} clips x {recipe.test.crops} crops")
+        views = {"clips": recipe.test.clips, "crops": recipe.test.crops, "videos": accuracy.videos}
+        save_json(shares | views | {"unreadable": accuracy.unreadable}, Path(recipe.loop.out) / "test.json")
+        print(f"{accuracy.videos} videos, {recipe.test.clips} clips x {recipe.test.crops} crops")
         print(f"{'tokens':>8}  {'top-1':>6}  {'top-5':>6}")
-        for count in found.top1:
+        for count in accuracy.top1:
             print(f"{count:>8}  {shares[f'top1_{count}']:6.1%}  {shares[f'top5_{count}']:6.1%}")
-        if found.unreadable:
-            print(f"{len(found.unreadable)} videos could not be read: see {recipe.loop.out}/test.json")
+        if accuracy.unreadable:
+            print(f"{len(accuracy.unreadable)} videos could not be read: see {recipe.loop.out}/test.json")
     return shares
 
 

@@ -1,10 +1,10 @@
-"""Warm start of the projector: visual tokens learn to look like the words of the answers.
+"""Projector warm-up: visual tokens are drawn to the embeddings of the words of the answers.
 
     python -m training.projector_warmup --config training/recipes/cpu/projector_warmup.yaml
 
 Before stage 1, and not of the paper: a frozen language model can read words, so each visual token is drawn to
 the input embedding of a word that the answers about its video use, and away from all other words. On the demo
-world `words: scene` tells each token what to say instead: what its patch shows. No forward pass of the
+world `words: scene` gives each token a target of its own: what its patch shows. No forward pass of the
 language model is needed, which makes a step twenty times cheaper than one of stage 1. The result serves as
 `model.projector_init` of training.chat_stage1.
 """
@@ -29,7 +29,14 @@ from llm_bridge.prompt import Prompt
 from training.chat_stage1 import Stage1Recipe
 from training.data.chat_batches import ChatData
 from training.data.feature_cache import stack
-from training.models.token_targets import NEGATIVES, TEMPERATURE, Narrator, Spoken, WordTable, scene_losses
+from training.models.token_targets import (
+    NEGATIVES,
+    TEMPERATURE,
+    SceneTargets,
+    TokenTargets,
+    WordTable,
+    target_losses,
+)
 from training.trainer.command import run_stage
 
 # Words in more than this share of the answers say nothing about a video.
@@ -39,10 +46,10 @@ COUNTED_BATCHES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorWarmupRecipe(Stage1Recipe):
-    """words: those of the "answers", each said by the token that says it best, or those of the "scene" (demo
-    world only): what each token's patch shows, and by the summary tokens what the clip does.
+    """words: those of the "answers", each the target of the token that is nearest to it, or those of the
+    "scene" (demo world only): what each token's patch shows, and for the summary tokens what happens.
     temperature: of the softmax over words. pull: weight of the distance to the nearest word of the answer.
-    negatives: words of the vocabulary, drawn anew for each batch, that the tokens must not say.
+    negatives: words of the vocabulary, drawn anew for each batch, from which the tokens are pushed away.
     """
 
     stage: ClassVar[str] = "projector_warmup"
@@ -58,24 +65,24 @@ class ProjectorWarmupRecipe(Stage1Recipe):
 
 
 def word_loss(visual: Tensor, words: Tensor, table: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(How badly the words of one clip are said, how far each of its tokens is from the nearest of them).
+    """(cross-entropy of one clip's words, mean distance of its tokens from the nearest of them).
 
     visual: (M, D). words: (W,) rows of table, (V, D) unit embeddings to choose from. Each token is a
-    distribution over them; every word has to be said by the one token that says it best.
+    distribution over them; a word counts by the token that gives it the most.
     """
     unit = F.normalize(visual, dim=-1)
     cosines = (unit @ table.T).float()  # [M, V]
-    said = (cosines / temperature).log_softmax(dim=-1)[:, words].max(dim=0).values
-    return -said.mean(), (1 - cosines[:, words].max(dim=1).values).mean()
+    best = (cosines / temperature).log_softmax(dim=-1)[:, words].max(dim=0).values
+    return -best.mean(), (1 - cosines[:, words].max(dim=1).values).mean()
 
 
 @dataclass(frozen=True)
 class WordBatch:
-    """Clips, and per clip the words that its tokens should say: in any way, or as they are told to."""
+    """Clips, and per clip the words of its answers, or the targets of its tokens."""
 
     vision: VisionTokens
     words: Sequence[list[int]] = ()
-    told: Sequence[Spoken] = ()
+    targets: Sequence[TokenTargets] = ()
 
 
 class ProjectorWarmupModel(nn.Module):
@@ -89,8 +96,8 @@ class ProjectorWarmupModel(nn.Module):
     def forward(self, batch: WordBatch) -> tuple[Tensor, dict[str, float]]:
         """(loss, figures) over the clips of a batch."""
         visuals = self.vlm.project(batch.vision)
-        if batch.told:
-            means = scene_losses(visuals, batch.told, self._table, self.recipe.temperature)
+        if batch.targets:
+            means = target_losses(visuals, batch.targets, self._table, self.recipe.temperature)
         else:
             means = self._answer_losses(visuals, batch.words)
         length = torch.cat(visuals).float().norm(dim=-1) / self._table.norm - 1
@@ -117,8 +124,8 @@ class ProjectorWarmupModel(nn.Module):
         }
 
 
-class ProjectorWarmup:
-    """Words of the answers, or of the scenes, for the loop."""
+class ProjectorWarmupStage:
+    """The projector alone learns, from words of the answers or of the scenes."""
 
     def __init__(self, recipe: ProjectorWarmupRecipe) -> None:
         self.recipe = recipe
@@ -126,7 +133,7 @@ class ProjectorWarmup:
         self.vlm.projector.requires_grad_(True)
         self.data = ChatData(recipe, self.vlm)
         self.model = ProjectorWarmupModel(self.vlm, recipe)
-        self._narrator = Narrator(self.vlm)
+        self._targets = SceneTargets(self.vlm)
         self._common = self._in_most_answers() if recipe.words == "answers" else set()
 
     @property
@@ -136,26 +143,28 @@ class ProjectorWarmup:
 
     def batch(self, index: int) -> WordBatch:
         """Micro-batch number `index`; raises DataError when it has no clip, or a clip is not of the world."""
-        examples, seen = self.data.seen(index)
-        if not any(seen):
-            raise DataError("The warm start needs examples with media.")
-        pairs = [(example.media, one) for example, one in zip(examples, seen, strict=True) if one is not None]
+        examples, features = self.data.encoded(index)
+        if not any(features):
+            raise DataError("The projector warm-up needs examples with media.")
+        pairs = [
+            (example.media, one) for example, one in zip(examples, features, strict=True) if one is not None
+        ]
         vision = stack([one for _, one in pairs])
         if self.recipe.words == "scene":
-            return WordBatch(vision, told=[self._narrator.told(media, one) for media, one in pairs])
-        prompts = [prompt for prompt in self.data.prompted(examples, seen).prompts if prompt.visuals]
+            return WordBatch(vision, targets=[self._targets.of(media, one) for media, one in pairs])
+        prompts = [prompt for prompt in self.data.prompted(examples, features).prompts if prompt.visuals]
         return WordBatch(vision, [sorted(_answered(prompt) - self._common) for prompt in prompts])
 
     def _in_most_answers(self) -> set[int]:
-        """Ids in so many answers that they tell nothing, and those that end an answer."""
+        """Ids in so many answers that they say nothing of one video, and those that end an answer."""
         batches = range(min(COUNTED_BATCHES, self.micro_batches))
         prompts = [prompt for index in batches for prompt in self.data.batch(index).prompts]
-        found = Counter(label for prompt in prompts for label in _answered(prompt))
-        frequent = {label for label, count in found.items() if count > COMMON_SHARE * len(prompts)}
+        counts = Counter(label for prompt in prompts for label in _answered(prompt))
+        frequent = {label for label, count in counts.items() if count > COMMON_SHARE * len(prompts)}
         return frequent | set(self.vlm.llm.eos_ids)
 
     def evaluate(self) -> dict[str, float]:
-        """Nothing: the loss tells enough."""
+        """No figures besides the loss."""
         return {}
 
     def finish(self, out: Path) -> None:
@@ -171,7 +180,7 @@ def _answered(prompt: Prompt) -> set[int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    return run_stage(ProjectorWarmupRecipe, ProjectorWarmup, "training.projector_warmup", __doc__, argv)
+    return run_stage(ProjectorWarmupRecipe, ProjectorWarmupStage, "training.projector_warmup", __doc__, argv)
 
 
 if __name__ == "__main__":

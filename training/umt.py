@@ -34,7 +34,7 @@ from training.distill.image_teachers import ImageEncoderSource
 from training.distill.internvideo2 import InternVideo2Source
 from training.distill.teachers import TargetCache, Teacher, TeacherTargets, spaced_layers
 from training.distill.token_masking import StudentChoice, student_choices, take, visible_count
-from training.models.clip_model import EncoderSource
+from training.models.encoder_source import EncoderSource, check_token_counts, pool_heads
 from training.trainer.command import run_stage
 from training.trainer.losses import cosine_distillation, count_alignment, mean_cosine
 from training.trainer.recipe import LoopConfig, OptimConfig
@@ -64,12 +64,12 @@ class TeacherSource:
 class UmtRecipe:
     """Everything a Flux-UMT run depends on.
 
-    teacher_tokens: how many the selector gives the teacher. counts: the student's, most first; a clip with
-    fewer tokens gives all. mask_ratio: one count as a share of the teacher's tokens instead, as in UMT and
+    teacher_tokens: how many the selector gives the teacher. num_tokens: the student's, most first; a clip
+    of fewer tokens gives all. mask_ratio: one count as a share of the teacher's tokens instead, as in UMT and
     the InternVideo2 distillation (0.8). pools: the pooling head of each count (None: head 0 for the first, 1
     for the second, ... and for a single count head 1).
     selection: whose patch embeddings drive the selector, UNVERIFIED; the student's, since the paper says its
-    dual patch norm makes the masks robust. student_choice, nested: see `masks.student_choices`.
+    dual patch norm makes the masks robust. student_choice, nested: see `token_masking.student_choices`.
     student_layers: blocks compared with the teacher's layers in order (None: the last ones).
     middle_weight, final_weight: of the two losses, 1:1 in the InternVideo2 code. count_weights: of the
     counts, UNVERIFIED (None: 1 each, summed, as in the released fine-tuning). count_alignment: weight of
@@ -78,6 +78,7 @@ class UmtRecipe:
     """
 
     stage: ClassVar[str] = "umt"
+    renamed: ClassVar[dict[str, str]] = {"counts": "num_tokens"}
     optim: OptimConfig
     loop: LoopConfig
     teacher: TeacherSource
@@ -87,7 +88,7 @@ class UmtRecipe:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     decoders: DecoderConfig = field(default_factory=DecoderConfig)
     teacher_tokens: int = 2048
-    counts: tuple[int, ...] = (2048, 1536, 1024)
+    num_tokens: tuple[int, ...] = (2048, 1536, 1024)
     mask_ratio: float | None = None
     pools: tuple[int, ...] | None = None
     selection: Literal["student", "teacher"] = "student"
@@ -107,22 +108,15 @@ class UmtRecipe:
 
     def __post_init__(self) -> None:
         if self.mask_ratio is not None:
-            object.__setattr__(self, "counts", (visible_count(self.teacher_tokens, self.mask_ratio),))
-        if not self.counts or min(self.counts) < 1 or list(self.counts) != sorted(self.counts, reverse=True):
-            raise ConfigError(f"counts must be positive, largest first, not {list(self.counts)}.")
-        if self.counts[0] > self.teacher_tokens:
-            raise ConfigError(f"counts cannot exceed teacher_tokens, {self.teacher_tokens}.")
-        for name in ("pools", "count_weights"):
-            values = getattr(self, name)
-            if values is not None and len(values) != len(self.counts):
-                raise ConfigError(f"{name} must hold one value for each of {len(self.counts)} counts.")
+            object.__setattr__(self, "num_tokens", (visible_count(self.teacher_tokens, self.mask_ratio),))
+        check_token_counts(self.num_tokens, pools=self.pools, count_weights=self.count_weights)
+        if self.num_tokens[0] > self.teacher_tokens:
+            raise ConfigError(f"num_tokens cannot exceed teacher_tokens, {self.teacher_tokens}.")
 
     @property
     def pool_heads(self) -> tuple[int, ...]:
         """Pooling head of each count."""
-        if self.pools is not None:
-            return self.pools
-        return (1,) if len(self.counts) == 1 else tuple(range(len(self.counts)))
+        return pool_heads(self.num_tokens, self.pools)
 
 
 class UmtModel(nn.Module):
@@ -141,13 +135,15 @@ class UmtModel(nn.Module):
                 f"student_layers must be {wanted} of {config.depth} blocks, not {list(self.student_layers)}."
             )
         if max(recipe.pool_heads) >= config.num_pools:
-            raise ConfigError(f"The encoder has {config.num_pools} pools: {len(recipe.counts)} do not fit.")
-        if recipe.count_alignment and config.num_aligners < len(recipe.counts) - 1:
+            raise ConfigError(
+                f"The encoder has {config.num_pools} pools: {len(recipe.num_tokens)} do not fit."
+            )
+        if recipe.count_alignment and config.num_aligners < len(recipe.num_tokens) - 1:
             raise ConfigError(f"The encoder has {config.num_aligners} aligners, too few to align the counts.")
         encoder.gradient_checkpointing = recipe.gradient_checkpointing
         self.encoder = encoder
         self.decoders = Decoders(
-            encoder, teacher.layer_dims, teacher.final_dim, len(recipe.counts), recipe.decoders
+            encoder, teacher.layer_dims, teacher.final_dim, len(recipe.num_tokens), recipe.decoders
         )
         # In tuples, out of sight of the module tree: not moved, wrapped, sharded or cast with the student.
         self._teacher = (teacher,)
@@ -181,7 +177,7 @@ class UmtModel(nn.Module):
         patches = encoder.embed(pixels)
         chosen, targets = self.teach(pixels, patches, grid)
         choices = student_choices(
-            targets.attention, recipe.counts, recipe.student_choice, nested=recipe.nested
+            targets.attention, recipe.num_tokens, recipe.student_choice, nested=recipe.nested
         )
         loss = torch.zeros((), device=pixels.device)
         figures: dict[str, float] = {"tokens": float(len(pixels) * sum(c.shape[1] for c in choices))}
@@ -195,7 +191,7 @@ class UmtModel(nn.Module):
             decoded = self.decoders.clip(pooled[-1], number)
             final = cosine_distillation(decoded, targets.final)
             loss = loss + weight * (recipe.middle_weight * middle + recipe.final_weight * final)
-            name = recipe.counts[number]
+            name = recipe.num_tokens[number]
             figures |= {f"middle_{name}": middle.item(), f"final_{name}": final.item()}
             if not self.training:
                 figures[f"cosine_{name}"] = mean_cosine(decoded, targets.final)
@@ -232,16 +228,14 @@ class UmtStage:
 
     def __init__(self, recipe: UmtRecipe) -> None:
         self.recipe = recipe
-        torch.manual_seed(recipe.loop.seed)
-        self.model = UmtModel(recipe.encoder.build(), recipe.teacher.open(), recipe)
-        if recipe.grid.patch_size != self.model.encoder.config.patch_size:
-            raise ConfigError(
-                f"grid.patch_size must be {self.model.encoder.config.patch_size}, the encoder's."
-            )
-        self._train = self._batches(recipe.data, recipe.augment, "segments", recipe.max_missing)
-        self._test = (
+        self.data = self._batches(recipe.data, recipe.augment, "segments", recipe.max_missing)
+        self.held_out = (
             self._batches(recipe.held_out, AugmentConfig(), "middle", 1.0) if recipe.held_out else None
         )
+        torch.manual_seed(recipe.loop.seed)
+        encoder = recipe.encoder.build()
+        recipe.grid.check_patch(encoder.config.patch_size)
+        self.model = UmtModel(encoder, recipe.teacher.open(), recipe)
 
     def _batches(
         self,
@@ -266,32 +260,32 @@ class UmtStage:
     @property
     def micro_batches(self) -> int:
         """Micro-batches in one epoch."""
-        return self._train.micro_batches
+        return self.data.micro_batches
 
     def batch(self, index: int) -> VideoBatch:
         """Clips of micro-batch `index` on its own grid."""
-        return self._train.get(index)
+        return self.data.get(index)
 
     @torch.no_grad()
     def evaluate(self) -> Mapping[str, float]:
-        """On held-out clips: the losses, the cosine with the teacher's final target, and where clips have
-        labels, how often a clip's nearest neighbour by the pooled feature of its count has its label."""
-        if self._test is None:
+        """Figures on held-out clips: the losses, the cosine with the teacher's final target and, where clips
+        have labels, the accuracy of the nearest neighbour by pooled features, at each token count."""
+        if self.held_out is None:
             return {}
-        total = min(self.recipe.held_out_batches, self._test.micro_batches)
+        total = min(self.recipe.held_out_batches, self.held_out.micro_batches)
         figures: dict[str, float] = {}
-        features: dict[int, list[Tensor]] = {count: [] for count in self.recipe.counts}
+        features: dict[int, list[Tensor]] = {count: [] for count in self.recipe.num_tokens}
         labels: list[int | None] = []
         device = self.model.encoder.cls_token.device
         for index in range(total):
-            batch = self._test.get(index)
+            batch = self.held_out.get(index)
             for name, value in self.model(batch)[1].items():
                 if name != "tokens":
                     figures[name] = figures.get(name, 0.0) + value / total
             labels += [example.label for example in batch.examples]
-            for count, head in zip(self.recipe.counts, self.recipe.pool_heads, strict=True):
-                kept = self.model.encoder(batch.pixels.to(device), count)
-                features[count].append(self.model.encoder.pool(kept, head).float())
+            for count, head in zip(self.recipe.num_tokens, self.recipe.pool_heads, strict=True):
+                tokens = self.model.encoder(batch.pixels.to(device), count)
+                features[count].append(self.model.encoder.pool(tokens, head).float())
         if labels and None not in labels:
             for count, rows in features.items():
                 figures[f"neighbour_{count}"] = neighbour_accuracy(torch.cat(rows), labels)

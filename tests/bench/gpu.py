@@ -323,7 +323,7 @@ class Bench:
             teacher=TeacherSource(internvideo2=InternVideo2Source(weights="-")),
             data=(),
             teacher_tokens=scale.teacher_tokens,
-            counts=scale.counts,
+            num_tokens=scale.counts,
         )
         teacher = InternVideo2Teacher(big, layers, precision="bf16")
         model = UmtModel(encoder, teacher, recipe).to(self.device).train()

@@ -44,7 +44,7 @@ def recipe(folder: Path, samples: int, keep: int, *, ours: bool) -> Stage1Recipe
         ],
         "frames": 8,
         "resolution": 112,
-        "keeps": [keep],
+        "num_tokens": [keep],
         "template": "chat",
         "bucket": samples // MICRO_BATCH if ours else 1,
         "feature_cache": str(folder / "features") if ours else None,

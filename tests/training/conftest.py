@@ -86,7 +86,7 @@ model: {{encoder: {tiny_encoder}, llm: {llm_folder("qwen2")}, projector: {{norm:
 datasets: [{{json_path: {llava_json}, data_root: {llava_json.parent}}}]
 frames: 4
 resolution: 56
-keeps: [8, 16]
+num_tokens: [8, 16]
 template: chat
 optim: {{lr: 1e-2, batch_size: 4, micro_batch: 2, epochs: 4}}
 loop: {{out: OUT, precision: fp32, checkpoint_every: 2, keep_checkpoints: 20}}

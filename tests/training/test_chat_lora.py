@@ -35,7 +35,7 @@ lora: {{rank: 4, alpha: 8, dropout: 0.1}}
 datasets: [{{json_path: {llava_json}, data_root: {llava_json.parent}}}]
 frames: 4
 resolution: 56
-keeps: [8, 16]
+num_tokens: [8, 16]
 bucket: 3
 optim: {{lr: 2e-2, batch_size: 4, micro_batch: 2, epochs: 4}}
 loop: {{out: OUT, precision: fp32, checkpoint_every: 2, keep_checkpoints: 20}}
@@ -155,28 +155,30 @@ def test_wrong_recipes_end_in_one_line(
 WORLD = "datasets=[{world: {count: 64}, turns: 2, independent: true}]"
 
 
-def test_visual_tokens_go_on_saying_what_they_show(
+def test_visual_tokens_stay_near_what_they_show(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FLUXCHAT_CACHE", str(make_cache(tmp_path / "cache")))
     options = [WORLD, "scene_words=0.5", "optim.lr=5e-3", "loop.max_steps=12"]
     assert chat_lora.main(["--config", str(recipe), f"loop.out={tmp_path / 'out'}", *options]) == 0
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    said = [row["patches"] for row in rows]
-    assert sum(said[-3:]) < 0.95 * sum(said[:3])
+    losses_of_patches = [row["patches"] for row in rows]
+    assert sum(losses_of_patches[-3:]) < 0.95 * sum(losses_of_patches[:3])
     for row in rows:
         parts = sum(row.get(name, 0.0) for name in ("summary", "patches", "shared"))
         assert row["loss"] == pytest.approx(row["answers"] + 0.5 * parts, rel=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "sentence"),
     [
         (["scene_words=0.5"], "need datasets of the demo world"),
         (["scene_words=-1"], "must not be negative"),
         (["scene_words=1", "train_projector=false"], "they need train_projector"),
     ],
 )
-def test_words_of_scenes_that_cannot_be_learnt(recipe: Path, tmp_path: Path, capsys, options, told) -> None:
+def test_words_of_scenes_that_cannot_be_learnt(
+    recipe: Path, tmp_path: Path, capsys, options, sentence
+) -> None:
     assert chat_lora.main(["--config", str(recipe), f"loop.out={tmp_path / 'out'}", *options]) == 2
-    assert told in capsys.readouterr().err
+    assert sentence in capsys.readouterr().err

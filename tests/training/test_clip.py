@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from encoder.errors import ConfigError
 from encoder.fluxvit import FluxViT
 from training import clip
-from training.clip import ClipRecipe, ClipStage, contrastive_loss
+from training.clip import ClipRecipe, ClipStage
 from training.data import synthetic_source as world_data
 from training.models import clip_model
 from training.synthetic.dataset import World
 from training.synthetic.sprites import procedural_bank
 from training.trainer.loop import train
+from training.trainer.losses import contrastive_loss
 from training.trainer.recipe import LoopConfig, OptimConfig, build
 
 
@@ -54,7 +55,7 @@ def recipe(out: Path, **changes) -> ClipRecipe:
         "world": {"count": 64, "preset": "simple", "nouns": None},
         "frames": 4,
         "resolution": 56,
-        "keeps": [8, 16],
+        "num_tokens": [8, 16],
         "siblings": 2,
         "attribute_weight": 1.0,
         "evaluate_clips": 8,
@@ -85,8 +86,8 @@ def test_siblings_sit_side_by_side(tmp_path: Path) -> None:
     assert (motion[::2] != motion[1::2]).all()
     again = stage.batch(0)
     assert torch.equal(batch.pixels, again.pixels)
-    assert batch.keep == again.keep
-    assert {stage.batch(i).keep for i in range(8)} == {8, 16}
+    assert batch.num_tokens == again.num_tokens
+    assert {stage.batch(i).num_tokens for i in range(8)} == {8, 16}
 
 
 def test_training_runs_learns_and_resumes_exactly(tmp_path: Path) -> None:
@@ -152,10 +153,10 @@ def test_patch_labels_are_learned_from_the_kept_tokens(tmp_path: Path) -> None:
     assert stage.model(batch)[0].item() == pytest.approx(
         loss.item() + figures["patch_noun"] + figures["patch_motion"], rel=1e-5
     )
-    tokens = stage.model.encoder(batch.pixels, batch.keep)
+    tokens = stage.model.encoder(batch.pixels, batch.num_tokens)
     scores = stage.model.patches["noun"](tokens.packed).log_softmax(dim=1)
     by_hand = [
-        -scores[row * batch.keep + place, batch.patches["noun"][row].flatten()[kept]].item()
+        -scores[row * batch.num_tokens + place, batch.patches["noun"][row].flatten()[kept]].item()
         for row in range(8)
         for place, kept in enumerate(tokens.kept[row])
     ]

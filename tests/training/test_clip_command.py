@@ -70,12 +70,13 @@ def test_resuming_is_exact(corpus: Path, tmp_path: Path) -> None:
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(corpus: Path, tmp_path: Path) -> None:
     # Images without augmentation: what a clip shows does not depend on its place in a micro-batch.
     changes = {
         "videos": [],
         "augment": {},
-        "keeps": [8],
+        "num_tokens": [8],
         "grid": {"frames": [4, 5, 1], "resolutions": [56, 57, 1], "tokens": [1, 999]},
         "loop": loop(tmp_path / "one", 4),
         "images": [{"jsonl": str(tmp_path / "one_caption.jsonl"), "data_root": str(corpus)}],
@@ -111,9 +112,9 @@ def test_held_out_pairs_are_retrieved(corpus: Path, tmp_path: Path) -> None:
         ({"world": {"count": 8}}, "not on both"),
         ({"siblings": 2}, "go with the world"),
         ({"attribute_weight": 1.0}, "go with the world"),
-        ({"pools": [0]}, "one head for each of 2 keeps"),
+        ({"pools": [0]}, "one head for each of 2 token counts"),
         ({"temperature": 0.001}, "temperature not below it"),
-        ({"keeps": [0]}, "at least one token count"),
+        ({"num_tokens": [0]}, "at least one token count"),
         ({"train": "head"}, "train must be one of projector, all, not 'head'"),
         ({"positives": "x"}, "positives must be one of text, id"),
     ],

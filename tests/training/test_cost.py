@@ -1,4 +1,4 @@
-"""What a recipe costs: by hand, against torch's own counter on real models, and through the command."""
+"""What a recipe costs: by hand, against torch's counter on real models, and through the command."""
 
 from __future__ import annotations
 
@@ -18,25 +18,86 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from encoder.config import BASE, SMALL
+from encoder.cost import encoder_macs
 from encoder.errors import ConfigError
+from encoder.tokens import Grid
 from tests import ROOT
 from tests.training.distill.tiny_teachers import SETTINGS, write_stage2
-from training.cost.hours import Machine, main
-from training.cost.macs import LITE, LITE_FINAL, LlmSizes
-from training.cost.recipe_facts import Given
-from training.cost.workload import Workload, read_workload
+from training.chat_lora import LoraSettings
+from training.cost import (
+    LLMS,
+    Assumptions,
+    Machine,
+    Workload,
+    blocks,
+    language_model,
+    main,
+    observation,
+    open_teacher,
+    pooling,
+    read_workload,
+    reading,
+)
 from training.data.video_batches import VideoBatch
+from training.distill.efficientnet import EfficientNetLiteSource
 from training.trainer.recipe import build
-from training.umt import UmtModel, UmtRecipe
+from training.umt import TeacherSource, UmtModel, UmtRecipe
 
 RECIPES = ROOT / "training" / "recipes"
-SHIPPED = sorted([*RECIPES.glob("*.yaml"), *RECIPES.glob("cpu/*.yaml"), *RECIPES.glob("box/*.yaml")])
+# Steps, and giga multiply-accumulates of one sample by formulas that were worked out by hand.
+BY_FORMULA: dict[str, tuple[int, float]] = {
+    "box/chat_lora.yaml": (560, 95.6707),
+    "box/chat_lora_answers.yaml": (1616, 124.8751),
+    "box/chat_stage1.yaml": (100, 90.8253),
+    "box/clip.yaml": (14484, 1.2111),
+    "box/projector_warmup.yaml": (3000, 1.0768),
+    "chat_lora.yaml": (8, 10875.0803),
+    "chat_stage1.yaml": (2030, 2054.6370),
+    "clip_stage1_base.yaml": (20280, 68.3882),
+    "clip_stage1_small.yaml": (20280, 21.6077),
+    "clip_stage2_base.yaml": (1266, 530.9389),
+    "clip_stage2_small.yaml": (632, 167.0836),
+    "cpu/chat_lora.yaml": (150, 87.1564),
+    "cpu/chat_stage1.yaml": (150, 82.7799),
+    "cpu/clip.yaml": (700, 1.2111),
+    "cpu/finetune.yaml": (384, 3.7036),
+    "cpu/projector_warmup.yaml": (500, 0.3656),
+    "cpu/umt.yaml": (192, 6.5664),
+    "finetune_coin_base.yaml": (441, 2264.2658),
+    "finetune_coin_small.yaml": (705, 751.2863),
+    "finetune_k400_base.yaml": (1409, 2264.2674),
+    "finetune_k400_small.yaml": (2348, 751.2878),
+    "finetune_k710_base.yaml": (12852, 2264.2695),
+    "finetune_k710_small.yaml": (22491, 751.2900),
+    "finetune_ssv2_base.yaml": (6599, 2264.2658),
+    "finetune_ssv2_small.yaml": (9898, 751.2863),
+    "umt_base.yaml": (53711, 4306.5367),
+    "umt_small.yaml": (53711, 3118.9991),
+}
+# Where torch's counter differs by more than 2 % from those formulas, and why.
+SMALL_LLM = (1.07, 1.11)  # the whole square of causal attention, and the positions of summary tokens
+DIFFERENT: dict[str, tuple[float, float]] = {
+    "box/chat_lora.yaml": SMALL_LLM,
+    "box/chat_lora_answers.yaml": SMALL_LLM,
+    "box/chat_stage1.yaml": SMALL_LLM,
+    "cpu/chat_lora.yaml": SMALL_LLM,
+    "cpu/chat_stage1.yaml": SMALL_LLM,
+    "box/projector_warmup.yaml": (1.05, 1.06),  # summary tokens
+    "cpu/projector_warmup.yaml": (1.09, 1.11),
+    "box/clip.yaml": (
+        0.95,
+        0.97,
+    ),  # pixels need no gradient, and patches are a quarter of so small an encoder
+    "cpu/clip.yaml": (0.95, 0.97),
+    "chat_stage1.yaml": (0.90, 0.92),  # what is recomputed ends at the last input that backward needs
+}
+QUICK = ("cpu/clip.yaml", "cpu/finetune.yaml", "cpu/projector_warmup.yaml", "clip_stage1_small.yaml")
 # The only recipe whose data have no published number.
 OPEN = {"chat_lora.yaml"}
 
 
-def work(name: str, *overrides: str, **given: Any) -> Workload:
-    return read_workload(RECIPES / name, overrides, Given(**given))
+def work(name: str, *overrides: str, **assumed: Any) -> Workload:
+    return read_workload(RECIPES / name, overrides, Assumptions(**assumed))
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
@@ -69,14 +130,16 @@ def test_a_single_pass_costs_what_the_paper_says_and_training_three_times_that(
     found = work(
         "finetune_k400_small.yaml",
         f"grid={{{only}}}",
-        f"counts=[{tokens}]",
+        f"num_tokens=[{tokens}]",
         "pools=[1]",
         encoder=size,
     )
     assert found.encoder == {"small": SMALL, "base": BASE}[size]
     (share,) = found.shares
     assert sum(part.forward for part in share.parts) / 1e9 == pytest.approx(gmacs, abs=0.01)
-    assert found.macs_per_sample == pytest.approx(3 * sum(part.forward for part in share.parts))
+    # Backward twice that, but for the patches, whose pixels need no gradient.
+    patches = share.parts[0].forward
+    assert found.macs_per_sample == pytest.approx(3 * sum(part.forward for part in share.parts) - patches)
 
 
 def test_flexible_grids_cost_the_mean_of_their_pairs(tmp_path: Path) -> None:
@@ -96,29 +159,37 @@ def test_the_chat_stage_by_hand() -> None:
     # 8 frames of 256 patches, 1024 kept and cls through 11 of 12 blocks of width 768.
     blocks = 11 * (12 * 768 * 768 * 1025 + 2 * 1025 * 1025 * 768)
     assert (encoder.forward, encoder.backward) == (8 * 256 * 588 * 768 + blocks, 0)
-    # 16 tokens a frame; the first linear map needs no gradient of its input.
-    assert projector.forward == 128 * (768 * 3584 + 3584 * 3584)
+    # 16 tokens a frame; the first linear map needs no gradient of its input. Merging compares tokens besides.
+    assert projector.forward == pytest.approx(128 * (768 * 3584 + 3584 * 3584), rel=0.02)
     assert projector.backward == 128 * (768 * 3584 + 2 * 3584 * 3584)
     layer = 2 * 3584 * 3584 + 2 * 3584 * 512 + 3 * 3584 * 18944
-    weights, attention, head = 28 * layer * 168, 28 * 168 * 168 * 3584, 40 * 3584 * 152064
-    assert llm.forward == weights + attention + head
-    assert llm.backward == weights + 2 * attention + head
+    weights, attention, head = 28 * layer * 168, 2 * 28 * 168 * 168 * 3584, 40 * 3584 * 152064
+    assert llm.forward == pytest.approx(weights + attention + head, rel=1e-6)
+    assert llm.backward == pytest.approx(weights + 2 * attention + head, rel=1e-6)
     # One picture: 256 patches, which become 16 tokens.
-    assert image.parts[1].forward == 16 * (768 * 3584 + 3584 * 3584)
+    assert image.parts[1].forward == pytest.approx(16 * (768 * 3584 + 3584 * 3584), rel=0.02)
 
 
-def test_gradient_checkpointing_adds_a_forward_pass() -> None:
-    plain = work("chat_stage1.yaml", "model.gradient_checkpointing=false").shares[0].parts[2]
-    again = work("chat_stage1.yaml").shares[0].parts[2]
-    head = 32 * 3584 * 152064
-    assert again.forward == 2 * plain.forward - head
-    assert again.backward == plain.backward
+def test_gradient_checkpointing_computes_forward_again(llm_folder: Callable[[str], Path]) -> None:
+    plain, again = (blocks(SMALL, 512, checkpointing=checkpointing) for checkpointing in (False, True))
+    assert again.forward == plain.forward
+    assert again.backward == plain.backward + plain.forward
+    # Of a frozen layer, whose weights need no inputs, not to the end, and of the scores nothing.
     plain, again = (
-        work("clip_stage2_base.yaml", f"gradient_checkpointing={value}").shares[1].parts[0]
-        for value in ("false", "true")
+        reading(language_model(str(llm_folder("llama")), None, checkpointing), 24, 9)
+        for checkpointing in (False, True)
     )
-    assert 1.9 < again.forward / plain.forward < 2
-    assert again.backward == plain.backward
+    assert again.forward == plain.forward
+    assert plain.backward + 0.3 * plain.forward < again.backward < plain.backward + plain.forward
+
+
+@pytest.mark.parametrize("tokens", [64, 1000])
+def test_the_counter_sees_attention_on_the_meta_device(tokens: int) -> None:
+    one = blocks(SMALL, tokens)
+    assert one.forward == encoder_macs(SMALL, 0, tokens)
+    assert one.backward == 2 * one.forward
+    pooled = encoder_macs(SMALL, 0, tokens, pool=True) - encoder_macs(SMALL, 0, tokens)
+    assert pooling(SMALL, tokens).forward == pooled
 
 
 def test_samples_and_steps_are_the_recipes() -> None:
@@ -146,13 +217,12 @@ def test_a_frozen_encoder_is_not_trained() -> None:
 # -- against what models do ---------------------------------------------------------------------------------
 
 
-def counted(run: Callable[[], Any], *, without_attention: bool = False) -> float:
-    """Multiply-accumulates by torch's counter, which knows attention as plain products only."""
+def counted(run: Callable[[], Any]) -> float:
+    """Multiply-accumulates of a real model."""
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:
         run()
-    kinds = counter.get_flop_counts()["Global"]
-    return sum(n for kind, n in kinds.items() if not (without_attention and "bmm" in str(kind))) / 2
+    return counter.get_total_flops() / 2
 
 
 def test_flux_umt_does_what_is_counted(tmp_path: Path) -> None:
@@ -165,7 +235,7 @@ def test_flux_umt_does_what_is_counted(tmp_path: Path) -> None:
         "data": [{"csv": "none.csv"}],
         "grid": {"frames": [8, 9, 1], "resolutions": [112, 113, 1], "tokens": [512, 512]},
         "teacher_tokens": 256,
-        "counts": [192, 128, 64],
+        "num_tokens": [192, 128, 64],
         "optim": {"lr": 1e-3, "batch_size": 2, "micro_batch": 2},
         "loop": {"out": str(tmp_path)},
     }
@@ -173,79 +243,82 @@ def test_flux_umt_does_what_is_counted(tmp_path: Path) -> None:
     recipe = build(UmtRecipe, values, "umt")
     model = UmtModel(recipe.encoder.build(), recipe.teacher.open(), recipe).train()
     batch = VideoBatch((), torch.randn(2, 3, 8, 112, 112), 0)
-    found = read_workload(tmp_path / "umt.yaml", (), Given(samples=10))
+    found = read_workload(tmp_path / "umt.yaml", (), Assumptions(samples=10))
     forward = sum(part.forward for part in found.shares[0].parts)
     assert counted(lambda: model(batch)) / 2 == pytest.approx(forward, rel=0.015)
     assert counted(lambda: model(batch)[0].backward()) / 2 == pytest.approx(found.macs_per_sample, rel=0.015)
 
 
 @pytest.mark.parametrize("layout", ["llama", "qwen2"])
-def test_a_frozen_language_model_does_what_is_counted(layout: str, llm_folder: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize(
+    "lora", [None, LoraSettings(rank=3, dropout=0), LoraSettings(3, targets=("q_proj",))]
+)
+def test_a_language_model_does_what_is_counted(
+    layout: str, lora: LoraSettings | None, llm_folder: Callable[[str], Path]
+) -> None:
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     folder = llm_folder(layout)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
-    sizes = LlmSizes.of(str(folder))
-    inputs = torch.randn(1, 24, sizes.hidden, requires_grad=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    linears = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name)
+    if lora is not None:
+        model = get_peft_model(model, lora.config()).get_base_model()
+        linears += sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
+    width = model.get_input_embeddings().weight.shape[1]
+    inputs = torch.randn(1, 24, width, requires_grad=True)
 
     def step() -> None:
-        hidden = model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state[0, :9]
-        model.get_output_embeddings()(hidden).sum().backward()
+        hidden = model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state
+        model.get_output_embeddings()(hidden[:, -9:]).sum().backward()
 
-    weights = sizes.weights * 24 + sizes.hidden * sizes.vocabulary * 9
-    part = sizes.part(24, 9, recomputed=False)
-    assert counted(step, without_attention=True) == 2 * weights
-    assert part.total == 2 * weights + 3 * sizes.attention * 24 * 24
-
-
-def test_lora_counts_the_adapters_own_weights(llm_folder: Callable[[str], Path]) -> None:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    folder = llm_folder("qwen2")
-    for targets in (["all-linear"], ["q_proj", "v_proj"]):
-        wanted: Any = "all-linear" if len(targets) == 1 else targets
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        adapted = get_peft_model(model, LoraConfig(r=3, target_modules=wanted, task_type="CAUSAL_LM"))
-        own = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
-        assert LlmSizes.of(str(folder)).adapter(3, targets) == own > 0
+    part = reading(language_model(str(folder), lora, False), 24, 9)
+    assert counted(step) == pytest.approx(part.total, rel=1e-3)
+    config = model.config
+    attention = 2 * config.num_hidden_layers * 24 * 24 * width
+    assert part.forward == pytest.approx(linears * 24 + attention + 9 * width * config.vocab_size, rel=0.01)
 
 
 @pytest.mark.parametrize(
-    ("name", "heads", "billions"),  # heads: matrices between hidden states and words
+    ("name", "billions"),
     [
-        ("Qwen/Qwen2-7B-Instruct", 2, 7.62),
-        ("Qwen/Qwen2.5-7B-Instruct", 2, 7.62),
-        ("Qwen/Qwen2.5-1.5B-Instruct", 1, 1.54),
-        ("HuggingFaceTB/SmolLM2-135M-Instruct", 1, 0.1345),
+        ("Qwen/Qwen2-7B-Instruct", 7.62),
+        ("Qwen/Qwen2.5-7B-Instruct", 7.62),
+        ("Qwen/Qwen2.5-1.5B-Instruct", 1.54),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", 0.1345),
     ],
 )
-def test_known_language_models_are_as_large_as_published(name: str, heads: int, billions: float) -> None:
-    sizes = LlmSizes.of(name)
-    parameters = sizes.weights + heads * sizes.hidden * sizes.vocabulary
-    assert parameters / 1e9 == pytest.approx(billions, rel=0.003)
+def test_known_language_models_are_as_large_as_published(name: str, billions: float) -> None:
+    assert name in LLMS
+    model = language_model(name, None, False)
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.003)
 
 
-@pytest.mark.parametrize("size", sorted(LITE))
-def test_efficientnet_lite_does_what_is_counted(size: str) -> None:
-    package = pytest.importorskip("efficientnet_lite_pytorch")
-    with torch.device("meta"):
-        model = package.EfficientNet.from_name(f"efficientnet-{size}", image_size=None).eval()
-    side, macs, channels = LITE[size]
-    pixels = torch.zeros(1, 3, side, side, device="meta")
-    assert counted(lambda: model(pixels)) == pytest.approx(macs, rel=0.01)
-    widths = [block._project_conv.out_channels for block in model._blocks]
-    assert widths[-1] == channels[1]
-    assert channels[0] in widths
-    assert model._conv_head.out_channels == LITE_FINAL
+@pytest.mark.parametrize(
+    ("size", "side", "macs"),
+    [("lite0", 224, 385e6), ("lite1", 240, 600e6), ("lite2", 260, 860e6), ("lite4", 300, 2.553e9)],
+)
+def test_efficientnet_lite_costs_what_was_published(size: str, side: int, macs: float) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    teacher = open_teacher(TeacherSource(efficientnet=EfficientNetLiteSource(size)))
+    one = observation(teacher, Grid(3, side // 14, side // 14), side, 10)
+    assert one.forward == pytest.approx(3 * macs, rel=0.01)
+    assert one.backward == 0
 
 
 # -- the command --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", SHIPPED, ids=lambda path: str(path.relative_to(RECIPES)))
-def test_every_shipped_recipe_has_a_price(
-    recipe: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_table_holds_every_shipped_recipe() -> None:
+    files = [*RECIPES.glob("*.yaml"), *RECIPES.glob("cpu/*.yaml"), *RECIPES.glob("box/*.yaml")]
+    assert {str(path.relative_to(RECIPES)) for path in files} == set(BY_FORMULA)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in BY_FORMULA]
+)
+def test_every_shipped_recipe_costs_what_formulas_say(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("something was read from the network or from weights")
@@ -253,18 +326,20 @@ def test_every_shipped_recipe_has_a_price(
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(torch, "load", refuse)
     monkeypatch.setattr("encoder.checkpoint.read_tensors", refuse)
-    words = ["--samples", "1000"] if recipe.name in OPEN and recipe.parent == RECIPES else []
-    found = run(capsys, str(recipe), *words)
-    for key in ("macs", "gpu_hours", "hours", "gmacs_per_sample", "steps", "samples_per_epoch"):
-        assert 0 < found[key] < math.inf
+    found = run(capsys, str(RECIPES / name), *(["--samples", "1000"] if name in OPEN else []))
+    steps, gmacs = BY_FORMULA[name]
+    least, most = DIFFERENT.get(name, (0.98, 1.02))
+    assert found["steps"] == steps
+    assert least * gmacs < found["gmacs_per_sample"] < most * gmacs
+    assert 0 < found["hours"] < found["gpu_hours"] < math.inf
     assert sum(part["share"] for part in found["parts"]) == pytest.approx(1)
     assert all(part["forward_gmacs"] > 0 for part in found["parts"])
-    width = {"small": 384, "base": 768}.get(recipe.stem.rsplit("_", 1)[-1])
+    width = {"small": 384, "base": 768}.get(Path(name).stem.rsplit("_", 1)[-1])
     assert width is None or found["encoder"]["embed_dim"] == width
 
 
 def test_options_scale_the_result(capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = str(RECIPES / "umt_small.yaml")
+    recipe = str(RECIPES / "finetune_k400_small.yaml")
     usual = run(capsys, recipe)
     assert usual["gpu_hours"] == pytest.approx(2 * usual["macs"] / (312e12 * 0.35) / 3600)
     assert usual["hours"] == pytest.approx(usual["gpu_hours"] / 8)
@@ -273,8 +348,8 @@ def test_options_scale_the_result(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, recipe, "--tflops", "624")["hours"] == pytest.approx(usual["hours"] / 2)
     assert run(capsys, recipe, "--utilisation", "0.7")["hours"] == pytest.approx(usual["hours"] / 2)
     # Not exactly: what does not fill a step at the end of an epoch is not used.
-    assert run(capsys, recipe, "--samples", "550000")["macs"] == pytest.approx(usual["macs"] / 2, rel=1e-3)
-    assert run(capsys, recipe, "optim.epochs=50")["macs"] == pytest.approx(usual["macs"] / 2, rel=1e-3)
+    assert run(capsys, recipe, "--samples", "120218")["macs"] == pytest.approx(usual["macs"] / 2, rel=1e-3)
+    assert run(capsys, recipe, "optim.epochs=2.5")["macs"] == pytest.approx(usual["macs"] / 2, rel=1e-3)
     assert run(capsys, recipe, "--encoder", "base")["macs"] > usual["macs"]
 
 
@@ -306,7 +381,7 @@ def test_weights_that_exist_say_their_own_size(
     [
         (["no_such.yaml"], "Cannot read the recipe no_such.yaml"),
         (["{cpu}/umt.yaml", "optim.speed=3"], "unknown setting 'speed'"),
-        (["{cpu}/umt.yaml", "teacher_tokens=100"], "counts cannot exceed teacher_tokens"),
+        (["{cpu}/umt.yaml", "teacher_tokens=100"], "num_tokens cannot exceed teacher_tokens"),
         (["{all}/chat_lora.yaml"], "names no corpus: say how many samples it has with --samples"),
         (["{all}/umt_small.yaml", "data.0.corpus=kinetic"], "There is no corpus 'kinetic'"),
         (["{all}/accelerate/ddp.yaml"], "does not say which stage's recipe it is"),
@@ -336,7 +411,7 @@ def test_what_is_wrong_is_one_sentence(
 
 def test_the_command_runs_where_there_is_no_hub() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "training.cost.hours", str(RECIPES / "cpu" / "finetune.yaml")],
+        [sys.executable, "-m", "training.cost", str(RECIPES / "cpu" / "finetune.yaml")],
         capture_output=True,
         text=True,
         timeout=240,

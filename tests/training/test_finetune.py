@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def values(data: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "grid": {"frames": [2, 6, 2], "resolutions": [56, 84, 14], "tokens": [48, 100]},
         "augment": {"crop": "resized", "area": [0.5, 1.0], "rand_augment": [9, 0.5]},
         "test": {"frames": 4, "resolution": 56, "clips": 2, "crops": 3, "counts": [48, 8]},
-        "counts": [48, 32, 16],
+        "num_tokens": [48, 32, 16],
         "optim": {"lr": 5e-3, "batch_size": 4, "micro_batch": 2, "epochs": 2, "layer_decay": 0.75},
         "loop": {"out": str(out), "precision": "fp32", "checkpoint_every": 1, "keep_checkpoints": 99},
         **changes,
@@ -114,7 +115,7 @@ def test_alignment_teaches_the_smaller_counts_alone(data: Path, tmp_path: Path) 
 
 
 def test_flux_single_is_one_pass_on_the_middle_head(data: Path, tmp_path: Path) -> None:
-    stage = FinetuneStage(recipe(data, tmp_path, counts=[32]))
+    stage = FinetuneStage(recipe(data, tmp_path, num_tokens=[32]))
     batch = stage.batch(0)
     loss, figures = stage.model.eval()(batch)
     encoder = stage.model.encoder
@@ -159,7 +160,7 @@ def test_an_encoder_of_more_classes_becomes_one_of_fewer(data: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"counts": [16, 32]}, "largest first"),
+        ({"num_tokens": [16, 32]}, "largest first"),
         ({"pools": [0]}, "one value for each of 3"),
         ({"pools": [0, 1, 3]}, "no head 3"),
         ({"num_classes": 7}, "the data name 2 classes"),
@@ -285,11 +286,12 @@ def test_rates_of_the_layers_reach_the_optimiser(data: Path, tmp_path: Path) -> 
         assert moved[moved > 0].median().item() == pytest.approx(1e-3 * rate, rel=0.02), name
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(data: Path, tmp_path: Path) -> None:
     """A real stage over gloo, with heads and pools that a step does not use."""
     for name in ("one", "two"):
         (tmp_path / f"{name}.yaml").write_text(
-            yaml.safe_dump(values(data, tmp_path / name, counts=[32], drop_path=0.0))
+            yaml.safe_dump(values(data, tmp_path / name, num_tokens=[32], drop_path=0.0))
         )
     settings = ["loop.max_steps=4", "loop.evaluate_every=4"]
     assert finetune.main(["--config", str(tmp_path / "one.yaml"), *settings]) == 0
@@ -351,14 +353,14 @@ def test_recipes_hold_table_6(dataset: str, size: str) -> None:
     assert optim.lr == (5e-4 if dataset == "coin" else 2e-4)
     assert optim.batch_size == (1024 if dataset == "k710" else 512)
     assert (optim.betas, optim.weight_decay, optim.layer_decay) == ((0.9, 0.999), 0.05, 0.75)
-    assert (found.drop_path, found.label_smoothing, found.counts) == (0.1, 0.0, (3072, 2048, 1024))
+    assert (found.drop_path, found.label_smoothing, found.num_tokens) == (0.1, 0.0, (3072, 2048, 1024))
     assert (found.augment.rand_augment, found.augment.erase) == ((9, 0.5), 0.0)
     assert found.augment.flip == (0.0 if dataset == "ssv2" else 0.5)
     assert (found.test.clips, found.test.crops) == ((2, 3) if dataset == "ssv2" else (4, 3))
     assert len(found.grid.pairs()) == 18
     # Every setting that the stage has is written down, here or in what the recipe is based on.
     stated = read_values(RECIPES / name)
-    assert set(FinetuneRecipe.__dataclass_fields__) - stated.keys() <= {
+    assert {setting.name for setting in fields(FinetuneRecipe)} - stated.keys() <= {
         "num_classes",
         "threads",
     }
@@ -367,4 +369,4 @@ def test_recipes_hold_table_6(dataset: str, size: str) -> None:
 def test_the_small_recipe_is_flux_multi_on_the_demo_world() -> None:
     found = read_recipe(FinetuneRecipe, RECIPES / "cpu" / "finetune.yaml")
     assert found.data[0].world is not None
-    assert len(found.counts) == 3
+    assert len(found.num_tokens) == 3

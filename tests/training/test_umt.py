@@ -23,7 +23,7 @@ from training import umt
 from training.data import synthetic_source as world_data
 from training.data.video_batches import VideoBatch
 from training.distill.token_masking import take
-from training.models.clip_model import EncoderSource
+from training.models.encoder_source import EncoderSource
 from training.synthetic.dataset import World
 from training.synthetic.sprites import procedural_bank
 from training.trainer.loop import train
@@ -70,7 +70,7 @@ def values(data: Path, out: Path, /, **changes: Any) -> dict[str, Any]:
         "grid": {"frames": [2, 10, 2], "resolutions": [42, 84, 14], "tokens": [36, 72]},
         "augment": {"crop": "multiscale", "flip": 0.5},
         "teacher_tokens": 36,
-        "counts": [36, 24, 12],
+        "num_tokens": [36, 24, 12],
         "optim": {"lr": 3e-3, "batch_size": 4, "micro_batch": 2, "epochs": 4, "clip_grad": 5.0},
         "loop": {"out": str(out), "precision": "fp32", "checkpoint_every": 1, "keep_checkpoints": 99},
         **changes,
@@ -157,7 +157,7 @@ def test_the_loss_is_the_mean_distance_of_unit_vectors(data: Path, tmp_path: Pat
     wanted = recipe(
         data,
         tmp_path,
-        counts=[12],
+        num_tokens=[12],
         student_choice="top",
         decoders={"kind": "linear", "positions": False},
         middle_weight=2.0,
@@ -217,11 +217,11 @@ def test_recomputing_blocks_changes_nothing(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"counts": [12, 24]}, "largest first"),
-        ({"counts": [72]}, "cannot exceed teacher_tokens"),
+        ({"num_tokens": [12, 24]}, "largest first"),
+        ({"num_tokens": [72]}, "cannot exceed teacher_tokens"),
         ({"pools": [0]}, "pools must hold one value"),
         ({"count_weights": [1.0, 1.0]}, "count_weights must hold one value"),
-        ({"counts": [36, 24, 12, 6]}, "3 pools"),
+        ({"num_tokens": [36, 24, 12, 6]}, "3 pools"),
         ({"student_layers": [1]}, "must be 2 of 4 blocks"),
         ({"student_layers": [3, 4]}, "must be 2 of 4 blocks"),
         ({"teacher": {}}, "exactly one"),
@@ -316,7 +316,7 @@ def test_flux_single_and_other_teachers_run(data: Path, tmp_path: Path, shapes: 
         data=[shapes],
         held_out=[],
     )
-    assert wanted.counts == (36 - int(0.8 * 36),) == (8,)
+    assert wanted.num_tokens == (36 - int(0.8 * 36),) == (8,)
     assert wanted.pool_heads == (1,)
     stage = UmtStage(wanted)
     assert stage.evaluate() == {}
@@ -340,7 +340,7 @@ def test_recipes_are_table_5(size: str) -> None:
     assert sorted(found.augment.scales) == [0.66, 0.75, 0.875, 1.0]
     assert found.augment.flip > 0
     assert len(found.grid.pairs()) == 18
-    assert (found.teacher_tokens, found.counts, found.pool_heads) == (2048, (2048, 1536, 1024), (0, 1, 2))
+    assert (found.teacher_tokens, found.num_tokens, found.pool_heads) == (2048, (2048, 1536, 1024), (0, 1, 2))
     assert found.teacher.internvideo2 is not None
     assert (
         path.read_text().splitlines()[0]
@@ -353,7 +353,7 @@ def test_the_small_recipe_runs_without_gpu_or_download() -> None:
     assert found.teacher.efficientnet is not None
     assert all(part.world is not None for part in (*found.data, *found.held_out))
     assert re.match(r"# python -m training\.umt ", (RECIPES / "cpu" / "umt.yaml").read_text())
-    assert found.grid.most_tokens > found.teacher_tokens == found.counts[0]
+    assert found.grid.most_tokens > found.teacher_tokens == found.num_tokens[0]
 
 
 def test_a_teacher_is_exactly_one() -> None:

@@ -127,8 +127,10 @@ def read_csv(path: Path, root: Path, classes: str | None = None) -> CsvExamples:
     numbers = {name: place for place, name in enumerate(names)}
     labels = array("i")
     for number, _, label, _ in rows:
-        found = numbers[label] if label in numbers else to_label(label, names, f"{path}, line {number}")
-        labels.append(-1 if found is None else found)
+        class_number = (
+            numbers[label] if label in numbers else to_label(label, names, f"{path}, line {number}")
+        )
+        labels.append(-1 if class_number is None else class_number)
     folders = [folder for *_, folder in rows] if rows and rows[0][3] else ()
     return CsvExamples(root, [name for _, name, _, _ in rows], labels, names, folders)
 

@@ -39,15 +39,17 @@ class ChatInput:
 
     frames: int
     resolution: int
-    keep: int
+    num_tokens: int
+
+    renamed: ClassVar[dict[str, str]] = {"keep": "num_tokens"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRecipe:
     """The data of a chat stage.
 
-    frames, resolution: what the encoder sees. keeps: token counts, one drawn per step. inputs: what to
-    draw from instead, where frames and resolution vary too; one named twice is drawn twice as often.
+    frames, resolution: what the encoder sees. num_tokens: kept of a clip, one number drawn per step. inputs:
+    what to draw from instead, where frames and resolution vary too; one named twice is drawn twice as often.
     template: "plain" (caption right after the video, as the field's stage 1 does) or "chat" (the language
     model's own template). max_length: longer samples lose their end. bucket: micro-batches among which
     records are sorted by length, so that little is padded; 1 leaves them in random order. weighting: of long
@@ -56,12 +58,13 @@ class ChatRecipe:
     """
 
     stage: ClassVar[str]
+    renamed: ClassVar[dict[str, str]] = {"keeps": "num_tokens"}
     datasets: tuple[DatasetConfig, ...]
     optim: OptimConfig
     loop: LoopConfig
     frames: int = 16
     resolution: int = 224
-    keeps: tuple[int, ...] = (1024,)
+    num_tokens: tuple[int, ...] = (1024,)
     inputs: tuple[ChatInput, ...] = ()
     template: Literal["plain", "chat"] = "plain"
     max_length: int = 8192
@@ -74,22 +77,24 @@ class ChatRecipe:
     def __post_init__(self) -> None:
         if not self.datasets:
             raise ConfigError("datasets must name at least one dataset.")
-        if not self.keeps:
-            raise ConfigError("keeps must name at least one token count.")
-        if any(min(i.frames, i.resolution, i.keep) < 1 for i in self.inputs):
-            raise ConfigError("inputs must have frames, resolution and keep of at least 1 each.")
+        if not self.num_tokens:
+            raise ConfigError("num_tokens must name at least one token count.")
+        if any(min(i.frames, i.resolution, i.num_tokens) < 1 for i in self.inputs):
+            raise ConfigError("inputs must have frames, resolution and num_tokens of at least 1 each.")
         if self.bucket < 1:
             raise ConfigError(f"bucket must be at least 1 micro-batch, not {self.bucket}.")
 
     @property
     def drawn(self) -> tuple[ChatInput, ...]:
         """What one is drawn of for each micro-batch."""
-        return self.inputs or tuple(ChatInput(self.frames, self.resolution, keep) for keep in self.keeps)
+        return self.inputs or tuple(
+            ChatInput(self.frames, self.resolution, number) for number in self.num_tokens
+        )
 
     @property
     def longest(self) -> ChatInput:
         """The one with the most tokens."""
-        return max(self.drawn, key=lambda one: one.keep)
+        return max(self.drawn, key=lambda one: one.num_tokens)
 
 
 @dataclass(frozen=True)
@@ -138,9 +143,9 @@ class ChatData:
 
     def batch(self, index: int) -> ChatBatch:
         """Micro-batch number `index`, counted over epochs."""
-        return self.prompted(*self.seen(index))
+        return self.prompted(*self.encoded(index))
 
-    def seen(self, index: int) -> tuple[list[Example], list[Features | None]]:
+    def encoded(self, index: int) -> tuple[list[Example], list[Features | None]]:
         """The examples of micro-batch `index` and what the encoder gave for the media of each."""
         epoch, within = divmod(index, self.micro_batches)
         step = index // self._per_step
@@ -188,7 +193,7 @@ class ChatData:
             example = self._loader.source[number]
         except (VideoError, OSError):
             return 0
-        visual = self.recipe.longest.keep if example.has_media else 0
+        visual = self.recipe.longest.num_tokens if example.has_media else 0
         return visual + sum(len(part) for turn in example.turns for part in turn) // CHARACTERS_PER_TOKEN
 
     def _usable(self, epoch: int, position: int, number: int, view: ChatInput) -> tuple[Example, Clip | None]:
@@ -204,35 +209,39 @@ class ChatData:
 
     # -- what becomes of them ------------------------------------------------------------------------------
 
-    def prompted(self, examples: Sequence[Example], seen: Sequence[Features | None]) -> ChatBatch:
+    def prompted(self, examples: Sequence[Example], features: Sequence[Features | None]) -> ChatBatch:
         """Prompts and stacked features."""
-        present = [features for features in seen if features is not None]
-        prompts = [self._prompt(example, features) for example, features in zip(examples, seen, strict=True)]
+        present = [one for one in features if one is not None]
+        prompts = [self._prompt(example, one) for example, one in zip(examples, features, strict=True)]
         return ChatBatch(prompts, stack(present) if present else None)
 
     def _features(
         self, pairs: Sequence[tuple[Example, Clip | None]], view: ChatInput
     ) -> list[Features | None]:
         """Encoder outputs in order; what the cache lacks goes through the encoder as one batch."""
-        found = {
+        features_of = {
             number: self._cache.get(self._key(example, view)) for number, (example, _) in enumerate(pairs)
         }
-        new = [number for number, (_, clip) in enumerate(pairs) if clip is not None and found[number] is None]
+        new = [
+            number
+            for number, (_, clip) in enumerate(pairs)
+            if clip is not None and features_of[number] is None
+        ]
         if new:
             clips = [clip for number in new if (clip := pairs[number][1]) is not None]
             pixels = [preprocess(clip, view.resolution, view.resolution) for clip in clips]
-            vision = self.vlm.encode(pixels, [view.keep] * len(new), [clip.times_s for clip in clips])
+            vision = self.vlm.encode(pixels, [view.num_tokens] * len(new), [clip.times_s for clip in clips])
             for index, number in enumerate(new):
                 features = Features.of(vision, index, clips[index].duration_s, torch.bfloat16)
                 self._cache.put(self._key(pairs[number][0], view), features)
-                found[number] = features
-        return [found[number] for number in range(len(pairs))]
+                features_of[number] = features
+        return [features_of[number] for number in range(len(pairs))]
 
     def _key(self, example: Example, view: ChatInput) -> str:
         config = self.vlm.config
         # Features without the pooled one must not serve a projector that reads it.
         read = f"{config.vision_depth}|{config.summary_pool if config.projector.summary_tokens else None}"
-        return f"{example.media.key}|{view.frames}|{view.resolution}|{view.keep}|{read}|{self._encoder}"
+        return f"{example.media.key}|{view.frames}|{view.resolution}|{view.num_tokens}|{read}|{self._encoder}"
 
     def _prompt(self, example: Example, features: Features | None) -> Prompt:
         recipe, tokenizer = self.recipe, self.vlm.llm.tokenizer

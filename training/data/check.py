@@ -86,32 +86,32 @@ def check_dataset(
     stage: examples without what it needs are missing, as in its run. progress: called with (done, total,
     what) now and then.
     """
-    found = Findings(where, dataset.name)
+    findings = Findings(where, dataset.name)
     tell = progress or (lambda done, total, what: None)
     try:
         if dataset.corpus is not None:
             compare(dataset.corpus, 0)
         source = dataset.open(NEEDS.get(stage or ""))
-        found.total, found.classes = len(source), len(source.classes)
+        findings.total, findings.classes = len(source), len(source.classes)
         if dataset.corpus is not None:
-            found.remark = compare(dataset.corpus, found.total)
-        if not found.total:
-            found.error = "It holds no examples."
-            return found
-        present = list(range(found.total))
+            findings.remark = compare(dataset.corpus, findings.total)
+        if not findings.total:
+            findings.error = "It holds no examples."
+            return findings
+        present = list(range(findings.total))
         if dataset.world is None:
-            present = _look(found, source, most, tell, stage)
-        _decode(found, source, present, sample, tell)
+            present = _look(findings, source, most, tell, stage)
+        _decode(findings, source, present, sample, tell)
     except FluxChatError as error:
-        found.error = str(error)
-    return found
+        findings.error = str(error)
+    return findings
 
 
 def _look(
-    found: Findings, source: ExampleSource, most: int | None, tell: Any, stage: str | None
+    findings: Findings, source: ExampleSource, most: int | None, tell: Any, stage: str | None
 ) -> list[int]:
     """Notes examples without a usable row or file; returns the numbers of the others."""
-    total, need = found.total, NEEDS.get(stage or "")
+    total, need = findings.total, NEEDS.get(stage or "")
     pixels = stage is not None and need != "answer"  # conversations may be of text alone
     count = total if most is None else min(most, total)
     numbers = [index * total // count for index in range(count)]
@@ -137,9 +137,9 @@ def _look(
                 if problem is None:
                     present.append(number)
                 else:
-                    found.missing.append(problem)
+                    findings.missing.append(problem)
             tell(start + len(part), count, "looking for files")
-    found.looked_at = count
+    findings.looked_at = count
     return present
 
 
@@ -155,7 +155,7 @@ def _gone(media: Media) -> str | None:
     return None
 
 
-def _decode(found: Findings, source: ExampleSource, present: list[int], sample: int, tell: Any) -> None:
+def _decode(findings: Findings, source: ExampleSource, present: list[int], sample: int, tell: Any) -> None:
     """Tries a few frames of some examples, chosen at random but always the same."""
     chosen = random.Random(0).sample(present, min(sample, len(present)))
 
@@ -173,11 +173,11 @@ def _decode(found: Findings, source: ExampleSource, present: list[int], sample: 
     with ThreadPoolExecutor(min(8, usable_cores())) as pool:
         for done, problem in enumerate(pool.map(read, chosen), 1):
             if problem is not None:
-                found.unreadable.append(problem)
+                findings.unreadable.append(problem)
             tell(done, len(chosen), "decoding a sample")
-    found.sampled = len(chosen)
-    if found.looked_at == 0:
-        found.looked_at = found.total
+    findings.sampled = len(chosen)
+    if findings.looked_at == 0:
+        findings.looked_at = findings.total
 
 
 def report(findings: Sequence[Findings], allowed: float) -> str:
@@ -185,38 +185,38 @@ def report(findings: Sequence[Findings], allowed: float) -> str:
     head = ("dataset", "samples", "missing", "decoded", "unreadable", "verdict")
     rows = [
         (
-            found.where,
-            f"{found.total:,}" if found.error is None else "-",
-            f"{len(found.missing):,} of {found.looked_at:,}" if found.error is None else "-",
-            f"{found.sampled:,}",
-            f"{len(found.unreadable):,}",
-            verdict(found, allowed),
+            one.where,
+            f"{one.total:,}" if one.error is None else "-",
+            f"{len(one.missing):,} of {one.looked_at:,}" if one.error is None else "-",
+            f"{one.sampled:,}",
+            f"{len(one.unreadable):,}",
+            verdict(one, allowed),
         )
-        for found in findings
+        for one in findings
     ]
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in (head, tuple("-" * width for width in widths), *rows)
     ]
-    for found in findings:
+    for one in findings:
         lines.append("")
-        lines.append(f"{found.where}: {found.name}" + (f", {found.classes} classes" if found.classes else ""))
-        if found.remark:
-            lines.append(f"  count: {found.remark}")
-        if found.error is not None:
-            lines.append(f"  cannot be opened: {found.error}")
-        for title, problems in (("missing", found.missing), ("unreadable", found.unreadable)):
+        lines.append(f"{one.where}: {one.name}" + (f", {one.classes} classes" if one.classes else ""))
+        if one.remark:
+            lines.append(f"  count: {one.remark}")
+        if one.error is not None:
+            lines.append(f"  cannot be opened: {one.error}")
+        for title, problems in (("missing", one.missing), ("unreadable", one.unreadable)):
             lines += [f"  {title}: {name}: {reason}" for name, reason in problems[:NAMED]]
             if len(problems) > NAMED:
                 lines.append(f"  {title}: and {len(problems) - NAMED:,} more")
     return "\n".join(lines)
 
 
-def verdict(found: Findings, allowed: float) -> str:
+def verdict(findings: Findings, allowed: float) -> str:
     """One or a few words about a dataset."""
-    if found.error is not None:
+    if findings.error is not None:
         return "cannot be opened"
-    if not found.missing and not found.unreadable:
+    if not findings.missing and not findings.unreadable:
         return "ok"
-    return "tolerable" if found.share <= allowed else "too much is missing"
+    return "tolerable" if findings.share <= allowed else "too much is missing"

@@ -80,7 +80,7 @@ class MixtureBatches:
 
     def __init__(self, batches: Mapping[str, VideoBatches], per_step: int, seed: int) -> None:
         self._batches, self._seed = dict(batches), seed
-        steps = {kind: max(1, found.micro_batches // per_step) for kind, found in batches.items()}
+        steps = {kind: max(1, of_kind.micro_batches // per_step) for kind, of_kind in batches.items()}
         self._alternation = Alternation(steps, per_step, seed)
 
     @property
@@ -145,11 +145,13 @@ class WorldBatches:
         clips = [render_clip(world, sample, "", frames, resolution) for sample in samples]
         pixels = torch.stack([preprocess(clip, resolution, resolution) for clip in clips])
         side = resolution // self._grid.patch_size
-        seen = [
+        patch_labels = [
             self.labels.patches(sample.scene, clip.times_s, side)
             for sample, clip in zip(samples, clips, strict=True)
         ]
-        patches = {name: torch.stack([one[name] for one in seen]) for name in self.labels.patch_classes}
+        patches = {
+            name: torch.stack([one[name] for one in patch_labels]) for name in self.labels.patch_classes
+        }
         captions = tuple(sample.caption for sample in samples)
         labels = self.labels.clips(samples)
         return Captioned(pixels, captions, labels, as_numbers(captions), patches=patches)

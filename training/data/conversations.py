@@ -66,27 +66,27 @@ def parse_talk(messages: Any) -> Talk:
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise DataError("its conversation is no list of messages")
-    found = [_parse(message) for message in messages]
+    parts = [_parse(message) for message in messages]
     system = ""
-    if found and found[0].side == "system":
-        system = found.pop(0).text
-    if found and found[0].side == "assistant":
-        found.pop(0)
-    placeholders = sum(message.placeholders for message in found)
-    files = tuple(file for message in found for file in message.files)
-    if len(found) % 2:
-        found.pop()
-    if not found:
+    if parts and parts[0].side == "system":
+        system = parts.pop(0).text
+    if parts and parts[0].side == "assistant":
+        parts.pop(0)
+    placeholders = sum(message.placeholders for message in parts)
+    files = tuple(file for message in parts for file in message.files)
+    if len(parts) % 2:
+        parts.pop()
+    if not parts:
         raise DataError("its conversation has no answer")
     turns = []
-    for asked, answered in zip(found[::2], found[1::2], strict=True):
-        if (asked.side, answered.side) != ("user", "assistant"):
+    for question, answer in zip(parts[::2], parts[1::2], strict=True):
+        if (question.side, answer.side) != ("user", "assistant"):
             raise DataError("its conversation does not alternate between human and gpt")
-        if answered.placeholders:
+        if answer.placeholders:
             raise DataError("an answer of it holds <image> or <video>")
-        if not answered.text:
+        if not answer.text:
             raise DataError("it has an empty answer")
-        turns.append((asked.text, answered.text))
+        turns.append((question.text, answer.text))
     return Talk(tuple(turns), system, placeholders, files)
 
 

@@ -9,16 +9,17 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import yaml
 
 from encoder.errors import ConfigError, DataError
 from training.data.annotations import read_classes, read_csv, read_json
-from training.data.examples import ExampleSource, IndependentTurns, Joined, Need, PartOf
+from training.data.corpora import compare, corpora
+from training.data.examples import ExampleSource, IndependentTurns, Joined, Kind, Need, PartOf
 from training.data.media import reason
 from training.data.shards import ShardExamples, Shards
-from training.data.synthetic_examples import Asking, ChooseBy, WorldExamples, WorldLabel
+from training.data.synthetic_examples import Asking, WorldExamples, WorldLabel
 from training.data.synthetic_source import WorldSource
 from training.trainer.recipe import build
 
@@ -34,7 +35,7 @@ NEEDS: Mapping[str, Need | None] = {
 
 
 @dataclass(frozen=True)
-class DatasetConfig:
+class DatasetConfig(Asking):
     """One dataset of a recipe: exactly one of csv, json_path, jsonl, yaml_path, shards and world.
 
     csv: Kinetics style, `path label` or `path,label` per line, or the official file with a header (label,
@@ -49,13 +50,7 @@ class DatasetConfig:
     shards and then inside each, so that tars on a slow disk are read one after the other; "all" takes samples
     from anywhere. corpus: name in corpora.yaml, so that `python -m training.data check` can compare counts.
     video_read_type: of such mixtures, without meaning here.
-    turns: questions per sample of the world, asked in one conversation; captions: chance that one of them is
-    for a description; choices: share of multiple-choice questions; choose_by: how these are answered, by
-    "letter" as MVBench asks, "(B) left", or with the "words" of the option alone, "Left." rounds: how often
-    everything is asked anew, in other words and with other options, before `turns` questions are picked.
-    favour: tasks whose questions are likelier to be picked: named once, twice as likely, and so on.
-    independent: the turns of an example are conversations of their own about its media: no answer sees
-    another (see llm_bridge.packing).
+    The rest: see Asking; all but `independent` is for the world.
     """
 
     csv: str | None = None
@@ -72,19 +67,14 @@ class DatasetConfig:
     order: Literal["all", "shards"] = "all"
     corpus: str | None = None
     video_read_type: str | None = None
-    turns: int = 1
-    captions: float = 0.5
-    choices: float = 0.3
-    rounds: int = 1
-    favour: tuple[str, ...] = ()
-    choose_by: ChooseBy = "letter"
-    independent: bool = False
+
+    renamed: ClassVar[dict[str, str]] = {"favour": "task_weights"}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         kinds = ("csv", "json_path", "jsonl", "yaml_path", "shards", "world")
         if sum(getattr(self, kind) is not None for kind in kinds) != 1:
             raise ConfigError(f"A dataset needs exactly one of {', '.join(kinds[:-1])} and {kinds[-1]}.")
-        self.asking  # noqa: B018  raises ConfigError for a wrong one
         choose_numbers(0, self.sampling_strategy, self.name)
 
     @property
@@ -94,19 +84,6 @@ class DatasetConfig:
             return f"demo world, {self.world.split}"
         return str(self.csv or self.json_path or self.jsonl or self.yaml_path or self.shards)
 
-    @property
-    def asking(self) -> Asking:
-        """How the world is asked."""
-        return Asking(
-            self.turns,
-            self.captions,
-            self.choices,
-            self.rounds,
-            self.favour,
-            self.choose_by,
-            self.independent,
-        )
-
     def open(self, need: Need | None = None, within: tuple[Path, ...] = ()) -> ExampleSource:
         """Its examples; raises DataError when an annotation file or shard is missing or malformed, or when
         none of its first rows has what a stage needs.
@@ -114,7 +91,7 @@ class DatasetConfig:
         within: mixtures that name this dataset, outermost first.
         """
         if self.world is not None:
-            source: ExampleSource = WorldExamples(self.world, self.world_label, self.asking)
+            source: ExampleSource = WorldExamples(self.world, self.world_label, self)
         elif self.yaml_path is not None:
             mixture = Path(self.yaml_path).resolve()
             if mixture in within:
@@ -174,3 +151,29 @@ def choose_numbers(total: int, strategy: str, where: str) -> Sequence[int]:
     if kind == "random":
         return random.Random(42).sample(range(total), total)[:count]
     return range(min(count, total)) if kind == "first" else range(total - min(count, total), total)
+
+
+def count_samples(data: Sequence[DatasetConfig], assumed: int | None) -> dict[Kind, int]:
+    """Samples of an epoch by kind, without opening the data: from the corpus that a dataset names, the
+    world's count, or `assumed`, which replaces all of them and keeps their shares.
+
+    Raises ConfigError when they cannot be known.
+    """
+    samples: dict[Kind, float] = {}
+    for dataset in data:
+        kind: Kind = "video"
+        if dataset.world is not None:
+            number: float = dataset.world.count
+        elif dataset.corpus is not None:
+            compare(dataset.corpus, 0)
+            corpus = corpora()[dataset.corpus]
+            kind = "image" if corpus.media == "image" else "video"
+            clips = corpus.clips.get("train", max(corpus.clips.values()))
+            number = len(choose_numbers(clips, dataset.sampling_strategy, dataset.name))
+        elif assumed is not None:
+            number = assumed / len(data)
+        else:
+            raise ConfigError(f"{dataset.name} names no corpus: say how many samples it has with --samples.")
+        samples[kind] = samples.get(kind, 0) + number
+    scale = 1.0 if assumed is None else assumed / sum(samples.values())
+    return {kind: max(1, round(number * scale)) for kind, number in samples.items()}

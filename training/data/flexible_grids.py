@@ -65,6 +65,11 @@ class FlexibleGrid:
             if least <= self.count(frames, resolution) <= most
         )
 
+    def check_patch(self, patch_size: int) -> None:
+        """Raises ConfigError when an encoder has patches of another size."""
+        if patch_size != self.patch_size:
+            raise ConfigError(f"grid.patch_size must be {patch_size}, the encoder's.")
+
     @property
     def most_tokens(self) -> int:
         """Patches of the largest pair."""

@@ -23,14 +23,22 @@ ChooseBy = Literal["letter", "words"]
 
 @dataclass(frozen=True)
 class Asking:
-    """How the world is asked. turns: questions per sample, in one conversation or each in one of its own
-    (independent); the rest: see `DatasetConfig`."""
+    """How the world is asked.
+
+    turns: questions per sample, asked in one conversation. captions: chance that one of them is for a
+    description. choices: share of multiple-choice questions. choose_by: how these are answered, by "letter"
+    as MVBench asks, "(B) left", or with the "words" of the option alone, "Left." rounds: how often everything
+    is asked anew, in other words and with other options, before `turns` questions are picked. task_weights:
+    how likely questions of a task are to be picked, 1 for those that are not named.
+    independent: the turns of an example are conversations of their own about its media: no answer sees
+    another (see llm_bridge.packing).
+    """
 
     turns: int = 1
     captions: float = 0.5
     choices: float = 0.3
     rounds: int = 1
-    favour: tuple[str, ...] = ()
+    task_weights: dict[str, float] = field(default_factory=dict)
     choose_by: ChooseBy = "letter"
     independent: bool = False
 
@@ -38,8 +46,12 @@ class Asking:
         for name in ("turns", "rounds"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if unknown := sorted(set(self.favour) - set(TASKS)):
-            raise ConfigError(f"favour names the unknown task {unknown[0]!r}: known are {', '.join(TASKS)}.")
+        if unknown := sorted(set(self.task_weights) - set(TASKS)):
+            raise ConfigError(
+                f"task_weights names the unknown task {unknown[0]!r}: known are {', '.join(TASKS)}."
+            )
+        if not all(weight > 0 for weight in self.task_weights.values()):
+            raise ConfigError("task_weights must be positive.")
 
 
 @dataclass(frozen=True)
@@ -92,21 +104,21 @@ class WorldExamples:
     def _talks(self, sample: Sample, number: int, asking: Asking) -> tuple[Conversation, ...]:
         rng = random.Random(f"{self.source.seed}/{number}/turns")
         turns = _pick(self._questions(sample, number, asking), asking, rng)
-        asked = QUESTIONS["caption"]["train" if self.source.split == "train" else "test"]
+        requests = QUESTIONS["caption"]["train" if self.source.split == "train" else "test"]
         if rng.random() < asking.captions:
-            turns[rng.randrange(len(turns))] = (rng.choice(asked), sample.caption)
+            turns[rng.randrange(len(turns))] = (rng.choice(requests), sample.caption)
         return tuple((turn,) for turn in turns) if asking.independent else (tuple(turns),)
 
     def _questions(self, sample: Sample, number: int, asking: Asking) -> list[Question]:
         """All that may be asked, the same thing in the same words once."""
         again = (self.world.ask_again(sample, number, turn) for turn in range(1, asking.rounds))
-        found = {(q.question, q.answer): q for asked in (sample.questions, *again) for q in asked}
-        return list(found.values())
+        different = {(q.question, q.answer): q for questions in (sample.questions, *again) for q in questions}
+        return list(different.values())
 
 
-def _pick(asked: Sequence[Question], asking: Asking, rng: random.Random) -> list[Turn]:
-    """Questions picked at random."""
-    drawn = _shuffle(asked, asking, rng)
+def _pick(questions: Sequence[Question], asking: Asking, rng: random.Random) -> list[Turn]:
+    """`asking.turns` questions with their answers, picked at random."""
+    drawn = _shuffle(questions, asking, rng)
     open_forms = [(q.question, q.answer) for q in drawn if not q.options]
     choices = [(q.question, _chosen(q, asking)) for q in drawn if q.options]
     picked = []
@@ -116,11 +128,11 @@ def _pick(asked: Sequence[Question], asking: Asking, rng: random.Random) -> list
     return picked
 
 
-def _shuffle(asked: Sequence[Question], asking: Asking, rng: random.Random) -> list[Question]:
-    """In random order, favoured ones rather later, as weighted sampling without replacement draws them
-    from the end (Efraimidis and Spirakis 2006)."""
-    named = asking.favour.count
-    return sorted(asked, key=lambda question: rng.random() ** (1 / (1 + named(question.task))))
+def _shuffle(questions: Sequence[Question], asking: Asking, rng: random.Random) -> list[Question]:
+    """In random order, those of large weight rather later, as weighted sampling without replacement draws
+    them from the end (Efraimidis and Spirakis 2006)."""
+    weights = asking.task_weights
+    return sorted(questions, key=lambda question: rng.random() ** (1 / weights.get(question.task, 1)))
 
 
 def _chosen(question: Question, asking: Asking) -> str:

@@ -61,12 +61,12 @@ class EfficientNetLiteTeacher(FrameTeacher):
         self.resolution = resolution
         self.fingerprint = weights_digest(model, self.layers, resolution, precision)
 
-    def _size(self, pixels: Tensor, grid: Grid) -> tuple[int, int]:
+    def input_size(self, pixels: Tensor, grid: Grid) -> tuple[int, int]:
         if self.resolution is not None:
             return self.resolution, self.resolution
         return pixels.shape[-2], pixels.shape[-1]
 
-    def _look(self, frames: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    def look(self, frames: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         model: Any = self.model
         x = frames.contiguous(memory_format=torch.channels_last)
         x = model._swish(model._bn0(model._conv_stem(x)))
@@ -96,8 +96,8 @@ class EfficientNetLiteSource:
     precision: Precision = "fp32"
     frames_at_once: int = 64
 
-    def open(self) -> Teacher:
-        """The teacher; fetches the weights once. Raises ModelError, CheckpointError or ConfigError."""
+    def architecture(self) -> Any:
+        """The network with random weights; raises ModelError or ConfigError."""
         if self.size not in (f"lite{number}" for number in range(5)):
             raise ConfigError(f"efficientnet.size must be lite0 to lite4, not {self.size!r}.")
         try:
@@ -107,7 +107,11 @@ class EfficientNetLiteSource:
                 "EfficientNet-Lite needs its model code: pip install efficientnet-lite-pytorch."
             ) from error
         # Without an image size its convolutions pad for the size at hand, whatever that is.
-        model = EfficientNet.from_name(f"efficientnet-{self.size}", image_size=None)
+        return EfficientNet.from_name(f"efficientnet-{self.size}", image_size=None)
+
+    def open(self) -> Teacher:
+        """The teacher; fetches the weights once. Raises ModelError, CheckpointError or ConfigError."""
+        model = self.architecture()
         load_tensors(model, read_tensors(self.weights or efficientnet_lite_path(self.size)))
         return EfficientNetLiteTeacher(
             model, resolution=self.resolution, precision=self.precision, frames_at_once=self.frames_at_once

@@ -44,7 +44,7 @@ def renormalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> 
 
 
 class FrameTeacher:
-    """Common part: frames to maps, maps to targets. Subclasses give `_size` and `_look`."""
+    """Common part: frames to maps, maps to targets. Subclasses give `input_size` and `look`."""
 
     has_cls = False
     dense = True
@@ -65,18 +65,18 @@ class FrameTeacher:
         self.model.to(device)
         return self
 
-    def _size(self, pixels: Tensor, grid: Grid) -> tuple[int, int]:
+    def input_size(self, pixels: Tensor, grid: Grid) -> tuple[int, int]:
         """Height and width at which frames of (B, 3, T, H, W) are looked at."""
         raise NotImplementedError
 
-    def _look(self, frames: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    def look(self, frames: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         """(n, 3, H, W) -> maps (n, D, h, w) per layer, attention (n, h, w), final (n, F)."""
         raise NotImplementedError
 
     def _frames(self, pixels: Tensor, grid: Grid) -> Tensor:
         """(B, 3, T, H, W) -> (B*T, 3, h, w) as the model wants them."""
         frames = renormalise(pixels.transpose(1, 2).flatten(0, 1), self.mean, self.std)
-        size = self._size(pixels, grid)
+        size = self.input_size(pixels, grid)
         if frames.shape[-2:] != size:
             frames = F.interpolate(frames, size, mode="bicubic", antialias=True)
         return frames.to(self.dtype)
@@ -90,7 +90,7 @@ class FrameTeacher:
         """Maps "layer_I" (B, T, D, h, w), "attention" (B, T, h, w), "final" (B, F), whatever the choice."""
         clips = len(pixels)
         with torch.autocast(pixels.device.type, enabled=False):
-            looked = [self._look(chunk) for chunk in self._frames(pixels, grid).split(self.frames_at_once)]
+            looked = [self.look(chunk) for chunk in self._frames(pixels, grid).split(self.frames_at_once)]
         observed = {
             f"layer_{index}": torch.cat([maps[index] for maps, _, _ in looked])
             for index in range(len(self.layer_dims))
@@ -157,7 +157,7 @@ class ImageEncoderTeacher(FrameTeacher):
         self._extra = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
         self.fingerprint = weights_digest(model, self.layers, mean, std, resolution, precision)
 
-    def _size(self, pixels: Tensor, grid: Grid) -> tuple[int, int]:
+    def input_size(self, pixels: Tensor, grid: Grid) -> tuple[int, int]:
         if self.resolution is not None:
             return self.resolution, self.resolution
         return grid.height * self.patch_size, grid.width * self.patch_size
@@ -174,7 +174,7 @@ class ImageEncoderTeacher(FrameTeacher):
             maps = embedding(self._frames(pixels, grid))
         return maps.flatten(2).transpose(1, 2).unflatten(0, (len(pixels), -1)).flatten(1, 2)
 
-    def _look(self, frames: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+    def look(self, frames: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
         height, width = frames.shape[-2] // self.patch_size, frames.shape[-1] // self.patch_size
         model: Any = self.model
         pooling = getattr(getattr(model, "head", None), "attention", None)

@@ -173,9 +173,13 @@ class InternVideo2(nn.Module):
         self, pixels: Tensor, chosen: Tensor | None = None, layers: Sequence[int] = ()
     ) -> TeacherOutput:
         """pixels (B, 3, T, H, W) ImageNet-normalised; chosen: (B, N) raster indices, None for all tokens."""
-        grid = self.grid_of(pixels)
-        pixels = pixels.to(self.cls_token.dtype)
-        patches = self.patch_embed(pixels)
+        patches = self.patch_embed(pixels.to(self.cls_token.dtype))
+        return self.encode(patches, self.grid_of(pixels), chosen, layers)
+
+    def encode(
+        self, patches: Tensor, grid: Grid, chosen: Tensor | None = None, layers: Sequence[int] = ()
+    ) -> TeacherOutput:
+        """Blocks and pooling on patch embeddings (B, T*h*w, C)."""
         rows = self.pos_embed[0, 1:]
         if torch.is_grad_enabled():
             table = interpolate(rows, self.pos_grid, grid)
@@ -222,8 +226,8 @@ def _fit_table(table: Tensor, wanted: Grid, path: str | Path) -> Tensor:
             f"The position table of {path} has {rows} rows, which are no frames of {wanted.height} x "
             f"{wanted.width}: set the teacher's pos_height and pos_width."
         )
-    found = Grid(rows // per_frame, wanted.height, wanted.width)
-    return torch.cat([table[:, :1], interpolate(table[0, 1:].float(), found, wanted)[None]], dim=1)
+    saved_grid = Grid(rows // per_frame, wanted.height, wanted.width)
+    return torch.cat([table[:, :1], interpolate(table[0, 1:].float(), saved_grid, wanted)[None]], dim=1)
 
 
 # -- as a teacher -------------------------------------------------------------------------------------------

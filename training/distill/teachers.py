@@ -91,6 +91,8 @@ def weights_digest(model: nn.Module, *settings: object) -> str:
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
     for name, value in model.state_dict().items():
         digest.update(f"{name}{tuple(value.shape)}".encode())
+        if value.is_meta:  # a model without weights, whose work is counted (training.cost)
+            continue
         # A stride through the tensor: changed weights show, and a 1B model takes no time.
         digest.update(value.flatten()[:: max(1, value.numel() // 64)].float().cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -115,14 +117,14 @@ class TargetCache:
 
     def keys(self, pixels: Tensor, grid: Grid, chosen: Tensor) -> list[str]:
         """One key per clip of (B, 3, T, H, W)."""
-        found = []
+        keys = []
         for clip, choice in zip(pixels.cpu(), chosen.cpu(), strict=True):
             digest = hashlib.blake2b(f"{self.teacher.fingerprint}{tuple(grid)}".encode(), digest_size=20)
             digest.update(clip.contiguous().numpy().tobytes())
             if not self.teacher.dense:
                 digest.update(choice.contiguous().numpy().tobytes())
-            found.append(digest.hexdigest())
-        return found
+            keys.append(digest.hexdigest())
+        return keys
 
     def observe(self, pixels: Tensor, grid: Grid, chosen: Tensor) -> dict[str, Tensor]:
         """`teacher.observe`, from disk when every clip of the batch is there.

@@ -6,41 +6,24 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoder.checkpoint import load_encoder, load_tensors, read_tensors
-from encoder.config import SIZES, ImagePositions
+from encoder.checkpoint import load_tensors, read_tensors
+from encoder.config import ImagePositions
 from encoder.errors import CheckpointError, ConfigError
 from encoder.fluxvit import FluxViT
 from encoder.selection import Selector
 from encoder.tokens import VisionTokens
 from llm_bridge.text_encoders.text_towers import TextTower, Tower
-from training.trainer.gather import gather_rows
+from training.trainer.distributed import gather_rows
 from training.trainer.losses import contrastive_loss
 
 Trained = Literal["projector", "all"]
 BACKGROUND = 0  # the class of patches that show no object
-
-
-@dataclass(frozen=True)
-class EncoderSource:
-    """A size with changed settings, or weights to start from (official file or saved folder)."""
-
-    size: str = "micro"
-    init: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def build(self) -> FluxViT:
-        """The encoder; raises ConfigError or CheckpointError."""
-        if self.init is not None:
-            return load_encoder(self.init)
-        if self.size not in SIZES:
-            raise ConfigError(f"encoder.size must be one of {', '.join(SIZES)}, not {self.size!r}.")
-        return FluxViT(SIZES[self.size].from_dict({**SIZES[self.size].to_dict(), **self.settings}))
 
 
 @dataclass(frozen=True)
@@ -68,7 +51,7 @@ class ClipBatch:
     pixels: Tensor
     text: Tensor | None
     labels: dict[str, Tensor]
-    keep: int
+    num_tokens: int
     captions: tuple[str, ...] = ()
     ids: Tensor | None = None
     kind: str | None = None
@@ -119,27 +102,27 @@ class ClipModel(nn.Module):
             self.encoder.eval()
         return self
 
-    def features(self, pixels: Tensor, keep: int | None, selector: Selector = "flux") -> Tensor:
+    def features(self, pixels: Tensor, num_tokens: int | None, selector: Selector = "flux") -> Tensor:
         """Pooled features (B, clip_embed_dim)."""
-        return self._pool(self._tokens(pixels, keep, selector), keep)
+        return self._pool(self._tokens(pixels, num_tokens, selector), num_tokens)
 
-    def embed(self, pixels: Tensor, keep: int | None, selector: Selector = "flux") -> Tensor:
+    def embed(self, pixels: Tensor, num_tokens: int | None, selector: Selector = "flux") -> Tensor:
         """Unit vectors (B, D) in the text space, float32."""
-        return F.normalize(self.align(self.features(pixels, keep, selector).float()), dim=-1)
+        return F.normalize(self.align(self.features(pixels, num_tokens, selector).float()), dim=-1)
 
-    def _tokens(self, pixels: Tensor, keep: int | None, selector: Selector) -> VisionTokens:
+    def _tokens(self, pixels: Tensor, num_tokens: int | None, selector: Selector) -> VisionTokens:
         frozen = self.settings.train == "projector"
         with torch.no_grad() if frozen else nullcontext():
-            return self.encoder(pixels, keep, selector=selector)
+            return self.encoder(pixels, num_tokens, selector=selector)
 
-    def _pool(self, tokens: VisionTokens, keep: int | None) -> Tensor:
-        return self.encoder.pool(tokens, self.settings.pools.get(keep or 0, self.settings.pool))
+    def _pool(self, tokens: VisionTokens, num_tokens: int | None) -> Tensor:
+        return self.encoder.pool(tokens, self.settings.pools.get(num_tokens or 0, self.settings.pool))
 
     def forward(self, batch: ClipBatch) -> tuple[Tensor, dict[str, float]]:
         """(loss, figures) of a batch."""
         device = self.log_scale.device
-        tokens = self._tokens(batch.pixels.to(device), batch.keep, "flux")
-        pooled = self._pool(tokens, batch.keep).float()
+        tokens = self._tokens(batch.pixels.to(device), batch.num_tokens, "flux")
+        pooled = self._pool(tokens, batch.num_tokens).float()
         # Projected instead of clamped where it is used: at the bound it still has a gradient.
         with torch.no_grad():
             self.log_scale.clamp_(max=math.log(1 / self.settings.temperature_min))
@@ -159,14 +142,14 @@ class ClipModel(nn.Module):
                 figures[name] = wrong.item()
                 loss = loss + self.settings.attribute_weight * wrong
             for name, head in self.patches.items():
-                kept = [
+                patch_labels = [
                     labels.flatten()[k.cpu()]
                     for labels, k in zip(batch.patches[name], tokens.kept, strict=True)
                 ]
                 scores = head(tokens.packed.float())
                 share = torch.ones(scores.shape[1], device=device)
                 share[BACKGROUND] = self.settings.patch_background
-                wrong = label_loss(scores, torch.cat(kept).to(device), share)
+                wrong = label_loss(scores, torch.cat(patch_labels).to(device), share)
                 figures[f"patch_{name}"] = wrong.item()
                 loss = loss + self.settings.patch_weight * wrong
         return loss, figures
@@ -180,8 +163,8 @@ class ClipModel(nn.Module):
         assert isinstance(tower, Tower)
         return tower.to(device).embed(batch.captions)
 
-    def alignment(self) -> dict[str, Tensor]:
-        """What stands beside encoder and text tower, by name."""
+    def head_state(self) -> dict[str, Tensor]:
+        """Tensors of the CLIP head: all but encoder and text tower, by name."""
         outside = ("encoder.", "text_tower.")
         return {k: v for k, v in self.state_dict().items() if not k.startswith(outside)}
 
@@ -211,7 +194,7 @@ def set_image_positions(encoder: FluxViT, how: ImagePositions | None) -> None:
         encoder.config = encoder.config.replace(image_positions=how)
 
 
-def load_alignment(model: ClipModel, path: str) -> None:
+def load_clip_head(model: ClipModel, path: str) -> None:
     """Continue from an earlier stage's `alignment.safetensors`; raises CheckpointError when it does not fit.
 
     Heads of attributes and patches are taken where both have them.
@@ -220,8 +203,8 @@ def load_alignment(model: ClipModel, path: str) -> None:
     report = load_tensors(model, tensors, strict=False)
     lost = [
         k
-        for k in model.alignment()
+        for k in model.head_state()
         if k not in report.loaded and not k.startswith(("attributes.", "patches."))
     ]
     if lost:
-        raise CheckpointError(f"{path} does not fit the recipe's alignment ({lost[0]}): {report}.")
+        raise CheckpointError(f"{path} does not fit the recipe's CLIP head ({lost[0]}): {report}.")

@@ -1,4 +1,4 @@
-"""What visual tokens should say in the words of a language model, and how badly they say it.
+"""Token targets: the words that visual tokens should be near in a language model's embeddings, and the loss.
 
 `training.projector_warmup` learns nothing else; `training.chat_lora` can learn it beside the answers.
 """
@@ -26,11 +26,11 @@ FILLERS = frozenset({"of", "a", "pair", "piece", "set"})
 
 
 @dataclass(frozen=True)
-class Spoken:
-    """What the tokens of one clip should say, as word ids.
+class TokenTargets:
+    """Targets of one clip's visual tokens, as word ids.
 
-    summary, patches: (token, words) of summary tokens and of patch tokens, which say all of the words.
-    shared: (first, last, words); one of the tokens from `first` to before `last`, whichever says them best.
+    summary, patches: (token, words) of summary tokens and of patch tokens, whose target is all of the words.
+    shared: (first, last, words): the target of that token from `first` to before `last` which is nearest.
     """
 
     summary: tuple[tuple[int, WordIds], ...]
@@ -40,18 +40,18 @@ class Spoken:
     @property
     def words(self) -> set[int]:
         """All of them."""
-        told = [words for _, words in (*self.summary, *self.patches)]
-        return {word for words in (*told, *(words for _, _, words in self.shared)) for word in words}
+        of_one_token = [words for _, words in (*self.summary, *self.patches)]
+        return {word for words in (*of_one_token, *(words for _, _, words in self.shared)) for word in words}
 
 
-def spoken_by(
+def scene_targets(
     media: WorldMedia,
     features: Features,
     summary_tokens: int,
     words: SceneWords,
     ids_of: Callable[[str], WordIds],
-) -> Spoken:
-    """What each visual token of a clip of the demo world shows.
+) -> TokenTargets:
+    """What each visual token of a clip of the demo world shows, as targets.
 
     Summary tokens come first: FIXED_PHRASES of them have a phrase of their own (see SceneWords.clip), the
     others share the names of what is shown; with fewer, all of them share everything. Then come the tokens of
@@ -62,30 +62,30 @@ def spoken_by(
     fixed = FIXED_PHRASES if summary_tokens > FIXED_PHRASES else 0
     summary = [(token, ids) for token, ids in enumerate(phrases[:fixed]) if ids]
     shared = [(fixed, summary_tokens, ids) for ids in phrases[fixed:] if ids and summary_tokens]
-    seen = words.patches(scene, features.times_s, features.grid.width)
-    ids_by_kind = [ids_of(phrase) for phrase in seen.phrases]
-    kinds = seen.which.flatten()[features.kept.long()].tolist()
+    shown = words.patches(scene, features.times_s, features.grid.width)
+    ids_by_kind = [ids_of(phrase) for phrase in shown.phrases]
+    kinds = shown.which.flatten()[features.kept.long()].tolist()
     patches = [(summary_tokens + place, ids_by_kind[kind]) for place, kind in enumerate(kinds)]
-    return Spoken(tuple(summary), tuple(patches), tuple(shared))
+    return TokenTargets(tuple(summary), tuple(patches), tuple(shared))
 
 
-def spoken_losses(scores: Tensor, spoken: Spoken, row_of: dict[int, int]) -> dict[str, Tensor]:
-    """Mean negative log-probability of what the tokens of a clip should say, by kind; absent kinds left out.
+def clip_losses(scores: Tensor, targets: TokenTargets, column_of: dict[int, int]) -> dict[str, Tensor]:
+    """Mean negative log-probability of the targets of one clip, by kind; absent kinds are left out.
 
-    scores: (M, V) log-probabilities of the clip's tokens over candidate words; row_of: the candidate's column
-    of each word id. What is said of a phrase is the mean over its words.
+    scores: (M, V) log-probabilities of the clip's tokens over candidate words; column_of: the column of each
+    word id. The log-probability of a phrase is the mean over its words.
     """
     losses = {}
-    for kind, told in (("summary", spoken.summary), ("patches", spoken.patches)):
-        if told:
-            tokens = torch.tensor([token for token, ids in told for _ in ids])
-            columns = torch.tensor([row_of[word] for _, ids in told for word in ids])
-            shares = torch.tensor([1 / len(ids) for _, ids in told for _ in ids], device=scores.device)
-            losses[kind] = -(scores[tokens, columns] * shares).sum() / len(told)
-    if spoken.shared:
+    for kind, pairs in (("summary", targets.summary), ("patches", targets.patches)):
+        if pairs:
+            tokens = torch.tensor([token for token, ids in pairs for _ in ids])
+            columns = torch.tensor([column_of[word] for _, ids in pairs for word in ids])
+            shares = torch.tensor([1 / len(ids) for _, ids in pairs for _ in ids], device=scores.device)
+            losses[kind] = -(scores[tokens, columns] * shares).sum() / len(pairs)
+    if targets.shared:
         best = [
-            scores[first:last, [row_of[word] for word in ids]].mean(dim=1).max()
-            for first, last, ids in spoken.shared
+            scores[first:last, [column_of[word] for word in ids]].mean(dim=1).max()
+            for first, last, ids in targets.shared
         ]
         losses["shared"] = -torch.stack(best).mean()
     return losses
@@ -94,7 +94,7 @@ def spoken_losses(scores: Tensor, spoken: Spoken, row_of: dict[int, int]) -> dic
 class WordTable:
     """Input embeddings of a language model's words, as unit vectors.
 
-    norm: their mean length. negatives: words drawn anew for each batch, that its tokens must not say.
+    norm: their mean length. negatives: words drawn anew for each batch, from which tokens are pushed away.
     """
 
     def __init__(self, llm: LanguageModel, negatives: int = NEGATIVES) -> None:
@@ -111,8 +111,8 @@ class WordTable:
         return self._table[ids], {word: row for row, word in enumerate(wanted)}
 
 
-class Narrator:
-    """Says of clips of the demo world what a model's visual tokens should say."""
+class SceneTargets:
+    """Targets of clips of the demo world for a model's visual tokens."""
 
     def __init__(self, vlm: VideoLanguageModel) -> None:
         self._tokenizer = vlm.llm.tokenizer
@@ -120,15 +120,15 @@ class Narrator:
         self._seconds = vlm.config.projector.time_periods > 0
         self._scenes: dict[World, SceneWords] = {}
 
-    def told(self, media: Media | None, features: Features) -> Spoken:
-        """For one clip; raises DataError for media that are not of the world."""
+    def of(self, media: Media | None, features: Features) -> TokenTargets:
+        """Those of one clip; raises DataError for media that are not of the world."""
         if not isinstance(media, WorldMedia):
             raise DataError(
                 "The words of scenes need datasets of the demo world: name such, or learn without them."
             )
         if media.world not in self._scenes:
             self._scenes[media.world] = SceneWords(media.world, seconds=self._seconds)
-        return spoken_by(media, features, self._summary_tokens, self._scenes[media.world], self._ids_of)
+        return scene_targets(media, features, self._summary_tokens, self._scenes[media.world], self._ids_of)
 
     def _ids_of(self, phrase: str) -> WordIds:
         """Ids of a phrase as it stands inside a sentence; fillers like "of" say nothing."""
@@ -136,15 +136,18 @@ class Narrator:
         return tuple(self._tokenizer(f" {words}", add_special_tokens=False).input_ids) if words else ()
 
 
-def scene_losses(
-    visuals: Sequence[Tensor], told: Sequence[Spoken], table: WordTable, temperature: float = TEMPERATURE
+def target_losses(
+    visuals: Sequence[Tensor],
+    targets: Sequence[TokenTargets],
+    table: WordTable,
+    temperature: float = TEMPERATURE,
 ) -> dict[str, Tensor]:
-    """Means over clips of `spoken_losses`, for the embeddings (M_i, D) of each."""
-    words, row_of = table.candidates(word for one in told for word in one.words)
-    found: dict[str, list[Tensor]] = {}
-    for visual, spoken in zip(visuals, told, strict=True):
+    """Means over clips of `clip_losses`, for the embeddings (M_i, D) of each."""
+    words, column_of = table.candidates(word for one in targets for word in one.words)
+    losses: dict[str, list[Tensor]] = {}
+    for visual, one in zip(visuals, targets, strict=True):
         cosines = (F.normalize(visual.to(words), dim=-1) @ words.T).float()
         scores = (cosines / temperature).log_softmax(dim=-1)
-        for name, value in spoken_losses(scores, spoken, row_of).items():
-            found.setdefault(name, []).append(value)
-    return {name: torch.stack(values).mean() for name, values in found.items()}
+        for name, value in clip_losses(scores, one, column_of).items():
+            losses.setdefault(name, []).append(value)
+    return {name: torch.stack(values).mean() for name, values in losses.items()}

@@ -118,11 +118,11 @@ def _named(model: nn.Module, optimizer: Any) -> Iterator[tuple[str, nn.Parameter
 
 def _optimizer_by_name(model: nn.Module, optimizer: Any) -> dict[str, dict[str, Tensor]]:
     """What the optimiser remembers of each parameter, whole and in main memory."""
-    found = {}
+    by_name = {}
     for name, parameter in _named(model, optimizer):
         if state := optimizer.state.get(parameter):
-            found[name] = {key: whole(value).cpu() for key, value in state.items()}
-    return found
+            by_name[name] = {key: whole(value).cpu() for key, value in state.items()}
+    return by_name
 
 
 def load_weights(model: nn.Module, out: Path, optim: OptimConfig, loop: LoopConfig) -> Progress:
@@ -131,21 +131,21 @@ def load_weights(model: nn.Module, out: Path, optim: OptimConfig, loop: LoopConf
     Raises CheckpointError when it is damaged, or was written by a recipe whose parameters, seed or batch
     sizes differ.
     """
-    found = checkpoints(out)
-    if not found:
+    saved = checkpoints(out)
+    if not saved:
         return Progress()
-    with _reading(found[-1]):
-        state = json.loads((found[-1] / "state.json").read_text())
+    with _reading(saved[-1]):
+        state = json.loads((saved[-1] / "state.json").read_text())
         now = {"seed": loop.seed, "batch_size": optim.batch_size, "micro_batch": optim.micro_batch}
         changed = [key for key in COUNTED_IN if state.get(key, now[key]) != now[key]]
         if changed:
             raise CheckpointError(
-                f"{found[-1]} was written with {changed[0]} {state[changed[0]]}, not {now[changed[0]]}: "
+                f"{saved[-1]} was written with {changed[0]} {state[changed[0]]}, not {now[changed[0]]}: "
                 "a run continues with the settings it began with."
             )
-        tensors = load_file(found[-1] / "trainable.safetensors")
+        tensors = load_file(saved[-1] / "trainable.safetensors")
         if set(tensors) != set(trainable_state(model)):
-            raise CheckpointError(f"{found[-1]} was written by another recipe: its parameters differ.")
+            raise CheckpointError(f"{saved[-1]} was written by another recipe: its parameters differ.")
         load_tensors(model, tensors, strict=False)
         # Checkpoints of earlier versions have neither of the last two.
         finite, empty = bool(state.get("finite", True)), int(state.get("empty", 0))
@@ -157,24 +157,24 @@ def load_optimizer(accelerator: Any, model: Any, optimizer: Any, out: Path) -> N
 
     Raises CheckpointError when it is damaged or of another recipe.
     """
-    found = checkpoints(out)
-    if not found:
+    saved = checkpoints(out)
+    if not saved:
         return
     if is_deepspeed(accelerator):
-        model.load_checkpoint(str(found[-1]), tag="deepspeed", load_module_strict=False)
+        model.load_checkpoint(str(saved[-1]), tag="deepspeed", load_module_strict=False)
         return
-    with _reading(found[-1]):
-        saved = torch.load(found[-1] / "optimizer.pt", map_location="cpu", weights_only=True)
-        scaler = json.loads((found[-1] / "state.json").read_text()).get("scaler")
-        if "param_groups" in saved:  # written before states were kept by name
-            optimizer.load_state_dict(saved)
+    with _reading(saved[-1]):
+        optimizer_state = torch.load(saved[-1] / "optimizer.pt", map_location="cpu", weights_only=True)
+        scaler = json.loads((saved[-1] / "state.json").read_text()).get("scaler")
+        if "param_groups" in optimizer_state:  # written before states were kept by name
+            optimizer.load_state_dict(optimizer_state)
         else:
             for name, parameter in _named(accelerator.unwrap_model(model), optimizer):
-                if name in saved["state"]:
+                if name in optimizer_state["state"]:
                     optimizer.state[parameter] = {
                         # The count of steps is a number of its own kind and stays where it is.
                         key: value if key == "step" else like(value, parameter)
-                        for key, value in saved["state"][name].items()
+                        for key, value in optimizer_state["state"][name].items()
                     }
         if scaler is not None and accelerator.scaler is not None:
             accelerator.scaler.load_state_dict(scaler)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from encoder.errors import ConfigError
 from training.trainer.recipe import OptimConfig
@@ -78,8 +78,6 @@ def share_of(accelerator: Any, optim: OptimConfig, precision: str) -> int:
 
 def rank_of() -> tuple[int, int]:
     """(this process's number, number of processes)."""
-    from torch import distributed
-
     ready = distributed.is_available() and distributed.is_initialized()
     return (distributed.get_rank(), distributed.get_world_size()) if ready else (0, 1)
 
@@ -119,12 +117,49 @@ class GradientNorms:
     def after_clipping(self, norm: float, limit: float | None) -> dict[str, float]:
         """Norms as they were before gradients of total `norm` were clipped to `limit`."""
         factor = min(1.0, limit / (norm + 1e-6)) if limit and math.isfinite(norm) else 1.0
-        found = {}
+        norms = {}
         for part, members in self._members.items():
             gradients = [p.grad for p in members if p.grad is not None]
             if gradients:
-                found[part] = whole(torch.nn.utils.get_total_norm(gradients)) / factor
-        return {f"grad_norm/{part}": float(value) for part, value in found.items()}
+                norms[part] = whole(torch.nn.utils.get_total_norm(gradients)) / factor
+        return {f"grad_norm/{part}": float(value) for part, value in norms.items()}
+
+
+# -- rows of all ranks --------------------------------------------------------------------------------------
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """(B, ...) of each rank -> (ranks * B, ...); x itself in one process.
+
+    Every rank must give the same number of rows. The gradient of a row is the sum over the ranks' losses, so
+    that DDP's mean over ranks is the gradient of the whole batch's loss, whichever rank holds the row.
+    """
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return x
+    return _GatheredRows.apply(x) if x.requires_grad else _all_rows(x)
+
+
+def _all_rows(x: Tensor) -> Tensor:
+    parts = [
+        torch.empty_like(x, memory_format=torch.contiguous_format)
+        for _ in range(distributed.get_world_size())
+    ]
+    distributed.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
+
+
+class _GatheredRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        return _all_rows(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        summed = grads[0].clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(summed)
+        first = distributed.get_rank() * ctx.rows
+        return summed[first : first + ctx.rows]
 
 
 # -- sharded parameters -------------------------------------------------------------------------------------

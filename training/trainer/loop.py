@@ -27,7 +27,6 @@ from training.trainer.checkpoints import (
     load_optimizer,
     load_weights,
     save,
-    trainable_state,
 )
 from training.trainer.distributed import (
     GradientNorms,
@@ -44,14 +43,12 @@ from training.trainer.optim import learning_rate, parameter_groups
 from training.trainer.recipe import LoopConfig, OptimConfig
 from training.trainer.run_log import Figures, RunLog
 
-__all__ = ["Stage", "TrainResult", "total_steps", "train", "trainable_state"]
-
 
 class Stage(Protocol):
     """What differs between stages.
 
     A stage may also have `parameter_groups(optim) -> list[dict]`, the optimiser's groups as
-    `schedule.parameter_groups` makes them (each with its `lr_scale`).
+    `optim.parameter_groups` makes them (each with its `lr_scale`).
     """
 
     @property
@@ -90,10 +87,10 @@ class TrainResult:
     finished: bool = False
 
 
-def total_steps(stage: Stage, optim: OptimConfig, loop: LoopConfig) -> int:
-    """Optimiser steps of the whole run."""
+def total_steps(micro_batches: int, optim: OptimConfig, loop: LoopConfig) -> int:
+    """Optimiser steps of the whole run. micro_batches: in one epoch."""
     per_step = optim.batch_size // optim.micro_batch
-    steps = math.ceil(optim.epochs * stage.micro_batches / per_step)
+    steps = math.ceil(optim.epochs * micro_batches / per_step)
     return min(steps, loop.max_steps) if loop.max_steps is not None else max(1, steps)
 
 
@@ -132,13 +129,13 @@ def train(stage: Stage, optim: OptimConfig, loop: LoopConfig, *, resume: bool = 
             now = time.perf_counter()
             if log is not None:
                 speed = optim.batch_size / (now - clock)
-                found = {"loss": loss, **norms, "lr": rate, "samples_per_s": speed, **figures.means()}
+                line = {"loss": loss, **norms, "lr": rate, "samples_per_s": speed, **figures.means()}
                 if (tokens := figures.total("tokens")) is not None:
-                    found["tokens_per_s"] = tokens / (now - clock)
+                    line["tokens_per_s"] = tokens / (now - clock)
                 bar.update()
                 bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", per_s=f"{speed:.1f}")
                 flush = due or run.done.step % loop.log_every == 0
-                log.write(run.done.step, found, skipped=run.done.skipped, flush=flush)
+                log.write(run.done.step, line, skipped=run.done.skipped, flush=flush)
             clock = now
             if loop.evaluate_every and run.done.step % loop.evaluate_every == 0:
                 measured = run.evaluate()
@@ -170,7 +167,7 @@ class _Run:
         self.accelerator = open_accelerator(loop.precision)
         self.per_step = optim.batch_size // optim.micro_batch
         self.share = share_of(self.accelerator, optim, loop.precision)
-        self.total = total_steps(stage, optim, loop)
+        self.total = total_steps(stage.micro_batches, optim, loop)
         if self.accelerator.is_main_process:
             _claim(self.out, resume)
         self.done = load_weights(stage.model, self.out, optim, loop) if resume else Progress()
@@ -212,10 +209,10 @@ class _Run:
             torch.manual_seed(self.loop.seed * 1_000_003 + self._index(step, part))
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 with self.accelerator.autocast():
-                    loss, found = self.model(batch)
+                    loss, part_figures = self.model(batch)
                 backward(self.accelerator, loss, self.share, last=last)
             total += loss.detach() / self.share
-            figures.add(found)
+            figures.add(part_figures)
         figures.merge(merged_on_ranks(figures))
         return float(self.accelerator.reduce(total, reduction="mean")), figures
 
@@ -258,7 +255,8 @@ class _Run:
         save(self.accelerator, self.model, self.optimizer, self.out, self.done, self.optim, self.loop)
 
     def check(self) -> None:
-        """Raises DataError or CheckpointError for a run that ended without having learnt, or in ruins."""
+        """Raises DataError for a run whose steps were all skipped, CheckpointError when its last loss is not
+        finite."""
         done = self.done
         if done.step and done.empty == done.step:
             raise DataError(
@@ -296,14 +294,14 @@ def _claim(out: Path, resume: bool) -> None:
 @contextmanager
 def _interruption() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM end the run after the current step instead of at once."""
-    seen: list[int] = []
+    received: list[int] = []
     signals = (signal.SIGINT, signal.SIGTERM)
     try:
-        previous = {number: signal.signal(number, lambda got, _: seen.append(got)) for number in signals}
+        previous = {number: signal.signal(number, lambda got, _: received.append(got)) for number in signals}
     except ValueError:  # not in the main thread: leave signals alone
         previous = {}
     try:
-        yield lambda: bool(seen)
+        yield lambda: bool(received)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -44,10 +44,10 @@ def layer_of(name: str, depths: dict[str, int]) -> tuple[int, int]:
     is in the last layer.
     """
     for pattern in (_BLOCK, _FIRST):
-        found = pattern.match(name)
-        if found and found[1] in depths:
-            last = depths[found[1]] + 1
-            return (int(found[2]) + 1 if pattern is _BLOCK else 0), last
+        match = pattern.match(name)
+        if match and match[1] in depths:
+            last = depths[match[1]] + 1
+            return (int(match[2]) + 1 if pattern is _BLOCK else 0), last
     return 0, 0
 
 
@@ -55,8 +55,8 @@ def encoder_depths(names: Iterable[str]) -> dict[str, int]:
     """Number of blocks under each prefix that has any: {"encoder.": 12}."""
     depths: dict[str, int] = {}
     for name in names:
-        if found := _BLOCK.match(name):
-            depths[found[1]] = max(depths.get(found[1], 0), int(found[2]) + 1)
+        if match := _BLOCK.match(name):
+            depths[match[1]] = max(depths.get(match[1], 0), int(match[2]) + 1)
     return depths
 
 

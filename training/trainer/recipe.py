@@ -10,7 +10,6 @@ python -m training.STAGE --config training/recipes/STAGE.yaml optim.lr=5e-4 loop
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import json
@@ -18,8 +17,9 @@ import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -40,7 +40,7 @@ class OptimConfig:
     """AdamW, linear warm-up, cosine decay. batch_size is global: all ranks and accumulation together.
 
     layer_decay: factor by which the rate shrinks from each encoder block to the one below (see
-    `schedule.parameter_groups`). scale_lr: lr, min_lr and warmup_lr are meant for a batch of 256 and grow
+    `optim.parameter_groups`). scale_lr: lr, min_lr and warmup_lr are meant for a batch of 256 and grow
     with batch_size. warmup_lr: where the warm-up starts; None starts one step above zero.
     """
 
@@ -166,32 +166,32 @@ NAMES = {"int_type": "int", "float_type": "float", "bool_type": "bool", "string_
 def _explain(kind: type[Any], error: Any, values: Any, where: str) -> str:
     """One sentence about what pydantic found."""
     _, *keys = error["loc"]
-    found = error["type"]
-    if found in ("unexpected_keyword_argument", "missing"):
+    kind_of_error = error["type"]
+    if kind_of_error in ("unexpected_keyword_argument", "missing"):
         *keys, last = keys
-    place, hint, given = where, kind, values
+    place, hint, value = where, kind, values
     for key in keys:
         place += f"[{key}]" if isinstance(key, int) else f": {key}"
-        hint, given = _inner(hint, key), _value_at(given, key)
-    if found == "unexpected_keyword_argument":
+        hint, value = _inner(hint, key), _value_at(value, key)
+    if kind_of_error == "unexpected_keyword_argument":
         if new := getattr(hint, "renamed", {}).get(last):
             return f"{place}: the setting {last!r} is now named {new!r}."
         known = [field.name for field in dataclasses.fields(hint)]
         near = _nearest(last, known)
         return f"{place} has the unknown setting {last!r}{near}: known are {', '.join(known)}."
-    if found == "missing" and isinstance(last, str):
+    if kind_of_error == "missing" and isinstance(last, str):
         return f"{place} lacks the setting {last!r}."
-    if found in ("missing", "too_long", "too_short"):
-        return f"{place} must hold {len(get_args(hint))} values, not {len(given)}."
-    if found == "literal_error":
-        return f"{place} must be one of {', '.join(map(str, get_args(hint)))}, not {given!r}."
-    if found in ("dataclass_type", "dict_type"):
-        return f"{place} must be a table of settings, not {given!r}."
-    if found == "tuple_type":
-        return f"{place} must be a list, not {given!r}."
-    if found in NAMES:
-        return f"{place} must be {NAMES[found]}, not {given!r}."
-    return f"{place} is {given!r}: {error['msg'][:1].lower()}{error['msg'][1:]}."
+    if kind_of_error in ("missing", "too_long", "too_short"):
+        return f"{place} must hold {len(get_args(hint))} values, not {len(value)}."
+    if kind_of_error == "literal_error":
+        return f"{place} must be one of {', '.join(map(str, get_args(hint)))}, not {value!r}."
+    if kind_of_error in ("dataclass_type", "dict_type"):
+        return f"{place} must be a table of settings, not {value!r}."
+    if kind_of_error == "tuple_type":
+        return f"{place} must be a list, not {value!r}."
+    if kind_of_error in NAMES:
+        return f"{place} must be {NAMES[kind_of_error]}, not {value!r}."
+    return f"{place} is {value!r}: {error['msg'][:1].lower()}{error['msg'][1:]}."
 
 
 def _nearest(name: Any, known: Iterable[str]) -> str:
@@ -313,8 +313,8 @@ def _merge(base: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _override(values: dict[str, Any], override: str) -> None:
     """Put `dotted.key=value` into place."""
-    key, found, text = override.partition("=")
-    if not found:
+    key, equals, text = override.partition("=")
+    if not equals:
         raise ConfigError(f"An override is written key=value, not {override!r}.")
     table: Any = values
     *parents, last = key.split(".")
@@ -337,45 +337,16 @@ def _enter(table: Any, key: str) -> Any:
     return table.setdefault(key, {})
 
 
-# -- the command line ---------------------------------------------------------------------------------------
+def maker_of(result: str, path: Path, heirs: Sequence[Path] = ()) -> Path | None:
+    """The recipe whose run writes `result`: in the folder of the recipe `path`, or in one beside it.
 
-
-@dataclasses.dataclass(frozen=True)
-class Command(Generic[T]):
-    """What a stage's command line asks for. shown: only to print the recipe; flags: the stage's own."""
-
-    recipe: T
-    resume: bool
-    shown: bool
-    flags: frozenset[str]
-
-
-def parse_command(
-    kind: type[T],
-    argv: Sequence[str] | None,
-    program: str,
-    doc: str | None,
-    flags: Mapping[str, str] | None = None,
-) -> Command[T]:
-    """The command line shared by all stages. flags: more of them, with their help."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m {program}",
-        description=doc,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Any setting can be overridden: optim.lr=5e-4 loop.out=runs/mine. On several GPUs: accelerate "
-        f"launch -m {program} --config ...",
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="a recipe from training/recipes")
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from the newest checkpoint in loop.out"
-    )
-    parser.add_argument(
-        "--print", action="store_true", help="print the recipe with its base and all settings, and end"
-    )
-    for name, text in (flags or {}).items():
-        parser.add_argument(f"--{name}", action="store_true", help=text)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    args = parser.parse_args(argv)
-    recipe = read_recipe(kind, args.config, args.overrides)
-    given = frozenset(name for name in flags or {} if getattr(args, name))
-    return Command(recipe, args.resume, args.print, given)
+    heirs: recipes that are not looked at.
+    """
+    beside = sorted(path.parent.glob("*.yaml")), sorted(path.parent.parent.glob("*/*.yaml"))
+    for other in dict.fromkeys(chain.from_iterable(beside)):
+        if other == path or other in heirs:
+            continue
+        loop = read_values(other).get("loop")
+        if isinstance(loop, dict) and Path(result).parent == Path(str(loop.get("out"))):
+            return other
+    return None

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, and trackio or Weights & Biases where the recipe asks."""
+"""Logs of a run: metrics.jsonl, TensorBoard, and trackio or Weights & Biases where the recipe asks."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Figures:
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, int]] = {}
 
-    def add(self, found: Mapping[str, Any]) -> None:
+    def add(self, figures: Mapping[str, Any]) -> None:
         """The figures of one micro-batch."""
-        for name, value in found.items():
+        for name, value in figures.items():
             total, count = self._sums.get(name, (0.0, 0))
             self._sums[name] = (total + float(value), count + 1)
 
@@ -31,8 +31,8 @@ class Figures:
         merged: dict[str, tuple[float, int]] = {}
         for other in others:
             for name, (total, count) in other._sums.items():
-                before, seen = merged.get(name, (0.0, 0))
-                merged[name] = (before + total, seen + count)
+                before, number = merged.get(name, (0.0, 0))
+                merged[name] = (before + total, number + count)
         self._sums = merged
 
     def means(self) -> dict[str, float]:
@@ -40,7 +40,7 @@ class Figures:
         return {name: total / count for name, (total, count) in self._sums.items()}
 
     def total(self, name: str) -> float | None:
-        """Sum over micro-batches and ranks; None when nobody reported it."""
+        """Sum over micro-batches and ranks; None when it was not reported."""
         return self._sums[name][0] if name in self._sums else None
 
 
@@ -54,9 +54,9 @@ class RunLog:
         self._trackers = [_open_tracker(name, out, settings) for name in trackers]
         path = out / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= start]
+        earlier = [line for line in lines if _step_of(line) <= start]
         with atomic_path(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.write_text("".join(line + "\n" for line in earlier))
         self._file = open(path, "a")  # noqa: SIM115  lives as long as the run
         self._board: Any = None
         self.warning: str | None = None
@@ -76,7 +76,7 @@ class RunLog:
         flush: bool = False,
         echo: Callable[[str], object] | None = None,
     ) -> None:
-        """One line; echo also shows it to the person at the terminal."""
+        """One line of figures; echo also prints it."""
         line = {"step": step, **figures} | ({} if skipped is None else {"skipped": skipped})
         self._file.write(json.dumps(line) + "\n")
         if self._board is not None:
@@ -92,7 +92,7 @@ class RunLog:
             echo(f"step {step}: " + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()))
 
     def close(self) -> None:
-        """Flush and let go of everything."""
+        """Flush and close everything."""
         self._file.close()
         if self._board is not None:
             self._board.close()

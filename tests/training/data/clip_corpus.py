@@ -46,7 +46,7 @@ def values(corpus: Path, out: Path, **changes) -> dict:
         "grid": {"frames": [4, 8, 2], "resolutions": [56, 84, 14], "tokens": [64, 160]},
         "augment": {"crop": "multiscale", "flip": 0.5},
         "image_positions": "mean",
-        "keeps": [16, 32],
+        "num_tokens": [16, 32],
         "align_norm": True,
         "text_tower": str(corpus / "tower"),
         "temperature": 0.01,

@@ -23,7 +23,7 @@ from training.data.clip_batches import Alternation, as_numbers, still_grid
 from training.data.flexible_grids import FlexibleGrid
 from training.evaluation.metrics import paired_recalls
 from training.models.clip_model import ClipBatch
-from training.trainer.gather import gather_rows
+from training.trainer.distributed import gather_rows
 from training.trainer.loop import train
 from training.trainer.losses import contrastive_loss
 
@@ -71,8 +71,8 @@ def test_images_have_one_frame_at_the_videos_sizes(corpus: Path, tmp_path: Path)
         assert all(("Bars" in text) == (batch.kind == "video") for text in batch.captions)
     # Both micro-batches of a step have one type and one count.
     for one, other in zip(batches[::2], batches[1::2], strict=True):
-        assert (one.kind, one.keep) == (other.kind, other.keep)
-    assert {batch.keep for batch in batches} == {16, 32}
+        assert (one.kind, one.num_tokens) == (other.kind, other.num_tokens)
+    assert {batch.num_tokens for batch in batches} == {16, 32}
     for kind, count in (("image", 12), ("video", 8)):
         seen = [key for batch in batches[:10] if batch.kind == kind for key in batch.ids.tolist()]
         assert len(seen) == len(set(seen)) == count
@@ -204,7 +204,7 @@ def test_stage_two_continues_stage_one_with_everything(corpus: Path, tmp_path: P
     for name, tensor in first.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], tensor), name
     assert second.model.encoder.config.image_positions == "mean"
-    with pytest.raises(CheckpointError, match=r"does not fit the recipe's alignment \(align.weight\)"):
+    with pytest.raises(CheckpointError, match=r"does not fit the recipe's CLIP head \(align.weight\)"):
         ClipStage(recipe(corpus, tmp_path / "two", **changes, align_norm=False))
 
 

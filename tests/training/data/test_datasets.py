@@ -120,7 +120,7 @@ def test_the_world_as_conversations() -> None:
 def asked(**settings: object) -> WorldExamples:
     """Examples of a rich world."""
     source = build(WorldSource, {"count": 40}, "world")
-    asking = DatasetConfig(world=source, captions=0.0, **settings).asking  # type: ignore[arg-type]
+    asking = DatasetConfig(world=source, captions=0.0, **settings)  # type: ignore[arg-type]
     return WorldExamples(source, asking=asking, _world=[World("train", 0, bank=procedural_bank())])
 
 
@@ -139,10 +139,10 @@ def test_a_favoured_task_is_asked_more_often() -> None:
         turns = [question for number in range(40) for question, _ in records[number].turns]
         return sum("second" in question or "When" in question for question in turns) / len(turns)
 
-    few, many = asked(turns=4, choices=0.0), asked(turns=4, choices=0.0, favour=("localisation",) * 4)
+    few, many = asked(turns=4, choices=0.0), asked(turns=4, choices=0.0, task_weights={"localisation": 5})
     assert 0 < 1.5 * share(few) < share(many)
     with pytest.raises(ConfigError, match="unknown task 'time': known are existence"):
-        DatasetConfig(json_path="x", favour=("time",))
+        DatasetConfig(json_path="x", task_weights={"time": 2})
 
 
 def test_a_dataset_may_keep_to_some_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

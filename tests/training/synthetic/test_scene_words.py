@@ -1,4 +1,4 @@
-"""What visual tokens are told to say, against the scenes they see; the loss by hand."""
+"""Token targets against the scenes they are of; the loss by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from encoder.tokens import Grid
 from training.data.feature_cache import Features
 from training.data.media import WorldMedia
-from training.models.token_targets import Spoken, spoken_by, spoken_losses
+from training.models.token_targets import TokenTargets, clip_losses, scene_targets
 from training.synthetic.captions import caption
 from training.synthetic.dataset import Sample, World
 from training.synthetic.questions import questions
@@ -102,20 +102,20 @@ def test_kept_patches_get_their_own_words(summary_tokens: int) -> None:
     kept = torch.tensor([0, 4 * 8 + 5], dtype=torch.int32)
     grid, times = Grid(2, 8, 8), (0.0, 7.9)
     features = Features(torch.zeros(2, 4), torch.zeros(4), kept, grid, times, 8.0)
-    spoken = spoken_by(media, features, summary_tokens, WORDS, ids_of)
+    targets = scene_targets(media, features, summary_tokens, WORDS, ids_of)
     places = (summary_tokens, summary_tokens + 1)
-    assert spoken.patches == ((places[0], ids_of("sea")), (places[1], ids_of(f"{before} left")))
-    assert len(spoken.summary) == (3 if summary_tokens == 8 else 0)  # neither a count nor a change
-    assert all(first < last <= summary_tokens for first, last, _ in spoken.shared)
-    assert bool(spoken.shared) == bool(summary_tokens)
+    assert targets.patches == ((places[0], ids_of("sea")), (places[1], ids_of(f"{before} left")))
+    assert len(targets.summary) == (3 if summary_tokens == 8 else 0)  # neither a count nor a change
+    assert all(first < last <= summary_tokens for first, last, _ in targets.shared)
+    assert bool(targets.shared) == bool(summary_tokens)
 
 
 def test_losses_by_hand() -> None:
     scores = torch.log(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]))
-    spoken = Spoken(((0, (10,)),), ((2, (10, 12)),), ((0, 2, (11,)),))
-    found = spoken_losses(scores, spoken, {10: 0, 11: 1, 12: 2})
+    targets = TokenTargets(((0, (10,)),), ((2, (10, 12)),), ((0, 2, (11,)),))
+    found = clip_losses(scores, targets, {10: 0, 11: 1, 12: 2})
     assert found["summary"].exp().item() == pytest.approx(2.0)
     assert found["patches"].item() == pytest.approx(-(torch.tensor([0.2, 0.6]).log().mean().item()))
     assert found["shared"].exp().item() == pytest.approx(1 / 0.8)
-    assert spoken.words == {10, 11, 12}
-    assert spoken_losses(scores, Spoken((), (), ()), {}) == {}
+    assert targets.words == {10, 11, 12}
+    assert clip_losses(scores, TokenTargets((), (), ()), {}) == {}

@@ -4,7 +4,7 @@ import dataclasses
 import importlib
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import yaml
@@ -15,11 +15,19 @@ from tests import ROOT
 from training.chat_stage1 import Stage1Recipe
 from training.clip import ClipRecipe
 from training.clip import main as clip_main
-from training.cost.recipe_facts import RECIPES as STAGE_RECIPES
+from training.cost import RECIPES as STAGE_RECIPES
 from training.data.datasets import NEEDS
 from training.data.synthetic_source import WorldSource
 from training.trainer.optim import learning_rate, parameter_groups
-from training.trainer.recipe import STAGES, OptimConfig, build, read_recipe, read_values, to_yaml
+from training.trainer.recipe import (
+    RENAMED_STAGES,
+    STAGES,
+    OptimConfig,
+    build,
+    read_recipe,
+    read_values,
+    to_yaml,
+)
 
 RECIPES = ROOT / "training" / "recipes"
 SHIPPED = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "accelerate")
@@ -76,16 +84,16 @@ def folder(tmp_path: Path) -> Path:
     """A recipe in one folder, based on one in another."""
     (tmp_path / "below").mkdir()
     (tmp_path / "base.yaml").write_text(
-        "{stage: clip, keeps: [1, 2], world: {count: 5, seed: 3}, loop: {out: a}, "
+        "{stage: clip, num_tokens: [1, 2], world: {count: 5, seed: 3}, loop: {out: a}, "
         "optim: {lr: 1, batch_size: 8, micro_batch: 4}}"
     )
-    (tmp_path / "below" / "mine.yaml").write_text("{base: ../base.yaml, keeps: [3], world: {seed: 4}}")
+    (tmp_path / "below" / "mine.yaml").write_text("{base: ../base.yaml, num_tokens: [3], world: {seed: 4}}")
     return tmp_path
 
 
 def test_tables_are_merged_and_lists_replaced(folder: Path) -> None:
     recipe = read_recipe(ClipRecipe, folder / "below" / "mine.yaml", ["world.count=6"])
-    assert recipe.keeps == (3,)
+    assert recipe.num_tokens == (3,)
     assert recipe.world == WorldSource(count=6, seed=4)
 
 
@@ -98,9 +106,9 @@ def test_tables_are_merged_and_lists_replaced(folder: Path) -> None:
         ("{base: ../base.yaml, stage: clips}", "stage must be one of .*not 'clips' .nearest is 'clip'"),
         ("{base: ../base.yaml, stage: umt}", "of the stage umt: run it with python -m training.umt"),
         ("{base: ../base.yaml, stage: }", "stage must be one of"),
-        ("{base: ../base.yaml, keeps: [1], keeps: [2]}", "'keeps' stands twice"),
-        ("{base: ../base.yaml, keeps: &all [*all]}", "is no setting: Circular reference"),
-        ("{base: ../base.yaml, keeps: " + "[" * 5000, "not valid YAML"),
+        ("{base: ../base.yaml, num_tokens: [1], num_tokens: [2]}", "'num_tokens' stands twice"),
+        ("{base: ../base.yaml, num_tokens: &all [*all]}", "is no setting: Circular reference"),
+        ("{base: ../base.yaml, num_tokens: " + "[" * 5000, "not valid YAML"),
         ("{base: ../base.yaml, ? [1, 2] : 3}", "not valid YAML|no setting|unknown setting"),
     ],
 )
@@ -128,14 +136,41 @@ def test_print_shows_the_whole_recipe_and_trains_nothing(folder: Path, capsys) -
     assert not (folder / "a").exists()
 
 
-def test_a_setting_of_another_name_is_told() -> None:
-    @dataclasses.dataclass(frozen=True)
-    class Renamed:
-        renamed: ClassVar[dict[str, str]] = {"counts": "num_tokens"}
-        num_tokens: int = 1
+@pytest.mark.parametrize("stage", sorted(RENAMED_STAGES))
+def test_a_stage_of_another_name_is_one_sentence(stage: str, folder: Path) -> None:
+    (folder / "old.yaml").write_text(f"{{base: base.yaml, stage: {stage}}}")
+    with pytest.raises(
+        ConfigError, match=f"old.yaml: the stage {stage} is now called projector_warmup"
+    ) as caught:
+        read_recipe(ClipRecipe, folder / "old.yaml")
+    assert "\n" not in str(caught.value)
 
-    with pytest.raises(ConfigError, match="the setting 'counts' is now named 'num_tokens'"):
-        build(Renamed, {"counts": 3}, "test")
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "sentence"),
+    [
+        ("cpu/umt.yaml", "counts=[3]", "the setting 'counts' is now named 'num_tokens'."),
+        ("cpu/finetune.yaml", "counts=[3]", "the setting 'counts' is now named 'num_tokens'."),
+        ("cpu/clip.yaml", "keeps=[3]", "the setting 'keeps' is now named 'num_tokens'."),
+        ("cpu/chat_lora.yaml", "keeps=[3]", "the setting 'keeps' is now named 'num_tokens'."),
+        (
+            "cpu/chat_stage1.yaml",
+            "inputs=[{frames: 1, resolution: 14, keep: 1}]",
+            "inputs[0]: the setting 'keep' is now named 'num_tokens'.",
+        ),
+        (
+            "cpu/chat_stage1.yaml",
+            "datasets.0.favour=[localisation]",
+            "datasets[0]: the setting 'favour' is now named 'task_weights'.",
+        ),
+    ],
+)
+def test_a_setting_of_another_name_is_one_sentence(recipe: str, override: str, sentence: str) -> None:
+    path = RECIPES / recipe
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(kind_of(path), path, [override])
+    assert str(caught.value).endswith(sentence)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_table_that_is_wrong_is_named() -> None:
@@ -164,8 +199,8 @@ def test_the_papers_stage_one() -> None:
         ("optim.batch_size=10", "multiple of micro_batch"),
         ("optim.warmup_ratio=1.5", "warmup_ratio"),
         ("loop.precision=fp8", "precision must be one of fp32, bf16, fp16, not 'fp8'"),
-        ("keeps=[]", "at least one token count"),
-        ("keeps=7", "keeps must be a list"),
+        ("num_tokens=[]", "at least one token count"),
+        ("num_tokens=7", "num_tokens must be a list"),
         ("world=3", "must be a table"),
         ("world.split=dev", "split must be one of"),
         ("siblings=5", "multiple of siblings"),
@@ -177,7 +212,7 @@ def test_the_papers_stage_one() -> None:
         ("optim.betas=[0.9, x]", "optim: betas[1] must be float, not 'x'"),
         ("loop.checkpoint_every=0", "loop.checkpoint_every must be at least 1"),
         ("loop.trackers=[wandb, x]", "loop: trackers[1] must be one of trackio, wandb, not 'x'"),
-        ("keeps=[1", "is not valid YAML"),
+        ("num_tokens=[1", "is not valid YAML"),
         ("optim.betas=[0.9]", "must hold 2 values"),
         ("nonsense", "key=value"),
         ("temperature.x=1", "is not a table"),

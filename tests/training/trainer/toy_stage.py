@@ -40,14 +40,12 @@ class ToyModel(nn.Module):
 class ToyStage:
     """Batches are a function of their index; index `poison`, or those in it, are not finite."""
 
-    def __init__(self, poison: int | range = -1, pause_s: float = 0.0) -> None:
+    def __init__(self, poison: int | range = -1) -> None:
         self.model = ToyModel()
         self.micro_batches = 40
         self.poison = range(poison, poison + 1) if isinstance(poison, int) else poison
-        self.pause_s = pause_s
 
     def batch(self, index: int) -> tuple[Tensor, Tensor]:
-        time.sleep(self.pause_s)
         x = torch.randn(4, 4, generator=torch.Generator().manual_seed(index))
         return x, x.sum(dim=1) * (float("nan") if index in self.poison else 1.0)
 
@@ -95,7 +93,7 @@ if __name__ == "__main__":
 
     given = dict(argument.split("=") for argument in sys.argv[2:] if "=" in argument)
     changes = {key: yaml.safe_load(value) for key, value in given.items()}
-    stage = ToyStage(poison=changes.pop("poison", -1), pause_s=changes.pop("pause_s", 0.0))
+    stage = ToyStage(poison=changes.pop("poison", -1))
     if os.environ.get("SLOW_SAVE"):
         save_json = checkpoints.save_json
 

@@ -10,7 +10,7 @@ import torch
 from encoder.config import MICRO
 from encoder.errors import CheckpointError, DataError
 from encoder.fluxvit import FluxViT
-from training.models.class_heads import read_head_map, slice_heads
+from training.models.encoder_source import read_head_map, slice_heads
 
 
 def narrow(classes: int) -> FluxViT:

@@ -1,4 +1,5 @@
-"""Class heads for other classes: the rows of the old heads that the new classes had.
+"""The encoder that a stage starts from: new or from weights, which pooling head serves which token count, and
+class heads for other classes.
 
 A model trained on Kinetics-710 already knows the 400 classes of Kinetics-400: their rows are kept, in the new
 order, in all three heads (the released script handles a single `head.weight` only, and leaves a FluxViT's
@@ -9,11 +10,54 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from encoder.errors import CheckpointError, DataError
+from encoder.checkpoint import load_encoder
+from encoder.config import SIZES, FluxViTConfig
+from encoder.errors import CheckpointError, ConfigError, DataError
+from encoder.fluxvit import FluxViT
+
+
+@dataclass(frozen=True)
+class EncoderSource:
+    """A size with changed settings, or weights to start from (official file or saved folder)."""
+
+    size: str = "micro"
+    init: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> FluxViTConfig:
+        """Dimensions of a new encoder; raises ConfigError."""
+        if self.size not in SIZES:
+            raise ConfigError(f"encoder.size must be one of {', '.join(SIZES)}, not {self.size!r}.")
+        return FluxViTConfig.from_dict({**SIZES[self.size].to_dict(), **self.settings})
+
+    def build(self) -> FluxViT:
+        """The encoder; raises ConfigError or CheckpointError."""
+        return FluxViT(self.config()) if self.init is None else load_encoder(self.init)
+
+
+def check_token_counts(num_tokens: Sequence[int], **per_count: Sequence[Any] | None) -> None:
+    """Raises ConfigError unless counts are positive and largest first.
+
+    per_count: settings that must hold one value for each count, or be None.
+    """
+    if not num_tokens or min(num_tokens) < 1 or list(num_tokens) != sorted(num_tokens, reverse=True):
+        raise ConfigError(f"num_tokens must be positive, largest first, not {list(num_tokens)}.")
+    for name, values in per_count.items():
+        if values is not None and len(values) != len(num_tokens):
+            raise ConfigError(f"{name} must hold one value for each of {len(num_tokens)} token counts.")
+
+
+def pool_heads(num_tokens: Sequence[int], pools: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Pooling head of each token count: `pools`, or 0 for the first, 1 for the second; 1 for a single one."""
+    if pools is not None:
+        return pools
+    return (1,) if len(num_tokens) == 1 else tuple(range(len(num_tokens)))
 
 
 def read_head_map(path: str | Path, classes: Sequence[str]) -> list[int]:
