@@ -26,7 +26,7 @@ from encoder.budget import Plan
 from encoder.errors import VideoError
 from encoder.preprocess import centre, preprocess
 from encoder.selection import Selector, select
-from encoder.video.digest import WHOLE_BYTES, file_digest
+from encoder.video.digest import WHOLE_BYTES, file_digest, file_state
 from encoder.video.geometry import fit_within
 from encoder.video.in_memory import shrink
 from encoder.video.reader import DEFAULT_LIMITS, Clip, Limits, VideoInfo, probe, read_clip
@@ -37,8 +37,6 @@ from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import Visual
 
 THUMBNAIL = 320  # pixels of the longer side
-FILE_STATE = ("dev", "ino", "size", "mtime_ns", "ctime_ns")  # of os.stat: another value, another file
-SETTLED_S = 2.0  # clocks of file systems take no longer step
 MOST_INFOS = 4096
 
 
@@ -106,8 +104,7 @@ class Vision:
         self._model, self._worker = model, worker
         self._trusted, self._limits = trusted, limits
         self._sources = HeldSources(limits)
-        # By file_state; with whether the file was settled when it was probed.
-        self._infos: ByteLRU[tuple[VideoInfo, bool]] = ByteLRU(MOST_INFOS, lambda _: 1)
+        self._infos: ByteLRU[VideoInfo] = ByteLRU(MOST_INFOS, lambda _: 1)
         self._clips: ByteLRU[Clip] = ByteLRU(cache_bytes // 2, lambda clip: clip.frames.nbytes)
         self._encoded: ByteLRU[EncodedVideo] = ByteLRU(cache_bytes // 2, lambda video: video.bytes)
 
@@ -179,18 +176,15 @@ class Vision:
         source = held.source
         if isinstance(source, Clip):
             return source.info
-        state = file_state(source)
-        if state is not None and (known := self._infos.get(state)) is not None:
-            info, settled = known
-            if settled or _same_content(source, info):
-                return info
+        key = _file_key(source)
+        if key is not None and (known := self._infos.get(key)) is not None:
+            return known
         try:
             info = probe(source, trusted=self._trusted, limits=self._limits, name=label)
         except VideoError as error:
             raise with_name(error, label) from error.__cause__
-        if state is not None:
-            # A file just written may be written again within the clock's step, and have the same state.
-            self._infos.put(state, (info, time.time() - state[-1] / 1e9 > SETTLED_S))
+        if key is not None:
+            self._infos.put(info.digest if isinstance(key, str) else key, info)
         return info
 
     def _clip(self, video: OpenedVideo, plan: Plan, scope: str) -> Clip:
@@ -267,16 +261,13 @@ def _kept_tokens(clip: Clip, plan: Plan, indices: Tensor) -> KeptTokens:
     return KeptTokens(times, clip.duration_s, grid, tuple(indices.tolist()))
 
 
-def file_state(source: Any) -> tuple[Any, ...] | None:
-    """Path and FILE_STATE of a file that stands under its path; None for any other source."""
-    if not isinstance(source, (str, os.PathLike)) or not os.path.isfile(source):
+def _file_key(source: Any) -> Hashable | None:
+    """What an unchanged file is known by: its state in the file system, or its digest."""
+    if not isinstance(source, (str, os.PathLike)):
         return None
-    status = os.stat(source)
-    return (os.path.abspath(source), *(getattr(status, f"st_{name}") for name in FILE_STATE))
-
-
-def _same_content(path: Any, info: VideoInfo) -> bool:
-    """Whether a file still has the content that was probed, where hashing it is quicker than a probe."""
-    with contextlib.suppress(OSError, VideoError):
-        return os.path.getsize(path) <= WHOLE_BYTES and file_digest(path) == info.digest
-    return False
+    if (state := file_state(source)) is not None:
+        return state
+    with contextlib.suppress(OSError, VideoError):  # just written: hashing is quicker than a probe
+        if os.path.isfile(source) and os.path.getsize(source) <= WHOLE_BYTES:
+            return file_digest(source)
+    return None

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from encoder.budget import PlanRow, PlanTable
-from encoder.checkpoint import save_json
+from encoder.checkpoint import save_json, weights_hash
 from encoder.errors import ConfigError
 from encoder.selection import Selector
 from llm_bridge.model import VideoLanguageModel, VLMConfig
@@ -49,7 +49,6 @@ from training.evaluation.provenance import (
     about_encoder,
     about_model,
     about_world,
-    weights_hash,
     write_result,
 )
 from training.evaluation.synthetic_chat import answer_share, evaluate_world

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from encoder.checkpoint import weights_hash
 from encoder.config import FluxViTConfig
 from encoder.errors import ConfigError
 from llm_bridge.text_encoders.text_towers import MINILM, SentenceTower, Tower, open_tower
@@ -27,7 +28,7 @@ from training.evaluation.encoder_input import EncoderInput, unmasked
 from training.evaluation.encoder_run import EncoderRun
 from training.evaluation.frozen_encoder import ClipHead, FrozenEncoder, read_clip_head
 from training.evaluation.journal import Journal, Sharing
-from training.evaluation.provenance import about_encoder, weights_hash, write_result
+from training.evaluation.provenance import about_encoder, write_result
 from training.evaluation.retrieval import evaluate_retrieval, retrieval_table
 from training.evaluation.synthetic_encoder import WorldClips, encoder_table, evaluate_encoder
 from training.evaluation.views import Views

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from encoder.checkpoint import save_json
+from encoder.checkpoint import save_json, weights_hash
 from llm_bridge.model import VideoLanguageModel
 from training.data.synthetic_source import WorldSource
 from training.evaluation.frozen_encoder import FrozenEncoder
@@ -23,16 +22,6 @@ from training.evaluation.views import Views
 
 DECODER = "auto (decord for trusted files, else PyAV)"
 INTERVAL = "Wilson, 95 % (means over tasks: MOVER)"
-
-
-def weights_hash(*modules: nn.Module) -> str:
-    """BLAKE2b over names, shapes and bytes of all parameters and buffers (24 hex digits)."""
-    digest = hashlib.blake2b(digest_size=12)
-    for module in modules:
-        for name, value in sorted(module.state_dict().items()):
-            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def about_encoder(

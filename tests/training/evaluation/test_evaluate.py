@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from encoder.checkpoint import save_tensors
+from encoder.checkpoint import save_tensors, weights_hash
 from encoder.errors import CheckpointError, DataError
 from encoder.fluxvit import FluxViT
 from tests.encoder.video import video_files as vf
@@ -18,7 +18,6 @@ from tests.training.synthetic.tiny_world import TINY, command, make_encoder
 from training.evaluate import main
 from training.evaluation.frozen_encoder import read_clip_head
 from training.evaluation.journal import Journal, Sharing, run_blocks
-from training.evaluation.provenance import weights_hash
 
 PROVENANCE = {
     *("command", "commit", "recipe", "decoder", "machine", "weights", "dtype", "views", "pool", "seed"),
