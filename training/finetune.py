@@ -267,7 +267,7 @@ def measure(
     from tqdm.auto import tqdm
 
     rank, ranks = rank_of()
-    counts = views.counts or model.recipe.num_tokens
+    counts = views.num_tokens or model.recipe.num_tokens
     model.eval()
     accuracy = view_accuracy(
         lambda pixels: model.classify(pixels, counts),

@@ -54,7 +54,7 @@ def values(data: Path, out: Path, **changes: Any) -> dict[str, Any]:
         "held_out": [source],
         "grid": {"frames": [2, 6, 2], "resolutions": [56, 84, 14], "tokens": [48, 100]},
         "augment": {"crop": "resized", "area": [0.5, 1.0], "rand_augment": [9, 0.5]},
-        "test": {"frames": 4, "resolution": 56, "clips": 2, "crops": 3, "counts": [48, 8]},
+        "test": {"frames": 4, "resolution": 56, "clips": 2, "crops": 3, "num_tokens": [48, 8]},
         "num_tokens": [48, 32, 16],
         "optim": {"lr": 5e-3, "batch_size": 4, "micro_batch": 2, "epochs": 2, "layer_decay": 0.75},
         "loop": {"out": str(out), "precision": "fp32", "checkpoint_every": 1, "keep_checkpoints": 99},

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -113,15 +114,18 @@ def load_views(
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """The `test` part of a recipe: frames x resolution of each view, and how many clips and crops of them;
-    counts: token counts to test (none: those that are trained); examples: only the first so many, 0 for all.
+    """The `test` part of a recipe: frames x resolution of each view, and how many clips and crops of them.
+
+    num_tokens: kept tokens to test (none: those trained). examples: only the first so many, 0 for all.
     """
+
+    renamed: ClassVar[dict[str, str]] = {"counts": "num_tokens"}
 
     frames: int = 12
     resolution: int = 224
     clips: int = 4
     crops: int = 3
-    counts: tuple[int, ...] = ()
+    num_tokens: tuple[int, ...] = ()
     examples: int = 0
 
     def __post_init__(self) -> None:

@@ -151,6 +151,7 @@ def test_a_stage_of_another_name_is_one_sentence(stage: str, folder: Path) -> No
     [
         ("cpu/umt.yaml", "counts=[3]", "the setting 'counts' is now named 'num_tokens'."),
         ("cpu/finetune.yaml", "counts=[3]", "the setting 'counts' is now named 'num_tokens'."),
+        ("cpu/finetune.yaml", "test.counts=[3]", "test: the setting 'counts' is now named 'num_tokens'."),
         ("cpu/clip.yaml", "keeps=[3]", "the setting 'keeps' is now named 'num_tokens'."),
         ("cpu/chat_lora.yaml", "keeps=[3]", "the setting 'keeps' is now named 'num_tokens'."),
         (
