@@ -134,7 +134,7 @@ def test_recipes_that_do_not_fit_the_encoder(corpus: Path, tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="3 pools, no pool 3"):
         ClipStage(recipe(corpus, tmp_path, pool=3))
     grid = {"frames": [4, 5, 1], "resolutions": [64, 65, 1], "tokens": [1, 999], "patch_size": 16}
-    with pytest.raises(ConfigError, match="the encoder's, 14"):
+    with pytest.raises(ConfigError, match="must be 14, the encoder's"):
         ClipStage(recipe(corpus, tmp_path, grid=grid))
 
 
