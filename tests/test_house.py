@@ -1,6 +1,7 @@
 """The rules of the house: who may import whom, and what an import may cost."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
+from tests.journeys import circles, main
 
 ROOMS = {
     "encoder": set(),
@@ -40,6 +42,17 @@ def test_the_encoder_knows_only_torch_and_pixels() -> None:
     for path in (ROOT / "encoder").rglob("*.py"):
         foreign = imports(path) - set(sys.stdlib_module_names) - ENCODER_LIBRARIES - {"encoder"}
         assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circles(ROOT, lazy=False) == []
+
+
+def test_a_journey_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--only", "selection"]) == 0
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])["journeys"]["now"]["selection"]
+    assert 1 <= measured["files"] <= 2
+    assert measured["functions"] >= 5  # select_flux and what it calls
 
 
 @pytest.mark.parametrize("room", ROOMS)
