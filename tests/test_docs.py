@@ -1,4 +1,4 @@
-"""What README and docs/ name exists: commands and their options, make targets, modules, paths, Python names."""
+"""What README and docs/ name exists: commands and options, make targets, modules, paths, Python names."""
 
 from __future__ import annotations
 
