@@ -104,6 +104,17 @@ def test_python_examples_compile(text: Path) -> None:
             assert set(re.split(r",\s*", names)) <= set(fluxchat.__all__)
 
 
+def test_routes_and_fields_of_the_http_reference_exist() -> None:
+    text = (ROOT / "docs" / "reference" / "http.md").read_text()
+    server = "\n".join(path.read_text() for path in (ROOT / "app" / "server").rglob("*.py"))
+    for route in re.findall(r"`(?:GET|POST|DELETE) (/[^`]*)`", text):
+        assert f'"{route}"' in server, route
+    fields = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*) \| [vhs]", text, flags=re.MULTILINE)))
+    assert {"token_budget", "selector", "top_k"} <= set(fields)
+    for field in fields:
+        assert re.search(rf"^    {field}: ", server, flags=re.MULTILINE), field
+
+
 def test_the_recipe_of_the_training_guide_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from training.chat_stage1 import Stage1Recipe
     from training.trainer.recipe import read_recipe
