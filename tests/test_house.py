@@ -48,6 +48,40 @@ def test_no_modules_import_each_other() -> None:
     assert circles(ROOT, lazy=False) == []
 
 
+def defined(path: Path) -> set[str]:
+    """Names that a module has at its top, those in `if` and `try` included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "tests"])
+def test_imports_inside_functions_name_what_exists(room: str) -> None:
+    """Those of a benchmark or of a rare path run late: a renamed module would be missed there."""
+    for path in (ROOT / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] not in [
+                *ROOMS,
+                "tests",
+            ]:
+                continue
+            place = ROOT.joinpath(*str(node.module).split("."))
+            file = place.with_suffix(".py") if place.with_suffix(".py").exists() else place / "__init__.py"
+            where = f"{path.relative_to(ROOT)}, line {node.lineno}"
+            assert file.exists(), f"{where} imports {node.module}"
+            known = defined(file)
+            for alias in node.names:
+                inside = (place / f"{alias.name}.py").exists() or (place / alias.name).is_dir()
+                lazy = "__getattr__" in known  # names that are made when they are asked for
+                assert alias.name in known or inside or lazy, f"{where} imports {alias.name}"
+
+
 def test_a_journey_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--only", "selection"]) == 0
     measured = json.loads(capsys.readouterr().out.splitlines()[-1])["journeys"]["now"]["selection"]
