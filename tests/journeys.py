@@ -45,11 +45,16 @@ OLD_NAMES: dict[str, str] = {}  # settings of recipes: their name now, their nam
 # -- the recorder: runs in a process of the tree that is measured -------------------------------------------
 
 
+def prefixes(tree: Path) -> tuple[str, ...]:
+    """What the paths of the tree's shipped files begin with."""
+    return tuple(str(tree / room) + os.sep for room in ROOMS)
+
+
 class Recorder:
     """Counts calls into files of `tree` on all threads while `on` is true."""
 
     def __init__(self, tree: Path) -> None:
-        self.prefixes = tuple(str(tree / room) + os.sep for room in ROOMS)
+        self.prefixes = prefixes(tree)
         self.on = False
         self.start()
 
@@ -98,7 +103,7 @@ def importing(frame):
     return False
 def listen(frame, event, _, last=[""]):
     name = frame.f_code.co_filename
-    if event == "call" and name != last[0] and name.startswith({root!r}) and not importing(frame):
+    if event == "call" and name != last[0] and name.startswith({prefixes!r}) and not importing(frame):
         last[0] = name
         os.write({pipe}, name.encode() + b"\\n")
 sys.setprofile(listen)
@@ -127,7 +132,7 @@ def decoding_children(tree: Path) -> Iterator[Callable[[], set[str]]]:
         def __init__(self, command: Any, **options: Any) -> None:
             if isinstance(command, list) and "-c" in command:
                 code = command.index("-c") + 1
-                listener = IN_CHILD.format(root=str(tree) + os.sep, pipe=writing)
+                listener = IN_CHILD.format(prefixes=prefixes(tree), pipe=writing)
                 command = [*command[:code], f"{listener}\n{command[code]}", *command[code + 1 :]]
                 options["pass_fds"] = (*options.get("pass_fds", ()), writing)
             super().__init__(command, **options)
@@ -430,9 +435,7 @@ def main(argv: list[str] | None = None) -> int:
             prepare(Path(data))
         results = {"now": travel(tree, args.only, Path(data), args.list)}
         if args.against:
-            results[args.against] = travel(
-                stack.enter_context(checked_out(args.against)), args.only, Path(data)
-            )
+            results[args.against] = travel(other, args.only, Path(data), args.list)
     print(table(results, args.only))
     print(json.dumps({"journeys": results}))
     return 0
