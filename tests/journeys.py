@@ -435,6 +435,7 @@ def main(argv: list[str] | None = None) -> int:
             prepare(Path(data))
         results = {"now": travel(tree, args.only, Path(data), args.list)}
         if args.against:
+            other = stack.enter_context(checked_out(args.against))
             results[args.against] = travel(other, args.only, Path(data), args.list)
     print(table(results, args.only))
     print(json.dumps({"journeys": results}))
