@@ -24,6 +24,7 @@ TEXTS = (
 PICTURES = ("app/page/theme/page.png", "training/budget.png", "training/results/*.png")
 # Pages of the reference: a room, and the modules whose public names are described.
 ROOMS = {
+    "app": ("app/answer.py", "app/conversation.py", "app/estimate.py", "app/messages.py", "app/streaming.py"),
     "encoder": ("encoder/*.py", "encoder/video/reader.py"),
     "llm_bridge": ("llm_bridge/*.py",),
     "training": ("training/trainer/*.py",),
