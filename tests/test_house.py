@@ -97,6 +97,15 @@ def test_importing_a_room_loads_no_heavy_library(room: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_docker_gets_what_it_copies() -> None:
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    copied = {name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]}
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied <= allowed
+    assert all((ROOT / name).exists() for name in allowed)
+    assert {*ROOMS, "fluxchat.py"} <= copied
+
+
 def test_nothing_names_a_machine() -> None:
     files = subprocess.run(
         ["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True
