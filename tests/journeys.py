@@ -39,7 +39,8 @@ JOURNEYS = {
 STEPS = 6  # of a training journey: the first is the warm-up, the others are counted
 MODULES = {"umt": "umt", "stage1": "chat_stage1"}
 STUDENT = {"embed_dim": 32, "depth": 2, "num_heads": 2, "pool_heads": 2, "clip_embed_dim": 16}
-OLD_NAMES: dict[str, str] = {}  # settings of recipes: their name now, their name in trees without fluxchat.py
+# How older trees call the setting `num_tokens` of a recipe.
+NUM_TOKENS = {"umt": "counts", "stage1": "keeps"}
 
 
 # -- the recorder: runs in a process of the tree that is measured -------------------------------------------
@@ -258,11 +259,11 @@ def prepare(folder: Path) -> None:
     (folder / "talks.json").write_text(json.dumps(talks))
 
 
-def recipe_text(journey: str, folder: Path, *, old: bool) -> str:
-    """The recipe of a training journey. old: with the names of settings in trees without fluxchat.py."""
+def recipe_text(journey: str, folder: Path, tree: Path) -> str:
+    """The recipe of a training journey, in the words of `tree`."""
     from tests.training.distill.tiny_teachers import NARROW
 
-    loop = {"out": str(folder / f"run_{journey}_{'old' if old else 'new'}"), "precision": "fp32"}
+    loop = {"out": tempfile.mkdtemp(dir=folder), "precision": "fp32"}
     recipe: dict[str, Any] = {
         "optim": {"lr": 1e-3, "batch_size": 4, "micro_batch": 4, "epochs": STEPS},
         "loop": {**loop, "max_steps": STEPS, "checkpoint_every": 1000},
@@ -276,7 +277,7 @@ def recipe_text(journey: str, folder: Path, *, old: bool) -> str:
             "grid": {"frames": [2, 10, 2], "resolutions": [42, 84, 14], "tokens": [36, 72]},
             "augment": {"crop": "multiscale", "flip": 0.5},
             "teacher_tokens": 36,
-            "counts": [36, 24, 12],
+            "num_tokens": [36, 24, 12],
         }
     else:
         recipe |= {
@@ -284,12 +285,12 @@ def recipe_text(journey: str, folder: Path, *, old: bool) -> str:
             "datasets": [{"json_path": str(folder / "talks.json"), "data_root": str(folder)}],
             "frames": 4,
             "resolution": 56,
-            "keeps": [8, 16],
+            "num_tokens": [8, 16],
             "template": "chat",
         }
-    names = OLD_NAMES if old else {}
-    recipe = {names.get(name, name): value for name, value in recipe.items()}
-    if not old:
+    if "num_tokens: tuple" not in (tree / "training" / "umt.py").read_text():
+        recipe[NUM_TOKENS[journey]] = recipe.pop("num_tokens")
+    if (tree / "fluxchat.py").exists():  # trees before it have recipes without a stage
         recipe["stage"] = MODULES[journey]
     return json.dumps(recipe)  # which is YAML, too
 
@@ -385,7 +386,7 @@ def travel(tree: Path, names: list[str], folder: Path, listed: bool) -> dict[str
         command += ["--tree", str(tree)]
         if name in MODULES:
             recipe = folder / f"{name}.yaml"
-            recipe.write_text(recipe_text(name, folder, old=not (tree / "fluxchat.py").exists()))
+            recipe.write_text(recipe_text(name, folder, tree))
             command += ["--recipe", str(recipe)]
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
