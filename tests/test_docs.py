@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 
@@ -102,6 +103,23 @@ def test_python_examples_compile(text: Path) -> None:
         compile(block, str(text), "exec")
         for names in re.findall(r"^from fluxchat import (.*)$", block, flags=re.MULTILINE):
             assert set(re.split(r",\s*", names)) <= set(fluxchat.__all__)
+
+
+def test_stages_take_the_recipes_and_settings_that_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    stages = set()
+    for text in TEXTS:
+        lines = "".join(blocks(text, "console")).replace("\\\n", " ").splitlines()
+        for stage, options in re.findall(
+            r"-m training\.(\w+) +(--config training/[^#\n]*)", "\n".join(lines)
+        ):
+            arguments = [option for option in options.split() if option != "--test"]
+            status = import_module(f"training.{stage}").main([*arguments, "--print"])
+            assert status == 0, f"{text.name}, {stage} {options}: {capsys.readouterr().err}"
+            stages.add(stage)
+    assert {"umt", "finetune", "clip", "projector_warmup", "chat_stage1", "chat_lora"} <= stages
 
 
 def test_routes_and_fields_of_the_http_reference_exist() -> None:
