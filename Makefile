@@ -1,7 +1,7 @@
 # make demo   the page with the shipped model      make test    the tests
 # make setup  the .venv (done by every target)     make check   lint, format, types
 # make model  train the shipped model from nothing make bench   every benchmark, one JSON line each
-# make gpu    right and fast on a GPU, in minutes  (DEVICE=cpu: the same paths, tiny)
+# make docs   the pages and the API reference      make gpu    right and fast on a GPU, in minutes
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 # Without an NVIDIA GPU the CPU build of torch is enough, and gigabytes smaller.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 
-.PHONY: setup demo test test-slow check bench gpu model clean
+.PHONY: setup demo test test-slow check docs lowest bench gpu model clean
 
 setup: $(VENV)/.complete
 
@@ -37,6 +37,19 @@ check: setup
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
+# Into site/, without network; a warning is an error.
+docs: setup
+	@$(PY) -m mkdocs build --strict
+
+# The lowest versions of what FluxChat needs, in an environment of their own; needs uv and Python 3.11 or older.
+LOWEST := build/lowest
+lowest:
+	@$(PYTHON) -m uv venv -q --allow-existing --python $(PYTHON) $(LOWEST)
+	@$(PYTHON) -m uv pip install -q --python $(LOWEST)/bin/python --resolution lowest-direct -e . \
+		'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100' 'tokenizers>=0.20'
+	@$(LOWEST)/bin/python -m llm_bridge.assets.fetch
+	@$(LOWEST)/bin/python -m pytest -m "not slow" tests/llm_bridge tests/app/test_chat.py tests/app/test_cli.py
+
 # Resumes where it was stopped; some hours on two cores.
 RUNS := runs/box
 RECIPE = --config training/recipes/$(1).yaml --resume
@@ -62,10 +75,10 @@ model: setup
 bench: setup
 	@for name in encoder decode estimate second_turn start stage1 serve; do $(PY) -m tests.bench.$$name || exit 1; done
 
-# Runs where nothing can be installed: whatever python has torch and transformers.
+# DEVICE=cpu takes the same paths, tiny. Runs where nothing can be installed: whatever python has torch and transformers.
 GPU_PY = $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 gpu:
 	@$(GPU_PY) -m tests.bench.gpu $(if $(DEVICE),--device $(DEVICE)) $(if $(ONLY),--only $(ONLY))
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -53,7 +53,9 @@ def test_a_file_in_the_way_is_named_in_one_sentence(tmp_path: Path, name: str) -
 def test_a_wheel_answers_in_an_empty_folder(tmp_path: Path) -> None:
     pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
     source = tmp_path / "source"  # building leaves files beside the sources
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "tests"))
+    shutil.copytree(
+        ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "site", "runs", "*.egg-info", "tests")
+    )
     build = [*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
     subprocess.run(build, check=True, capture_output=True)
     wheel = next(tmp_path.glob("fluxchat-*.whl"))
@@ -70,3 +72,11 @@ def test_a_wheel_answers_in_an_empty_folder(tmp_path: Path) -> None:
     place, answer = ran.stdout.strip().splitlines()
     assert Path(place).is_relative_to(site)
     assert "saucer" in answer.lower()
+
+    (empty / "app.py").write_text("raise SystemExit('the foreign file ran')\n")
+    ran = run("import fluxchat\ntry: fluxchat.VideoChat\nexcept ImportError as e: print(e)", empty, site)
+    assert "rename it" in ran.stdout
+    ask = [sys.executable, str(site / "bin" / "fluxchat"), "ask", str(clip), "What is it?", "--budget", "64"]
+    env = {**os.environ, "PYTHONPATH": str(site)}  # a script's own folder comes first, not the current one
+    ran = subprocess.run(ask, cwd=empty, env=env, capture_output=True, text=True)
+    assert "saucer" in ran.stdout.lower(), ran.stderr

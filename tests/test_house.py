@@ -1,6 +1,7 @@
 """The rules of the house: who may import whom, and what an import may cost."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
+from tests.journeys import circles, main
 
 ROOMS = {
     "encoder": set(),
@@ -42,12 +44,66 @@ def test_the_encoder_knows_only_torch_and_pixels() -> None:
         assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"
 
 
+def test_no_modules_import_each_other() -> None:
+    assert circles(ROOT, lazy=False) == []
+
+
+def defined(path: Path) -> set[str]:
+    """Names that a module has at its top, those in `if` and `try` included."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return names
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "tests"])
+def test_imports_inside_functions_name_what_exists(room: str) -> None:
+    """Those of a benchmark or of a rare path run late: a renamed module would be missed there."""
+    for path in (ROOT / room).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] not in [
+                *ROOMS,
+                "tests",
+            ]:
+                continue
+            place = ROOT.joinpath(*str(node.module).split("."))
+            file = place.with_suffix(".py") if place.with_suffix(".py").exists() else place / "__init__.py"
+            where = f"{path.relative_to(ROOT)}, line {node.lineno}"
+            assert file.exists(), f"{where} imports {node.module}"
+            known = defined(file)
+            for alias in node.names:
+                inside = (place / f"{alias.name}.py").exists() or (place / alias.name).is_dir()
+                lazy = "__getattr__" in known  # names that are made when they are asked for
+                assert alias.name in known or inside or lazy, f"{where} imports {alias.name}"
+
+
+def test_a_journey_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--only", "selection"]) == 0
+    measured = json.loads(capsys.readouterr().out.splitlines()[-1])["journeys"]["now"]["selection"]
+    assert 1 <= measured["files"] <= 2
+    assert measured["functions"] >= 5  # select_flux and what it calls
+
+
 @pytest.mark.parametrize("room", ROOMS)
 def test_importing_a_room_loads_no_heavy_library(room: str) -> None:
     heavy = ["torch", "transformers", "gradio", "decord", "av", "accelerate", "peft", "bitsandbytes"]
     code = f"import sys, {room}; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_docker_gets_what_it_copies() -> None:
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    copied = {name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]}
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert copied <= allowed
+    assert all((ROOT / name).exists() for name in allowed)
+    assert {*ROOMS, "fluxchat.py"} <= copied
 
 
 def test_nothing_names_a_machine() -> None:
