@@ -45,7 +45,7 @@ examples:
   fluxchat web --host 0.0.0.0 --auth ann:secret --api-key k    others log in, programs send the key
   fluxchat web --host 0.0.0.0 --api-keys keys.txt              a key for each, with its own rate and quota
 
-programs (any OpenAI client; more extras in the README):
+programs (any OpenAI client; all fields: docs/reference/http.md):
   curl http://127.0.0.1:7860/v1/files -F file=@clip.mp4                              gives an id
   curl http://127.0.0.1:7860/v1/chat/completions -H 'Content-Type: application/json' -d '{
     "model": "fluxchat", "token_budget": 128, "messages": [{"role": "user", "content": [

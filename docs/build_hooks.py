@@ -21,10 +21,10 @@ TEXTS = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
 )
-PICTURES = ("app/page/theme/page.png", "training/budget.png", "training/results/*.png")
+PICTURES = ("app/page/theme/page.png", "training/budget.png", "training/result_files/tokens/*.png")
 # Pages of the reference: a room, and the modules whose public names are described.
 ROOMS = {
-    "app": ("app/answer.py", "app/conversation.py", "app/estimate.py", "app/messages.py", "app/streaming.py"),
+    "app": ("app/answer.py", "app/conversation.py", "app/estimate.py", "app/messages.py", "app/streaming.py", "app/vision.py"),
     "encoder": ("encoder/*.py", "encoder/video/reader.py"),
     "llm_bridge": ("llm_bridge/*.py",),
     "training": ("training/trainer/*.py",),
