@@ -24,7 +24,14 @@ TEXTS = (
 PICTURES = ("app/page/theme/page.png", "training/budget.png", "training/result_files/tokens/*.png")
 # Pages of the reference: a room, and the modules whose public names are described.
 ROOMS = {
-    "app": ("app/answer.py", "app/conversation.py", "app/estimate.py", "app/messages.py", "app/streaming.py", "app/vision.py"),
+    "app": (
+        "app/answer.py",
+        "app/conversation.py",
+        "app/estimate.py",
+        "app/messages.py",
+        "app/streaming.py",
+        "app/vision.py",
+    ),
     "encoder": ("encoder/*.py", "encoder/video/reader.py"),
     "llm_bridge": ("llm_bridge/*.py",),
     "training": ("training/trainer/*.py",),
