@@ -21,7 +21,7 @@ TEXTS = (
     "CONTRIBUTING.md",
     "CHANGELOG.md",
 )
-PICTURES = ("app/page/theme/page.png", "training/budget.png", "training/result_files/tokens/*.png")
+PICTURES = ("training/budget.png", "training/result_files/tokens/*.png")
 # Pages of the reference: a room, and the modules whose public names are described.
 ROOMS = {
     "app": (

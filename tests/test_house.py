@@ -4,6 +4,7 @@ import ast
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ def test_no_modules_import_each_other() -> None:
     assert circles(ROOT, lazy=False) == []
 
 
+@cache
 def defined(path: Path) -> set[str]:
     """Names that a module has at its top, those in `if` and `try` included."""
     names: set[str] = set()

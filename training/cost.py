@@ -310,7 +310,7 @@ def text_tower(source: str | None, tokens: int, *, learns: bool) -> tuple[Part, 
         elif source is not None:
             model = AutoModel.from_config(known_config(source, "text_tower"), trust_remote_code=False)
         else:
-            model = AutoModel.from_config(config_of(MINILM))
+            model = AutoModel.from_config(config_of(MINILM), trust_remote_code=False)
     model.requires_grad_(learns)
 
     def run() -> Tensor:

@@ -51,6 +51,7 @@ def test_build_refuses_a_folder_that_is_not_empty(space: Path) -> None:
     assert "is not empty" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_built_space_runs(space: Path, tiny_model: VideoLanguageModel, tmp_path: Path) -> None:
     tiny_model.save_pretrained(tmp_path / "model")
     env = {

@@ -194,6 +194,7 @@ def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in text
 
 
+@pytest.mark.slow
 def test_gradio_client_asks_and_estimates(tiny_model: VideoLanguageModel, tmp_path: Path) -> None:
     video = vf.write(tmp_path / "v.mp4", vf.steady(10))
     with (

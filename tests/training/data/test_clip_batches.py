@@ -148,6 +148,7 @@ def loss_and_gradients(rows: slice) -> tuple[float, list[torch.Tensor]]:
     return loss.item(), [p.grad for p in parameters if p.grad is not None]
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_contrastive_batch(tmp_path: Path) -> None:
     loss, gradients = loss_and_gradients(slice(None))
     torch.multiprocessing.spawn(rank_of_two, (str(tmp_path),), nprocs=2)
