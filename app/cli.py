@@ -82,6 +82,7 @@ STAGES = (
     "evaluate",
     "optimize_tokens",
 )
+RENAMED_STAGES = {"warm_start": "projector_warmup"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -91,6 +92,15 @@ class Parser(argparse.ArgumentParser):
         message = " ".join(message.split())
         message = message if len(message) <= 300 else f"{message[:300]}..."
         self.exit(2, f"fluxchat: {message}; see {self.prog} --help\n")
+
+
+def stage_name(text: str) -> str:
+    """A command of `training`; raises ArgumentTypeError."""
+    if new := RENAMED_STAGES.get(text):
+        raise argparse.ArgumentTypeError(f"{text} is now called {new}")
+    if text not in STAGES:
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(STAGES)}")
+    return text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -148,7 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=TRAIN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.add_argument("stage", choices=STAGES, metavar="STAGE", help=", ".join(STAGES))
+    train.add_argument("stage", type=stage_name, metavar="STAGE", help=", ".join(STAGES))
     options = train.add_argument(
         "options", nargs=argparse.REMAINDER, help="what the stage takes; see STAGE --help"
     )

@@ -371,7 +371,9 @@ def checked_out(revision: str) -> Iterator[Path]:
     git = ["git", "-C", str(ROOT), "worktree"]
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder).resolve() / "tree"
-        subprocess.run([*git, "add", "-q", "--detach", str(tree), revision], check=True)
+        added = subprocess.run([*git, "add", "-q", "--detach", str(tree), revision], capture_output=True)
+        if added.returncode:
+            raise SystemExit(f"There is no commit {revision} here that git can check out: name another.")
         try:
             yield tree
         finally:
@@ -427,6 +429,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recipe", type=Path, default=Path(), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     tree = args.tree.resolve()
+    if not (tree / "encoder").is_dir():
+        parser.error(f"{args.tree} holds no tree of FluxChat: name a folder with encoder/ in it")
     if args.measure:
         sys.path[0] = str(tree)  # in place of this file's folder
         print(json.dumps(measure(tree, args.measure, args.recipe)))

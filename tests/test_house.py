@@ -84,6 +84,15 @@ def test_imports_inside_functions_name_what_exists(room: str) -> None:
                 assert alias.name in known or inside or lazy, f"{where} imports {alias.name}"
 
 
+@pytest.mark.parametrize("options", [["--tree", "nowhere"], ["--against", "nowhere", "--only", "selection"]])
+def test_a_journey_through_nowhere_is_one_line(options: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(options)
+    said = f"{ended.value} {capfd.readouterr().err}"
+    assert "nowhere" in said
+    assert "Traceback" not in said
+
+
 def test_a_journey_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--only", "selection"]) == 0
     measured = json.loads(capsys.readouterr().out.splitlines()[-1])["journeys"]["now"]["selection"]

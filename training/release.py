@@ -1,4 +1,4 @@
-"""Make the released model's folder: weights, example clips with the model's own answers, a card with figures.
+r"""Make the released model's folder: weights, example clips with the model's own answers, a card.
 
     python -m training.release --model runs/box/chat_lora_answers/model --figures runs/box/world.json \
         --alignment runs/box/clip/alignment.safetensors

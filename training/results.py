@@ -303,7 +303,8 @@ def run(args: argparse.Namespace) -> None:
         store(Path(args.results), folder)
     if not folder.is_dir():
         raise DataError(
-            f"There are no result files in {folder}: measure some, or name their folder (--results)."
+            f"There are no result files in {args.results or folder}: measure some, "
+            "or name their folder (--results)."
         )
     text = page(folder)
     with atomic_path(target) as temporary:

@@ -231,6 +231,12 @@ def test_train_is_the_stage_s_own_command(monkeypatch: pytest.MonkeyPatch) -> No
     assert began == [[sys.executable, "-m", "training.umt", "--config", "x.yaml", "optim.lr=1", "--help"]]
 
 
+def test_an_old_name_of_a_stage_is_told_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "warm_start"])
+    assert "warm_start is now called projector_warmup" in capsys.readouterr().err
+
+
 def test_every_stage_of_train_is_a_module() -> None:
     root = ROOT / "training"
     assert all((root / f"{stage}.py").is_file() for stage in STAGES)

@@ -68,7 +68,7 @@ class DatasetConfig(Asking):
     corpus: str | None = None
     video_read_type: str | None = None
 
-    renamed: ClassVar[dict[str, str]] = {"favour": "task_weights"}
+    renamed: ClassVar[dict[str, str]] = {"favour": "task_weights (a table: {task: 1 + times named})"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -82,7 +82,7 @@ def parse_command(
     for name, text in (flags or {}).items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     recipe = read_recipe(kind, args.config, args.overrides)
     chosen_flags = frozenset(name for name in flags or {} if getattr(args, name))
     return Command(recipe, args.resume, args.print, chosen_flags)

@@ -175,7 +175,7 @@ def _explain(kind: type[Any], error: Any, values: Any, where: str) -> str:
         hint, value = _inner(hint, key), _value_at(value, key)
     if kind_of_error == "unexpected_keyword_argument":
         if new := getattr(hint, "renamed", {}).get(last):
-            return f"{place}: the setting {last!r} is now named {new!r}."
+            return f"{place}: the setting {last!r} is now named {new}."
         known = [field.name for field in dataclasses.fields(hint)]
         near = _nearest(last, known)
         return f"{place} has the unknown setting {last!r}{near}: known are {', '.join(known)}."

@@ -149,20 +149,20 @@ def test_a_stage_of_another_name_is_one_sentence(stage: str, folder: Path) -> No
 @pytest.mark.parametrize(
     ("recipe", "override", "sentence"),
     [
-        ("cpu/umt.yaml", "counts=[3]", "the setting 'counts' is now named 'num_tokens'."),
-        ("cpu/finetune.yaml", "counts=[3]", "the setting 'counts' is now named 'num_tokens'."),
-        ("cpu/finetune.yaml", "test.counts=[3]", "test: the setting 'counts' is now named 'num_tokens'."),
-        ("cpu/clip.yaml", "keeps=[3]", "the setting 'keeps' is now named 'num_tokens'."),
-        ("cpu/chat_lora.yaml", "keeps=[3]", "the setting 'keeps' is now named 'num_tokens'."),
+        ("cpu/umt.yaml", "counts=[3]", "the setting 'counts' is now named num_tokens."),
+        ("cpu/finetune.yaml", "counts=[3]", "the setting 'counts' is now named num_tokens."),
+        ("cpu/finetune.yaml", "test.counts=[3]", "test: the setting 'counts' is now named num_tokens."),
+        ("cpu/clip.yaml", "keeps=[3]", "the setting 'keeps' is now named num_tokens."),
+        ("cpu/chat_lora.yaml", "keeps=[3]", "the setting 'keeps' is now named num_tokens."),
         (
             "cpu/chat_stage1.yaml",
             "inputs=[{frames: 1, resolution: 14, keep: 1}]",
-            "inputs[0]: the setting 'keep' is now named 'num_tokens'.",
+            "inputs[0]: the setting 'keep' is now named num_tokens.",
         ),
         (
             "cpu/chat_stage1.yaml",
             "datasets.0.favour=[localisation]",
-            "datasets[0]: the setting 'favour' is now named 'task_weights'.",
+            "datasets[0]: the setting 'favour' is now named task_weights (a table: {task: 1 + times named}).",
         ),
     ],
 )
@@ -224,6 +224,14 @@ def test_wrong_settings(override: str, message: str) -> None:
         read_recipe(ClipRecipe, RECIPES / "cpu" / "clip.yaml", [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_settings_stand_on_either_side_of_options(capsys: pytest.CaptureFixture[str]) -> None:
+    main = importlib.import_module("training.umt").main
+    assert main(["--config", str(RECIPES / "cpu/umt.yaml"), "optim.lr=0.5", "--print", "loop.out=there"]) == 0
+    shown = capsys.readouterr().out
+    assert "lr: 0.5" in shown
+    assert "out: there" in shown
 
 
 @pytest.mark.parametrize("content", [None, "[1, 2]", "a: [", "", "optim: {lr: 1e-3}"])
