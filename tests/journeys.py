@@ -436,12 +436,12 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(measure(tree, args.measure, args.recipe)))
         return 0
     with tempfile.TemporaryDirectory() as data, contextlib.ExitStack() as stack:
+        trees = {"now": tree}
+        if args.against:
+            trees[args.against] = stack.enter_context(checked_out(args.against))
         if {"umt", "stage1"} & set(args.only):
             prepare(Path(data))
-        results = {"now": travel(tree, args.only, Path(data), args.list)}
-        if args.against:
-            other = stack.enter_context(checked_out(args.against))
-            results[args.against] = travel(other, args.only, Path(data), args.list)
+        results = {name: travel(place, args.only, Path(data), args.list) for name, place in trees.items()}
     print(table(results, args.only))
     print(json.dumps({"journeys": results}))
     return 0

@@ -18,13 +18,11 @@ from tests import tiny_llms
 
 STEPS = 32
 VISUAL_TOKENS = (3, 40, 1, 120, 17, 64, 90, 8)
+HALF = default_dtype(torch.device("cpu")) == torch.bfloat16  # else this processor emulates it
 DTYPES = [
-    torch.float32,
+    pytest.param(torch.float32, marks=[pytest.mark.slow] if HALF else []),
     pytest.param(
-        torch.bfloat16,
-        marks=pytest.mark.skipif(
-            default_dtype(torch.device("cpu")) != torch.bfloat16, reason="this processor emulates bfloat16"
-        ),
+        torch.bfloat16, marks=pytest.mark.skipif(not HALF, reason="this processor emulates bfloat16")
     ),
 ]
 

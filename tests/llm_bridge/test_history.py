@@ -19,7 +19,7 @@ from tests.llm_bridge.test_batch_invariance import DTYPES
 
 
 @pytest.mark.parametrize(
-    ("count", "cache_tokens"), [(10, 500), pytest.param(40, 4000, marks=pytest.mark.slow)]
+    ("count", "cache_tokens"), [(20, 1000), pytest.param(40, 4000, marks=pytest.mark.slow)]
 )
 def test_random_conversations_get_the_answers_they_get_alone(count: int, cache_tokens: int) -> None:
     result = tiny(count, seed=1, threads=4, cache_tokens=cache_tokens)

@@ -162,6 +162,7 @@ def test_an_answer_that_is_cut_off_teaches_nothing_and_spoils_nothing(
     assert rows[-1]["skipped"] == 0
 
 
+@pytest.mark.slow
 def test_the_real_command_ends_in_one_line_when_nothing_was_learnt(
     stage1_recipe: Path, llava_json: Path, tmp_path: Path
 ) -> None:

@@ -225,6 +225,7 @@ def counted(run: Callable[[], Any]) -> float:
     return counter.get_total_flops() / 2
 
 
+@pytest.mark.slow
 def test_flux_umt_does_what_is_counted(tmp_path: Path) -> None:
     write_stage2(tmp_path / "teacher.pt", SETTINGS)
     source = {"weights": str(tmp_path / "teacher.pt"), "count": 2, "interval": 1.5, "settings": SETTINGS}

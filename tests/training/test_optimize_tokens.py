@@ -183,6 +183,7 @@ def test_the_command(run, cached_world, tmp_path, capsys) -> None:
     assert [r["cells"] for r in again["runs"]] == [r["cells"] for r in result["runs"]]
 
 
+@pytest.mark.slow
 def test_an_installed_table_decides_about_budgets(
     run: Path, cached_world: Path, tmp_path: Path, llm_folder
 ) -> None:

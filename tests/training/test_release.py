@@ -46,6 +46,7 @@ def figures(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_folder_is_whole(
     trained: Path, figures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

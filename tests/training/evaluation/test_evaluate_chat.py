@@ -76,6 +76,7 @@ def test_world_command(saved: Path, tmp_path: Path, capsys) -> None:
     assert json.loads((tmp_path / "w.json").read_text())["runs"] == result["runs"]
 
 
+@pytest.mark.slow
 def test_budgets_and_selectors_on_the_same_clips(saved: Path, tmp_path: Path) -> None:
     arguments = ["world", "--model", str(saved), "--device", "cpu", "--clips", "2", "--preset", "solo"]
     arguments += ["--compare", "uniform", "random", "--unseen-clips", "0", "--out", str(tmp_path / "w.json")]

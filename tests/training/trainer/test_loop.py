@@ -230,9 +230,10 @@ def figures(out: Path, name: str) -> list[float]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sharded", "port"),
-    [("", 29517), pytest.param("1", 29518, marks=pytest.mark.slow)],
+    [("", 29517), ("1", 29518)],
     ids=["ddp", "fsdp"],
 )
 def test_two_processes_train_like_one(tmp_path: Path, sharded: str, port: int) -> None:
