@@ -40,7 +40,7 @@ from tests.bench.common import environment, interleave, print_json, summary
 
 RESULT = Path(__file__).parent / "results" / "gpu.json"
 GOLDEN = ROOT / "tests" / "data" / "fluxvit_golden.safetensors"
-ENCODER_TESTS = ("fluxvit", "selection", "positions", "merging_tokens", "checkpoint", "budget", "golden")
+ENCODER_TESTS = ("fluxvit", "selection", "positions", "merging", "checkpoint", "budget", "golden")
 
 
 @dataclass(frozen=True)
