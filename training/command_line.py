@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from encoder.errors import FluxChatError
 
 
-def command_parser(module: str, doc: str | None) -> argparse.ArgumentParser:
+def command_parser(module: str, doc: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
     """The parser of `python -m MODULE`, whose help is the module's docstring."""
     return argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=epilog,
     )
 
 
@@ -22,13 +23,17 @@ def run_command(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace], int | None],
     argv: Sequence[str] | None = None,
+    *,
+    intermixed: bool = False,
 ) -> int:
     """Parse and run; the exit status, 2 after an error of this project, which is one line.
 
-    argv: default, those of the process. `run` also gets `command_line`, the words that were typed.
+    argv: default, those of the process. intermixed: arguments without a dash may stand on either side of
+    options, which argparse does not offer beside subcommands. `run` also gets `command_line`, the words that
+    were typed.
     """
     words = sys.argv[1:] if argv is None else list(argv)
-    args = parser.parse_args(words)
+    args = parser.parse_intermixed_args(words) if intermixed else parser.parse_args(words)
     args.command_line = [*parser.prog.split(), *words]
     try:
         return run(args) or 0

@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from encoder.config import SIZES, FluxViTConfig
-from encoder.errors import ConfigError, FluxChatError
+from encoder.errors import ConfigError
 from encoder.fluxvit import FluxViT
 from encoder.tokens import Grid, VisionTokens
 from llm_bridge.adapters import quiet_peft
@@ -40,6 +40,7 @@ from llm_bridge.text_encoders.text_towers import WEIGHT_FILES
 from training.chat_lora import LoraRecipe, LoraSettings
 from training.chat_stage1 import ModelSource, Stage1Recipe
 from training.clip import ClipRecipe
+from training.command_line import command_parser, run_command
 from training.data.chat_batches import ChatInput, ChatRecipe
 from training.data.clip_batches import still_grid
 from training.data.corpora import corpora
@@ -787,11 +788,7 @@ def _hours(hours: float) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.cost",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("training.cost", __doc__)
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe of any stage")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     parser.add_argument("--samples", type=int, metavar="N", help="samples in an epoch (the corpora's counts)")
@@ -803,16 +800,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--utilisation", type=float, default=Machine.utilisation, help="share of the peak reached (0.35)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    args = parser.parse_intermixed_args(argv)
-    try:
-        machine = Machine(args.gpus, args.tflops, args.utilisation)
-        assumed = Assumptions(args.samples, args.encoder, args.text_tokens)
-        result = facts(args.recipe, read_workload(args.recipe, args.overrides, assumed), machine)
-    except FluxChatError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return run_command(parser, run, argv, intermixed=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print what the recipe costs."""
+    machine = Machine(args.gpus, args.tflops, args.utilisation)
+    assumed = Assumptions(args.samples, args.encoder, args.text_tokens)
+    result = facts(args.recipe, read_workload(args.recipe, args.overrides, assumed), machine)
     print(json.dumps(result, indent=2) if args.json else table(result))
-    return 0
 
 
 if __name__ == "__main__":

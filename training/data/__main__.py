@@ -16,7 +16,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from encoder.errors import ConfigError, FluxChatError
+from encoder.errors import ConfigError
+from training.command_line import command_parser, run_command
 from training.data.check import check_dataset, find_datasets, report, verdict
 from training.data.corpora import corpora
 from training.trainer.recipe import check_stage, read_values
@@ -26,11 +27,7 @@ ALLOWED = 0.01  # as the stages' own default
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m training.data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("training.data", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="is a recipe's data there and readable?")
     check.add_argument("recipe", metavar="RECIPE", help="a recipe of any stage")
@@ -39,14 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("--files", type=int, metavar="N", help="look for at most N files per dataset (all)")
     listing = commands.add_parser("corpora", help="the paper's corpora and how to obtain them")
     listing.add_argument("name", nargs="?", help="one of them, in full")
-    args = parser.parse_args(argv)
-    try:
-        if args.command == "corpora":
-            return list_corpora(args.name)
-        return check_recipe(args.recipe, args.overrides, args.sample, args.files)
-    except FluxChatError as error:
-        print(error, file=sys.stderr)
-        return 2
+    return run_command(parser, run, argv)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The subcommand; returns the exit status."""
+    if args.command == "corpora":
+        return list_corpora(args.name)
+    return check_recipe(args.recipe, args.overrides, args.sample, args.files)
 
 
 def check_recipe(recipe: str, overrides: Sequence[str], sample: int, most: int | None) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from encoder.errors import FluxChatError, VideoError
+from training.command_line import table
 from training.data.corpora import compare
 from training.data.datasets import NEEDS, DatasetConfig
 from training.data.examples import ExampleSource
@@ -194,11 +195,7 @@ def report(findings: Sequence[Findings], allowed: float) -> str:
         )
         for one in findings
     ]
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in (head, tuple("-" * width for width in widths), *rows)
-    ]
+    lines = [line.rstrip() for line in table(head, rows, left=len(head), rule=True).splitlines()]
     for one in findings:
         lines.append("")
         lines.append(f"{one.where}: {one.name}" + (f", {one.classes} classes" if one.classes else ""))
