@@ -37,19 +37,69 @@ class Media(Protocol):
 
 
 @dataclass(frozen=True)
+class InputSpace:
+    """The inputs that a vision tower takes, from which a budget chooses.
+
+    frames: counts, ascending. sides: pixels per side, ascending; where the tower keeps a video's aspect, of
+    the square of the same area. cell: pixels per side of what becomes one token. frames_per_cell: frames that
+    one token spans.
+    """
+
+    frames: tuple[int, ...]
+    sides: tuple[int, ...]
+    cell: int
+    frames_per_cell: int = 1
+    keeps_aspect: bool = False
+
+    @staticmethod
+    def of(config: FluxViTConfig | InputSpace) -> InputSpace:
+        """Of an encoder's trained ranges; an InputSpace as it is."""
+        if isinstance(config, InputSpace):
+            return config
+        frames, sides = range(*config.frames_range), range(*config.resolution_range)
+        return InputSpace(tuple(frames), tuple(sides), config.patch_size)
+
+    def tokens(self, frames: int, side: int) -> int:
+        """Tokens of a square input before selection."""
+        return -(-frames // self.frames_per_cell) * (side // self.cell) ** 2
+
+    def size(self, side: int, media: Media) -> tuple[int, int]:
+        """(height, width) in whole cells: a square, or about its area in the aspect of the medium."""
+        width, height = getattr(media, "width", 0), getattr(media, "height", 0)
+        if not self.keeps_aspect or not width or not height:
+            return side, side
+        cells = side // self.cell
+        stretch = (width / height) ** 0.5
+        # No more tokens than the square has, so that the price of a side is an upper bound.
+        across = min(max(1, round(cells * stretch)), cells**2)
+        down = max(1, min(round(cells / stretch), cells**2 // across))
+        return down * self.cell, across * self.cell
+
+    @property
+    def full(self) -> tuple[int, int]:
+        """The most frames and the largest side."""
+        return self.frames[-1], self.sides[-1]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What was decided for one clip: sampled frames, input size in pixels, tokens to keep."""
+    """What was decided for one clip: sampled frames, input size in pixels, tokens to keep.
+
+    patch_size: pixels per side of what becomes one token. frames_per_cell: frames that one token spans.
+    """
 
     frames: int
     height: int
     width: int
     keep: int
     patch_size: int = 14
+    frames_per_cell: int = 1
 
     @property
     def grid(self) -> Grid:
-        """Patch grid of the encoder's input."""
-        return Grid(self.frames, self.height // self.patch_size, self.width // self.patch_size)
+        """Grid of the tokens before selection."""
+        frames = -(-self.frames // self.frames_per_cell)
+        return Grid(frames, self.height // self.patch_size, self.width // self.patch_size)
 
     @property
     def key(self) -> tuple[int, int, int, int]:
@@ -99,26 +149,26 @@ class PlanTable:
             raise BudgetError(f"Cannot read the plan table {path}: {error}.") from error
 
 
-def choose_input(num_tokens: int, max_frames: int, config: FluxViTConfig) -> tuple[int, int]:
+def choose_input(
+    num_tokens: int, max_frames: int, config: FluxViTConfig | InputSpace
+) -> tuple[int, int]:
     """(frames, resolution) for K = num_tokens within the model's trained ranges.
 
     The most frames, then the highest resolution, whose patches number between K and OVERSAMPLING * K; where
     the ranges hold none, the closest above K, or the largest there is.
     """
-    per_side = [side // config.patch_size for side in range(*config.resolution_range)]
-    frame_counts = [count for count in range(*config.frames_range) if count <= max_frames] or [max_frames]
-    pairs = [(frames, side) for frames in frame_counts for side in per_side]
+    space = InputSpace.of(config)
+    frame_counts = [count for count in space.frames if count <= max_frames] or [max_frames]
+    pairs = [(frames, side) for frames in frame_counts for side in space.sides]
 
     def patches(pair: tuple[int, int]) -> int:
-        return pair[0] * pair[1] ** 2
+        return space.tokens(*pair)
 
     fitting = [pair for pair in pairs if num_tokens <= patches(pair) <= OVERSAMPLING * num_tokens]
     if fitting:
-        frames, side = max(fitting)
-    else:
-        above = [pair for pair in pairs if patches(pair) > num_tokens]
-        frames, side = min(above, key=patches) if above else max(pairs, key=patches)
-    return frames, side * config.patch_size
+        return max(fitting)
+    above = [pair for pair in pairs if patches(pair) > num_tokens]
+    return min(above, key=patches) if above else max(pairs, key=patches)
 
 
 @dataclass(frozen=True)
@@ -179,7 +229,7 @@ class Budget:
     def plan(
         self,
         media: Media,
-        config: FluxViTConfig,
+        config: FluxViTConfig | InputSpace,
         *,
         table: PlanTable | None = None,
         predict_s: Callable[[Plan], float] | None = None,
@@ -190,13 +240,16 @@ class Budget:
         a clip never more frames than it has. predict_s: seconds to the first word under a plan; `Budget.auto`
         needs it and raises BudgetError without.
         """
-        max_frames = 1 if media.kind == "image" else (media.frames or max(range(*config.frames_range)))
-        full = self._fixed(_full_plan(max_frames, config), None, max_frames)
+        space = InputSpace.of(config)
+        max_frames = 1 if media.kind == "image" else (media.frames or space.frames[-1])
+        most = min(max_frames, space.frames[-1]), space.sides[-1]
+        full = self._input(space, media, most, max_frames, None)
         if self.tokens is None and self.seconds is None:
             return full
 
         def plan(num_tokens: int) -> Plan:
-            return self._fixed(_plan(num_tokens, max_frames, config, table), num_tokens, max_frames)
+            chosen = input_for(num_tokens, max_frames, space, table)
+            return self._input(space, media, chosen, max_frames, num_tokens)
 
         if self.seconds is None:
             return plan(self.tokens or full.keep)
@@ -204,16 +257,21 @@ class Budget:
             raise BudgetError("Budget.auto needs a model whose speed is known: ask through VideoChat.")
         return _within(self.seconds, full.keep, plan, predict_s)
 
-    def _fixed(self, plan: Plan, num_tokens: int | None, max_frames: int) -> Plan:
-        """The plan with this budget's own frames and resolution; num_tokens=None keeps every token."""
-        if self.frames is None and self.resolution is None:
-            return plan
-        side = self.resolution or plan.height
-        if side < plan.patch_size or side % plan.patch_size:
-            raise BudgetError(f"A resolution must be a multiple of {plan.patch_size} pixels, not {side}.")
-        fixed = replace(plan, frames=min(self.frames or plan.frames, max_frames), height=side, width=side)
-        patches = fixed.grid.size
-        return replace(fixed, keep=patches if num_tokens is None else min(num_tokens, patches))
+    def _input(
+        self,
+        space: InputSpace,
+        media: Media,
+        chosen: tuple[int, int],
+        max_frames: int,
+        num_tokens: int | None,
+    ) -> Plan:
+        """The plan of (frames, side), or of this budget's own ones; num_tokens=None keeps every token."""
+        frames, side = min(self.frames or chosen[0], max_frames), self.resolution or chosen[1]
+        if side < space.cell or (side % space.cell and side not in space.sides):
+            raise BudgetError(f"A resolution must be a multiple of {space.cell} pixels, not {side}.")
+        plan = Plan(frames, *space.size(side, media), 1, space.cell, space.frames_per_cell)
+        patches = plan.grid.size
+        return replace(plan, keep=patches if num_tokens is None else min(num_tokens, patches))
 
 
 def _within(
@@ -230,34 +288,23 @@ def _within(
     return plan(low * MIN_TOKENS)
 
 
-def _full_plan(max_frames: int, config: FluxViTConfig) -> Plan:
-    frames = min(max_frames, max(range(*config.frames_range)))
-    side = max(range(*config.resolution_range))
-    return Plan(frames, side, side, frames * (side // config.patch_size) ** 2, config.patch_size)
-
-
-def _plan(num_tokens: int, max_frames: int, config: FluxViTConfig, table: PlanTable | None) -> Plan:
-    frames, side = input_for(num_tokens, max_frames, config, table)
-    patches = frames * (side // config.patch_size) ** 2
-    return Plan(frames, side, side, min(num_tokens, patches), config.patch_size)
-
-
 def input_for(
-    num_tokens: int, max_frames: int, config: FluxViTConfig, table: PlanTable | None
+    num_tokens: int, max_frames: int, config: FluxViTConfig | InputSpace, table: PlanTable | None
 ) -> tuple[int, int]:
     """(frames, resolution) for K = num_tokens: what was measured for them, else the policy's.
 
     Where the table does not apply (K beyond its last row, or a clip with fewer frames than the row needs) its
     input still serves if it has K patches, or no fewer than the policy's.
     """
-    policy = choose_input(num_tokens, max_frames, config)
+    space = InputSpace.of(config)
+    policy = choose_input(num_tokens, max_frames, space)
     if table is None:
         return policy
     row = table.lookup(num_tokens)
     measured = min(row.frames, max_frames), row.resolution
 
     def patches(size: tuple[int, int]) -> int:
-        return size[0] * (size[1] // config.patch_size) ** 2
+        return space.tokens(*size)
 
     applies = num_tokens <= row.tokens and row.frames <= max_frames
     return measured if applies or patches(measured) >= min(num_tokens, patches(policy)) else policy
