@@ -27,13 +27,14 @@ from encoder.budget import Budget, Plan
 from encoder.errors import ConfigError, ContextError, ModelError
 from encoder.selection import Selector
 from encoder.video.reader import DEFAULT_LIMITS, Limits, VideoInfo
+from llm_bridge.chat_model import ChatModel, load_chat_model
 from llm_bridge.compute_worker import ComputeWorker
 from llm_bridge.generation import Generation
 from llm_bridge.kv_cache import CacheStats, PrefixCache
 from llm_bridge.llm import Quantize
-from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import Message, Prompt, TextBound, count_text, render
 from llm_bridge.sampling import SamplingParams
+from llm_bridge.towers.tower import Stage
 
 __all__ = ["Answer", "Estimate", "Media", "Message", "SamplingParams", "VideoChat", "Videos"]
 
@@ -59,12 +60,14 @@ class Query:
 class VideoChat(NotCopyable):
     """Ask questions about videos and images within a token budget. Safe to use from many threads.
 
-    model: folder of a saved model (default: the one that ships), or a loaded VideoLanguageModel.
+    model: folder of a saved model (default: the one that ships), a stock video model (hub id or folder, as
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"), or a loaded model.
     llm, encoder: replace the parts it names (hub id, folder or GGUF; official .pth or a saved folder).
     adapters: LoRA folders. device, dtype, device_map, quantize: as in `load_llm`; the best device by default.
     cache_mib: bound on the caches for follow-up questions: half of it KV prefixes, a quarter each decoded
     frames and embeddings.
     trusted: False reads videos as strangers' uploads (sandboxed, allowed codecs only). limits: on reading.
+    select: when a stock model drops tokens: "after" its encoder (default), or "before", which saves encoding.
     batch: most answers, each asked from a thread of its own, that are decoded in one pass.
     It belongs to the process that made it: a forked child makes its own.
     Raises ModelError, CheckpointError or ConfigError: one sentence, what was wrong and what to do.
@@ -72,7 +75,7 @@ class VideoChat(NotCopyable):
 
     def __init__(
         self,
-        model: str | os.PathLike[str] | VideoLanguageModel | None = None,
+        model: str | os.PathLike[str] | ChatModel | None = None,
         *,
         llm: str | None = None,
         encoder: str | os.PathLike[str] | None = None,
@@ -85,24 +88,27 @@ class VideoChat(NotCopyable):
         trusted: bool = True,
         limits: Limits = DEFAULT_LIMITS,
         batch: int = 8,
+        select: Stage | None = None,
     ) -> None:
         self._process, self._closed = os.getpid(), threading.Event()
         if self._process != _PROCESS:
             torch.set_num_threads(1)  # the threads of a forked process are not there: waiting for them hangs
-        if isinstance(model, VideoLanguageModel):
+        self.model: ChatModel
+        if model is not None and not isinstance(model, (str, os.PathLike)):
             self.model = model
         else:
-            self.model = VideoLanguageModel.from_pretrained(
-                SHIPPED if model is None else Path(model),
+            self.model = load_chat_model(
+                SHIPPED if model is None else model,
                 llm=llm,
                 encoder=encoder,
+                stage=select,
                 device=_device(device),
                 dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
                 device_map=device_map,
                 quantize=quantize,
                 adapters=adapters,
             )
-        self.name = f"{self.model.encoder.config.embed_dim}-d FluxViT + {Path(self.model.llm.name).name}"
+        self.name = self.model.tower.name_with(Path(self.model.llm.name).name)
         self._worker = ComputeWorker(self.model.llm, batch)
         self._vision = Vision(
             self.model, self._worker, cache_bytes=cache_mib * MIB // 2, trusted=trusted, limits=limits
@@ -169,7 +175,7 @@ class VideoChat(NotCopyable):
         if not isinstance(scope, str):
             raise ConfigError(f"scope must be a text (str), not a {type(scope).__name__}.")
         checked = check_messages(messages)
-        if (system := self.model.config.system) and all(message.role != "system" for message in checked):
+        if (system := self.model.system) and all(message.role != "system" for message in checked):
             checked = (Message.of("system", system), *checked)
         query = Query(
             checked,
@@ -217,7 +223,9 @@ class VideoChat(NotCopyable):
                 Message(m.role, tuple(p if isinstance(p, str) else next(visuals) for p in m.content))
                 for m in query.messages
             ],
-            time_form=self.model.config.time_sentence,
+            time_form=self.model.tower.time_form,
+            marks=self.model.tower.marks,
+            axes=self.model.llm.axes,
         )
         self._check_context(prompt, text_tokens, query)
         query.progress("prefill", 0, 1)
@@ -248,7 +256,8 @@ class VideoChat(NotCopyable):
         limit, tokenizer = self.model.llm.context_length, self.model.llm.tokenizer
         # A token has at least one byte of any text, so that a short one needs no bound.
         long = limit is not None and sum(len(message.text) for message in messages) > limit
-        count = count_text(tokenizer, messages, most=limit, bound=self._text_bound if long else None)
+        bound, marks = self._text_bound if long else None, self.model.tower.marks
+        count = count_text(tokenizer, messages, most=limit, bound=bound, marks=marks)
         if limit is not None and count + answer > limit:
             raise _too_long(limit, count, 0, answer, turns=sum(m.role == "user" for m in messages))
         return count
@@ -278,7 +287,7 @@ class VideoChat(NotCopyable):
 
     def plan_budget(self, budget: Budget | int | str | None) -> Budget:
         """What people write as a Budget, None being the model's own; raises BudgetError."""
-        return Budget(self.model.config.default_tokens) if budget is None else Budget.of(budget)
+        return Budget(self.model.default_tokens) if budget is None else Budget.of(budget)
 
     def keep(self, video: Any) -> Media:
         """A video or image as a `Media` that can be read again: a one-pass source is read now.
@@ -354,28 +363,29 @@ class VideoChat(NotCopyable):
     @property
     def device(self) -> torch.device:
         """Where the encoder runs."""
-        return self.model.device
+        return self.model.tower.device
 
     def info(self) -> dict[str, Any]:
         """The model, the machine and the versions, for people."""
         from app.about import machine_info
 
         self._check_usable()
-        encoder, projector, llm = self.model.encoder, self.model.projector.config, self.model.llm
-        count = sum(p.numel() for p in encoder.parameters())
+        llm = self.model.llm
         videos, prefixes = self.caches["videos"], self.caches["prefixes"]
-        return machine_info() | {
-            "encoder": f"FluxViT {encoder.config.embed_dim}-d x {encoder.config.depth}, {count / 1e6:.1f} M",
-            "projector": f"{projector.kind}, {projector.layers} layers",
-            "llm": f"{llm.name}, {llm.parameters / 1e6:.0f} M, {str(llm.dtype).removeprefix('torch.')}",
-            "quantize": llm.quantize or "no",
-            "device": str(self.device),
-            "threads": torch.get_num_threads(),
-            "default_budget": self.model.config.default_tokens,
-            "revision": self._vision.revision,
-            "cache": f"{videos.entries} videos {videos.bytes / MIB:.1f} MiB, {prefixes.entries} prefixes "
-            f"{prefixes.bytes / MIB:.1f} MiB",
-        }
+        return (
+            machine_info()
+            | self.model.tower.describe()
+            | {
+                "llm": f"{llm.name}, {llm.parameters / 1e6:.0f} M, {str(llm.dtype).removeprefix('torch.')}",
+                "quantize": llm.quantize or "no",
+                "device": str(self.device),
+                "threads": torch.get_num_threads(),
+                "default_budget": self.model.default_tokens,
+                "revision": self._vision.revision,
+                "cache": f"{videos.entries} videos {videos.bytes / MIB:.1f} MiB, {prefixes.entries} prefixes "
+                f"{prefixes.bytes / MIB:.1f} MiB",
+            }
+        )
 
     @property
     def caches(self) -> dict[str, CacheStats]:

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from encoder.budget import Budget, Plan
-from encoder.cost import MIB, Speed, calibrate_encoder, encoder_features, encoder_macs, encoder_mib, time_ms
+from encoder.cost import MIB, Speed, time_ms
 from encoder.video.reader import VideoInfo, read_clip
 from llm_bridge.assets.cache_dir import read_cached, write_cached
+from llm_bridge.chat_model import ChatModel
 from llm_bridge.compute_worker import ComputeWorker
-from llm_bridge.model import VideoLanguageModel
 
 QUESTION_TOKENS = 48  # template, time sentence and a short question around the visual embeddings
 PREFILL_SIZES = (64, 256, 512)
@@ -58,7 +58,7 @@ class Estimate:
         )
 
 
-def llm_macs(model: VideoLanguageModel, tokens: int) -> int:
+def llm_macs(model: ChatModel, tokens: int) -> int:
     """Multiply-accumulates of a prefill: each weight outside the embedding once per token, and attention."""
     config = model.llm.model.config.get_text_config()
     embedding = model.llm.model.get_input_embeddings().weight.numel()
@@ -73,7 +73,7 @@ class PriceEstimator:
     worker: measures in its thread, so that nothing else of the model is computed meanwhile.
     """
 
-    def __init__(self, model: VideoLanguageModel, worker: ComputeWorker) -> None:
+    def __init__(self, model: ChatModel, worker: ComputeWorker) -> None:
         self._model, self._worker = model, worker
         self._calibration: Calibration | None = None
         self._lock = threading.Lock()
@@ -93,22 +93,22 @@ class PriceEstimator:
 
     def plan(self, info: VideoInfo, budget: Budget) -> Plan:
         """Frames, resolution and kept tokens that a budget buys; one in seconds needs the calibration."""
-        config, table = self._model.encoder.config, self._model.plan_table
+        space, table = self._model.tower.space, self._model.tower.plan_table
         if budget.seconds is None:
-            return budget.plan(info, config, table=table)
+            return budget.plan(info, space, table=table)
         calibration = self.calibration
 
         def first_token_s(plan: Plan) -> float:
             return sum(_part_seconds(self._model, info, plan, calibration))
 
-        return budget.plan(info, config, table=table, predict_s=first_token_s)
+        return budget.plan(info, space, table=table, predict_s=first_token_s)
 
     def estimate(self, info: VideoInfo, plan: Plan) -> Estimate:
         """Cost of a plan on one video, beside that of the full plan."""
         model, calibration = self._model, self.calibration
-        full = Budget.full().plan(info, model.encoder.config)
-        encoder_part, llm_part = _encoder_macs(model, plan), llm_macs(model, _prompt_tokens(model, plan))
-        full_macs = _encoder_macs(model, full) + llm_macs(model, _prompt_tokens(model, full))
+        full = Budget.full().plan(info, model.tower.space)
+        encoder_part, llm_part = model.tower.macs(plan), llm_macs(model, _prompt_tokens(model, plan))
+        full_macs = model.tower.macs(full) + llm_macs(model, _prompt_tokens(model, full))
         decode_s, encode_s, prefill_s = _part_seconds(model, info, plan, calibration)
         return Estimate(
             frames=plan.frames,
@@ -116,7 +116,7 @@ class PriceEstimator:
             width=plan.width,
             seen_tokens=plan.grid.size,
             kept_tokens=plan.keep,
-            llm_tokens=model.projector.planned_tokens(plan.keep, plan.frames),
+            llm_tokens=model.tower.prompt_tokens(plan),
             encoder_gmacs=encoder_part / 1e9,
             llm_gmacs=llm_part / 1e9,
             share_of_full=(encoder_part + llm_part) / full_macs,
@@ -128,29 +128,24 @@ class PriceEstimator:
         )
 
 
-def _prompt_tokens(model: VideoLanguageModel, plan: Plan) -> int:
-    return model.projector.planned_tokens(plan.keep, plan.frames) + QUESTION_TOKENS
-
-
-def _encoder_macs(model: VideoLanguageModel, plan: Plan) -> int:
-    return encoder_macs(model.encoder.config, plan.grid.size, plan.keep)
+def _prompt_tokens(model: ChatModel, plan: Plan) -> int:
+    return model.tower.prompt_tokens(plan) + QUESTION_TOKENS
 
 
 def _part_seconds(
-    model: VideoLanguageModel, info: VideoInfo, plan: Plan, calibration: Calibration
+    model: ChatModel, info: VideoInfo, plan: Plan, calibration: Calibration
 ) -> tuple[float, float, float]:
     """Seconds of decoding, encoding and prefill."""
-    encoder = encoder_features(model.encoder.config, plan.grid.size, plan.keep)
     decode = calibration.decode.milliseconds(decode_features(info, plan.frames))
-    encode = calibration.encode.milliseconds(encoder)
+    encode = calibration.encode.milliseconds(model.tower.features(plan))
     prefill = calibration.prefill.milliseconds(_prefill_features(_prompt_tokens(model, plan)))
     return decode / 1e3, encode / 1e3, prefill / 1e3
 
 
-def _peak_mib(model: VideoLanguageModel, info: VideoInfo, plan: Plan) -> float:
+def _peak_mib(model: ChatModel, info: VideoInfo, plan: Plan) -> float:
     """Memory that a question adds: decoded frames, and the larger of the encoder's activations and the KV."""
     frames = plan.frames * min(info.width * info.height, (4 * plan.width) ** 2) * 3 / MIB
-    encoder = encoder_mib(model.encoder.config, plan.frames, plan.height, plan.width, plan.keep, 4)
+    encoder = model.tower.mib(plan)
     per_token = model.llm.kv_bytes_per_token + 24 * model.llm.hidden_size
     return frames + max(encoder, _prompt_tokens(model, plan) * per_token / MIB)
 
@@ -176,7 +171,7 @@ class Calibration:
     prefill: Speed
 
     @staticmethod
-    def load_or_measure(model: VideoLanguageModel) -> Calibration:
+    def load_or_measure(model: ChatModel) -> Calibration:
         """From the cache of this machine, or measured now (some seconds) and cached.
 
         One that no longer holds is replaced: what was measured on a busy machine would stay wrong.
@@ -195,7 +190,7 @@ class Calibration:
             raise ValueError("not the parts of a calibration")
         return Calibration(**{name: _speed(values[name]["weights"], FEATURES[name]) for name in FEATURES})
 
-    def holds(self, model: VideoLanguageModel) -> bool:
+    def holds(self, model: ChatModel) -> bool:
         """Whether a short prefill takes about as long now as predicted; takes some tenths of a second."""
         tokens = PREFILL_SIZES[0]
         predicted = self.prefill.milliseconds(_prefill_features(tokens))
@@ -203,13 +198,9 @@ class Calibration:
 
     @staticmethod
     @torch.inference_mode()
-    def measure(model: VideoLanguageModel) -> Calibration:
+    def measure(model: ChatModel) -> Calibration:
         """Time the parts on this machine."""
-
-        def encode(pixels: torch.Tensor, keep: int) -> None:
-            model.project(model.encode(list(pixels), [keep]))
-
-        encoded = calibrate_encoder(model.encoder, encode)
+        encoded = model.tower.measure()
         times = [prefill_ms(model, tokens) for tokens in PREFILL_SIZES]
         prefilled = Speed.fit([_prefill_features(n) for n in PREFILL_SIZES], times)
         return Calibration(measure_decode(), encoded, prefilled)
@@ -225,12 +216,12 @@ def _speed(weights: list[Any], features: int) -> Speed:
 
 
 @torch.inference_mode()
-def prefill_ms(model: VideoLanguageModel, tokens: int) -> float:
+def prefill_ms(model: ChatModel, tokens: int) -> float:
     """Milliseconds of a prefill of so many tokens, measured now."""
     embeddings = torch.zeros(1, tokens, model.llm.hidden_size, device=model.llm.device, dtype=model.llm.dtype)
 
     def prefill() -> None:
-        model.language_model(inputs_embeds=embeddings, use_cache=True, logits_to_keep=1)
+        model.llm.model(inputs_embeds=embeddings, use_cache=True, logits_to_keep=1)
 
     return time_ms(prefill, model.llm.device)
 
@@ -265,11 +256,11 @@ def _test_video(width: int, height: int, frames: int = 90) -> bytes:
     return buffer.getvalue()
 
 
-def _fingerprint(model: VideoLanguageModel) -> str:
+def _fingerprint(model: ChatModel) -> str:
     """What the speeds depend on: machine, device, threads, library, parts and their precision."""
     import platform
 
-    device = model.device
+    device = model.tower.device
     name = (
         torch.get_device_module(device).get_device_name(device)
         if device.type == "cuda"
@@ -281,8 +272,7 @@ def _fingerprint(model: VideoLanguageModel) -> str:
         str(device),
         torch.get_num_threads(),
         torch.__version__,
-        asdict(model.encoder.config),
-        str(model.encoder.cls_token.dtype),
+        *model.tower.fingerprint(),
         Path(model.llm.name).name,
         str(model.llm.dtype),
         model.llm.quantize,

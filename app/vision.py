@@ -4,8 +4,7 @@
     video = vision.open(Media("clip.mp4"))                  # readable, size and duration known
     encoded = vision.encode(video, plan, "flux")            # EncodedVideo
 
-Only `Vision._embed` and `Vision._select` know the vision tower: clip, plan (number of tokens) and selector ->
-the kept patches and, of the former, embeddings (M, D). Another tower replaces these two.
+What computes is the model's tower (llm_bridge/towers), of whatever kind.
 """
 
 from __future__ import annotations
@@ -24,17 +23,18 @@ from app.answer import KeptTokens
 from app.messages import Media, check_source, with_name
 from encoder.budget import Plan
 from encoder.errors import VideoError
-from encoder.preprocess import centre, preprocess
-from encoder.selection import Selector, select
+from encoder.preprocess import centre
+from encoder.selection import Selector
 from encoder.video.digest import WHOLE_BYTES, file_digest, file_state
 from encoder.video.geometry import fit_within
 from encoder.video.in_memory import shrink
 from encoder.video.reader import DEFAULT_LIMITS, Clip, Limits, VideoInfo, probe, read_clip
 from encoder.video.sources import Held, HeldSources
+from llm_bridge.chat_model import ChatModel
 from llm_bridge.compute_worker import ComputeWorker
 from llm_bridge.kv_cache import ByteLRU, CacheStats
-from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import Visual
+from llm_bridge.towers.tower import Looked
 
 THUMBNAIL = 320  # pixels of the longer side
 MOST_INFOS = 4096
@@ -93,7 +93,7 @@ class Vision:
 
     def __init__(
         self,
-        model: VideoLanguageModel,
+        model: ChatModel,
         worker: ComputeWorker,
         *,
         cache_bytes: int,
@@ -101,7 +101,7 @@ class Vision:
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.revision = model.revision()
-        self._model, self._worker = model, worker
+        self._tower, self._worker = model.tower, worker
         self._trusted, self._limits = trusted, limits
         self._sources = HeldSources(limits)
         self._infos: ByteLRU[VideoInfo] = ByteLRU(MOST_INFOS, lambda _: 1)
@@ -146,7 +146,8 @@ class Vision:
         decoded = time.perf_counter()
         progress("encode")
         embedding, kept = self._embed(clip, plan, selector)
-        visual = Visual(len(embedding), key, video.info.duration_s, kept.times_s)
+        layout = self._tower.layout(plan, kept.indices, kept.times_s, video.info.duration_s)
+        visual = Visual(len(embedding), key, video.info.duration_s, kept.times_s, layout)
         encoded = EncodedVideo(embedding, visual, kept, decoded - start, time.perf_counter() - decoded)
         self._encoded.put(key, encoded)
         return encoded
@@ -209,49 +210,31 @@ class Vision:
             self._clips.put(key, clip)
         return clip
 
-    def _pixels(self, clip: Clip, plan: Plan) -> Tensor:
-        """(3, T, H, W), normalised."""
-        return preprocess(clip.frames, plan.height, plan.width, fit=self._model.config.fit)
-
     def _thumbnails(self, clip: Clip, plan: Plan) -> Tensor:
         """uint8 (T, H, W, 3) of what the model sees of each frame, at most THUMBNAIL pixels a side."""
-        crop = self._model.config.fit == "crop"
+        crop = self._tower.fit == "crop"
         frames = centre(clip.frames, plan.height, plan.width) if crop else clip.frames
         return shrink(frames, fit_within(frames.shape[2], frames.shape[1], THUMBNAIL))
 
     # -- the vision tower -----------------------------------------------------------------------------------
 
     def _embed(self, clip: Clip, plan: Plan, selector: Selector) -> tuple[Tensor, KeptTokens]:
-        """Embeddings (M, D) of a clip and the patches that they stand for."""
-        pixels = self._pixels(clip, plan)
+        """Embeddings (M, D) of a clip and the cells that they stand for."""
+        pixels = self._tower.pixels(clip, plan)
 
-        @torch.inference_mode()
-        def compute() -> tuple[Tensor, Tensor]:
-            generator = torch.Generator().manual_seed(0)
-            tokens = self._model.encode(
-                [pixels], [plan.keep], [clip.times_s], selector=selector, generator=generator
-            )
-            embedding = self._model.project(tokens)[0]
-            if self._model.device.type != "cpu":
-                torch.accelerator.synchronize(self._model.device)
-            return embedding, tokens.kept[0]
+        def compute() -> Looked:
+            looked = self._tower.look(pixels, plan, selector, clip.times_s)
+            if self._tower.device.type != "cpu":
+                torch.accelerator.synchronize(self._tower.device)
+            return looked
 
         embedding, indices = self._worker.run(compute)
         return embedding, _kept_tokens(clip, plan, indices)
 
     def _select(self, clip: Clip, plan: Plan, selector: Selector) -> KeptTokens:
-        """The patches that `_embed` would keep."""
-        pixels, encoder = self._pixels(clip, plan), self._model.encoder
-        grid = replace(plan, frames=len(clip.frames)).grid  # a clip in memory is used whole
-
-        @torch.inference_mode()
-        def compute() -> Tensor:
-            generator = torch.Generator().manual_seed(0)
-            cls = encoder.cls_token
-            patches = encoder.embed(pixels[None].to(cls.device, cls.dtype))
-            return select(patches, grid, plan.keep, selector=selector, generator=generator)[0]
-
-        return _kept_tokens(clip, plan, self._worker.run(compute))
+        """The cells that `_embed` would keep."""
+        pixels = self._tower.pixels(clip, plan)
+        return _kept_tokens(clip, plan, self._worker.run(self._tower.select, pixels, plan, selector))
 
 
 def _kept_tokens(clip: Clip, plan: Plan, indices: Tensor) -> KeptTokens:

@@ -21,6 +21,7 @@ from encoder.tokens import Grid
 # Patches embedded per token kept: 16 x 168^2 at K = 1024 is among the best of supplement Table 1.
 OVERSAMPLING = 2.25
 MIN_TOKENS = 16
+FEW_FRAMES = 8
 
 
 class Media(Protocol):
@@ -42,7 +43,8 @@ class InputSpace:
 
     frames: counts, ascending. sides: pixels per side, ascending; where the tower keeps a video's aspect, of
     the square of the same area. cell: pixels per side of what becomes one token. frames_per_cell: frames that
-    one token spans.
+    one token spans. least_per_frame: tokens that a sampled frame is worth, or fewer frames are sampled.
+    most_fps: of sampling, though never below `FEW_FRAMES` frames; None: any.
     """
 
     frames: tuple[int, ...]
@@ -50,6 +52,8 @@ class InputSpace:
     cell: int
     frames_per_cell: int = 1
     keeps_aspect: bool = False
+    least_per_frame: int = 1
+    most_fps: float | None = None
 
     @staticmethod
     def of(config: FluxViTConfig | InputSpace) -> InputSpace:
@@ -74,6 +78,15 @@ class InputSpace:
         across = min(max(1, round(cells * stretch)), cells**2)
         down = max(1, min(round(cells / stretch), cells**2 // across))
         return down * self.cell, across * self.cell
+
+    def most_frames(self, media: Media) -> int:
+        """Frames that can be sampled of a medium."""
+        if media.kind == "image":
+            return 1
+        most = media.frames or self.frames[-1]
+        if self.most_fps is not None and media.kind == "video":
+            most = min(most, max(FEW_FRAMES, round(self.most_fps * media.duration_s)))
+        return most
 
     @property
     def full(self) -> tuple[int, int]:
@@ -149,16 +162,15 @@ class PlanTable:
             raise BudgetError(f"Cannot read the plan table {path}: {error}.") from error
 
 
-def choose_input(
-    num_tokens: int, max_frames: int, config: FluxViTConfig | InputSpace
-) -> tuple[int, int]:
+def choose_input(num_tokens: int, max_frames: int, config: FluxViTConfig | InputSpace) -> tuple[int, int]:
     """(frames, resolution) for K = num_tokens within the model's trained ranges.
 
     The most frames, then the highest resolution, whose patches number between K and OVERSAMPLING * K; where
     the ranges hold none, the closest above K, or the largest there is.
     """
     space = InputSpace.of(config)
-    frame_counts = [count for count in space.frames if count <= max_frames] or [max_frames]
+    worth = max(num_tokens // space.least_per_frame, space.frames[0])
+    frame_counts = [count for count in space.frames if count <= min(max_frames, worth)] or [max_frames]
     pairs = [(frames, side) for frames in frame_counts for side in space.sides]
 
     def patches(pair: tuple[int, int]) -> int:
@@ -241,7 +253,7 @@ class Budget:
         needs it and raises BudgetError without.
         """
         space = InputSpace.of(config)
-        max_frames = 1 if media.kind == "image" else (media.frames or space.frames[-1])
+        max_frames = space.most_frames(media)
         most = min(max_frames, space.frames[-1]), space.sides[-1]
         full = self._input(space, media, most, max_frames, None)
         if self.tokens is None and self.seconds is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from encoder.errors import BudgetError
 from encoder.tokens import Grid
 
-Selector = Literal["flux", "random", "tube", "uniform"]
+Selector = Literal["flux", "random", "tube", "uniform", "evs"]
 
 GOLDEN = 40503  # the golden ratio's fractional part, in 1 / 2**16
 
@@ -128,6 +128,18 @@ def select_uniform(batch: int, grid: Grid, keep: int, device: torch.device) -> T
     return (first + place).expand(batch, keep)
 
 
+def select_evs(patches: Tensor, grid: Grid, keep: int) -> Tensor:
+    """Efficient Video Sampling (arXiv 2510.14624): the first frame, then what is least like the frame before.
+
+    patches: (B, T*L, C), by their cosine. Returns (B, keep); ties go to the lower raster index.
+    """
+    frames = patches.float().unflatten(1, (grid.frames, grid.height * grid.width))
+    change = 1 - torch.cosine_similarity(frames[:, 1:], frames[:, :-1], dim=-1)
+    first = torch.full_like(frames[:, :1, :, 0], torch.inf)
+    order = torch.cat([first, change], dim=1).flatten(1).sort(dim=1, descending=True, stable=True).indices
+    return order[:, :keep].sort(dim=1).values
+
+
 def select(
     patches: Tensor,
     grid: Grid,
@@ -155,4 +167,6 @@ def select(
             return select_tube(batch, grid, keep, device, generator)
         if selector == "uniform":
             return select_uniform(batch, grid, keep, device)
+        if selector == "evs":
+            return select_evs(patches, grid, keep)
     raise BudgetError(f"Unknown selector {selector!r}: choose one of {', '.join(get_args(Selector))}.")

@@ -68,14 +68,20 @@ class BatchedKVCache:
             self._mask[row, self.filled - length : self.filled] = 1
         self._mask = self._mask.to(sequences[0][0][0].device)
 
-    def step(self, llm: LanguageModel, tokens: Sequence[int]) -> Tensor:
-        """Append one token to every answer; logits (B, V) of the next ones."""
+    def step(self, llm: LanguageModel, tokens: Sequence[int], shifts: Sequence[int] = ()) -> Tensor:
+        """Append one token to every answer; logits (B, V) of the next ones.
+
+        shifts: how far each answer's positions run ahead of its length; none by default.
+        """
         self._mask[:, self.filled] = 1
+        positions = [
+            length + shift for length, shift in zip(self.lengths, shifts or [0] * len(tokens), strict=True)
+        ]
         logits = llm.advance(
             self._kv,
             input_ids=torch.tensor(tokens, device=llm.device)[:, None],
             attention_mask=self._mask[:, : self.filled + 1].to(llm.device),
-            position_ids=torch.tensor(self.lengths, device=llm.device)[:, None],
+            position_ids=torch.tensor(positions, device=llm.device)[:, None],
         )
         self.filled += 1
         self.lengths = [length + 1 for length in self.lengths]

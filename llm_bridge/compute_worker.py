@@ -46,7 +46,8 @@ class SequenceState:
     """One answer being decoded: iterate for token ids; call `leave` at the end, whatever happened.
 
     tokens: made so far; may be ahead of the reader. finish: how it ended, error: what ended it instead, both
-    None while it runs. alone: decoded by itself, since a pass that it shared failed.
+    None while it runs. alone: decoded by itself, since a pass that it shared failed. shift: how far its
+    positions run ahead of the indices in its KV cache, None when they are the indices.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class SequenceState:
         sampling: SamplingParams,
         stop: threading.Event,
         sampler: Sampler,
+        shift: int | None = None,
     ) -> None:
+        self.shift = shift
         self.kv: Any | None = kv  # None while it is in the batched KV cache, and at the end
         self.sampler = sampler
         self.tokens: list[int] = []
@@ -172,12 +175,14 @@ class ComputeWorker:
         sampling: SamplingParams,
         stop: threading.Event,
         sampler: Sampler | None = None,
+        shift: int | None = None,
     ) -> SequenceState:
         """Decode from a prefilled KV cache and the logits (V,) of the first token on.
 
-        sampler: default: one of `sampling` that does not know the prompt.
+        sampler: default: one of `sampling` that does not know the prompt. shift: see SequenceState.
         """
-        sequence = SequenceState(self, kv, sampling, stop, sampler or Sampler(sampling, end_ids=self.eos))
+        sampler = sampler or Sampler(sampling, end_ids=self.eos)
+        sequence = SequenceState(self, kv, sampling, stop, sampler, shift)
         sequence.append(logits)
         try:
             if not sequence.ended:
@@ -254,7 +259,8 @@ class ComputeWorker:
         self._rebatch(together if len(together) > 1 else [])
         if self._batch_kv is None:
             return
-        logits = self._batch_kv.step(self.llm, [sequence.tokens[-1] for sequence in self._batched])
+        tokens = [sequence.tokens[-1] for sequence in self._batched]
+        logits = self._batch_kv.step(self.llm, tokens, [sequence.shift or 0 for sequence in self._batched])
         self.steps += 1
         for sequence, row in zip(self._batched, logits, strict=True):
             sequence.append(row)
@@ -262,13 +268,15 @@ class ComputeWorker:
     def _step_alone(self, sequence: SequenceState) -> None:
         """The next token of one answer from its own KV cache, or its error."""
         try:
-            ids = torch.tensor([sequence.tokens[-1:]], device=self.llm.device)
-            logits = self.llm.advance(sequence.kv, input_ids=ids)
+            kv, shift = sequence.kv, sequence.shift
+            assert kv is not None
+            position = None if shift is None else kv.get_seq_length() + shift
+            logits = self.llm.step(kv, sequence.tokens[-1], position)
         except BaseException as error:  # noqa: BLE001 - its reader raises it
             sequence.error = error
             return
         self.steps += 1
-        sequence.append(logits[0])
+        sequence.append(logits)
 
     def _rebatch(self, batch: list[SequenceState]) -> None:
         """Make the batched KV cache hold exactly these sequences, with room for a step."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -110,9 +112,11 @@ def piece_ends(prompt: Prompt) -> list[int]:
 class Generation:
     """One answer being generated: iterate for text pieces, then read `stats`.
 
-    visuals: embeddings (M, D), one per span of the prompt. stop: set it, from any thread, and computing ends
-    within one token. prefixes: KV to start from, of `scope` only; the prompt's KV is added unless the answer
-    fails. worker: computes for several generations, each iterated in a thread of its own; None computes here.
+    visuals: embeddings (M, D), one per visual of the prompt; (M, (1 + n) D) where n layers of the language
+    model add rows of their own, which follow each embedding. stop: set it, from any thread, and computing
+    ends within one token. prefixes: KV to start from, of `scope` only; the prompt's KV is added unless the
+    answer fails. worker: computes for several generations, each iterated in a thread of its own; None computes
+    here.
     Raises on iteration: BudgetError when prompt and answer exceed the model's context, ConfigError when the
     sampling names tokens that the model lacks, ModelError when its logits are not finite.
     """
@@ -128,6 +132,16 @@ class Generation:
     worker: ComputeWorker | None = None
     # KV of the prompt from its start: cached pieces, then computed ones.
     _pieces: list[Piece] = field(default_factory=list, init=False, repr=False)
+
+    @cached_property
+    def _rows(self) -> Tensor:
+        """The embeddings (sum M, ...) of all visuals, in the order of their places."""
+        return torch.cat(list(self.visuals))
+
+    @cached_property
+    def _places(self) -> list[int]:
+        """Positions of the prompt that take a row each, ascending."""
+        return [index for index, token in enumerate(self.prompt.ids) if token == PLACEHOLDER]
 
     def __iter__(self) -> Iterator[str]:
         if self.worker is not None:
@@ -177,16 +191,28 @@ class Generation:
                 f"lower the token budget or max_new_tokens by {needed - limit}."
             )
 
-    def embeddings(self, start: int, end: int) -> Tensor:
-        """Input embeddings (1, end - start, D) of the prompt's positions."""
+    def inputs(self, start: int, end: int) -> dict[str, Any]:
+        """What the language model's forward takes for the prompt's positions from `start` to `end`.
+
+        inputs_embeds (1, end - start, D); position_ids (axes, 1, end - start) where they are not the indices;
+        extra (rows, n, D) and their places (1, end - start), where layers add rows of their own.
+        """
         ids = torch.tensor(self.prompt.ids[start:end], device=self.llm.device)
         embedded = self.llm.embed(ids.masked_fill(ids == PLACEHOLDER, 0))
-        for visual, (position, count) in zip(self.visuals, self.prompt.spans, strict=True):
-            first, last = max(start, position), min(end, position + count)
-            if first < last:
-                part = visual[first - position : last - position]
-                embedded[first - start : last - start] = part.to(embedded)
-        return embedded[None]
+        first, last = bisect_left(self._places, start), bisect_left(self._places, end)
+        inputs: dict[str, Any] = {"inputs_embeds": embedded[None]}
+        if first < last:
+            rows, width = self._rows[first:last].to(embedded), embedded.shape[1]
+            embedded[ids == PLACEHOLDER] = rows[:, :width]
+            if rows.shape[1] > width:
+                inputs |= {
+                    "extra": rows[:, width:].unflatten(1, (-1, width)),
+                    "places": ids[None] == PLACEHOLDER,
+                }
+        if self.prompt.positions:
+            positions = [axis[start:end] for axis in self.prompt.positions]
+            inputs["position_ids"] = torch.tensor(positions, device=self.llm.device)[:, None]
+        return inputs
 
     def prefill(self, ends: Sequence[int]) -> tuple[Any, Tensor | None]:
         """Compute the pieces of the prompt that were not cached, whose ends are in `ends`.
@@ -211,13 +237,10 @@ class Generation:
             return kv, None
         if kv is None:
             kv = kv_from_layers(self.llm.model.config, joined(self._pieces) if self._pieces else ())
-        logits = self._step(kv, inputs_embeds=self.embeddings(start, end))
+        logits = self.llm.advance(kv, **self.inputs(start, end))[0]
         if self.prefixes is not None and end - start >= SHORTEST_PIECE and rewindable(kv):
             self._pieces.append(Piece.of(kv, start, end))
         return kv, logits
-
-    def _step(self, kv: Any, **inputs: Tensor) -> Tensor:
-        return self.llm.advance(kv, **inputs)[0]
 
     def _sampler(self, end_ids: Collection[int]) -> Sampler:
         text = [token for token in self.prompt.ids if token != PLACEHOLDER]
@@ -248,14 +271,18 @@ class Generation:
             if self.stop.is_set():
                 return
             with torch.inference_mode():
-                logits = self._step(kv, input_ids=torch.tensor([[token]], device=self.llm.device))
+                shift = self.prompt.shift
+                position = None if shift is None else len(self.prompt) + count + shift
+                logits = self.llm.step(kv, token, position)
 
     def _decode_together(
         self, worker: ComputeWorker, kv: Any, logits: Tensor | None
     ) -> Generator[int, None, None]:
         if logits is None:
             return
-        sequence = worker.join(kv, logits, self.sampling, self.stop, self._sampler(worker.eos))
+        sequence = worker.join(
+            kv, logits, self.sampling, self.stop, self._sampler(worker.eos), self.prompt.shift
+        )
         del kv, logits
         try:
             yield from sequence

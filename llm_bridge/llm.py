@@ -41,6 +41,7 @@ class LanguageModel:
     name: str
     quantize: Quantize | None = None
     adapters: tuple[str, ...] = ()
+    axes: int = 1  # of its positions: 3 with M-RoPE (time, row, column)
 
     @property
     def identity(self) -> str:
@@ -123,9 +124,24 @@ class LanguageModel:
         return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     def advance(self, kv: Any, **inputs: Tensor) -> Tensor:
-        """Append inputs, named as in the model's forward, to a KV cache; the logits (B, V) after them."""
+        """Append inputs, named as in the model's forward, to a KV cache; the logits (B, V) after them.
+
+        position_ids: (axes, B, L), or (B, L) for the same on every axis.
+        """
         inputs |= {self._cache_argument: kv}
+        if (positions := inputs.get("position_ids")) is not None:
+            if self.axes == 1 and positions.dim() == 3:
+                inputs["position_ids"] = positions[0]
+            elif self.axes > 1 and positions.dim() == 2:
+                inputs["position_ids"] = positions.expand(self.axes, -1, -1)
         return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+
+    def step(self, kv: Any, token: int, position: int | None = None) -> Tensor:
+        """Append a token to the KV cache of one sequence; logits (V,). position: None is its index."""
+        inputs = {"input_ids": torch.tensor([[token]], device=self.device)}
+        if position is not None:
+            inputs["position_ids"] = torch.tensor([[position]], device=self.device)
+        return self.advance(kv, **inputs)[0]
 
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Input embeddings of token ids: (N,) -> (N, hidden_size)."""
@@ -170,6 +186,41 @@ def load_llm(
     sentence, what was wrong and what to do.
     """
     from transformers import AutoModelForCausalLM
+
+    model, tokenizer, _ = load_pretrained(
+        name,
+        AutoModelForCausalLM,
+        what="the language model",
+        device=device,
+        dtype=dtype,
+        device_map=device_map,
+        quantize=quantize,
+        adapters=adapters,
+        revision=revision,
+    )
+    make_batch_invariant(model)
+    loaded = LanguageModel(model, tokenizer, str(name), quantize, tuple(map(str, adapters)))
+    with refused(f"Cannot load the language model {name}"):
+        loaded.check()
+    return loaded
+
+
+def load_pretrained(
+    name: str | Path,
+    auto_class: Any,
+    *,
+    what: str,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    quantize: Quantize | None = None,
+    adapters: Sequence[str | Path] = (),
+    revision: str | None = None,
+) -> tuple[Any, Any, Path]:
+    """A frozen model of transformers, its tokenizer and its folder; arguments and errors as of `load_llm`.
+
+    auto_class: of transformers, that builds it. what: it is called in errors.
+    """
     from transformers.utils import logging
 
     target = torch.device(device) if device is not None else default_device()
@@ -188,18 +239,20 @@ def load_llm(
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        with refused(f"Cannot load the language model {name}"):
+        with refused(f"Cannot load {what} {name}"):
             folder = local_folder(path, revision)
             in_memory = quantize is None and device_map is None and target.type == "cpu"
-            options |= _load_options(folder, gguf, dtype.itemsize if in_memory else None, str(name))
+            options |= _load_options(
+                folder, gguf, dtype.itemsize if in_memory else None, f"{what} {name}", auto_class
+            )
             tokenizer = _load_tokenizer(folder, gguf)
-            loaded_with_report: Any = AutoModelForCausalLM.from_pretrained(
+            loaded_with_report: Any = auto_class.from_pretrained(
                 folder, trust_remote_code=False, output_loading_info=True, **options
             )
             model, report = loaded_with_report
             if gguf is None and (missing := sorted(report["missing_keys"])):  # else they would be random
                 raise ModelError(
-                    f"Cannot load the language model {name}: its weights lack {missing[0][:80]!r}"
+                    f"Cannot load {what} {name}: its weights lack {missing[0][:80]!r}"
                     f"{f' and {len(missing) - 1} more' if missing[1:] else ''}: it is damaged."
                 )
             if device_map is None:
@@ -207,16 +260,15 @@ def load_llm(
             for adapter in adapters:
                 model = apply_adapter(model, adapter, merge=quantize is None)
             model.eval().requires_grad_(False)
-            make_batch_invariant(model)
-            loaded = LanguageModel(model, tokenizer, str(name), quantize, tuple(map(str, adapters)))
-            loaded.check()
     finally:
         if bars:
             logging.enable_progress_bar()
-    return loaded
+    return model, tokenizer, folder
 
 
-def _load_options(folder: Path, gguf: str | None, itemsize: int | None, name: str) -> dict[str, Any]:
+def _load_options(
+    folder: Path, gguf: str | None, itemsize: int | None, what: str, auto_class: Any
+) -> dict[str, Any]:
     """Checks that a folder is harmless and fits this machine; returns the arguments to load it with."""
     from transformers import AutoConfig
 
@@ -228,7 +280,7 @@ def _load_options(folder: Path, gguf: str | None, itemsize: int | None, name: st
         try:
             stored, per_byte = check_gguf(folder / gguf), 6
         except ValueError as error:
-            raise ModelError(f"Cannot load the language model {name}: {error}.") from error
+            raise ModelError(f"Cannot load {what}: {error}.") from error
         source = {"gguf_file": gguf}
         options = {**source, "local_files_only": True, "quantization_config": GgufConfig(dequantize=True)}
     else:
@@ -239,7 +291,7 @@ def _load_options(folder: Path, gguf: str | None, itemsize: int | None, name: st
         stored, per_byte = weight_bytes(folder), 1
         if getattr(config, "quantization_config", None):
             per_byte, itemsize = 8, None
-    check_fits(config, stored, per_byte=per_byte, itemsize=itemsize, what=f"the language model {name}")
+    check_fits(config, stored, per_byte=per_byte, itemsize=itemsize, what=what, auto_class=auto_class)
     return options
 
 

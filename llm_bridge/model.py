@@ -27,6 +27,7 @@ from llm_bridge.model_files.checks import first_line
 from llm_bridge.packing import Packing, Weighting, branched_attention, label_weights
 from llm_bridge.projector import Projector, ProjectorConfig
 from llm_bridge.prompt import IGNORE, PLACEHOLDER, Prompt, TimeSentence
+from llm_bridge.towers.flux import FluxTower
 
 DEFAULT_LLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ADAPTER = "adapter"  # subfolder of a model whose language model was tuned with LoRA
@@ -118,6 +119,21 @@ class VideoLanguageModel(nn.Module):
     def plan_table(self) -> PlanTable | None:
         """The measured plan table that came with the model."""
         return PlanTable.of(self.config.plan_table) if self.config.plan_table else None
+
+    @property
+    def tower(self) -> FluxTower:
+        """Encoder and projector as what looks at videos."""
+        return FluxTower(self)
+
+    @property
+    def default_tokens(self) -> int:
+        """Budget of a video where none is asked for."""
+        return self.config.default_tokens
+
+    @property
+    def system(self) -> str | None:
+        """System prompt of conversations without one."""
+        return self.config.system
 
     def encode(
         self,

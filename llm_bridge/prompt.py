@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
@@ -24,8 +24,22 @@ TimeSentence = Literal["short", "long", "none"]
 
 # A private-use character no keyboard types; it is removed from users' text.
 _MARK = "\ue0f5"
-_SENTINEL = re.compile(f"{_MARK}(\\d+){_MARK}")
+_SENTINEL = re.compile(f"{_MARK}(\\d+(?:\\.\\d+)?){_MARK}")  # a visual, or one stretch of it
 _ZERO_WIDTH = "\u200b"
+NO_MARKS: Mapping[str, str] = {}
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Embeddings of a visual that stand side by side in a prompt.
+
+    offsets: per axis of the model's positions, that of each embedding counted from where the stretch begins;
+    empty: one after the other. extent: how far on the next position is (default: count).
+    """
+
+    count: int
+    offsets: tuple[tuple[int, ...], ...] = ()
+    extent: int | None = None
 
 
 @dataclass(frozen=True)
@@ -33,12 +47,19 @@ class Visual:
     """A video or image in a message: how many embeddings it takes, and when its frames were.
 
     key: identifies content, plan and model, for the caches. times_s: one per frame; empty for an image.
+    layout: stretches of the embeddings with the model's own text between them; empty: one stretch.
     """
 
     tokens: int
     key: str = ""
     duration_s: float = 0.0
     times_s: tuple[float, ...] = ()
+    layout: tuple[str | Stretch, ...] = ()
+
+    @property
+    def kind(self) -> Literal["image", "video"]:
+        """What a chat template calls it."""
+        return "video" if self.times_s else "image"
 
 
 V = TypeVar("V")
@@ -70,9 +91,10 @@ class Message(Generic[V]):
 class Prompt:
     """Token ids with PLACEHOLDER where a visual embedding belongs.
 
-    visuals: in order of appearance; spans: (start, tokens) of each. For training only: labels are ids to
-    learn, IGNORE elsewhere; branches are (start, end) of questions that share all before the first and do not
-    see each other.
+    visuals: in order of appearance; spans: (start, length) of each, from its first embedding to its last,
+    with the text between. positions: of each id, per axis; empty when they are its index. next_position: of
+    what follows. For training only: labels are ids to learn, IGNORE elsewhere; branches are (start, end) of
+    questions that share all before the first and do not see each other.
     """
 
     ids: tuple[int, ...]
@@ -80,9 +102,16 @@ class Prompt:
     spans: tuple[tuple[int, int], ...]
     labels: tuple[int, ...] = ()
     branches: tuple[tuple[int, int], ...] = ()
+    positions: tuple[tuple[int, ...], ...] = ()
+    next_position: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def shift(self) -> int | None:
+        """How far positions run ahead of indices at the end; None when positions are indices."""
+        return self.next_position - len(self.ids) if self.positions else None
 
     @cached_property
     def cache_keys(self) -> tuple[int, ...]:
@@ -90,7 +119,11 @@ class Prompt:
         keys = list(self.ids)
         for visual, (start, count) in zip(self.visuals, self.spans, strict=True):
             base = int.from_bytes(blake2b(visual.key.encode(), digest_size=7).digest(), "big") << 20
-            keys[start : start + count] = [-(base + offset) - 1 for offset in range(count)]
+            offset = 0
+            for index in range(start, start + count):
+                if keys[index] == PLACEHOLDER:
+                    offset += 1
+                    keys[index] = -(base + offset)
         return tuple(keys)
 
 
@@ -107,7 +140,7 @@ def time_sentence(visual: Visual, form: TimeSentence) -> str:
     return start + f"at {', '.join(f'{t:.2f}' for t in visual.times_s)} seconds. "
 
 
-def template_text(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+def template_text(tokenizer: Any, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool) -> str:
     """The conversation as one text: by the chat template, or "User: ... Assistant: ..." without one."""
     if getattr(tokenizer, "chat_template", None):
         try:
@@ -151,13 +184,13 @@ def check_text(text: Any, what: str = "The text") -> str:
     return text
 
 
-def neutralize(text: str, tokenizer: Any) -> str:
+def neutralize(text: str, tokenizer: Any, marks: Iterable[str] = ()) -> str:
     """The text with every literal special token broken by a zero-width space, and without sentinel marks.
 
-    Raises ConfigError as `check_text` does.
+    marks: other texts to break, such as those that stand for media. Raises ConfigError as `check_text` does.
     """
     text = check_text(text).replace(_MARK, "")
-    for special in sorted(tokenizer.all_special_tokens, key=len, reverse=True):
+    for special in sorted({*tokenizer.all_special_tokens, *marks}, key=len, reverse=True):
         if len(special) > 1 and special in text:
             text = text.replace(special, special[0] + _ZERO_WIDTH + special[1:])
     return text
@@ -170,6 +203,7 @@ def count_text(
     add_generation_prompt: bool = True,
     most: int | None = None,
     bound: TextBound | None = None,
+    marks: Mapping[str, str] = NO_MARKS,
 ) -> int:
     """Tokens of a conversation without its media and their time sentences.
 
@@ -181,7 +215,7 @@ def count_text(
         Message(m.role, tuple(part if isinstance(part, str) else Visual(0) for part in m.content))
         for m in messages
     ]
-    text, visuals = _to_text(tokenizer, plain, add_generation_prompt, "none")
+    text, visuals = _to_text(tokenizer, plain, add_generation_prompt, "none", marks)
     if most is not None and bound is not None and (least := bound.least_tokens(text)) > most:
         return least
     builder = _Builder(tokenizer, visuals)
@@ -268,13 +302,19 @@ def render(
     *,
     add_generation_prompt: bool = True,
     time_form: TimeSentence = "short",
+    marks: Mapping[str, str] = NO_MARKS,
+    axes: int = 1,
 ) -> Prompt:
-    """Messages -> Prompt, ready for generation."""
-    text, visuals = _to_text(tokenizer, messages, add_generation_prompt, time_form)
+    """Messages -> Prompt, ready for generation.
+
+    marks: what the chat template writes for an "image" and a "video", for templates that take media; else
+    media stand in a message's text. axes: of the model's positions.
+    """
+    text, visuals = _to_text(tokenizer, messages, add_generation_prompt, time_form, marks)
     builder = _Builder(tokenizer, visuals)
     builder.begin(text)
     builder.add(text)
-    return builder.prompt()
+    return builder.prompt(axes)
 
 
 def render_chat_training(
@@ -320,8 +360,13 @@ def _to_text(
     messages: Sequence[Message[Visual]],
     add_generation_prompt: bool,
     time_form: TimeSentence,
+    marks: Mapping[str, str] = NO_MARKS,
 ) -> tuple[str, tuple[Visual, ...]]:
-    visuals: list[Visual] = []
+    """The conversation by the chat template, with sentinels for the visuals, and the visuals."""
+    visuals = tuple(part for message in messages for part in message.content if isinstance(part, Visual))
+    if marks:
+        return _marked_text(tokenizer, messages, add_generation_prompt, marks, visuals), visuals
+    count = 0
     plain = []
     for message in messages:
         parts: list[str] = []
@@ -329,22 +374,57 @@ def _to_text(
             if isinstance(part, Visual):
                 if parts and parts[-1] and not parts[-1][-1].isspace():
                     parts.append("\n")
-                parts.append(f"{_MARK}{len(visuals)}{_MARK}{time_sentence(part, time_form)}\n")
-                visuals.append(part)
+                parts.append(f"{_MARK}{count}{_MARK}{time_sentence(part, time_form)}\n")
+                count += 1
             else:
                 parts.append(neutralize(part, tokenizer))
         plain.append({"role": message.role, "content": "".join(parts)})
-    return template_text(tokenizer, plain, add_generation_prompt=add_generation_prompt), tuple(visuals)
+    return template_text(tokenizer, plain, add_generation_prompt=add_generation_prompt), visuals
+
+
+def _marked_text(
+    tokenizer: Any,
+    messages: Sequence[Message[Visual]],
+    add_generation_prompt: bool,
+    marks: Mapping[str, str],
+    visuals: tuple[Visual, ...],
+) -> str:
+    """By a chat template that writes a mark for each medium; each mark becomes the visual's layout."""
+    parts = [
+        {
+            "role": message.role,
+            "content": [
+                {"type": part.kind}
+                if isinstance(part, Visual)
+                else {"type": "text", "text": neutralize(part, tokenizer, marks.values())}
+                for part in message.content
+            ],
+        }
+        for message in messages
+    ]
+    rest, text = template_text(tokenizer, parts, add_generation_prompt=add_generation_prompt), ""
+    for index, visual in enumerate(visuals):
+        before, mark, rest = rest.partition(marks[visual.kind])
+        if not mark:
+            raise ModelError(
+                f"The chat template of the language model takes no {visual.kind}s at this place."
+            )
+        stretches = enumerate(visual.layout or (Stretch(visual.tokens),))
+        text += before + "".join(
+            part if isinstance(part, str) else f"{_MARK}{index}.{number}{_MARK}" for number, part in stretches
+        )
+    return text + rest
 
 
 class _Builder:
-    """Collects ids, spans and labels piece by piece."""
+    """Collects ids, spans, positions and labels piece by piece."""
 
     def __init__(self, tokenizer: Any, visuals: tuple[Visual, ...]) -> None:
         self.tokenizer, self.visuals = tokenizer, visuals
         self.ids: list[int] = []
         self.labels: list[int] = []
-        self.spans: list[tuple[int, int]] = []
+        self.spans: dict[int, tuple[int, int]] = {}  # of a visual: its first index, and the one after it
+        self.stretches: list[tuple[int, Stretch]] = []  # where each begins
 
     def begin(self, text: str) -> None:
         """Put the beginning-of-sequence token in front where the tokenizer wants it and the text lacks it."""
@@ -358,9 +438,13 @@ class _Builder:
         """Tokenise a stretch of template text and open a span at each sentinel in it."""
         for position, piece in enumerate(_SENTINEL.split(text)):
             if position % 2:
-                count = self.visuals[int(piece)].tokens
-                self.spans.append((len(self.ids), count))
-                self._extend([PLACEHOLDER] * count, learn=False)
+                index, _, number = piece.partition(".")
+                visual, start = self.visuals[int(index)], len(self.ids)
+                part = visual.layout[int(number)] if number and visual.layout else Stretch(visual.tokens)
+                assert isinstance(part, Stretch)
+                self._extend([PLACEHOLDER] * part.count, learn=False)
+                self.stretches.append((start, part))
+                self.spans[int(index)] = (self.spans.get(int(index), (start, 0))[0], len(self.ids))
             elif piece:
                 self._extend(self.tokenizer(piece, add_special_tokens=False).input_ids, learn)
 
@@ -368,5 +452,30 @@ class _Builder:
         self.ids += ids
         self.labels += ids if learn else [IGNORE] * len(ids)
 
-    def prompt(self) -> Prompt:
-        return Prompt(tuple(self.ids), self.visuals, tuple(self.spans), tuple(self.labels))
+    def prompt(self, axes: int = 1) -> Prompt:
+        spans = tuple((start, end - start) for _, (start, end) in sorted(self.spans.items()))
+        positions, following = self._positions(axes)
+        return Prompt(
+            tuple(self.ids),
+            self.visuals,
+            spans,
+            tuple(self.labels),
+            positions=positions,
+            next_position=following,
+        )
+
+    def _positions(self, axes: int) -> tuple[tuple[tuple[int, ...], ...], int]:
+        """Positions per axis, and the next one; none where they are the indices on one axis."""
+        if axes == 1 and all(not part.offsets and part.extent is None for _, part in self.stretches):
+            return (), len(self.ids)
+        found: list[list[int]] = [[] for _ in range(axes)]
+        index = position = 0
+        for start, part in [*self.stretches, (len(self.ids), Stretch(0))]:
+            for axis, values in enumerate(found):
+                values += range(position, position + start - index)
+                first = position + start - index
+                own = part.offsets[axis] if part.offsets else range(part.count)
+                values += [first + offset for offset in own]
+            position += start - index + (part.count if part.extent is None else part.extent)
+            index = start + part.count
+        return tuple(map(tuple, found)), position

@@ -77,14 +77,13 @@ class Controls:
 
     def __init__(self, chat: VideoChat, examples: Examples, *, login: bool = False) -> None:
         budgets = Range.of(chat.model)
-        config = chat.model.encoder.config
         gr.HTML(header(chat, login=login), **PLAIN, elem_id="fluxchat-header")
         with gr.Row(elem_id="fluxchat-main", equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 self._media(examples)
             with gr.Column(scale=6, min_width=320):
                 self._conversation(budgets, chat)
-                self._advanced(config, chat)
+                self._advanced(chat)
         self._compare(budgets)
 
     def _media(self, examples: Examples) -> None:
@@ -156,7 +155,7 @@ class Controls:
             self.budget = gr.Slider(
                 budgets.step,
                 budgets.largest,
-                budgets.near(chat.model.config.default_tokens),
+                budgets.near(chat.model.default_tokens),
                 step=budgets.step,
                 label="Token budget per video",
                 scale=1,
@@ -178,18 +177,16 @@ class Controls:
                 )
         self.cost = gr.HTML(notice(EMPTY_COST), **PLAIN, elem_id="fluxchat-cost")
 
-    def _advanced(self, config: Any, chat: VideoChat) -> None:
+    def _advanced(self, chat: VideoChat) -> None:
         with gr.Accordion("Advanced", open=False, elem_id="fluxchat-advanced"):
-            self.system = gr.Textbox(
-                chat.model.config.system or "", label="System prompt", lines=1, max_lines=4
-            )
+            self.system = gr.Textbox(chat.model.system or "", label="System prompt", lines=1, max_lines=4)
             with gr.Row():
                 self.temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", buttons=[])
                 self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", buttons=[])
                 self.longest = gr.Slider(8, 1024, 128, step=8, label="Longest answer", buttons=[])
             with gr.Row():
-                frames = [str(count) for count in range(*config.frames_range)]
-                sides = [str(side) for side in range(*config.resolution_range)]
+                frames = [str(count) for count in chat.model.tower.space.frames]
+                sides = [str(side) for side in chat.model.tower.space.sides]
                 self.frames = gr.Dropdown([CHOOSE, *frames], value=CHOOSE, label="Frames")
                 self.resolution = gr.Dropdown([CHOOSE, *sides], value=CHOOSE, label="Resolution (pixels)")
                 self.selector = gr.Dropdown(

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.estimate import QUESTION_TOKENS
-from encoder.budget import Budget
-from encoder.cost import MIB, encoder_mib
+from encoder.budget import Budget, Plan
+from encoder.cost import MIB
 from encoder.errors import BudgetError, ConfigError
 from encoder.selection import Selector
-from llm_bridge.model import VideoLanguageModel
+from llm_bridge.chat_model import ChatModel
 
 ANSWER_TOKENS = 128
 CHOOSE = "by budget"
@@ -69,22 +69,22 @@ class Range:
     largest: int
 
     @staticmethod
-    def of(model: VideoLanguageModel) -> Range:
+    def of(model: ChatModel) -> Range:
         """Steps of 64 up to everything the model was trained on, less where context or memory end earlier.
 
         Small grids get finer steps, so that there are at least about 30 of them.
         """
-        config = model.encoder.config
-        frames, side = max(range(*config.frames_range)), max(range(*config.resolution_range))
-        seen = frames * (side // config.patch_size) ** 2
+        tower = model.tower
+        frames, side = tower.space.full
+        seen = tower.space.tokens(frames, side)
         step = max(8, min(64, 1 << (seen // 32).bit_length() - 1))
         context, free = model.llm.context_length, _free_mib(model)
 
         def fits(tokens: int) -> bool:
-            llm_tokens = model.projector.planned_tokens(tokens, frames)
-            positions = llm_tokens + QUESTION_TOKENS + ANSWER_TOKENS
+            plan = Plan(frames, side, side, tokens, tower.space.cell, tower.space.frames_per_cell)
+            positions = tower.prompt_tokens(plan) + QUESTION_TOKENS + ANSWER_TOKENS
             kv_mib = positions * model.llm.kv_bytes_per_token / MIB
-            working = encoder_mib(config, frames, side, side, tokens)
+            working = tower.mib(plan)
             return (context is None or positions <= context) and working + kv_mib <= free / 2
 
         largest = next((n for n in range(seen // step * step, step, -step) if fits(n)), step)
@@ -95,12 +95,12 @@ class Range:
         return min(self.largest, max(self.step, round(tokens / self.step) * self.step))
 
 
-def _free_mib(model: VideoLanguageModel) -> float:
+def _free_mib(model: ChatModel) -> float:
     """Free memory of the model's device."""
     import torch
 
-    if model.device.type == "cuda":
-        return torch.cuda.mem_get_info(model.device)[0] / MIB
+    if model.tower.device.type == "cuda":
+        return torch.cuda.mem_get_info(model.tower.device)[0] / MIB
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / MIB
     except (ValueError, OSError, AttributeError):  # not on this system

@@ -244,7 +244,7 @@ class Api:
             "created": self._started,
             "owned_by": MODEL,
             "description": self.chat.name,
-            "default_token_budget": self.chat.model.config.default_tokens,
+            "default_token_budget": self.chat.model.default_tokens,
         }
 
     async def read_openapi(self, _: Request) -> Response:

@@ -97,6 +97,11 @@ def local_folder(
     return folder
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a text can be the name of a model on the hub: OWNER/NAME, which is no folder here."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+
+
 def open_folder(name: str | Path) -> tuple[Path, dict[str, Any]]:
     """A model's folder that `check_folder` passed, and how from_pretrained must read its weights.
 
@@ -269,17 +274,19 @@ def stored_bytes(file: Path) -> int:
     return end
 
 
-def check_fits(config: Any, stored: int, *, per_byte: int, itemsize: int | None, what: str) -> None:
+def check_fits(
+    config: Any, stored: int, *, per_byte: int, itemsize: int | None, what: str, auto_class: Any
+) -> None:
     """Raises ModelError for a configuration of a model that is larger than its weights, or than this machine.
 
     config: of transformers. stored: bytes of its weights, of which each holds at most `per_byte` numbers.
-    itemsize: bytes of a number in this machine's memory; None if they are not all kept there.
+    itemsize: bytes of a number in this machine's memory; None if they are not all kept there. auto_class: of
+    transformers, that builds it.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     with refused(f"Cannot load {what}"), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = auto_class.from_config(config, trust_remote_code=False)
     count = sum(parameter.numel() for parameter in model.parameters())
     if count > 2 * per_byte * (stored + MIB):  # tied weights are stored once
         raise ModelError(

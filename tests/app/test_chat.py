@@ -205,7 +205,7 @@ def test_a_calibration_that_no_longer_holds_is_replaced(
 ) -> None:
     monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path))
     monkeypatch.setattr("app.estimate.prefill_ms", lambda _, tokens: 5.0 + 0.1 * tokens)  # whatever else runs
-    monkeypatch.setattr("app.estimate.calibrate_encoder", lambda *_: Speed((1.0, 1.0, 1.0, 1.0)))
+    monkeypatch.setattr("llm_bridge.towers.flux.calibrate_encoder", lambda *_: Speed((1.0, 1.0, 1.0, 1.0)))
     monkeypatch.setattr("app.estimate.measure_decode", lambda: Speed((1.0, 1.0, 1.0)))
     now = Calibration.load_or_measure(tiny_model).prefill.milliseconds([1.0, 64.0, 64.0**2])
     [path] = (tmp_path / "calibration").iterdir()

@@ -42,7 +42,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, VideoChat(args.model) as chat:
         files = videos(Path(folder))
         top = chat.model.encoder.config
-        budgets = sorted({64, 128, 256, chat.model.config.default_tokens})
+        budgets = sorted({64, 128, 256, chat.model.default_tokens})
         cases = [(name, budget) for name in files for budget in budgets]
         measured: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
         for repeat in range(-1, args.n):

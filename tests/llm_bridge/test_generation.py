@@ -33,7 +33,7 @@ def test_greedy_equals_transformers(llm: LanguageModel) -> None:
     prompt, visual = prompt_and_visual(llm)
     generation = Generation(llm, prompt, [visual], SamplingParams(max_new_tokens=24))
     text = "".join(generation)
-    embeds = generation.embeddings(0, len(prompt))
+    embeds = generation.inputs(0, len(prompt))["inputs_embeds"]
     ids = llm.model.generate(
         inputs_embeds=embeds,
         attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),

@@ -1,0 +1,85 @@
+"""A model that VideoChat can drive, of whatever kind, and how a name becomes one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from encoder.errors import ConfigError
+from llm_bridge.llm import LanguageModel, Quantize
+from llm_bridge.model import VideoLanguageModel
+from llm_bridge.model_files.checks import is_hub_id, open_settings, refused
+from llm_bridge.towers.stock import load_stock, stock_kind
+from llm_bridge.towers.tower import Stage, Tower
+
+
+class ChatModel(Protocol):
+    """What VideoChat needs of a model: VideoLanguageModel and StockModel have it.
+
+    default_tokens: budget of a video where none is asked for. system: system prompt of conversations without
+    one.
+    """
+
+    @property
+    def llm(self) -> LanguageModel: ...
+
+    @property
+    def tower(self) -> Tower: ...
+
+    @property
+    def default_tokens(self) -> int: ...
+
+    @property
+    def system(self) -> str | None: ...
+
+    def revision(self) -> str: ...
+
+
+def load_chat_model(
+    name: str | os.PathLike[str],
+    *,
+    llm: str | Path | None = None,
+    encoder: str | os.PathLike[str] | None = None,
+    stage: Stage | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    quantize: Quantize | None = None,
+    adapters: Sequence[str | Path] = (),
+) -> ChatModel:
+    """A saved FluxChat model, or a stock video model (folder or hub id); which one, its config.json says.
+
+    llm, encoder: replace parts of a FluxChat model. stage: when a stock model drops tokens (default: "after"
+    its encoder). The rest as `load_llm`. Raises ModelError, CheckpointError or ConfigError: one sentence.
+    """
+    options: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "device_map": device_map,
+        "quantize": quantize,
+        "adapters": adapters,
+    }
+    if _is_stock(name):
+        if llm is not None or encoder is not None:
+            raise ConfigError(
+                f"{name} has an encoder and a language model of its own: leave out llm and encoder."
+            )
+        return load_stock(os.fspath(name), stage=stage or "after", **options)
+    if stage is not None:
+        raise ConfigError(f"select is for stock video models: {name} always selects before its encoder.")
+    return VideoLanguageModel.from_pretrained(os.fspath(name), llm=llm, encoder=encoder, **options)
+
+
+def _is_stock(name: str | os.PathLike[str]) -> bool:
+    """Whether it names a stock model; a hub id always does, and its settings are fetched first."""
+    if Path(name).expanduser().is_dir():
+        return stock_kind(Path(name).expanduser()) is not None
+    if not is_hub_id(str(name)):
+        return False
+    with refused(f"Cannot load the video model {name}"):
+        open_settings(str(name))
+    return True

@@ -1,0 +1,67 @@
+"""Frames to pixels as the image processors of stock models make them: PIL's resizing, then normalisation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from encoder.errors import ModelError
+
+HALF = (0.5, 0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class PixelSettings:
+    """How a model was trained to see. resample: PIL's number of the filter."""
+
+    mean: tuple[float, ...] = HALF
+    std: tuple[float, ...] = HALF
+    resample: int = int(Image.Resampling.BICUBIC)
+
+    @staticmethod
+    def read(folder: Path, default: PixelSettings, *files: str) -> PixelSettings:
+        """From the first of a model folder's files that is there; raises ModelError for senseless values."""
+        for name in files:
+            path = folder / name
+            if not path.is_file():
+                continue
+            values = json.loads(path.read_text())
+            settings = PixelSettings(
+                _three(values.get("image_mean"), default.mean, path),
+                _three(values.get("image_std"), default.std, path),
+                values.get("resample", default.resample),
+            )
+            if settings.resample not in set(Image.Resampling) or not all(settings.std):
+                raise ModelError(f"{path} names no way to resize or normalise that there is.")
+            return settings
+        return default
+
+
+def _three(value: Any, default: tuple[float, ...], path: Path) -> tuple[float, ...]:
+    if value is None:
+        return default
+    if not isinstance(value, Sequence) or len(value) != 3 or not all(type(v) in (int, float) for v in value):
+        raise ModelError(f"{path} must give three numbers for the mean and the deviation of colours.")
+    return tuple(map(float, value))
+
+
+def to_pixels(frames: Tensor, height: int, width: int, settings: PixelSettings) -> Tensor:
+    """uint8 (T, H, W, 3) to float32 (3, T, height, width)."""
+    resized = np.stack(
+        [
+            np.asarray(Image.fromarray(frame.numpy()).resize((width, height), settings.resample))
+            for frame in frames
+        ]
+    )
+    pixels = torch.from_numpy(resized).permute(3, 0, 1, 2).float().div_(255)
+    mean = torch.tensor(settings.mean).view(3, 1, 1, 1)
+    std = torch.tensor(settings.std).view(3, 1, 1, 1)
+    return pixels.sub_(mean).div_(std)

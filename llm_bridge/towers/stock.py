@@ -1,0 +1,174 @@
+"""Stock video models of transformers (SmolVLM2 and others) taken apart: a tower and a language model.
+
+    model = load_stock("HuggingFaceTB/SmolVLM2-500M-Video-Instruct")
+    VideoChat(model)
+
+The kind is read from the folder's config.json. Pieces are driven one by one, so that the selection stands
+between them, and a prompt's KV is kept and continued as for any other language model.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from encoder.errors import ConfigError, ModelError
+from llm_bridge.towers.tower import Stage, Tower
+
+if TYPE_CHECKING:
+    from llm_bridge.llm import LanguageModel, Quantize
+
+
+class TextPart(nn.Module):
+    """The language model of a stock video model as a causal language model of its own.
+
+    extra rows of a prefill are added behind its first layers (Qwen3-VL's deepstack).
+    """
+
+    def __init__(self, decoder: nn.Module, head: nn.Module, generation_config: Any) -> None:
+        super().__init__()
+        self.decoder, self.head = decoder, head
+        self.config: Any = decoder.config
+        self.generation_config = generation_config
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding table."""
+        return self.decoder.get_input_embeddings()  # type: ignore[operator]
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The layer of the logits."""
+        return self.head
+
+    def set_attn_implementation(self, name: str) -> None:
+        """As of a model of transformers."""
+        self.decoder.set_attn_implementation(name)  # type: ignore[operator]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool = True,
+        logits_to_keep: int = 0,
+        extra: Tensor | None = None,
+        places: Tensor | None = None,
+    ) -> Any:
+        """Logits of the last positions. extra: (rows, n, D), one row per True of places (B, L)."""
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        options: dict[str, Any] = {}
+        if extra is not None:
+            options = {"visual_pos_masks": places, "deepstack_visual_embeds": list(extra.unbind(1))}
+        if past_key_values is None:
+            from transformers import DynamicCache
+
+            past_key_values = DynamicCache(config=self.config)
+        out = self.decoder(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            **{_cache_name(self.decoder): past_key_values},
+            **options,
+        )
+        hidden = out.last_hidden_state[:, -logits_to_keep:]
+        return CausalLMOutputWithPast(logits=self.head(hidden))
+
+
+def _cache_name(decoder: nn.Module) -> str:
+    """What a model's forward calls its KV cache: transformers 5.24 renamed it."""
+    import inspect
+
+    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+
+
+class StockModel:
+    """A stock video model behind VideoChat."""
+
+    def __init__(self, llm: LanguageModel, tower: Tower, default_tokens: int) -> None:
+        self.llm, self.tower, self.default_tokens = llm, tower, default_tokens
+        self.system: str | None = None
+
+    def revision(self) -> str:
+        """A cache key."""
+        return f"{self.llm.identity} {self.tower.revision()}"
+
+
+# Of the loaded model, its folder, and when cells are dropped.
+MakeTower = Callable[[Any, Path, Stage], Tower]
+
+
+def kinds() -> dict[str, MakeTower]:
+    """Model types of transformers that are supported."""
+    from llm_bridge.towers.smolvlm import SmolVLMTower
+
+    return {"smolvlm": SmolVLMTower}
+
+
+def stock_kind(folder: str | Path) -> str | None:
+    """The model type of a folder that holds a stock video model, else None."""
+    try:
+        kind = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return kind if kind in kinds() else None
+
+
+def load_stock(
+    name: str | Path,
+    *,
+    stage: Stage = "after",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    quantize: Quantize | None = None,
+    adapters: Sequence[str | Path] = (),
+    revision: str | None = None,
+) -> StockModel:
+    """Load a stock video model for use with frozen weights.
+
+    name: hub id or folder. stage: when cells are dropped. The rest as `load_llm`. Raises ModelError or
+    ConfigError: one sentence, what was wrong and what to do.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    from llm_bridge.batch_invariance import make_batch_invariant
+    from llm_bridge.llm import LanguageModel, load_pretrained
+
+    if stage not in ("before", "after"):
+        raise ConfigError(f"select must be 'before' or 'after', not {stage!r}.")
+    model, tokenizer, folder = load_pretrained(
+        name,
+        AutoModelForImageTextToText,
+        what="the video model",
+        device=device,
+        dtype=dtype,
+        device_map=device_map,
+        quantize=quantize,
+        adapters=adapters,
+        revision=revision,
+    )
+    kind = stock_kind(folder)
+    if kind is None:
+        raise ModelError(f"{name} is no video model of a kind that is supported: {', '.join(kinds())}.")
+    tower = kinds()[kind](model, folder, stage)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    part = TextPart(_decoder(base), base.get_output_embeddings(), getattr(base, "generation_config", None))
+    make_batch_invariant(part)
+    llm = LanguageModel(part.eval(), tokenizer, str(name), quantize, tuple(map(str, adapters)), tower.axes)
+    llm.check()
+    return StockModel(llm, tower, tower.default_tokens)
+
+
+def _decoder(model: Any) -> nn.Module:
+    """The transformer that reads embeddings, whatever the model calls it."""
+    inner = model.model
+    return next(getattr(inner, name) for name in ("text_model", "language_model") if hasattr(inner, name))

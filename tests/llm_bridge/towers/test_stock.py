@@ -1,0 +1,285 @@
+"""Stock video models taken apart give what they give whole; and what the selection drops is gone, no more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from encoder.budget import Plan
+from encoder.selection import Selector
+from encoder.video.reader import Clip, read_clip
+from llm_bridge.chat_model import load_chat_model
+from llm_bridge.compute_worker import ComputeWorker
+from llm_bridge.generation import Generation
+from llm_bridge.kv_cache import PrefixCache
+from llm_bridge.prompt import PLACEHOLDER, Message, Prompt, Visual, render
+from llm_bridge.sampling import SamplingParams
+from llm_bridge.towers.number_words import in_words
+from llm_bridge.towers.stock import StockModel
+from llm_bridge.towers.tower import Looked, Stage
+from tests import tiny_video_models
+from tests.tiny_video_models import KINDS
+
+FRAMES = 8
+TIMES = tuple(0.5 + index for index in range(FRAMES))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("stock")
+    return {kind: tiny_video_models.make(root / kind, kind) for kind in KINDS}
+
+
+_loaded: dict[tuple[str, str], StockModel] = {}
+
+
+@pytest.fixture(scope="module")
+def load(folders: dict[str, Path]) -> Any:
+    def of(kind: str, stage: Stage = "after") -> StockModel:
+        if (kind, stage) not in _loaded:
+            model = load_chat_model(folders[kind], stage=stage, dtype=torch.float32)
+            assert isinstance(model, StockModel)
+            _loaded[kind, stage] = model
+        return _loaded[kind, stage]
+
+    return of
+
+
+def frames(count: int = FRAMES, height: int = 96, width: int = 96) -> Tensor:
+    """uint8 (T, H, W, 3): a square that moves over noise."""
+    rng = np.random.default_rng(5)
+    still = rng.integers(0, 256, (height, width, 3), np.uint8)
+    video = np.stack([still] * count)
+    for index in range(count):
+        video[index, 20:50, 8 * index : 8 * index + 30] = 255 - 20 * index
+    return torch.from_numpy(video)
+
+
+def clip_of(video: Tensor) -> Clip:
+    return read_clip(list(video.numpy()), len(video))
+
+
+def full_plan(model: StockModel, count: int = FRAMES) -> Plan:
+    space = model.tower.space
+    side = space.sides[-1]
+    plan = Plan(count, side, side, 1, space.cell, space.frames_per_cell)
+    return Plan(count, side, side, plan.grid.size, space.cell, space.frames_per_cell)
+
+
+def kept_plan(plan: Plan, keep: int) -> Plan:
+    return Plan(plan.frames, plan.height, plan.width, keep, plan.patch_size, plan.frames_per_cell)
+
+
+def look(
+    model: StockModel, plan: Plan, selector: Selector = "flux", *, image: bool = False
+) -> tuple[Looked, Visual, Tensor]:
+    tower = model.tower
+    times = () if image else TIMES[: plan.frames]
+    pixels = tower.pixels(clip_of(frames(plan.frames)), plan)
+    looked = tower.look(pixels, plan, selector, times)
+    layout = tower.layout(plan, looked.kept.tolist(), times, float(len(times)))
+    key = f"{plan}{selector}{tower.stage}{image}"
+    return looked, Visual(len(looked.embedding), key, float(len(times)), times, layout), pixels
+
+
+def prompt_of(model: StockModel, *messages: Message[Visual]) -> Prompt:
+    return render(
+        model.llm.tokenizer, messages, time_form="none", marks=model.tower.marks, axes=model.llm.axes
+    )
+
+
+def question(visual: Visual, text: str = "What is it?") -> Message[Visual]:
+    return Message.of("user", visual, text)
+
+
+def answer(model: StockModel, prompt: Prompt, rows: list[Tensor], new: int = 16, **options: Any) -> list[int]:
+    """Greedy token ids, the end of the turn forbidden, so that all have the same length."""
+    ends = sorted(model.llm.eos_ids)
+    sampling = SamplingParams(max_new_tokens=new, logit_bias=dict.fromkeys(ends, -100.0))
+    generation = Generation(model.llm, prompt, rows, sampling, **options)
+    ids: list[int] = []
+    decode = generation._decode
+
+    def recording(*args: Any) -> Any:
+        for token in decode(*args):
+            ids.append(token)
+            yield token
+
+    generation._decode = recording  # type: ignore[method-assign]
+    for _ in generation:
+        pass
+    return ids
+
+
+def whole_model(folder: Path) -> Any:
+    from transformers import AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def own_inputs(kind: str, pixels: Tensor, ids: list[int], model: Any) -> dict[str, Any]:
+    """What the model's own forward takes for this prompt and these pixels (3, T, H, W)."""
+    filled = torch.tensor([[model.config.image_token_id if i == PLACEHOLDER else i for i in ids]])
+    return {"input_ids": filled, "pixel_values": pixels.transpose(0, 1)[None]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("stage", ["after", "before"])
+def test_all_cells_equal_the_whole_model(
+    kind: str, image: bool, stage: Stage, folders: dict[str, Path], load: Any
+) -> None:
+    model = load(kind, stage)
+    plan = full_plan(model, 1 if image else FRAMES)
+    looked, visual, pixels = look(model, plan, image=image)
+    prompt = prompt_of(model, question(visual))
+    whole = whole_model(folders[kind])
+    inputs = own_inputs(kind, pixels, list(prompt.ids), whole)
+    with torch.inference_mode():
+        logits = whole(**inputs).logits[0, -1]
+        banned = [[end] for end in sorted(model.llm.eos_ids)]
+        made = whole.generate(
+            **inputs, do_sample=False, max_new_tokens=16, bad_words_ids=banned, pad_token_id=0
+        )
+    generation = Generation(model.llm, prompt, [looked.embedding])
+    _, ours = generation.prefill([len(prompt)])
+    assert ours is not None
+    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
+    expected = made[0, len(prompt) :].tolist()
+    assert len(set(expected)) > 3  # a model that answers one word would prove nothing
+    assert answer(model, prompt, [looked.embedding]) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prefill_in_pieces_and_a_second_turn_equal_a_fresh_one(kind: str, load: Any) -> None:
+    model = load(kind)
+    plan = kept_plan(full_plan(model), 60)
+    looked, visual, _ = look(model, plan)
+    first = prompt_of(model, question(visual))
+    cache = PrefixCache(2**26, model.llm.kv_bytes_per_token)
+    words = answer(model, first, [looked.embedding], prefixes=cache)
+    assert words == answer(model, first, [looked.embedding])
+    text = model.llm.tokenizer.decode(words)
+    second = prompt_of(
+        model, question(visual), Message.of("assistant", text), Message.of("user", "And then?")
+    )
+    kept = Generation(model.llm, second, [looked.embedding], SamplingParams(max_new_tokens=4), cache)
+    for _ in kept:
+        pass
+    assert kept.stats.cached_tokens > plan.keep
+    assert answer(model, second, [looked.embedding], prefixes=cache) == answer(
+        model, second, [looked.embedding]
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_batch_equal_each_alone(kind: str, load: Any) -> None:
+    import threading
+
+    model = load(kind)
+    plans = [kept_plan(full_plan(model), keep) for keep in (20, 45, 90)]
+    asked = []
+    for plan in plans:
+        looked, visual, _ = look(model, plan)
+        asked.append((prompt_of(model, question(visual)), [looked.embedding]))
+    alone = [answer(model, prompt, rows) for prompt, rows in asked]
+    worker = ComputeWorker(model.llm, len(asked))
+    found: dict[int, list[int]] = {}
+    threads = [
+        threading.Thread(
+            target=lambda i=index, a=one: found.update({i: answer(model, a[0], a[1], worker=worker)})  # type: ignore[misc]
+        )
+        for index, one in enumerate(asked)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    worker.close()
+    assert [found[index] for index in range(len(asked))] == alone
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stage", ["after", "before"])
+@settings(max_examples=12, deadline=None)
+@given(data=st.data())
+def test_k_tokens_are_k_at_their_own_positions(
+    kind: str, stage: Stage, load: Any, data: st.DataObject
+) -> None:
+    model = load(kind, stage)
+    full = full_plan(model)
+    plan = kept_plan(full, data.draw(st.integers(1, full.grid.size)))
+    selector = data.draw(st.sampled_from(["flux", "uniform", "random", "tube", "evs"]))
+    looked, visual, pixels = look(model, plan, selector)
+    assert visual.tokens == plan.keep == len(looked.kept)
+    assert torch.equal(model.tower.select(pixels, plan, selector), looked.kept)
+    prompt = prompt_of(model, question(visual))
+    assert sum(i == PLACEHOLDER for i in prompt.ids) == plan.keep
+    # Each kept token, and all text, stands where it stands in the prompt of all cells.
+    _, all_cells, _ = look(model, full)
+    whole = prompt_of(model, question(all_cells))
+    places = [index for index, token in enumerate(whole.ids) if token == PLACEHOLDER]
+    stays = sorted({*range(len(whole))} - {*places} | {places[cell] for cell in looked.kept.tolist()})
+    positions = whole.positions or (tuple(range(len(whole))),)
+    assert prompt.positions == tuple(tuple(axis[index] for index in stays) for axis in positions)
+    assert prompt.next_position == whole.next_position
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_gives_the_very_embeddings_of_all_cells(kind: str, load: Any) -> None:
+    model = load(kind)
+    full = full_plan(model)
+    everything, _, _ = look(model, full)
+    some, _, _ = look(model, kept_plan(full, 33))
+    torch.testing.assert_close(some.embedding, everything.embedding[some.kept], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_moves_is_kept(kind: str, load: Any) -> None:
+    model = load(kind)
+    full = full_plan(model)
+    kept = look(model, kept_plan(full, full.grid.size // 4))[0].kept
+    rows = (kept % (full.grid.height * full.grid.width)) // full.grid.width
+    # The square moves between 20/96 and 50/96 of the height: the other cells are the same in every frame.
+    assert int(rows.max()) <= 50 * full.grid.height // 96
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pixels_equal_the_image_processor(kind: str, folders: dict[str, Path], load: Any) -> None:
+    from transformers import AutoImageProcessor
+
+    model = load(kind)
+    processor = AutoImageProcessor.from_pretrained(folders[kind], backend="pil")
+    plan = full_plan(model, 1)
+    video = frames(1, 96, 96)
+    theirs = processor(Image.fromarray(video[0].numpy()), return_tensors="pt")["pixel_values"]
+    ours = model.tower.pixels(clip_of(video), plan)
+    torch.testing.assert_close(ours[:, 0], theirs.flatten(0, -4)[0], rtol=0, atol=1e-5)
+
+
+def test_numbers_in_words() -> None:
+    assert [in_words(n) for n in (0, 8, 16, 20, 21, 64, 100, 105, 999, 1000)] == [
+        *("zero", "eight", "sixteen", "twenty", "twenty-one", "sixty-four", "one hundred"),
+        *("one hundred and five", "nine hundred and ninety-nine", "1000"),
+    ]
+
+
+def test_the_prompt_of_smolvlm_is_its_processors(load: Any) -> None:
+    model = load("smolvlm")
+    visual = look(model, full_plan(model, 2))[1]
+    prompt = prompt_of(model, question(visual))
+    text = model.llm.tokenizer.decode([i for i in prompt.ids if i != PLACEHOLDER])
+    frame = "<fake_token_around_image><global-img><fake_token_around_image>"
+    assert text == (
+        "<|im_start|>User: You are provided the following series of two frames from a 0:00:02 "
+        "[H:MM:SS] video.\n"
+        f"\nFrame from 00:00:{frame}\nFrame from 00:01:{frame}\n\nWhat is it?<end_of_utterance>\nAssistant:"
+    )
