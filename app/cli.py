@@ -266,8 +266,14 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--model",
         "--projector",
-        metavar="DIR",
-        help="a saved model, or what a chat stage of the training wrote (default: the shipped one)",
+        metavar="MODEL",
+        help="a stock video model (hub id or folder; see `fluxchat models`), a saved model, or what a chat "
+        "stage of the training wrote (default: the shipped one)",
+    )
+    group.add_argument(
+        "--select",
+        choices=["before", "after"],
+        help="when a stock model drops tokens: after its encoder (default), or before, which saves encoding",
     )
     group.add_argument("--llm", metavar="ID", help="another language model: hub id, folder or GGUF file")
     group.add_argument("--encoder", metavar="FILE", help="other encoder weights: official .pth or a folder")
@@ -289,6 +295,9 @@ def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -
         from llm_bridge.assets.fetch import fetch_default_llm
 
         fetch_default_llm()
+    for name in (args.model, args.llm):
+        if name is not None:
+            announce_download(name)
     return VideoChat(
         args.model,
         llm=args.llm,
@@ -298,8 +307,18 @@ def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -
         dtype=args.dtype,
         device_map=args.device_map,
         quantize=args.quantize,
+        select=args.select,
         **options,
     )
+
+
+def announce_download(name: str) -> None:
+    """Say how large a model on the hub is, before it is downloaded; raises ModelError."""
+    from llm_bridge.model_files.checks import missing_bytes
+    from llm_bridge.model_files.hub import is_hub_id
+
+    if is_hub_id(name) and (size := missing_bytes(name)):
+        print(f"Downloading {name}, {size / 1e9:.2f} GB, once.", file=sys.stderr, flush=True)
 
 
 def _generation(args: argparse.Namespace) -> dict[str, Any]:

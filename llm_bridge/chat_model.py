@@ -12,7 +12,7 @@ import torch
 from encoder.errors import ConfigError
 from llm_bridge.llm import LanguageModel, Quantize
 from llm_bridge.model import VideoLanguageModel
-from llm_bridge.model_files.checks import is_hub_id, open_settings, refused
+from llm_bridge.model_files.hub import is_hub_id
 from llm_bridge.towers.stock import load_stock, stock_kind
 from llm_bridge.towers.tower import Stage, Tower
 
@@ -75,11 +75,7 @@ def load_chat_model(
 
 
 def _is_stock(name: str | os.PathLike[str]) -> bool:
-    """Whether it names a stock model; a hub id always does, and its settings are fetched first."""
+    """Whether it names a stock model, as the name of a model on the hub always does."""
     if Path(name).expanduser().is_dir():
         return stock_kind(Path(name).expanduser()) is not None
-    if not is_hub_id(str(name)):
-        return False
-    with refused(f"Cannot load the video model {name}"):
-        open_settings(str(name))
-    return True
+    return is_hub_id(str(name))

@@ -115,8 +115,8 @@ class Generation:
     visuals: embeddings (M, D), one per visual of the prompt; (M, (1 + n) D) where n layers of the language
     model add rows of their own, which follow each embedding. stop: set it, from any thread, and computing
     ends within one token. prefixes: KV to start from, of `scope` only; the prompt's KV is added unless the
-    answer fails. worker: computes for several generations, each iterated in a thread of its own; None computes
-    here.
+    answer fails. worker: computes for several generations, each iterated in a thread of its own; None
+    computes here.
     Raises on iteration: BudgetError when prompt and answer exceed the model's context, ConfigError when the
     sampling names tokens that the model lacks, ModelError when its logits are not finite.
     """

@@ -22,11 +22,14 @@ from llm_bridge.model_files.checks import (
     check_folder,
     first_line,
     local_folder,
+    missing_bytes,
+    open_settings,
     refused,
     weight_bytes,
     weight_options,
 )
 from llm_bridge.model_files.gguf_header import check_gguf
+from llm_bridge.model_files.hub import check_room, is_hub_id
 from llm_bridge.prompt import template_text
 
 Quantize = Literal["8bit", "4bit"]
@@ -240,6 +243,8 @@ def load_pretrained(
     logging.disable_progress_bar()
     try:
         with refused(f"Cannot load {what} {name}"):
+            if is_hub_id(path):
+                _check_download(path, None if quantize or device_map else dtype.itemsize, what, auto_class)
             folder = local_folder(path, revision)
             in_memory = quantize is None and device_map is None and target.type == "cpu"
             options |= _load_options(
@@ -264,6 +269,17 @@ def load_pretrained(
         if bars:
             logging.enable_progress_bar()
     return model, tokenizer, folder
+
+
+def _check_download(name: str, itemsize: int | None, what: str, auto_class: Any) -> None:
+    """Raises ModelError, before the weights are downloaded, for a model that has no room here."""
+    from transformers import AutoConfig
+
+    if not (size := missing_bytes(name)):
+        return
+    check_room(name, size)
+    config = AutoConfig.from_pretrained(open_settings(name), trust_remote_code=False, local_files_only=True)
+    check_fits(config, None, per_byte=1, itemsize=itemsize, what=f"{what} {name}", auto_class=auto_class)
 
 
 def _load_options(

@@ -14,6 +14,7 @@ from typing import Any
 
 from encoder.errors import FluxChatError, ModelError
 from encoder.json_files import MIB, parse_object, read_bytes, read_object
+from llm_bridge.model_files.hub import download_bytes, hub_errors
 
 # What a model needs of a hub repository: no code, no copies in other formats.
 SETTINGS_FILES = ("*.json", "*.model", "*.txt", "*.jinja")
@@ -76,8 +77,8 @@ def local_folder(
 ) -> Path:
     """A model's folder: `name` itself, or the hub's snapshot of it, without anything that could run.
 
-    patterns: which files of a snapshot; pickled weights come only where there are no others. Raises what the
-    hub's client raises.
+    patterns: which files of a snapshot; pickled weights come only where there are no others. Raises
+    ModelError.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -91,21 +92,22 @@ def local_folder(
             )
         )
 
-    folder = snapshot(patterns)
-    if patterns is MODEL_FILES and not any(folder.glob("*.safetensors")):
-        return snapshot(("pytorch_model*.bin", *patterns))
-    return folder
+    with hub_errors(str(name)):
+        folder = snapshot(patterns)
+        if patterns is MODEL_FILES and not any(folder.glob("*.safetensors")):
+            return snapshot(("pytorch_model*.bin", *patterns))
+        return folder
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a text can be the name of a model on the hub: OWNER/NAME, which is no folder here."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+def missing_bytes(name: str) -> int:
+    """Bytes of a model on the hub that must be downloaded before it can be loaded; raises ModelError."""
+    return download_bytes(name, MODEL_FILES, NOT_THESE)
 
 
 def open_folder(name: str | Path) -> tuple[Path, dict[str, Any]]:
     """A model's folder that `check_folder` passed, and how from_pretrained must read its weights.
 
-    Raises ModelError, or what the hub's client raises.
+    Raises ModelError.
     """
     folder = local_folder(name)
     check_folder(folder)
@@ -275,20 +277,20 @@ def stored_bytes(file: Path) -> int:
 
 
 def check_fits(
-    config: Any, stored: int, *, per_byte: int, itemsize: int | None, what: str, auto_class: Any
+    config: Any, stored: int | None, *, per_byte: int, itemsize: int | None, what: str, auto_class: Any
 ) -> None:
     """Raises ModelError for a configuration of a model that is larger than its weights, or than this machine.
 
-    config: of transformers. stored: bytes of its weights, of which each holds at most `per_byte` numbers.
-    itemsize: bytes of a number in this machine's memory; None if they are not all kept there. auto_class: of
-    transformers, that builds it.
+    config: of transformers. stored: bytes of its weights, of which each holds at most `per_byte` numbers;
+    None before they are there. itemsize: bytes of a number in this machine's memory; None if they are not all
+    kept there. auto_class: of transformers, that builds it.
     """
     import torch
 
     with refused(f"Cannot load {what}"), torch.device("meta"):
         model = auto_class.from_config(config, trust_remote_code=False)
     count = sum(parameter.numel() for parameter in model.parameters())
-    if count > 2 * per_byte * (stored + MIB):  # tied weights are stored once
+    if stored is not None and count > 2 * per_byte * (stored + MIB):  # tied weights are stored once
         raise ModelError(
             f"Cannot load {what}: its settings describe {count / 1e6:.0f} million numbers, its weight "
             f"files hold {stored / 1e6:.1f} MB: they do not belong together."
