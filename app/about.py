@@ -64,6 +64,17 @@ def _accelerator() -> str:
     return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
 
 
+def device_gib() -> tuple[str, float]:
+    """What a model would run on, and its memory in GiB."""
+    import torch
+
+    from llm_bridge.model_files.checks import machine_bytes
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0), torch.cuda.get_device_properties(0).total_memory / 2**30
+    return "CPU", machine_bytes() / 2**30
+
+
 def _cache_folder() -> str:
     from llm_bridge.assets.cache_dir import cache_dir
 

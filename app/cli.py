@@ -1,4 +1,4 @@
-"""The `fluxchat` command: ask, chat, web, estimate, info, fetch, train.
+"""The `fluxchat` command: ask, chat, web, models, estimate, info, fetch, train.
 
 Exit status 0 when answered, 2 for a wrong input with one line on stderr, 130 when interrupted.
 """
@@ -123,6 +123,13 @@ def build_parser() -> argparse.ArgumentParser:
     ask.add_argument("question", help="what you want to know, in quotes")
     ask.add_argument("--json", action="store_true", help="print text, usage, timings and kept tokens as JSON")
     _generation_options(ask)
+
+    models = commands.add_parser(
+        "models",
+        help="video models that can be asked, and which fit this machine",
+        description="Stock video models that run behind the token budget: fluxchat web --model NAME.",
+    )
+    models.add_argument("--json", action="store_true", help="print as JSON")
 
     chat = commands.add_parser("chat", help="a conversation in the terminal", **how)
     chat.add_argument("video", nargs="?", help="a video or image file; /video PATH changes it later")
@@ -400,6 +407,25 @@ def run_fetch(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_models(args: argparse.Namespace) -> int:
+    """The stock video models by name."""
+    from app.about import device_gib
+    from llm_bridge.towers.catalog import table
+
+    device, memory = device_gib()
+    rows = table(memory)
+    if args.json:
+        print(json.dumps(rows))
+        return 0
+    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+    for row in [{key: key for key in widths}, *rows]:
+        print("  ".join(row[key].ljust(width) for key, width in widths.items()).rstrip())
+    print(f"\nbf16, 8bit, 4bit: GiB of the weights; this machine has {memory:.0f} ({device}).")
+    print("Each kind is tested with random weights of its layout; the weights themselves are their authors'.")
+    print("The model in the box needs no download: fluxchat web. Start another: fluxchat web --model NAME")
+    return 0
+
+
 def run_train(args: argparse.Namespace) -> int:
     """The stage, in this process's place."""
     command = [sys.executable, "-m", f"training.{args.stage}", *args.options]
@@ -477,6 +503,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "estimate": run_estimate,
         "web": run_web,
         "info": run_info,
+        "models": run_models,
         "fetch": run_fetch,
         "train": run_train,
     }

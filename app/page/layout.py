@@ -195,6 +195,7 @@ class Controls:
                         ("uniform: evenly", "uniform"),
                         ("random", "random"),
                         ("tube: random places", "tube"),
+                        ("evs: unlike the frame before", "evs"),
                     ],
                     value="flux",
                     label="Which tokens stay",

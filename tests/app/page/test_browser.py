@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 import gradio as gr
@@ -24,7 +24,9 @@ from app.page.sessions import Sessions
 from app.page.settings import Range
 from llm_bridge.generation import Generation
 from llm_bridge.model import VideoLanguageModel
+from tests import tiny_video_models
 from tests.app.conftest import SHORT, WORLD
+from tests.tiny_video_models import KINDS
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
@@ -44,13 +46,32 @@ ARGUMENTS = [
 PATIENCE_MS = 40_000
 
 
-@pytest.fixture(scope="module")
-def served(tiny_model: VideoLanguageModel) -> Iterator[tuple[gr.Blocks, str]]:
-    """The page on a free port, with one example."""
-    with VideoChat(tiny_model, trusted=False) as chat:
+class Served(NamedTuple):
+    """A page, its address and the chat behind it."""
+
+    page: gr.Blocks
+    url: str
+    chat: VideoChat
+
+    def kept(self, budget: int) -> str:
+        """What the page says of a budget spent on SHORT."""
+        return f"{self.chat.plan(SHORT, budget).keep} of"
+
+
+@pytest.fixture(
+    scope="module", params=["flux", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS)]
+)
+def served(
+    request: pytest.FixtureRequest, tiny_model: VideoLanguageModel, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """The page on a free port, with one example; around each kind of model."""
+    model: Any = tiny_model
+    if request.param != "flux":
+        model = tiny_video_models.make(tmp_path_factory.mktemp("stock") / request.param, request.param)
+    with VideoChat(model, trusted=False, dtype="float32") as chat:
         page = build(chat, [(str(WORLD), "What turns?")], workers=2)
         _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, max_file_size="5mb", **page_options())
-        yield page, url
+        yield Served(page, url, chat)
         page.close()
 
 
@@ -63,7 +84,7 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def open_page(browser: Any, served: tuple[gr.Blocks, str]) -> Iterator[Callable[..., Any]]:
+def open_page(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
     """Opens a tab of its own; at the end nothing may have been logged as an error or asked of elsewhere."""
     contexts, troubles = [], []
 
@@ -80,7 +101,7 @@ def open_page(browser: Any, served: tuple[gr.Blocks, str]) -> Iterator[Callable[
         page.on("console", lambda m: troubles.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.on("request", watch)
-        page.goto(served[1])
+        page.goto(served.url)
         expect(page.locator("#fluxchat-cost")).to_contain_text("Add a video", timeout=PATIENCE_MS)
         return page
 
@@ -125,30 +146,32 @@ def shoot(page: Any, name: str) -> None:
         page.screenshot(path=Path(folder) / f"{name}.png")
 
 
-def test_price_first_then_a_question_then_a_fast_one(open_page: Callable[..., Any]) -> None:
-    page = open_page()
+def test_price_first_then_a_question_then_a_fast_one(open_page: Callable[..., Any], served: Served) -> None:
+    budgets, page = Range.of(served.chat.model), open_page()
     upload(page)
     cost, strip = page.locator("#fluxchat-cost"), page.locator("#fluxchat-strip")
-    has(cost, "64 of")
-    has(strip, "64 of")
+    default = served.kept(budgets.near(served.chat.model.default_tokens))
+    has(cost, default)
+    has(strip, default)
     slider = page.locator("#fluxchat-budget input[type=range]")
     slider.focus()
     slider.press("Home")
-    has(cost, re.compile(r"\b32 of"))
-    has(strip, re.compile(r"\b32 of"))
+    least = re.compile(rf"\b{served.kept(budgets.step)}")
+    has(cost, least)
+    has(strip, least)
 
     ask(page)
     answered(page)
     shoot(page, "page")
     small = page.locator("#fluxchat-chat .fc-small")
-    has(small, "32 of")
+    has(small, least)
     has(small, "tokens/s")
     ask(page, "And then?")
     answered(page, 2)
     has(small.nth(1), "decode reused")
     has(small.nth(1), "prompt tokens reused")
 
-    frame = strip.locator("[data-seek]").nth(3)
+    frame = strip.locator("[data-seek]").last
     time_s = float(frame.get_attribute("data-seek"))
     frame.click()
     plays_at(page, time_s - 0.1, time_s + 0.1)
@@ -218,8 +241,8 @@ def test_a_time_in_an_answer_moves_the_player(
     plays_at(page, 2.9, 3.1)
 
 
-def test_two_budgets_side_by_side(open_page: Callable[..., Any], tiny_model: VideoLanguageModel) -> None:
-    budgets = Range.of(tiny_model)
+def test_two_budgets_side_by_side(open_page: Callable[..., Any], served: Served) -> None:
+    budgets = Range.of(served.chat.model)
     page = open_page()
     upload(page)
     box = page.locator("#fluxchat-compare")
@@ -229,7 +252,7 @@ def test_two_budgets_side_by_side(open_page: Callable[..., Any], tiny_model: Vid
     for side, tokens in (("first", budgets.near(budgets.largest // 8)), ("second", budgets.largest)):
         panel = page.locator(f"#fluxchat-{side}")
         has(panel.locator("h3"), f"{tokens} tokens")
-        has(panel.locator(".fc-small"), f"{tokens} of")
+        has(panel.locator(".fc-small"), served.kept(tokens))
     shoot(page, "compare")
 
 
@@ -327,10 +350,8 @@ def test_a_refused_file_beside_a_video_shows_its_error(open_page: Callable[..., 
     expect(page.locator("#fluxchat-shelf .fc-medium")).to_have_count(1)
 
 
-def test_two_tabs_see_nothing_of_each_other(
-    open_page: Callable[..., Any], served: tuple[gr.Blocks, str]
-) -> None:
-    sessions: Sessions = served[0].sessions  # type: ignore[attr-defined]
+def test_two_tabs_see_nothing_of_each_other(open_page: Callable[..., Any], served: Served) -> None:
+    sessions: Sessions = served.page.sessions  # type: ignore[attr-defined]
     first, second = open_page(), open_page()
     upload(first)
     ask(first, "A secret?")
