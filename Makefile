@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 # Without an NVIDIA GPU the CPU build of torch is enough, and gigabytes smaller.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 
-.PHONY: setup demo test test-slow check docs lowest bench gpu model clean
+.PHONY: setup demo test test-slow check docs lowest bench gpu real model clean
 
 setup: $(VENV)/.complete
 
@@ -79,6 +79,9 @@ bench: setup
 GPU_PY = $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 gpu:
 	@$(GPU_PY) -m tests.bench.gpu $(if $(DEVICE),--device $(DEVICE)) $(if $(ONLY),--only $(ONLY))
+
+real: setup
+	@$(PY) -m app.compare_budgets $(if $(MODEL),--model $(MODEL)) $(CLIPS)
 
 clean:
 	rm -rf $(VENV) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache
