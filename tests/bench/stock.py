@@ -1,0 +1,178 @@
+"""A stock model behind the dial against plain transformers: first answer and follow-up on the same frames.
+
+    python -m tests.bench.stock [--n 3]
+
+SmolVLM2-256M's shape with random weights (times do not depend on them), 16 frames of 512 x 512 of a real
+clip. plain: the model's own `generate` from pixels, one token, each question anew, as its card shows. Ours:
+VideoChat at 100 and 25 % of the tokens, dropped after or before the encoder. Decoding and resizing of frames
+are left out of both. Prints one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from app.chat import VideoChat
+from encoder.budget import Budget
+from llm_bridge.prompt import PLACEHOLDER, Message, Visual, render
+from llm_bridge.towers.stock import StockModel, load_stock
+from tests import tiny_video_models
+from tests.bench.common import environment, print_json, summary
+from tests.bench.second_turn import FIRST, SECOND, VIDEO
+
+FRAMES, SIDE = 16, 512
+TEXT = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49280,
+    "max_position_embeddings": 8192,
+    "pad_token_id": 0,
+}
+VISION = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "image_size": SIDE,
+    "patch_size": 16,
+}
+
+
+def make(folder: Path) -> Path:
+    """A model folder of SmolVLM2-256M's shape, in bfloat16."""
+    return tiny_video_models.make(
+        folder, "smolvlm", scale=0.02, text=TEXT, vision=VISION, scale_factor=4, dtype=torch.bfloat16
+    )
+
+
+class Plain:
+    """The model's own way: pixels and ids through `generate`, every time."""
+
+    def __init__(self, folder: Path, model: StockModel, visual: Visual, pixels: torch.Tensor) -> None:
+        from transformers import AutoModelForImageTextToText
+
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        self.stock, self.visual, self.pixels = model, visual, pixels
+
+    @torch.inference_mode()
+    def ask(self, *turns: str) -> float:
+        """Seconds to the first token of the last question; turns: questions and answers, in turn."""
+        roles = ("user", "assistant")
+        messages: list[Message[Visual]] = [
+            Message.of(roles[index % 2], *((self.visual,) if index == 0 else ()), text)  # type: ignore[arg-type]
+            for index, text in enumerate(turns)
+        ]
+        prompt = render(self.stock.llm.tokenizer, messages, time_form="none", marks=self.stock.tower.marks)
+        image = self.model.config.image_token_id
+        ids = torch.tensor([[image if token == PLACEHOLDER else token for token in prompt.ids]])
+        began = time.perf_counter()
+        self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=self.pixels.transpose(0, 1)[None].bfloat16(),
+            do_sample=False,
+            max_new_tokens=1,
+            pad_token_id=0,
+        )
+        return time.perf_counter() - began
+
+
+def ours(chat: VideoChat, share: float) -> tuple[float, float, float]:
+    """Seconds of encoding, prefill and follow-up; all of the first answer but decoding of frames."""
+    chat.forget()
+    tokens = round(share * FRAMES * chat.model.tower.space.tokens(1, SIDE))
+    budget = Budget(tokens, frames=FRAMES, resolution=SIDE)
+    first = chat.ask(VIDEO, FIRST, budget=budget, max_new_tokens=4)
+    second = chat.ask(VIDEO, SECOND, budget=budget, history=[(FIRST, first.text)], max_new_tokens=1)
+    return first.timings.encode_s, first.timings.prefill_s, second.timings.first_token_s
+
+
+def measure(folder: Path, n: int) -> dict[str, Any]:
+    """Seconds by way, interleaved."""
+    chats = {
+        stage: VideoChat(load_stock(folder, stage=stage, dtype=torch.bfloat16))  # type: ignore[arg-type]
+        for stage in ("after", "before")
+    }
+    model: Any = chats["after"].model
+    encoded = chats["after"].look(VIDEO, Budget(10**6, frames=FRAMES, resolution=SIDE))
+    opened, plan = chats["after"]._open(_medium(), Budget(10**6, frames=FRAMES, resolution=SIDE))
+    pixels = model.tower.pixels(chats["after"]._vision._clip(opened, plan, ""), plan)
+    plain = Plain(folder, model, encoded.visual, pixels)
+    found: dict[str, list[float]] = {}
+
+    def add(name: str, seconds: float) -> None:
+        found.setdefault(name, []).append(seconds)
+
+    for repeat in range(-1, n):
+        first, second = plain.ask(FIRST), plain.ask(FIRST, "So it is.", SECOND)
+        own = {(stage, share): ours(chat, share) for stage, chat in chats.items() for share in (1.0, 0.25)}
+        if repeat < 0:
+            continue
+        add("plain first", first)
+        add("plain follow-up", second)
+        for (stage, share), (encode, prefill, follow) in own.items():
+            add(f"{stage} {share:.0%} first", encode + prefill)
+            add(f"{stage} {share:.0%} encode", encode)
+            add(f"{stage} {share:.0%} prefill", prefill)
+            add(f"{stage} {share:.0%} follow-up", follow)
+    return {name: summary(samples) for name, samples in found.items()}
+
+
+def _medium() -> Any:
+    from app.messages import as_media
+
+    return as_media(str(VIDEO))
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--n", type=int, default=3, help="measurements of each way, in turn")
+    args = parser.parse_args()
+    torch.set_num_threads(
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(make(Path(folder) / "model"), args.n)
+
+    def times(way: str, base: str) -> float:
+        return round(results[base]["median_ms"] / results[way]["median_ms"], 2)
+
+    print_json(
+        {
+            "bench": "stock",
+            **environment("bfloat16"),
+            "frames": FRAMES,
+            "side": SIDE,
+            "sooner than plain": {
+                **{
+                    f"{stage} {share} first": times(f"{stage} {share} first", "plain first")
+                    for stage in ("after", "before")
+                    for share in ("100%", "25%")
+                },
+                **{
+                    f"{stage} {share} follow-up": times(f"{stage} {share} follow-up", "plain follow-up")
+                    for stage in ("after", "before")
+                    for share in ("100%", "25%")
+                },
+            },
+            "prefill at 25% sooner than at 100%": times("after 25% prefill", "after 100% prefill"),
+            "results": results,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
