@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from encoder.errors import BudgetError
-from llm_bridge.kv_cache import Piece, PrefixCache, joined, kv_from_layers, rewindable
+from llm_bridge.kv_cache import Piece, PrefixCache, joined, kv_from_layers
 from llm_bridge.llm import LanguageModel
 from llm_bridge.prompt import PLACEHOLDER, Prompt
 from llm_bridge.sampling import FinishReason, Sampler, SamplingParams
@@ -137,9 +137,9 @@ class Generation:
         if vocabulary is not None:
             self.sampling.check_vocabulary(vocabulary)
         start = time.perf_counter()
-        keys, ends = self.prompt.cache_keys, piece_ends(self.prompt)
-        # The last piece is always computed: the first token's logits come from it.
-        self._pieces = self.prefixes.take(keys, ends[:-1], self.scope) if self.prefixes is not None else []
+        keys = self.prompt.cache_keys
+        ends = [len(keys)] if self.llm.memory == "whole" else piece_ends(self.prompt)
+        self._pieces = self._take_prefix(keys, ends)
         self.stats.prompt_tokens = len(keys)
         self.stats.cached_tokens = sum(piece.length for piece in self._pieces)
         decoder = StreamingDecoder(self.llm.tokenizer)
@@ -163,6 +163,15 @@ class Generation:
         finally:
             self._pieces = []
             self.stats.total_s = time.perf_counter() - start
+
+    def _take_prefix(self, keys: Sequence[int], ends: Sequence[int]) -> list[Piece]:
+        """The pieces to go on from; never the last one, which the first token's logits come from."""
+        if self.prefixes is None:
+            return []
+        pieces = self.prefixes.take(keys, ends[:-1], self.scope)
+        while pieces and self.llm.memory == "states" and pieces[-1].states is None:
+            pieces.pop()
+        return pieces
 
     def _put_prefix(self, keys: Sequence[int], ends: Sequence[int]) -> None:
         if self.prefixes is not None:
@@ -210,11 +219,21 @@ class Generation:
         if self.stop.is_set():
             return kv, None
         if kv is None:
-            kv = kv_from_layers(self.llm.model.config, joined(self._pieces) if self._pieces else ())
-        logits = self._step(kv, inputs_embeds=self.embeddings(start, end))
-        if self.prefixes is not None and end - start >= SHORTEST_PIECE and rewindable(kv):
-            self._pieces.append(Piece.of(kv, start, end))
+            config, pieces = self.llm.model.config, self._pieces
+            kv = kv_from_layers(config, joined(pieces), pieces[-1].states) if pieces else kv_from_layers(config)
+        ids = torch.tensor([self.prompt.ids[start:end]], device=self.llm.device)
+        logits = self._step(kv, inputs_embeds=self.embeddings(start, end), **self.llm.beside_embeddings(ids))
+        if self.prefixes is not None and end - start >= SHORTEST_PIECE and self.llm.memory != "whole":
+            self._pieces.append(Piece.of(kv, start, end, states=self._parts_at(start, end)))
         return kv, logits
+
+    def _parts_at(self, start: int, end: int) -> bool:
+        """Whether to keep the states that a model has at the end of a piece: another question may part there."""
+        if self.llm.memory != "states":
+            return False
+        # A piece of the greatest length was cut by its length alone.
+        visual = any(end == place + count for place, count in self.prompt.spans)
+        return visual or end - start != LONGEST_PIECE
 
     def _step(self, kv: Any, **inputs: Tensor) -> Tensor:
         return self.llm.advance(kv, **inputs)[0]

@@ -16,6 +16,8 @@ from torch import Tensor
 from encoder.errors import ModelError
 from llm_bridge.adapters import apply_adapter, quiet_peft
 from llm_bridge.batch_invariance import make_batch_invariant
+from llm_bridge.families import Memory, check_embeddings, check_family, family_of
+from llm_bridge.kv_cache import memory_of
 from llm_bridge.model_files.chat_templates import check_template
 from llm_bridge.model_files.checks import (
     check_fits,
@@ -30,6 +32,7 @@ from llm_bridge.model_files.gguf_header import check_gguf
 from llm_bridge.prompt import template_text
 
 Quantize = Literal["8bit", "4bit"]
+_WITHOUT_POSITIONS = {"linear_attention", "conv", "mamba", "moe", "mlp"}  # types of layers
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,14 @@ class LanguageModel:
         config = self._text_config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * config.num_hidden_layers * heads * head_dim * self.dtype.itemsize
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        layers = max(1, sum(kind not in _WITHOUT_POSITIONS for kind in kinds))
+        return 2 * layers * heads * head_dim * self.dtype.itemsize
+
+    @cached_property
+    def memory(self) -> Memory:
+        """What it keeps of a prompt for the next question."""
+        return memory_of(self.model.config)
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -126,6 +136,25 @@ class LanguageModel:
         """Append inputs, named as in the model's forward, to a KV cache; the logits (B, V) after them."""
         inputs |= {self._cache_argument: kv}
         return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+
+    def beside_embeddings(self, ids: Tensor) -> dict[str, Tensor]:
+        """What a forward pass needs beside the embeddings of tokens (B, N), negative where a visual is.
+
+        Gemma 3n and 4 have a second table, read in every layer; a visual counts as padding there, as theirs do.
+        """
+        decoder = self._second_table
+        if decoder is None:
+            return {}
+        padding = getattr(self._text_config, "pad_token_id", None) or 0
+        return {"per_layer_inputs": decoder.get_per_layer_inputs(ids.masked_fill(ids < 0, padding))}
+
+    @cached_property
+    def _second_table(self) -> Any:
+        """The module that holds a table of embeddings for each layer; None in most models."""
+        if not getattr(self._text_config, "hidden_size_per_layer_input", None):
+            return None
+        holders = (module for module in self.model.modules() if hasattr(module, "embed_tokens_per_layer"))
+        return next(holders, None)
 
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Input embeddings of token ids: (N,) -> (N, hidden_size)."""
@@ -208,6 +237,8 @@ def load_llm(
                 model = apply_adapter(model, adapter, merge=quantize is None)
             model.eval().requires_grad_(False)
             make_batch_invariant(model)
+            if family_of(model.config) is None:
+                check_embeddings(model, str(name))
             loaded = LanguageModel(model, tokenizer, str(name), quantize, tuple(map(str, adapters)))
             loaded.check()
     finally:
@@ -235,6 +266,7 @@ def _load_options(folder: Path, gguf: str | None, itemsize: int | None, name: st
         check_folder(folder)
         source, options = {}, weight_options(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **source)
+    check_family(config, name)
     if gguf is None:
         stored, per_byte = weight_bytes(folder), 1
         if getattr(config, "quantization_config", None):
