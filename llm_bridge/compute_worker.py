@@ -18,7 +18,6 @@ several rows may round otherwise than that of one, so that a near tie may fall e
 
 from __future__ import annotations
 
-import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -119,8 +118,8 @@ class SequenceState:
 class ComputeWorker:
     """The computing thread of one language model, for any number of asking threads.
 
-    max_batch: answers decoded in one pass, 1 is one at a time. A model whose KV cache forgets positions
-    (sliding windows, state spaces) or that takes no position ids decodes its answers in turn, a token each.
+    max_batch: answers decoded in one pass, 1 is one at a time. A model that does not batch (see
+    `LanguageModel.batches`: state spaces above all) decodes its answers in turn, a token each.
     """
 
     def __init__(self, llm: LanguageModel, max_batch: int = 8) -> None:
@@ -130,7 +129,7 @@ class ComputeWorker:
         self._sequences: list[SequenceState] = []  # by arrival
         self._batch_kv: BatchedKVCache | None = None
         self._batched: list[SequenceState] = []  # the rows of _batch_kv
-        self._takes_positions = "position_ids" in inspect.signature(llm.model.forward).parameters
+        self._batches = llm.batches
         self._thread, self._process = ThreadPoolExecutor(1, THREAD_NAME), os.getpid()
 
     @property
@@ -247,7 +246,7 @@ class ComputeWorker:
         together = [
             sequence
             for sequence in batch
-            if self._takes_positions
+            if self._batches
             and not sequence.alone
             and (sequence.kv is None or rewindable(sequence.kv))
         ]

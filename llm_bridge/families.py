@@ -23,7 +23,8 @@ Memory = Literal["positions", "states", "whole"]
 class Family:
     """name: as people say it. model_types: of config.json. memory: what is kept for follow-up questions.
 
-    windowed: some or all of its layers see only the last positions. refused: why it cannot be used, "" if it
+    windowed: some or all of its layers see only the last positions. in_turn: its answers are not decoded
+    together although its memory would allow it. refused: why it cannot be used, "" if it
     can. note: what else people should know.
     """
 
@@ -31,19 +32,26 @@ class Family:
     model_types: tuple[str, ...]
     memory: Memory = "positions"
     windowed: bool = False
+    in_turn: bool = False
     refused: str = ""
     note: str = ""
 
     @property
     def batches(self) -> bool:
         """Whether several answers are decoded in one pass; else they take turns, a token each."""
-        return self.memory == "positions" and not self.refused
+        return self.memory == "positions" and not self.refused and not self.in_turn
 
 
 _STATES_WRONG = "transformers computes a prompt in several parts otherwise than in one"
 FAMILIES: tuple[Family, ...] = (
     Family("Llama 2, 3", ("llama",)),
-    Family("Llama 4", ("llama4_text", "llama4"), windowed=True),
+    Family(
+        "Llama 4",
+        ("llama4_text", "llama4"),
+        windowed=True,
+        in_turn=True,
+        note="transformers scales its queries by the longest answer of a batch",
+    ),
     Family("Qwen 2, 2.5", ("qwen2",), note="with or without a window"),
     Family("Qwen 3", ("qwen3", "qwen3_moe"), note="thinks on request"),
     Family("Qwen3-Next", ("qwen3_next",), "states", note="thinks on request"),
@@ -78,7 +86,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("LFM 2", ("lfm2",), "states"),
     Family("Zamba 2", ("zamba2",), "states"),
     Family("GPT-NeoX, Pythia", ("gpt_neox",)),
-    Family("GPT-2", ("gpt2",), note="no position ids of its own: answers take turns"),
+    Family("GPT-2", ("gpt2",)),
     Family("OPT", ("opt",)),
     Family("Falcon", ("falcon",)),
     Family(

@@ -98,6 +98,13 @@ class LanguageModel:
         return memory_of(self.model.config)
 
     @property
+    def batches(self) -> bool:
+        """Whether several answers of other lengths can be decoded in one pass."""
+        family = family_of(self.model.config)
+        takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
+        return takes_positions and self.memory == "positions" and (family is None or family.batches)
+
+    @property
     def eos_ids(self) -> frozenset[int]:
         """Tokens that end an answer: the model's, the tokenizer's, and the chat template's end of turn."""
         ids: set[int] = set()
@@ -129,13 +136,38 @@ class LanguageModel:
     @cached_property
     def _cache_argument(self) -> str:
         """What this model's forward calls its KV cache: transformers 5.24 renamed it."""
-        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        return "cache" if "cache" in inspect.signature(self._base.forward).parameters else "past_key_values"
+
+    @property
+    def _base(self) -> Any:
+        """The model itself, without adapters that are not merged."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def advance(self, kv: Any, **inputs: Tensor) -> Tensor:
         """Append inputs, named as in the model's forward, to a KV cache; the logits (B, V) after them."""
         inputs |= {self._cache_argument: kv}
         return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+
+    def scores_at(self, wanted: Tensor, **inputs: Any) -> Tensor:
+        """The model's own scores (P, V) at the wanted positions, bool (B, L), of a forward pass.
+
+        The head is given those positions only, so that whatever the model does before and behind it (scaling,
+        soft caps) is done by the model. inputs: as its forward takes them.
+        """
+        given: list[Tensor] = []
+
+        def select(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            given.append(arguments[0][wanted])
+            return (given[0][None], *arguments[1:])
+
+        head = self.model.get_output_embeddings()
+        handle = None if head is None else head.register_forward_pre_hook(select)
+        try:
+            logits = self.model(**inputs).logits
+        finally:
+            if handle is not None:
+                handle.remove()
+        return logits[0] if given else logits[wanted]
 
     def beside_embeddings(self, ids: Tensor) -> dict[str, Tensor]:
         """What a forward pass needs beside the embeddings of tokens (B, N), negative where a visual is.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from encoder.errors import ModelError
 from llm_bridge import families
@@ -17,9 +17,10 @@ from llm_bridge.families import FAMILIES, family_of
 from llm_bridge.generation import LONGEST_PIECE, Generation, GenerationStats, StreamingDecoder, piece_ends
 from llm_bridge.kv_cache import PrefixCache
 from llm_bridge.llm import LanguageModel, load_llm
-from llm_bridge.prompt import Message, Visual, render
+from llm_bridge.prompt import IGNORE, Message, Visual, render
 from llm_bridge.sampling import SamplingParams
 from tests import tiny_families
+from tests.llm_bridge.tiny_vlm import answered, tiny_vlm, vision_of
 
 REFUSED = [t for family in FAMILIES if family.refused for t in family.model_types]
 # One of each way to remember, and one with a table of embeddings in each layer.
@@ -113,17 +114,17 @@ def test_a_prompt_in_pieces_is_the_whole_prompt(llm: LanguageModel, tokens: int)
 
 
 def greedy_ids(llm: LanguageModel, running: Generation, count: int) -> list[int]:
-    """Greedy tokens without anything of ours: without a cache, or by `generate` where steps round otherwise."""
+    """Greedy tokens of the model by itself: with its own cache where it keeps states, else without any."""
     embeds = running.embeddings(0, len(running.prompt))
-    if llm.memory != "positions":
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long)
-        options: dict[str, Any] = {"do_sample": False, "eos_token_id": sorted(llm.eos_ids), "pad_token_id": 0}
-        found = llm.model.generate(
-            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=count, **options
-        )
-        return [token for token in found[0].tolist() if token not in llm.eos_ids]
     ids: list[int] = []
     with torch.inference_mode():
+        if llm.memory == "states":
+            kv = DynamicCache(config=llm.model.config)
+            scores = llm.advance(kv, inputs_embeds=embeds)
+            while len(ids) < count and (best := int(scores.argmax())) not in llm.eos_ids:
+                ids.append(best)
+                scores = llm.advance(kv, input_ids=torch.tensor([[best]]))
+            return ids
         while len(ids) < count:
             beside = llm.beside_embeddings(torch.tensor([[*running.prompt.ids, *ids]]))
             given = torch.cat((embeds, llm.embed(ids)[None]), dim=1) if ids else embeds
@@ -166,6 +167,23 @@ def test_an_answer_among_others_is_the_one_alone(llm: LanguageModel, worker: Com
     family = family_of(llm.model.config)
     assert family is not None
     assert (worker.steps < worker.made) is family.batches
+
+
+def test_the_training_loss_is_the_models_own(name: str, folder: Callable[[str], Path]) -> None:
+    model = tiny_vlm(folder(name))
+    vision = vision_of(model, [5, 9])
+    prompts = [answered(model, 5, "A dog."), answered(model, 9, "It moves to the left, then up.")]
+    losses, counts = [], []
+    for prompt, visual in zip(prompts, model.project(vision), strict=True):
+        ids, labels = torch.tensor([prompt.ids]), torch.tensor([prompt.labels])
+        embedded = model.llm.embed(ids.clamp_min(0)[0])[None]
+        start, length = prompt.spans[0]
+        embedded[0, start : start + length] = visual
+        beside = model.llm.beside_embeddings(ids)
+        losses.append(model.language_model(inputs_embeds=embedded, labels=labels, **beside).loss)
+        counts.append(int((labels[:, 1:] != IGNORE).sum()))
+    own = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    torch.testing.assert_close(model.loss(prompts, vision), own, atol=1e-4, rtol=1e-4)
 
 
 def test_a_stop_ends_an_answer(llm: LanguageModel) -> None:
