@@ -63,7 +63,8 @@ class SequenceState:
         self.error: BaseException | None = None
         self.alone = False
         self._worker, self._stop = worker, stop
-        self._max_tokens, self._stop_ids = sampling.max_new_tokens, frozenset(sampling.stop_token_ids)
+        self._stop_ids = frozenset(sampling.stop_token_ids)
+        self._full = lambda: sampler.full
 
     @property
     def ended(self) -> bool:
@@ -78,7 +79,7 @@ class SequenceState:
                 self.finish = "stop"
                 return
             self.tokens.append(token)
-            if len(self.tokens) == self._max_tokens:
+            if self._full():
                 self.finish = "length"
         except BaseException as error:  # noqa: BLE001 - its reader raises it
             self.error = error

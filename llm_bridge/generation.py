@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,8 @@ from llm_bridge.kv_cache import Piece, PrefixCache, joined, kv_from_layers
 from llm_bridge.llm import LanguageModel
 from llm_bridge.prompt import PLACEHOLDER, Prompt
 from llm_bridge.sampling import FinishReason, Sampler, SamplingParams
+from llm_bridge.text_decoder import StreamingDecoder
+from llm_bridge.thinking import AnswerLength, AnswerReader
 
 if TYPE_CHECKING:
     from llm_bridge.compute_worker import ComputeWorker
@@ -38,6 +40,7 @@ class GenerationStats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    thinking_tokens: int = 0  # of the completion's
     prefill_s: float = 0.0
     first_token_s: float = 0.0
     total_s: float = 0.0
@@ -48,38 +51,6 @@ class GenerationStats:
         """Decoding speed after the first token; 0 for fewer than two tokens."""
         decoding = self.total_s - self.first_token_s
         return (self.completion_tokens - 1) / decoding if self.completion_tokens > 1 and decoding > 0 else 0.0
-
-
-class StreamingDecoder:
-    """Token ids -> text pieces that never end inside a character."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._start = self._read = 0
-
-    def push(self, token: int) -> str:
-        """The text that this token completes; empty while a character is unfinished."""
-        self._ids.append(token)
-        text = self._text(self._start, len(self._ids))
-        if text.endswith("\ufffd"):
-            return ""
-        return self._emit(text)
-
-    def flush(self) -> str:
-        """Whatever is left at the end."""
-        return self._emit(self._text(self._start, len(self._ids)))
-
-    def _emit(self, text: str) -> str:
-        # Decoding with the tokens before keeps the spaces that tokenizers drop at the start of a text.
-        before = self._text(self._start, self._read)
-        self._start, self._read = self._read, len(self._ids)
-        return text[len(before) :].replace("\0", "")  # which no later prompt could hold
-
-    def _text(self, start: int, end: int) -> str:
-        return self._tokenizer.decode(
-            self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
 
 
 def piece_ends(prompt: Prompt) -> list[int]:
@@ -126,6 +97,7 @@ class Generation:
     stop: threading.Event = field(default_factory=threading.Event)
     stats: GenerationStats = field(default_factory=GenerationStats)
     worker: ComputeWorker | None = None
+    on_thinking: Callable[[str], None] | None = None
     # KV of the prompt from its start: cached pieces, then computed ones.
     _pieces: list[Piece] = field(default_factory=list, init=False, repr=False)
 
@@ -142,7 +114,7 @@ class Generation:
         self._pieces = self._take_prefix(keys, ends)
         self.stats.prompt_tokens = len(keys)
         self.stats.cached_tokens = sum(piece.length for piece in self._pieces)
-        decoder = StreamingDecoder(self.llm.tokenizer)
+        reader = self._reader()
         try:
             kv, logits = self.prefill(ends)
             self.stats.prefill_s = time.perf_counter() - start
@@ -152,10 +124,9 @@ class Generation:
                     if not self.stats.completion_tokens:
                         self.stats.first_token_s = time.perf_counter() - start
                     self.stats.completion_tokens += 1
-                    if piece := decoder.push(token):
-                        yield piece
-            if piece := decoder.flush():
-                yield piece
+                    self.stats.thinking_tokens += reader.thinking
+                    yield from self._spoken(reader.push(token))
+            yield from self._spoken(reader.flush())
             self._put_prefix(keys, ends)
         except GeneratorExit:  # its reader left
             self._put_prefix(keys, ends)
@@ -163,6 +134,17 @@ class Generation:
         finally:
             self._pieces = []
             self.stats.total_s = time.perf_counter() - start
+
+    def _reader(self) -> AnswerReader:
+        return AnswerReader(self.llm.tokenizer, self.llm.thinking_marks, self.prompt.ids)
+
+    def _spoken(self, texts: Sequence[tuple[str, str]]) -> Iterator[str]:
+        """The answer's part of texts; thoughts go to their listener."""
+        for kind, text in texts:
+            if kind == "answer":
+                yield text
+            elif self.on_thinking is not None:
+                self.on_thinking(text)
 
     def _take_prefix(self, keys: Sequence[int], ends: Sequence[int]) -> list[Piece]:
         """The pieces to go on from; never the last one, which the first token's logits come from."""
@@ -240,7 +222,18 @@ class Generation:
 
     def _sampler(self, end_ids: Collection[int]) -> Sampler:
         text = [token for token in self.prompt.ids if token != PLACEHOLDER]
-        return Sampler(self.sampling, text, end_ids)
+        return Sampler(self.sampling, text, end_ids, self._length())
+
+    def _length(self) -> AnswerLength:
+        """What an answer may have, and its thoughts: no more than the context has room for."""
+        most, marks = self.sampling.max_new_tokens, self.llm.thinking_marks
+        if marks is None:
+            return AnswerLength(most)
+        close = self.llm.tokenizer(marks.close, add_special_tokens=False).input_ids
+        thinking, limit = self.sampling.max_thinking_tokens, self.llm.context_length
+        if limit is not None:
+            thinking = min(thinking, max(0, limit - len(self.prompt) - most - len(close)))
+        return AnswerLength(most, self._reader(), thinking, close)
 
     def _decode(self, kv: Any, logits: Tensor | None) -> Generator[int, None, None]:
         """New tokens until the end of the turn, the length limit, or a stop; none without logits."""
@@ -253,15 +246,13 @@ class Generation:
             return
         ends = self.llm.eos_ids | frozenset(self.sampling.stop_token_ids)
         sampler = self._sampler(ends)
-        for count in range(self.sampling.max_new_tokens):
-            if self.stop.is_set():
-                return
+        while not self.stop.is_set():
             token = sampler(logits)
             if token in ends:
                 self.stats.finish = "stop"
                 return
             yield token
-            if count + 1 == self.sampling.max_new_tokens:
+            if sampler.full:
                 self.stats.finish = "length"
                 return
             if self.stop.is_set():

@@ -30,6 +30,7 @@ from llm_bridge.model_files.checks import (
 )
 from llm_bridge.model_files.gguf_header import check_gguf
 from llm_bridge.prompt import template_text
+from llm_bridge.thinking import ThinkingMarks
 
 Quantize = Literal["8bit", "4bit"]
 _WITHOUT_POSITIONS = {"linear_attention", "conv", "mamba", "moe", "mlp"}  # types of layers
@@ -96,6 +97,11 @@ class LanguageModel:
     def memory(self) -> Memory:
         """What it keeps of a prompt for the next question."""
         return memory_of(self.model.config)
+
+    @cached_property
+    def thinking_marks(self) -> ThinkingMarks | None:
+        """How what it thinks before it answers is marked; None when it does not think."""
+        return ThinkingMarks.of(self.tokenizer)
 
     @property
     def batches(self) -> bool:

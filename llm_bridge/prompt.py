@@ -7,6 +7,7 @@ forge a sentinel nor end a turn; what is not valid Unicode is refused before the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -107,20 +108,50 @@ def time_sentence(visual: Visual, form: TimeSentence) -> str:
     return start + f"at {', '.join(f'{t:.2f}' for t in visual.times_s)} seconds. "
 
 
-def template_text(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    """The conversation as one text: by the chat template, or "User: ... Assistant: ..." without one."""
+def template_text(
+    tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool, think: bool = False
+) -> str:
+    """The conversation as one text: by the chat template, or "User: ... Assistant: ..." without one.
+
+    A system prompt that the template refuses stands before the first user's text. think: told to templates
+    that know it.
+    """
     if getattr(tokenizer, "chat_template", None):
-        try:
+
+        def by_template(turns: Sequence[dict[str, str]]) -> str:
             return tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                list(turns), tokenize=False, add_generation_prompt=add_generation_prompt, **_switches(think)
             )
+
+        try:
+            return by_template(messages)
         except Exception as error:
+            with contextlib.suppress(Exception):
+                if merged := _system_in_user(messages):
+                    return by_template(merged)
             raise ModelError(
                 f"The chat template of the language model refuses this conversation: {error}."
             ) from error
     names = {"system": "", "user": "User: ", "assistant": "Assistant: "}
     text = "".join(f"{names[m['role']]}{m['content']}\n" for m in messages)
     return text + "Assistant:" if add_generation_prompt else text
+
+
+def _switches(think: bool) -> dict[str, Any]:
+    """Whether to think, by the names that chat templates know it by; others take no notice.
+
+    gpt-oss always thinks: "low" is its least.
+    """
+    effort = "medium" if think else "low"
+    return {"enable_thinking": think, "thinking": think, "reasoning_effort": effort}
+
+
+def _system_in_user(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The messages with a leading system prompt put before the first user's text; none without one."""
+    if len(messages) < 2 or (messages[0]["role"], messages[1]["role"]) != ("system", "user"):
+        return []
+    system, user, *rest = messages
+    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
 
 def check_text(text: Any, what: str = "The text") -> str:
@@ -170,6 +201,7 @@ def count_text(
     add_generation_prompt: bool = True,
     most: int | None = None,
     bound: TextBound | None = None,
+    think: bool = False,
 ) -> int:
     """Tokens of a conversation without its media and their time sentences.
 
@@ -181,7 +213,7 @@ def count_text(
         Message(m.role, tuple(part if isinstance(part, str) else Visual(0) for part in m.content))
         for m in messages
     ]
-    text, visuals = _to_text(tokenizer, plain, add_generation_prompt, "none")
+    text, visuals = _to_text(tokenizer, plain, add_generation_prompt, "none", think)
     if most is not None and bound is not None and (least := bound.least_tokens(text)) > most:
         return least
     builder = _Builder(tokenizer, visuals)
@@ -268,9 +300,10 @@ def render(
     *,
     add_generation_prompt: bool = True,
     time_form: TimeSentence = "short",
+    think: bool = False,
 ) -> Prompt:
-    """Messages -> Prompt, ready for generation."""
-    text, visuals = _to_text(tokenizer, messages, add_generation_prompt, time_form)
+    """Messages -> Prompt, ready for generation. think: whether a model that can think first does."""
+    text, visuals = _to_text(tokenizer, messages, add_generation_prompt, time_form, think)
     builder = _Builder(tokenizer, visuals)
     builder.begin(text)
     builder.add(text)
@@ -320,6 +353,7 @@ def _to_text(
     messages: Sequence[Message[Visual]],
     add_generation_prompt: bool,
     time_form: TimeSentence,
+    think: bool = False,
 ) -> tuple[str, tuple[Visual, ...]]:
     visuals: list[Visual] = []
     plain = []
@@ -334,7 +368,8 @@ def _to_text(
             else:
                 parts.append(neutralize(part, tokenizer))
         plain.append({"role": message.role, "content": "".join(parts)})
-    return template_text(tokenizer, plain, add_generation_prompt=add_generation_prompt), tuple(visuals)
+    text = template_text(tokenizer, plain, add_generation_prompt=add_generation_prompt, think=think)
+    return text, tuple(visuals)
 
 
 class _Builder:

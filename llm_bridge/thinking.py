@@ -14,22 +14,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from llm_bridge.text_decoder import StreamingDecoder
+
 Kind = Literal["thinking", "answer"]
 
 
 @dataclass(frozen=True)
 class ThinkingMarks:
-    """begin, end: texts around thoughts. close: what ends them when they must end.
+    """begin, end: texts around thoughts. close: what is said for the model when they must end.
 
-    header: a pattern of what is neither: the names of channels and roles. switch: whether the chat template
-    can be told not to think. always: whether the model thinks even then.
+    header: a pattern of what is no text at all: the names of channels and roles.
     """
 
     begin: str
     end: str
     close: str
     header: str = ""
-    switch: bool = False
 
     @staticmethod
     def of(tokenizer: Any) -> ThinkingMarks | None:
@@ -42,11 +42,10 @@ class ThinkingMarks:
                 "<|end|>",
                 "<|end|><|start|>assistant<|channel|>final<|message|>",
                 r"(<\|start\|>assistant)?<\|channel\|>(final|commentary)[^<]*<\|message\|>|<\|start\|>assistant",
-                switch=True,
             )
         for begin, end in _PAIRS:
             if (begin in vocabulary and end in vocabulary) or end in template:
-                return ThinkingMarks(begin, end, f"\n{end}\n\n", switch=bool(_SWITCH.search(template)))
+                return ThinkingMarks(begin, end, f"\n{end}\n\n")
         return None
 
 
@@ -57,67 +56,33 @@ _PAIRS = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|channel>thought", "<channel|>"),
 )
-_SWITCH = re.compile(r"\benable_thinking\b|\bthinking\b|\breasoning_effort\b|\breasoning\b")
-
-
-def template_switches(think: bool) -> dict[str, Any]:
-    """What chat templates are told, by the names that they know it by; others take no notice."""
-    effort = "medium" if think else "low"  # gpt-oss has no "none"
-    return {"enable_thinking": think, "thinking": think, "reasoning": think, "reasoning_effort": effort}
 
 
 class AnswerReader:
-    """The tokens of an answer as texts that never end inside a character, thoughts apart, without marks.
+    """The tokens of an answer as pieces of text, thoughts apart, without marks.
 
-    marks: None passes all on as the answer. prompt_ids: the thoughts may have been begun by the prompt.
-    thinking: whether the last token belonged to thoughts.
+    marks: None passes all on as the answer. prompt_ids: the prompt may have begun the thoughts.
+    thinking: whether the text so far ends in thoughts.
     """
 
     def __init__(self, tokenizer: Any, marks: ThinkingMarks | None, prompt_ids: Sequence[int] = ()) -> None:
-        self._tokenizer, self._marks = tokenizer, marks
-        self._ids: list[int] = []
-        self._start = self._read = 0
-        self._held = ""
-        self.thinking = False
-        if marks is None:
-            return
-        tail = tokenizer.decode([token for token in prompt_ids[-16:] if token >= 0])
-        self.thinking = tail.rstrip().endswith(marks.begin)
-        shown = {marks.begin, marks.end, *re.findall(r"<\|\w+\|>", marks.begin + marks.close)}
-        # Of special tokens, only those of the marks are read; the others are no text.
-        self._shown = {token for text in shown if (token := tokenizer.get_vocab().get(text)) is not None}
+        self._marks, self._held, self.thinking = marks, "", False
+        shown: list[int] = []
+        if marks is not None:
+            tail = tokenizer.decode([token for token in prompt_ids[-16:] if token >= 0])
+            self.thinking = tail.rstrip().endswith(marks.begin)
+            texts = {marks.begin, marks.end, *re.findall(r"<\|\w+\|>", marks.begin + marks.close)}
+            vocabulary = tokenizer.get_vocab()
+            shown = [vocabulary[text] for text in texts if text in vocabulary]
+        self._decoder = StreamingDecoder(tokenizer, shown)
 
     def push(self, token: int) -> list[tuple[Kind, str]]:
         """The texts that this token completes; none while a character or a mark is unfinished."""
-        self._ids.append(token)
-        text = self._text(self._start, len(self._ids))
-        return [] if text.endswith("\ufffd") else self._sorted(self._emit(text))
+        return self._sorted(self._decoder.push(token))
 
     def flush(self) -> list[tuple[Kind, str]]:
         """Whatever is left at the end."""
-        return self._sorted(self._emit(self._text(self._start, len(self._ids))), last=True)
-
-    def _emit(self, text: str) -> str:
-        # Decoding with the tokens before keeps the spaces that tokenizers drop at the start of a text.
-        before = self._text(self._start, self._read)
-        self._start, self._read = self._read, len(self._ids)
-        return text[len(before) :].replace("\0", "")  # which no later prompt could hold
-
-    def _text(self, start: int, end: int) -> str:
-        ids = self._ids[start:end]
-        if self._marks is None or self._shown.isdisjoint(ids):
-            return self._decode(ids)
-        texts, run = [], []
-        for token in ids:
-            if token in self._shown:
-                texts += [self._decode(run), self._tokenizer.convert_ids_to_tokens(token)]
-                run = []
-            else:
-                run.append(token)
-        return "".join((*texts, self._decode(run)))
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._sorted(self._decoder.flush(), last=True)
 
     def _sorted(self, text: str, last: bool = False) -> list[tuple[Kind, str]]:
         """A text in its kinds; what may be the beginning of a mark is held back until more comes."""
@@ -163,26 +128,36 @@ class AnswerReader:
         return len(self._held)
 
 
-class ThinkingAllowance:
-    """Counts an answer's tokens and its thoughts' apart, and ends thoughts that have used up their own.
+class AnswerLength:
+    """Counts the tokens of an answer, and apart from them those of its thoughts, which may be no more either.
 
-    most_thinking, most_answer: tokens. full: whether the answer has all of its tokens.
+    most, most_thinking: tokens. close: what ends thoughts that have used up theirs.
     """
 
-    def __init__(self, reader: AnswerReader, most_thinking: int, most_answer: int, close: Sequence[int]) -> None:
-        self._reader = reader
-        self._most_thinking, self._most_answer = most_thinking, most_answer
-        self._close, self._forced = close, list[int]()
-        self.thinking_tokens = self.answer_tokens = 0
+    def __init__(
+        self,
+        most: int,
+        reader: AnswerReader | None = None,
+        most_thinking: int = 0,
+        close: Sequence[int] = (),
+    ) -> None:
+        self._most, self._reader, self._most_thinking = most, reader, most_thinking
+        self._close = close
+        self._forced: list[int] = []
+        self.answer_tokens = self.thinking_tokens = 0
 
     def forced(self) -> int | None:
-        """The token that must come next, if one must."""
-        if not self._forced and self._reader.thinking and self.thinking_tokens >= self._most_thinking:
+        """The token that must come next; None when it is the model's choice."""
+        spent = self.thinking_tokens >= self._most_thinking
+        if not self._forced and spent and self._reader is not None and self._reader.thinking:
             self._forced = list(self._close)
         return self._forced.pop(0) if self._forced else None
 
     def count(self, token: int) -> None:
         """A token has come."""
+        if self._reader is None:
+            self.answer_tokens += 1
+            return
         thought = self._reader.thinking or bool(self._forced)
         self._reader.push(token)
         if thought or self._reader.thinking:
@@ -193,4 +168,4 @@ class ThinkingAllowance:
     @property
     def full(self) -> bool:
         """Whether the answer has all of its tokens."""
-        return self.answer_tokens >= self._most_answer
+        return self.answer_tokens >= self._most
