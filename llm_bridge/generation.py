@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -124,7 +125,7 @@ class Generation:
                     if not self.stats.completion_tokens:
                         self.stats.first_token_s = time.perf_counter() - start
                     self.stats.completion_tokens += 1
-                    self.stats.thinking_tokens += reader.thinking
+                    self.stats.thinking_tokens = self._length.thinking_tokens(self.stats.completion_tokens)
                     yield from self._spoken(reader.push(token))
             yield from self._spoken(reader.flush())
             self._put_prefix(keys, ends)
@@ -222,8 +223,9 @@ class Generation:
 
     def _sampler(self, end_ids: Collection[int]) -> Sampler:
         text = [token for token in self.prompt.ids if token != PLACEHOLDER]
-        return Sampler(self.sampling, text, end_ids, self._length())
+        return Sampler(self.sampling, text, end_ids, self._length)
 
+    @cached_property
     def _length(self) -> AnswerLength:
         """What an answer may have, and its thoughts: no more than the context has room for."""
         most, marks = self.sampling.max_new_tokens, self.llm.thinking_marks

@@ -24,7 +24,7 @@ from encoder.tokens import VisionTokens
 from llm_bridge.attention import packs
 from llm_bridge.llm import LanguageModel, Quantize, default_device, default_dtype, load_llm
 from llm_bridge.model_files.checks import first_line
-from llm_bridge.packing import Packing, Weighting, branched_attention, label_weights
+from llm_bridge.packing import Packing, Weighting, branched_attention, label_weights, without_branches
 from llm_bridge.projector import Projector, ProjectorConfig
 from llm_bridge.prompt import IGNORE, PLACEHOLDER, Prompt, TimeSentence
 
@@ -150,12 +150,22 @@ class VideoLanguageModel(nn.Module):
         prompts: with labels; vision: the clips of all prompts in order (None when there is none). Scores are
         computed at labelled positions only.
         """
-        logits, targets = self._scores_at_labels(prompts, [] if vision is None else self.project(vision))
+        visuals = [] if vision is None else self.project(vision)
+        if any(prompt.branches for prompt in prompts) and not self._takes_branches(prompts):
+            prompts, visuals = _apart(prompts, visuals)
+        logits, targets = self._scores_at_labels(prompts, visuals)
         logits = logits.float()
         if weighting == "token":
             return F.cross_entropy(logits, targets)
         weights = label_weights(prompts, weighting).to(logits.device)
         return (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
+
+    def _takes_branches(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether a mask is all that keeps branches apart: a state runs through them, a window counts places."""
+        config = self.language_model.config.get_text_config()
+        windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        longest = max(len(prompt) for prompt in prompts)
+        return self.llm.memory == "positions" and all(not window or window >= longest for window in windows)
 
     def _scores_at_labels(self, prompts: Sequence[Prompt], visuals: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Scores (P, V) at positions that predict a label, and those labels (P,)."""
@@ -267,6 +277,19 @@ class VideoLanguageModel(nn.Module):
             quantize=quantize,
             adapters=adapters,
         )
+
+
+def _apart(prompts: Sequence[Prompt], visuals: list[Tensor]) -> tuple[list[Prompt], list[Tensor]]:
+    """Prompts without branches, and the visuals of each."""
+    alone: list[Prompt] = []
+    shown: list[Tensor] = []
+    remaining = iter(visuals)
+    for prompt in prompts:
+        own = [next(remaining) for _ in prompt.spans]
+        for branch in without_branches(prompt):
+            alone.append(branch)
+            shown += own
+    return alone, shown
 
 
 def model_folder(folder: str | Path) -> Path:

@@ -17,6 +17,7 @@ from hashlib import blake2b
 from typing import Any, Generic, Literal, TypeVar
 
 from encoder.errors import ConfigError, ModelError
+from llm_bridge.thinking import ThinkingMarks
 
 IGNORE = -100
 PLACEHOLDER = -1
@@ -116,11 +117,12 @@ def template_text(
     A system prompt that the template refuses stands before the first user's text. think: told to templates
     that know it.
     """
-    if getattr(tokenizer, "chat_template", None):
+    if template := getattr(tokenizer, "chat_template", None):
+        switches = _switches(str(template), think)
 
         def by_template(turns: Sequence[dict[str, str]]) -> str:
             return tokenizer.apply_chat_template(
-                list(turns), tokenize=False, add_generation_prompt=add_generation_prompt, **_switches(think)
+                list(turns), tokenize=False, add_generation_prompt=add_generation_prompt, **switches
             )
 
         try:
@@ -137,13 +139,11 @@ def template_text(
     return text + "Assistant:" if add_generation_prompt else text
 
 
-def _switches(think: bool) -> dict[str, Any]:
-    """Whether to think, by the names that chat templates know it by; others take no notice.
-
-    gpt-oss always thinks: "low" is its least.
-    """
-    effort = "medium" if think else "low"
-    return {"enable_thinking": think, "thinking": think, "reasoning_effort": effort}
+def _switches(template: str, think: bool) -> dict[str, Any]:
+    """Whether to think, by the names that chat templates know it by; others take no notice."""
+    # gpt-oss, which has channels, always thinks: "low" is its least.
+    least, more = ("low", "medium") if "<|channel|>" in template else ("none", "high")
+    return {"enable_thinking": think, "thinking": think, "reasoning_effort": more if think else least}
 
 
 def _system_in_user(messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
@@ -313,30 +313,70 @@ def render(
 def render_chat_training(
     tokenizer: Any, messages: Sequence[Message[Visual]], *, time_form: TimeSentence = "short"
 ) -> Prompt:
-    """Messages -> Prompt whose labels are the assistant's words, each with its end-of-turn token."""
-    builder: _Builder | None = None
-    done = ""
-    for index, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        before, visuals = _to_text(tokenizer, messages[:index], True, time_form)
-        after, _ = _to_text(tokenizer, messages[: index + 1], False, time_form)
-        if builder is None:
-            builder = _Builder(tokenizer, visuals)
-            builder.begin(before)
-        builder.visuals = visuals
-        if not (before.startswith(done) and after.startswith(before)):
-            raise ModelError(
-                "The chat template rewrites earlier turns: train on single-turn conversations instead."
-            )
-        builder.add(before[len(done) :])
-        # The newline that templates put behind an end-of-turn token belongs to the next turn.
-        answer = after[len(before) :]
-        builder.add(answer.rstrip("\n") or answer, learn=True)
-        done = before + (answer.rstrip("\n") or answer)
-    if builder is None:
+    """Messages -> Prompt whose labels are the assistant's words, each with its end-of-turn token.
+
+    Where the chat template rewrites earlier turns, each turn is a branch, as it was when it was said.
+    """
+    prompts = render_chat_turns(tokenizer, messages, time_form=time_form)
+    if len(prompts) == 1:
+        return prompts[0]
+    from llm_bridge.packing import share_beginning  # it knows prompts
+
+    try:
+        return share_beginning(prompts)
+    except ValueError as error:
+        raise ModelError(
+            "The chat template rewrites earlier turns, and a later turn brings another video: train on "
+            "conversations whose videos all come first."
+        ) from error
+
+
+def render_chat_turns(
+    tokenizer: Any, messages: Sequence[Message[Visual]], *, time_form: TimeSentence = "short"
+) -> list[Prompt]:
+    """The same as one Prompt, or as one for each assistant turn where the template rewrites earlier ones."""
+    turns = [
+        _turn_texts(tokenizer, messages[: index + 1], time_form)
+        for index, message in enumerate(messages)
+        if message.role == "assistant"
+    ]
+    if not turns:
         raise ModelError("A training conversation needs at least one assistant turn.")
+    said = [before + answer for before, answer, _ in turns]
+    if all(before.startswith(earlier) for (before, _, _), earlier in zip(turns[1:], said, strict=False)):
+        return [_training_prompt(tokenizer, turns)]
+    return [_training_prompt(tokenizer, [turn]) for turn in turns]
+
+
+_Turn = tuple[str, str, tuple[Visual, ...]]  # the text before an answer, the answer, the visuals of both
+
+
+def _training_prompt(tokenizer: Any, turns: Sequence[_Turn]) -> Prompt:
+    """Turns that each begin with all of the one before."""
+    builder = _Builder(tokenizer, ())
+    builder.begin(turns[0][0])
+    done = 0
+    for before, answer, builder.visuals in turns:
+        builder.add(before[done:])
+        builder.add(answer, learn=True)
+        done = len(before) + len(answer)
     return builder.prompt()
+
+
+def _turn_texts(tokenizer: Any, messages: Sequence[Message[Visual]], time_form: TimeSentence) -> _Turn:
+    """The last turn, the assistant's, as it is when it is said."""
+    before, visuals = _to_text(tokenizer, messages[:-1], True, time_form)
+    after, _ = _to_text(tokenizer, messages, False, time_form)
+    if after.startswith(before):
+        answer = after[len(before) :]
+    else:  # the template begins thoughts, and leaves them out of what was said: they end at once
+        words, marks = neutralize(messages[-1].text, tokenizer).strip(), ThinkingMarks.of(tokenizer)
+        begun = marks is not None and before.rstrip().endswith(marks.begin)
+        if marks is None or not begun or not words or words not in after:
+            raise ModelError("The chat template does not show an answer as it asks for it: it cannot be trained.")
+        answer = marks.close + after[after.rindex(words) :]
+    # The newline that templates put behind an end-of-turn token belongs to the next turn.
+    return before, answer.rstrip("\n") or answer, visuals
 
 
 def render_plain_training(tokenizer: Any, visual: Visual, caption: str) -> Prompt:

@@ -144,28 +144,30 @@ class AnswerLength:
         self._most, self._reader, self._most_thinking = most, reader, most_thinking
         self._close = close
         self._forced: list[int] = []
-        self.answer_tokens = self.thinking_tokens = 0
+        self._thoughts: list[bool] = []  # of each token, whether it is none of the answer's
+        self._answered = 0
 
     def forced(self) -> int | None:
         """The token that must come next; None when it is the model's choice."""
-        spent = self.thinking_tokens >= self._most_thinking
+        spent = len(self._thoughts) - self._answered >= self._most_thinking
         if not self._forced and spent and self._reader is not None and self._reader.thinking:
             self._forced = list(self._close)
         return self._forced.pop(0) if self._forced else None
 
     def count(self, token: int) -> None:
         """A token has come."""
-        if self._reader is None:
-            self.answer_tokens += 1
-            return
-        thought = self._reader.thinking or bool(self._forced)
-        self._reader.push(token)
-        if thought or self._reader.thinking:
-            self.thinking_tokens += 1
-        else:
-            self.answer_tokens += 1
+        thought = self._reader is not None and (self._reader.thinking or bool(self._forced))
+        if self._reader is not None:
+            self._reader.push(token)
+            thought = thought or self._reader.thinking
+        self._thoughts.append(thought)
+        self._answered += not thought
+
+    def thinking_tokens(self, count: int) -> int:
+        """How many of the first `count` tokens were thoughts, or ended them."""
+        return sum(self._thoughts[:count])
 
     @property
     def full(self) -> bool:
         """Whether the answer has all of its tokens."""
-        return self.answer_tokens >= self._most
+        return self._answered >= self._most

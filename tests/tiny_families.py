@@ -135,12 +135,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make(folder: Path, name: str) -> Path:
-    """A model folder of a family: its model type in config.json, or a name of VARIANTS."""
+def make(folder: Path, name: str, tokenizer: Any = None) -> Path:
+    """A model folder of a family: its model type in config.json, or a name of VARIANTS.
+
+    tokenizer: in place of that of `tiny_llms`.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, variant = VARIANTS.get(name, (name, {}))
-    tokenizer = tiny_llms.byte_level()
+    tokenizer = tokenizer or tiny_llms.byte_level()
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     settings = {**COMMON, **SETTINGS[kind], **variant, "vocab_size": len(tokenizer)}
