@@ -31,6 +31,10 @@ class NotCopyable:
         )
 
 
+class Thought(str):
+    """A piece of what the model thinks before it answers, where it stands among pieces of the answer."""
+
+
 class StopSignal(threading.Event):
     """An event that is also set when one of the others is."""
 

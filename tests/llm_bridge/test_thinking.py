@@ -156,15 +156,17 @@ def thinker(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 
 
 class Script:
-    """Replaces a model's scores: says one text, then what it would."""
+    """A hook on a model's passes that makes it say one text after its prompt, then what it would."""
 
     def __init__(self, llm: LanguageModel, text: str) -> None:
         self.ids = llm.tokenizer(text, add_special_tokens=False).input_ids
+        self.place = 0
 
-    def __call__(self, _: Any, __: Any, output: Any) -> Any:
-        if output.logits.shape[1] == 1 and self.ids:
+    def __call__(self, _: Any, __: Any, options: dict[str, Any], output: Any) -> Any:
+        self.place = 0 if "inputs_embeds" in options else self.place + 1
+        if self.place < len(self.ids):
             output.logits = torch.full_like(output.logits, -9.0)
-            output.logits[..., self.ids.pop(0)] = 9.0
+            output.logits[..., self.ids[self.place]] = 9.0
         return output
 
 
@@ -182,7 +184,7 @@ def say(
         worker=worker,
         on_thinking=thoughts.append,
     )
-    handle = llm.model.register_forward_hook(Script(llm, text + "<|im_end|>"))
+    handle = llm.model.register_forward_hook(Script(llm, text + "<|im_end|>"), with_kwargs=True)
     try:
         answer = "".join(running)
     finally:
@@ -222,7 +224,7 @@ def test_a_stop_ends_thoughts_too(thinker: LanguageModel) -> None:
     running = Generation(
         thinker, prompt, [torch.zeros(5, thinker.hidden_size)], stop=stop, on_thinking=lambda _: stop.set()
     )
-    handle = thinker.model.register_forward_hook(Script(thinker, "<think>" + "A dog. " * 50))
+    handle = thinker.model.register_forward_hook(Script(thinker, "<think>" + "A dog. " * 50), with_kwargs=True)
     try:
         assert "".join(running) == ""
     finally:
