@@ -65,7 +65,8 @@ class VideoChat(NotCopyable):
     cache_mib: bound on the caches for follow-up questions: half of it KV prefixes, a quarter each decoded
     frames and embeddings.
     trusted: False reads videos as strangers' uploads (sandboxed, allowed codecs only). limits: on reading.
-    think: whether questions that do not say are thought about first. batch: most answers, each asked from a thread of its own, that are decoded in one pass.
+    think: whether a model that can think does so before questions that do not say (see SamplingParams).
+    batch: most answers, each asked from a thread of its own, that are decoded in one pass.
     It belongs to the process that made it: a forked child makes its own.
     Raises ModelError, CheckpointError or ConfigError: one sentence, what was wrong and what to do.
     """

@@ -247,9 +247,7 @@ class ComputeWorker:
         together = [
             sequence
             for sequence in batch
-            if self._batches
-            and not sequence.alone
-            and (sequence.kv is None or rewindable(sequence.kv))
+            if self._batches and not sequence.alone and (sequence.kv is None or rewindable(sequence.kv))
         ]
         self._rebatch(together if len(together) > 1 else [])
         if self._batch_kv is None:

@@ -176,17 +176,18 @@ fluxchat ask clip.mp4 "What moves?" --model my/model --llm Qwen/Qwen3-1.7B
 A projector is trained for one language model, or for one of the same width that was tuned from it:
 `python -m training.chat_stage1` makes one for yours ([how](../how-to/train.md)).
 
-Each row is tested with a tiny random model of the family (`tests/llm_bridge/test_families.py`): cached answers equal
-uncached ones, a prompt in parts equals the whole, a second turn equals a fresh one, an answer decoded with others equals
-the one alone, and the training loss is the model's own. Computed anew: what a second question about the same video
-computes. Together: whether answers to several people are decoded in one pass.
+Each row is tested with a tiny random model of the family (`tests/llm_bridge/test_families.py`): cached
+answers equal uncached ones, a prompt in parts equals the whole, a second turn equals a fresh one, an answer
+decoded with others equals the one alone, and the training loss is the model's own. *Computed anew* is what a
+second question about the same video computes; *together*, whether the answers to several people are decoded
+in one pass.
 
 | family | computed anew | together | remarks |
 |---|---|---|---|
 {rows}
 
-A family that is not in the table is tried when it is loaded: it must read embeddings as it reads its own tokens. Where
-it keeps more than keys and values, every question computes everything.
+A family that is not in the table is tried when it is loaded: it must read embeddings as it reads its own
+tokens. Where it keeps more than keys and values, every question computes everything.
 
 ## Refused
 
@@ -196,11 +197,12 @@ With one sentence, when they are loaded:
 
 ## Models that think
 
-A model that can think before it answers does not, unless it is asked to: `think=True` (`--think`;
-`"chat_template_kwargs": {{"enable_thinking": true}}` in a request). Its thoughts are `Answer.thinking`, and
-`reasoning_content` in the API; they never stand in the answer's text. They have an allowance of their own,
-`max_thinking_tokens`, so that they do not use up `max_new_tokens`; when it is spent, the model is made to answer.
-Some models think always; their thoughts are kept apart all the same.
+A model that can think before it answers does not, unless it is asked to: `think=True` in Python, `--think`,
+the page's check box, or `"chat_template_kwargs": {{"enable_thinking": true}}` in a request. Its thoughts are
+`Answer.thinking`, and `reasoning_content` in the API; they never stand in the answer's text. They have an
+allowance of their own, `max_thinking_tokens` (`thinking_token_budget` in a request), so that they do not use
+up `max_new_tokens`; when it is spent, the model is made to answer. Some models always think; their thoughts
+are kept apart all the same.
 """
 
 

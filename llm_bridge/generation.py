@@ -23,7 +23,6 @@ from llm_bridge.kv_cache import Piece, PrefixCache, joined, kv_from_layers
 from llm_bridge.llm import LanguageModel
 from llm_bridge.prompt import PLACEHOLDER, Prompt
 from llm_bridge.sampling import FinishReason, Sampler, SamplingParams
-from llm_bridge.text_decoder import StreamingDecoder
 from llm_bridge.thinking import AnswerLength, AnswerReader
 
 if TYPE_CHECKING:
@@ -203,7 +202,11 @@ class Generation:
             return kv, None
         if kv is None:
             config, pieces = self.llm.model.config, self._pieces
-            kv = kv_from_layers(config, joined(pieces), pieces[-1].states) if pieces else kv_from_layers(config)
+            kv = (
+                kv_from_layers(config, joined(pieces), pieces[-1].states)
+                if pieces
+                else kv_from_layers(config)
+            )
         ids = torch.tensor([self.prompt.ids[start:end]], device=self.llm.device)
         logits = self._step(kv, inputs_embeds=self.embeddings(start, end), **self.llm.beside_embeddings(ids))
         if self.prefixes is not None and end - start >= SHORTEST_PIECE and self.llm.memory != "whole":
@@ -211,7 +214,7 @@ class Generation:
         return kv, logits
 
     def _parts_at(self, start: int, end: int) -> bool:
-        """Whether to keep the states that a model has at the end of a piece: another question may part there."""
+        """Whether to keep a model's states at the end of a piece, since another question may part there."""
         if self.llm.memory != "states":
             return False
         # A piece of the greatest length was cut by its length alone.

@@ -7,8 +7,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -100,7 +100,7 @@ class Piece:
 
     @staticmethod
     def of(kv: Any, start: int, end: int, *, states: bool = False) -> Piece:
-        """A copy of the positions from `start` to `end` of a KV cache; states: of its end too, which is `end`."""
+        """A copy of the positions from `start` to `end` of a KV cache; states: with those at its end."""
         parts = tuple(
             (layer.keys[:, :, start:end].clone(), layer.values[:, :, start:end].clone())
             for layer in kv.layers
@@ -208,9 +208,7 @@ def memory_of(config: Any) -> Memory:
     return "states" if known else "whole"
 
 
-def kv_from_layers(
-    config: Any, layers: Layers = (), states: dict[int, dict[str, Any]] | None = None
-) -> Any:
+def kv_from_layers(config: Any, layers: Layers = (), states: dict[int, dict[str, Any]] | None = None) -> Any:
     """A KV cache of one sequence that begins with these keys and values, which are not copied.
 
     config: of the transformers model. It keeps every position, beyond a window too, so that it can be
@@ -219,11 +217,12 @@ def kv_from_layers(
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
+    holders: list[Any]
     if memory_of(config) != "positions":
         kv = DynamicCache(config=config)
         holders = [layer for layer in kv.layers if _keeps_positions(layer)]
-        for number, values in (states or {}).items():
-            vars(kv.layers[number]).update(copy.deepcopy(values))
+        for number, state in (states or {}).items():
+            vars(kv.layers[number]).update(copy.deepcopy(state))
     else:
         kv = DynamicCache()  # without the configuration no layer has a window
         holders = [DynamicLayer() for _ in layers]
@@ -236,7 +235,7 @@ def kv_from_layers(
 
 
 def rewindable(kv: Any) -> bool:
-    """Whether a KV cache keeps every position and nothing else, so that its beginning is a shorter prompt's."""
+    """Whether a KV cache keeps every position and nothing else: its beginning is that of a shorter prompt."""
     layers = getattr(kv, "layers", None) or []
     return bool(layers) and all(
         type(layer).__name__ == "DynamicLayer" and not getattr(layer, "is_sliding", False) for layer in layers

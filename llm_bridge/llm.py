@@ -178,7 +178,7 @@ class LanguageModel:
     def beside_embeddings(self, ids: Tensor) -> dict[str, Tensor]:
         """What a forward pass needs beside the embeddings of tokens (B, N), negative where a visual is.
 
-        Gemma 3n and 4 have a second table, read in every layer; a visual counts as padding there, as theirs do.
+        Gemma 3n and 4 have a second table, read in every layer; a visual is padding there, as theirs are.
         """
         decoder = self._second_table
         if decoder is None:

@@ -161,7 +161,7 @@ class VideoLanguageModel(nn.Module):
         return (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
 
     def _takes_branches(self, prompts: Sequence[Prompt]) -> bool:
-        """Whether a mask is all that keeps branches apart: a state runs through them, a window counts places."""
+        """Whether a mask keeps branches apart: states run through them, and a window counts places."""
         config = self.language_model.config.get_text_config()
         windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
         longest = max(len(prompt) for prompt in prompts)

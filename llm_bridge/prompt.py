@@ -373,7 +373,9 @@ def _turn_texts(tokenizer: Any, messages: Sequence[Message[Visual]], time_form: 
         words, marks = neutralize(messages[-1].text, tokenizer).strip(), ThinkingMarks.of(tokenizer)
         begun = marks is not None and before.rstrip().endswith(marks.begin)
         if marks is None or not begun or not words or words not in after:
-            raise ModelError("The chat template does not show an answer as it asks for it: it cannot be trained.")
+            raise ModelError(
+                "The chat template does not show an answer as it asks for it: it cannot be trained."
+            )
         answer = marks.close + after[after.rindex(words) :]
     # The newline that templates put behind an end-of-turn token belongs to the next turn.
     return before, answer.rstrip("\n") or answer, visuals

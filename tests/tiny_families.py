@@ -30,7 +30,13 @@ EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_inte
 LOCAL: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 LATENT: dict[str, Any] = {
     **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16},
-    **{"v_head_dim": 16, "head_dim": DEFAULT, "num_key_value_heads": 4, "first_k_dense_replace": 1, "n_routed_experts": 4},
+    **{
+        "v_head_dim": 16,
+        "head_dim": DEFAULT,
+        "num_key_value_heads": 4,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 4,
+    },
     **{"num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1},
 }
 DELTA: dict[str, Any] = {
@@ -121,7 +127,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "kimi_linear": {},
     "gemma4_text": {
         **WINDOWED,
-        **{"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "global_head_dim": 16, "vocab_size_per_layer_input": 0},
+        **{
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 8,
+            "global_head_dim": 16,
+            "vocab_size_per_layer_input": 0,
+        },
     },
 }
 # Windowed kinds of families that mostly have none.

@@ -43,7 +43,10 @@ class Media:
 
 @dataclass
 class Turn:
-    """A question and its answer. thinking: what the model thought first. details: HTML under the answer. media: all that it was about."""
+    """A question and its answer. thinking: what the model thought first. details: HTML under the answer.
+
+    media: all that it was about.
+    """
 
     question: str
     media: tuple[Media, ...] = ()

@@ -57,7 +57,8 @@ class ChatRequest:
     """messages: from the first system prompt to the question, roles in turn; media as References.
 
     max_tokens None: the server's default. sampling: options of `VideoChat.stream_messages`. stop: texts that
-    end the answer. include_reasoning: whether thoughts are sent. label: a hash of user and cache_salt; answers with different labels share no cache.
+    end the answer. include_reasoning: whether thoughts are sent. label: a hash of user and cache_salt; answers
+    with different labels share no cache.
     """
 
     messages: tuple[Message[Reference], ...]
@@ -123,7 +124,9 @@ def _thinking(body: ChatBody) -> dict[str, Any]:
     """Options of thinking that were given; what is not has the server's default."""
     options = body.chat_template_kwargs
     flags = [] if options is None else [options.enable_thinking, options.thinking]
-    chosen: dict[str, Any] = {"think": flag for flag in flags if flag is not None}
+    chosen: dict[str, Any] = {}
+    if given := [flag for flag in flags if flag is not None]:
+        chosen["think"] = given[0]
     if body.thinking_token_budget is not None:
         chosen["max_thinking_tokens"] = body.thinking_token_budget
     return chosen

@@ -361,9 +361,7 @@ class Api:
             raise
         assert job.answer is not None
         text = "".join(piece for piece in [first or "", *pieces] if not isinstance(piece, Thought))
-        return JSONResponse(
-            Reply().completion(text, job.answer, thoughts=chat_request.include_reasoning)
-        )
+        return JSONResponse(Reply().completion(text, job.answer, thoughts=chat_request.include_reasoning))
 
     def _check(self, chat_request: ChatRequest) -> None:
         """Raises ApiError or BudgetError for a request that must fail, before it is queued."""

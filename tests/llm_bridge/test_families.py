@@ -72,7 +72,9 @@ def generation(
     """A question after earlier turns; the first one shows a visual longer than the tiny windows."""
     visual = torch.randn(tokens, llm.hidden_size, generator=torch.Generator().manual_seed(tokens))
     messages = [
-        Message.of("user" if i % 2 == 0 else "assistant", *([Visual(tokens, f"{tokens}")] if not i else []), text)
+        Message.of(
+            "user" if i % 2 == 0 else "assistant", *([Visual(tokens, f"{tokens}")] if not i else []), text
+        )
         for i, text in enumerate(turns)
     ]
     prompt = render(llm.tokenizer, messages)
@@ -213,7 +215,9 @@ def test_every_family_of_the_table_is_tested() -> None:
 def test_a_family_that_answers_wrongly_is_refused(model_type: str, folder: Callable[[str], Path]) -> None:
     if model_type not in tiny_families.SETTINGS:
         pytest.skip("the tiny model is that of its sibling")
-    with pytest.raises(ModelError, match=r"^Cannot use the language model .*: .*\. Llama, .* work\.$") as found:
+    with pytest.raises(
+        ModelError, match=r"^Cannot use the language model .*: .*\. Llama, .* work\.$"
+    ) as found:
         load_llm(folder(model_type), device="cpu", dtype=torch.float32)
     assert "\n" not in str(found.value)
 

@@ -18,7 +18,15 @@ from llm_bridge.compute_worker import ComputeWorker
 from llm_bridge.generation import Generation
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.packing import without_branches
-from llm_bridge.prompt import IGNORE, Message, Visual, count_text, render, render_chat_training, render_chat_turns
+from llm_bridge.prompt import (
+    IGNORE,
+    Message,
+    Visual,
+    count_text,
+    render,
+    render_chat_training,
+    render_chat_turns,
+)
 from llm_bridge.sampling import SamplingParams
 from llm_bridge.thinking import AnswerReader, ThinkingMarks
 from tests import tiny_families, tiny_llms
@@ -26,17 +34,19 @@ from tests.llm_bridge.tiny_vlm import tiny_vlm, vision_of
 
 # Qwen3's way: thoughts of earlier turns go, an empty one stands for none.
 QWEN3 = """\
-{%- set ns = namespace(last=0) %}{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}\
+{%- set ns = namespace(last=0) %}{%- for m in messages %}
+{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}
 {%- endif %}{%- endfor %}
 {%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}
 {%- if m.role == 'assistant' and loop.index0 > ns.last %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
 {{- m.content + '<|im_end|>\\n' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}
-{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
 {%- endif %}"""
 # The R1 distills': the prompt begins the thoughts.
 R1 = """\
-{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + m.content.split('</think>')[-1] + '<|im_end|>' }}{%- endfor %}
+{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' }}
+{{- m.content.split('</think>')[-1] + '<|im_end|>' }}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"""
 # gpt-oss's: the last answer ends otherwise than earlier ones.
 HARMONY = """\
@@ -46,7 +56,7 @@ HARMONY = """\
 {%- else %}{{- '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{%- endif %}{%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}"""
 GEMMA = """\
-{%- for m in messages %}{%- if m.role == 'system' %}{{- raise_exception('System role not supported') }}{%- endif %}
+{%- for m in messages %}{%- if m.role == 'system' %}{{- raise_exception('No system role') }}{%- endif %}
 {{- '<|im_start|>' + ('model' if m.role == 'assistant' else m.role) + '\\n' + m.content + '<|im_end|>\\n' }}
 {%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>model\\n' }}{%- endif %}"""
 
@@ -102,7 +112,10 @@ def test_think_marks_part_thoughts_from_the_answer(
     assert read(qwen3(), text, prompt) == (thoughts, answer)
     # Marks that are spelt by several tokens, and by special ones.
     assert read(tokenizer_with(QWEN3), text, prompt) == (thoughts, answer)
-    assert read(tokenizer_with(QWEN3, "<think>", "</think>", special=True), text, prompt) == (thoughts, answer)
+    assert read(tokenizer_with(QWEN3, "<think>", "</think>", special=True), text, prompt) == (
+        thoughts,
+        answer,
+    )
 
 
 @pytest.mark.parametrize(
@@ -224,7 +237,9 @@ def test_a_stop_ends_thoughts_too(thinker: LanguageModel) -> None:
     running = Generation(
         thinker, prompt, [torch.zeros(5, thinker.hidden_size)], stop=stop, on_thinking=lambda _: stop.set()
     )
-    handle = thinker.model.register_forward_hook(Script(thinker, "<think>" + "A dog. " * 50), with_kwargs=True)
+    handle = thinker.model.register_forward_hook(
+        Script(thinker, "<think>" + "A dog. " * 50), with_kwargs=True
+    )
     try:
         assert "".join(running) == ""
     finally:
@@ -275,14 +290,21 @@ def test_each_turn_is_learnt_as_it_is_asked_for(tokenizer: Callable[[], Any], an
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3", pytest.param("lfm2", marks=pytest.mark.slow), pytest.param("gemma3_text", marks=pytest.mark.slow)]
+    "name",
+    [
+        "qwen3",
+        pytest.param("lfm2", marks=pytest.mark.slow),
+        pytest.param("gemma3_text", marks=pytest.mark.slow),
+    ],
 )
 def test_branches_cost_what_separate_conversations_cost(name: str, tmp_path: Path) -> None:
     model = tiny_vlm(tiny_families.make(tmp_path, name, tokenizer=qwen3()))
     row = render_chat_training(model.llm.tokenizer, TALK)
     assert row.branches
     vision = vision_of(model, [5])
-    alone = [(model.loss([p], vision), sum(label != IGNORE for label in p.labels)) for p in without_branches(row)]
+    alone = [
+        (model.loss([p], vision), sum(label != IGNORE for label in p.labels)) for p in without_branches(row)
+    ]
     expected = sum(loss * count for loss, count in alone) / sum(count for _, count in alone)
     torch.testing.assert_close(model.loss([row], vision), expected, atol=1e-4, rtol=1e-4)
 

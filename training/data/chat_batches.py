@@ -261,9 +261,7 @@ class ChatData:
             prompt = talks[0] if len(talks) == 1 else share_beginning(talks)
         return shorten(prompt, recipe.max_length)
 
-    def _conversation(
-        self, visuals: tuple[Visual, ...], turns: Conversation, system: str
-    ) -> list[Prompt]:
+    def _conversation(self, visuals: tuple[Visual, ...], turns: Conversation, system: str) -> list[Prompt]:
         messages: list[Message[Visual]] = [Message.of("system", system)] if system else []
         for number, (question, answer) in enumerate(turns):
             front = visuals if number == 0 else ()
