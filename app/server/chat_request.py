@@ -57,8 +57,8 @@ class ChatRequest:
     """messages: from the first system prompt to the question, roles in turn; media as References.
 
     max_tokens None: the server's default. sampling: options of `VideoChat.stream_messages`. stop: texts that
-    end the answer. include_reasoning: whether thoughts are sent. label: a hash of user and cache_salt; answers
-    with different labels share no cache.
+    end the answer. include_reasoning: whether thoughts are sent. label: a hash of user and cache_salt;
+    answers with different labels share no cache.
     """
 
     messages: tuple[Message[Reference], ...]
