@@ -14,11 +14,12 @@ from encoder.errors import ModelError
 from llm_bridge import families
 from llm_bridge.compute_worker import ComputeWorker
 from llm_bridge.families import FAMILIES, family_of
-from llm_bridge.generation import LONGEST_PIECE, Generation, GenerationStats, StreamingDecoder, piece_ends
+from llm_bridge.generation import LONGEST_PIECE, Generation, GenerationStats, piece_ends
 from llm_bridge.kv_cache import PrefixCache
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.prompt import IGNORE, Message, Visual, render
 from llm_bridge.sampling import SamplingParams
+from llm_bridge.text_decoder import StreamingDecoder
 from tests import tiny_families
 from tests.llm_bridge.tiny_vlm import answered, tiny_vlm, vision_of
 
