@@ -148,8 +148,9 @@ class Handlers:
         turn.media = tuple(session.media)
         session.busy += 1
         try:
-            parts = self._answer(session, turn.question, settings, stop, session.history)
-            for text, thinking, phase, answer in parts:
+            for text, thinking, phase, answer in self._answer(
+                session, turn.question, settings, stop, session.history
+            ):
                 if answer is not None:
                     turn.details = self._details(session, turn.media, settings, answer)
                 turn.text, turn.thinking, turn.phase, turn.answer = text, thinking, phase, answer
@@ -194,8 +195,7 @@ class Handlers:
                     return
                 chosen = replace(settings, tokens=int(tokens), auto=False)
                 head = f"<h3>{int(tokens)} tokens</h3>"
-                parts = self._answer(session, question, chosen, stop, [])
-                for text, thinking, phase, answer in parts:
+                for text, thinking, phase, answer in self._answer(session, question, chosen, stop, []):
                     details = "" if answer is None else self._details(session, media, chosen, answer)
                     waiting = f'<p class="fc-phase">{phase} …</p>' if phase else ""
                     linked = markup.link_times(escape(text), session.duration_s, html=True)
