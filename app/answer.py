@@ -15,7 +15,7 @@ class Usage:
 
     seen_tokens, kept_tokens: patches before and after selection. visual_tokens: embeddings that stand for the
     videos in the prompt. prompt_tokens: positions of the prompt, of which cached_tokens were not computed
-    again. completion_tokens: of the answer.
+    again. completion_tokens: of the answer, and of what was thought before it, which are thinking_tokens.
     """
 
     seen_tokens: int
@@ -24,6 +24,7 @@ class Usage:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    thinking_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,17 @@ class KeptTokens:
 
 @dataclass(frozen=True)
 class Answer:
-    """The text and its figures. finish: "stop" (complete), "length" (max_new_tokens) or "cancelled"."""
+    """The text and its figures. finish: "stop" (complete), "length" (max_new_tokens) or "cancelled".
+
+    thinking: what the model thought before it answered.
+    """
 
     text: str
     usage: Usage
     timings: Timings
     kept: tuple[KeptTokens, ...]
     finish: FinishReason
+    thinking: str = ""
 
     def __str__(self) -> str:
         return self.text

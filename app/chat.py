@@ -68,6 +68,7 @@ class VideoChat(NotCopyable):
     frames and embeddings.
     trusted: False reads videos as strangers' uploads (sandboxed, allowed codecs only). limits: on reading.
     select: when a stock model drops tokens: "after" its encoder (default), or "before", which saves encoding.
+    think: whether a model that can think does so before questions that do not say (see SamplingParams).
     batch: most answers, each asked from a thread of its own, that are decoded in one pass.
     It belongs to the process that made it: a forked child makes its own.
     Raises ModelError, CheckpointError or ConfigError: one sentence, what was wrong and what to do.
@@ -89,6 +90,7 @@ class VideoChat(NotCopyable):
         limits: Limits = DEFAULT_LIMITS,
         batch: int = 8,
         select: Stage | None = None,
+        think: bool = False,
     ) -> None:
         self._process, self._closed = os.getpid(), threading.Event()
         if self._process != _PROCESS:
@@ -109,6 +111,8 @@ class VideoChat(NotCopyable):
                 adapters=adapters,
             )
         self.name = self.model.tower.name_with(Path(self.model.llm.name).name)
+        self.think = think
+        self._check_think(think)
         self._worker = ComputeWorker(self.model.llm, batch)
         self._vision = Vision(
             self.model, self._worker, cache_bytes=cache_mib * MIB // 2, trusted=trusted, limits=limits
@@ -162,7 +166,7 @@ class VideoChat(NotCopyable):
         budget: tokens per video (see `Budget.of`; default: the model's). scope: whose question this is;
         nothing kept for one scope serves another. progress: called with what begins ("decode",
         "encode", "prefill"), of which video, of how many. stop: an event that ends the answer when set.
-        sampling: fields of `SamplingParams`: max_new_tokens, temperature (0 is greedy), top_p, ...
+        sampling: fields of `SamplingParams`: max_new_tokens, temperature (0 is greedy), top_p, think, ...
         Raises BudgetError or ConfigError for what is wrong with the arguments; on iteration VideoError,
         ContextError when all is longer than the model's context, and ModelError when it cannot answer.
         """
@@ -177,11 +181,13 @@ class VideoChat(NotCopyable):
         checked = check_messages(messages)
         if (system := self.model.system) and all(message.role != "system" for message in checked):
             checked = (Message.of("system", system), *checked)
+        chosen = SamplingParams(**{"think": self.think, **sampling})
+        self._check_think(chosen.think)
         query = Query(
             checked,
             self.plan_budget(budget),
             selector,
-            SamplingParams(**sampling),
+            chosen,
             scope,
             progress or (lambda *_: None),
         )
@@ -199,7 +205,7 @@ class VideoChat(NotCopyable):
     def _prepare(self, query: Query, stop: threading.Event) -> tuple[list[EncodedVideo], Generation]:
         """Encode the media of a question and make its prompt: all but the answer. Raises FluxChatError."""
         self._check_usable()
-        text_tokens = self._count_text(query.messages, query.sampling.max_new_tokens)
+        text_tokens = self._count_text(query)
         media = [part for message in query.messages for part in message.content if isinstance(part, Media)]
         # All are opened before one is encoded: a question about one that cannot be read costs nothing.
         opened = [
@@ -226,6 +232,7 @@ class VideoChat(NotCopyable):
             time_form=self.model.tower.time_form,
             marks=self.model.tower.marks,
             axes=self.model.llm.axes,
+            think=query.sampling.think,
         )
         self._check_context(prompt, text_tokens, query)
         query.progress("prefill", 0, 1)
@@ -251,13 +258,15 @@ class VideoChat(NotCopyable):
     def _text_bound(self) -> TextBound | None:
         return TextBound.of(self.model.llm.tokenizer)
 
-    def _count_text(self, messages: Sequence[Message[Media]], answer: int) -> int:
+    def _count_text(self, query: Query) -> int:
         """Tokens of the messages' text; raises ContextError when they cannot fit beside the answer."""
         limit, tokenizer = self.model.llm.context_length, self.model.llm.tokenizer
+        messages, answer = query.messages, query.sampling.max_new_tokens
         # A token has at least one byte of any text, so that a short one needs no bound.
         long = limit is not None and sum(len(message.text) for message in messages) > limit
         bound, marks = self._text_bound if long else None, self.model.tower.marks
-        count = count_text(tokenizer, messages, most=limit, bound=bound, marks=marks)
+        think = query.sampling.think
+        count = count_text(tokenizer, messages, most=limit, bound=bound, marks=marks, think=think)
         if limit is not None and count + answer > limit:
             raise _too_long(limit, count, 0, answer, turns=sum(m.role == "user" for m in messages))
         return count
@@ -269,6 +278,12 @@ class VideoChat(NotCopyable):
             turns = sum(message.role == "user" for message in query.messages)
             # The sentences about time go with their videos.
             raise _too_long(limit, text_tokens, len(prompt) - text_tokens, answer, turns)
+
+    def _check_think(self, think: bool) -> None:
+        if think and self.model.llm.thinking_marks is None:
+            raise ConfigError(
+                f"The language model {self.model.llm.name} does not think before it answers: leave think out."
+            )
 
     def _check_usable(self) -> None:
         """Raises ModelError in a process that was forked since, and after `close`; waits for no lock."""

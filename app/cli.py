@@ -183,6 +183,7 @@ SAMPLING: tuple[tuple[str, type, str, str], ...] = (
     ("min_p", float, "P", "leave out tokens below this share of the likeliest one's probability (0.0)"),
     ("repetition_penalty", float, "R", "above 1: what was said before becomes less likely (1.0: off)"),
     ("seed", int, "N", "from 0 up; makes drawn answers repeatable"),
+    ("max_thinking_tokens", int, "N", "most that a model may think, beside its answer's tokens (1024)"),
 )
 
 
@@ -203,6 +204,12 @@ def _generation_options(parser: argparse.ArgumentParser) -> None:
         drawing.add_argument(
             f"--{name.replace('_', '-')}", type=kind, metavar=metavar, default=argparse.SUPPRESS, help=text
         )
+    drawing.add_argument(
+        "--think",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="let a model that can think do so before it answers (it does not by default)",
+    )
 
 
 def _web_options(parser: argparse.ArgumentParser) -> None:
@@ -334,7 +341,7 @@ def _generation(args: argparse.Namespace) -> dict[str, Any]:
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
     """The options of the answer that were given."""
-    return {name: getattr(args, name) for name, *_ in SAMPLING if name in args}
+    return {name: getattr(args, name) for name in (*(name for name, *_ in SAMPLING), "think") if name in args}
 
 
 def run_ask(args: argparse.Namespace) -> int:

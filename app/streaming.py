@@ -31,6 +31,10 @@ class NotCopyable:
         )
 
 
+class Thought(str):
+    """A piece of what the model thinks before it answers, where it stands among pieces of the answer."""
+
+
 class StopSignal(threading.Event):
     """An event that is also set when one of the others is."""
 
@@ -57,6 +61,8 @@ class AnswerStream(NotCopyable):
     ) -> None:
         self._prepare, self._check, self._stop = prepare, check, stop
         self._listeners: list[Callable[[Answer], None]] = []
+        self._thoughts: list[str] = []
+        self._thought_listeners: list[Callable[[str], None]] = [self._thoughts.append]
         self._begun = False
         self._answer: Answer | None = None
 
@@ -67,6 +73,14 @@ class AnswerStream(NotCopyable):
     def then(self, listener: Callable[[Answer], None]) -> None:
         """Call a function with the answer once it is complete or was stopped; not when it failed."""
         self._listeners.append(listener)
+
+    def on_thinking(self, listener: Callable[[str], None]) -> None:
+        """Call a function with each piece of what the model thinks, before the answer's first piece comes."""
+        self._thought_listeners.append(listener)
+
+    def _thought(self, piece: str) -> None:
+        for listener in self._thought_listeners:
+            listener(piece)
 
     @property
     def answer(self) -> Answer:
@@ -82,12 +96,14 @@ class AnswerStream(NotCopyable):
         start = time.perf_counter()
         with memory_errors_as_sentences():
             videos, generation = self._prepare(self._stop)
+        generation.on_thinking = self._thought
         prepared_s = time.perf_counter() - start
         pieces: list[str] = []
 
         def end(stats: GenerationStats) -> None:
             total_s = time.perf_counter() - start
-            self._answer = make_answer("".join(pieces), videos, stats, prepared_s, total_s)
+            answer = make_answer("".join(pieces), videos, stats, prepared_s, total_s)
+            self._answer = replace(answer, thinking="".join(self._thoughts).strip())
             for listener in self._listeners:
                 listener(self._answer)
 
@@ -119,6 +135,7 @@ def make_answer(
             prompt_tokens=stats.prompt_tokens,
             cached_tokens=stats.cached_tokens,
             completion_tokens=stats.completion_tokens,
+            thinking_tokens=stats.thinking_tokens,
         ),
         timings=Timings(
             decode_s=sum(video.decode_s for video in videos),

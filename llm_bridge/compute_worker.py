@@ -18,7 +18,6 @@ several rows may round otherwise than that of one, so that a near tie may fall e
 
 from __future__ import annotations
 
-import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -67,7 +66,8 @@ class SequenceState:
         self.error: BaseException | None = None
         self.alone = False
         self._worker, self._stop = worker, stop
-        self._max_tokens, self._stop_ids = sampling.max_new_tokens, frozenset(sampling.stop_token_ids)
+        self._stop_ids = frozenset(sampling.stop_token_ids)
+        self._full = lambda: sampler.full
 
     @property
     def ended(self) -> bool:
@@ -82,7 +82,7 @@ class SequenceState:
                 self.finish = "stop"
                 return
             self.tokens.append(token)
-            if len(self.tokens) == self._max_tokens:
+            if self._full():
                 self.finish = "length"
         except BaseException as error:  # noqa: BLE001 - its reader raises it
             self.error = error
@@ -122,8 +122,8 @@ class SequenceState:
 class ComputeWorker:
     """The computing thread of one language model, for any number of asking threads.
 
-    max_batch: answers decoded in one pass, 1 is one at a time. A model whose KV cache forgets positions
-    (sliding windows, state spaces) or that takes no position ids decodes its answers in turn, a token each.
+    max_batch: answers decoded in one pass, 1 is one at a time. A model that does not batch (see
+    `LanguageModel.batches`: state spaces above all) decodes its answers in turn, a token each.
     """
 
     def __init__(self, llm: LanguageModel, max_batch: int = 8) -> None:
@@ -133,7 +133,7 @@ class ComputeWorker:
         self._sequences: list[SequenceState] = []  # by arrival
         self._batch_kv: BatchedKVCache | None = None
         self._batched: list[SequenceState] = []  # the rows of _batch_kv
-        self._takes_positions = "position_ids" in inspect.signature(llm.model.forward).parameters
+        self._batches = llm.batches
         self._thread, self._process = ThreadPoolExecutor(1, THREAD_NAME), os.getpid()
 
     @property
@@ -252,9 +252,7 @@ class ComputeWorker:
         together = [
             sequence
             for sequence in batch
-            if self._takes_positions
-            and not sequence.alone
-            and (sequence.kv is None or rewindable(sequence.kv))
+            if self._batches and not sequence.alone and (sequence.kv is None or rewindable(sequence.kv))
         ]
         self._rebatch(together if len(together) > 1 else [])
         if self._batch_kv is None:

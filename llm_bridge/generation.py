@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from encoder.errors import BudgetError
-from llm_bridge.kv_cache import Piece, PrefixCache, joined, kv_from_layers, rewindable
+from llm_bridge.kv_cache import Piece, PrefixCache, joined, kv_from_layers
 from llm_bridge.llm import LanguageModel
 from llm_bridge.prompt import PLACEHOLDER, Prompt
 from llm_bridge.sampling import FinishReason, Sampler, SamplingParams
+from llm_bridge.thinking import AnswerLength, AnswerReader
 
 if TYPE_CHECKING:
     from llm_bridge.compute_worker import ComputeWorker
@@ -40,6 +41,7 @@ class GenerationStats:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
+    thinking_tokens: int = 0  # of the completion's
     prefill_s: float = 0.0
     first_token_s: float = 0.0
     total_s: float = 0.0
@@ -50,38 +52,6 @@ class GenerationStats:
         """Decoding speed after the first token; 0 for fewer than two tokens."""
         decoding = self.total_s - self.first_token_s
         return (self.completion_tokens - 1) / decoding if self.completion_tokens > 1 and decoding > 0 else 0.0
-
-
-class StreamingDecoder:
-    """Token ids -> text pieces that never end inside a character."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._start = self._read = 0
-
-    def push(self, token: int) -> str:
-        """The text that this token completes; empty while a character is unfinished."""
-        self._ids.append(token)
-        text = self._text(self._start, len(self._ids))
-        if text.endswith("\ufffd"):
-            return ""
-        return self._emit(text)
-
-    def flush(self) -> str:
-        """Whatever is left at the end."""
-        return self._emit(self._text(self._start, len(self._ids)))
-
-    def _emit(self, text: str) -> str:
-        # Decoding with the tokens before keeps the spaces that tokenizers drop at the start of a text.
-        before = self._text(self._start, self._read)
-        self._start, self._read = self._read, len(self._ids)
-        return text[len(before) :].replace("\0", "")  # which no later prompt could hold
-
-    def _text(self, start: int, end: int) -> str:
-        return self._tokenizer.decode(
-            self._ids[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
 
 
 def piece_ends(prompt: Prompt) -> list[int]:
@@ -130,6 +100,7 @@ class Generation:
     stop: threading.Event = field(default_factory=threading.Event)
     stats: GenerationStats = field(default_factory=GenerationStats)
     worker: ComputeWorker | None = None
+    on_thinking: Callable[[str], None] | None = None
     # KV of the prompt from its start: cached pieces, then computed ones.
     _pieces: list[Piece] = field(default_factory=list, init=False, repr=False)
 
@@ -151,12 +122,12 @@ class Generation:
         if vocabulary is not None:
             self.sampling.check_vocabulary(vocabulary)
         start = time.perf_counter()
-        keys, ends = self.prompt.cache_keys, piece_ends(self.prompt)
-        # The last piece is always computed: the first token's logits come from it.
-        self._pieces = self.prefixes.take(keys, ends[:-1], self.scope) if self.prefixes is not None else []
+        keys = self.prompt.cache_keys
+        ends = [len(keys)] if self.llm.memory == "whole" else piece_ends(self.prompt)
+        self._pieces = self._take_prefix(keys, ends)
         self.stats.prompt_tokens = len(keys)
         self.stats.cached_tokens = sum(piece.length for piece in self._pieces)
-        decoder = StreamingDecoder(self.llm.tokenizer)
+        reader = self._reader()
         try:
             kv, logits = self.prefill(ends)
             self.stats.prefill_s = time.perf_counter() - start
@@ -166,10 +137,9 @@ class Generation:
                     if not self.stats.completion_tokens:
                         self.stats.first_token_s = time.perf_counter() - start
                     self.stats.completion_tokens += 1
-                    if piece := decoder.push(token):
-                        yield piece
-            if piece := decoder.flush():
-                yield piece
+                    self.stats.thinking_tokens = self._length.thinking_tokens(self.stats.completion_tokens)
+                    yield from self._spoken(reader.push(token))
+            yield from self._spoken(reader.flush())
             self._put_prefix(keys, ends)
         except GeneratorExit:  # its reader left
             self._put_prefix(keys, ends)
@@ -177,6 +147,26 @@ class Generation:
         finally:
             self._pieces = []
             self.stats.total_s = time.perf_counter() - start
+
+    def _reader(self) -> AnswerReader:
+        return AnswerReader(self.llm.tokenizer, self.llm.thinking_marks, self.prompt.ids)
+
+    def _spoken(self, texts: Sequence[tuple[str, str]]) -> Iterator[str]:
+        """The answer's part of texts; thoughts go to their listener."""
+        for kind, text in texts:
+            if kind == "answer":
+                yield text
+            elif self.on_thinking is not None:
+                self.on_thinking(text)
+
+    def _take_prefix(self, keys: Sequence[int], ends: Sequence[int]) -> list[Piece]:
+        """The pieces to go on from; never the last one, which the first token's logits come from."""
+        if self.prefixes is None:
+            return []
+        pieces = self.prefixes.take(keys, ends[:-1], self.scope)
+        while pieces and self.llm.memory == "states" and pieces[-1].states is None:
+            pieces.pop()
+        return pieces
 
     def _put_prefix(self, keys: Sequence[int], ends: Sequence[int]) -> None:
         if self.prefixes is not None:
@@ -200,7 +190,7 @@ class Generation:
         ids = torch.tensor(self.prompt.ids[start:end], device=self.llm.device)
         embedded = self.llm.embed(ids.masked_fill(ids == PLACEHOLDER, 0))
         first, last = bisect_left(self._places, start), bisect_left(self._places, end)
-        inputs: dict[str, Any] = {"inputs_embeds": embedded[None]}
+        inputs: dict[str, Any] = {"inputs_embeds": embedded[None], **self.llm.beside_embeddings(ids[None])}
         if first < last:
             rows, width = self._rows[first:last].to(embedded), embedded.shape[1]
             embedded[ids == PLACEHOLDER] = rows[:, :width]
@@ -236,15 +226,40 @@ class Generation:
         if self.stop.is_set():
             return kv, None
         if kv is None:
-            kv = kv_from_layers(self.llm.model.config, joined(self._pieces) if self._pieces else ())
+            config, pieces = self.llm.model.config, self._pieces
+            kv = (
+                kv_from_layers(config, joined(pieces), pieces[-1].states)
+                if pieces
+                else kv_from_layers(config)
+            )
         logits = self.llm.advance(kv, **self.inputs(start, end))[0]
-        if self.prefixes is not None and end - start >= SHORTEST_PIECE and rewindable(kv):
-            self._pieces.append(Piece.of(kv, start, end))
+        if self.prefixes is not None and end - start >= SHORTEST_PIECE and self.llm.memory != "whole":
+            self._pieces.append(Piece.of(kv, start, end, states=self._parts_at(start, end)))
         return kv, logits
+
+    def _parts_at(self, start: int, end: int) -> bool:
+        """Whether to keep a model's states at the end of a piece, since another question may part there."""
+        if self.llm.memory != "states":
+            return False
+        # A piece of the greatest length was cut by its length alone.
+        visual = any(end == place + count for place, count in self.prompt.spans)
+        return visual or end - start != LONGEST_PIECE
 
     def _sampler(self, end_ids: Collection[int]) -> Sampler:
         text = [token for token in self.prompt.ids if token != PLACEHOLDER]
-        return Sampler(self.sampling, text, end_ids)
+        return Sampler(self.sampling, text, end_ids, self._length)
+
+    @cached_property
+    def _length(self) -> AnswerLength:
+        """What an answer may have, and its thoughts: no more than the context has room for."""
+        most, marks = self.sampling.max_new_tokens, self.llm.thinking_marks
+        if marks is None:
+            return AnswerLength(most)
+        close = self.llm.tokenizer(marks.close, add_special_tokens=False).input_ids
+        thinking, limit = self.sampling.max_thinking_tokens, self.llm.context_length
+        if limit is not None:
+            thinking = min(thinking, max(0, limit - len(self.prompt) - most - len(close)))
+        return AnswerLength(most, self._reader(), thinking, close)
 
     def _decode(self, kv: Any, logits: Tensor | None) -> Generator[int, None, None]:
         """New tokens until the end of the turn, the length limit, or a stop; none without logits."""
@@ -257,22 +272,20 @@ class Generation:
             return
         ends = self.llm.eos_ids | frozenset(self.sampling.stop_token_ids)
         sampler = self._sampler(ends)
-        for count in range(self.sampling.max_new_tokens):
-            if self.stop.is_set():
-                return
+        while not self.stop.is_set():
             token = sampler(logits)
             if token in ends:
                 self.stats.finish = "stop"
                 return
             yield token
-            if count + 1 == self.sampling.max_new_tokens:
+            if sampler.full:
                 self.stats.finish = "length"
                 return
             if self.stop.is_set():
                 return
             with torch.inference_mode():
                 shift = self.prompt.shift
-                position = None if shift is None else len(self.prompt) + count + shift
+                position = None if shift is None else kv.get_seq_length() + shift
                 logits = self.llm.step(kv, token, position)
 
     def _decode_together(

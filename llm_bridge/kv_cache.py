@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from llm_bridge.families import Memory, family_of
 
 V = TypeVar("V")
 Layers = tuple[tuple[Tensor, Tensor], ...]  # keys and values (1, heads, length, width) of each layer
@@ -77,25 +81,32 @@ class ByteLRU(Generic[V]):
 class Piece:
     """The KV of a stretch of a prompt, as one forward pass after those before it computed it; never changed.
 
-    layers: keys and values (1, heads, length, width) of each.
+    layers: keys and values (1, heads, length, width) of each that keeps positions. states: what the others,
+    by number, hold at the end of the stretch; None when they were not kept.
     """
 
     layers: Layers
+    states: dict[int, dict[str, Any]] | None = None
 
     @property
     def length(self) -> int:
         """Positions that it holds."""
         return self.layers[0][0].shape[2]
 
+    @cached_property
+    def state_bytes(self) -> int:
+        """Bytes of its states."""
+        return _tensor_bytes(self.states or {})
+
     @staticmethod
-    def of(kv: Any, start: int, end: int) -> Piece:
-        """A copy of the positions from `start` to `end` of a `rewindable` KV cache."""
-        return Piece(
-            tuple(
-                (layer.keys[:, :, start:end].clone(), layer.values[:, :, start:end].clone())
-                for layer in kv.layers
-            )
+    def of(kv: Any, start: int, end: int, *, states: bool = False) -> Piece:
+        """A copy of the positions from `start` to `end` of a KV cache; states: with those at its end."""
+        parts = tuple(
+            (layer.keys[:, :, start:end].clone(), layer.values[:, :, start:end].clone())
+            for layer in kv.layers
+            if _keeps_positions(layer)
         )
+        return Piece(parts, _states(kv) if states else None)
 
 
 def joined(pieces: Sequence[Piece]) -> Layers:
@@ -119,7 +130,7 @@ class PrefixCache:
     def __init__(self, limit_bytes: int, bytes_per_token: int) -> None:
         self._limit, self._per_token = limit_bytes, bytes_per_token
         self._pieces: OrderedDict[tuple[str, bytes], Piece] = OrderedDict()  # least recently used first
-        self._positions = self._hits = self._misses = 0
+        self._bytes = self._hits = self._misses = 0
         self._lock = threading.Lock()
 
     def take(self, keys: Sequence[int], ends: Sequence[int], scope: str = "") -> list[Piece]:
@@ -145,25 +156,24 @@ class PrefixCache:
             for name, piece in zip(names, pieces, strict=True):
                 if name not in self._pieces:
                     self._pieces[name] = piece
-                    self._positions += piece.length
+                    self._bytes += self._size(piece)
             self._touch(names)
             while self._bytes > self._limit:
-                self._positions -= self._pieces.popitem(last=False)[1].length
+                self._bytes -= self._size(self._pieces.popitem(last=False)[1])
 
     def clear(self, scope: str | None = None) -> None:
         """Forget everything, or what one scope left."""
         with self._lock:
             for name in [name for name in self._pieces if scope is None or name[0] == scope]:
-                self._positions -= self._pieces.pop(name).length
+                self._bytes -= self._size(self._pieces.pop(name))
 
     def _touch(self, names: Sequence[tuple[str, bytes]]) -> None:
         # The first piece last: those that follow it are of no use without it, and are dropped before it.
         for name in reversed(names):
             self._pieces.move_to_end(name)
 
-    @property
-    def _bytes(self) -> int:
-        return self._positions * self._per_token
+    def _size(self, piece: Piece) -> int:
+        return piece.length * self._per_token + piece.state_bytes
 
     @property
     def stats(self) -> CacheStats:
@@ -186,27 +196,69 @@ def layers_of(kv: Any) -> Layers:
     return tuple((layer.keys, layer.values) for layer in kv.layers)
 
 
-def kv_from_layers(config: Any, layers: Layers = ()) -> Any:
+def memory_of(config: Any) -> Memory:
+    """What a model keeps of its prompt, by the configuration of transformers."""
+    from transformers import DynamicCache
+
+    kinds = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+    if kinds <= {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}:
+        return "positions"
+    family = family_of(config)
+    known = family is not None and family.memory == "states"  # others may not go on from a state rightly
+    return "states" if known else "whole"
+
+
+def kv_from_layers(config: Any, layers: Layers = (), states: dict[int, dict[str, Any]] | None = None) -> Any:
     """A KV cache of one sequence that begins with these keys and values, which are not copied.
 
-    config: of the transformers model. The layers must come from a `rewindable` cache.
+    config: of the transformers model. It keeps every position, beyond a window too, so that it can be
+    rewound: the model's masks hide what a window hides. states: of a Piece; they are copied.
     """
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 
-    kv = DynamicCache(config=config)
+    holders: list[Any]
+    if memory_of(config) != "positions":
+        kv = DynamicCache(config=config)
+        holders = [layer for layer in kv.layers if _keeps_positions(layer)]
+        for number, state in (states or {}).items():
+            vars(kv.layers[number]).update(copy.deepcopy(state))
+    else:
+        kv = DynamicCache()  # without the configuration no layer has a window
+        holders = [DynamicLayer() for _ in layers]
+        kv.layers = list(holders)
     if layers:
-        own = [DynamicLayer() for _ in layers]
-        for layer, (keys, values) in zip(own, layers, strict=True):
-            layer.lazy_initialization(keys, values)
+        for layer, (keys, values) in zip(holders, layers, strict=True):
+            DynamicLayer.lazy_initialization(layer, keys, values)
             layer.keys, layer.values = keys, values
-        kv.layers = list(own)
     return kv
 
 
 def rewindable(kv: Any) -> bool:
-    """Whether a KV cache keeps every position, so that its beginning is that of a shorter prompt."""
+    """Whether a KV cache keeps every position and nothing else: its beginning is that of a shorter prompt."""
     layers = getattr(kv, "layers", None) or []
     return bool(layers) and all(
         type(layer).__name__ == "DynamicLayer" and not getattr(layer, "is_sliding", False) for layer in layers
     )
+
+
+def _keeps_positions(layer: Any) -> bool:
+    return hasattr(layer, "keys")
+
+
+def _states(kv: Any) -> dict[int, dict[str, Any]]:
+    """Copies of what layers hold beside keys and values, by their number."""
+    return {
+        number: {name: copy.deepcopy(value) for name, value in vars(layer).items() if name not in _KEY_VALUE}
+        for number, layer in enumerate(kv.layers)
+        if hasattr(layer, "conv_states") or hasattr(layer, "recurrent_states")
+    }
+
+
+_KEY_VALUE = ("keys", "values")
+
+
+def _tensor_bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return sum(map(_tensor_bytes, value.values())) if isinstance(value, dict) else 0

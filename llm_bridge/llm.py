@@ -16,6 +16,8 @@ from torch import Tensor
 from encoder.errors import ModelError
 from llm_bridge.adapters import apply_adapter, quiet_peft
 from llm_bridge.batch_invariance import make_batch_invariant
+from llm_bridge.families import Memory, check_embeddings, check_family, family_of
+from llm_bridge.kv_cache import memory_of
 from llm_bridge.model_files.chat_templates import check_template
 from llm_bridge.model_files.checks import (
     check_fits,
@@ -31,8 +33,10 @@ from llm_bridge.model_files.checks import (
 from llm_bridge.model_files.gguf_header import check_gguf
 from llm_bridge.model_files.hub import check_room, is_hub_id
 from llm_bridge.prompt import template_text
+from llm_bridge.thinking import ThinkingMarks
 
 Quantize = Literal["8bit", "4bit"]
+_WITHOUT_POSITIONS = {"linear_attention", "conv", "mamba", "moe", "mlp"}  # types of layers
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,26 @@ class LanguageModel:
         config = self._text_config
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * config.num_hidden_layers * heads * head_dim * self.dtype.itemsize
+        kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+        layers = max(1, sum(kind not in _WITHOUT_POSITIONS for kind in kinds))
+        return 2 * layers * heads * head_dim * self.dtype.itemsize
+
+    @cached_property
+    def memory(self) -> Memory:
+        """What it keeps of a prompt for the next question."""
+        return memory_of(self.model.config)
+
+    @cached_property
+    def thinking_marks(self) -> ThinkingMarks | None:
+        """How what it thinks before it answers is marked; None when it does not think."""
+        return ThinkingMarks.of(self.tokenizer)
+
+    @property
+    def batches(self) -> bool:
+        """Whether several answers of other lengths can be decoded in one pass."""
+        family = family_of(self.model.config)
+        takes_positions = "position_ids" in inspect.signature(self._base.forward).parameters
+        return takes_positions and self.memory == "positions" and (family is None or family.batches)
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -123,8 +146,12 @@ class LanguageModel:
     @cached_property
     def _cache_argument(self) -> str:
         """What this model's forward calls its KV cache: transformers 5.24 renamed it."""
-        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        return "cache" if "cache" in inspect.signature(self._base.forward).parameters else "past_key_values"
+
+    @property
+    def _base(self) -> Any:
+        """The model itself, without adapters that are not merged."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def advance(self, kv: Any, **inputs: Tensor) -> Tensor:
         """Append inputs, named as in the model's forward, to a KV cache; the logits (B, V) after them.
@@ -145,6 +172,46 @@ class LanguageModel:
         if position is not None:
             inputs["position_ids"] = torch.tensor([[position]], device=self.device)
         return self.advance(kv, **inputs)[0]
+
+    def scores_at(self, wanted: Tensor, **inputs: Any) -> Tensor:
+        """The model's own scores (P, V) at the wanted positions, bool (B, L), of a forward pass.
+
+        The head is given those positions only, so that whatever the model does before and behind it (scaling,
+        soft caps) is done by the model. inputs: as its forward takes them.
+        """
+        given: list[Tensor] = []
+
+        def select(_: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+            given.append(arguments[0][wanted])
+            return (given[0][None], *arguments[1:])
+
+        head = self.model.get_output_embeddings()
+        handle = None if head is None else head.register_forward_pre_hook(select)
+        try:
+            logits = self.model(**inputs).logits
+        finally:
+            if handle is not None:
+                handle.remove()
+        return logits[0] if given else logits[wanted]
+
+    def beside_embeddings(self, ids: Tensor) -> dict[str, Tensor]:
+        """What a forward pass needs beside the embeddings of tokens (B, N), negative where a visual is.
+
+        Gemma 3n and 4 have a second table, read in every layer; a visual is padding there, as theirs are.
+        """
+        decoder = self._second_table
+        if decoder is None:
+            return {}
+        padding = getattr(self._text_config, "pad_token_id", None) or 0
+        return {"per_layer_inputs": decoder.get_per_layer_inputs(ids.masked_fill(ids < 0, padding))}
+
+    @cached_property
+    def _second_table(self) -> Any:
+        """The module that holds a table of embeddings for each layer; None in most models."""
+        if not getattr(self._text_config, "hidden_size_per_layer_input", None):
+            return None
+        holders = (module for module in self.model.modules() if hasattr(module, "embed_tokens_per_layer"))
+        return next(holders, None)
 
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Input embeddings of token ids: (N,) -> (N, hidden_size)."""
@@ -202,8 +269,10 @@ def load_llm(
         revision=revision,
     )
     make_batch_invariant(model)
-    loaded = LanguageModel(model, tokenizer, str(name), quantize, tuple(map(str, adapters)))
     with refused(f"Cannot load the language model {name}"):
+        if family_of(model.config) is None:
+            check_embeddings(model, str(name))
+        loaded = LanguageModel(model, tokenizer, str(name), quantize, tuple(map(str, adapters)))
         loaded.check()
     return loaded
 
@@ -303,6 +372,7 @@ def _load_options(
         check_folder(folder)
         source, options = {}, weight_options(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **source)
+    check_family(config, what)
     if gguf is None:
         stored, per_byte = weight_bytes(folder), 1
         if getattr(config, "quantization_config", None):

@@ -24,7 +24,7 @@ from encoder.tokens import VisionTokens
 from llm_bridge.attention import packs
 from llm_bridge.llm import LanguageModel, Quantize, default_device, default_dtype, load_llm
 from llm_bridge.model_files.checks import first_line
-from llm_bridge.packing import Packing, Weighting, branched_attention, label_weights
+from llm_bridge.packing import Packing, Weighting, branched_attention, label_weights, without_branches
 from llm_bridge.projector import Projector, ProjectorConfig
 from llm_bridge.prompt import IGNORE, PLACEHOLDER, Prompt, TimeSentence
 from llm_bridge.towers.flux import FluxTower
@@ -166,19 +166,27 @@ class VideoLanguageModel(nn.Module):
         prompts: with labels; vision: the clips of all prompts in order (None when there is none). Scores are
         computed at labelled positions only.
         """
-        hidden, targets = self._hidden_at_labels(prompts, [] if vision is None else self.project(vision))
-        logits = self.language_model.get_output_embeddings()(hidden).float()
-        if cap := getattr(self.language_model.config.get_text_config(), "final_logit_softcapping", None):
-            logits = cap * torch.tanh(logits / cap)
+        visuals = [] if vision is None else self.project(vision)
+        if any(prompt.branches for prompt in prompts) and not self._takes_branches(prompts):
+            prompts, visuals = _apart(prompts, visuals)
+        logits, targets = self._scores_at_labels(prompts, visuals)
+        logits = logits.float()
         if weighting == "token":
             return F.cross_entropy(logits, targets)
         weights = label_weights(prompts, weighting).to(logits.device)
         return (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
 
-    def _hidden_at_labels(self, prompts: Sequence[Prompt], visuals: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Last hidden states (P, D) at positions that predict a label, and those labels (P,)."""
+    def _takes_branches(self, prompts: Sequence[Prompt]) -> bool:
+        """Whether a mask keeps branches apart: states run through them, and a window counts places."""
+        config = self.language_model.config.get_text_config()
+        windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+        longest = max(len(prompt) for prompt in prompts)
+        return self.llm.memory == "positions" and all(not window or window >= longest for window in windows)
+
+    def _scores_at_labels(self, prompts: Sequence[Prompt], visuals: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Scores (P, V) at positions that predict a label, and those labels (P,)."""
         if packs(self.language_model, max(len(prompt) for prompt in prompts)):
-            return self._packed_hidden(prompts, visuals)
+            return self._packed_scores(prompts, visuals)
         device, longest = self.llm.device, max(len(prompt) for prompt in prompts)
         ids = torch.full((len(prompts), longest), PLACEHOLDER, device=device)
         labels = torch.full_like(ids, IGNORE)
@@ -192,26 +200,29 @@ class VideoLanguageModel(nn.Module):
         if any(prompt.branches for prompt in prompts):
             visible, positions = branched_attention(prompts, longest, embedded.dtype)
             attention = {"attention_mask": visible.to(device), "position_ids": positions.to(device)}
-        out = self.language_model.get_decoder()(inputs_embeds=embedded, use_cache=False, **attention)
-        predicted = labels[:, 1:] != IGNORE
-        return out.last_hidden_state[:, :-1][predicted], labels[:, 1:][predicted]
+        following = labels.roll(-1, dims=1)
+        following[:, -1] = IGNORE
+        predicted = following != IGNORE
+        inputs = {"inputs_embeds": embedded, **attention, **self.llm.beside_embeddings(ids)}
+        return self.llm.scores_at(predicted, use_cache=False, **inputs), following[predicted]
 
-    def _packed_hidden(self, prompts: Sequence[Prompt], visuals: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """As `_hidden_at_labels`, computed from one packed row without padding."""
+    def _packed_scores(self, prompts: Sequence[Prompt], visuals: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """As `_scores_at_labels`, computed from one packed row without padding."""
         packing = Packing.of(prompts)
         ids = torch.tensor([packing.of_prompts([prompt.ids for prompt in prompts])])
         following = [(*prompt.labels[1:], IGNORE) for prompt in prompts]
-        labels = torch.tensor(packing.of_prompts(following))
+        labels = torch.tensor([packing.of_prompts(following)])
         embedded = self._embed(ids, ids == PLACEHOLDER, visuals)
-        out = self.language_model.get_decoder()(
+        predicted = labels != IGNORE
+        scores = self.llm.scores_at(
+            predicted,
             inputs_embeds=embedded,
             attention_mask=embedded.new_zeros(1, 1, 1, 1),  # of four dimensions: no other is made
             position_ids=torch.tensor([packing.positions]),
             packing=packing,
             use_cache=False,
         )
-        predicted = labels != IGNORE
-        return out.last_hidden_state[0, predicted], labels[predicted]
+        return scores, labels[predicted]
 
     def _embed(self, ids: Tensor, is_visual: Tensor, visuals: list[Tensor]) -> Tensor:
         """Input embeddings (B, L, D) of token ids (B, L), with the visual ones where `is_visual` (B, L)."""
@@ -282,6 +293,19 @@ class VideoLanguageModel(nn.Module):
             quantize=quantize,
             adapters=adapters,
         )
+
+
+def _apart(prompts: Sequence[Prompt], visuals: list[Tensor]) -> tuple[list[Prompt], list[Tensor]]:
+    """Prompts without branches, and the visuals of each."""
+    alone: list[Prompt] = []
+    shown: list[Tensor] = []
+    remaining = iter(visuals)
+    for prompt in prompts:
+        own = [next(remaining) for _ in prompt.spans]
+        for branch in without_branches(prompt):
+            alone.append(branch)
+            shown += own
+    return alone, shown
 
 
 def model_folder(folder: str | Path) -> Path:

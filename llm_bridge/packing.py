@@ -52,6 +52,22 @@ def share_beginning(prompts: Sequence[Prompt]) -> Prompt:
     return replace(first, ids=tuple(ids), labels=tuple(labels), branches=tuple(branches))
 
 
+def without_branches(prompt: Prompt) -> list[Prompt]:
+    """The prompts that were made one by `share_beginning`; the prompt itself when it has no branches."""
+    if not prompt.branches:
+        return [prompt]
+    shared = prompt.branches[0][0]
+    return [
+        replace(
+            prompt,
+            ids=prompt.ids[:shared] + prompt.ids[start:end],
+            labels=prompt.labels[:shared] + prompt.labels[start:end],
+            branches=(),
+        )
+        for start, end in prompt.branches
+    ]
+
+
 def common_length(rows: Sequence[Sequence[Hashable]]) -> int:
     """How many first values all rows have in common."""
     return len(list(takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))))

@@ -7,6 +7,7 @@ forge a sentinel nor end a turn; what is not valid Unicode is refused before the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from hashlib import blake2b
 from typing import Any, Generic, Literal, TypeVar
 
 from encoder.errors import ConfigError, ModelError
+from llm_bridge.thinking import ThinkingMarks
 
 IGNORE = -100
 PLACEHOLDER = -1
@@ -140,20 +142,52 @@ def time_sentence(visual: Visual, form: TimeSentence) -> str:
     return start + f"at {', '.join(f'{t:.2f}' for t in visual.times_s)} seconds. "
 
 
-def template_text(tokenizer: Any, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool) -> str:
-    """The conversation as one text: by the chat template, or "User: ... Assistant: ..." without one."""
-    if getattr(tokenizer, "chat_template", None):
-        try:
+def template_text(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool, think: bool = False
+) -> str:
+    """The conversation as one text: by the chat template, or "User: ... Assistant: ..." without one.
+
+    A system prompt that the template refuses stands before the first user's text. think: told to templates
+    that know it.
+    """
+    if template := getattr(tokenizer, "chat_template", None):
+        switches = _switches(str(template), think)
+
+        def by_template(turns: Sequence[dict[str, Any]]) -> str:
             return tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                list(turns), tokenize=False, add_generation_prompt=add_generation_prompt, **switches
             )
+
+        try:
+            return by_template(messages)
         except Exception as error:
+            with contextlib.suppress(Exception):
+                if merged := _system_in_user(messages):
+                    return by_template(merged)
             raise ModelError(
                 f"The chat template of the language model refuses this conversation: {error}."
             ) from error
     names = {"system": "", "user": "User: ", "assistant": "Assistant: "}
     text = "".join(f"{names[m['role']]}{m['content']}\n" for m in messages)
     return text + "Assistant:" if add_generation_prompt else text
+
+
+def _switches(template: str, think: bool) -> dict[str, Any]:
+    """Whether to think, by the names that chat templates know it by; others take no notice."""
+    # gpt-oss, which has channels, always thinks: "low" is its least.
+    least, more = ("low", "medium") if "<|channel|>" in template else ("none", "high")
+    return {"enable_thinking": think, "thinking": think, "reasoning_effort": more if think else least}
+
+
+def _system_in_user(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages with a leading system prompt put before the first user's text; none without one."""
+    if len(messages) < 2 or (messages[0]["role"], messages[1]["role"]) != ("system", "user"):
+        return []
+    system, user, *rest = messages
+    if not isinstance(system["content"], str):  # parts, of a template that takes media
+        blank = {"type": "text", "text": "\n\n"}
+        return [{"role": "user", "content": [*system["content"], blank, *user["content"]]}, *rest]
+    return [{"role": "user", "content": f"{system['content']}\n\n{user['content']}"}, *rest]
 
 
 def check_text(text: Any, what: str = "The text") -> str:
@@ -204,6 +238,7 @@ def count_text(
     most: int | None = None,
     bound: TextBound | None = None,
     marks: Mapping[str, str] = NO_MARKS,
+    think: bool = False,
 ) -> int:
     """Tokens of a conversation without its media and their time sentences.
 
@@ -215,7 +250,7 @@ def count_text(
         Message(m.role, tuple(part if isinstance(part, str) else Visual(0) for part in m.content))
         for m in messages
     ]
-    text, visuals = _to_text(tokenizer, plain, add_generation_prompt, "none", marks)
+    text, visuals = _to_text(tokenizer, plain, add_generation_prompt, "none", marks, think)
     if most is not None and bound is not None and (least := bound.least_tokens(text)) > most:
         return least
     builder = _Builder(tokenizer, visuals)
@@ -304,13 +339,15 @@ def render(
     time_form: TimeSentence = "short",
     marks: Mapping[str, str] = NO_MARKS,
     axes: int = 1,
+    think: bool = False,
 ) -> Prompt:
     """Messages -> Prompt, ready for generation.
 
     marks: what the chat template writes for an "image" and a "video", for templates that take media; else
-    media stand in a message's text. axes: of the model's positions.
+    media stand in a message's text. axes: of the model's positions. think: whether a model that can think
+    first does.
     """
-    text, visuals = _to_text(tokenizer, messages, add_generation_prompt, time_form, marks)
+    text, visuals = _to_text(tokenizer, messages, add_generation_prompt, time_form, marks, think)
     builder = _Builder(tokenizer, visuals)
     builder.begin(text)
     builder.add(text)
@@ -320,30 +357,72 @@ def render(
 def render_chat_training(
     tokenizer: Any, messages: Sequence[Message[Visual]], *, time_form: TimeSentence = "short"
 ) -> Prompt:
-    """Messages -> Prompt whose labels are the assistant's words, each with its end-of-turn token."""
-    builder: _Builder | None = None
-    done = ""
-    for index, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        before, visuals = _to_text(tokenizer, messages[:index], True, time_form)
-        after, _ = _to_text(tokenizer, messages[: index + 1], False, time_form)
-        if builder is None:
-            builder = _Builder(tokenizer, visuals)
-            builder.begin(before)
-        builder.visuals = visuals
-        if not (before.startswith(done) and after.startswith(before)):
-            raise ModelError(
-                "The chat template rewrites earlier turns: train on single-turn conversations instead."
-            )
-        builder.add(before[len(done) :])
-        # The newline that templates put behind an end-of-turn token belongs to the next turn.
-        answer = after[len(before) :]
-        builder.add(answer.rstrip("\n") or answer, learn=True)
-        done = before + (answer.rstrip("\n") or answer)
-    if builder is None:
+    """Messages -> Prompt whose labels are the assistant's words, each with its end-of-turn token.
+
+    Where the chat template rewrites earlier turns, each turn is a branch, as it was when it was said.
+    """
+    prompts = render_chat_turns(tokenizer, messages, time_form=time_form)
+    if len(prompts) == 1:
+        return prompts[0]
+    from llm_bridge.packing import share_beginning  # it knows prompts
+
+    try:
+        return share_beginning(prompts)
+    except ValueError as error:
+        raise ModelError(
+            "The chat template rewrites earlier turns, and a later turn brings another video: train on "
+            "conversations whose videos all come first."
+        ) from error
+
+
+def render_chat_turns(
+    tokenizer: Any, messages: Sequence[Message[Visual]], *, time_form: TimeSentence = "short"
+) -> list[Prompt]:
+    """The same as one Prompt, or as one for each assistant turn where the template rewrites earlier ones."""
+    turns = [
+        _turn_texts(tokenizer, messages[: index + 1], time_form)
+        for index, message in enumerate(messages)
+        if message.role == "assistant"
+    ]
+    if not turns:
         raise ModelError("A training conversation needs at least one assistant turn.")
+    said = [before + answer for before, answer, _ in turns]
+    if all(before.startswith(earlier) for (before, _, _), earlier in zip(turns[1:], said, strict=False)):
+        return [_training_prompt(tokenizer, turns)]
+    return [_training_prompt(tokenizer, [turn]) for turn in turns]
+
+
+_Turn = tuple[str, str, tuple[Visual, ...]]  # the text before an answer, the answer, the visuals of both
+
+
+def _training_prompt(tokenizer: Any, turns: Sequence[_Turn]) -> Prompt:
+    """Turns that each begin with all of the one before."""
+    builder = _Builder(tokenizer, ())
+    builder.begin(turns[0][0])
+    done = 0
+    for before, answer, builder.visuals in turns:
+        builder.add(before[done:])
+        builder.add(answer, learn=True)
+        done = len(before) + len(answer)
     return builder.prompt()
+
+
+def _turn_texts(tokenizer: Any, messages: Sequence[Message[Visual]], time_form: TimeSentence) -> _Turn:
+    """The last turn, the assistant's, as it is when it is said."""
+    before, visuals = _to_text(tokenizer, messages[:-1], True, time_form)
+    after, _ = _to_text(tokenizer, messages, False, time_form)
+    if after.startswith(before):
+        answer = after[len(before) :]
+    else:  # the template begins thoughts, and leaves them out of what was said: they end at once
+        words, marks = neutralize(messages[-1].text, tokenizer).strip(), ThinkingMarks.of(tokenizer)
+        begun = marks is not None and before.rstrip().endswith(marks.begin)
+        if marks is None or not begun or not words or words not in after:
+            raise ModelError(
+                "The chat template does not show an answer as it asks for it: it cannot be trained."
+            )
+        answer = marks.close + after[after.rindex(words) :]
+    # The newline that templates put behind an end-of-turn token belongs to the next turn.
+    return before, answer.rstrip("\n") or answer, visuals
 
 
 def render_plain_training(tokenizer: Any, visual: Visual, caption: str) -> Prompt:
@@ -361,11 +440,12 @@ def _to_text(
     add_generation_prompt: bool,
     time_form: TimeSentence,
     marks: Mapping[str, str] = NO_MARKS,
+    think: bool = False,
 ) -> tuple[str, tuple[Visual, ...]]:
     """The conversation by the chat template, with sentinels for the visuals, and the visuals."""
     visuals = tuple(part for message in messages for part in message.content if isinstance(part, Visual))
     if marks:
-        return _marked_text(tokenizer, messages, add_generation_prompt, marks, visuals), visuals
+        return _marked_text(tokenizer, messages, add_generation_prompt, marks, visuals, think), visuals
     count = 0
     plain = []
     for message in messages:
@@ -379,7 +459,8 @@ def _to_text(
             else:
                 parts.append(neutralize(part, tokenizer))
         plain.append({"role": message.role, "content": "".join(parts)})
-    return template_text(tokenizer, plain, add_generation_prompt=add_generation_prompt), visuals
+    text = template_text(tokenizer, plain, add_generation_prompt=add_generation_prompt, think=think)
+    return text, visuals
 
 
 def _marked_text(
@@ -388,6 +469,7 @@ def _marked_text(
     add_generation_prompt: bool,
     marks: Mapping[str, str],
     visuals: tuple[Visual, ...],
+    think: bool,
 ) -> str:
     """By a chat template that writes a mark for each medium; each mark becomes the visual's layout."""
     parts = [
@@ -402,7 +484,7 @@ def _marked_text(
         }
         for message in messages
     ]
-    rest, text = template_text(tokenizer, parts, add_generation_prompt=add_generation_prompt), ""
+    rest, text = template_text(tokenizer, parts, add_generation_prompt=add_generation_prompt, think=think), ""
     for index, visual in enumerate(visuals):
         before, mark, rest = rest.partition(marks[visual.kind])
         if not mark:

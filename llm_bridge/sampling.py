@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from encoder.errors import ConfigError, ModelError
+from llm_bridge.thinking import AnswerLength
 
 FinishReason = Literal["stop", "length", "cancelled"]  # how an answer ended: its end token, its limit, a stop
 
@@ -55,6 +56,8 @@ class SamplingParams:
     probability relative to the best one. seed: 0 to 2**63 - 1, makes sampling repeatable.
     repetition_penalty: above 1 makes tokens of the prompt and the answer less likely. stop_token_ids: end the
     answer as the model's own end of turn does. logit_bias: added to the logits of token ids, -100 to 100.
+    think: whether a model that can think before it answers does (some always do); max_thinking_tokens: the
+    most it may, beside those of the answer.
     Numbers of numpy are accepted; bools, numbers in strings and 4.0 for 4 are refused.
     Raises ConfigError: one sentence that names the field.
     """
@@ -69,6 +72,8 @@ class SamplingParams:
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     logit_bias: Mapping[int, float] | None = None
+    think: bool = False
+    max_thinking_tokens: int = 1024
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -81,6 +86,8 @@ class SamplingParams:
             "repetition_penalty": _real("repetition_penalty", self.repetition_penalty, 0.01, 100),
             "min_tokens": _whole("min_tokens", self.min_tokens, 0),
             "stop_token_ids": _ids("stop_token_ids", self.stop_token_ids),
+            "think": _flag("think", self.think),
+            "max_thinking_tokens": _whole("max_thinking_tokens", self.max_thinking_tokens, 0),
             "logit_bias": None if self.logit_bias is None else _biases(self.logit_bias),
         }
         for name, value in checked.items():
@@ -101,12 +108,17 @@ class Sampler:
     """Samples the tokens of one answer, one after the other.
 
     prompt_ids: token ids of the prompt's text, for the repetition penalty. end_ids: tokens that end an
-    answer, which are excluded before `sampling.min_tokens`.
+    answer, which are excluded before `sampling.min_tokens`. length: counts them; default: without thoughts.
     """
 
     def __init__(
-        self, sampling: SamplingParams, prompt_ids: Sequence[int] = (), end_ids: Collection[int] = frozenset()
+        self,
+        sampling: SamplingParams,
+        prompt_ids: Sequence[int] = (),
+        end_ids: Collection[int] = frozenset(),
+        length: AnswerLength | None = None,
     ) -> None:
+        self._length = length or AnswerLength(sampling.max_new_tokens)
         self._greedy, self._temperature = sampling.temperature == 0, sampling.temperature
         self._rules = _rules(sampling, len(prompt_ids), {*end_ids, *sampling.stop_token_ids})
         self._warpers = _warpers(sampling)
@@ -128,12 +140,21 @@ class Sampler:
                 "The language model's scores are not finite numbers: load it with dtype float32, or check "
                 "its weights."
             )
-        if self._greedy and self._rules is None:
-            return int(best)
-        token = self._sample(logits.detach().double().cpu()[None])
+        if (forced := self._length.forced()) is not None:
+            token = forced
+        elif self._greedy and self._rules is None:
+            token = int(best)
+        else:
+            token = self._sample(logits.detach().double().cpu()[None])
         if self._rules is not None:
             self._ids = torch.cat((self._ids, torch.tensor([[token]])), dim=1)
+        self._length.count(token)
         return token
+
+    @property
+    def full(self) -> bool:
+        """Whether the answer has all the tokens that it may have."""
+        return self._length.full
 
     def _sample(self, scores: Tensor) -> int:
         if self._rules is not None:
@@ -180,6 +201,12 @@ def _warpers(sampling: SamplingParams) -> Any:
     if sampling.min_p:
         warpers.append(MinPLogitsWarper(sampling.min_p))
     return LogitsProcessorList(warpers)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False, not {_shown(value)}.")
+    return value
 
 
 def _whole(name: str, value: Any, least: int, most: int | None = None) -> int:

@@ -32,13 +32,14 @@ def make(folder: Path, layout: str, **changes: Any) -> Path:
     """A model folder: "llama" (SentencePiece), "qwen2" and "qwen3" (byte-level BPE, ChatML), or "plain" (no
     chat template). changes: to the model's configuration."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _sentencepiece(folder) if layout == "llama" else _byte_level(layout != "plain")
+    tokenizer = _sentencepiece(folder) if layout == "llama" else byte_level(layout != "plain")
     tokenizer.save_pretrained(folder)
     _model(layout, len(tokenizer), tokenizer, changes).save_pretrained(folder)
     return folder
 
 
-def _byte_level(chat: bool) -> Any:
+def byte_level(chat: bool = True) -> Any:
+    """A trained byte-level BPE tokenizer, with the ChatML template unless `chat` is False."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

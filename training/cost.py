@@ -364,8 +364,8 @@ def reading(model: Any, positions: int, labelled: int) -> Part:
     mask = values(1, 1, positions, positions)  # of four dimensions: no other is made
 
     def run() -> Tensor:
-        out = model.get_decoder()(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
-        return model.get_output_embeddings()(out.last_hidden_state[:, -labelled:])
+        options = {"attention_mask": mask, "use_cache": False, "logits_to_keep": labelled}
+        return model(inputs_embeds=embedded, **options).logits
 
     return count(run)
 

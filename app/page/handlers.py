@@ -27,6 +27,7 @@ from app.page.sessions import Media, Session, Sessions, Turn
 from app.page.settings import Settings
 from app.server.chat_request import longest_text
 from app.server.errors import ApiError
+from app.streaming import Thought
 from encoder.errors import ConfigError, FluxChatError
 
 LOG = logging.getLogger("fluxchat")
@@ -147,10 +148,12 @@ class Handlers:
         turn.media = tuple(session.media)
         session.busy += 1
         try:
-            for text, phase, answer in self._answer(session, turn.question, settings, stop, session.history):
+            for text, thinking, phase, answer in self._answer(
+                session, turn.question, settings, stop, session.history
+            ):
                 if answer is not None:
                     turn.details = self._details(session, turn.media, settings, answer)
-                turn.text, turn.phase, turn.answer = text, phase, answer
+                turn.text, turn.thinking, turn.phase, turn.answer = text, thinking, phase, answer
                 yield self.messages(session)
         except FluxChatError as error:
             turn.error, turn.phase = _sentence(error), ""
@@ -192,11 +195,12 @@ class Handlers:
                     return
                 chosen = replace(settings, tokens=int(tokens), auto=False)
                 head = f"<h3>{int(tokens)} tokens</h3>"
-                for text, phase, answer in self._answer(session, question, chosen, stop, []):
+                for text, thinking, phase, answer in self._answer(session, question, chosen, stop, []):
                     details = "" if answer is None else self._details(session, media, chosen, answer)
                     waiting = f'<p class="fc-phase">{phase} …</p>' if phase else ""
                     linked = markup.link_times(escape(text), session.duration_s, html=True)
-                    panels[index] = f"{head}<p>{linked}</p>{waiting}{details}"
+                    thoughts = markup.thoughts(thinking)
+                    panels[index] = f"{head}{thoughts}<p>{linked}</p>{waiting}{details}"
                     yield list(panels)
         except FluxChatError as error:
             panels[:] = [panel or markup.problem(_sentence(error)) for panel in panels]
@@ -216,7 +220,7 @@ class Handlers:
                 text = f"{text}\n\n*{turn.phase} …*" if text else f"*{turn.phase} …*"
             if turn.error:
                 text = f"{text}\n\n**{turn.error}**" if text else f"**{turn.error}**"
-            content: list[Any] = [text or "*No words came.*"]
+            content: list[Any] = [markup.thoughts(turn.thinking) + (text or "*No words came.*")]
             if turn.details:
                 content.append(self._component(turn.details))
             shown.append({"role": "assistant", "content": content})
@@ -235,8 +239,9 @@ class Handlers:
         settings: Settings,
         stop: threading.Event,
         history: Sequence[Turn],
-    ) -> Iterator[tuple[str, str, Answer | None]]:
-        """Yields (text so far, current phase, the answer at the end), at most every YIELD_S seconds."""
+    ) -> Iterator[tuple[str, str, str, Answer | None]]:
+        """Yields (text so far, thoughts so far, current phase, the answer at the end), at most every YIELD_S
+        seconds."""
         self._check_length(question, settings.system)
         updates: queue.Queue[str | None] = queue.Queue()
         phase = ""
@@ -258,6 +263,7 @@ class Handlers:
 
         def work() -> None:
             try:
+                stream.on_thinking(lambda piece: updates.put(Thought(piece)))
                 for piece in stream:
                     updates.put(piece)
             except BaseException as error:  # noqa: BLE001 - raised again by the reader below
@@ -267,7 +273,7 @@ class Handlers:
 
         worker = threading.Thread(target=work, name="fluxchat-answer", daemon=True)
         worker.start()
-        text, shown, unseen = "", 0.0, False
+        text, thinking, shown, unseen = "", "", 0.0, False
         try:
             while True:
                 try:
@@ -276,12 +282,14 @@ class Handlers:
                     piece = ""
                 if piece is None:
                     break
-                if piece:
+                if isinstance(piece, Thought):
+                    thinking, phase = thinking + piece, "Thinking"
+                elif piece:
                     text, phase = text + piece, ""
                 unseen = True
                 if (now := time.monotonic()) - shown >= YIELD_S:
                     shown, unseen = now, False
-                    yield text, phase, None
+                    yield text, thinking, phase, None
         except GeneratorExit:  # the tab was closed
             stream.stop()
             raise
@@ -292,7 +300,7 @@ class Handlers:
                 raise failed[0]
             LOG.error("An answer failed", exc_info=failed[0])
             raise FluxChatError(UNEXPECTED_ERROR)
-        yield stream.answer.text, "", stream.answer
+        yield stream.answer.text, stream.answer.thinking, "", stream.answer
 
     def _check_length(self, *texts: str) -> None:
         """Raises ConfigError for texts too long for the model, before they are tokenised."""

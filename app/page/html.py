@@ -51,6 +51,14 @@ def link_times(text: str, duration_s: float, *, html: bool = False) -> str:
     return _TIME.sub(link, text)
 
 
+def thoughts(text: str) -> str:
+    """What a model thought before it answered, folded; nothing for nothing."""
+    if not text.strip():
+        return ""
+    lines = escape(text.strip()).replace("\n", "<br>")
+    return f'<details class="fc-thoughts"><summary>Thoughts</summary>{lines}</details>\n\n'
+
+
 def strip(frames: Tensor, kept: KeptTokens, medium: int, *, side: int, label: str) -> str:
     """A row of frames with dropped patches dimmed; each is a button that moves the player to its time.
 

@@ -184,6 +184,12 @@ class Controls:
                 self.temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", buttons=[])
                 self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", buttons=[])
                 self.longest = gr.Slider(8, 1024, 128, step=8, label="Longest answer", buttons=[])
+            self.think = gr.Checkbox(
+                chat.think,
+                label="Think before answering",
+                visible=chat.model.llm.thinking_marks is not None,
+                elem_id="fluxchat-think",
+            )
             with gr.Row():
                 frames = [str(count) for count in chat.model.tower.space.frames]
                 sides = [str(side) for side in chat.model.tower.space.sides]
@@ -240,6 +246,7 @@ class Controls:
             self.temperature,
             self.top_p,
             self.longest,
+            self.think,
         ]
 
 

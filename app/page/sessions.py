@@ -43,12 +43,16 @@ class Media:
 
 @dataclass
 class Turn:
-    """A question and its answer. details: HTML under the answer. media: all that it was about."""
+    """A question and its answer. thinking: what the model thought first. details: HTML under the answer.
+
+    media: all that it was about.
+    """
 
     question: str
     media: tuple[Media, ...] = ()
     answer: Answer | None = None
     text: str = ""
+    thinking: str = ""
     phase: str = ""
     error: str = ""
     details: str = ""

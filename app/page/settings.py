@@ -31,6 +31,7 @@ class Settings:
     temperature: float = 0.0
     top_p: float = 1.0
     max_new_tokens: int = ANSWER_TOKENS
+    think: bool = False
 
     @property
     def budget(self) -> Budget:
@@ -54,6 +55,7 @@ class Settings:
                 "temperature": float(self.temperature),
                 "top_p": float(self.top_p),
                 "max_new_tokens": int(self.max_new_tokens),
+                "think": bool(self.think),
             }
         except (TypeError, ValueError, OverflowError, AttributeError) as error:
             raise ConfigError(

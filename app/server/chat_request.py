@@ -57,7 +57,8 @@ class ChatRequest:
     """messages: from the first system prompt to the question, roles in turn; media as References.
 
     max_tokens None: the server's default. sampling: options of `VideoChat.stream_messages`. stop: texts that
-    end the answer. label: a hash of user and cache_salt; answers with different labels share no cache.
+    end the answer. include_reasoning: whether thoughts are sent. label: a hash of user and cache_salt;
+    answers with different labels share no cache.
     """
 
     messages: tuple[Message[Reference], ...]
@@ -69,6 +70,7 @@ class ChatRequest:
     token_budget: int | str | None
     selector: Selector
     label: str
+    include_reasoning: bool = True
 
     @property
     def media(self) -> list[Reference]:
@@ -107,13 +109,27 @@ def parse_chat(data: Any) -> ChatRequest:
             "min_tokens": body.min_tokens or 0,
             "seed": body.seed,
             "stop_token_ids": tuple(body.stop_token_ids or ()),
+            **_thinking(body),
             "logit_bias": {int(token): bias for token, bias in (body.logit_bias or {}).items()} or None,
         },
         stop=tuple(body.stop or ()),
         token_budget=body.token_budget,
         selector=body.selector or "flux",
+        include_reasoning=body.include_reasoning is not False,
         label=hashlib.blake2b(repr(labels).encode(), digest_size=12).hexdigest() if any(labels) else "",
     )
+
+
+def _thinking(body: ChatBody) -> dict[str, Any]:
+    """Options of thinking that were given; what is not has the server's default."""
+    options = body.chat_template_kwargs
+    flags = [] if options is None else [options.enable_thinking, options.thinking]
+    chosen: dict[str, Any] = {}
+    if given := [flag for flag in flags if flag is not None]:
+        chosen["think"] = given[0]
+    if body.thinking_token_budget is not None:
+        chosen["max_thinking_tokens"] = body.thinking_token_budget
+    return chosen
 
 
 def _longest(body: ChatBody) -> int | None:

@@ -76,9 +76,11 @@ class Reply:
     def __init__(self) -> None:
         self._id, self._created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
 
-    def completion(self, text: str, answer: Answer) -> dict[str, Any]:
-        """The whole answer as a chat.completion."""
+    def completion(self, text: str, answer: Answer, *, thoughts: bool = True) -> dict[str, Any]:
+        """The whole answer as a chat.completion. thoughts: with them, if there are any."""
         message = {"role": "assistant", "content": text, "refusal": None}
+        if thoughts and answer.thinking:
+            message["reasoning_content"] = answer.thinking
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish(answer)}
         return {**self._head("chat.completion"), "choices": [choice], **self._usage(answer)}
 
@@ -107,6 +109,11 @@ class Reply:
                     "cached_tokens": usage.cached_tokens,
                     "visual_tokens": usage.visual_tokens,
                 },
+                **(
+                    {"completion_tokens_details": {"reasoning_tokens": usage.thinking_tokens}}
+                    if usage.thinking_tokens
+                    else {}
+                ),
                 "seen_tokens": usage.seen_tokens,
                 "kept_tokens": usage.kept_tokens,
             },

@@ -59,7 +59,7 @@ from app.server.schemas import (
     ModelList,
     ModelObject,
 )
-from app.streaming import AnswerStream
+from app.streaming import AnswerStream, Thought
 from encoder.errors import VideoError
 from encoder.video.reader import VideoInfo
 from llm_bridge.prompt import Message
@@ -354,13 +354,14 @@ class Api:
                 return EventStream(
                     _events(filtered, first, job, chat_request), job, self.settings.send_s, self._error
                 )
-            rest = "" if first is None else await until_disconnected(request, _joined(filtered))
+            pieces = await until_disconnected(request, _collected(filtered))
         except BaseException:
             stop.set()  # also during a download, before there is a stream
             job.stop()
             raise
         assert job.answer is not None
-        return JSONResponse(Reply().completion((first or "") + rest, job.answer))
+        text = "".join(piece for piece in [first or "", *pieces] if not isinstance(piece, Thought))
+        return JSONResponse(Reply().completion(text, job.answer, thoughts=chat_request.include_reasoning))
 
     def _check(self, chat_request: ChatRequest) -> None:
         """Raises ApiError or BudgetError for a request that must fail, before it is queued."""
@@ -368,7 +369,11 @@ class Api:
         if chat_request.sampling["min_tokens"] > self._longest(chat_request):
             message = f"min_tokens must be at most {self._longest(chat_request)}, the length of this answer."
             raise ApiError(400, message, param="min_tokens")
-        size = self.chat.model.llm.model.config.get_text_config().vocab_size
+        llm = self.chat.model.llm
+        if chat_request.sampling.get("think") and llm.thinking_marks is None:
+            message = "This model does not think before it answers: leave enable_thinking out."
+            raise ApiError(400, message, param="chat_template_kwargs")
+        size = llm.model.config.get_text_config().vocab_size
         for name in ("stop_token_ids", "logit_bias"):
             for token in chat_request.sampling[name] or ():
                 if token >= size:
@@ -377,6 +382,10 @@ class Api:
 
     def _longest(self, chat_request: ChatRequest) -> int:
         return min(chat_request.max_tokens or self.settings.default_tokens, self.settings.max_tokens)
+
+    def _most_thinking(self, chat_request: ChatRequest) -> int:
+        asked = chat_request.sampling.get("max_thinking_tokens", self.settings.max_tokens)
+        return min(asked, self.settings.max_tokens)
 
     @contextmanager
     def _stream(
@@ -393,7 +402,7 @@ class Api:
                     max_new_tokens=self._longest(chat_request),
                     scope=" ".join(filter(None, ("api", client, chat_request.label))),
                     stop=stop,
-                    **chat_request.sampling,
+                    **{**chat_request.sampling, "max_thinking_tokens": self._most_thinking(chat_request)},
                 )
             except VideoError as error:
                 raise ApiError.of(error).about(_param_of(str(error), media, references)) from error
@@ -404,7 +413,10 @@ class Api:
             if not first_seen:
                 first_seen = True
                 self.metrics.first_token.observe(time.monotonic() - arrived)
-            if out := text.push(piece):
+            if isinstance(piece, Thought):
+                if chat_request.include_reasoning:
+                    yield piece
+            elif out := text.push(piece):
                 yield out
             if text.done:
                 job.stop()
@@ -419,8 +431,8 @@ async def _next(pieces: AsyncIterator[str]) -> str | None:
     return await anext(pieces, None)
 
 
-async def _joined(pieces: AsyncIterator[str]) -> str:
-    return "".join([piece async for piece in pieces])
+async def _collected(pieces: AsyncIterator[str]) -> list[str]:
+    return [piece async for piece in pieces]
 
 
 async def _events(
@@ -431,7 +443,7 @@ async def _events(
     yield reply.chunk({"role": "assistant", "content": ""})
     piece = first
     while piece is not None:
-        yield reply.chunk({"content": piece})
+        yield reply.chunk({"reasoning_content" if isinstance(piece, Thought) else "content": piece})
         piece = await _next(pieces)
     assert job.answer is not None
     yield reply.chunk({}, job.answer)

@@ -18,14 +18,17 @@ from typing import Any
 
 from app.answer import Answer
 from app.server.errors import ApiError, shutting_down
-from app.streaming import AnswerStream
+from app.streaming import AnswerStream, Thought
 
 Source = Callable[[], AbstractContextManager[AnswerStream]]
 _END = object()
 
 
 class Job:
-    """One answer being made in a thread; iterate for its pieces of text. Belongs to one event loop."""
+    """One answer being made in a thread; iterate for its pieces of text. Belongs to one event loop.
+
+    What the model thinks comes as Thoughts among them.
+    """
 
     def __init__(self) -> None:
         self._pieces: asyncio.Queue[Any] = asyncio.Queue()
@@ -40,6 +43,7 @@ class Job:
         try:
             with source() as stream:
                 self._stream = stream
+                stream.on_thinking(lambda piece: self._put(Thought(piece)))
                 if self._stopped:
                     stream.stop()
                 for piece in stream:

@@ -236,7 +236,8 @@ class AssistantMessage(Strict):
     annotations: Any = _only([])
     tool_calls: Any = _only([])
     function_call: Any = _only()
-    reasoning_content: Any = _only("")
+    reasoning_content: Text | None = None  # what was thought before it, which no later question is asked with
+    reasoning: Text | None = None
 
 
 AnyMessage = Annotated[
@@ -249,6 +250,13 @@ AnyMessage = Annotated[
 
 
 # -- the request --------------------------------------------------------------------------------------------
+
+
+class TemplateOptions(Strict):
+    """Of the chat template, as vLLM has them: whether a model that can think before it answers does."""
+
+    enable_thinking: Flag = None
+    thinking: Flag = None  # the name that some templates have for it
 
 
 class StreamOptions(Strict):
@@ -300,6 +308,16 @@ class ChatBody(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     logit_bias: Annotated[dict[BiasId, Bias], Field(max_length=MAX_IDS)] | None = None
 
+    # What is thought before it.
+    chat_template_kwargs: TemplateOptions | None = None
+    thinking_token_budget: Annotated[
+        Annotated[int, Field(ge=0, lt=2**31)] | None,
+        Field(description="Most tokens of thoughts, beside those of the answer."),
+    ] = None
+    include_reasoning: Annotated[
+        Flag, Field(description="false: thoughts are not sent (reasoning_content).")
+    ] = None
+
     # When it ends.
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -325,7 +343,6 @@ class ChatBody(Strict):
     request_id: Hint = None
     metadata: dict[str, Any] | None = None
     parallel_tool_calls: Flag = None  # there are no tools
-    include_reasoning: Flag = None  # there is none
 
     # OpenAI's, and vLLM's, at the values that change nothing.
     n: Any = _only(1)
@@ -363,7 +380,6 @@ class ChatBody(Strict):
     bad_words: Any = _only([])
     documents: Any = _only([])
     chat_template: Any = _only()
-    chat_template_kwargs: Any = _only({})
     mm_processor_kwargs: Any = _only({})
     guided_json: Any = _only()
     guided_regex: Any = _only()
@@ -457,6 +473,7 @@ class AnswerMessage(BaseModel):
 
     role: Literal["assistant"] = "assistant"
     content: str
+    reasoning_content: str | None = None
     refusal: None = None
 
 

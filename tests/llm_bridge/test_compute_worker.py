@@ -13,11 +13,12 @@ import torch
 
 from encoder.errors import ModelError
 from llm_bridge.compute_worker import ComputeWorker
-from llm_bridge.generation import Generation, GenerationStats, StreamingDecoder, piece_ends
+from llm_bridge.generation import Generation, GenerationStats, piece_ends
 from llm_bridge.kv_cache import PrefixCache, kv_from_layers, layers_of
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.prompt import Message, Visual, render
 from llm_bridge.sampling import SamplingParams
+from llm_bridge.text_decoder import StreamingDecoder
 from tests import tiny_llms
 from tests.llm_bridge.conftest import ONE_QUICK
 

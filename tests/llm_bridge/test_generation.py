@@ -14,12 +14,12 @@ from llm_bridge.generation import (
     SHORTEST_PIECE,
     Generation,
     GenerationStats,
-    StreamingDecoder,
     piece_ends,
 )
 from llm_bridge.llm import LanguageModel
 from llm_bridge.prompt import PLACEHOLDER, Message, Prompt, Visual, render
 from llm_bridge.sampling import SamplingParams
+from llm_bridge.text_decoder import StreamingDecoder
 
 VISUAL = Visual(6, "clip")
 

@@ -116,17 +116,27 @@ def test_threads_get_the_answers_they_get_alone(tiny_llm) -> None:
     assert found == expected
 
 
-def test_a_sliding_window_cache_is_not_reused(tmp_path) -> None:
+def test_a_window_is_reused_as_a_whole(tmp_path) -> None:
     folder = tiny_llms.make(
         tmp_path, "qwen2", use_sliding_window=True, sliding_window=16, max_window_layers=0, layer_types=None
     )
     llm = load_llm(folder, device="cpu", dtype=torch.float32)
     prefixes = PrefixCache(64 * MIB, llm.kv_bytes_per_token)
-    for question in ("What?", "Where to?"):
+    for question, reused in (("What?", False), ("Where to?", True)):
         expected, _ = ask(llm, "a", [question], None)
         found, stats = ask(llm, "a", [question], prefixes)
         assert found == expected
-        assert stats.cached_tokens == 0
+        assert (stats.cached_tokens >= 30) is reused
+
+
+def test_states_count_for_the_bound() -> None:
+    state = {0: {"conv_states": {0: torch.zeros(100)}, "is_initialized": True}}
+    pieces = [Piece(piece(20).layers, state), piece(20)]
+    prefixes = PrefixCache(10**9, 1)
+    prefixes.put(range(40), [20, 40], pieces)
+    assert prefixes.stats.bytes == 40 + 400
+    prefixes.clear()
+    assert prefixes.stats.bytes == 0
 
 
 def piece(length: int) -> Piece:

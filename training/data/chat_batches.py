@@ -23,7 +23,7 @@ from encoder.tokens import VisionTokens
 from encoder.video.reader import Clip
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.packing import Weighting, share_beginning
-from llm_bridge.prompt import IGNORE, Message, Prompt, Visual, render_chat_training, render_plain_training
+from llm_bridge.prompt import IGNORE, Message, Prompt, Visual, render_chat_turns, render_plain_training
 from training.data.datasets import NEEDS, DatasetConfig, open_datasets
 from training.data.examples import Conversation, Example
 from training.data.feature_cache import FeatureCache, Features, stack
@@ -253,16 +253,20 @@ class ChatData:
         if recipe.template == "plain" and visuals:
             prompt = render_plain_training(tokenizer, visuals[0], example.turns[0][1])
         else:
-            talks = [self._conversation(visuals, turns, example.system) for turns in example.talks]
+            talks = [
+                prompt
+                for turns in example.talks
+                for prompt in self._conversation(visuals, turns, example.system)
+            ]
             prompt = talks[0] if len(talks) == 1 else share_beginning(talks)
         return shorten(prompt, recipe.max_length)
 
-    def _conversation(self, visuals: tuple[Visual, ...], turns: Conversation, system: str) -> Prompt:
+    def _conversation(self, visuals: tuple[Visual, ...], turns: Conversation, system: str) -> list[Prompt]:
         messages: list[Message[Visual]] = [Message.of("system", system)] if system else []
         for number, (question, answer) in enumerate(turns):
             front = visuals if number == 0 else ()
             messages += [Message("user", (*front, question)), Message.of("assistant", answer)]
-        return render_chat_training(self.vlm.llm.tokenizer, messages, time_form=self.vlm.config.time_sentence)
+        return render_chat_turns(self.vlm.llm.tokenizer, messages, time_form=self.vlm.config.time_sentence)
 
 
 def shorten(prompt: Prompt, limit: int) -> Prompt:

@@ -513,6 +513,7 @@ chat = VideoChat(sys.argv[1], trusted=False)
 class Stuck:
     answer = None
     def stop(self): pass
+    def on_thinking(self, _): pass
     def __iter__(self):
         print("stuck", flush=True)
         threading.Event().wait(100)  # as a thread in a library that knows no stopping
