@@ -109,6 +109,21 @@ class VideoLanguageModel(nn.Module):
         self.language_model = llm.model
         self.llm = llm
 
+    def train(self, mode: bool = True) -> VideoLanguageModel:
+        """Only what learns changes its way: projector, adapters' dropout.
+
+        Encoder and language model stay as in evaluation, so that features depend on the clip alone. Layers of
+        the language model that are to recompute in the backward pass do so in training only.
+        """
+        super().train(False)
+        self.training = mode
+        self.projector.train(mode)
+        for name, module in self.language_model.named_modules():
+            learns = name.rpartition(".")[0].endswith("lora_dropout")
+            if learns or getattr(module, "gradient_checkpointing", False):
+                module.training = mode
+        return self
+
     @property
     def device(self) -> torch.device:
         """Where pixels go."""
@@ -275,6 +290,29 @@ def model_folder(folder: str | Path) -> Path:
     return folder / "model" if inside else folder
 
 
+@dataclass(frozen=True)
+class PartTypes:
+    """Floating type of each part's parameters."""
+
+    language: torch.dtype
+    encoder: torch.dtype
+    projector: torch.dtype
+
+
+def part_types(
+    device: torch.device, language: torch.dtype | None = None, *, learns: bool = False
+) -> PartTypes:
+    """What the parts are kept in on a kind of device.
+
+    language: the language model's own, default that of the hardware. On CPUs encoder and projector are in
+    float32, elsewhere as the language model; a projector that learns is in float32 everywhere, since small
+    steps vanish in half precision, and computes under autocast.
+    """
+    language = language or default_dtype(device)
+    vision = torch.float32 if device.type == "cpu" else language
+    return PartTypes(language, vision, torch.float32 if learns else vision)
+
+
 def assemble(
     config: VLMConfig,
     encoder: FluxViT,
@@ -283,21 +321,22 @@ def assemble(
     llm: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    types: PartTypes | None = None,
     **llm_options: Any,
 ) -> VideoLanguageModel:
     """Load the language model and put the parts together on one device, frozen and in eval mode.
 
-    projector: None makes a fresh one, to be trained. Raises ModelError as `load_llm` does.
+    projector: None makes a fresh one, to be trained. types: default, those of the device (see `part_types`).
+    Raises ModelError as `load_llm` does.
     """
     target = torch.device(device) if device is not None else default_device()
-    dtype = dtype or default_dtype(target)
-    language = _load_language(str(llm or config.llm), device=target, dtype=dtype, **llm_options)
+    types = types or part_types(target, dtype, learns=projector is None)
+    language = _load_language(str(llm or config.llm), device=target, dtype=types.language, **llm_options)
     if projector is None:
         fitted = dataclasses.replace(config.projector, out_dim=language.hidden_size)
         config, projector = dataclasses.replace(config, projector=fitted), Projector(fitted)
-    vision_dtype = torch.float32 if target.type == "cpu" else dtype
     model = VideoLanguageModel(
-        config, encoder.to(target, vision_dtype), projector.to(target, vision_dtype), language
+        config, encoder.to(target, types.encoder), projector.to(target, types.projector), language
     )
     return model.eval().requires_grad_(False)
 

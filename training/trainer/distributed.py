@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from encoder.errors import ConfigError
+from llm_bridge.llm import default_device
 from training.trainer.recipe import OptimConfig
 
 
@@ -74,6 +75,20 @@ def share_of(accelerator: Any, optim: OptimConfig, precision: str) -> int:
             torch_autocast={"enabled": precision == "bf16", "dtype": "bfloat16"},
         )
     return share
+
+
+def device_of_process(kind: str | None = None) -> torch.device:
+    """The device of this process: of several on a machine each has its own, by its local number.
+
+    kind: "cuda" and so on; default, that of the machine.
+    """
+    from accelerate.utils import get_int_from_env
+
+    kind = kind or default_device().type
+    if kind in ("cpu", "mps"):
+        return torch.device(kind)
+    names = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+    return torch.device(kind, get_int_from_env(names, 0))
 
 
 def rank_of() -> tuple[int, int]:
