@@ -130,6 +130,11 @@ class ChatModel(nn.Module):
         """The whole model."""
         return self._vlm[0]
 
+    @property
+    def sharded_layers(self) -> Sequence[str]:
+        """The language model's layers, for FSDP."""
+        return tuple(getattr(self.vlm.language_model, "_no_split_modules", None) or ())
+
     def train(self, mode: bool = True) -> ChatModel:
         """As `VideoLanguageModel.train`."""
         self.training = mode

@@ -284,7 +284,7 @@ def measure(
         views,
         rank=rank,
         ranks=ranks,
-        progress=lambda turns: tqdm(turns, unit="video", disable=not progress or rank > 0),
+        progress=lambda turns: tqdm(turns, unit="batch", disable=not progress or rank > 0),
     )
     total = Accuracy(0, {}, {}, {}).merged(merged_on_ranks(accuracy))
     if not total.videos:

@@ -130,7 +130,7 @@ def test_a_clip_alone_equals_the_clip_in_a_batch(tiny: FluxViT) -> None:
 def test_mixed_batch_takes_the_flops_of_its_clips_alone() -> None:
     """One clip of 2304 tokens and fifteen of 16 take as many operations as alone: nothing is padded."""
     with torch.device("meta"):
-        model = FluxViT(MICRO).eval()
+        model = FluxViT(MICRO).eval().requires_grad_(False)
         large, small = torch.empty(3, 16, 168, 168), torch.empty(3, 4, 28, 28)
 
     def flops(clips: list[torch.Tensor]) -> int:
@@ -166,8 +166,21 @@ def test_a_grid_of_equal_size_but_other_shape_is_interpolated(tiny: FluxViT) -> 
     assert not torch.allclose(interpolated, tiny.gpe_proj(rows), atol=1e-3)
 
 
-def test_position_cache_follows_the_weights() -> None:
+def test_positions_that_learn_are_not_remembered() -> None:
+    """An optimiser may write to the data itself, which leaves the tensor's version as it was."""
     model = FluxViT(TINY).eval()
+    clip = pixels(1, 3, 4, 28, 28)
+    with torch.no_grad():
+        before = model(clip).packed
+        model.pos_embed.data.add_(1.0)
+        fresh = FluxViT(TINY).eval()
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(model(clip).packed, fresh(clip).packed)
+        assert not torch.equal(model(clip).packed, before)
+
+
+def test_position_cache_follows_the_weights() -> None:
+    model = FluxViT(TINY).eval().requires_grad_(False)
     clip = pixels(1, 3, 4, 28, 28)
     with torch.inference_mode():
         before = model(clip).packed

@@ -1,7 +1,7 @@
 """Chat stage 1 as one of several processes: `python -m tests.training.chat_processes OUT ARGUMENTS...`.
 
 Writes the gradients of the first step, before they are clipped, to OUT. With SHARDED set, the processes share
-out the model as training/recipes/accelerate/fsdp.yaml does, with the language model's layers.
+out the model as training/recipes/accelerate/fsdp.yaml does.
 """
 
 from __future__ import annotations
@@ -33,5 +33,5 @@ def keep_gradients(path: Path) -> None:
 if __name__ == "__main__":
     keep_gradients(Path(sys.argv[1]))
     if os.environ.get("SHARDED"):
-        shard_on_cpu(["Block", "Qwen2DecoderLayer"])
+        shard_on_cpu(["Block"])
     sys.exit(chat_stage1.main(sys.argv[2:]))

@@ -339,6 +339,7 @@ def test_recipes_are_table_5(size: str) -> None:
     assert found.augment.crop == "multiscale"
     assert sorted(found.augment.scales) == [0.66, 0.75, 0.875, 1.0]
     assert found.augment.flip > 0
+    assert found.data[0].no_flip == ("ssv2", "something")  # K-Mash holds Something-Something too
     assert len(found.grid.pairs()) == 18
     assert (found.teacher_tokens, found.num_tokens, found.pool_heads) == (2048, (2048, 1536, 1024), (0, 1, 2))
     assert found.teacher.internvideo2 is not None

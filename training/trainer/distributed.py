@@ -55,6 +55,16 @@ def is_sharded(accelerator: Any) -> bool:
     return accelerator.distributed_type.value == "FSDP"
 
 
+def choose_sharded_layers(accelerator: Any, model: nn.Module) -> None:
+    """Which layers FSDP gathers one at a time: those of its settings that the model has, and those that the
+    model itself names in `sharded_layers`."""
+    if not is_sharded(accelerator):
+        return
+    plugin, known = accelerator.state.fsdp_plugin, {type(module).__name__ for module in model.modules()}
+    wanted = [*(plugin.transformer_cls_names_to_wrap or ()), *getattr(model, "sharded_layers", ())]
+    plugin.transformer_cls_names_to_wrap = [name for name in dict.fromkeys(wanted) if name in known]
+
+
 def share_of(accelerator: Any, optim: OptimConfig, precision: str) -> int:
     """Micro-batches of this rank in one step; raises ConfigError when the ranks do not divide them.
 

@@ -31,6 +31,7 @@ from training.trainer.checkpoints import (
 from training.trainer.distributed import (
     GradientNorms,
     backward,
+    choose_sharded_layers,
     gathered,
     is_deepspeed,
     make_whole,
@@ -184,6 +185,7 @@ class _Run:
             betas=optim.betas,
             eps=optim.eps,
         )
+        choose_sharded_layers(self.accelerator, stage.model)
         self.model, self.optimizer = self.accelerator.prepare(stage.model, optimizer)
         if resume:
             load_optimizer(self.accelerator, self.model, self.optimizer, self.out)
