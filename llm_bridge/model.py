@@ -20,7 +20,7 @@ from encoder.config import FluxViTConfig
 from encoder.errors import ConfigError, ModelError
 from encoder.fluxvit import FluxViT
 from encoder.json_files import read_object
-from encoder.tokens import VisionTokens
+from encoder.tokens import Grid, VisionTokens
 from llm_bridge.attention import packs
 from llm_bridge.llm import LanguageModel, Quantize, default_device, default_dtype, load_llm
 from llm_bridge.model_files.checks import first_line
@@ -165,7 +165,7 @@ class VideoLanguageModel(nn.Module):
         prompts: with labels; vision: the clips of all prompts in order (None when there is none). Scores are
         computed at labelled positions only.
         """
-        hidden, targets = self._hidden_at_labels(prompts, [] if vision is None else self.project(vision))
+        hidden, targets = self._hidden_at_labels(prompts, self._visuals(vision))
         logits = self.language_model.get_output_embeddings()(hidden).float()
         if cap := getattr(self.language_model.config.get_text_config(), "final_logit_softcapping", None):
             logits = cap * torch.tanh(logits / cap)
@@ -173,6 +173,25 @@ class VideoLanguageModel(nn.Module):
             return F.cross_entropy(logits, targets)
         weights = label_weights(prompts, weighting).to(logits.device)
         return (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
+
+    def _visuals(self, vision: VisionTokens | None) -> list[Tensor]:
+        """Embeddings of every clip; without any, no rows of a blank one.
+
+        So the loss of text alone depends on every trained parameter too: other processes wait for the
+        gradients of each, and for this one's part of each sharded layer in the backward pass.
+        """
+        if vision is not None:
+            return self.project(vision)
+        width, device = self.encoder.config.embed_dim, self.projector.mlp[0].weight.device
+        blank = VisionTokens(
+            packed=torch.zeros(1, width, device=device),
+            cls=torch.zeros(1, width, device=device),
+            kept=(torch.zeros(1, dtype=torch.long, device=device),),
+            grids=(Grid(1, 1, 1),),
+            times_s=((0.0,),),
+            summary=torch.zeros(1, self.encoder.config.clip_embed_dim, device=device),
+        )
+        return [embeddings[:0] for embeddings in self.project(blank)]
 
     def _hidden_at_labels(self, prompts: Sequence[Prompt], visuals: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Last hidden states (P, D) at positions that predict a label, and those labels (P,)."""

@@ -54,7 +54,7 @@ def processes(grads: Path, count: int, *arguments: str, port: int, **environment
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", **environment},
         timeout=240,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-9000:]
     return load_file(grads)
 
 

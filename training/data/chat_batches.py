@@ -18,7 +18,7 @@ from torch import Tensor
 
 from encoder.errors import ConfigError, DataError, VideoError
 from encoder.preprocess import preprocess
-from encoder.tokens import Grid, VisionTokens
+from encoder.tokens import VisionTokens
 from encoder.video.reader import Clip
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.packing import Weighting, label_weights, share_beginning
@@ -319,31 +319,8 @@ def scored_loss(
 ) -> Tensor:
     """The model's loss of a batch; 0 when no position has a label, since all answers lie beyond max_length.
 
-    The model runs then too, and the projector where there is no clip: other processes wait for the gradients
-    of every parameter, and for this one's part of a sharded layer.
+    The model runs then too: other processes may wait for its part of a sharded layer.
     """
-    if vision is None:
-        unseen = torch.stack([embeddings.float().sum() for embeddings in model.project(blank(model))])
-        return 0.0 * unseen.sum() + _scored(model, prompts, None, weighting)
-    return _scored(model, prompts, vision, weighting)
-
-
-def blank(model: VideoLanguageModel) -> VisionTokens:
-    """A clip of one token, all zeros, as the model's encoder would give it."""
-    config, device = model.encoder.config, model.device
-    return VisionTokens(
-        packed=torch.zeros(1, config.embed_dim, device=device),
-        cls=torch.zeros(1, config.embed_dim, device=device),
-        kept=(torch.zeros(1, dtype=torch.long, device=device),),
-        grids=(Grid(1, 1, 1),),
-        times_s=((0.0,),),
-        summary=torch.zeros(1, config.clip_embed_dim, device=device),
-    )
-
-
-def _scored(
-    model: VideoLanguageModel, prompts: Sequence[Prompt], vision: VisionTokens | None, weighting: Weighting
-) -> Tensor:
     if any(label != IGNORE for prompt in prompts for label in prompt.labels[1:]):
         return model.loss(prompts, vision, weighting)
     stand_ins = [replace(prompt, labels=(IGNORE,) * (len(prompt) - 1) + (0,)) for prompt in prompts]

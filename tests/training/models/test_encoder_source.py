@@ -38,9 +38,8 @@ def test_settings_beside_weights_apply_or_are_refused(tmp_path: Path) -> None:
     start = EncoderSource(init=str(tmp_path)).build()
     # What the last run dropped is no matter of this one.
     assert {block.drop_path.rate for block in start.blocks} == {0.0}
-    changed = EncoderSource(
-        init=str(tmp_path), settings={"drop_path": 0.3, "gelu": "erf", "depth": 2}
-    ).build()
+    settings = {"drop_path": 0.3, "gelu": "erf", "depth": 2}
+    changed = EncoderSource(init=str(tmp_path), settings=settings).build()
     assert [block.drop_path.rate for block in changed.blocks] == [0.0, 0.3]
     assert changed.blocks[0].mlp.approximate == "none"
     assert torch.equal(changed.pos_embed, old.pos_embed)
