@@ -12,6 +12,7 @@ from encoder.config import BASE, LARGE, MICRO, SIZES, SMALL
 from encoder.errors import BudgetError, ConfigError
 from encoder.fluxvit import FluxViT
 from encoder.golden import rule_weights
+from encoder.layers import DropPath, RMSNorm, Segment
 from encoder.tokens import Grid, VisionTokens
 
 TINY = MICRO.replace(embed_dim=32, depth=2, num_heads=2, pool_heads=2, clip_embed_dim=16, num_classes=5)
@@ -164,6 +165,29 @@ def test_a_grid_of_equal_size_but_other_shape_is_interpolated(tiny: FluxViT) -> 
     assert other.size == tiny.pos_grid.size
     interpolated = tiny.position_rows(other, torch.arange(other.size)[None])[0]
     assert not torch.allclose(interpolated, tiny.gpe_proj(rows), atol=1e-3)
+
+
+def test_drop_path_keeps_the_mean_and_rests_in_evaluation() -> None:
+    drop = DropPath(0.25)
+    y, segments = torch.ones(4000, 1), [Segment(2000, 2)]
+    torch.manual_seed(0)
+    dropped = drop(y, segments)
+    assert sorted(dropped.unique().tolist()) == pytest.approx([0.0, 4 / 3])
+    assert torch.equal(dropped[::2], dropped[1::2])  # a clip's tokens share their fate
+    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.05)
+    assert torch.equal(drop.eval()(y, segments), y)
+
+
+def test_norms_compute_in_float32() -> None:
+    """In half precision, on GPUs without bfloat16, a square of 300 is infinite."""
+    x = torch.full((1, 64), 300.0, dtype=torch.float16)
+    assert torch.equal(RMSNorm(64).half()(x), torch.ones_like(x))
+    assert RMSNorm(64).half().scale(x).item() == pytest.approx(1 / 300, rel=1e-3)
+
+
+def test_drop_path_grows_with_depth() -> None:
+    rates = [block.drop_path.rate for block in FluxViT(TINY.replace(depth=3, drop_path=0.2)).blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2])
 
 
 def test_positions_that_learn_are_not_remembered() -> None:

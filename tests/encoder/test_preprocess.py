@@ -32,6 +32,13 @@ def test_same_size_is_exact_normalisation():
     assert torch.allclose(back(out), frames.float(), atol=1e-3)
 
 
+def test_the_normalisation_is_that_of_imagenet():
+    white = preprocess(torch.full((1, 14, 14, 3), 255, dtype=torch.uint8), 14, 14)[:, 0, 0, 0]
+    black = preprocess(torch.zeros((1, 14, 14, 3), dtype=torch.uint8), 14, 14)[:, 0, 0, 0]
+    assert white.tolist() == pytest.approx([0.515 / 0.229, 0.544 / 0.224, 0.594 / 0.225], rel=1e-5)
+    assert black.tolist() == pytest.approx([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225], rel=1e-5)
+
+
 def test_squash_agrees_with_an_antialiased_pillow_resize():
     frames = photo()
     got = back(preprocess(frames, 28, 56))[0]

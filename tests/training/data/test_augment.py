@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from encoder.errors import ConfigError
-from training.data.augment import AugmentConfig, augment, choose_box, segment_moments
+from training.data.augment import AugmentConfig, augment, choose_box, resize, segment_moments
+from training.data.media import _fit
 from training.data.rand_augment import OPERATIONS, rand_augment
 from training.trainer.recipe import build
 
@@ -66,6 +67,13 @@ def test_multiscale_crops_are_the_thirteen_places_of_ten_sizes() -> None:
     expected = {(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (0, 2), (4, 2)}
     expected |= {(1, 1), (1, 3), (3, 1), (3, 3)}
     assert places == {(i * rows, j * columns) for i, j in expected}
+
+
+def test_shrinking_a_checkerboard_gives_grey_not_aliases() -> None:
+    board = ((torch.arange(96)[:, None] + torch.arange(96)[None]) % 2 * 255).to(torch.uint8)
+    frames = board[None, :, :, None].expand(1, -1, -1, 3)
+    for small in (resize(frames, 24, 24), _fit(frames, 24, 24)):
+        assert (small.float() - 127.5).abs().max() < 6
 
 
 def test_crops_show_what_they_say() -> None:

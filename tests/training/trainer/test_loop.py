@@ -204,6 +204,26 @@ def test_another_recipes_checkpoint_is_refused(tmp_path: Path) -> None:
         train(stage, *configs(tmp_path), resume=True)
 
 
+def test_evaluation_is_in_evaluation_mode_without_gradients(tmp_path: Path) -> None:
+    class Watching(ToyStage):
+        def evaluate(self) -> dict[str, float]:
+            modes = [module.training for module in self.model.modules()]
+            return {"training": float(any(modes)), "graph": float(torch.is_grad_enabled())}
+
+    train(Watching(), *configs(tmp_path, evaluate_every=5))
+    assert figures(tmp_path, "eval/training") == [0.0] * 4
+    assert figures(tmp_path, "eval/graph") == [0.0] * 4
+
+
+def test_evaluation_computes_in_the_recipes_precision(tmp_path: Path) -> None:
+    class Watching(ToyStage):
+        def evaluate(self) -> dict[str, float]:
+            return {"half": float(self.model.net[0](torch.ones(1, 4)).dtype == torch.bfloat16)}
+
+    train(Watching(), *configs(tmp_path, evaluate_every=20, precision="bf16"))
+    assert figures(tmp_path, "eval/half") == [1.0]
+
+
 def test_batches_must_divide(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="multiple of micro_batch"):
         configs(tmp_path, micro_batch=3)
