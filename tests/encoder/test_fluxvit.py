@@ -185,6 +185,14 @@ def test_norms_compute_in_float32() -> None:
     assert RMSNorm(64).half().scale(x).item() == pytest.approx(1 / 300, rel=1e-3)
 
 
+def test_residual_branches_start_smaller_with_depth() -> None:
+    torch.manual_seed(0)
+    model = FluxViT(MICRO.replace(depth=3))
+    for number, block in enumerate(model.blocks):
+        for layer in (block.attn.proj, block.mlp.fc2):
+            assert layer.weight.std().item() == pytest.approx(0.02 / (2 * (number + 1)) ** 0.5, rel=0.03)
+
+
 def test_drop_path_grows_with_depth() -> None:
     rates = [block.drop_path.rate for block in FluxViT(TINY.replace(depth=3, drop_path=0.2)).blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2])

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from encoder.errors import ConfigError
-from llm_bridge.llm import default_device
+from llm_bridge.llm import default_device, default_dtype
 from training.trainer.recipe import OptimConfig
 
 
@@ -31,6 +31,8 @@ def open_accelerator(precision: str) -> Any:
     has_gpu = torch.accelerator.is_available()
     if precision == "fp16" and not has_gpu:
         raise ConfigError("loop.precision fp16 needs a GPU: use bf16 or fp32 here.")
+    if precision == "bf16" and has_gpu and default_dtype(default_device()) == torch.float16:
+        raise ConfigError("This GPU has no bfloat16: use loop.precision fp16 or fp32.")
     # A second run in one process may have another precision.
     AcceleratorState._reset_state()
     accelerator = Accelerator(

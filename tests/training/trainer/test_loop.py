@@ -423,6 +423,14 @@ def test_fp16_on_a_cpu_is_refused(tmp_path: Path) -> None:
         run(tmp_path, precision="fp16")
 
 
+def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("training.trainer.distributed.default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: False)
+    with pytest.raises(ConfigError, match="This GPU has no bfloat16"):
+        loop.open_accelerator("bf16")
+
+
 def test_two_runs_of_one_process_may_differ_in_precision(tmp_path: Path) -> None:
     assert run(tmp_path / "a", precision="bf16", max_steps=2) != run(tmp_path / "b", max_steps=2)
 
