@@ -182,7 +182,7 @@ class VideoLanguageModel(nn.Module):
         """
         if vision is not None:
             return self.project(vision)
-        width, device = self.encoder.config.embed_dim, self.projector.mlp[0].weight.device
+        width, device = self.encoder.config.embed_dim, next(self.projector.parameters()).device
         blank = VisionTokens(
             packed=torch.zeros(1, width, device=device),
             cls=torch.zeros(1, width, device=device),

@@ -94,17 +94,21 @@ def test_a_steps_gradient_is_that_of_one_big_batch(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", ["", "1"], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("each", [2, 4])
 def test_two_processes_have_the_gradient_of_one_big_batch(
-    stage1_recipe: Path, llava_json: Path, tmp_path: Path, sharded: str
+    stage1_recipe: Path, llava_json: Path, tmp_path: Path, each: int, sharded: str
 ) -> None:
-    """Sorted by length, the first micro-batches are text alone: they reach the projector too."""
-    common = ["optim.batch_size=8", "num_tokens=[8]", "bucket=4", "loop.modules=[]"]
-    common += overrides(tmp_path, llava_json.parent, tmp_path / "one", videos=4, texts=4)
+    """Sorted by length, the first micro-batches are text alone: with one each, only those of one process."""
+    common = [f"optim.batch_size={2 * each}", "num_tokens=[8]", "bucket=4"]
+    common += overrides(tmp_path, llava_json.parent, tmp_path / "one", videos=each, texts=each)
     recipe = ["--config", str(stage1_recipe)]
-    stage = Stage1(read_recipe(Stage1Recipe, stage1_recipe, [*common, "optim.micro_batch=8"]))
-    wanted = gradients(stage, 1)
+    big = read_recipe(Stage1Recipe, stage1_recipe, [*common, f"optim.micro_batch={2 * each}"])
+    wanted = gradients(Stage1(big), 1)
     out = ["optim.micro_batch=2", f"loop.out={tmp_path / 'two'}"]
-    port = 29541 if sharded else 29542
+    if each == 2:
+        stage = Stage1(read_recipe(Stage1Recipe, stage1_recipe, [*common, *out]))
+        assert [stage.batch(rank).vision is None for rank in range(2)] == [True, False]
+    port = 29540 + each + bool(sharded)
     found = processes(tmp_path / "g", 2, *recipe, *common, *out, port=port, SHARDED=sharded)
     assert_same_direction(found, wanted)
     assert (tmp_path / "two" / "model" / "projector.safetensors").is_file()

@@ -108,7 +108,9 @@ class ClipModel(nn.Module):
 
     def embed(self, pixels: Tensor, num_tokens: int | None, selector: Selector = "flux") -> Tensor:
         """Unit vectors (B, D) in the text space, float32."""
-        return F.normalize(self.align(self.features(pixels, num_tokens, selector).float()), dim=-1)
+        pooled = self.features(pixels, num_tokens, selector).float()
+        with torch.autocast(pooled.device.type, enabled=False):
+            return F.normalize(self.align(pooled), dim=-1)
 
     def _tokens(self, pixels: Tensor, num_tokens: int | None, selector: Selector) -> VisionTokens:
         frozen = self.settings.train == "projector"
