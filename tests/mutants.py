@@ -229,7 +229,7 @@ MUTANTS = (
         "training/trainer/losses.py",
         "scores.T.log_softmax(dim=1)",
         "scores.log_softmax(dim=1)",
-        f"{TRAINING}test_clip.py::test_contrastive_loss_by_hand",
+        f"{TRAINING}test_clip.py::test_contrastive_loss_counts_both_directions",
     ),
     Mutant(
         "training/trainer/optim.py",
