@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 # Without an NVIDIA GPU the CPU build of torch is enough, and gigabytes smaller.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 
-.PHONY: setup demo test test-slow check docs lowest bench gpu real model clean
+.PHONY: setup demo test test-slow check docs lowest bench gpu real model mutants clean
 
 setup: $(VENV)/.complete
 
@@ -40,6 +40,10 @@ check: setup
 # Into site/, without network; a warning is an error.
 docs: setup
 	@$(PY) -m mkdocs build --strict
+
+# Errors planted in a copy of the source, each of which some test must notice; takes minutes.
+mutants: setup
+	@$(PY) -m tests.mutants
 
 # The lowest versions of what FluxChat needs, in an environment of their own; needs uv and Python 3.11 or older.
 LOWEST := build/lowest

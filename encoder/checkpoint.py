@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +22,7 @@ from encoder.fluxvit import FluxViT
 
 M = TypeVar("M", bound=nn.Module)
 WRAPPERS = ("model", "module", "state_dict")
+VISION = "vision_encoder."  # of a model that also holds a text tower
 PREFIXES = ("backbone.", "encoder.", "module.", "vision_encoder.")
 
 
@@ -32,6 +34,7 @@ class LoadReport:
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]  # key, in the file, in the model
+    left_out: tuple[str, ...] = ()  # of another part of a model that holds an encoder
 
     @property
     def exact(self) -> bool:
@@ -46,6 +49,7 @@ class LoadReport:
                 ("missing", self.missing),
                 ("unexpected", self.unexpected),
                 ("mis-shaped", shapes),
+                ("left out", self.left_out),
             )
             if names
         ]
@@ -67,7 +71,9 @@ def read_tensors(path: str | Path, *, strip: bool = True) -> dict[str, Tensor]:
 
             state: object = load_file(path)
         else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            # The official code keeps its command line beside the weights, in a Namespace of plain values.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise CheckpointError(f"Cannot read {path} as weights ({reason}).") from error
@@ -82,13 +88,16 @@ def read_tensors(path: str | Path, *, strip: bool = True) -> dict[str, Tensor]:
             continue
         if not _is_stored(value):
             raise CheckpointError(f"{path} does not hold all of {str(name)[:80]!r}: it is damaged.")
-        stripped = str(name)
-        while strip and (prefix := next((p for p in PREFIXES if stripped.startswith(p)), None)):
-            stripped = stripped.removeprefix(prefix)
-        tensors[stripped] = value
+        tensors[_stripped(str(name)) if strip else str(name)] = value
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors.")
     return tensors
+
+
+def _stripped(name: str) -> str:
+    while prefix := next((p for p in PREFIXES if name.startswith(p)), None):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def _is_stored(value: Tensor) -> bool:
@@ -180,13 +189,33 @@ def load_official(
     tanh form; "erf" is the plain definition (UNVERIFIED on the released files).
     Raises CheckpointError as `read_tensors` and `load_tensors` do.
     """
-    tensors = read_tensors(path)
+    tensors, left_out = of_encoder(read_tensors(path, strip=False))
     wanted = config or infer_config(tensors, gelu)
     if strict:
         model = build(lambda: FluxViT(wanted), tensors)
-        return model, report(model, tensors)
-    model = FluxViT(wanted)
-    return model, load_tensors(model, tensors, strict=False)
+        result = report(model, tensors)
+    else:
+        model = FluxViT(wanted)
+        result = load_tensors(model, tensors, strict=False)
+    return model, replace(result, left_out=left_out)
+
+
+def of_encoder(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """(the encoder's tensors by FluxViT's names, names of the others).
+
+    A file of the CLIP stage holds `vision_encoder.*` beside a text tower. One of a single pool and class
+    head names them without a number.
+    """
+    clip = any(name.startswith(VISION) for name in tensors)
+    left_out = tuple(name for name in tensors if clip and not name.startswith(VISION))
+    found = {}
+    for name, value in tensors.items():
+        if name not in left_out:
+            bare = _stripped(name)
+            group, _, rest = bare.partition(".")
+            single = group in ("head", "clip_projector") and not rest.split(".")[0].isdecimal()
+            found[f"{group}.0.{rest}" if single else bare] = value
+    return found, left_out
 
 
 def load_encoder(path: str | os.PathLike[str], gelu: Gelu = "tanh") -> FluxViT:

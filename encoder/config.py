@@ -47,6 +47,10 @@ def _check_ranges(values: dict[str, Any]) -> None:
             low, high = _REAL_RANGES[name]
             if type(value) not in (int, float) or not low <= value <= high:
                 raise ConfigError(f"{name} must be a number from {low:g} to {high:g}, not {value!r:.40}.")
+        elif name == "head_counts":
+            whole = isinstance(value, (list, tuple)) and all(type(n) is int for n in value)
+            if not whole or len(value) > 32 or min(value, default=0) < 0:
+                raise ConfigError(f"head_counts must be a token count for each head, not {value!r:.60}.")
         elif name in ("frames_range", "resolution_range"):
             whole = (
                 isinstance(value, (list, tuple)) and len(value) == 3 and all(type(n) is int for n in value)
@@ -63,7 +67,8 @@ class FluxViTConfig:
     other grid. `gelu`: the plain definition uses the exact error function; the released weights were
     trained with fused kernels whose default is the tanh form. `image_positions`: a single frame takes the
     table interpolated over time, which is the mean of its two middle frames, or the mean of all its frames,
-    as InternVideo2's image-text training does.
+    as InternVideo2's image-text training does. `head_counts`: the token count that each pooling and class
+    head was fine-tuned at, 0 for none; empty when nothing says it.
     """
 
     embed_dim: int = 384
@@ -83,6 +88,7 @@ class FluxViTConfig:
     drop_path: float = 0.0
     layer_scale_init: float = 1e-5
     image_positions: ImagePositions = "interpolate"
+    head_counts: tuple[int, ...] = ()
     # Input ranges the weights were trained on; the default plan table is drawn from them.
     frames_range: tuple[int, int, int] = (4, 26, 2)
     resolution_range: tuple[int, int, int] = (168, 280, 28)
@@ -104,6 +110,7 @@ class FluxViTConfig:
             raise ConfigError(
                 f"image_positions must be 'interpolate' or 'mean', not {self.image_positions!r}."
             )
+        object.__setattr__(self, "head_counts", tuple(self.head_counts))
         object.__setattr__(self, "frames_range", tuple(self.frames_range))
         object.__setattr__(self, "resolution_range", tuple(self.resolution_range))
 

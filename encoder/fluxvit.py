@@ -98,7 +98,7 @@ class FluxViT(nn.Module):
         if grid.frames == 1 and self.config.image_positions == "mean":
             still = rows.view(*self.pos_grid, -1).mean(dim=0).flatten(0, 1)
             table = interpolate(still, self.pos_grid._replace(frames=1), grid)
-        elif torch.is_grad_enabled() and self.pos_embed.requires_grad:
+        elif self.pos_embed.requires_grad:  # it may change between two calls, without a new version
             table = interpolate(rows, self.pos_grid, grid)
         else:
             table = self._position_cache.get(rows, self.pos_grid, grid)

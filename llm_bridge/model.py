@@ -20,7 +20,7 @@ from encoder.config import FluxViTConfig
 from encoder.errors import ConfigError, ModelError
 from encoder.fluxvit import FluxViT
 from encoder.json_files import read_object
-from encoder.tokens import VisionTokens
+from encoder.tokens import Grid, VisionTokens
 from llm_bridge.attention import packs
 from llm_bridge.llm import LanguageModel, Quantize, default_device, default_dtype, load_llm
 from llm_bridge.model_files.checks import first_line
@@ -110,6 +110,21 @@ class VideoLanguageModel(nn.Module):
         self.language_model = llm.model
         self.llm = llm
 
+    def train(self, mode: bool = True) -> VideoLanguageModel:
+        """Only what learns changes its way: projector, adapters' dropout.
+
+        Encoder and language model stay as in evaluation, so that features depend on the clip alone. Layers of
+        the language model that are to recompute in the backward pass do so in training only.
+        """
+        super().train(False)
+        self.training = mode
+        self.projector.train(mode)
+        for name, module in self.language_model.named_modules():
+            learns = name.rpartition(".")[0].endswith("lora_dropout")
+            if learns or getattr(module, "gradient_checkpointing", False):
+                module.training = mode
+        return self
+
     @property
     def device(self) -> torch.device:
         """Where pixels go."""
@@ -166,7 +181,7 @@ class VideoLanguageModel(nn.Module):
         prompts: with labels; vision: the clips of all prompts in order (None when there is none). Scores are
         computed at labelled positions only.
         """
-        visuals = [] if vision is None else self.project(vision)
+        visuals = self._visuals(vision)
         if any(prompt.branches for prompt in prompts) and not self._takes_branches(prompts):
             prompts, visuals = _apart(prompts, visuals)
         logits, targets = self._scores_at_labels(prompts, visuals)
@@ -182,6 +197,25 @@ class VideoLanguageModel(nn.Module):
         windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
         longest = max(len(prompt) for prompt in prompts)
         return self.llm.memory == "positions" and all(not window or window >= longest for window in windows)
+
+    def _visuals(self, vision: VisionTokens | None) -> list[Tensor]:
+        """Embeddings of every clip; without any, no rows of a blank one.
+
+        So the loss of text alone depends on every trained parameter too: other processes wait for the
+        gradients of each, and for this one's part of each sharded layer in the backward pass.
+        """
+        if vision is not None:
+            return self.project(vision)
+        width, device = self.encoder.config.embed_dim, next(self.projector.parameters()).device
+        blank = VisionTokens(
+            packed=torch.zeros(1, width, device=device),
+            cls=torch.zeros(1, width, device=device),
+            kept=(torch.zeros(1, dtype=torch.long, device=device),),
+            grids=(Grid(1, 1, 1),),
+            times_s=((0.0,),),
+            summary=torch.zeros(1, self.encoder.config.clip_embed_dim, device=device),
+        )
+        return [embeddings[:0] for embeddings in self.project(blank)]
 
     def _scores_at_labels(self, prompts: Sequence[Prompt], visuals: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Scores (P, V) at positions that predict a label, and those labels (P,)."""
@@ -305,7 +339,7 @@ def _apart(prompts: Sequence[Prompt], visuals: list[Tensor]) -> tuple[list[Promp
         for branch in without_branches(prompt):
             alone.append(branch)
             shown += own
-    return alone, shown
+    return alone, [*shown, *remaining]  # one without rows, of text alone
 
 
 def model_folder(folder: str | Path) -> Path:
@@ -313,6 +347,29 @@ def model_folder(folder: str | Path) -> Path:
     folder = Path(folder)
     inside = not (folder / "config.json").exists() and (folder / "model" / "config.json").exists()
     return folder / "model" if inside else folder
+
+
+@dataclass(frozen=True)
+class PartTypes:
+    """Floating type of each part's parameters."""
+
+    language: torch.dtype
+    encoder: torch.dtype
+    projector: torch.dtype
+
+
+def part_types(
+    device: torch.device, language: torch.dtype | None = None, *, learns: bool = False
+) -> PartTypes:
+    """What the parts are kept in on a kind of device.
+
+    language: the language model's own, default that of the hardware. On CPUs encoder and projector are in
+    float32, elsewhere as the language model; a projector that learns is in float32 everywhere, since small
+    steps vanish in half precision, and computes under autocast.
+    """
+    language = language or default_dtype(device)
+    vision = torch.float32 if device.type == "cpu" else language
+    return PartTypes(language, vision, torch.float32 if learns else vision)
 
 
 def assemble(
@@ -323,21 +380,22 @@ def assemble(
     llm: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    types: PartTypes | None = None,
     **llm_options: Any,
 ) -> VideoLanguageModel:
     """Load the language model and put the parts together on one device, frozen and in eval mode.
 
-    projector: None makes a fresh one, to be trained. Raises ModelError as `load_llm` does.
+    projector: None makes a fresh one, to be trained. types: default, those of the device (see `part_types`).
+    Raises ModelError as `load_llm` does.
     """
     target = torch.device(device) if device is not None else default_device()
-    dtype = dtype or default_dtype(target)
-    language = _load_language(str(llm or config.llm), device=target, dtype=dtype, **llm_options)
+    types = types or part_types(target, dtype, learns=projector is None)
+    language = _load_language(str(llm or config.llm), device=target, dtype=types.language, **llm_options)
     if projector is None:
         fitted = dataclasses.replace(config.projector, out_dim=language.hidden_size)
         config, projector = dataclasses.replace(config, projector=fitted), Projector(fitted)
-    vision_dtype = torch.float32 if target.type == "cpu" else dtype
     model = VideoLanguageModel(
-        config, encoder.to(target, vision_dtype), projector.to(target, vision_dtype), language
+        config, encoder.to(target, types.encoder), projector.to(target, types.projector), language
     )
     return model.eval().requires_grad_(False)
 

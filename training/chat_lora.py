@@ -28,6 +28,7 @@ from training.chat_stage1 import ChatModel, ChatStage
 from training.data.chat_batches import ChatBatch, ChatRecipe
 from training.models.token_targets import SceneTargets, TokenTargets, WordTable, target_losses
 from training.trainer.command import run_stage
+from training.trainer.distributed import device_of_process
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class TargetModel(ChatModel):
         loss, figures = super().forward(batch)
         if not isinstance(batch, TargetBatch) or batch.vision is None:
             return loss, figures
-        words = target_losses(self.model.project(batch.vision), batch.targets, self._table)
+        words = target_losses(self.vlm.project(batch.vision), batch.targets, self._table)
         return loss + self._scene_words * torch.stack(list(words.values())).sum(), {
             **figures,
             "answers": loss.item(),
@@ -121,7 +122,9 @@ class LoraStage(ChatStage):
     """Adapter matrices in the language model's linear layers are trained, and the projector if wanted."""
 
     def __init__(self, recipe: LoraRecipe) -> None:
-        vlm = VideoLanguageModel.from_pretrained(recipe.start, quantize=recipe.quantize, tuned=False)
+        vlm = VideoLanguageModel.from_pretrained(
+            recipe.start, quantize=recipe.quantize, tuned=False, device=device_of_process()
+        )
         super().__init__(recipe, vlm)
         self.recipe: LoraRecipe = recipe
         self.adapted = self._add_adapter()
@@ -138,7 +141,7 @@ class LoraStage(ChatStage):
         batch = self.data.prompted(examples, features)
         pairs = zip(examples, features, strict=True)
         targets = tuple(self._targets.of(example.media, one) for example, one in pairs if one is not None)
-        return TargetBatch(batch.prompts, batch.vision, targets)
+        return TargetBatch(batch.prompts, batch.vision, targets, weight=batch.weight)
 
     def _add_adapter(self) -> torch.nn.Module:
         """Put the matrices into the model's own layers; the peft model around them saves them."""

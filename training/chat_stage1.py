@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from encoder.checkpoint import load_encoder, load_tensors, read_tensors
 from encoder.config import FluxViTConfig
 from llm_bridge.attention import use_for_training
-from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
+from llm_bridge.model import PartTypes, VideoLanguageModel, VLMConfig, assemble
 from llm_bridge.packing import Weighting
 from llm_bridge.projector import ProjectorConfig
 from llm_bridge.prompt import TimeSentence
 from training.data.chat_batches import ChatBatch, ChatData, ChatRecipe, scored_loss
 from training.trainer.command import run_stage
+from training.trainer.distributed import device_of_process
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,11 @@ class ModelSource:
         settings = ProjectorSettings(**{name: getattr(config.projector, name) for name in names})
         return ModelSource(folder, config.llm, settings, config.vision_depth)
 
-    def assemble(self, seed: int) -> VideoLanguageModel:
-        """The parts with a fresh projector; raises ModelError or CheckpointError."""
+    def assemble(self, seed: int, types: PartTypes | None = None) -> VideoLanguageModel:
+        """The parts with a fresh projector, on this process's device; raises ModelError or CheckpointError.
+
+        types: of the parts' parameters; default, those of the device.
+        """
         encoder = load_encoder(self.encoder)
         config = VLMConfig(
             llm=self.llm,
@@ -90,14 +94,13 @@ class ModelSource:
             default_tokens=self.default_tokens,
         )
         torch.manual_seed(seed)
-        model = assemble(config, encoder, None)
+        model = assemble(config, encoder, None, device=device_of_process(), types=types)
         if self.projector_init is not None:
             path = Path(self.projector_init)
             file = path / "projector.safetensors" if path.is_dir() else path
             load_tensors(model.projector, read_tensors(file))
         if self.gradient_checkpointing:
             model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-            model.language_model.train()  # transformers checkpoints in train mode only
         return model
 
 
@@ -110,19 +113,44 @@ class Stage1Recipe(ChatRecipe):
 
 
 class ChatModel(nn.Module):
-    """The whole model as the loop trains it: loss of a batch, gradients where the stage switched them on."""
+    """What the loop trains: loss of a batch, gradients where the stage switched them on.
 
-    def __init__(self, model: VideoLanguageModel, weighting: Weighting = "token") -> None:
+    The encoder is no part of it: it runs ahead in another thread, where a sharded one could not, and stays
+    as it is in evaluation.
+    """
+
+    def __init__(self, vlm: VideoLanguageModel, weighting: Weighting = "token") -> None:
         super().__init__()
-        self.model, self.weighting = model, weighting
+        self._vlm = (vlm,)  # a tuple keeps the encoder out of the module tree
+        self.model = nn.ModuleDict({"projector": vlm.projector, "language_model": vlm.language_model})
+        self.weighting = weighting
+
+    @property
+    def vlm(self) -> VideoLanguageModel:
+        """The whole model."""
+        return self._vlm[0]
+
+    @property
+    def sharded_layers(self) -> Sequence[str]:
+        """The language model's layers, for FSDP."""
+        return tuple(getattr(self.vlm.language_model, "_no_split_modules", None) or ())
+
+    def train(self, mode: bool = True) -> ChatModel:
+        """As `VideoLanguageModel.train`."""
+        self.training = mode
+        self.vlm.train(mode)
+        return self
 
     def forward(self, batch: ChatBatch) -> tuple[Tensor, dict[str, float]]:
-        """(loss, figures)."""
-        return scored_loss(self.model, batch.prompts, batch.vision, self.weighting), batch.figures
+        """(loss, figures); the loss is multiplied by the batch's share of its step."""
+        loss = scored_loss(self.vlm, batch.prompts, batch.vision, self.weighting)
+        return batch.share * loss, batch.figures
 
 
 class ChatStage:
     """A chat stage for the loop: the data of a recipe and a model of which some part has gradients."""
+
+    shares_out = True  # a step's loss is the mean over its labels
 
     def __init__(self, recipe: ChatRecipe, vlm: VideoLanguageModel) -> None:
         self.recipe, self.vlm = recipe, vlm
@@ -140,12 +168,13 @@ class ChatStage:
         return self.data.batch(index)
 
     def evaluate(self) -> dict[str, float]:
-        """Mean loss on held-out records, when the recipe asks for some."""
-        if not self.recipe.evaluate_records:
-            return {}
+        """Mean loss over the labels of held-out records, when the recipe asks for some."""
+        total = weight = 0.0
         with torch.no_grad():
-            batch = self.data.held_out(self.recipe.evaluate_records)
-            return {"loss": float(scored_loss(self.vlm, batch.prompts, batch.vision, self.recipe.weighting))}
+            for batch in self.data.held_out():
+                total += batch.weight * float(self.model(batch)[0])
+                weight += batch.weight
+        return {"loss": total / weight} if weight else {}
 
     def finish(self, out: Path) -> None:
         """Write the model folder: projector and encoder weights, and the language model's name."""
@@ -156,8 +185,8 @@ class ChatStage:
 class Stage1(ChatStage):
     """The projector alone has gradients."""
 
-    def __init__(self, recipe: Stage1Recipe) -> None:
-        super().__init__(recipe, recipe.model.assemble(recipe.loop.seed))
+    def __init__(self, recipe: Stage1Recipe, types: PartTypes | None = None) -> None:
+        super().__init__(recipe, recipe.model.assemble(recipe.loop.seed, types))
         self.vlm.projector.requires_grad_(True)
 
 

@@ -43,6 +43,7 @@ from training.models.clip_model import (
     set_image_positions,
 )
 from training.models.encoder_source import EncoderSource
+from training.models.trained_pools import TrainedPools
 from training.synthetic.dataset import World
 from training.trainer.command import run_stage
 from training.trainer.recipe import LoopConfig, OptimConfig
@@ -146,11 +147,10 @@ class ClipRecipe:
 
     def settings(self) -> ClipSettings:
         """What the model depends on."""
-        pools = dict(zip(self.num_tokens, self.pools, strict=True)) if self.pools else {}
+        by_count = dict(zip(self.num_tokens, self.pools, strict=True)) if self.pools else {}
         return ClipSettings(
             train=self.train,
-            pools=pools,
-            pool=self.pool,
+            pools=TrainedPools(self.pool, by_count),
             align_norm=self.align_norm,
             temperature=self.temperature,
             temperature_min=self.temperature_min,

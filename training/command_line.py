@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from encoder.errors import FluxChatError
+
+# A number of a process may come again; what was said longer ago was of another launch.
+SAME_LAUNCH_S = 60
 
 
 def command_parser(module: str, doc: str | None, epilog: str | None = None) -> argparse.ArgumentParser:
@@ -38,8 +46,27 @@ def run_command(
     try:
         return run(args) or 0
     except FluxChatError as error:
-        print(error, file=sys.stderr)
+        if _says_it_first(str(error)):
+            print(error, file=sys.stderr)
         return 2
+
+
+def _says_it_first(sentence: str) -> bool:
+    """Whether no other process of the same launch has said it: what is wrong is mostly so for all of them."""
+    store = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or None in store:
+        return True
+    key = hashlib.blake2b(f"{store}{os.getppid()}{sentence}".encode(), digest_size=12).hexdigest()
+    mark = Path(tempfile.gettempdir()) / f"fluxchat-said-{key}"
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        said_s = time.time() - mark.stat().st_mtime
+        mark.touch()
+        return said_s > SAME_LAUNCH_S
+    except OSError:
+        pass
+    return True
 
 
 def table(

@@ -101,6 +101,14 @@ class FinetuneRecipe:
         return self.pool_heads[nearest]
 
 
+def head_counts(recipe: FinetuneRecipe, pools: int) -> tuple[int, ...]:
+    """The token count that each head is trained at, 0 for none; of several the least."""
+    counts = [0] * pools
+    for count, head in zip(recipe.num_tokens, recipe.pool_heads, strict=True):
+        counts[head] = count
+    return tuple(counts)
+
+
 class FinetuneModel(nn.Module):
     """The encoder with its class heads; raises ConfigError where its pools and aligners are too few."""
 
@@ -117,6 +125,7 @@ class FinetuneModel(nn.Module):
                 "token counts."
             )
         encoder.gradient_checkpointing = recipe.gradient_checkpointing
+        encoder.config = encoder.config.replace(head_counts=head_counts(recipe, config.num_pools))
         self.encoder = encoder
         self.recipe = recipe
 
@@ -275,7 +284,7 @@ def measure(
         views,
         rank=rank,
         ranks=ranks,
-        progress=lambda turns: tqdm(turns, unit="video", disable=not progress or rank > 0),
+        progress=lambda turns: tqdm(turns, unit="batch", disable=not progress or rank > 0),
     )
     total = Accuracy(0, {}, {}, {}).merged(merged_on_ranks(accuracy))
     if not total.videos:

@@ -41,7 +41,7 @@ from training.evaluation.cli_arguments import (
 )
 from training.evaluation.encoder_input import SELECTORS, EncoderInput
 from training.evaluation.encoder_run import EncoderRun
-from training.evaluation.frozen_encoder import FrozenEncoder, read_clip_head
+from training.evaluation.frozen_encoder import FrozenEncoder, chosen_pools, read_clip_head
 from training.evaluation.heatmap import draw_heatmap, write_csv
 from training.evaluation.journal import Journal, Sharing
 from training.evaluation.metrics import Share
@@ -78,8 +78,9 @@ def encoder_score(args: argparse.Namespace, out: Path) -> tuple[Score, FrozenEnc
     source, views = world_source(args), Views()
     clips = WorldClips.of(source)
     about = {"alignment": weights_hash(*clip_head.modules), **about_world(source)}
-    metadata = about_encoder(encoder, views, args.pool, args.seed, **about)
-    run = EncoderRun(encoder, Journal(out, metadata), views, args.pool, args.seed, args.block)
+    pools = chosen_pools(args.pool, clip_head, encoder)
+    metadata = about_encoder(encoder, views, pools, args.seed, **about)
+    run = EncoderRun(encoder, Journal(out, metadata), pools, views, args.seed, args.block)
 
     def score(encoder_input: EncoderInput) -> Share:
         hits = attribute_hits(run, clip_head, clips, encoder_input)
@@ -96,8 +97,9 @@ def _score_on_csv(
     """Likewise, by the encoder's class heads."""
     data, views = read_labelled_files(args, Path(args.csv), Path(args.videos or ".")), Views(fit="crop")
     about = {"dataset": args.dataset, "annotations": Path(args.csv).name, "preset": None}
-    metadata = about_encoder(encoder, views, args.pool, args.seed, **about)
-    run = EncoderRun(encoder, Journal(out, metadata), views, args.pool, args.seed, args.block)
+    pools = chosen_pools(args.pool, None, encoder)
+    metadata = about_encoder(encoder, views, pools, args.seed, **about)
+    run = EncoderRun(encoder, Journal(out, metadata), pools, views, args.seed, args.block)
 
     def score(encoder_input: EncoderInput) -> Share:
         first = evaluate_classify(run, data, encoder_input)["top1"]

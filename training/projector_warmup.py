@@ -90,12 +90,13 @@ class ProjectorWarmupModel(nn.Module):
 
     def __init__(self, vlm: VideoLanguageModel, recipe: ProjectorWarmupRecipe) -> None:
         super().__init__()
-        self.vlm, self.recipe = vlm, recipe
+        self._vlm, self.recipe = (vlm,), recipe  # a tuple keeps the frozen parts out of the module tree
+        self.vlm = nn.ModuleDict({"projector": vlm.projector})
         self._table = WordTable(vlm.llm, recipe.negatives)
 
     def forward(self, batch: WordBatch) -> tuple[Tensor, dict[str, float]]:
         """(loss, figures) over the clips of a batch."""
-        visuals = self.vlm.project(batch.vision)
+        visuals = self._vlm[0].project(batch.vision)
         if batch.targets:
             means = target_losses(visuals, batch.targets, self._table, self.recipe.temperature)
         else:

@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--frames", type=int, nargs="+", help="of Token Optimization; default: trained range")
     parser.add_argument("--resolutions", type=int, nargs="+", help="of Token Optimization; likewise")
-    parser.add_argument("--pool", type=int, help="pooling head that training.clip trained")
+    parser.add_argument("--pool", type=int, help="pooling head; default: as the alignment says")
     parser.add_argument("--preset", choices=PRESETS, default="solo")
     parser.add_argument("--chat-preset", choices=PRESETS, help="default: --preset")
     parser.add_argument("--plan", action="store_true", help="the chat model's own input for each budget")

@@ -1,5 +1,6 @@
 """Weight files: wrapped, prefixed, partial, damaged."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,38 @@ def test_missing_unexpected_and_misshaped_keys_are_reported(model: FluxViT) -> N
     report = load_tensors(FluxViT(TINY), tensors, strict=False)
     assert report.missing == ("cls_token",)
     assert report.mismatched == (("fc_norm.weight", (3,), (16,)),)
+
+
+def test_a_file_with_its_command_line(tmp_path: Path, model: FluxViT) -> None:
+    args = argparse.Namespace(lr=1e-3, model="fluxvit_small_patch14", nested=argparse.Namespace(a=[1, None]))
+    torch.save({"model": model.state_dict(), "args": args, "epoch": 4}, tmp_path / "w.pth")
+    loaded, report = load_official(tmp_path / "w.pth", config=TINY)
+    assert report.exact
+    assert torch.equal(loaded.pos_embed, model.pos_embed)
+
+
+def test_a_file_of_the_clip_stage(tmp_path: Path, model: FluxViT) -> None:
+    state = {f"vision_encoder.{name}": value for name, value in model.state_dict().items()}
+    others = {"text_encoder.embedding.weight": torch.ones(3, 4), "vision_align.0.weight": torch.ones(2)}
+    torch.save({"module": {**others, **state, "temp": torch.tensor(0.01)}}, tmp_path / "clip.pth")
+    loaded, report = load_official(tmp_path / "clip.pth", config=TINY)
+    assert torch.equal(loaded.pos_embed, model.pos_embed)
+    assert report.exact
+    assert report.left_out == ("text_encoder.embedding.weight", "vision_align.0.weight", "temp")
+    assert "3 left out: text_encoder.embedding.weight" in str(report)
+
+
+def test_a_file_with_a_single_head(tmp_path: Path) -> None:
+    one = FluxViT(SMALL.replace(num_pools=1, num_classes=5, num_aligners=0))
+    names = {
+        name: name.replace("head.0.", "head.").replace("clip_projector.0.", "clip_projector.")
+        for name in one.state_dict()
+    }
+    torch.save({names[name]: value for name, value in one.state_dict().items()}, tmp_path / "one.pth")
+    loaded, report = load_official(tmp_path / "one.pth")
+    assert report.exact
+    assert (loaded.config.num_pools, loaded.config.num_classes) == (1, 5)
+    assert torch.equal(loaded.head[0].weight, one.head[0].weight)
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:

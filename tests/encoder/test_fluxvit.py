@@ -12,6 +12,7 @@ from encoder.config import BASE, LARGE, MICRO, SIZES, SMALL
 from encoder.errors import BudgetError, ConfigError
 from encoder.fluxvit import FluxViT
 from encoder.golden import rule_weights
+from encoder.layers import DropPath, RMSNorm, Segment
 from encoder.tokens import Grid, VisionTokens
 
 TINY = MICRO.replace(embed_dim=32, depth=2, num_heads=2, pool_heads=2, clip_embed_dim=16, num_classes=5)
@@ -130,7 +131,7 @@ def test_a_clip_alone_equals_the_clip_in_a_batch(tiny: FluxViT) -> None:
 def test_mixed_batch_takes_the_flops_of_its_clips_alone() -> None:
     """One clip of 2304 tokens and fifteen of 16 take as many operations as alone: nothing is padded."""
     with torch.device("meta"):
-        model = FluxViT(MICRO).eval()
+        model = FluxViT(MICRO).eval().requires_grad_(False)
         large, small = torch.empty(3, 16, 168, 168), torch.empty(3, 4, 28, 28)
 
     def flops(clips: list[torch.Tensor]) -> int:
@@ -166,8 +167,52 @@ def test_a_grid_of_equal_size_but_other_shape_is_interpolated(tiny: FluxViT) -> 
     assert not torch.allclose(interpolated, tiny.gpe_proj(rows), atol=1e-3)
 
 
-def test_position_cache_follows_the_weights() -> None:
+def test_drop_path_keeps_the_mean_and_rests_in_evaluation() -> None:
+    drop = DropPath(0.25)
+    y, segments = torch.ones(4000, 1), [Segment(2000, 2)]
+    torch.manual_seed(0)
+    dropped = drop(y, segments)
+    assert sorted(dropped.unique().tolist()) == pytest.approx([0.0, 4 / 3])
+    assert torch.equal(dropped[::2], dropped[1::2])  # a clip's tokens share their fate
+    assert float(dropped.mean()) == pytest.approx(1.0, abs=0.05)
+    assert torch.equal(drop.eval()(y, segments), y)
+
+
+def test_norms_compute_in_float32() -> None:
+    """In half precision, on GPUs without bfloat16, a square of 300 is infinite."""
+    x = torch.full((1, 64), 300.0, dtype=torch.float16)
+    assert torch.equal(RMSNorm(64).half()(x), torch.ones_like(x))
+    assert RMSNorm(64).half().scale(x).item() == pytest.approx(1 / 300, rel=1e-3)
+
+
+def test_residual_branches_start_smaller_with_depth() -> None:
+    torch.manual_seed(0)
+    model = FluxViT(MICRO.replace(depth=3))
+    for number, block in enumerate(model.blocks):
+        for layer in (block.attn.proj, block.mlp.fc2):
+            assert layer.weight.std().item() == pytest.approx(0.02 / (2 * (number + 1)) ** 0.5, rel=0.03)
+
+
+def test_drop_path_grows_with_depth() -> None:
+    rates = [block.drop_path.rate for block in FluxViT(TINY.replace(depth=3, drop_path=0.2)).blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2])
+
+
+def test_positions_that_learn_are_not_remembered() -> None:
+    """An optimiser may write to the data itself, which leaves the tensor's version as it was."""
     model = FluxViT(TINY).eval()
+    clip = pixels(1, 3, 4, 28, 28)
+    with torch.no_grad():
+        before = model(clip).packed
+        model.pos_embed.data.add_(1.0)
+        fresh = FluxViT(TINY).eval()
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(model(clip).packed, fresh(clip).packed)
+        assert not torch.equal(model(clip).packed, before)
+
+
+def test_position_cache_follows_the_weights() -> None:
+    model = FluxViT(TINY).eval().requires_grad_(False)
     clip = pixels(1, 3, 4, 28, 28)
     with torch.inference_mode():
         before = model(clip).packed

@@ -10,11 +10,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from encoder.errors import CheckpointError, ConfigError, FluxChatError, ModelError
 from encoder.fluxvit import FluxViT
 from encoder.tokens import Grid, VisionTokens
-from llm_bridge.model import VideoLanguageModel
+from llm_bridge.model import VideoLanguageModel, part_types
 from llm_bridge.projector import Projector, ProjectorConfig, load_llava_projector
 from llm_bridge.prompt import IGNORE
 from tests.llm_bridge.tiny_vlm import ENCODER, answered, vision_of
@@ -77,6 +79,34 @@ def test_the_revision_tells_weights_apart(model: VideoLanguageModel) -> None:
         weight.copy_(weight.flip(0))  # the same values elsewhere
     assert model.revision() != whole
     assert model.revision(language=False) == encoder
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses what Apple's GPUs do not have."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        found = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, (torch.Tensor, torch.dtype))]
+        assert not any(getattr(x, "dtype", x) == torch.float64 for x in found), func
+        return out
+
+
+def test_nothing_needs_float64(model: VideoLanguageModel) -> None:
+    with NoFloat64(), pytest.raises(AssertionError):
+        torch.ones(2).double()
+    clips = [torch.zeros(3, 4, 56, 42), torch.zeros(3, 3, 28, 28)]
+    with NoFloat64():
+        model.revision()
+        vision = model.encode(clips, [5, 4], [(0.0, 1.0, 2.0, 3.0), (0.0, 0.5, 1.0)])
+        assert [len(one) for one in model.project(vision)] == [5, 4]
+
+
+def test_older_gpus_compute_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for native, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda native=native, **_: native)
+        types = part_types(torch.device("cuda"), learns=True)
+        assert (types.language, types.encoder, types.projector) == (dtype, dtype, torch.float32)
+    assert part_types(torch.device("mps")).language == torch.float16
 
 
 def test_parts_can_be_replaced(model: VideoLanguageModel, llm_folder, tmp_path: Path) -> None:

@@ -208,7 +208,7 @@ def test_buckets_hold_like_lengths_and_every_record_once(stage1_recipe: Path, tm
     ]
     (tmp_path / "text.json").write_text(json.dumps(rows))
     overrides = [f"datasets=[{{json_path: {tmp_path / 'text.json'}}}]", f"loop.out={tmp_path}/out"]
-    overrides += ["optim.batch_size=8", "optim.micro_batch=8"]
+    overrides += ["optim.batch_size=80", "optim.micro_batch=8"]
 
     def padding(bucket: int) -> tuple[float, list[str]]:
         stage = Stage1(read_recipe(Stage1Recipe, stage1_recipe, [*overrides, f"bucket={bucket}"]))

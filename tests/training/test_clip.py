@@ -77,6 +77,17 @@ def test_contrastive_loss_by_hand() -> None:
     assert contrastive_loss(same, same, torch.tensor(50.0)).item() == pytest.approx(math.log(2), rel=1e-5)
 
 
+def test_contrastive_loss_counts_both_directions() -> None:
+    """Rows and columns of the scores differ."""
+    torch.manual_seed(0)
+    video, text = (F.normalize(torch.randn(5, 8), dim=-1) for _ in range(2))
+    scores, right = 10 * video @ text.T, torch.arange(5)
+    rows, columns = F.cross_entropy(scores, right), F.cross_entropy(scores.T, right)
+    assert abs(rows - columns) > 0.01
+    found = contrastive_loss(video, text, torch.tensor(10.0))
+    torch.testing.assert_close(found, (rows + columns) / 2)
+
+
 def test_siblings_sit_side_by_side(tmp_path: Path) -> None:
     stage = ClipStage(recipe(tmp_path))
     batch = stage.batch(0)

@@ -33,7 +33,7 @@ class AugmentConfig:
     0.75, 0.66; Table 7: 1, 0.5), height and width at most `max_distort` scales apart, at one of 13 fixed
     places; "resized" is RandomResizedCrop: a share of the picture in `area` with an aspect in `ratio` (what
     the released code fine-tunes with; Flux-CLIP's forerunner trains with the area 0.5 to 1).
-    flip: chance of a mirror image (0 for SSv2, whose labels name sides).
+    flip: chance of a mirror image; a dataset may have its own (0 for SSv2, whose labels name sides).
     rand_augment: (magnitude 0..10, its standard deviation), None for none: (9, 0.5) in the supplement's
     Table 6, (7, 0.5) with 4 operations in the released code. rand_operations: how many per clip.
     erase: chance of random erasing: one rectangle of noise, the same place in all frames (0 in the
@@ -69,12 +69,18 @@ class AugmentConfig:
             )
 
 
-def augment(frames: Tensor, size: int, config: AugmentConfig, rng: random.Random) -> Tensor:
-    """uint8 (T, H, W, 3) to uint8 (T, size, size, 3), the same change for every frame."""
+def augment(
+    frames: Tensor, size: int, config: AugmentConfig, rng: random.Random, flip: float | None = None
+) -> Tensor:
+    """uint8 (T, H, W, 3) to uint8 (T, size, size, 3), the same change for every frame.
+
+    flip: the clip's own chance of a mirror image, None for the recipe's.
+    """
     height, width = frames.shape[1:3]
     top, left, tall, wide = choose_box(height, width, config, rng)
     out = resize(frames[:, top : top + tall, left : left + wide], size, size)
-    if config.flip and rng.random() < config.flip:
+    chance = config.flip if flip is None else flip
+    if chance and rng.random() < chance:
         out = out.flip(2)
     if config.rand_augment is not None:
         magnitude, deviation = config.rand_augment

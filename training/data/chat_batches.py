@@ -1,18 +1,17 @@
 """What the chat stages share: conversations about videos become batches with labels.
 
 A micro-batch is a pure function of its number: examples are shuffled anew for each epoch, those of like
-length share a micro-batch (`bucket`), and what the frozen encoder gave for a clip is kept on disk when
-`feature_cache` names a folder. The micro-batches of a step have one token count and like lengths, so that no
-process waits long for another.
+length within a step share a micro-batch (`bucket`), and what the frozen encoder gave for a clip is kept on
+disk when `feature_cache` names a folder. The micro-batches of a step have one token count.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from encoder.preprocess import preprocess
 from encoder.tokens import VisionTokens
 from encoder.video.reader import Clip
 from llm_bridge.model import VideoLanguageModel
-from llm_bridge.packing import Weighting, share_beginning
+from llm_bridge.packing import Weighting, label_weights, share_beginning
 from llm_bridge.prompt import IGNORE, Message, Prompt, Visual, render_chat_turns, render_plain_training
 from training.data.datasets import NEEDS, DatasetConfig, open_datasets
 from training.data.examples import Conversation, Example
@@ -51,10 +50,12 @@ class ChatRecipe:
     frames, resolution: what the encoder sees. num_tokens: kept of a clip, one number drawn per step. inputs:
     what to draw from instead, where frames and resolution vary too; one named twice is drawn twice as often.
     template: "plain" (caption right after the video, as the field's stage 1 does) or "chat" (the language
-    model's own template). max_length: longer samples lose their end. bucket: micro-batches among which
-    records are sorted by length, so that little is padded; 1 leaves them in random order. weighting: of long
-    and short answers in the loss (see llm_bridge.packing). max_missing: share of unreadable media that
-    stops the run. feature_cache: folder for encoder outputs, so that no clip is encoded twice.
+    model's own template). max_length: longer samples lose their end. bucket: micro-batches of a step
+    among which its records are sorted by length, so that little is padded; 1 leaves them in random order, and
+    which records a step has does not depend on it. weighting: of long and short answers in the loss of a step
+    (see llm_bridge.packing). max_missing: share of unreadable media that stops the run. feature_cache: folder
+    for encoder outputs, so that no clip is encoded twice. held_out: other datasets, on whose first
+    `evaluate_records` records the loss is evaluated.
     """
 
     stage: ClassVar[str]
@@ -72,6 +73,7 @@ class ChatRecipe:
     weighting: Weighting = "token"
     max_missing: float = 0.01
     feature_cache: str | None = None
+    held_out: tuple[DatasetConfig, ...] = ()
     evaluate_records: int = 0
 
     def __post_init__(self) -> None:
@@ -81,6 +83,10 @@ class ChatRecipe:
             raise ConfigError("num_tokens must name at least one token count.")
         if any(min(i.frames, i.resolution, i.num_tokens) < 1 for i in self.inputs):
             raise ConfigError("inputs must have frames, resolution and num_tokens of at least 1 each.")
+        if bool(self.held_out) != (self.evaluate_records > 0):
+            raise ConfigError("held_out and evaluate_records go together: name other records, and how many.")
+        if any(part in self.datasets for part in self.held_out):
+            raise ConfigError("held_out names records that are trained on: choose others.")
         if self.bucket < 1:
             raise ConfigError(f"bucket must be at least 1 micro-batch, not {self.bucket}.")
 
@@ -99,10 +105,15 @@ class ChatRecipe:
 
 @dataclass(frozen=True)
 class ChatBatch:
-    """Prompts with labels, and the clips of those that have one."""
+    """Prompts with labels, and the clips of those that have one.
+
+    weight: of all its labels in the loss. share: of its step, what its loss is multiplied by (see the loop).
+    """
 
     prompts: list[Prompt]
     vision: VisionTokens | None
+    weight: float = field(default=0.0, kw_only=True)
+    share: float = field(default=1.0, kw_only=True)
 
     @property
     def figures(self) -> dict[str, float]:
@@ -111,6 +122,14 @@ class ChatBatch:
         labelled = sum(label >= 0 for prompt in self.prompts for label in prompt.labels[1:])
         padding = 1 - sum(lengths) / (max(lengths) * len(lengths))
         return {"label_tokens": labelled, "tokens": sum(lengths), "padding": padding}
+
+
+class Place(NamedTuple):
+    """Where an example stands: the epoch, the position in its order, and the example's number."""
+
+    epoch: int
+    position: int
+    number: int
 
 
 class ChatData:
@@ -130,7 +149,7 @@ class ChatData:
         self._count = len(self._loader)
         self._cache = FeatureCache(Path(recipe.feature_cache) if recipe.feature_cache else None)
         self._encoder = vlm.revision(language=False)
-        self._window: tuple[tuple[int, int], list[list[int]]] = ((-2, 0), [])
+        self._step: tuple[int, list[list[Place]]] = (-1, [])
 
     @property
     def micro_batches(self) -> int:
@@ -147,21 +166,25 @@ class ChatData:
 
     def encoded(self, index: int) -> tuple[list[Example], list[Features | None]]:
         """The examples of micro-batch `index` and what the encoder gave for the media of each."""
-        epoch, within = divmod(index, self.micro_batches)
         step = index // self._per_step
         view = random.Random(f"{self.recipe.loop.seed}/{step}/keep").choice(self.recipe.drawn)
-        members = self._members(epoch, within)
-        pairs = [
-            self._usable(epoch, within * len(members) + slot, number, view)
-            for slot, number in enumerate(members)
-        ]
+        pairs = [self._usable(self._loader, place, view) for place in self._places(index)]
         return [example for example, _ in pairs], self._features(pairs, view)
 
-    def held_out(self, count: int) -> ChatBatch:
-        """The first examples of the order of another epoch, at the largest token count."""
-        view, order = self.recipe.longest, self._loader.order(-1)
-        pairs = [self._usable(-1, i, int(order[i % self._count]), view) for i in range(count)]
-        return self.prompted([example for example, _ in pairs], self._features(pairs, view))
+    def held_out(self) -> Iterator[ChatBatch]:
+        """The first held-out records, at the largest token count."""
+        recipe = self.recipe
+        if not recipe.held_out:
+            return
+        need, size = NEEDS[recipe.stage], recipe.optim.micro_batch
+        source = open_datasets(recipe.held_out, need)
+        out = Path(recipe.loop.out) / "held_out"
+        loader = Loader(source, recipe.loop.seed, out=out, stride=1, max_missing=1.0, need=need)
+        count = min(recipe.evaluate_records, len(source))
+        for first in range(0, count, size):
+            places = [Place(0, number, number) for number in range(first, min(first + size, count))]
+            pairs = [self._usable(loader, place, recipe.longest) for place in places]
+            yield self.prompted([example for example, _ in pairs], self._features(pairs, recipe.longest))
 
     def flush(self) -> None:
         """Write features that are still in memory."""
@@ -169,23 +192,30 @@ class ChatData:
 
     # -- which examples ------------------------------------------------------------------------------------
 
-    def _members(self, epoch: int, within: int) -> list[int]:
-        """Numbers of a micro-batch's examples: from the epoch's order, sorted by length inside a window."""
+    def _places(self, index: int) -> list[Place]:
+        """Those of a micro-batch's examples: a step's are the next of the epoch's order, and among them those
+        of like length lie side by side."""
         size, bucket = self.recipe.optim.micro_batch, self.recipe.bucket
-        number, place = divmod(within, bucket)
-        if self._window[0] != (epoch, number):
-            order = self._loader.order(epoch)
-            first = number * bucket * size
-            last = min(first + bucket * size, self.micro_batches * size)
-            members = [int(order[position % self._count]) for position in range(first, last)]
+        step, slot = divmod(index, self._per_step)
+        if self._step[0] != step:
+            first = step * self._per_step
+            drawn = [place for offset in range(self._per_step) for place in self._drawn(first + offset)]
             if bucket > 1:
-                members.sort(key=lambda number: (self._length(number), number))
-            width = size * self._per_step
-            steps = [members[start : start + width] for start in range(0, len(members), width)]
-            random.Random(f"{self.recipe.loop.seed}/{epoch}/{number}/bucket").shuffle(steps)
-            batches = [step[start : start + size] for step in steps for start in range(0, len(step), size)]
-            self._window = ((epoch, number), batches)
-        return self._window[1][place]
+                runs = [drawn[start : start + bucket * size] for start in range(0, len(drawn), bucket * size)]
+                drawn = [
+                    place
+                    for run in runs
+                    for place in sorted(run, key=lambda place: (self._length(place.number), place))
+                ]
+            self._step = (step, [drawn[start : start + size] for start in range(0, len(drawn), size)])
+        return self._step[1][slot]
+
+    def _drawn(self, index: int) -> list[Place]:
+        """The next places of the order of an epoch."""
+        epoch, within = divmod(index, self.micro_batches)
+        order, size = self._loader.order(epoch), self.recipe.optim.micro_batch
+        positions = range(within * size, (within + 1) * size)
+        return [Place(epoch, position, int(order[position % self._count])) for position in positions]
 
     def _length(self, number: int) -> int:
         """About how many positions an example takes; none when it cannot be used."""
@@ -193,10 +223,16 @@ class ChatData:
             example = self._loader.source[number]
         except (VideoError, OSError):
             return 0
-        visual = self.recipe.longest.num_tokens if example.has_media else 0
+        visual = 0
+        if example.has_media:
+            view, patch = self.recipe.longest, self.vlm.encoder.config.patch_size
+            pictures = len(getattr(example.media, "paths", ())) or 1
+            frames = min(pictures, view.frames) if example.kind == "image" else view.frames
+            kept = min(view.num_tokens, frames * (view.resolution // patch) ** 2)
+            visual = self.vlm.projector.planned_tokens(kept, frames)
         return visual + sum(len(part) for turn in example.turns for part in turn) // CHARACTERS_PER_TOKEN
 
-    def _usable(self, epoch: int, position: int, number: int, view: ChatInput) -> tuple[Example, Clip | None]:
+    def _usable(self, loader: Loader, place: Place, view: ChatInput) -> tuple[Example, Clip | None]:
         """An example, or the next of the order that can be used; its clip unless it has none or its features
         are known."""
 
@@ -205,7 +241,7 @@ class ChatData:
                 return None
             return example.media.load(view.frames, view.resolution)
 
-        return self._loader.usable(epoch, position, load, number)
+        return loader.usable(place.epoch, place.position, load, place.number)
 
     # -- what becomes of them ------------------------------------------------------------------------------
 
@@ -213,7 +249,8 @@ class ChatData:
         """Prompts and stacked features."""
         present = [one for one in features if one is not None]
         prompts = [self._prompt(example, one) for example, one in zip(examples, features, strict=True)]
-        return ChatBatch(prompts, stack(present) if present else None)
+        weight = float(label_weights(prompts, self.recipe.weighting).sum())
+        return ChatBatch(prompts, stack(present) if present else None, weight=weight)
 
     def _features(
         self, pairs: Sequence[tuple[Example, Clip | None]], view: ChatInput

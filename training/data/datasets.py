@@ -16,7 +16,7 @@ import yaml
 from encoder.errors import ConfigError, DataError
 from training.data.annotations import read_classes, read_csv, read_json
 from training.data.corpora import compare, corpora
-from training.data.examples import ExampleSource, IndependentTurns, Joined, Kind, Need, PartOf
+from training.data.examples import ExampleSource, Flipped, IndependentTurns, Joined, Kind, Need, PartOf
 from training.data.media import reason
 from training.data.shards import ShardExamples, Shards
 from training.data.synthetic_examples import Asking, WorldExamples, WorldLabel
@@ -49,7 +49,10 @@ class DatasetConfig(Asking):
     words). index_root: folder for the shards' indices, None for beside them. order: "shards" shuffles whole
     shards and then inside each, so that tars on a slow disk are read one after the other; "all" takes samples
     from anywhere. corpus: name in corpora.yaml, so that `python -m training.data check` can compare counts.
-    video_read_type: of such mixtures, without meaning here.
+    flip: chance of a mirror image in place of augment.flip. no_flip: parts of paths of files that are never
+    mirrored, in a list of several data sets (Something-Something, whose labels name sides).
+    video_read_type: of such mixtures: "decord" and "gif" are files, which are read by what they hold; folders
+    of pictures ("img") are refused.
     The rest: see Asking; all but `independent` is for the world.
     """
 
@@ -67,6 +70,8 @@ class DatasetConfig(Asking):
     order: Literal["all", "shards"] = "all"
     corpus: str | None = None
     video_read_type: str | None = None
+    flip: float | None = None
+    no_flip: tuple[str, ...] = ()
 
     renamed: ClassVar[dict[str, str]] = {"favour": "task_weights (a table: {task: 1 + times named})"}
 
@@ -75,6 +80,13 @@ class DatasetConfig(Asking):
         kinds = ("csv", "json_path", "jsonl", "yaml_path", "shards", "world")
         if sum(getattr(self, kind) is not None for kind in kinds) != 1:
             raise ConfigError(f"A dataset needs exactly one of {', '.join(kinds[:-1])} and {kinds[-1]}.")
+        if self.flip is not None and not 0 <= self.flip <= 1:
+            raise ConfigError(f"{self.name}: flip must be a chance from 0 to 1, not {self.flip}.")
+        if self.video_read_type not in (None, "decord", "gif"):
+            raise ConfigError(
+                f"{self.name}: video_read_type {self.video_read_type!r} is not known: videos must be files "
+                "(decord, gif)."
+            )
         choose_numbers(0, self.sampling_strategy, self.name)
 
     @property
@@ -103,6 +115,8 @@ class DatasetConfig(Asking):
             raise DataError(f"{self.name} holds no examples.")
         if self.sampling_strategy != "all":
             source = PartOf(source, choose_numbers(len(source), self.sampling_strategy, self.name))
+        if self.flip is not None or self.no_flip:
+            source = Flipped(source, self.flip, self.no_flip)
         return IndependentTurns(source) if self.independent and self.world is None else source
 
     def _open_files(self, need: Need | None) -> ExampleSource:

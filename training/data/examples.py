@@ -22,7 +22,8 @@ Need = Literal["label", "caption", "answer"]
 
 @dataclass(frozen=True)
 class Example:
-    """A video, image or text. conversations: about it; none sees another. system: what stands before each."""
+    """A video, image or text. conversations: about it; none sees another. system: what stands before each.
+    flip: chance of a mirror image in training, None for the recipe's."""
 
     id: str
     media: Media
@@ -31,6 +32,7 @@ class Example:
     kind: Kind = "video"
     conversations: tuple[Conversation, ...] = ()
     system: str = ""
+    flip: float | None = None
 
     @property
     def has_media(self) -> bool:
@@ -106,6 +108,33 @@ class PartOf:
 
     def __getitem__(self, index: int) -> Example:
         return self.source[self.numbers[index]]
+
+
+@dataclass(frozen=True)
+class Flipped:
+    """Examples of a source with a chance of a mirror image of their own: `flip`, and 0 for those whose file
+    has one of `never` in its path."""
+
+    source: ExampleSource
+    flip: float | None
+    never: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.source.classes
+
+    @property
+    def window(self) -> int | None:
+        """Of examples that lie together."""
+        return getattr(self.source, "window", None)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Example:
+        example = self.source[index]
+        never = any(part in example.media.key for part in self.never)
+        return replace(example, flip=0.0 if never else self.flip)
 
 
 @dataclass(frozen=True)

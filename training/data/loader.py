@@ -9,10 +9,12 @@ resumed run agree.
 
 from __future__ import annotations
 
+import atexit
 import json
 import math
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -122,7 +124,8 @@ class MissingMedia:
 
     The first rank writes `out/missing.json` ({id: reason}), another one `out/missing.rank1.json`, so that no
     two processes write one file. What an interrupted run found is kept in the file, but only this run's
-    share can stop it. Safe to use from many threads.
+    share can stop it. The file is written for each of the first few, then once they are a tenth more, and at
+    the end. Safe to use from many threads.
     """
 
     def __init__(self, out: Path, share: float) -> None:
@@ -132,7 +135,9 @@ class MissingMedia:
         self.tried = 0
         self.reasons: dict[str, str] = {}
         self._numbers: set[int] = set()
+        self._written = 0
         self._lock = threading.Lock()
+        atexit.register(_flush, weakref.ref(self))
 
     def count(self) -> None:
         """One more was tried."""
@@ -149,13 +154,25 @@ class MissingMedia:
                 self._numbers.add(number)
                 name = name if name not in self.reasons else f"{name} (number {number})"
                 self.reasons[name] = reason
-                save_json({**self._before(), **self.reasons}, self.path)
             broken = len(self.reasons)
-        if broken > max(TOLERATED, self.share * self.tried):
+            too_many = broken > max(TOLERATED, self.share * self.tried)
+            if too_many or broken <= TOLERATED or broken >= 1.1 * self._written:
+                self._write()
+        if too_many:
             raise DataError(
                 f"{broken} of {self.tried} examples cannot be used, more than the allowed share of "
                 f"{self.share:g}: see {self.path}; the last is {name}: {reason}"
             )
+
+    def flush(self) -> None:
+        """Write what the file lacks."""
+        with self._lock:
+            self._write()
+
+    def _write(self) -> None:
+        if len(self.reasons) > self._written:
+            save_json({**self._before(), **self.reasons}, self.path)
+            self._written = len(self.reasons)
 
     def _before(self) -> dict[str, str]:
         try:
@@ -163,3 +180,9 @@ class MissingMedia:
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
+
+
+def _flush(missing: weakref.ref[MissingMedia]) -> None:
+    """At the end of the process, of whose folder a test may have disposed."""
+    if (kept := missing()) is not None and kept.path.parent.is_dir():
+        kept.flush()

@@ -131,12 +131,14 @@ class VideoBatches:
 
         def use(example: Example) -> Tensor:
             clip = example.media.load(frames, resolution, moments=moments)
-            return self._pixels(clip.frames, frames, resolution, random.Random(seed))
+            return self._pixels(clip.frames, frames, resolution, random.Random(seed), example.flip)
 
         return self.loader.usable(epoch, position, use)
 
-    def _pixels(self, clip: Tensor, frames: int, resolution: int, rng: random.Random) -> Tensor:
-        clip = augment(clip, resolution, self.augment, rng)
+    def _pixels(
+        self, clip: Tensor, frames: int, resolution: int, rng: random.Random, flip: float | None
+    ) -> Tensor:
+        clip = augment(clip, resolution, self.augment, rng, flip)
         if len(clip) != frames:
             clip = clip[spread(len(clip), frames)]
         return preprocess(clip, resolution, resolution)

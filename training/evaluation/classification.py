@@ -99,7 +99,7 @@ def evaluate_classify(
 
     def features(pixels: Sequence[Tensor], seed: int) -> Tensor:
         if clip_head is None:
-            return run.encoder.logits(pixels, encoder_input, run.pool, seed)
+            return run.encoder.logits(pixels, encoder_input, run.pools, seed)
         return clip_head.scores(attribute, run.pooled(pixels, encoder_input, seed))
 
     readable, scores, missing = run.vectors(

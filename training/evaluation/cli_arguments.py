@@ -39,7 +39,7 @@ def add_encoder_options(command: argparse.ArgumentParser, *, required: bool = Tr
         "--encoder", required=required, help="a folder, an official file, or a chat model's folder"
     )
     command.add_argument("--alignment", help="alignment.safetensors of training.clip, or its folder")
-    command.add_argument("--pool", type=int, help="pooling head; default: by the number of tokens")
+    command.add_argument("--pool", type=int, help="pooling head; default: those that were trained")
     command.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     command.add_argument("--block", type=int, default=8, help="videos that go through the encoder together")
 

@@ -15,24 +15,25 @@ from training.evaluation.encoder_input import EncoderInput
 from training.evaluation.frozen_encoder import FrozenEncoder
 from training.evaluation.journal import Journal, Row, run_blocks
 from training.evaluation.views import Views, load_views
+from training.models.trained_pools import TrainedPools
 
 
 @dataclass(frozen=True)
 class EncoderRun:
-    """One evaluation of an encoder. pool: number of the pooling head, None by token count; block: items that
-    go through the encoder together; workers: threads that decode."""
+    """One evaluation of an encoder. pools: the pooling heads that were trained; block: items that go through
+    the encoder together; workers: threads that decode."""
 
     encoder: FrozenEncoder
     journal: Journal
+    pools: TrainedPools
     views: Views = field(default_factory=Views)
-    pool: int | None = None
     seed: int = 0
     block: int = 8
     workers: int = 2
 
     def pooled(self, pixels: Sequence[Tensor], encoder_input: EncoderInput, seed: int) -> Tensor:
         """Pooled features (B, clip_embed_dim) of clips."""
-        return self.encoder.pooled(pixels, encoder_input, self.pool, seed)
+        return self.encoder.pooled(pixels, encoder_input, self.pools, seed)
 
     def rows(
         self,

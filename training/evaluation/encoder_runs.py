@@ -26,12 +26,13 @@ from training.evaluation.cli_arguments import (
 )
 from training.evaluation.encoder_input import EncoderInput, unmasked
 from training.evaluation.encoder_run import EncoderRun
-from training.evaluation.frozen_encoder import ClipHead, FrozenEncoder, read_clip_head
+from training.evaluation.frozen_encoder import ClipHead, FrozenEncoder, chosen_pools, read_clip_head
 from training.evaluation.journal import Journal, Sharing
 from training.evaluation.provenance import about_encoder, write_result
 from training.evaluation.retrieval import evaluate_retrieval, retrieval_table
 from training.evaluation.synthetic_encoder import WorldClips, encoder_table, evaluate_encoder
 from training.evaluation.views import Views
+from training.models.trained_pools import TrainedPools
 from training.synthetic.phrases import ANSWERS
 
 
@@ -115,6 +116,7 @@ class _Command:
     args: argparse.Namespace
     encoder: FrozenEncoder
     head: ClipHead | None
+    pools: TrainedPools
     views: Views
     inputs: list[EncoderInput]
     metadata: dict[str, Any]
@@ -129,9 +131,10 @@ class _Command:
             raise ConfigError("Name the alignment that training.clip saved beside the encoder (--alignment).")
         head = read_clip_head(args.alignment).to(encoder.device) if args.alignment else None
         inputs, views = _inputs(args, encoder.config), views or Views()
+        pools = chosen_pools(args.pool, head, encoder)
         more |= {"alignment": weights_hash(*head.modules) if head else None, "block": args.block}
-        metadata = about_encoder(encoder, views, args.pool, args.seed, **about_data(args), **more)
-        return _Command(args, encoder, head, views, inputs, metadata)
+        metadata = about_encoder(encoder, views, pools, args.seed, **about_data(args), **more)
+        return _Command(args, encoder, head, pools, views, inputs, metadata)
 
     @property
     def clip_head(self) -> ClipHead:
@@ -142,7 +145,7 @@ class _Command:
     def start(self) -> EncoderRun:
         """The run, with its journal beside --out."""
         args, journal = self.args, Journal(out_path(self.args), self.metadata)
-        return EncoderRun(self.encoder, journal, self.views, args.pool, args.seed, args.block, args.workers)
+        return EncoderRun(self.encoder, journal, self.pools, self.views, args.seed, args.block, args.workers)
 
     def finish(self, text: str, figures: Mapping[str, Any]) -> int:
         """Write the file, then print the table: a reader that closes the pipe must not lose the figures."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,22 @@ from encoder.tokens import VisionTokens
 from llm_bridge.llm import default_device
 from llm_bridge.text_encoders.text_towers import TextTower
 from training.evaluation.encoder_input import EncoderInput
+from training.models.trained_pools import TrainedPools
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def pooling_head(keep: int | None, pools: int) -> int:
-    """Number of the pooling head for a token count: of three, 0 for 3072, 1 for 2048, 2 for 1024 and fewer,
-    whichever is nearest (the order of the released training engine, UNVERIFIED on released weights)."""
-    if pools < 3:
-        return min(1, pools - 1)
-    return 0 if keep is None or keep >= 2560 else 1 if keep >= 1536 else 2
+# Of fine-tuned class heads whose encoder does not say: the order of the released training engine, UNVERIFIED
+# on released weights.
+RELEASED_POOLS = TrainedPools(1, {3072: 0, 2048: 1, 1024: 2})
+
+
+def class_pools(config: FluxViTConfig) -> TrainedPools:
+    """Pooling and class head of each token count of a fine-tuned encoder."""
+    trained = {count: head for head, count in enumerate(config.head_counts) if count}
+    if trained:
+        return TrainedPools(min(trained.values()), trained)
+    return RELEASED_POOLS if config.num_pools >= 3 else TrainedPools(min(1, config.num_pools - 1))
 
 
 class FrozenEncoder:
@@ -78,23 +84,31 @@ class FrozenEncoder:
 
     @torch.inference_mode()
     def pooled(
-        self, pixels: Sequence[Tensor], encoder_input: EncoderInput, pool: int | None = None, seed: int = 0
+        self, pixels: Sequence[Tensor], encoder_input: EncoderInput, pools: TrainedPools, seed: int = 0
     ) -> Tensor:
-        """Pooled features (B, clip_embed_dim) in float32; pool: number of the head, None by token count."""
-        head = pooling_head(encoder_input.keep, self.config.num_pools) if pool is None else pool
+        """Pooled features (B, clip_embed_dim) in float32. Raises ConfigError for a head that is not there."""
+        head = self._head(encoder_input, pools)
         return self.encoder.pool(self.tokens(pixels, encoder_input, seed), head).float()
 
     @torch.inference_mode()
     def logits(
-        self, pixels: Sequence[Tensor], encoder_input: EncoderInput, pool: int | None = None, seed: int = 0
+        self, pixels: Sequence[Tensor], encoder_input: EncoderInput, pools: TrainedPools, seed: int = 0
     ) -> Tensor:
         """Class scores (B, num_classes) in float32. Raises ConfigError for an encoder without classes."""
         if not self.config.num_classes:
             raise ConfigError(
                 "The encoder has no class heads: train them with `python -m training.finetune`."
             )
-        head = pooling_head(encoder_input.keep, self.config.num_pools) if pool is None else pool
+        head = self._head(encoder_input, pools)
         return self.encoder.classify(self.tokens(pixels, encoder_input, seed), head).float()
+
+    def _head(self, encoder_input: EncoderInput, pools: TrainedPools) -> int:
+        head = pools.nearest(encoder_input.keep)
+        if not 0 <= head < self.config.num_pools:
+            raise ConfigError(
+                f"The encoder has {self.config.num_pools} pooling heads, no head {head}: name one (--pool)."
+            )
+        return head
 
 
 def open_encoder(path: Path) -> FluxViT:
@@ -117,10 +131,12 @@ def open_encoder(path: Path) -> FluxViT:
 
 @dataclass(frozen=True)
 class ClipHead:
-    """align: pooled feature (B, clip_embed_dim) -> text space; heads: attribute name -> class scores."""
+    """align: pooled feature (B, clip_embed_dim) -> text space; heads: attribute name -> class scores; pools:
+    the encoder's pooling heads that were trained with it."""
 
     align: nn.Module
     heads: Mapping[str, nn.Module]
+    pools: TrainedPools = field(default_factory=TrainedPools)
 
     @property
     def dim(self) -> int:
@@ -158,6 +174,14 @@ class ClipHead:
         return self
 
 
+def chosen_pools(pool: int | None, head: ClipHead | None, encoder: FrozenEncoder) -> TrainedPools:
+    """Pooling heads that an evaluation uses: the one that was named, those trained with a CLIP head, or those
+    of the encoder's class heads."""
+    if pool is not None:
+        return TrainedPools(pool)
+    return class_pools(encoder.config) if head is None else head.pools
+
+
 def read_clip_head(path: str | Path) -> ClipHead:
     """From `alignment.safetensors` of a `training.clip` run, its folder, or a file of the released layout.
 
@@ -170,7 +194,7 @@ def read_clip_head(path: str | Path) -> ClipHead:
     align = _build(_below(tensors, prefix), path)
     names = sorted({key.split(".")[1] for key in tensors if key.startswith("attributes.")})
     heads = {name: _build(_below(tensors, f"attributes.{name}."), path) for name in names}
-    return ClipHead(align, heads)
+    return ClipHead(align, heads, TrainedPools.of_tensors(tensors))
 
 
 def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -19,13 +19,14 @@ from training.data.synthetic_source import WorldSource
 from training.evaluation.frozen_encoder import FrozenEncoder
 from training.evaluation.journal import Sharing
 from training.evaluation.views import Views
+from training.models.trained_pools import TrainedPools
 
 DECODER = "auto (decord for trusted files, else PyAV)"
 INTERVAL = "Wilson, 95 % (means over tasks: MOVER)"
 
 
 def about_encoder(
-    encoder: FrozenEncoder, views: Views, pool: int | None, seed: int, **more: Any
+    encoder: FrozenEncoder, views: Views, pools: TrainedPools, seed: int, **more: Any
 ) -> dict[str, Any]:
     """What every row about an encoder depends on."""
     return {
@@ -33,7 +34,7 @@ def about_encoder(
         "dtype": str(encoder.dtype).removeprefix("torch."),
         "views": str(views),
         "fit": views.fit,
-        "pool": "by tokens" if pool is None else pool,
+        "pool": str(pools),
         "seed": seed,
         **more,
     }

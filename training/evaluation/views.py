@@ -7,6 +7,7 @@ Released code: 4 clips x 3 crops for Kinetics, 2 x 3 for SSv2.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -166,6 +167,9 @@ class Accuracy:
         return first | {f"top5_{count}": right / self.videos for count, right in self.top5.items()}
 
 
+VIEWS_AT_ONCE = 32
+
+
 @torch.no_grad()
 def view_accuracy(
     classify: Callable[[Tensor], Mapping[int, Tensor]],
@@ -178,34 +182,42 @@ def view_accuracy(
 ) -> Accuracy:
     """Accuracy over a source. classify: pixels (V, 3, T, R, R) -> logits (V, classes) by token count.
 
-    Each rank takes every `ranks`-th video. All ranks call `classify` equally often, since sharded weights
-    need all of them: a rank without a video of its own runs on the last it had and does not count it.
+    Each rank takes every `ranks`-th video. Several go through the encoder together, up to VIEWS_AT_ONCE
+    views. All ranks call `classify` equally often, since sharded weights need all of them: a place without a
+    video is zeros, which do not count.
     """
     size = min(config.examples or len(source), len(source))
+    views = config.clips * config.crops
+    together = max(1, VIEWS_AT_ONCE // views)
     accuracy = Accuracy(0, {}, {}, {})
-    pixels: Tensor | None = None
-    for turn in progress(range(-(-size // ranks))):
+    shape = (views, 3, config.frames, config.resolution, config.resolution)
+
+    def load(turn: int) -> tuple[Tensor, int | None]:
         number = turn * ranks + rank
-        label = None
-        if number < size:
-            name = f"number {number}"
-            try:
+        name = f"number {number}"
+        try:
+            if number < size:
                 example = source[number]
                 name = example.id
-                pixels, label = config.load(example), example.label
-                if label is None:
+                if example.label is None:
                     raise VideoError("it has no label.")
-            except VideoError as error:
-                accuracy.unreadable[name] = str(error)
-        if pixels is None:
-            pixels = torch.zeros(config.clips * config.crops, 3, config.frames, *(2 * (config.resolution,)))
-        for count, logits in classify(pixels).items():
-            if label is None:
-                continue
-            scores = mean_probabilities(logits)[None].cpu()
-            for right, k in ((accuracy.top1, 1), (accuracy.top5, 5)):
-                right[count] = right.get(count, 0) + _is_right(scores, label, k)
-        accuracy.videos += label is not None
+                return config.load(example), example.label
+        except VideoError as error:
+            accuracy.unreadable[name] = str(error)
+        return torch.zeros(shape), None
+
+    turns = -(-size // ranks)
+    with ThreadPoolExecutor(min(together, os.cpu_count() or 1)) as pool:
+        for first in progress(range(0, turns, together)):
+            loaded = list(pool.map(load, range(first, min(first + together, turns))))
+            for count, logits in classify(torch.cat([pixels for pixels, _ in loaded])).items():
+                for (_, label), of_video in zip(loaded, logits.split(views), strict=True):
+                    if label is None:
+                        continue
+                    scores = mean_probabilities(of_video)[None].cpu()
+                    for right, k in ((accuracy.top1, 1), (accuracy.top5, 5)):
+                        right[count] = right.get(count, 0) + _is_right(scores, label, k)
+            accuracy.videos += sum(label is not None for _, label in loaded)
     return accuracy
 
 

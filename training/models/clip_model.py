@@ -19,6 +19,7 @@ from encoder.fluxvit import FluxViT
 from encoder.selection import Selector
 from encoder.tokens import VisionTokens
 from llm_bridge.text_encoders.text_towers import TextTower, Tower
+from training.models.trained_pools import NAME, TrainedPools
 from training.trainer.distributed import gather_rows
 from training.trainer.losses import contrastive_loss
 
@@ -31,8 +32,7 @@ class ClipSettings:
     """What of a recipe the model depends on; see ClipRecipe."""
 
     train: Trained = "all"
-    pools: Mapping[int, int] = field(default_factory=dict)
-    pool: int = 1
+    pools: TrainedPools = field(default_factory=TrainedPools)
     align_norm: bool = False
     temperature: float = 0.07
     temperature_min: float = 0.01
@@ -75,7 +75,7 @@ class ClipModel(nn.Module):
         super().__init__()
         self.encoder, self.settings = encoder, settings
         width = encoder.config.clip_embed_dim
-        used = {settings.pool, *settings.pools.values()}
+        used = {settings.pools.default, *settings.pools.by_count.values()}
         if max(used) >= encoder.config.num_pools or min(used) < 0:
             raise ConfigError(f"The encoder has {encoder.config.num_pools} pools, no pool {max(used)}.")
         linear = nn.Linear(width, tower.dim)
@@ -108,7 +108,9 @@ class ClipModel(nn.Module):
 
     def embed(self, pixels: Tensor, num_tokens: int | None, selector: Selector = "flux") -> Tensor:
         """Unit vectors (B, D) in the text space, float32."""
-        return F.normalize(self.align(self.features(pixels, num_tokens, selector).float()), dim=-1)
+        pooled = self.features(pixels, num_tokens, selector).float()
+        with torch.autocast(pooled.device.type, enabled=False):
+            return F.normalize(self.align(pooled), dim=-1)
 
     def _tokens(self, pixels: Tensor, num_tokens: int | None, selector: Selector) -> VisionTokens:
         frozen = self.settings.train == "projector"
@@ -116,7 +118,7 @@ class ClipModel(nn.Module):
             return self.encoder(pixels, num_tokens, selector=selector)
 
     def _pool(self, tokens: VisionTokens, num_tokens: int | None) -> Tensor:
-        return self.encoder.pool(tokens, self.settings.pools.get(num_tokens or 0, self.settings.pool))
+        return self.encoder.pool(tokens, self.settings.pools.of(num_tokens))
 
     def forward(self, batch: ClipBatch) -> tuple[Tensor, dict[str, float]]:
         """(loss, figures) of a batch."""
@@ -164,9 +166,10 @@ class ClipModel(nn.Module):
         return tower.to(device).embed(batch.captions)
 
     def head_state(self) -> dict[str, Tensor]:
-        """Tensors of the CLIP head: all but encoder and text tower, by name."""
+        """Tensors of the CLIP head: all but encoder and text tower, by name; and which pools it reads."""
         outside = ("encoder.", "text_tower.")
-        return {k: v for k, v in self.state_dict().items() if not k.startswith(outside)}
+        head = {k: v for k, v in self.state_dict().items() if not k.startswith(outside)}
+        return {**head, NAME: self.settings.pools.to_tensor()}
 
 
 def label_loss(scores: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -204,7 +207,7 @@ def load_clip_head(model: ClipModel, path: str) -> None:
     lost = [
         k
         for k in model.head_state()
-        if k not in report.loaded and not k.startswith(("attributes.", "patches."))
+        if k not in report.loaded and not k.startswith(("attributes.", "patches.", NAME))
     ]
     if lost:
         raise CheckpointError(f"{path} does not fit the recipe's CLIP head ({lost[0]}): {report}.")

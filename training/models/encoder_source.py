@@ -21,24 +21,57 @@ from encoder.config import SIZES, FluxViTConfig
 from encoder.errors import CheckpointError, ConfigError, DataError
 from encoder.fluxvit import FluxViT
 
+# Settings that change no weight's shape or start.
+BESIDE_WEIGHTS = ("drop_path", "gelu", "image_positions", "frames_range", "resolution_range")
+
+
+def _size(name: str) -> FluxViTConfig:
+    if name not in SIZES:
+        raise ConfigError(f"encoder.size must be one of {', '.join(SIZES)}, not {name!r}.")
+    return SIZES[name]
+
 
 @dataclass(frozen=True)
 class EncoderSource:
-    """A size with changed settings, or weights to start from (official file or saved folder)."""
+    """A size with changed settings, or weights to start from (official file or saved folder).
 
-    size: str = "micro"
+    size: "micro" for a new encoder; weights have their own, which may be named. settings: beside weights only
+    those that no weight depends on. Drop path belongs to the run, not to the weights: 0 unless it is said.
+    """
+
+    size: str | None = None
     init: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     def config(self) -> FluxViTConfig:
         """Dimensions of a new encoder; raises ConfigError."""
-        if self.size not in SIZES:
-            raise ConfigError(f"encoder.size must be one of {', '.join(SIZES)}, not {self.size!r}.")
-        return FluxViTConfig.from_dict({**SIZES[self.size].to_dict(), **self.settings})
+        return FluxViTConfig.from_dict({**_size(self.size or "micro").to_dict(), **self.settings})
 
     def build(self) -> FluxViT:
         """The encoder; raises ConfigError or CheckpointError."""
-        return FluxViT(self.config()) if self.init is None else load_encoder(self.init)
+        if self.init is None:
+            return FluxViT(self.config())
+        start = load_encoder(self.init)
+        encoder = FluxViT(self._beside(start.config))
+        encoder.load_state_dict(start.state_dict())
+        return encoder
+
+    def _beside(self, stored: FluxViTConfig) -> FluxViTConfig:
+        """The weights' configuration with what may be set beside them; raises ConfigError for the rest."""
+        size = _size(self.size) if self.size is not None else stored
+        if (size.embed_dim, size.depth) != (stored.embed_dim, stored.depth):
+            raise ConfigError(
+                f"encoder.size is {self.size!r}, but {self.init} is {stored.embed_dim} wide and "
+                f"{stored.depth} blocks deep: leave encoder.size out."
+            )
+        wanted = FluxViTConfig.from_dict({**stored.to_dict(), "drop_path": 0.0, **self.settings})
+        for name in self.settings:
+            if name not in BESIDE_WEIGHTS and getattr(wanted, name) != getattr(stored, name):
+                raise ConfigError(
+                    f"encoder.settings.{name} is {self.settings[name]!r}, but the weights of encoder.init "
+                    f"have {getattr(stored, name)!r}: leave it out."
+                )
+        return wanted
 
 
 def check_token_counts(num_tokens: Sequence[int], **per_count: Sequence[Any] | None) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from encoder.errors import ConfigError
+from llm_bridge.llm import default_device, default_dtype
 from training.trainer.recipe import OptimConfig
 
 
@@ -30,6 +31,8 @@ def open_accelerator(precision: str) -> Any:
     has_gpu = torch.accelerator.is_available()
     if precision == "fp16" and not has_gpu:
         raise ConfigError("loop.precision fp16 needs a GPU: use bf16 or fp32 here.")
+    if precision == "bf16" and has_gpu and default_dtype(default_device()) == torch.float16:
+        raise ConfigError("This GPU has no bfloat16: use loop.precision fp16 or fp32.")
     # A second run in one process may have another precision.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
@@ -54,6 +57,16 @@ def is_sharded(accelerator: Any) -> bool:
     return accelerator.distributed_type.value == "FSDP"
 
 
+def choose_sharded_layers(accelerator: Any, model: nn.Module) -> None:
+    """Which layers FSDP gathers one at a time: those of its settings that the model has, and those that the
+    model itself names in `sharded_layers`."""
+    if not is_sharded(accelerator):
+        return
+    plugin, known = accelerator.state.fsdp_plugin, {type(module).__name__ for module in model.modules()}
+    wanted = [*(plugin.transformer_cls_names_to_wrap or ()), *getattr(model, "sharded_layers", ())]
+    plugin.transformer_cls_names_to_wrap = [name for name in dict.fromkeys(wanted) if name in known]
+
+
 def share_of(accelerator: Any, optim: OptimConfig, precision: str) -> int:
     """Micro-batches of this rank in one step; raises ConfigError when the ranks do not divide them.
 
@@ -74,6 +87,20 @@ def share_of(accelerator: Any, optim: OptimConfig, precision: str) -> int:
             torch_autocast={"enabled": precision == "bf16", "dtype": "bfloat16"},
         )
     return share
+
+
+def device_of_process(kind: str | None = None) -> torch.device:
+    """The device of this process: of several on a machine each has its own, by its local number.
+
+    kind: "cuda" and so on; default, that of the machine.
+    """
+    from accelerate.utils import get_int_from_env
+
+    kind = kind or default_device().type
+    if kind in ("cpu", "mps"):
+        return torch.device(kind)
+    names = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+    return torch.device(kind, get_int_from_env(names, 0))
 
 
 def rank_of() -> tuple[int, int]:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +31,7 @@ from training.trainer.checkpoints import (
 from training.trainer.distributed import (
     GradientNorms,
     backward,
+    choose_sharded_layers,
     gathered,
     is_deepspeed,
     make_whole,
@@ -39,7 +40,7 @@ from training.trainer.distributed import (
     share_of,
     whole,
 )
-from training.trainer.optim import learning_rate, parameter_groups
+from training.trainer.optim import learn_in_float32, learning_rate, parameter_groups
 from training.trainer.recipe import LoopConfig, OptimConfig
 from training.trainer.run_log import Figures, RunLog
 
@@ -48,7 +49,10 @@ class Stage(Protocol):
     """What differs between stages.
 
     A stage may also have `parameter_groups(optim) -> list[dict]`, the optimiser's groups as
-    `optim.parameter_groups` makes them (each with its `lr_scale`).
+    `optim.parameter_groups` makes them (each with its `lr_scale`). With `shares_out` its batches are
+    dataclasses with `weight`, how much of the step's loss is theirs, and `share`, by which the model
+    multiplies the mean loss of the batch: the loop sets it so that the step's loss is the weighted mean over
+    all of its batches, on all ranks, as if they were one. Without, all batches count the same.
     """
 
     @property
@@ -113,10 +117,10 @@ def train(stage: Stage, optim: OptimConfig, loop: LoopConfig, *, resume: bool = 
         bar.write(log.warning)
     began, clock = time.monotonic(), time.perf_counter()
 
-    with _interruption() as interrupted, _prefetch(stage.batch) as batch_of, bar:
+    with _interruption() as interrupted, _prefetch(run.make) as made, bar:
         for step in range(run.done.step, total):
             rate = learning_rate(step, total, optim)
-            loss, figures = run.gradients(step, rate, batch_of)
+            loss, figures = run.gradients(step, rate, made)
             empty = figures.total("label_tokens") == 0
             norms, skipped = run.update(loss, empty=empty)
             run.done = Progress(
@@ -170,6 +174,7 @@ class _Run:
         self.total = total_steps(stage.micro_batches, optim, loop)
         if self.accelerator.is_main_process:
             _claim(self.out, resume)
+        learn_in_float32(stage.model)
         self.done = load_weights(stage.model, self.out, optim, loop) if resume else Progress()
         groups = getattr(stage, "parameter_groups", None)
         optimizer = torch.optim.AdamW(
@@ -180,6 +185,7 @@ class _Run:
             betas=optim.betas,
             eps=optim.eps,
         )
+        choose_sharded_layers(self.accelerator, stage.model)
         self.model, self.optimizer = self.accelerator.prepare(stage.model, optimizer)
         if resume:
             load_optimizer(self.accelerator, self.model, self.optimizer, self.out)
@@ -190,21 +196,45 @@ class _Run:
         return self.accelerator.unwrap_model(self.model)
 
     def _index(self, step: int, part: int) -> int:
-        """Ranks take neighbouring micro-batches, so that their number does not change a step's data."""
-        return step * self.per_step + self.accelerator.process_index * self.share + part
+        """Ranks take micro-batches in turn, so that their number does not change a step's data, and those
+        that run side by side are neighbours, of like length where the stage sorts them."""
+        return step * self.per_step + part * self.accelerator.num_processes + self.accelerator.process_index
+
+    @property
+    def make(self) -> Callable[[int], Any]:
+        """What is made ahead of time: micro-batches by index, or the list of a step's on this rank."""
+        if not getattr(self.stage, "shares_out", False):
+            return self.stage.batch
+        return lambda step: [self.stage.batch(self._index(step, part)) for part in range(self.share)]
+
+    def _batches(self, step: int, made: Callable[[int, int | None], Any]) -> Iterator[Any]:
+        """The micro-batches of a step on this rank."""
+        ends = step + 1 == self.total
+        if getattr(self.stage, "shares_out", False):
+            yield from self._shared_out(made(step, None if ends else step + 1))
+            return
+        for part in range(self.share):
+            last = part + 1 == self.share
+            following = self._index(step + 1, 0) if last else self._index(step, part + 1)
+            yield made(self._index(step, part), None if last and ends else following)
+
+    def _shared_out(self, batches: Sequence[Any]) -> list[Any]:
+        """Each with its share, so that the mean over parts and ranks becomes the step's weighted mean."""
+        own = torch.tensor(sum(batch.weight for batch in batches), device=self.accelerator.device)
+        weight = float(self.accelerator.reduce(own.float(), reduction="sum"))
+        parts = self.share * self.accelerator.num_processes
+        return [replace(batch, share=parts * batch.weight / weight if weight else 1.0) for batch in batches]
 
     def gradients(
-        self, step: int, rate: float, batch_of: Callable[[int, int | None], Any]
+        self, step: int, rate: float, made: Callable[[int, int | None], Any]
     ) -> tuple[float, Figures]:
         """Gradients of the step's mean loss; that loss and the figures, of all ranks."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         self.model.train()
         figures, total = Figures(), torch.zeros((), device=self.accelerator.device)
-        for part in range(self.share):
+        for part, batch in enumerate(self._batches(step, made)):
             last = part + 1 == self.share
-            following = self._index(step + 1, 0) if last else self._index(step, part + 1)
-            batch = batch_of(self._index(step, part), None if last and step + 1 == self.total else following)
             # Randomness inside the model is a function of the position too, so that resuming is exact.
             torch.manual_seed(self.loop.seed * 1_000_003 + self._index(step, part))
             with nullcontext() if last else self.accelerator.no_sync(self.model):
@@ -242,7 +272,7 @@ class _Run:
     def evaluate(self) -> dict[str, float]:
         """The stage's figures; every rank computes them, since sharded weights need all of them."""
         self.model.eval()
-        with gathered(self._plain):
+        with gathered(self._plain), self.accelerator.autocast(), torch.no_grad():
             return {f"eval/{name}": value for name, value in self.stage.evaluate().items()}
 
     def any_rank(self, flag: bool) -> bool:

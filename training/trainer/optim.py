@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from training.trainer.recipe import OptimConfig
@@ -35,6 +36,14 @@ def learning_rate(step: int, total: int, config: OptimConfig) -> float:
     progress = (step - warmup) / max(1, total - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return scale * (config.min_lr + (config.lr - config.min_lr) * cosine)
+
+
+def learn_in_float32(model: nn.Module) -> None:
+    """Keep trained parameters, and so their gradients and AdamW's states, in float32: what a small step adds
+    is lost in half precision. They compute in the recipe's precision, under autocast."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
 
 
 def layer_of(name: str, depths: dict[str, int]) -> tuple[int, int]:

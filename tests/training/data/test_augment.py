@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from encoder.errors import ConfigError
-from training.data.augment import AugmentConfig, augment, choose_box, segment_moments
+from training.data.augment import AugmentConfig, augment, choose_box, resize, segment_moments
+from training.data.media import _fit
 from training.data.rand_augment import OPERATIONS, rand_augment
 from training.trainer.recipe import build
 
@@ -66,6 +67,13 @@ def test_multiscale_crops_are_the_thirteen_places_of_ten_sizes() -> None:
     expected = {(0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (0, 2), (4, 2)}
     expected |= {(1, 1), (1, 3), (3, 1), (3, 3)}
     assert places == {(i * rows, j * columns) for i, j in expected}
+
+
+def test_shrinking_noise_gives_grey_not_noise() -> None:
+    noise = torch.randint(0, 256, (1, 224, 224, 3), generator=torch.Generator().manual_seed(0))
+    for shrink in (resize, _fit):
+        small = shrink(noise.to(torch.uint8), 28, 28).float()
+        assert small.std().item() < 20  # 74 before, and as much after picking single pixels
 
 
 def test_crops_show_what_they_say() -> None:

@@ -21,8 +21,10 @@ from tests.training.data.clip_corpus import COLOURS, loop, recipe
 from training.clip import ClipStage
 from training.data.clip_batches import Alternation, as_numbers, still_grid
 from training.data.flexible_grids import FlexibleGrid
+from training.evaluation.frozen_encoder import read_clip_head
 from training.evaluation.metrics import paired_recalls
 from training.models.clip_model import ClipBatch
+from training.models.trained_pools import TrainedPools
 from training.trainer.distributed import gather_rows
 from training.trainer.loop import train
 from training.trainer.losses import contrastive_loss
@@ -242,6 +244,19 @@ def test_each_count_has_its_pool(corpus: Path, tmp_path: Path) -> None:
     for keep, pool in ((16, 2), (32, 0), (48, 1)):
         wanted = model.encoder.pool(model.encoder(pixels, keep), pool)
         torch.testing.assert_close(model.features(pixels, keep), wanted)
+
+
+def test_the_alignment_says_which_pools_were_trained(corpus: Path, tmp_path: Path) -> None:
+    for number, (changes, wanted) in enumerate(
+        [
+            ({"pool": 0}, TrainedPools(0)),
+            ({"pools": [2, 0], "num_tokens": [16, 32]}, TrainedPools(1, {16: 2, 32: 0})),
+        ]
+    ):
+        stage = ClipStage(recipe(corpus, tmp_path / str(number), **changes))
+        stage.finish(tmp_path / str(number))
+        assert read_clip_head(tmp_path / str(number)).pools == wanted
+    assert [wanted.nearest(keep) for keep in (8, 16, 30, 64, None)] == [2, 2, 0, 0, 0]
 
 
 def test_positions_of_an_image() -> None:

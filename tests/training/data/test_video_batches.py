@@ -23,7 +23,7 @@ from training.data.augment import AugmentConfig
 from training.data.datasets import DatasetConfig
 from training.data.examples import Example, ListExamples
 from training.data.flexible_grids import FlexibleGrid
-from training.data.loader import epoch_order
+from training.data.loader import MissingMedia, epoch_order
 from training.data.video_batches import VideoBatches, spread
 from training.trainer.recipe import build
 
@@ -77,6 +77,51 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines += ["cut.mp4 0", "lost.mp4 0"]
     (folder / "list.csv").write_text("\n".join(lines))
     return folder
+
+
+def test_each_data_set_has_its_own_mirror_images(videos: Path, tmp_path: Path) -> None:
+    """K-Mash holds Something-Something, whose labels name sides, in the list of all."""
+    rows = [f"{name} {number}" for number, name in enumerate(("k400/0.mp4", "ssv2/1.mp4"))]
+    for row in rows:
+        (tmp_path / row.split("/")[0]).mkdir()
+        path = tmp_path / row.split()[0]
+        path.write_bytes((videos / path.name).read_bytes())
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+
+    def seen(always: float, **settings) -> dict[str, torch.Tensor]:
+        data = DatasetConfig(csv=str(tmp_path / "list.csv"), data_root=str(tmp_path), **settings)
+        batch = make(data.open(), tmp_path / "o", 2, augment=AugmentConfig(flip=always)).get(0)
+        return {e.id.split("/")[0]: p for e, p in zip(batch.examples, batch.pixels, strict=True)}
+
+    plain = seen(0.0)
+    assert not torch.equal(plain["ssv2"], plain["ssv2"].flip(-1))
+    mixed = seen(1.0, no_flip=["ssv2"])
+    assert torch.equal(mixed["ssv2"], plain["ssv2"])
+    torch.testing.assert_close(mixed["k400"], plain["k400"].flip(-1))
+    assert all(torch.equal(seen(1.0, flip=0.0)[name], plain[name]) for name in plain)
+    assert torch.equal(seen(0.0, flip=1.0)["ssv2"], plain["ssv2"].flip(-1))
+    with pytest.raises(ConfigError, match="flip must be a chance"):
+        DatasetConfig(csv="x", flip=2.0)
+
+
+def test_folders_of_pictures_are_refused() -> None:
+    assert DatasetConfig(csv="x", video_read_type="decord").name == "x"
+    with pytest.raises(ConfigError, match="video_read_type 'img' is not known"):
+        DatasetConfig(csv="x", video_read_type="img")
+
+
+def test_what_is_missing_is_not_written_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    monkeypatch.setattr("training.data.loader.save_json", lambda values, _: written.append(len(values)))
+    missing = MissingMedia(tmp_path, 1.0)
+    for number in range(1000):
+        missing.count()
+        missing.report(number, str(number), "gone")
+    assert len(written) < 70
+    missing.flush()
+    missing.flush()
+    assert written[-2:-1] != [1000]
+    assert written[-1] == 1000
 
 
 def test_real_files_batches_are_pure_and_name_what_is_broken(videos: Path, tmp_path: Path) -> None:

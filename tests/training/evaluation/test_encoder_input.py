@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from encoder.budget import PlanTable
+from encoder.config import FluxViTConfig
 from encoder.errors import ConfigError
 from training.evaluation.encoder_input import EncoderInput, from_plan_table, unmasked
-from training.evaluation.frozen_encoder import pooling_head
+from training.evaluation.frozen_encoder import class_pools
 
 
 @pytest.mark.parametrize("text", ["8x224", "16x168:1024", "4x56:9/random", "24x252:512+vid-tldr"])
@@ -36,5 +37,13 @@ def test_inputs_of_the_paper(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('[{"tokens": 1024, "frames": 16, "resolution": 168}]')
     [plus] = from_plan_table(PlanTable.read(tmp_path / "plan.json"))
     assert plus.label == "1024+ (16x168:1024)"
-    assert [pooling_head(keep, 3) for keep in (None, 3072, 2048, 1024, 512)] == [0, 0, 1, 2, 2]
-    assert (pooling_head(512, 2), pooling_head(512, 1)) == (1, 0)
+
+
+def test_class_heads_serve_the_counts_they_were_trained_at() -> None:
+    counts = (None, 3072, 2048, 1024, 512)
+    released = class_pools(FluxViTConfig())
+    assert [released.nearest(keep) for keep in counts] == [0, 0, 1, 2, 2]
+    assert [class_pools(FluxViTConfig(num_pools=n)).nearest(512) for n in (1, 2)] == [0, 1]
+    small = class_pools(FluxViTConfig(head_counts=(192, 128, 64)))
+    assert [small.nearest(keep) for keep in (None, 192, 120, 60)] == [0, 0, 1, 2]
+    assert class_pools(FluxViTConfig(head_counts=(0, 2048, 0))).nearest(512) == 1

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from encoder.config import MICRO
-from encoder.errors import CheckpointError, DataError
+from encoder.errors import CheckpointError, ConfigError, DataError
 from encoder.fluxvit import FluxViT
-from training.models.encoder_source import read_head_map, slice_heads
+from training.models.encoder_source import EncoderSource, read_head_map, slice_heads
 
 
 def narrow(classes: int) -> FluxViT:
@@ -29,6 +29,28 @@ def test_all_three_heads_keep_their_rows() -> None:
     for number in range(3):
         torch.testing.assert_close(new.head[number].weight, old.head[number].weight[[3, 0]])
         torch.testing.assert_close(new.head[number].bias, torch.full((2,), float(number)))
+
+
+def test_settings_beside_weights_apply_or_are_refused(tmp_path: Path) -> None:
+    old = narrow(5)
+    old.config = old.config.replace(drop_path=0.1)
+    old.save_pretrained(tmp_path)
+    start = EncoderSource(init=str(tmp_path)).build()
+    # What the last run dropped is no matter of this one.
+    assert {block.drop_path.rate for block in start.blocks} == {0.0}
+    settings = {"drop_path": 0.3, "gelu": "erf", "depth": 2}
+    changed = EncoderSource(init=str(tmp_path), settings=settings).build()
+    assert [block.drop_path.rate for block in changed.blocks] == [0.0, 0.3]
+    assert changed.blocks[0].mlp.approximate == "none"
+    assert torch.equal(changed.pos_embed, old.pos_embed)
+    for wrong, word in (
+        ({"settings": {"depth": 3}}, "encoder.settings.depth is 3"),
+        ({"settings": {"num_classes": 9}}, "encoder.settings.num_classes is 9"),
+        ({"size": "small"}, "encoder.size is 'small'"),
+        ({"size": "huge"}, "encoder.size must be one of"),
+    ):
+        with pytest.raises(ConfigError, match=word):
+            EncoderSource(init=str(tmp_path), **wrong).build()
 
 
 def test_a_single_head_serves_all() -> None:

@@ -204,6 +204,26 @@ def test_another_recipes_checkpoint_is_refused(tmp_path: Path) -> None:
         train(stage, *configs(tmp_path), resume=True)
 
 
+def test_evaluation_is_in_evaluation_mode_without_gradients(tmp_path: Path) -> None:
+    class Watching(ToyStage):
+        def evaluate(self) -> dict[str, float]:
+            modes = [module.training for module in self.model.modules()]
+            return {"training": float(any(modes)), "graph": float(torch.is_grad_enabled())}
+
+    train(Watching(), *configs(tmp_path, evaluate_every=5))
+    assert figures(tmp_path, "eval/training") == [0.0] * 4
+    assert figures(tmp_path, "eval/graph") == [0.0] * 4
+
+
+def test_evaluation_computes_in_the_recipes_precision(tmp_path: Path) -> None:
+    class Watching(ToyStage):
+        def evaluate(self) -> dict[str, float]:
+            return {"half": float(self.model.net[0](torch.ones(1, 4)).dtype == torch.bfloat16)}
+
+    train(Watching(), *configs(tmp_path, evaluate_every=20, precision="bf16"))
+    assert figures(tmp_path, "eval/half") == [1.0]
+
+
 def test_batches_must_divide(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="multiple of micro_batch"):
         configs(tmp_path, micro_batch=3)
@@ -401,6 +421,14 @@ def test_a_stage_may_bring_its_own_groups(tmp_path: Path) -> None:
 def test_fp16_on_a_cpu_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="needs a GPU"):
         run(tmp_path, precision="fp16")
+
+
+def test_bf16_on_a_gpu_without_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("training.trainer.distributed.default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: False)
+    with pytest.raises(ConfigError, match="This GPU has no bfloat16"):
+        loop.open_accelerator("bf16")
 
 
 def test_two_runs_of_one_process_may_differ_in_precision(tmp_path: Path) -> None:

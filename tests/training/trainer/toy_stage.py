@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ class ToyStage:
         save_tensors(self.model.state_dict(), out / "model.safetensors")
 
 
-def shard_on_cpu() -> None:
+def shard_on_cpu(layers: Sequence[str] = ("Linear",)) -> None:
     """Let the loop use FSDP: accelerate offers it on GPUs only, though the sharding works anywhere."""
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.state import AcceleratorState, DistributedType, PartialState
@@ -70,7 +71,7 @@ def shard_on_cpu() -> None:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["Linear"],
+            transformer_cls_names_to_wrap=list(layers),
             cpu_ram_efficient_loading=False,
         )
         assert accelerator.is_fsdp2
