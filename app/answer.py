@@ -54,13 +54,19 @@ class KeptTokens:
 
 @dataclass(frozen=True)
 class Answer:
-    """The text and its figures. finish: "stop" (complete), "length" (max_new_tokens) or "cancelled"."""
+    """The text and its figures. finish: "stop" (complete), "length" (max_new_tokens) or "cancelled".
+
+    familiar: whether every video looks like what the model was trained on; None when the model cannot tell,
+    or there is none. note: the sentence that `text` begins with when one does not; it is no token of usage.
+    """
 
     text: str
     usage: Usage
     timings: Timings
     kept: tuple[KeptTokens, ...]
     finish: FinishReason
+    familiar: bool | None = None
+    note: str = ""
 
     def __str__(self) -> str:
         return self.text

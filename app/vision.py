@@ -45,7 +45,8 @@ class EncodedVideo:
     """A video as the language model sees it.
 
     embedding: (M, D). visual: its place in a prompt. kept: the patches, their grid and frame times. decode_s,
-    encode_s: seconds it took, 0 from the cache.
+    encode_s: seconds it took, 0 from the cache. familiar: whether it looks like what the model was trained
+    on, None when the model cannot tell.
     """
 
     embedding: Tensor
@@ -53,6 +54,7 @@ class EncodedVideo:
     kept: KeptTokens
     decode_s: float
     encode_s: float
+    familiar: bool | None = None
 
     @property
     def bytes(self) -> int:
@@ -146,8 +148,11 @@ class Vision:
         decoded = time.perf_counter()
         progress("encode")
         embedding, kept = self._embed(clip, plan, selector)
+        familiar = self._worker.run(self._model.is_familiar, clip.frames)
         visual = Visual(len(embedding), key, video.info.duration_s, kept.times_s)
-        encoded = EncodedVideo(embedding, visual, kept, decoded - start, time.perf_counter() - decoded)
+        encoded = EncodedVideo(
+            embedding, visual, kept, decoded - start, time.perf_counter() - decoded, familiar
+        )
         self._encoded.put(key, encoded)
         return encoded
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Collection, Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -82,6 +82,14 @@ class StreamingDecoder:
         )
 
 
+def _biased(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
+    """Logits (V,) with what is added to those of some ids."""
+    with torch.inference_mode():
+        ids = torch.tensor(list(bias), device=logits.device)
+        added = torch.tensor(list(bias.values()), device=logits.device, dtype=logits.dtype)
+        return logits.index_add(0, ids, added)
+
+
 def piece_ends(prompt: Prompt) -> list[int]:
     """Where the pieces end that a prompt is prefilled in; the last one is its length.
 
@@ -113,6 +121,7 @@ class Generation:
     visuals: embeddings (M, D), one per span of the prompt. stop: set it, from any thread, and computing ends
     within one token. prefixes: KV to start from, of `scope` only; the prompt's KV is added unless the answer
     fails. worker: computes for several generations, each iterated in a thread of its own; None computes here.
+    first_bias: added to the scores of token ids where the answer begins, and only there.
     Raises on iteration: BudgetError when prompt and answer exceed the model's context, ConfigError when the
     sampling names tokens that the model lacks, ModelError when its logits are not finite.
     """
@@ -126,6 +135,7 @@ class Generation:
     stop: threading.Event = field(default_factory=threading.Event)
     stats: GenerationStats = field(default_factory=GenerationStats)
     worker: ComputeWorker | None = None
+    first_bias: Mapping[int, float] = field(default_factory=dict)
     # KV of the prompt from its start: cached pieces, then computed ones.
     _pieces: list[Piece] = field(default_factory=list, init=False, repr=False)
 
@@ -145,6 +155,8 @@ class Generation:
         decoder = StreamingDecoder(self.llm.tokenizer)
         try:
             kv, logits = self.prefill(ends)
+            if logits is not None and self.first_bias:
+                logits = _biased(logits, self.first_bias)
             self.stats.prefill_s = time.perf_counter() - start
             with closing(self._decode(kv, logits)) as tokens:
                 del kv, logits  # else the KV would stay beside its copy in the batch

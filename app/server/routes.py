@@ -31,6 +31,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.chat import SHIPPED, VideoChat
 from app.messages import Media
+from app.note import Note
 from app.server.chat_request import (
     ChatRequest,
     Reference,
@@ -399,17 +400,20 @@ class Api:
                 raise ApiError.of(error).about(_param_of(str(error), media, references)) from error
 
     async def _filtered(self, job: Job, chat_request: ChatRequest, arrived: float) -> AsyncIterator[str]:
-        text, first_seen = TextFilter(chat_request.stop), False
+        text, first_seen, note = TextFilter(chat_request.stop), False, ""
         async for piece in job:
             if not first_seen:
                 first_seen = True
                 self.metrics.first_token.observe(time.monotonic() - arrived)
-            if out := text.push(piece):
-                yield out
+            if isinstance(piece, Note):  # stop texts are looked for in the model's own words
+                note = piece
+            elif out := text.push(piece):
+                yield note + out
+                note = ""
             if text.done:
                 job.stop()
         if out := text.flush():
-            yield out
+            yield note + out
         if job.answer is not None:
             self.metrics.record(job.answer, time.monotonic() - arrived)
 
