@@ -36,8 +36,9 @@ SHARES = {
     "drawing": 6,
     "plain": 5,
 }
-WORDS = tuple(
-    "the of a video live news 12:30 rate total server cat market click file menu http lorem".split()
+WORDS = (
+    *("the", "of", "a", "video", "live", "news", "12:30", "rate", "total", "server"),
+    *("cat", "market", "click", "file", "menu", "http", "lorem"),
 )
 BOX = tuple[float, float, float, float]
 
