@@ -126,7 +126,7 @@ def keep_plan_table(built: Path, before: Path) -> None:
 
 
 def keep_familiarity(built: Path, before: Path) -> None:
-    """Take over the judge of familiarity of the folder `before` when `built` has none and the same encoder."""
+    """Take over the judge of familiarity of `before` when `built` has none and the same encoder."""
     found = before / FAMILIARITY
     if found.exists() and not (built / FAMILIARITY).exists() and _same_encoder(built, before):
         shutil.copy(found, built / FAMILIARITY)
@@ -213,8 +213,8 @@ screens, drawings and noise, and to no real video. Called foreign:
 
 By file: {videos}.
 
-Asked whether a foreign clip shows one of the things it knows, it would begin with a yes in {before} questions; a
-yes there gives up so much of its score that it does in {after}.
+Asked whether a made foreign clip shows one of the things it knows, it would begin with a yes to {before}
+questions; a yes there gives up so much of its score that it does to {after}.
 """
 TAIL = """
 ## Examples
