@@ -66,7 +66,7 @@ def test_the_answer_comes_from_the_video(chat: VideoChat, tmp_path: Path) -> Non
 
 
 def test_it_tells_its_own_videos_from_others(chat: VideoChat, tmp_path: Path) -> None:
-    """Its examples, scaled down and passed on once more, are familiar; the Earth at night and noise are not."""
+    """Its examples, scaled down and passed on once more, are familiar; the Earth and noise are not."""
     judge = chat.model.familiarity
     assert judge is not None
     assert f"It knows {judge.things} things" in (SHIPPED / "README.md").read_text()
