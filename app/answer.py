@@ -58,6 +58,8 @@ class Answer:
     """The text and its figures. finish: "stop" (complete), "length" (max_new_tokens) or "cancelled".
 
     thinking: what the model thought before it answered.
+    familiar: whether every video looks like what the model was trained on; None when the model cannot tell,
+    or there is none. note: the sentence that `text` begins with when one does not; it is no token of usage.
     """
 
     text: str
@@ -66,6 +68,8 @@ class Answer:
     kept: tuple[KeptTokens, ...]
     finish: FinishReason
     thinking: str = ""
+    familiar: bool | None = None
+    note: str = ""
 
     def __str__(self) -> str:
         return self.text

@@ -21,7 +21,8 @@ from app.answer import Answer
 from app.conversation import Conversation
 from app.estimate import Calibration, Estimate, PriceEstimator
 from app.messages import Media, Videos, as_media, check_messages, check_selector, question_messages
-from app.streaming import AnswerStream, NotCopyable, StopSignal
+from app.note import Note, note_for, without_notes
+from app.streaming import AnswerStream, NotCopyable, StopSignal, all_familiar
 from app.vision import EncodedVideo, OpenedVideo, Preview, Vision
 from encoder.budget import Budget, Plan
 from encoder.errors import ConfigError, ContextError, ModelError
@@ -55,6 +56,7 @@ class Query:
     sampling: SamplingParams
     scope: str
     progress: Progress
+    hedge: bool
 
 
 class VideoChat(NotCopyable):
@@ -158,6 +160,7 @@ class VideoChat(NotCopyable):
         scope: str = "",
         progress: Progress | None = None,
         stop: threading.Event | None = None,
+        hedge: bool = True,
         **sampling: Any,
     ) -> AnswerStream:
         """The answer to the last of several messages; media stand where the messages put them.
@@ -166,6 +169,8 @@ class VideoChat(NotCopyable):
         budget: tokens per video (see `Budget.of`; default: the model's). scope: whose question this is;
         nothing kept for one scope serves another. progress: called with what begins ("decode",
         "encode", "prefill"), of which video, of how many. stop: an event that ends the answer when set.
+        hedge: about a video that is nothing the model knows, say so first, once, and doubt its yes; without
+        effect where the model cannot tell.
         sampling: fields of `SamplingParams`: max_new_tokens, temperature (0 is greedy), top_p, think, ...
         Raises BudgetError or ConfigError for what is wrong with the arguments; on iteration VideoError,
         ContextError when all is longer than the model's context, and ModelError when it cannot answer.
@@ -178,7 +183,7 @@ class VideoChat(NotCopyable):
             raise ConfigError(f"progress must be a function, not a {type(progress).__name__}.")
         if not isinstance(scope, str):
             raise ConfigError(f"scope must be a text (str), not a {type(scope).__name__}.")
-        checked = check_messages(messages)
+        checked = without_notes(check_messages(messages))
         if (system := self.model.system) and all(message.role != "system" for message in checked):
             checked = (Message.of("system", system), *checked)
         chosen = SamplingParams(**{"think": self.think, **sampling})
@@ -190,6 +195,7 @@ class VideoChat(NotCopyable):
             chosen,
             scope,
             progress or (lambda *_: None),
+            bool(hedge),
         )
         stops = [self._closed] if stop is None else [self._closed, stop]
         return AnswerStream(partial(self._prepare, query), self._check_usable, StopSignal(*stops))
@@ -202,8 +208,11 @@ class VideoChat(NotCopyable):
         self._check_usable()
         return Conversation(self, video, options)
 
-    def _prepare(self, query: Query, stop: threading.Event) -> tuple[list[EncodedVideo], Generation]:
-        """Encode the media of a question and make its prompt: all but the answer. Raises FluxChatError."""
+    def _prepare(self, query: Query, stop: threading.Event) -> tuple[list[EncodedVideo], Generation, Note]:
+        """Encode the media of a question and make its prompt: all but the answer, and the note before it.
+
+        Raises FluxChatError.
+        """
         self._check_usable()
         text_tokens = self._count_text(query)
         media = [part for message in query.messages for part in message.content if isinstance(part, Media)]
@@ -236,6 +245,8 @@ class VideoChat(NotCopyable):
         )
         self._check_context(prompt, text_tokens, query)
         query.progress("prefill", 0, 1)
+        familiarity = self.model.tower.familiarity
+        doubted = query.hedge and familiarity is not None and all_familiar(videos) is False
         generation = Generation(
             self.model.llm,
             prompt,
@@ -245,8 +256,10 @@ class VideoChat(NotCopyable):
             query.scope,
             stop,
             worker=self._worker,
+            first_bias=familiarity.yes_bias(self.model.llm.tokenizer) if familiarity and doubted else {},
         )
-        return videos, generation
+        said = familiarity and doubted and _shows_new(query.messages, videos)
+        return videos, generation, note_for(familiarity.things) if familiarity and said else Note()
 
     def _open(self, medium: Media, budget: Budget, label: str | None = None) -> tuple[OpenedVideo, Plan]:
         """A medium that can be read, and what the budget buys of it; raises VideoError or BudgetError."""
@@ -387,6 +400,7 @@ class VideoChat(NotCopyable):
         self._check_usable()
         llm = self.model.llm
         videos, prefixes = self.caches["videos"], self.caches["prefixes"]
+        familiarity = self.model.tower.familiarity
         return (
             machine_info()
             | self.model.tower.describe()
@@ -396,6 +410,9 @@ class VideoChat(NotCopyable):
                 "device": str(self.device),
                 "threads": torch.get_num_threads(),
                 "default_budget": self.model.default_tokens,
+                "familiarity": "cannot tell known videos from others"
+                if familiarity is None
+                else f"knows {familiarity.things} drawn things, and tells other videos from them",
                 "revision": self._vision.revision,
                 "cache": f"{videos.entries} videos {videos.bytes / MIB:.1f} MiB, {prefixes.entries} prefixes "
                 f"{prefixes.bytes / MIB:.1f} MiB",
@@ -433,6 +450,15 @@ class VideoChat(NotCopyable):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _shows_new(messages: Sequence[Message[Media]], videos: Sequence[EncodedVideo]) -> bool:
+    """Whether the last message brings an unfamiliar video that no earlier one had. videos: of all of them."""
+    count = sum(isinstance(part, Media) for part in messages[-1].content)
+    earlier = {video.visual.key for video in videos[: len(videos) - count]}
+    return any(
+        video.familiar is False and video.visual.key not in earlier for video in videos[len(videos) - count :]
+    )
 
 
 def _device(device: str | torch.device | None) -> torch.device | None:

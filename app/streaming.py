@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from app.answer import Answer, Timings, Usage
+from app.note import Note
 from app.vision import EncodedVideo
 from encoder.errors import FluxChatError, ModelError, OutOfMemory
 from llm_bridge.generation import Generation, GenerationStats
@@ -49,13 +50,14 @@ class StopSignal(threading.Event):
 class AnswerStream(NotCopyable):
     """An answer being made: iterate once for pieces of text, `stop()` from any thread, then read `answer`.
 
-    prepare: looks at the videos and returns them encoded, and the generation, ready to run. check: raises
-    ModelError when no answer can be made any more.
+    prepare: looks at the videos and returns them encoded, the generation, ready to run, and the note that
+    comes before its first piece, as a piece of its own ("": none). check: raises ModelError when no answer
+    can be made any more.
     """
 
     def __init__(
         self,
-        prepare: Callable[[StopSignal], tuple[Sequence[EncodedVideo], Generation]],
+        prepare: Callable[[StopSignal], tuple[Sequence[EncodedVideo], Generation, Note]],
         check: Callable[[], None],
         stop: StopSignal,
     ) -> None:
@@ -95,14 +97,15 @@ class AnswerStream(NotCopyable):
         self._begun = True
         start = time.perf_counter()
         with memory_errors_as_sentences():
-            videos, generation = self._prepare(self._stop)
+            videos, generation, note = self._prepare(self._stop)
         generation.on_thinking = self._thought
         prepared_s = time.perf_counter() - start
         pieces: list[str] = []
 
         def end(stats: GenerationStats) -> None:
             total_s = time.perf_counter() - start
-            answer = make_answer("".join(pieces), videos, stats, prepared_s, total_s)
+            said = note if pieces else Note()
+            answer = make_answer("".join(pieces), videos, stats, prepared_s, total_s, said)
             self._answer = replace(answer, thinking="".join(self._thoughts).strip())
             for listener in self._listeners:
                 listener(self._answer)
@@ -111,6 +114,8 @@ class AnswerStream(NotCopyable):
             with memory_errors_as_sentences():
                 for piece in generation:
                     pieces.append(piece)
+                    if note and len(pieces) == 1:  # not before there is an answer
+                        yield note
                     yield piece
                     self._check()
                 self._check()
@@ -123,11 +128,16 @@ class AnswerStream(NotCopyable):
 
 
 def make_answer(
-    text: str, videos: Sequence[EncodedVideo], stats: GenerationStats, prepared_s: float, total_s: float
+    text: str,
+    videos: Sequence[EncodedVideo],
+    stats: GenerationStats,
+    prepared_s: float,
+    total_s: float,
+    note: Note,
 ) -> Answer:
-    """A generation's answer. prepared_s: seconds from the question to its start."""
+    """A generation's answer. prepared_s: seconds from the question to its start. note: said before it."""
     return Answer(
-        text=text.strip(),
+        text=(note + text.strip()).strip(),
         usage=Usage(
             seen_tokens=sum(video.kept.grid.size for video in videos),
             kept_tokens=sum(len(video.kept.indices) for video in videos),
@@ -147,7 +157,15 @@ def make_answer(
         ),
         kept=tuple(video.kept for video in videos),
         finish=stats.finish,
+        familiar=all_familiar(videos),
+        note=note.strip(),
     )
+
+
+def all_familiar(videos: Sequence[EncodedVideo]) -> bool | None:
+    """Whether all look like what the model was trained on; None when it cannot tell, or there are none."""
+    verdicts = [video.familiar for video in videos]
+    return None if not verdicts or None in verdicts else all(verdicts)
 
 
 @contextmanager

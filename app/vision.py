@@ -45,7 +45,8 @@ class EncodedVideo:
     """A video as the language model sees it.
 
     embedding: (M, D). visual: its place in a prompt. kept: the patches, their grid and frame times. decode_s,
-    encode_s: seconds it took, 0 from the cache.
+    encode_s: seconds it took, 0 from the cache. familiar: whether it looks like what the model was trained
+    on, None when the model cannot tell.
     """
 
     embedding: Tensor
@@ -53,6 +54,7 @@ class EncodedVideo:
     kept: KeptTokens
     decode_s: float
     encode_s: float
+    familiar: bool | None = None
 
     @property
     def bytes(self) -> int:
@@ -146,9 +148,12 @@ class Vision:
         decoded = time.perf_counter()
         progress("encode")
         embedding, kept = self._embed(clip, plan, selector)
+        familiar = self._worker.run(self._tower.is_familiar, clip.frames)
         layout = self._tower.layout(plan, kept.indices, kept.times_s, video.info.duration_s)
         visual = Visual(len(embedding), key, video.info.duration_s, kept.times_s, layout)
-        encoded = EncodedVideo(embedding, visual, kept, decoded - start, time.perf_counter() - decoded)
+        encoded = EncodedVideo(
+            embedding, visual, kept, decoded - start, time.perf_counter() - decoded, familiar
+        )
         self._encoded.put(key, encoded)
         return encoded
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -54,6 +54,14 @@ class GenerationStats:
         return (self.completion_tokens - 1) / decoding if self.completion_tokens > 1 and decoding > 0 else 0.0
 
 
+def _biased(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
+    """Logits (V,) with what is added to those of some ids."""
+    with torch.inference_mode():
+        ids = torch.tensor(list(bias), device=logits.device)
+        added = torch.tensor(list(bias.values()), device=logits.device, dtype=logits.dtype)
+        return logits.index_add(0, ids, added)
+
+
 def piece_ends(prompt: Prompt) -> list[int]:
     """Where the pieces end that a prompt is prefilled in; the last one is its length.
 
@@ -86,7 +94,7 @@ class Generation:
     model add rows of their own, which follow each embedding. stop: set it, from any thread, and computing
     ends within one token. prefixes: KV to start from, of `scope` only; the prompt's KV is added unless the
     answer fails. worker: computes for several generations, each iterated in a thread of its own; None
-    computes here.
+    computes here. first_bias: added to the scores of token ids where the answer begins, and only there.
     Raises on iteration: BudgetError when prompt and answer exceed the model's context, ConfigError when the
     sampling names tokens that the model lacks, ModelError when its logits are not finite.
     """
@@ -101,6 +109,7 @@ class Generation:
     stats: GenerationStats = field(default_factory=GenerationStats)
     worker: ComputeWorker | None = None
     on_thinking: Callable[[str], None] | None = None
+    first_bias: Mapping[int, float] = field(default_factory=dict)
     # KV of the prompt from its start: cached pieces, then computed ones.
     _pieces: list[Piece] = field(default_factory=list, init=False, repr=False)
 
@@ -130,6 +139,8 @@ class Generation:
         reader = self._reader()
         try:
             kv, logits = self.prefill(ends)
+            if logits is not None and self.first_bias:
+                logits = _biased(logits, self.first_bias)
             self.stats.prefill_s = time.perf_counter() - start
             with closing(self._decode(kv, logits)) as tokens:
                 del kv, logits  # else the KV would stay beside its copy in the batch

@@ -22,6 +22,7 @@ from encoder.fluxvit import FluxViT
 from encoder.json_files import read_object
 from encoder.tokens import Grid, VisionTokens
 from llm_bridge.attention import packs
+from llm_bridge.familiarity import FAMILIARITY, Familiarity
 from llm_bridge.llm import LanguageModel, Quantize, default_device, default_dtype, load_llm
 from llm_bridge.model_files.checks import first_line
 from llm_bridge.packing import Packing, Weighting, branched_attention, label_weights, without_branches
@@ -94,7 +95,10 @@ def _check_values(values: Mapping[str, Any]) -> None:
 
 
 class VideoLanguageModel(nn.Module):
-    """Encoder, projector and language model; all frozen but what training unfreezes (the projector)."""
+    """Encoder, projector and language model; all frozen but what training unfreezes (the projector).
+
+    familiarity: tells known videos from others, where the model came with it.
+    """
 
     def __init__(self, config: VLMConfig, encoder: FluxViT, projector: Projector, llm: LanguageModel) -> None:
         super().__init__()
@@ -109,6 +113,7 @@ class VideoLanguageModel(nn.Module):
         self.projector = projector
         self.language_model = llm.model
         self.llm = llm
+        self.familiarity: Familiarity | None = None
 
     def train(self, mode: bool = True) -> VideoLanguageModel:
         """Only what learns changes its way: projector, adapters' dropout.
@@ -172,6 +177,12 @@ class VideoLanguageModel(nn.Module):
         """Embeddings (M_i, D) of every clip for the language model."""
         weight = self.projector.mlp[0].weight
         return self.projector(vision.to(weight.device, weight.dtype))
+
+    def is_familiar(self, frames: Tensor) -> bool | None:
+        """Whether frames, uint8 (T, H, W, 3), look like what it was trained on; None when it cannot tell."""
+        if self.familiarity is None:
+            return None
+        return self.familiarity.is_familiar(self.encoder, frames, self.config.fit)
 
     def loss(
         self, prompts: Sequence[Prompt], vision: VisionTokens | None, weighting: Weighting = "token"
@@ -274,10 +285,13 @@ class VideoLanguageModel(nn.Module):
         return hashlib.blake2b(parts.encode(), digest_size=12).hexdigest()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, encoder.safetensors, projector.safetensors; the language model is only named."""
+        """Write config.json and the weights of encoder and projector, and its judge of familiarity if it has
+        one; the language model is only named."""
         folder = Path(folder)
         save_tensors(self.encoder.state_dict(), folder / "encoder.safetensors")
         save_tensors(self.projector.state_dict(), folder / "projector.safetensors")
+        if self.familiarity is not None:
+            self.familiarity.save(folder / FAMILIARITY)
         save_json(self.config.to_dict(), folder / "config.json")
 
     @staticmethod
@@ -316,7 +330,9 @@ class VideoLanguageModel(nn.Module):
         projector = build(lambda: Projector(config.projector), read_tensors(folder / "projector.safetensors"))
         if tuned and llm is None and (folder / ADAPTER).is_dir():
             adapters = (folder / ADAPTER, *adapters)
-        return assemble(
+        judge = folder / FAMILIARITY
+        familiarity = Familiarity.read(judge, vision) if encoder is None and judge.exists() else None
+        model = assemble(
             config,
             vision,
             projector,
@@ -327,6 +343,8 @@ class VideoLanguageModel(nn.Module):
             quantize=quantize,
             adapters=adapters,
         )
+        model.familiarity = familiarity
+        return model
 
 
 def _apart(prompts: Sequence[Prompt], visuals: list[Tensor]) -> tuple[list[Prompt], list[Tensor]]:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from encoder.checkpoint import save_json
 from encoder.errors import DataError
+from llm_bridge.familiarity import FAMILIARITY
 from llm_bridge.model import ADAPTER, VideoLanguageModel
 from training.command_line import command_parser, run_command
 from training.data.media import FileMedia
@@ -97,6 +98,9 @@ def copy_weights(source: Path, target: Path) -> Iterator[Path]:
     for name in PARTS:
         shutil.copy(source / name, target / name)
         yield target / name
+    if (source / FAMILIARITY).exists():
+        shutil.copy(source / FAMILIARITY, target / FAMILIARITY)
+        yield target / FAMILIARITY
     if (source / ADAPTER).is_dir():
         (target / ADAPTER).mkdir()
         for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -114,13 +118,26 @@ def _forget_folders(path: Path) -> None:
 
 def keep_plan_table(built: Path, before: Path) -> None:
     """Take over the plan table of the folder `before` when `built` has none and the same encoder."""
+    if not _same_encoder(built, before):
+        return
+    new, old = (json.loads((folder / PARTS[0]).read_text()) for folder in (built, before))
+    if not new.get("plan_table") and old.get("plan_table"):
+        save_json({**new, "plan_table": old["plan_table"]}, built / PARTS[0])
+
+
+def keep_familiarity(built: Path, before: Path) -> None:
+    """Take over the judge of familiarity of `before` when `built` has none and the same encoder."""
+    found = before / FAMILIARITY
+    if found.exists() and not (built / FAMILIARITY).exists() and _same_encoder(built, before):
+        shutil.copy(found, built / FAMILIARITY)
+
+
+def _same_encoder(built: Path, before: Path) -> bool:
     configs, encoders = [[folder / name for folder in (built, before)] for name in PARTS[:2]]
     if not all(path.exists() for path in (*configs, *encoders)):
-        return
+        return False
     new, old = (json.loads(path.read_text()) for path in configs)
-    same = encoders[0].read_bytes() == encoders[1].read_bytes() and new["encoder"] == old["encoder"]
-    if same and not new.get("plan_table") and old.get("plan_table"):
-        save_json({**new, "plan_table": old["plan_table"]}, configs[0])
+    return encoders[0].read_bytes() == encoders[1].read_bytes() and new["encoder"] == old["encoder"]
 
 
 def release(
@@ -129,8 +146,12 @@ def release(
     out: Path,
     preset: Literal["simple", "solo", "full"],
     alignment: Path | None = None,
+    judged: Path | None = None,
 ) -> None:
-    """Write `out` anew; it is complete or as it was. Raises DataError, ModelError or CheckpointError."""
+    """Write `out` anew; it is complete or as it was. judged: figures of `training.familiarity`, for the card.
+
+    Raises DataError, ModelError or CheckpointError.
+    """
     measured: dict[str, Any] = json.loads(figures.read_text())
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".release-") as scratch:
@@ -141,11 +162,14 @@ def release(
             shutil.copy(alignment, built / "alignment.safetensors")
             sizes["alignment.safetensors"] = alignment.stat().st_size
         keep_plan_table(built, out)
+        keep_familiarity(built, out)
         loaded = VideoLanguageModel.from_pretrained(built, device="cpu")
         world = WorldSource("test", preset=preset).open()
         examples = make_examples(loaded, world, built / "examples")
         save_json([asdict(example) for example in examples], built / "examples" / "examples.json")
-        (built / "README.md").write_text(card(loaded, world, sizes, measured, [asdict(e) for e in examples]))
+        familiarity = None if judged is None else json.loads(judged.read_text())
+        text = card(loaded, world, sizes, measured, [asdict(e) for e in examples], familiarity)
+        (built / "README.md").write_text(text)
         if out.exists():
             os.replace(out, Path(scratch) / "old")
         os.replace(built, out)
@@ -173,11 +197,30 @@ percent with 95 % intervals. {inputs}; "text-only" is the same language model wi
 
 {table}
 """
+FAMILIARITY_SECTION = """
+## What it takes for its own
+
+`familiarity.safetensors` says whether a video looks like what the model was trained on; of another, an answer
+begins with a sentence that says it is a guess. It was fitted to drawn clips against photographs in motion,
+screens, drawings and noise, and to no real video. Called foreign:
+
+| clips | called foreign |
+|---|---|
+| drawn, other scenes, scaled and compressed (false alarms) | {world} |
+| drawn, of things never trained on (false alarms) | {unseen} |
+| made from other photographs, and generated | {foreign} |
+| pieces of {files} real videos | {real} |
+
+By file: {videos}.
+
+Asked whether a made foreign clip shows one of the things it knows, it would begin with a yes to {before}
+questions; a yes there gives up so much of its score that it does to {after}.
+"""
 TAIL = """
 ## Examples
 
 {examples}
-
+{familiarity}
 ## How it was made
 
 | file | MB |
@@ -209,8 +252,10 @@ def card(
     sizes: Mapping[str, int],
     measured: Mapping[str, Any],
     examples: Sequence[Mapping[str, Any]],
+    familiarity: Mapping[str, Any] | None = None,
 ) -> str:
-    """Markdown. measured: the result of `training.evaluate world`; examples: those of the folder."""
+    """Markdown. measured: the result of `training.evaluate world`; examples: those of the folder;
+    familiarity: the result of `training.familiarity`."""
     config = model.config.encoder
     runs: Mapping[str, Any] = measured["runs"]
     first = next(iter(runs.values()))
@@ -232,6 +277,7 @@ def card(
     )
     return head + TAIL.format(
         examples="\n".join(_example(example) for example in examples),
+        familiarity="" if familiarity is None else familiarity_section(familiarity),
         files="\n".join(f"| {name} | {size / 1e6:.1f} |" for name, size in sizes.items()),
         lora=", `box/chat_lora.yaml` and `box/chat_lora_answers.yaml` (adapter)"
         if model.llm.adapters
@@ -241,6 +287,30 @@ def card(
         objects="one object per clip" if most == 1 else f"up to {most} objects per clip",
         shortest=world.level.duration_s[0],
         longest=world.level.duration_s[1],
+    )
+
+
+def familiarity_section(figures: Mapping[str, Any]) -> str:
+    """Markdown of what `training.familiarity` measured."""
+
+    def share(values: Mapping[str, Any]) -> str:
+        return f"{100 * values['share']:.1f} % of {values['n']}"
+
+    videos: Mapping[str, Mapping[str, Any]] = figures["videos"]
+    n = sum(row["n"] for row in videos.values())
+    found = sum(row["share"] * row["n"] for row in videos.values())
+    yes = figures["yes"]
+    return FAMILIARITY_SECTION.format(
+        world=share(figures["world"]),
+        unseen=share(figures["world, unseen things"]),
+        foreign=share(figures["foreign"]),
+        real=f"{100 * found / n:.1f} % of {n}" if n else "none measured",
+        files=len(videos),
+        videos=", ".join(
+            f"{name} {round(row['share'] * row['n'])}/{row['n']}" for name, row in videos.items()
+        ),
+        before=share(yes["before"]),
+        after=share(yes["after"]),
     )
 
 
@@ -278,12 +348,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=Path,
         help="alignment.safetensors of its encoder, for `training.evaluate --encoder`",
     )
+    parser.add_argument("--familiarity", type=Path, help="JSON of training.familiarity, for the card")
     parser.add_argument("--preset", choices=PRESETS, default="full", help="of its world")
     parser.add_argument("--out", type=Path, default=Path("app/pretrained"))
 
     def run(args: argparse.Namespace) -> None:
         try:
-            release(args.model, args.figures, args.out, args.preset, args.alignment)
+            release(args.model, args.figures, args.out, args.preset, args.alignment, args.familiarity)
         except OSError as error:
             raise DataError(f"Cannot read or write {error.filename}: {error.strerror}.") from error
         print(args.out)

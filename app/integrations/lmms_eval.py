@@ -104,7 +104,8 @@ class FluxChat(lmms):
             context, generation, to_visual, number, task, split = request.args
             document = self.task_dict[task][split][number]
             videos = as_videos([visual for visual in to_visual(document) or () if visual is not None])
-            answer = self.chat.ask(videos, context, **self._options, **sampling(generation)).text
+            options = {**self._options, **sampling(generation)}
+            answer = self.chat.ask(videos, context, hedge=False, **options).text
             answers.append(cut(answer, generation.get("until") or ()))
             self.cache_hook.add_partial("generate_until", (context, generation), answers[-1])
         return answers

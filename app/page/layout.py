@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from app.chat import SHIPPED, VideoChat
+from app.note import REAL_MODEL
 from app.page.handlers import EMPTY_COST
 from app.page.html import examples as examples_html
 from app.page.html import notice
@@ -78,6 +79,8 @@ class Controls:
     def __init__(self, chat: VideoChat, examples: Examples, *, login: bool = False) -> None:
         budgets = Range.of(chat.model)
         gr.HTML(header(chat, login=login), **PLAIN, elem_id="fluxchat-header")
+        if chat.model.tower.familiarity is not None:
+            gr.HTML(banner(chat.model.tower.familiarity.things), **PLAIN, elem_id="fluxchat-banner")
         with gr.Row(elem_id="fluxchat-main", equal_height=False):
             with gr.Column(scale=5, min_width=320):
                 self._media(examples)
@@ -248,6 +251,14 @@ class Controls:
             self.longest,
             self.think,
         ]
+
+
+def banner(things: int) -> str:
+    """What a model can be asked about that knows only so many drawn things."""
+    return (
+        f'<p class="fc-note">This small model knows {things} drawn things; about other videos it guesses. '
+        f"For real ones: <code>fluxchat web --model {escape(REAL_MODEL)}</code></p>"
+    )
 
 
 def header(chat: VideoChat, *, login: bool = False) -> str:

@@ -116,6 +116,7 @@ class Reply:
                 ),
                 "seen_tokens": usage.seen_tokens,
                 "kept_tokens": usage.kept_tokens,
+                **({} if answer.familiar is None else {"familiar": answer.familiar}),
             },
             "timings": {
                 name: round(getattr(timings, name), 6)

@@ -31,6 +31,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.chat import SHIPPED, VideoChat
 from app.messages import Media
+from app.note import Note
 from app.server.chat_request import (
     ChatRequest,
     Reference,
@@ -408,7 +409,7 @@ class Api:
                 raise ApiError.of(error).about(_param_of(str(error), media, references)) from error
 
     async def _filtered(self, job: Job, chat_request: ChatRequest, arrived: float) -> AsyncIterator[str]:
-        text, first_seen = TextFilter(chat_request.stop), False
+        text, first_seen, note = TextFilter(chat_request.stop), False, ""
         async for piece in job:
             if not first_seen:
                 first_seen = True
@@ -416,12 +417,15 @@ class Api:
             if isinstance(piece, Thought):
                 if chat_request.include_reasoning:
                     yield piece
+            elif isinstance(piece, Note):  # stop texts are looked for in the model's own words
+                note = piece
             elif out := text.push(piece):
-                yield out
+                yield note + out
+                note = ""
             if text.done:
                 job.stop()
         if out := text.flush():
-            yield out
+            yield note + out
         if job.answer is not None:
             self.metrics.record(job.answer, time.monotonic() - arrived)
 

@@ -29,6 +29,7 @@ class FluxTower(Tower):
         self.fit = model.config.fit
         self.plan_table = model.plan_table
         self.time_form = model.config.time_sentence
+        self.familiarity = model.familiarity
 
     @property
     def device(self) -> torch.device:
@@ -90,3 +91,6 @@ class FluxTower(Tower):
         patches = self._model.encoder.embed(pixels[None].to(self.device, self.dtype))
         generator = torch.Generator().manual_seed(0)
         return select(patches, grid, plan.keep, selector=selector, generator=generator)[0]
+
+    def is_familiar(self, frames: Tensor) -> bool | None:
+        return self._model.is_familiar(frames)

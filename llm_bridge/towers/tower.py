@@ -24,6 +24,7 @@ from encoder.budget import InputSpace, Plan, PlanTable
 from encoder.cost import Speed, time_ms
 from encoder.selection import Selector
 from encoder.video.reader import Clip
+from llm_bridge.familiarity import Familiarity
 from llm_bridge.prompt import Stretch, TimeSentence
 
 # When cells are dropped: before the tower's blocks, or after them.
@@ -47,6 +48,7 @@ class Tower(ABC):
     time_form: TimeSentence = "none"
     axes: int = 1  # of the positions of its language model
     default_tokens: int = 1024
+    familiarity: Familiarity | None = None
     # What its chat template writes for a medium of a kind; empty: media stand in the text of a message.
     marks: dict[str, str] = {}  # noqa: RUF012 - never changed
 
@@ -124,6 +126,10 @@ class Tower(ABC):
     @abstractmethod
     def select(self, pixels: Tensor, plan: Plan, selector: Selector) -> Tensor:
         """The cells (K,) that `look` keeps, at the least cost."""
+
+    def is_familiar(self, frames: Tensor) -> bool | None:
+        """Whether uint8 frames (T, H, W, 3) look like what it was trained on; None when it cannot tell."""
+        return None
 
     def layout(
         self, plan: Plan, kept: Sequence[int], times_s: Sequence[float], duration_s: float

@@ -7,11 +7,17 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
+import torch
+from torch.nn.functional import interpolate
 
 from app import VideoChat
 from app.chat import SHIPPED
 from encoder.errors import ModelError
+from encoder.video.reader import read_clip
+from tests.app.conftest import WORLD
 
 EXAMPLES = json.loads((SHIPPED / "examples" / "examples.json").read_text())
 MOST_BYTES = {"weights": 60e6, "examples": 3e6}
@@ -57,6 +63,38 @@ def test_the_answer_comes_from_the_video(chat: VideoChat, tmp_path: Path) -> Non
     question = "Describe the video."
     files = [SHIPPED / "examples" / example["file"] for example in EXAMPLES]
     assert len({chat.ask(file, question, max_new_tokens=16).text for file in files}) >= 4
+
+
+def test_it_tells_its_own_videos_from_others(chat: VideoChat, tmp_path: Path) -> None:
+    """Its examples, scaled down and passed on once more, are familiar; the Earth and noise are not."""
+    judge = chat.model.familiarity
+    assert judge is not None
+    assert f"It knows {judge.things} things" in (SHIPPED / "README.md").read_text()
+    for example in EXAMPLES:
+        frames = read_clip(SHIPPED / "examples" / example["file"], 8).frames
+        assert chat.model.is_familiar(frames)
+        small = interpolate(
+            frames.permute(0, 3, 1, 2).float(), size=(144, 192), mode="bilinear", antialias=True
+        )
+        again = tmp_path / example["file"]
+        write_frames(again, small.clamp(0, 255).byte().permute(0, 2, 3, 1).numpy())
+        assert chat.model.is_familiar(read_clip(again, 8).frames), example["file"]
+    noise = torch.randint(0, 256, (4, 90, 120, 3), generator=torch.Generator().manual_seed(0))
+    assert not chat.model.is_familiar(noise.to(torch.uint8))
+    answer = chat.ask(WORLD, "What is it?", max_new_tokens=4)
+    assert answer.familiar is False
+    assert answer.text.startswith(f"This small model knows only {judge.things} drawn things")
+
+
+def write_frames(path: Path, frames: np.ndarray) -> None:
+    """uint8 (T, H, W, 3) as h264, coarsely."""
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("libx264", rate=2)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        stream.options = {"crf": "32"}
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
 
 
 @pytest.mark.slow  # test_chat.py does it with a tiny model

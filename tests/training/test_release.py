@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from encoder.budget import PlanRow
-from encoder.checkpoint import read_tensors, save_tensors
+from encoder.checkpoint import read_tensors, save_tensors, weights_hash
 from encoder.video.reader import probe
+from llm_bridge.familiarity import FAMILIARITY, Familiarity, num_statistics
 from llm_bridge.model import VideoLanguageModel
 from training import chat_stage1, release
 from training.data import synthetic_source as world_data
@@ -77,6 +78,20 @@ def test_the_folder_is_whole(
     assert "abc123" in text
     assert examples[0]["question"] in text
     assert not list(tmp_path.glob(".release-*"))
+    assert "What it takes for its own" not in text
+    share = {"share": 0.5, "n": 4}
+    judged = dict.fromkeys(("world", "world, unseen things", "foreign"), share)
+    judged |= {
+        "videos": {"a.mp4": share, "b.mp4": {"share": 1.0, "n": 12}},
+        "yes": {"before": share, "after": share},
+    }
+    (tmp_path / "judged.json").write_text(json.dumps(judged))
+    encoder = VideoLanguageModel.from_pretrained(out, device="cpu").encoder
+    judge = Familiarity(torch.ones(num_statistics(encoder)), 0.0, 12, 1.0, weights_hash(encoder))
+    judge.save(out / FAMILIARITY)
+    assert release.main([*arguments, "--familiarity", str(tmp_path / "judged.json")]) == 0
+    assert "| pieces of 2 real videos | 87.5 % of 16 |" in (out / "README.md").read_text()
+    assert (out / FAMILIARITY).exists()  # of the same encoder
     # A plan table in the old folder stays with the same encoder, and goes with another.
     install([PlanRow(16, 4, 56)], out)
     assert release.main([*arguments]) == 0
@@ -85,6 +100,7 @@ def test_the_folder_is_whole(
     save_tensors({name: value + 1 for name, value in weights.items()}, trained / "encoder.safetensors")
     assert release.main([*arguments]) == 0
     assert model_config(out).plan_table == ()
+    assert not (out / FAMILIARITY).exists()
     install([PlanRow(32, 4, 56)], trained)
     assert release.main([*arguments]) == 0
     assert model_config(out).plan_table == (PlanRow(32, 4, 56),)

@@ -70,6 +70,22 @@ def test_answers_are_those_of_videochat(plugin: Any, saved: Path) -> None:
     assert (model.rank, model.world_size) == (0, 1)
 
 
+def test_a_judged_answer_has_no_note(plugin: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A harness scores the model's own words."""
+    model = plugin.FluxChat(model=str(saved), budget="16")
+    asked: list[dict[str, Any]] = []
+    ask = model.chat.ask
+
+    def noted(*args: Any, **options: Any) -> Any:
+        asked.append(options)
+        return ask(*args, **options)
+
+    monkeypatch.setattr(model.chat, "ask", noted)
+    model.task_dict = {"task": {"test": {0: {"question": "What?", "visuals": [str(SHORT)]}}}}
+    model.generate_until([request(model.task_dict["task"]["test"][0], max_new_tokens=4)])
+    assert [options["hedge"] for options in asked] == [False]
+
+
 def test_documents_without_pictures_and_with_two_videos(plugin: Any, saved: Path) -> None:
     model = plugin.FluxChat(model=str(saved), device="cpu", budget=16)
     documents = [

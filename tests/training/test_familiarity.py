@@ -1,0 +1,176 @@
+"""Fitting the judge of familiarity, from photographs and the drawn world to the file in a model's folder."""
+
+from __future__ import annotations
+
+import json
+import random
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from encoder.errors import DataError
+from encoder.video.reader import read_clip
+from llm_bridge.familiarity import FAMILIARITY
+from llm_bridge.model import VideoLanguageModel
+from tests.encoder.video import video_files as vf
+from tests.llm_bridge.tiny_vlm import tiny_vlm
+from training.data import foreign_clips
+from training.data.foreign_clips import SHARES, SIDE, Photos, foreign_clip
+from training.data.reencode import reencoded
+from training.data.world_clips import texture, with_other_places
+from training.familiarity import fit_logistic, main, segments
+from training.synthetic.assets import open_bank
+
+PHOTOS = 60
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures with the grain of photographs, in folders as they come."""
+    folder = tmp_path_factory.mktemp("photos")
+    values = np.random.default_rng(0)
+    for number in range(PHOTOS):
+        path = folder / "source" / f"kind{number % 3}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = Image.fromarray(values.integers(0, 256, (12, 16, 3)).astype(np.uint8)).resize((96, 72))
+        grain = values.normal(0, 25, (72, 96, 3))
+        Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8)).save(path)
+    return folder
+
+
+def test_photographs_are_split_by_name_and_read_from_folder_or_zip(photos: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as file:
+        for path in photos.rglob("*.jpg"):
+            file.write(path, path.relative_to(photos))
+    learn, test = Photos.open(photos), Photos.open(photos, "test")
+    assert not set(learn.names) & set(test.names)
+    assert len(learn.names) + len(test.names) == PHOTOS
+    zipped = Photos.open(tmp_path / "photos.zip")
+    assert zipped.names == learn.names
+    drawn, again = learn.draw(random.Random(3)), zipped.draw(random.Random(3))
+    assert np.array_equal(np.asarray(drawn), np.asarray(again))
+
+
+@pytest.mark.parametrize("make", ["empty", "missing", "text"])
+def test_too_few_photographs_are_one_sentence(tmp_path: Path, make: str) -> None:
+    path = tmp_path / make
+    if make == "empty":
+        path.mkdir()
+    elif make == "text":
+        path.write_text("no zip")
+    with pytest.raises(DataError, match="photographs"):
+        Photos.open(path)
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_every_kind_is_a_clip_that_its_seed_decides(
+    photos: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(foreign_clips, "SHARES", {name: int(name == kind) for name in SHARES})
+    source, distinct = Photos.open(photos), set()
+    for seed in range(8):
+        for count in (1, 4):
+            clip = foreign_clip(source, random.Random(seed), count)
+            assert (clip.shape, clip.dtype) == ((count, SIDE, SIDE, 3), np.uint8)
+            assert np.array_equal(clip, foreign_clip(source, random.Random(seed), count))
+        distinct.add(clip.tobytes())
+    assert len(distinct) >= 7
+
+
+def test_reencoding_keeps_the_frames_and_what_they_show() -> None:
+    frames = np.zeros((3, 64, 64, 3), np.uint8)
+    frames[:, :, 32:] = 220  # dark left, bright right
+    sizes = set()
+    for seed in range(60):
+        passed_on = reencoded(frames, random.Random(seed))
+        assert passed_on.dtype == np.uint8
+        assert (len(passed_on), passed_on.shape[3]) == (3, 3)
+        half = passed_on.shape[2] // 2
+        assert passed_on[:, :, :half].mean() + 50 < passed_on[:, :, half:].mean()
+        sizes.add(passed_on.shape[1:3])
+    assert len(sizes) > 5
+
+
+def test_other_places_leave_the_sprites(photos: Path, cached_world: Path) -> None:
+    from dataclasses import replace
+
+    bank = replace(
+        open_bank(), photos={"grass": np.zeros((8, 8, 3), np.uint8), "coffee": np.zeros((8, 8, 3))}
+    )
+    other = with_other_places(bank, Photos.open(photos), random.Random(0))
+    assert other.photos.keys() == bank.photos.keys()
+    assert other.levels is bank.levels
+    assert all(picture.std() > 1 for picture in other.photos.values())
+    pictures = [texture(random.Random(seed)) for seed in range(6)]
+    assert all(picture.dtype == np.uint8 and picture.std() > 5 for picture in pictures)
+
+
+def test_the_fit_is_that_of_a_logistic_regression() -> None:
+    """Its gradient is zero at the minimum, by hand; scales of the features do not matter."""
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(200, 3, generator=generator) * torch.tensor([1.0, 100.0, 0.01]) + 5
+    labels = (features[:, 0] + 0.01 * features[:, 1] + torch.randn(200, generator=generator) > 10).float()
+    weight, bias = fit_logistic(features, labels, strength=1.0)
+    missed = torch.sigmoid(features @ weight + bias) - labels
+    mean, spread = features.mean(0), features.std(0)
+    gradient = (missed[:, None] * (features - mean) / spread).mean(0) + weight * spread / 200
+    assert gradient.abs().max() < 1e-3
+    assert abs(float(missed.mean())) < 1e-3
+
+
+def test_segments_of_a_video(tmp_path: Path) -> None:
+    long = list(segments(vf.write(tmp_path / "long.mp4", vf.steady(96), size=(64, 48))))
+    assert [len(part) for part in long] == [96, *[12] * 8]
+    assert [
+        len(part) for part in segments(vf.write(tmp_path / "short.mp4", vf.steady(9), size=(64, 48)))
+    ] == [9]
+
+
+def test_from_photographs_to_a_judge_that_tells_them_from_the_world(
+    photos: Path,
+    llm_folder: Callable[[str], Path],
+    cached_world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = tiny_vlm(llm_folder("qwen2"))
+    model.save_pretrained(tmp_path / "model")
+    real = vf.write(tmp_path / "real.mp4", vf.steady(30), size=(64, 48))
+    options = ["--model", str(tmp_path / "model"), "--photos", str(photos), "--videos", str(real)]
+    sizes = ["--clips", "120", "--held-out", "40", "--workers", "0"]
+    assert main([*options, *sizes, "--figures", str(tmp_path / "figures.json")]) == 0
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed == json.loads((tmp_path / "figures.json").read_text())
+    assert printed["foreign"]["n"] == printed["world, unseen things"]["n"] == 40
+    assert printed["videos"]["real.mp4"]["n"] == 3  # the whole and two pieces of 12 frames; the rest is short
+    assert printed["yes"]["after"]["share"] <= printed["yes"]["before"]["share"]
+    # A random narrow encoder over shapes: far from the shipped one, and far from chance.
+    assert printed["foreign"]["share"] >= printed["world"]["share"] + 0.3
+    assert main([*options, *sizes, "--measure"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == printed
+    opened = VideoLanguageModel.from_pretrained(tmp_path / "model", device="cpu", dtype=torch.float32)
+    assert opened.familiarity is not None
+    assert opened.familiarity.things == printed["things"]
+    assert isinstance(opened.is_familiar(read_clip(real, 4).frames), bool)
+
+
+def test_there_must_be_something_to_measure(
+    photos: Path, llm_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_vlm(llm_folder("qwen2")).save_pretrained(tmp_path)
+    assert main(["--model", str(tmp_path), "--photos", str(photos), "--measure"]) == 2
+    assert "leave out --measure" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [("--clips", "2"), ("--false-alarms", "1"), ("--strength", "0")])
+def test_wrong_numbers_are_one_line(
+    option: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model", str(tmp_path), "--photos", str(tmp_path), *option]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / FAMILIARITY).exists()
