@@ -313,7 +313,8 @@ def load_pretrained(
     try:
         with refused(f"Cannot load {what} {name}"):
             if is_hub_id(path):
-                _check_download(path, None if quantize or device_map else dtype.itemsize, what, auto_class)
+                itemsize = None if quantize or device_map else dtype.itemsize
+                _check_download(path, revision, itemsize, what, auto_class)
             folder = local_folder(path, revision)
             in_memory = quantize is None and device_map is None and target.type == "cpu"
             options |= _load_options(
@@ -340,11 +341,13 @@ def load_pretrained(
     return model, tokenizer, folder
 
 
-def _check_download(name: str, itemsize: int | None, what: str, auto_class: Any) -> None:
+def _check_download(
+    name: str, revision: str | None, itemsize: int | None, what: str, auto_class: Any
+) -> None:
     """Raises ModelError, before the weights are downloaded, for a model that has no room here."""
     from transformers import AutoConfig
 
-    if not (size := missing_bytes(name)):
+    if not (size := missing_bytes(name, revision)):
         return
     check_room(name, size)
     config = AutoConfig.from_pretrained(open_settings(name), trust_remote_code=False, local_files_only=True)

@@ -99,9 +99,9 @@ def local_folder(
         return folder
 
 
-def missing_bytes(name: str) -> int:
+def missing_bytes(name: str, revision: str | None = None) -> int:
     """Bytes of a model on the hub that must be downloaded before it can be loaded; raises ModelError."""
-    return download_bytes(name, MODEL_FILES, NOT_THESE)
+    return download_bytes(name, revision, MODEL_FILES, NOT_THESE)
 
 
 def open_folder(name: str | Path) -> tuple[Path, dict[str, Any]]:

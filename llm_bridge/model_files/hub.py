@@ -54,7 +54,7 @@ def hub_errors(name: str) -> Iterator[None]:
         raise ModelError(f"Cannot keep {name} on this disk: {error.strerror}.") from error
 
 
-def download_bytes(name: str, patterns: Sequence[str], ignored: Sequence[str]) -> int:
+def download_bytes(name: str, revision: str | None, patterns: Sequence[str], ignored: Sequence[str]) -> int:
     """Bytes of a model's files that are not on this disk yet, 0 without a network; raises ModelError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import DryRunError
@@ -65,7 +65,11 @@ def download_bytes(name: str, patterns: Sequence[str], ignored: Sequence[str]) -
     try:
         with hub_errors(name):
             files = snapshot_download(
-                name, allow_patterns=list(patterns), ignore_patterns=list(ignored), dry_run=True
+                name,
+                revision=revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(ignored),
+                dry_run=True,
             )
     except DryRunError:
         return 0  # all of it may be here; loading will tell

@@ -91,7 +91,7 @@ def whole_logits(llm: LanguageModel, running: Generation) -> torch.Tensor:
     ids = torch.tensor([running.prompt.ids])
     with torch.inference_mode():
         return llm.model(
-            inputs_embeds=running.embeddings(0, len(running.prompt)),
+            inputs_embeds=running.inputs(0, len(running.prompt))["inputs_embeds"],
             use_cache=False,
             **llm.beside_embeddings(ids),
         ).logits[0, -1]
@@ -118,7 +118,7 @@ def test_a_prompt_in_pieces_is_the_whole_prompt(llm: LanguageModel, tokens: int)
 
 def greedy_ids(llm: LanguageModel, running: Generation, count: int) -> list[int]:
     """Greedy tokens of the model by itself: with its own cache where it keeps states, else without any."""
-    embeds = running.embeddings(0, len(running.prompt))
+    embeds = running.inputs(0, len(running.prompt))["inputs_embeds"]
     ids: list[int] = []
     with torch.inference_mode():
         if llm.memory == "states":
