@@ -10,13 +10,28 @@ import torch
 
 from tests.tiny_llms import TEXT
 
+QWEN_TOKENS = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"),
+]
 SPECIAL = {
+    "qwen3_vl": QWEN_TOKENS,
     "smolvlm": [
         *("<|endoftext|>", "<|im_start|>", "<end_of_utterance>"),
         *("<fake_token_around_image>", "<global-img>", "<image>", "<video>"),
-    ]
+    ],
 }
+# A turn as the hub's Qwen-VL models have it.
+QWEN_TURN = (
+    "{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['content'] is string %}"
+    "{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% elif part['type'] == 'video' %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}{{ '<|im_end|>\n' }}"
+)
+QWEN_END = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 TEMPLATES = {
+    "qwen3_vl": "{% for message in messages %}" + QWEN_TURN + "{% endfor %}" + QWEN_END,
     # As the hub's SmolVLM2 has it.
     "smolvlm": (
         "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
@@ -25,9 +40,9 @@ TEMPLATES = {
         "{% elif line['type'] == 'image' %}{{ '<image>' }}{% elif line['type'] == 'video' %}{{ '<video>' }}"
         "{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
         "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-    )
+    ),
 }
-ENDS = {"smolvlm": "<end_of_utterance>"}
+ENDS = {"smolvlm": "<end_of_utterance>", "qwen3_vl": "<|im_end|>"}
 KINDS = tuple(TEMPLATES)
 
 
@@ -109,7 +124,52 @@ def _smolvlm(vocabulary: int, ids: dict[str, int]) -> Any:
     return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
 
 
-MODELS = {"smolvlm": _smolvlm}
+def _qwen_text(vocabulary: int, **rope: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [2, 3, 3],
+            **rope,
+        },
+    }
+
+
+def _qwen_ids(ids: dict[str, int]) -> dict[str, int]:
+    names = {"image_token": "image_pad", "video_token": "video_pad"}
+    names |= {"vision_start_token": "vision_start", "vision_end_token": "vision_end"}
+    return {f"{name}_id": ids[f"<|{token}|>"] for name, token in names.items()}
+
+
+def _qwen3_vl(vocabulary: int, ids: dict[str, int]) -> Any:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.for_model(
+        "qwen3_vl",
+        text_config=_qwen_text(vocabulary, mrope_interleaved=True) | {"head_dim": 16},
+        vision_config={
+            "depth": 4,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 64,
+            "out_hidden_size": 64,
+            "patch_size": 16,
+            "deepstack_visual_indexes": [0, 1, 2],
+            "num_position_embeddings": 64,
+        },
+        **_qwen_ids(ids),
+    )
+    return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+
+
+MODELS = {"smolvlm": _smolvlm, "qwen3_vl": _qwen3_vl}
 PROCESSORS: dict[str, dict[str, Any]] = {
     "smolvlm": {
         "image_processor_type": "SmolVLMImageProcessor",
@@ -119,5 +179,15 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "size": {"longest_edge": 64},
         "max_image_size": {"longest_edge": 64},
         "do_image_splitting": False,
-    }
+    },
+    "qwen3_vl": {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        # A square of 96 becomes one of 224.
+        "size": {"shortest_edge": 220**2, "longest_edge": 224**2},
+    },
 }

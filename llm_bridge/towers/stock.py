@@ -108,9 +108,10 @@ MakeTower = Callable[[Any, Path, Stage], Tower]
 
 def kinds() -> dict[str, MakeTower]:
     """Model types of transformers that are supported."""
+    from llm_bridge.towers.qwen3_vl import Qwen3VLTower
     from llm_bridge.towers.smolvlm import SmolVLMTower
 
-    return {"smolvlm": SmolVLMTower}
+    return {"smolvlm": SmolVLMTower, "qwen3_vl": Qwen3VLTower}
 
 
 def stock_kind(folder: str | Path) -> str | None:

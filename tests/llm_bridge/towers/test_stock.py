@@ -69,7 +69,7 @@ def clip_of(video: Tensor) -> Clip:
 
 def full_plan(model: StockModel, count: int = FRAMES) -> Plan:
     space = model.tower.space
-    side = space.sides[-1]
+    side = space.sides[0] if space.keeps_aspect else space.sides[-1]  # as small as it takes
     plan = Plan(count, side, side, 1, space.cell, space.frames_per_cell)
     return Plan(count, side, side, plan.grid.size, space.cell, space.frames_per_cell)
 
@@ -127,8 +127,28 @@ def whole_model(folder: Path) -> Any:
 
 def own_inputs(kind: str, pixels: Tensor, ids: list[int], model: Any) -> dict[str, Any]:
     """What the model's own forward takes for this prompt and these pixels (3, T, H, W)."""
-    filled = torch.tensor([[model.config.image_token_id if i == PLACEHOLDER else i for i in ids]])
-    return {"input_ids": filled, "pixel_values": pixels.transpose(0, 1)[None]}
+    image = pixels.shape[1] == 1
+    config = model.config
+    token = config.image_token_id if image or kind == "smolvlm" else config.video_token_id
+    places = torch.tensor([[i == PLACEHOLDER for i in ids]])
+    inputs = {"input_ids": torch.tensor([ids]).masked_fill(places, token)}
+    if kind == "smolvlm":
+        return inputs | {"pixel_values": pixels.transpose(0, 1)[None]}
+    patch = config.vision_config.patch_size
+    rows, grid = qwen_rows(pixels, patch)
+    names = ("pixel_values", "image_grid_thw") if image else ("pixel_values_videos", "video_grid_thw")
+    return inputs | dict(zip(names, (rows, grid), strict=True)) | {"mm_token_type_ids": places * (2 - image)}
+
+
+def qwen_rows(pixels: Tensor, patch: int) -> tuple[Tensor, Tensor]:
+    """Pixels (3, T, H, W) as the processors of Qwen-VL models cut them, and their grid."""
+    if pixels.shape[1] % 2:
+        pixels = torch.cat([pixels, pixels[:, -1:]], dim=1)
+    _, frames, height, width = pixels.shape
+    grid = frames // 2, height // patch, width // patch
+    cut = pixels.reshape(3, grid[0], 2, grid[1] // 2, 2, patch, grid[2] // 2, 2, patch)
+    rows = cut.permute(1, 3, 6, 4, 7, 0, 2, 5, 8).flatten(5).flatten(0, 4)
+    return rows, torch.tensor([grid])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -246,7 +266,7 @@ def test_after_gives_the_very_embeddings_of_all_cells(kind: str, load: Any) -> N
 def test_what_moves_is_kept(kind: str, load: Any) -> None:
     model = load(kind)
     full = full_plan(model)
-    kept = look(model, kept_plan(full, full.grid.size // 4))[0].kept
+    kept = look(model, kept_plan(full, full.grid.size // 8))[0].kept
     rows = (kept % (full.grid.height * full.grid.width)) // full.grid.width
     # The square moves between 20/96 and 50/96 of the height: the other cells are the same in every frame.
     assert int(rows.max()) <= 50 * full.grid.height // 96
@@ -262,7 +282,11 @@ def test_pixels_equal_the_image_processor(kind: str, folders: dict[str, Path], l
     video = frames(1, 96, 96)
     theirs = processor(Image.fromarray(video[0].numpy()), return_tensors="pt")["pixel_values"]
     ours = model.tower.pixels(clip_of(video), plan)
-    torch.testing.assert_close(ours[:, 0], theirs.flatten(0, -4)[0], rtol=0, atol=1e-5)
+    if kind.startswith("qwen"):
+        ours = qwen_rows(ours, model.tower.space.cell // 2)[0]
+    else:
+        ours, theirs = ours[:, 0], theirs.flatten(0, -4)[0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_numbers_in_words() -> None:
@@ -283,3 +307,46 @@ def test_the_prompt_of_smolvlm_is_its_processors(load: Any) -> None:
         "[H:MM:SS] video.\n"
         f"\nFrame from 00:00:{frame}\nFrame from 00:01:{frame}\n\nWhat is it?<end_of_utterance>\nAssistant:"
     )
+
+
+QWEN = [kind for kind in KINDS if kind.startswith("qwen")]
+
+
+@pytest.mark.parametrize("kind", QWEN)
+def test_an_odd_number_of_wide_frames_equals_the_whole_model(
+    kind: str, folders: dict[str, Path], load: Any
+) -> None:
+    model = load(kind)
+    cell = model.tower.space.cell
+    plan = Plan(5, 3 * cell, 8 * cell, 72, cell, 2)
+    looked, visual, pixels = look(model, plan)
+    prompt = prompt_of(model, question(visual))
+    whole = whole_model(folders[kind])
+    with torch.inference_mode():
+        logits = whole(**own_inputs(kind, pixels, list(prompt.ids), whole)).logits[0, -1]
+    _, ours = Generation(model.llm, prompt, [looked.embedding]).prefill([len(prompt)])
+    assert ours is not None
+    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
+
+
+def test_the_prompt_of_qwen3_vl_is_its_processors(load: Any) -> None:
+    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+    from transformers.video_utils import VideoMetadata
+
+    model = load("qwen3_vl")
+    plan = full_plan(model, 5)
+    visual = look(model, plan)[1]
+    prompt = prompt_of(model, question(visual))
+    processor = Qwen3VLProcessor.__new__(Qwen3VLProcessor)  # its parts would need torchvision
+    processor.video_token = "<|video_pad|>"
+    processor.vision_start_token, processor.vision_end_token = "<|vision_start|>", "<|vision_end|>"
+    processor.video_processor = type("Sizes", (), {"merge_size": 2, "temporal_patch_size": 2})()
+    grid = torch.tensor([[3, 2 * plan.grid.height, 2 * plan.grid.width]])
+    # Frames at 0.5, 1.5, ... seconds.
+    metadata = VideoMetadata(total_num_frames=10, fps=2.0, frames_indices=[1, 3, 5, 7, 9])
+    inputs = {"video_grid_thw": grid, "video_metadata": [metadata]}
+    parts = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What is it?"}]}]
+    text = model.llm.tokenizer.apply_chat_template(parts, tokenize=False, add_generation_prompt=True)
+    text = text.replace("<|video_pad|>", processor.replace_video_token(inputs, 0))
+    pad = model.llm.tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    assert [pad if i == PLACEHOLDER else i for i in prompt.ids] == model.llm.tokenizer(text).input_ids
