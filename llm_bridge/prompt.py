@@ -34,15 +34,12 @@ class Stretch:
     """Embeddings of a visual that stand side by side in a prompt.
 
     offsets: per axis of the model's positions, that of each embedding counted from where the stretch begins;
-    empty: one after the other. extent: how far on the next position is (default: count). reach: one more
-    than the largest offset before anything was dropped, where that may exceed `extent`: the answer begins
-    behind it.
+    empty: one after the other. extent: how far on the next position is (default: count).
     """
 
     count: int
     offsets: tuple[tuple[int, ...], ...] = ()
     extent: int | None = None
-    reach: int = 0
 
 
 @dataclass(frozen=True)
@@ -472,14 +469,13 @@ class _Builder:
         if axes == 1 and all(not part.offsets and part.extent is None for _, part in self.stretches):
             return (), len(self.ids)
         found: list[list[int]] = [[] for _ in range(axes)]
-        index = position = farthest = 0
+        index = position = 0
         for start, part in [*self.stretches, (len(self.ids), Stretch(0))]:
             for axis, values in enumerate(found):
                 values += range(position, position + start - index)
                 first = position + start - index
                 own = part.offsets[axis] if part.offsets else range(part.count)
                 values += [first + offset for offset in own]
-            farthest = max(farthest, position + start - index + part.reach)
             position += start - index + (part.count if part.extent is None else part.extent)
             index = start + part.count
-        return tuple(map(tuple, found)), max(position, farthest)
+        return tuple(map(tuple, found)), position

@@ -16,6 +16,7 @@ QWEN_TOKENS = [
 ]
 SPECIAL = {
     "qwen3_vl": QWEN_TOKENS,
+    "qwen2_5_vl": QWEN_TOKENS,
     "smolvlm": [
         *("<|endoftext|>", "<|im_start|>", "<end_of_utterance>"),
         *("<fake_token_around_image>", "<global-img>", "<image>", "<video>"),
@@ -31,6 +32,13 @@ QWEN_TURN = (
 )
 QWEN_END = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 TEMPLATES = {
+    "qwen2_5_vl": (
+        "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+        "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+        + QWEN_TURN
+        + "{% endfor %}"
+        + QWEN_END
+    ),
     "qwen3_vl": "{% for message in messages %}" + QWEN_TURN + "{% endfor %}" + QWEN_END,
     # As the hub's SmolVLM2 has it.
     "smolvlm": (
@@ -42,7 +50,7 @@ TEMPLATES = {
         "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
     ),
 }
-ENDS = {"smolvlm": "<end_of_utterance>", "qwen3_vl": "<|im_end|>"}
+ENDS = {"smolvlm": "<end_of_utterance>", "qwen3_vl": "<|im_end|>", "qwen2_5_vl": "<|im_end|>"}
 KINDS = tuple(TEMPLATES)
 
 
@@ -169,7 +177,29 @@ def _qwen3_vl(vocabulary: int, ids: dict[str, int]) -> Any:
     return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
 
 
-MODELS = {"smolvlm": _smolvlm, "qwen3_vl": _qwen3_vl}
+def _qwen2_5_vl(vocabulary: int, ids: dict[str, int]) -> Any:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.for_model(
+        "qwen2_5_vl",
+        text_config=_qwen_text(vocabulary) | {"eos_token_id": ids["<|im_end|>"], "bos_token_id": None},
+        vision_config={
+            "depth": 4,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "intermediate_size": 64,
+            "out_hidden_size": 64,
+            "patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [1, 3],
+            "tokens_per_second": 20,  # so that times reach beyond the text behind them
+        },
+        **_qwen_ids(ids),
+    )
+    return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+
+
+MODELS = {"smolvlm": _smolvlm, "qwen3_vl": _qwen3_vl, "qwen2_5_vl": _qwen2_5_vl}
 PROCESSORS: dict[str, dict[str, Any]] = {
     "smolvlm": {
         "image_processor_type": "SmolVLMImageProcessor",
@@ -188,6 +218,15 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "temporal_patch_size": 2,
         "merge_size": 2,
         # A square of 96 becomes one of 224.
+        "size": {"shortest_edge": 220**2, "longest_edge": 224**2},
+    },
+    "qwen2_5_vl": {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
         "size": {"shortest_edge": 220**2, "longest_edge": 224**2},
     },
 }

@@ -173,13 +173,10 @@ def frame_times(times_s: Sequence[float], span: int) -> list[tuple[float, ...]]:
     return [tuple(padded[start : start + span]) for start in range(0, len(padded), span)]
 
 
-def cells_stretch(cells: Sequence[int], grid: Grid, frame_steps: Sequence[int], reach: int = 0) -> Stretch:
-    """Cells of a grid at their own places. frame_steps: position on the axis of time, per frame of the grid.
-
-    reach: see Stretch.
-    """
+def cells_stretch(cells: Sequence[int], grid: Grid, frame_steps: Sequence[int]) -> Stretch:
+    """Cells of a grid at their own places. frame_steps: positions in time, one per frame of the grid."""
     per_frame = grid.height * grid.width
     times = tuple(frame_steps[cell // per_frame] for cell in cells)
     rows = tuple(cell % per_frame // grid.width for cell in cells)
     columns = tuple(cell % grid.width for cell in cells)
-    return Stretch(len(cells), (times, rows, columns), max(grid.height, grid.width), reach)
+    return Stretch(len(cells), (times, rows, columns), max(grid.height, grid.width))

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from encoder.budget import Plan
+from encoder.errors import ConfigError
 from encoder.selection import Selector
 from encoder.video.reader import Clip, read_clip
 from llm_bridge.chat_model import load_chat_model
@@ -29,6 +30,8 @@ from tests import tiny_video_models
 from tests.tiny_video_models import KINDS
 
 FRAMES = 8
+BEFORE = [kind for kind in KINDS if kind != "qwen2_5_vl"]
+STAGES = [(kind, "after") for kind in KINDS] + [(kind, "before") for kind in BEFORE]
 TIMES = tuple(0.5 + index for index in range(FRAMES))
 
 
@@ -137,7 +140,10 @@ def own_inputs(kind: str, pixels: Tensor, ids: list[int], model: Any) -> dict[st
     patch = config.vision_config.patch_size
     rows, grid = qwen_rows(pixels, patch)
     names = ("pixel_values", "image_grid_thw") if image else ("pixel_values_videos", "video_grid_thw")
-    return inputs | dict(zip(names, (rows, grid), strict=True)) | {"mm_token_type_ids": places * (2 - image)}
+    inputs |= dict(zip(names, (rows, grid), strict=True)) | {"mm_token_type_ids": places * (2 - image)}
+    if kind == "qwen2_5_vl" and not image:
+        inputs["second_per_grid_ts"] = torch.tensor([2 * (TIMES[1] - TIMES[0])])
+    return inputs
 
 
 def qwen_rows(pixels: Tensor, patch: int) -> tuple[Tensor, Tensor]:
@@ -151,9 +157,8 @@ def qwen_rows(pixels: Tensor, patch: int) -> tuple[Tensor, Tensor]:
     return rows, torch.tensor([grid])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "stage"), STAGES)
 @pytest.mark.parametrize("image", [False, True])
-@pytest.mark.parametrize("stage", ["after", "before"])
 def test_all_cells_equal_the_whole_model(
     kind: str, image: bool, stage: Stage, folders: dict[str, Path], load: Any
 ) -> None:
@@ -227,8 +232,7 @@ def test_rows_of_a_batch_equal_each_alone(kind: str, load: Any) -> None:
     assert [found[index] for index in range(len(asked))] == alone
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stage", ["after", "before"])
+@pytest.mark.parametrize(("kind", "stage"), STAGES)
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_k_tokens_are_k_at_their_own_positions(
@@ -251,6 +255,14 @@ def test_k_tokens_are_k_at_their_own_positions(
     positions = whole.positions or (tuple(range(len(whole))),)
     assert prompt.positions == tuple(tuple(axis[index] for index in stays) for axis in positions)
     assert prompt.next_position == whole.next_position
+
+
+@pytest.mark.parametrize("kind", sorted({*KINDS} - {*BEFORE}))
+def test_dropping_before_an_encoder_that_it_would_harm_is_refused(
+    kind: str, folders: dict[str, Path]
+) -> None:
+    with pytest.raises(ConfigError, match="select after it"):
+        load_chat_model(folders[kind], stage="before", dtype=torch.float32)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -350,3 +362,15 @@ def test_the_prompt_of_qwen3_vl_is_its_processors(load: Any) -> None:
     text = text.replace("<|video_pad|>", processor.replace_video_token(inputs, 0))
     pad = model.llm.tokenizer.convert_tokens_to_ids("<|video_pad|>")
     assert [pad if i == PLACEHOLDER else i for i in prompt.ids] == model.llm.tokenizer(text).input_ids
+
+
+def test_the_prompt_of_qwen2_5_vl_is_its_processors(load: Any) -> None:
+    model = load("qwen2_5_vl")
+    prompt = prompt_of(model, question(look(model, full_plan(model, 4))[1]))
+    text = model.llm.tokenizer.decode([i for i in prompt.ids if i != PLACEHOLDER])
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|vision_end|>What is it?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    # Times reach beyond the text, which goes on behind the larger side of a frame all the same.
+    assert prompt.next_position == 1 + prompt.positions[0][-1] < max(prompt.positions[0])
