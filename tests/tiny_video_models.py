@@ -17,6 +17,7 @@ QWEN_TOKENS = [
 SPECIAL = {
     "qwen3_vl": QWEN_TOKENS,
     "qwen2_5_vl": QWEN_TOKENS,
+    "llava_onevision": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"],
     "smolvlm": [
         *("<|endoftext|>", "<|im_start|>", "<end_of_utterance>"),
         *("<fake_token_around_image>", "<global-img>", "<image>", "<video>"),
@@ -32,6 +33,14 @@ QWEN_TURN = (
 )
 QWEN_END = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 TEMPLATES = {
+    # As the hub's: media before the words of a message.
+    "llava_onevision": (
+        "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<image>' }}{% endif %}"
+        "{% endfor %}{% for part in message['content'] %}{% if part['type'] == 'video' %}{{ '<video>' }}"
+        "{% endif %}{% endfor %}{% for part in message['content'] %}{% if part['type'] == 'text' %}"
+        "{{ '\n' + part['text'] }}{% endif %}{% endfor %}{{ '<|im_end|>' }}{% endfor %}" + QWEN_END
+    ),
     "qwen2_5_vl": (
         "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
         "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
@@ -50,7 +59,12 @@ TEMPLATES = {
         "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
     ),
 }
-ENDS = {"smolvlm": "<end_of_utterance>", "qwen3_vl": "<|im_end|>", "qwen2_5_vl": "<|im_end|>"}
+ENDS = {
+    "smolvlm": "<end_of_utterance>",
+    "qwen3_vl": "<|im_end|>",
+    "qwen2_5_vl": "<|im_end|>",
+    "llava_onevision": "<|im_end|>",
+}
 KINDS = tuple(TEMPLATES)
 
 
@@ -199,7 +213,44 @@ def _qwen2_5_vl(vocabulary: int, ids: dict[str, int]) -> Any:
     return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
 
 
-MODELS = {"smolvlm": _smolvlm, "qwen3_vl": _qwen3_vl, "qwen2_5_vl": _qwen2_5_vl}
+def _llava_onevision(vocabulary: int, ids: dict[str, int]) -> Any:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.for_model(
+        "llava_onevision",
+        text_config={
+            "model_type": "qwen2",
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": vocabulary,
+            "max_position_embeddings": 4096,
+        },
+        vision_config={
+            "model_type": "siglip_vision_model",
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+            "image_size": 56,  # an odd number of patches, as 384 pixels of the hub's are
+            "patch_size": 8,
+            "vision_use_head": False,
+        },
+        image_token_index=ids["<image>"],
+        video_token_index=ids["<video>"],
+        image_grid_pinpoints=[[56, 56]],
+    )
+    return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+
+
+MODELS = {
+    "smolvlm": _smolvlm,
+    "qwen3_vl": _qwen3_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "llava_onevision": _llava_onevision,
+}
 PROCESSORS: dict[str, dict[str, Any]] = {
     "smolvlm": {
         "image_processor_type": "SmolVLMImageProcessor",
@@ -228,5 +279,12 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         "temporal_patch_size": 2,
         "merge_size": 2,
         "size": {"shortest_edge": 220**2, "longest_edge": 224**2},
+    },
+    "llava_onevision": {
+        "image_processor_type": "LlavaOnevisionImageProcessor",
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "size": {"height": 56, "width": 56},
+        "image_grid_pinpoints": [[56, 56]],
     },
 }

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from encoder.budget import Plan
-from encoder.errors import ConfigError
+from encoder.errors import BudgetError, ConfigError
 from encoder.selection import Selector
 from encoder.video.reader import Clip, read_clip
 from llm_bridge.chat_model import load_chat_model
@@ -30,7 +30,8 @@ from tests import tiny_video_models
 from tests.tiny_video_models import KINDS
 
 FRAMES = 8
-BEFORE = [kind for kind in KINDS if kind != "qwen2_5_vl"]
+BEFORE = ["smolvlm", "qwen3_vl"]
+ALWAYS = {"llava_onevision": 1}  # embeddings beside those of the cells
 STAGES = [(kind, "after") for kind in KINDS] + [(kind, "before") for kind in BEFORE]
 TIMES = tuple(0.5 + index for index in range(FRAMES))
 
@@ -132,11 +133,14 @@ def own_inputs(kind: str, pixels: Tensor, ids: list[int], model: Any) -> dict[st
     """What the model's own forward takes for this prompt and these pixels (3, T, H, W)."""
     image = pixels.shape[1] == 1
     config = model.config
-    token = config.image_token_id if image or kind == "smolvlm" else config.video_token_id
+    as_images = kind == "smolvlm" or (image and kind != "llava_onevision")
+    token = config.image_token_id if as_images else config.video_token_id
     places = torch.tensor([[i == PLACEHOLDER for i in ids]])
     inputs = {"input_ids": torch.tensor([ids]).masked_fill(places, token)}
     if kind == "smolvlm":
         return inputs | {"pixel_values": pixels.transpose(0, 1)[None]}
+    if kind == "llava_onevision":
+        return inputs | {"pixel_values_videos": pixels.transpose(0, 1)[None]}
     patch = config.vision_config.patch_size
     rows, grid = qwen_rows(pixels, patch)
     names = ("pixel_values", "image_grid_thw") if image else ("pixel_values_videos", "video_grid_thw")
@@ -243,15 +247,18 @@ def test_k_tokens_are_k_at_their_own_positions(
     plan = kept_plan(full, data.draw(st.integers(1, full.grid.size)))
     selector = data.draw(st.sampled_from(["flux", "uniform", "random", "tube", "evs"]))
     looked, visual, pixels = look(model, plan, selector)
-    assert visual.tokens == plan.keep == len(looked.kept)
+    more = ALWAYS.get(kind, 0)
+    assert visual.tokens - more == plan.keep == len(looked.kept)
     assert torch.equal(model.tower.select(pixels, plan, selector), looked.kept)
     prompt = prompt_of(model, question(visual))
-    assert sum(i == PLACEHOLDER for i in prompt.ids) == plan.keep
+    assert sum(i == PLACEHOLDER for i in prompt.ids) == plan.keep + more
     # Each kept token, and all text, stands where it stands in the prompt of all cells.
     _, all_cells, _ = look(model, full)
     whole = prompt_of(model, question(all_cells))
     places = [index for index, token in enumerate(whole.ids) if token == PLACEHOLDER]
-    stays = sorted({*range(len(whole))} - {*places} | {places[cell] for cell in looked.kept.tolist()})
+    stays = sorted(
+        {*range(len(whole))} - {*places[: full.grid.size]} | {places[cell] for cell in looked.kept.tolist()}
+    )
     positions = whole.positions or (tuple(range(len(whole))),)
     assert prompt.positions == tuple(tuple(axis[index] for index in stays) for axis in positions)
     assert prompt.next_position == whole.next_position
@@ -271,7 +278,8 @@ def test_after_gives_the_very_embeddings_of_all_cells(kind: str, load: Any) -> N
     full = full_plan(model)
     everything, _, _ = look(model, full)
     some, _, _ = look(model, kept_plan(full, 33))
-    torch.testing.assert_close(some.embedding, everything.embedding[some.kept], rtol=0, atol=1e-5)
+    torch.testing.assert_close(some.embedding[:33], everything.embedding[some.kept], rtol=0, atol=1e-5)
+    torch.testing.assert_close(some.embedding[33:], everything.embedding[full.grid.size :], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -374,3 +382,39 @@ def test_the_prompt_of_qwen2_5_vl_is_its_processors(load: Any) -> None:
     )
     # Times reach beyond the text, which goes on behind the larger side of a frame all the same.
     assert prompt.next_position == 1 + prompt.positions[0][-1] < max(prompt.positions[0])
+
+
+def test_the_prompt_of_llava_onevision_is_its_processors(load: Any) -> None:
+    model = load("llava_onevision")
+    prompt = prompt_of(model, question(look(model, full_plan(model, 2))[1]))
+    places = sum(i == PLACEHOLDER for i in prompt.ids)
+    text = model.llm.tokenizer.decode([i for i in prompt.ids if i != PLACEHOLDER])
+    assert text == "<|im_start|>user \nWhat is it?<|im_end|><|im_start|>assistant\n"
+    assert places == 2 * 4 * 4 + 1  # the pooled ones of two frames, and a newline
+
+
+def test_a_size_that_llava_onevision_lacks_is_refused(load: Any) -> None:
+    model = load("llava_onevision")
+    cell = model.tower.space.cell
+    with pytest.raises(BudgetError, match="takes 56 pixels a side"):
+        model.tower.pixels(clip_of(frames(2)), Plan(2, 2 * cell, 2 * cell, 4, cell))
+
+
+@pytest.mark.parametrize(("kind", "stage"), STAGES)
+@pytest.mark.parametrize("part", [1, 4])
+def test_the_price_is_the_work_that_is_done(kind: str, stage: Stage, part: int, load: Any) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = load(kind, stage)
+    full = full_plan(model)
+    plan = kept_plan(full, full.grid.size // part)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # others are not counted
+        look(model, plan, "uniform")
+    counted = {str(name): flops / 2e9 for name, flops in counter.get_flop_counts()["Global"].items()}
+    _, embedding, linear, attention = model.tower.features(plan)
+    twice = 1 if kind in BEFORE else 2  # where the choice embeds patches of its own
+    assert counted["aten.convolution"] == pytest.approx(twice * embedding)
+    products = counted.get("aten.addmm", 0) + counted.get("aten.mm", 0)
+    assert products == pytest.approx(linear, rel=0.02)  # weights of the price count biases
+    assert counted["aten.bmm"] == pytest.approx(attention, rel=0.02)
