@@ -10,7 +10,7 @@ class VitShape:
     """Shape of a vision transformer and of the projector behind it.
 
     patch_values: numbers of a patch. patches_per_cell: patches that become one embedding. projector: weights
-    that each cell passes. window: most patches that see each other; None: all of a frame.
+    that each cell passes. windowed: blocks in which a patch sees at most `window` patches of its frame.
     """
 
     dim: int
@@ -19,6 +19,8 @@ class VitShape:
     patch_values: int
     patches_per_cell: int
     projector: int
+    windowed: int = 0
+    window: int = 0
 
     def features(self, frames: int, embedded: int, computed: int, projected: int) -> list[float]:
         """Constant, embedding, linear and attention work in giga-MACs.
@@ -28,7 +30,9 @@ class VitShape:
         """
         embed = embedded * self.patch_values * self.dim
         linear = self.depth * computed * (4 * self.dim**2 + 2 * self.dim * self.mlp_dim)
-        attention = self.depth * 2 * computed**2 / max(1, frames) * self.dim
+        seen = computed / max(1, frames)
+        whole = self.depth - self.windowed
+        attention = 2 * computed * self.dim * (whole * seen + self.windowed * min(seen, self.window))
         return [1.0, embed / 1e9, (linear + projected * self.projector) / 1e9, attention / 1e9]
 
     def mib(self, embedded: int, computed: int, itemsize: int) -> float:

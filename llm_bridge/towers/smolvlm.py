@@ -95,8 +95,7 @@ class SmolVLMTower(Tower):
     def features(self, plan: Plan) -> list[float]:
         embedded = plan.frames * (plan.height // self._patch) * (plan.width // self._patch)
         computed = embedded if self.stage == "after" else plan.keep * self._shape.patches_per_cell
-        cells = plan.grid.size if self.stage == "after" else plan.keep
-        return self._shape.features(plan.frames, embedded, computed, cells)
+        return self._shape.features(plan.frames, embedded, computed, plan.keep)
 
     def mib(self, plan: Plan) -> float:
         embedded = plan.frames * (plan.height // self._patch) * (plan.width // self._patch)

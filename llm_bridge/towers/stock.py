@@ -108,9 +108,17 @@ MakeTower = Callable[[Any, Path, Stage], Tower]
 
 def kinds() -> dict[str, MakeTower]:
     """Model types of transformers that are supported."""
+    from llm_bridge.towers.llava_onevision import LlavaOnevisionTower
+    from llm_bridge.towers.qwen2_5_vl import Qwen25VLTower
+    from llm_bridge.towers.qwen3_vl import Qwen3VLTower
     from llm_bridge.towers.smolvlm import SmolVLMTower
 
-    return {"smolvlm": SmolVLMTower}
+    return {
+        "smolvlm": SmolVLMTower,
+        "qwen3_vl": Qwen3VLTower,
+        "qwen2_5_vl": Qwen25VLTower,
+        "llava_onevision": LlavaOnevisionTower,
+    }
 
 
 def stock_kind(folder: str | Path) -> str | None:

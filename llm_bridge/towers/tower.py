@@ -32,7 +32,10 @@ Stage = Literal["before", "after"]
 
 
 class Looked(NamedTuple):
-    """What a tower made of a clip: embedding (M, D), and the kept cells (K,), ascending raster indices."""
+    """What a tower made of a clip: embedding (M, D), and the kept cells (K,), ascending raster indices.
+
+    M is K, or more where the model always reads something beside the cells.
+    """
 
     embedding: Tensor
     kept: Tensor

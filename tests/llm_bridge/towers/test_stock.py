@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from encoder.budget import Plan
+from encoder.errors import BudgetError, ConfigError
 from encoder.selection import Selector
 from encoder.video.reader import Clip, read_clip
 from llm_bridge.chat_model import load_chat_model
@@ -29,6 +30,9 @@ from tests import tiny_video_models
 from tests.tiny_video_models import KINDS
 
 FRAMES = 8
+BEFORE = ["smolvlm", "qwen3_vl"]
+ALWAYS = {"llava_onevision": 1}  # embeddings beside those of the cells
+STAGES = [(kind, "after") for kind in KINDS] + [(kind, "before") for kind in BEFORE]
 TIMES = tuple(0.5 + index for index in range(FRAMES))
 
 
@@ -69,7 +73,7 @@ def clip_of(video: Tensor) -> Clip:
 
 def full_plan(model: StockModel, count: int = FRAMES) -> Plan:
     space = model.tower.space
-    side = space.sides[-1]
+    side = space.sides[0] if space.keeps_aspect else space.sides[-1]  # as small as it takes
     plan = Plan(count, side, side, 1, space.cell, space.frames_per_cell)
     return Plan(count, side, side, plan.grid.size, space.cell, space.frames_per_cell)
 
@@ -127,13 +131,38 @@ def whole_model(folder: Path) -> Any:
 
 def own_inputs(kind: str, pixels: Tensor, ids: list[int], model: Any) -> dict[str, Any]:
     """What the model's own forward takes for this prompt and these pixels (3, T, H, W)."""
-    filled = torch.tensor([[model.config.image_token_id if i == PLACEHOLDER else i for i in ids]])
-    return {"input_ids": filled, "pixel_values": pixels.transpose(0, 1)[None]}
+    image = pixels.shape[1] == 1
+    config = model.config
+    as_images = kind == "smolvlm" or (image and kind != "llava_onevision")
+    token = config.image_token_id if as_images else config.video_token_id
+    places = torch.tensor([[i == PLACEHOLDER for i in ids]])
+    inputs = {"input_ids": torch.tensor([ids]).masked_fill(places, token)}
+    if kind == "smolvlm":
+        return inputs | {"pixel_values": pixels.transpose(0, 1)[None]}
+    if kind == "llava_onevision":
+        return inputs | {"pixel_values_videos": pixels.transpose(0, 1)[None]}
+    patch = config.vision_config.patch_size
+    rows, grid = qwen_rows(pixels, patch)
+    names = ("pixel_values", "image_grid_thw") if image else ("pixel_values_videos", "video_grid_thw")
+    inputs |= dict(zip(names, (rows, grid), strict=True)) | {"mm_token_type_ids": places * (2 - image)}
+    if kind == "qwen2_5_vl" and not image:
+        inputs["second_per_grid_ts"] = torch.tensor([2 * (TIMES[1] - TIMES[0])])
+    return inputs
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def qwen_rows(pixels: Tensor, patch: int) -> tuple[Tensor, Tensor]:
+    """Pixels (3, T, H, W) as the processors of Qwen-VL models cut them, and their grid."""
+    if pixels.shape[1] % 2:
+        pixels = torch.cat([pixels, pixels[:, -1:]], dim=1)
+    _, frames, height, width = pixels.shape
+    grid = frames // 2, height // patch, width // patch
+    cut = pixels.reshape(3, grid[0], 2, grid[1] // 2, 2, patch, grid[2] // 2, 2, patch)
+    rows = cut.permute(1, 3, 6, 4, 7, 0, 2, 5, 8).flatten(5).flatten(0, 4)
+    return rows, torch.tensor([grid])
+
+
+@pytest.mark.parametrize(("kind", "stage"), STAGES)
 @pytest.mark.parametrize("image", [False, True])
-@pytest.mark.parametrize("stage", ["after", "before"])
 def test_all_cells_equal_the_whole_model(
     kind: str, image: bool, stage: Stage, folders: dict[str, Path], load: Any
 ) -> None:
@@ -207,8 +236,7 @@ def test_rows_of_a_batch_equal_each_alone(kind: str, load: Any) -> None:
     assert [found[index] for index in range(len(asked))] == alone
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("stage", ["after", "before"])
+@pytest.mark.parametrize(("kind", "stage"), STAGES)
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_k_tokens_are_k_at_their_own_positions(
@@ -219,18 +247,29 @@ def test_k_tokens_are_k_at_their_own_positions(
     plan = kept_plan(full, data.draw(st.integers(1, full.grid.size)))
     selector = data.draw(st.sampled_from(["flux", "uniform", "random", "tube", "evs"]))
     looked, visual, pixels = look(model, plan, selector)
-    assert visual.tokens == plan.keep == len(looked.kept)
+    more = ALWAYS.get(kind, 0)
+    assert visual.tokens - more == plan.keep == len(looked.kept)
     assert torch.equal(model.tower.select(pixels, plan, selector), looked.kept)
     prompt = prompt_of(model, question(visual))
-    assert sum(i == PLACEHOLDER for i in prompt.ids) == plan.keep
+    assert sum(i == PLACEHOLDER for i in prompt.ids) == plan.keep + more
     # Each kept token, and all text, stands where it stands in the prompt of all cells.
     _, all_cells, _ = look(model, full)
     whole = prompt_of(model, question(all_cells))
     places = [index for index, token in enumerate(whole.ids) if token == PLACEHOLDER]
-    stays = sorted({*range(len(whole))} - {*places} | {places[cell] for cell in looked.kept.tolist()})
+    stays = sorted(
+        {*range(len(whole))} - {*places[: full.grid.size]} | {places[cell] for cell in looked.kept.tolist()}
+    )
     positions = whole.positions or (tuple(range(len(whole))),)
     assert prompt.positions == tuple(tuple(axis[index] for index in stays) for axis in positions)
     assert prompt.next_position == whole.next_position
+
+
+@pytest.mark.parametrize("kind", sorted({*KINDS} - {*BEFORE}))
+def test_dropping_before_an_encoder_that_it_would_harm_is_refused(
+    kind: str, folders: dict[str, Path]
+) -> None:
+    with pytest.raises(ConfigError, match="select after it"):
+        load_chat_model(folders[kind], stage="before", dtype=torch.float32)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -239,14 +278,15 @@ def test_after_gives_the_very_embeddings_of_all_cells(kind: str, load: Any) -> N
     full = full_plan(model)
     everything, _, _ = look(model, full)
     some, _, _ = look(model, kept_plan(full, 33))
-    torch.testing.assert_close(some.embedding, everything.embedding[some.kept], rtol=0, atol=1e-5)
+    torch.testing.assert_close(some.embedding[:33], everything.embedding[some.kept], rtol=0, atol=1e-5)
+    torch.testing.assert_close(some.embedding[33:], everything.embedding[full.grid.size :], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_moves_is_kept(kind: str, load: Any) -> None:
     model = load(kind)
     full = full_plan(model)
-    kept = look(model, kept_plan(full, full.grid.size // 4))[0].kept
+    kept = look(model, kept_plan(full, full.grid.size // 8))[0].kept
     rows = (kept % (full.grid.height * full.grid.width)) // full.grid.width
     # The square moves between 20/96 and 50/96 of the height: the other cells are the same in every frame.
     assert int(rows.max()) <= 50 * full.grid.height // 96
@@ -262,7 +302,11 @@ def test_pixels_equal_the_image_processor(kind: str, folders: dict[str, Path], l
     video = frames(1, 96, 96)
     theirs = processor(Image.fromarray(video[0].numpy()), return_tensors="pt")["pixel_values"]
     ours = model.tower.pixels(clip_of(video), plan)
-    torch.testing.assert_close(ours[:, 0], theirs.flatten(0, -4)[0], rtol=0, atol=1e-5)
+    if kind.startswith("qwen"):
+        ours = qwen_rows(ours, model.tower.space.cell // 2)[0]
+    else:
+        ours, theirs = ours[:, 0], theirs.flatten(0, -4)[0]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 def test_numbers_in_words() -> None:
@@ -283,3 +327,94 @@ def test_the_prompt_of_smolvlm_is_its_processors(load: Any) -> None:
         "[H:MM:SS] video.\n"
         f"\nFrame from 00:00:{frame}\nFrame from 00:01:{frame}\n\nWhat is it?<end_of_utterance>\nAssistant:"
     )
+
+
+QWEN = [kind for kind in KINDS if kind.startswith("qwen")]
+
+
+@pytest.mark.parametrize("kind", QWEN)
+def test_an_odd_number_of_wide_frames_equals_the_whole_model(
+    kind: str, folders: dict[str, Path], load: Any
+) -> None:
+    model = load(kind)
+    cell = model.tower.space.cell
+    plan = Plan(5, 3 * cell, 8 * cell, 72, cell, 2)
+    looked, visual, pixels = look(model, plan)
+    prompt = prompt_of(model, question(visual))
+    whole = whole_model(folders[kind])
+    with torch.inference_mode():
+        logits = whole(**own_inputs(kind, pixels, list(prompt.ids), whole)).logits[0, -1]
+    _, ours = Generation(model.llm, prompt, [looked.embedding]).prefill([len(prompt)])
+    assert ours is not None
+    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
+
+
+def test_the_prompt_of_qwen3_vl_is_its_processors(load: Any) -> None:
+    from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
+    from transformers.video_utils import VideoMetadata
+
+    model = load("qwen3_vl")
+    plan = full_plan(model, 5)
+    visual = look(model, plan)[1]
+    prompt = prompt_of(model, question(visual))
+    processor = Qwen3VLProcessor.__new__(Qwen3VLProcessor)  # its parts would need torchvision
+    processor.video_token = "<|video_pad|>"
+    processor.vision_start_token, processor.vision_end_token = "<|vision_start|>", "<|vision_end|>"
+    processor.video_processor = type("Sizes", (), {"merge_size": 2, "temporal_patch_size": 2})()
+    grid = torch.tensor([[3, 2 * plan.grid.height, 2 * plan.grid.width]])
+    # Frames at 0.5, 1.5, ... seconds.
+    metadata = VideoMetadata(total_num_frames=10, fps=2.0, frames_indices=[1, 3, 5, 7, 9])
+    inputs = {"video_grid_thw": grid, "video_metadata": [metadata]}
+    parts = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What is it?"}]}]
+    text = model.llm.tokenizer.apply_chat_template(parts, tokenize=False, add_generation_prompt=True)
+    text = text.replace("<|video_pad|>", processor.replace_video_token(inputs, 0))
+    pad = model.llm.tokenizer.convert_tokens_to_ids("<|video_pad|>")
+    assert [pad if i == PLACEHOLDER else i for i in prompt.ids] == model.llm.tokenizer(text).input_ids
+
+
+def test_the_prompt_of_qwen2_5_vl_is_its_processors(load: Any) -> None:
+    model = load("qwen2_5_vl")
+    prompt = prompt_of(model, question(look(model, full_plan(model, 4))[1]))
+    text = model.llm.tokenizer.decode([i for i in prompt.ids if i != PLACEHOLDER])
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<|vision_start|><|vision_end|>What is it?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    # Times reach beyond the text, which goes on behind the larger side of a frame all the same.
+    assert prompt.next_position == 1 + prompt.positions[0][-1] < max(prompt.positions[0])
+
+
+def test_the_prompt_of_llava_onevision_is_its_processors(load: Any) -> None:
+    model = load("llava_onevision")
+    prompt = prompt_of(model, question(look(model, full_plan(model, 2))[1]))
+    places = sum(i == PLACEHOLDER for i in prompt.ids)
+    text = model.llm.tokenizer.decode([i for i in prompt.ids if i != PLACEHOLDER])
+    assert text == "<|im_start|>user \nWhat is it?<|im_end|><|im_start|>assistant\n"
+    assert places == 2 * 4 * 4 + 1  # the pooled ones of two frames, and a newline
+
+
+def test_a_size_that_llava_onevision_lacks_is_refused(load: Any) -> None:
+    model = load("llava_onevision")
+    cell = model.tower.space.cell
+    with pytest.raises(BudgetError, match="takes 56 pixels a side"):
+        model.tower.pixels(clip_of(frames(2)), Plan(2, 2 * cell, 2 * cell, 4, cell))
+
+
+@pytest.mark.parametrize(("kind", "stage"), STAGES)
+@pytest.mark.parametrize("part", [1, 4])
+def test_the_price_is_the_work_that_is_done(kind: str, stage: Stage, part: int, load: Any) -> None:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = load(kind, stage)
+    full = full_plan(model)
+    plan = kept_plan(full, full.grid.size // part)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # others are not counted
+        look(model, plan, "uniform")
+    counted = {str(name): flops / 2e9 for name, flops in counter.get_flop_counts()["Global"].items()}
+    _, embedding, linear, attention = model.tower.features(plan)
+    twice = 1 if kind in BEFORE else 2  # where the choice embeds patches of its own
+    assert counted["aten.convolution"] == pytest.approx(twice * embedding)
+    products = counted.get("aten.addmm", 0) + counted.get("aten.mm", 0)
+    assert products == pytest.approx(linear, rel=0.02)  # weights of the price count biases
+    assert counted["aten.bmm"] == pytest.approx(attention, rel=0.02)
