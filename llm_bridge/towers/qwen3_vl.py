@@ -1,8 +1,8 @@
 """Qwen3-VL: pairs of frames, each with its time as text; rows go behind the first layers too (deepstack).
 
-A pair attends to itself only, so whole cells can be dropped before the blocks. The prompt is the one of
-transformers' processor (transformers/models/qwen3_vl/processing_qwen3_vl.py): the marks of the chat template
-stay around the pairs, each of which has marks of its own.
+A pair attends to itself only, so whole cells can be dropped before the blocks. The pairs, as transformers'
+processor writes them, stand in place of the chat template's own marks, as in the processor that came out with
+the model and in vLLM; that of transformers 5.24 leaves an empty pair of marks around them all.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ class Qwen3VLTower(QwenTower):
     """Vision model of a Qwen3-VL; an embedding is (1 + n) rows, for the input and n layers."""
 
     kind = "Qwen3-VL"
+    marks = {  # noqa: RUF012 - never changed
+        "image": "<|image_pad|>",
+        "video": "<|vision_start|><|video_pad|><|vision_end|>",
+    }
     pixel_default = PixelSettings()
 
     def _vit_shape(self, config: Any) -> VitShape:

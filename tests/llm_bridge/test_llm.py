@@ -37,7 +37,7 @@ def test_missing(name: str) -> None:
 
 
 def test_unreachable_hub_id_is_one_sentence() -> None:
-    with pytest.raises(ModelError, match=r"^Cannot load .*someone/some-model[^\n]*\.$"):
+    with pytest.raises(ModelError, match=r"^There is no folder someone/some-model here[^\n]*\.$"):
         load_llm("someone/some-model")
 
 

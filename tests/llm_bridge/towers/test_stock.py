@@ -367,7 +367,8 @@ def test_the_prompt_of_qwen3_vl_is_its_processors(load: Any) -> None:
     inputs = {"video_grid_thw": grid, "video_metadata": [metadata]}
     parts = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What is it?"}]}]
     text = model.llm.tokenizer.apply_chat_template(parts, tokenize=False, add_generation_prompt=True)
-    text = text.replace("<|video_pad|>", processor.replace_video_token(inputs, 0))
+    marks = "<|vision_start|><|video_pad|><|vision_end|>"
+    text = text.replace(marks, processor.replace_video_token(inputs, 0))
     pad = model.llm.tokenizer.convert_tokens_to_ids("<|video_pad|>")
     assert [pad if i == PLACEHOLDER else i for i in prompt.ids] == model.llm.tokenizer(text).input_ids
 
