@@ -177,7 +177,7 @@ def _qwen_ids(ids: dict[str, int]) -> dict[str, int]:
     return {f"{name}_id": ids[f"<|{token}|>"] for name, token in names.items()}
 
 
-def _qwen3_vl(vocabulary: int, ids: dict[str, int]) -> Any:
+def _qwen3_vl(vocabulary: int, ids: dict[str, int], changes: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     config = AutoConfig.for_model(
@@ -198,7 +198,7 @@ def _qwen3_vl(vocabulary: int, ids: dict[str, int]) -> Any:
     return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
 
 
-def _qwen2_5_vl(vocabulary: int, ids: dict[str, int]) -> Any:
+def _qwen2_5_vl(vocabulary: int, ids: dict[str, int], changes: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     config = AutoConfig.for_model(
@@ -220,7 +220,7 @@ def _qwen2_5_vl(vocabulary: int, ids: dict[str, int]) -> Any:
     return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
 
 
-def _llava_onevision(vocabulary: int, ids: dict[str, int]) -> Any:
+def _llava_onevision(vocabulary: int, ids: dict[str, int], changes: dict[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     config = AutoConfig.for_model(

@@ -17,13 +17,14 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,12 +138,13 @@ class Bench:
     def tests(self) -> dict[str, Any]:
         """The encoder's tests, as pytest runs them."""
         files = [f"tests/encoder/test_{name}.py" for name in ENCODER_TESTS]
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         last = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip()[-300:]]
+        counted = re.search(r"\d+ passed.*", done.stdout)
         if done.returncode:
             raise RuntimeError("\n".join(done.stdout.strip().splitlines()[-15:]) or last[0])
-        return {"pytest": last[0]}
+        return {"pytest": counted[0] if counted else last[0]}
 
     @torch.inference_mode()
     def golden(self) -> dict[str, Any]:
@@ -231,7 +233,7 @@ class Bench:
         """Milliseconds from a prompt with visual tokens to the first word, nothing cached."""
         llm, found = self._llm(), dict[str, Any]()
         for count in self.scale.visual_tokens:
-            run = self._waited(lambda count=count: next(iter(self._generation(llm, count, 1))))  # type: ignore[misc]
+            run = self._waited(lambda count=count: _read(self._generation(llm, count, 1)))  # type: ignore[misc]
             found[str(count)] = summary(interleave({"": run}, self.scale.n, warmup=2)[""])
         return found
 
@@ -393,7 +395,7 @@ class Bench:
 PARTS = ("tests", "golden", "encoder", "first_token", "decode", "umt", "stage1")
 
 
-def _read(pieces: Iterator[str]) -> None:
+def _read(pieces: Iterable[str]) -> None:
     for _ in pieces:
         continue
 
