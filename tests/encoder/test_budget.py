@@ -1,16 +1,17 @@
 """Budgets, plans and their cost."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from encoder.budget import Budget, Plan, PlanRow, PlanTable
+from encoder.budget import Budget, InputSpace, Plan, PlanRow, PlanTable
 from encoder.config import BASE, MICRO, SIZES, SMALL
 from encoder.cost import Speed, encoder_features, encoder_macs, encoder_mib
 from encoder.errors import BudgetError
+from encoder.video.reader import VideoInfo
 
 
 @dataclass
@@ -161,3 +162,27 @@ def test_speed_fit_recovers_known_rates() -> None:
 def test_memory_grows_with_the_budget() -> None:
     small, large = (encoder_mib(SMALL, 16, 224, 224, keep) for keep in (256, 4096))
     assert 0 < small < large
+
+
+WIDE = VideoInfo("video", 1920, 1080, 10.0, 300, "h264", "mp4", 0, "d")
+
+
+@given(tokens=st.integers(1, 5000), width=st.integers(16, 4000), height=st.integers(16, 4000))
+def test_an_input_in_the_aspect_of_its_video(tokens: int, width: int, height: int) -> None:
+    space = InputSpace((2, 4, 8, 16), (128, 256, 512), 32, frames_per_cell=2, keeps_aspect=True)
+    plan = Budget(tokens).plan(replace(WIDE, width=width, height=height), space)
+    assert plan.height % 32 == plan.width % 32 == 0
+    assert plan.grid.frames == plan.frames // 2
+    assert 1 <= plan.keep <= min(tokens, plan.grid.size)
+    assert plan.grid.height * plan.grid.width <= 16**2
+    if 0.5 < width / height < 2 and plan.grid.height >= 8:
+        assert plan.width / plan.height == pytest.approx(width / height, rel=0.3)
+
+
+def test_frames_are_sampled_that_are_worth_it() -> None:
+    space = InputSpace((1, 4, 8, 16, 64), (256, 512), 64, least_per_frame=16, most_fps=2.0)
+    assert Budget(64).plan(WIDE, space).frames == 4  # more would leave fewer than 16 tokens each
+    assert Budget(4096).plan(WIDE, space).frames == 16  # 64 would be more than two a second
+    assert Budget.full().plan(WIDE, space).frames == 20
+    assert Budget(64).plan(replace(WIDE, kind="image"), space).frames == 1
+    assert Budget(10, frames=3).plan(WIDE, space).frames == 3

@@ -124,3 +124,11 @@ def test_uniform_takes_as_many_of_each_frame_row_and_column(keep: int) -> None:
 def test_unknown_selector() -> None:
     with pytest.raises(BudgetError, match="choose one of flux"):
         select(torch.zeros(1, 4, 2), Grid(1, 2, 2), 2, selector="best")  # type: ignore[arg-type]
+
+
+def test_evs_takes_the_first_frame_then_what_is_least_like_the_frame_before() -> None:
+    patches = torch.ones(3, 4, 2)  # frames, patches of a frame, width
+    patches[1, 2] = torch.tensor([1.0, -1.0])  # turns, and turns back
+    patches[2, 0] = torch.tensor([1.0, 0.9])  # hardly changes
+    kept = select(patches.flatten(0, 1)[None], Grid(3, 2, 2), 7, selector="evs")
+    assert kept.tolist() == [[0, 1, 2, 3, 6, 8, 10]]
