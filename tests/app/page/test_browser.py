@@ -201,6 +201,14 @@ def test_stop_keeps_the_text_so_far(open_page: Callable[..., Any]) -> None:
     has(bot, re.compile(r"\w+ \w+"))
 
 
+def edit_first(chat: Any) -> None:
+    """Open the editor of the first message; a late update of the chat closes it again, so more than once."""
+    deadline = time.monotonic() + PATIENCE_MS / 1e3
+    while not chat.locator("textarea").is_visible() and time.monotonic() < deadline:
+        chat.get_by_label("Edit").first.click()
+        chat.page.wait_for_timeout(500)
+
+
 def test_regenerate_edit_and_clear(open_page: Callable[..., Any]) -> None:
     page = open_page()
     ask(page, "One?")
@@ -213,7 +221,7 @@ def test_regenerate_edit_and_clear(open_page: Callable[..., Any]) -> None:
     page.get_by_label("Retry").last.click()
     taken_away.wait_for_element_state("hidden")
     answered(page, 2)
-    chat.get_by_label("Edit").first.click()
+    edit_first(chat)
     chat.locator("textarea").fill("Three?")
     chat.get_by_label("Submit").click()
     answered(page, 1)

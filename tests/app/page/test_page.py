@@ -228,7 +228,7 @@ def test_an_unexpected_exception_is_logged_but_not_shown(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(Generation, "_step", broken)
+    monkeypatch.setattr(Generation, "inputs", broken)
     messages = ask(handlers, session, "What?")
     assert "Something went wrong" in messages[-1]["content"][0]
     assert "secret detail" not in str(messages)
