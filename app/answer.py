@@ -43,7 +43,7 @@ class Timings:
 class KeptTokens:
     """Which patches of which frames entered the encoder.
 
-    times_s: per sampled frame, empty for an image. grid: frames x rows x columns. indices: kept patches,
+    times_s: per frame of the grid, empty for an image. grid: frames x rows x columns. indices: kept patches,
     ascending in raster order (frame, row, column).
     """
 

@@ -149,8 +149,9 @@ class Vision:
         progress("encode")
         embedding, kept = self._embed(clip, plan, selector)
         familiar = self._worker.run(self._tower.is_familiar, clip.frames)
-        layout = self._tower.layout(plan, kept.indices, kept.times_s, video.info.duration_s)
-        visual = Visual(len(embedding), key, video.info.duration_s, kept.times_s, layout)
+        times_s = clip.times_s if clip.info.kind != "image" else ()
+        layout = self._tower.layout(plan, kept.indices, times_s, video.info.duration_s)
+        visual = Visual(len(embedding), key, video.info.duration_s, times_s, layout)
         encoded = EncodedVideo(
             embedding, visual, kept, decoded - start, time.perf_counter() - decoded, familiar
         )
@@ -218,7 +219,8 @@ class Vision:
     def _thumbnails(self, clip: Clip, plan: Plan) -> Tensor:
         """uint8 (T, H, W, 3) of what the model sees of each frame, at most THUMBNAIL pixels a side."""
         crop = self._tower.fit == "crop"
-        frames = centre(clip.frames, plan.height, plan.width) if crop else clip.frames
+        frames = clip.frames[:: plan.frames_per_cell]  # one for each row of cells in time
+        frames = centre(frames, plan.height, plan.width) if crop else frames
         return shrink(frames, fit_within(frames.shape[2], frames.shape[1], THUMBNAIL))
 
     # -- the vision tower -----------------------------------------------------------------------------------
@@ -245,7 +247,7 @@ class Vision:
 def _kept_tokens(clip: Clip, plan: Plan, indices: Tensor) -> KeptTokens:
     """(K,) kept raster indices with the times of the frames that they lie in."""
     grid = replace(plan, frames=len(clip.frames)).grid
-    times = clip.times_s if clip.info.kind != "image" else ()
+    times = clip.times_s[:: plan.frames_per_cell] if clip.info.kind != "image" else ()
     return KeptTokens(times, clip.duration_s, grid, tuple(indices.tolist()))
 
 
