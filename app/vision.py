@@ -147,8 +147,7 @@ class Vision:
         clip = self._clip(video, plan, scope)
         decoded = time.perf_counter()
         progress("encode")
-        embedding, kept = self._embed(clip, plan, selector)
-        familiar = self._worker.run(self._tower.is_familiar, clip.frames)
+        embedding, kept, familiar = self._embed(clip, plan, selector)
         times_s = clip.times_s if clip.info.kind != "image" else ()
         layout = self._tower.layout(plan, kept.indices, times_s, video.info.duration_s)
         visual = Visual(len(embedding), key, video.info.duration_s, times_s, layout)
@@ -225,18 +224,19 @@ class Vision:
 
     # -- the vision tower -----------------------------------------------------------------------------------
 
-    def _embed(self, clip: Clip, plan: Plan, selector: Selector) -> tuple[Tensor, KeptTokens]:
-        """Embeddings (M, D) of a clip and the cells that they stand for."""
+    def _embed(self, clip: Clip, plan: Plan, selector: Selector) -> tuple[Tensor, KeptTokens, bool | None]:
+        """Embeddings (M, D) of a clip, the cells that they stand for, and whether it is familiar."""
         pixels = self._tower.pixels(clip, plan)
 
-        def compute() -> Looked:
+        def compute() -> tuple[Looked, bool | None]:  # one turn of the computing thread
             looked = self._tower.look(pixels, plan, selector, clip.times_s)
+            familiar = self._tower.is_familiar(clip.frames)
             if self._tower.device.type != "cpu":
                 torch.accelerator.synchronize(self._tower.device)
-            return looked
+            return looked, familiar
 
-        embedding, indices = self._worker.run(compute)
-        return embedding, _kept_tokens(clip, plan, indices)
+        (embedding, indices), familiar = self._worker.run(compute)
+        return embedding, _kept_tokens(clip, plan, indices), familiar
 
     def _select(self, clip: Clip, plan: Plan, selector: Selector) -> KeptTokens:
         """The cells that `_embed` would keep."""

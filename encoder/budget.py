@@ -67,6 +67,10 @@ class InputSpace:
         """Tokens of a square input before selection."""
         return -(-frames // self.frames_per_cell) * (side // self.cell) ** 2
 
+    def square(self, frames: int, side: int, keep: int) -> Plan:
+        """The plan of a square input."""
+        return Plan(frames, side, side, keep, self.cell, self.frames_per_cell)
+
     def size(self, side: int, media: Media) -> tuple[int, int]:
         """(height, width) in whole cells: a square, or about its area in the aspect of the medium."""
         width, height = getattr(media, "width", 0), getattr(media, "height", 0)

@@ -188,3 +188,8 @@ def quiet_peft() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+def without_adapters(model: Any) -> Any:
+    """The model itself, without adapters that are not merged."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

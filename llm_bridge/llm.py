@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from encoder.errors import ModelError
-from llm_bridge.adapters import apply_adapter, quiet_peft
+from llm_bridge.adapters import apply_adapter, quiet_peft, without_adapters
 from llm_bridge.batch_invariance import make_batch_invariant
 from llm_bridge.families import Memory, check_embeddings, check_family, family_of
 from llm_bridge.kv_cache import memory_of
@@ -145,13 +145,12 @@ class LanguageModel:
 
     @cached_property
     def _cache_argument(self) -> str:
-        """What this model's forward calls its KV cache: transformers 5.24 renamed it."""
-        return "cache" if "cache" in inspect.signature(self._base.forward).parameters else "past_key_values"
+        return cache_argument(self._base)
 
     @property
     def _base(self) -> Any:
         """The model itself, without adapters that are not merged."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return without_adapters(self.model)
 
     def advance(self, kv: Any, **inputs: Tensor) -> Tensor:
         """Append inputs, named as in the model's forward, to a KV cache; the logits (B, V) after them.
@@ -216,6 +215,11 @@ class LanguageModel:
     def embed(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Input embeddings of token ids: (N,) -> (N, hidden_size)."""
         return self.model.get_input_embeddings()(torch.as_tensor(ids, dtype=torch.long, device=self.device))
+
+
+def cache_argument(model: Any) -> str:
+    """What a model's forward calls its KV cache: transformers 5.24 renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def default_device() -> torch.device:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from app.estimate import QUESTION_TOKENS
-from encoder.budget import Budget, Plan
+from encoder.budget import Budget
 from encoder.cost import MIB
 from encoder.errors import BudgetError, ConfigError
 from encoder.selection import Selector
@@ -83,7 +83,7 @@ class Range:
         context, free = model.llm.context_length, _free_mib(model)
 
         def fits(tokens: int) -> bool:
-            plan = Plan(frames, side, side, tokens, tower.space.cell, tower.space.frames_per_cell)
+            plan = tower.space.square(frames, side, tokens)
             positions = tower.prompt_tokens(plan) + QUESTION_TOKENS + ANSWER_TOKENS
             kv_mib = positions * model.llm.kv_bytes_per_token / MIB
             working = tower.mib(plan)

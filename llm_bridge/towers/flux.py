@@ -39,9 +39,6 @@ class FluxTower(Tower):
     def dtype(self) -> torch.dtype:
         return self._model.encoder.cls_token.dtype
 
-    def revision(self) -> str:
-        return self._model.revision(language=False)
-
     def describe(self) -> dict[str, str]:
         encoder, projector = self._model.encoder, self._model.projector.config
         count = sum(parameter.numel() for parameter in encoder.parameters())

@@ -12,29 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from encoder.budget import InputSpace, Plan
-from encoder.checkpoint import weights_hash
 from encoder.errors import BudgetError, ConfigError
-from encoder.selection import Selector, select
-from encoder.tokens import Grid
+from encoder.selection import Selector
 from encoder.video.reader import Clip
 from llm_bridge.prompt import Stretch
-from llm_bridge.towers.pixels import PixelSettings, to_pixels
 from llm_bridge.towers.sizes import VitShape
-from llm_bridge.towers.tower import Looked, Stage, Tower
+from llm_bridge.towers.stock_tower import LEAST_PER_FRAME, MOST_FPS, StockTower
+from llm_bridge.towers.tower import Looked, Stage
 
 MOST_FRAMES = 32  # it was trained with no more
-LEAST_PER_FRAME = 16
-MOST_FPS = 2.0
 
 
-class LlavaOnevisionTower(Tower):
+class LlavaOnevisionTower(StockTower):
     """Vision model and projector of a LLaVA-OneVision. Raises ConfigError for stage "before"."""
 
     marks = {"image": "<image>", "video": "<video>"}  # noqa: RUF012 - never changed
-    axes = 1
 
     def __init__(self, model: Any, folder: Path, stage: Stage) -> None:
         if stage == "before":
@@ -42,9 +37,8 @@ class LlavaOnevisionTower(Tower):
                 "LLaVA-OneVision pools patches that lie in two cells at once, so none can be dropped before "
                 "the encoder: select after it."
             )
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._model, config = base.model, base.config.vision_config
-        self.stage = stage
+        super().__init__(model, folder, stage)
+        self._model, config = model.model, model.config.vision_config
         self._patch, self._side = int(config.patch_size), int(config.image_size)
         cell = self._side // ((self._side // self._patch + 1) // 2)  # whose number is rounded up
         self.space = InputSpace(
@@ -54,8 +48,6 @@ class LlavaOnevisionTower(Tower):
             least_per_frame=LEAST_PER_FRAME,
             most_fps=MOST_FPS,
         )
-        self.default_tokens = 1024
-        self._settings = PixelSettings.read(folder, PixelSettings(), "preprocessor_config.json")
         self._shape = VitShape(
             int(config.hidden_size),
             int(config.num_hidden_layers),
@@ -66,29 +58,16 @@ class LlavaOnevisionTower(Tower):
         )
 
     @property
-    def device(self) -> torch.device:
-        return self._embedding.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._embedding.weight.dtype
+    def _parts(self) -> tuple[nn.Module, ...]:
+        return self._model.vision_tower, self._model.multi_modal_projector
 
     @property
     def _embedding(self) -> Any:
         vision = getattr(self._model.vision_tower, "vision_model", self._model.vision_tower)
-        return vision.embeddings.patch_embedding  # a convolution, which no quantisation touches
-
-    def revision(self) -> str:
-        return f"{weights_hash(self._model.vision_tower, self._model.multi_modal_projector)} {self.stage}"
+        return vision.embeddings.patch_embedding
 
     def describe(self) -> dict[str, str]:
-        parts = (self._model.vision_tower, self._model.multi_modal_projector)
-        count = sum(p.numel() for part in parts for p in part.parameters())
-        return {
-            "encoder": f"SigLIP {self._shape.dim}-d x {self._shape.depth}, {count / 1e6:.1f} M",
-            "projector": "pools 2 x 2 patches",
-            "select": f"{self.stage} the encoder",
-        }
+        return self._described("SigLIP", "pools 2 x 2 patches")
 
     # -- price ----------------------------------------------------------------------------------------------
 
@@ -114,7 +93,7 @@ class LlavaOnevisionTower(Tower):
     def pixels(self, clip: Clip, plan: Plan) -> Tensor:
         if (plan.height, plan.width) != (self._side, self._side):  # its positions are those of one size
             raise BudgetError(f"LLaVA-OneVision takes {self._side} pixels a side: leave out the resolution.")
-        return to_pixels(clip.frames, self._side, self._side, self._settings)
+        return super().pixels(clip, plan)
 
     @torch.inference_mode()
     def look(self, pixels: Tensor, plan: Plan, selector: Selector, times_s: Sequence[float] = ()) -> Looked:
@@ -138,11 +117,6 @@ class LlavaOnevisionTower(Tower):
         """Embedded patches of frames (T, 3, H, W), pooled as the model pools later: (T * cells, C)."""
         patches = self._embedding(frames).flatten(2).transpose(1, 2)
         return self._model.apply_pooling(patches).flatten(0, 1)
-
-    @staticmethod
-    def _choose(values: Tensor, grid: Grid, keep: int, selector: Selector) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return select(values[None], grid, keep, selector=selector, generator=generator)[0]
 
     def layout(
         self, plan: Plan, kept: Sequence[int], times_s: Sequence[float], duration_s: float

@@ -27,22 +27,20 @@ class PixelSettings:
     resample: int = int(Image.Resampling.BICUBIC)
 
     @staticmethod
-    def read(folder: Path, default: PixelSettings, *files: str) -> PixelSettings:
-        """From the first of a model folder's files that is there; raises ModelError for senseless values."""
-        for name in files:
-            path = folder / name
-            if not path.is_file():
-                continue
-            values = json.loads(path.read_text())
-            settings = PixelSettings(
-                _three(values.get("image_mean"), default.mean, path),
-                _three(values.get("image_std"), default.std, path),
-                values.get("resample", default.resample),
-            )
-            if settings.resample not in set(Image.Resampling) or not all(settings.std):
-                raise ModelError(f"{path} names no way to resize or normalise that there is.")
-            return settings
-        return default
+    def read(folder: Path, default: PixelSettings) -> PixelSettings:
+        """From a model folder's preprocessor_config.json, if it has one; raises ModelError for nonsense."""
+        path = folder / "preprocessor_config.json"
+        if not path.is_file():
+            return default
+        values = json.loads(path.read_text())
+        settings = PixelSettings(
+            _three(values.get("image_mean"), default.mean, path),
+            _three(values.get("image_std"), default.std, path),
+            values.get("resample", default.resample),
+        )
+        if settings.resample not in set(Image.Resampling) or not all(settings.std):
+            raise ModelError(f"{path} names no way to resize or normalise that there is.")
+        return settings
 
 
 def _three(value: Any, default: tuple[float, ...], path: Path) -> tuple[float, ...]:

@@ -12,39 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from encoder.budget import InputSpace, Plan
-from encoder.checkpoint import weights_hash
-from encoder.selection import Selector, select
+from encoder.selection import Selector
 from encoder.tokens import Grid
-from encoder.video.reader import Clip
 from llm_bridge.prompt import Stretch
-from llm_bridge.towers.pixels import PixelSettings, to_pixels
 from llm_bridge.towers.sizes import VitShape
-from llm_bridge.towers.tower import Looked, Stage, Tower
+from llm_bridge.towers.stock_tower import LEAST_PER_FRAME, MOST_FPS, StockTower
+from llm_bridge.towers.tower import Looked, Stage
 
 # The models take any size; these keep a full budget within some thousand tokens.
 SIDES = 224, 448
 MOST_FRAMES = 64
-LEAST_PER_FRAME = 16
-MOST_FPS = 2.0  # their own sampling
-
-SETTINGS = "preprocessor_config.json"
 
 
-class QwenTower(Tower):
+class QwenTower(StockTower):
     """Vision model and merger of a Qwen-VL, cells of which span two frames."""
 
     marks = {"image": "<|image_pad|>", "video": "<|video_pad|>"}  # noqa: RUF012 - never changed
     axes = 3
     kind: str
-    pixel_default: PixelSettings
 
     def __init__(self, model: Any, folder: Path, stage: Stage) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._visual, config = base.model.visual, base.config.vision_config
-        self.stage = stage
+        super().__init__(model, folder, stage)
+        self._visual, config = model.model.visual, model.config.vision_config
         self._patch, self._merge = int(config.patch_size), int(config.spatial_merge_size)
         self._span = int(config.temporal_patch_size)
         cell = self._patch * self._merge
@@ -59,8 +51,6 @@ class QwenTower(Tower):
             least_per_frame=LEAST_PER_FRAME,
             most_fps=MOST_FPS,
         )
-        self.default_tokens = 1024
-        self._settings = PixelSettings.read(folder, self.pixel_default, SETTINGS)
         self._shape = self._vit_shape(config)
 
     @abstractmethod
@@ -75,27 +65,16 @@ class QwenTower(Tower):
         """
 
     @property
-    def device(self) -> torch.device:
-        return self._embedding.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._embedding.weight.dtype
+    def _parts(self) -> tuple[nn.Module, ...]:
+        return (self._visual,)
 
     @property
     def _embedding(self) -> Any:
-        return self._visual.patch_embed.proj  # a convolution, which no quantisation touches
-
-    def revision(self) -> str:
-        return f"{weights_hash(self._visual)} {self.stage}"
+        return self._visual.patch_embed.proj
 
     def describe(self) -> dict[str, str]:
-        count = sum(p.numel() for p in self._visual.parameters())
-        return {
-            "encoder": f"{self.kind} {self._shape.dim}-d x {self._shape.depth}, {count / 1e6:.1f} M",
-            "projector": f"merges {self._merge} x {self._merge} patches of {self._span} frames",
-            "select": f"{self.stage} the encoder",
-        }
+        merged = f"merges {self._merge} x {self._merge} patches of {self._span} frames"
+        return self._described(self.kind, merged)
 
     # -- price ----------------------------------------------------------------------------------------------
 
@@ -117,19 +96,16 @@ class QwenTower(Tower):
 
     # -- looking --------------------------------------------------------------------------------------------
 
-    def pixels(self, clip: Clip, plan: Plan) -> Tensor:
-        return to_pixels(clip.frames, plan.height, plan.width, self._settings)
-
     @torch.inference_mode()
     def look(self, pixels: Tensor, plan: Plan, selector: Selector, times_s: Sequence[float] = ()) -> Looked:
         grid = replace(plan, frames=pixels.shape[1]).grid
         rows = self._rows(pixels)
         patches = self._embed(rows)
         if self.stage == "before":
-            kept = self._choose(patches.flatten(2), grid, plan.keep, selector)
+            kept = self._choose(patches.flatten(2).flatten(0, 1), grid, plan.keep, selector)
             return Looked(self._encode(rows, patches, grid, kept), kept)
         embeddings = self._encode(rows, patches, grid, None)
-        scored = embeddings.unflatten(0, patches.shape[:2]) if selector == "evs" else patches.flatten(2)
+        scored = embeddings if selector == "evs" else patches.flatten(2).flatten(0, 1)
         kept = self._choose(scored, grid, plan.keep, selector)
         return Looked(embeddings[kept], kept)
 
@@ -138,7 +114,8 @@ class QwenTower(Tower):
         if selector == "evs" and self.stage == "after":  # it goes by what the encoder makes
             return self.look(pixels, plan, selector).kept
         grid = replace(plan, frames=pixels.shape[1]).grid
-        return self._choose(self._embed(self._rows(pixels)).flatten(2), grid, plan.keep, selector)
+        patches = self._embed(self._rows(pixels)).flatten(2).flatten(0, 1)
+        return self._choose(patches, grid, plan.keep, selector)
 
     def _rows(self, pixels: Tensor) -> Tensor:
         """Pixels (3, T, H, W) as the model takes them: (T / 2, cells, merge * merge, values of a patch)."""
@@ -158,12 +135,6 @@ class QwenTower(Tower):
     def _embed(self, rows: Tensor) -> Tensor:
         """(T, cells, merge * merge, C): patches before positions."""
         return self._visual.patch_embed(rows.flatten(0, 2)).view(*rows.shape[:3], -1)
-
-    @staticmethod
-    def _choose(values: Tensor, grid: Grid, keep: int, selector: Selector) -> Tensor:
-        """Kept cells (K,) by values (T, cells, N)."""
-        generator = torch.Generator().manual_seed(0)
-        return select(values.flatten(0, 1)[None], grid, keep, selector=selector, generator=generator)[0]
 
 
 def frame_times(times_s: Sequence[float], span: int) -> list[tuple[float, ...]]:

@@ -38,8 +38,7 @@ class Qwen25VLTower(QwenTower):
                 "select after it."
             )
         super().__init__(model, folder, stage)
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._per_second = float(base.config.vision_config.tokens_per_second)
+        self._per_second = float(model.config.vision_config.tokens_per_second)
 
     def _vit_shape(self, config: Any) -> VitShape:
         return VitShape(

@@ -17,9 +17,9 @@ from torch import Tensor
 from encoder.budget import Plan
 from encoder.tokens import Grid
 from llm_bridge.prompt import Stretch
-from llm_bridge.towers.pixels import PixelSettings
 from llm_bridge.towers.qwen import QwenTower, cells_stretch, frame_times
 from llm_bridge.towers.sizes import VitShape
+from llm_bridge.towers.stock_tower import by_frame
 
 PAIR_TEXT = 10  # tokens of the time and the marks around a pair, about
 
@@ -32,7 +32,6 @@ class Qwen3VLTower(QwenTower):
         "image": "<|image_pad|>",
         "video": "<|vision_start|><|video_pad|><|vision_end|>",
     }
-    pixel_default = PixelSettings()
 
     def _vit_shape(self, config: Any) -> VitShape:
         mergers = (self._visual.merger, *self._visual.deepstack_merger_list)
@@ -108,13 +107,9 @@ class Qwen3VLTower(QwenTower):
         grid = replace(plan, frames=max(1, len(times_s))).grid
         if not times_s:
             return (cells_stretch(kept, grid, [0]),)
-        per_frame = grid.height * grid.width
-        cells: list[list[int]] = [[] for _ in range(grid.frames)]
-        for index in kept:
-            cells[index // per_frame].append(index % per_frame)
         parts: list[str | Stretch] = []
         before = ""
-        for times, own in zip(frame_times(times_s, self._span), cells, strict=True):
+        for times, own in zip(frame_times(times_s, self._span), by_frame(kept, grid), strict=True):
             # The text of neighbours is one piece, since it is tokenised as one.
             parts += [
                 f"{before}<{(times[0] + times[-1]) / 2:.1f} seconds><|vision_start|>",

@@ -13,36 +13,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from encoder.budget import InputSpace, Plan
-from encoder.checkpoint import weights_hash
-from encoder.selection import Selector, select
-from encoder.video.reader import Clip
+from encoder.selection import Selector
 from llm_bridge.prompt import Stretch
 from llm_bridge.towers.number_words import in_words
-from llm_bridge.towers.pixels import PixelSettings, to_pixels
+from llm_bridge.towers.pixels import PixelSettings
 from llm_bridge.towers.sizes import VitShape
-from llm_bridge.towers.tower import Looked, Stage, Tower
+from llm_bridge.towers.stock_tower import LEAST_PER_FRAME, MOST_FPS, StockTower, by_frame
+from llm_bridge.towers.tower import Looked, Stage
 
 LANCZOS = 1  # PIL's number
 MOST_FRAMES = 64  # the model's own sampling has no more
+MARK = "<fake_token_around_image>"
 FRAME_TEXT = 12  # tokens of the time and the marks around a frame, about
-LEAST_PER_FRAME = 16  # fewer would cost more in text than in tokens of the frame
-MOST_FPS = 2.0  # its own sampling takes one a second
 
 
-class SmolVLMTower(Tower):
+class SmolVLMTower(StockTower):
     """Vision model and connector of a SmolVLM."""
 
     marks = {"image": "<image>", "video": "<video>"}  # noqa: RUF012 - never changed
-    axes = 1
+    pixel_default = PixelSettings(resample=LANCZOS)
 
     def __init__(self, model: Any, folder: Path, stage: Stage) -> None:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self._vision, self._connector = base.model.vision_model, base.model.connector
-        self.stage = stage
-        config, self._scale = base.config.vision_config, int(base.config.scale_factor)
+        super().__init__(model, folder, stage)
+        self._vision, self._connector = model.model.vision_model, model.model.connector
+        config, self._scale = model.config.vision_config, int(model.config.scale_factor)
         self._patch = int(config.patch_size)
         cell = self._patch * self._scale
         native = int(config.image_size)
@@ -52,11 +49,8 @@ class SmolVLMTower(Tower):
             frames, (*smaller, native), cell, least_per_frame=LEAST_PER_FRAME, most_fps=MOST_FPS
         )
         self.default_tokens = min(1024, self.space.tokens(16, native))
-        default = PixelSettings(resample=LANCZOS)
-        self._settings = PixelSettings.read(folder, default, "preprocessor_config.json")
-        dim = int(config.hidden_size)
         self._shape = VitShape(
-            dim,
+            int(config.hidden_size),
             int(config.num_hidden_layers),
             int(config.intermediate_size),
             3 * self._patch**2,
@@ -65,27 +59,15 @@ class SmolVLMTower(Tower):
         )
 
     @property
-    def device(self) -> torch.device:
-        return self._embedding.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._embedding.weight.dtype
+    def _parts(self) -> tuple[nn.Module, ...]:
+        return self._vision, self._connector
 
     @property
     def _embedding(self) -> Any:
         return self._vision.embeddings.patch_embedding
 
-    def revision(self) -> str:
-        return f"{weights_hash(self._vision, self._connector)} {self.stage}"
-
     def describe(self) -> dict[str, str]:
-        count = sum(p.numel() for p in (*self._vision.parameters(), *self._connector.parameters()))
-        return {
-            "encoder": f"SigLIP {self._shape.dim}-d x {self._shape.depth}, {count / 1e6:.1f} M",
-            "projector": f"merges {self._scale} x {self._scale} patches",
-            "select": f"{self.stage} the encoder",
-        }
+        return self._described("SigLIP", f"merges {self._scale} x {self._scale} patches")
 
     # -- price ----------------------------------------------------------------------------------------------
 
@@ -93,45 +75,47 @@ class SmolVLMTower(Tower):
         return plan.keep + FRAME_TEXT * plan.frames
 
     def features(self, plan: Plan) -> list[float]:
-        embedded = plan.frames * (plan.height // self._patch) * (plan.width // self._patch)
-        computed = embedded if self.stage == "after" else plan.keep * self._shape.patches_per_cell
+        embedded, computed = self._counts(plan)
         return self._shape.features(plan.frames, embedded, computed, plan.keep)
 
     def mib(self, plan: Plan) -> float:
+        return self._shape.mib(*self._counts(plan), self.dtype.itemsize)
+
+    def _counts(self, plan: Plan) -> tuple[int, int]:
+        """Patches embedded, patches that pass the blocks."""
         embedded = plan.frames * (plan.height // self._patch) * (plan.width // self._patch)
-        computed = embedded if self.stage == "after" else plan.keep * self._shape.patches_per_cell
-        return self._shape.mib(embedded, computed, self.dtype.itemsize)
+        return embedded, embedded if self.stage == "after" else plan.keep * self._shape.patches_per_cell
 
     def fingerprint(self) -> list[Any]:
         return ["smolvlm", vars(self._shape), self._scale, self.stage, str(self.dtype)]
 
     # -- looking --------------------------------------------------------------------------------------------
 
-    def pixels(self, clip: Clip, plan: Plan) -> Tensor:
-        return to_pixels(clip.frames, plan.height, plan.width, self._settings)
-
     @torch.inference_mode()
     def look(self, pixels: Tensor, plan: Plan, selector: Selector, times_s: Sequence[float] = ()) -> Looked:
         patches = self._embed(pixels)
         if self.stage == "before":
-            kept = self._choose(patches, plan, selector)
+            kept = self._choose_of(self._cells(patches), plan, selector)
             return Looked(self._project(self._kept_cells(pixels, patches, kept)), kept)
         cells = self._cells(self._blocks(patches + self._positions(pixels)))
-        scored = cells if selector == "evs" else None
-        kept = self._choose(patches, plan, selector, scored)
+        kept = self._choose_of(cells if selector == "evs" else self._cells(patches), plan, selector)
         return Looked(self._project(cells.flatten(0, 1)[kept]), kept)
 
     @torch.inference_mode()
     def select(self, pixels: Tensor, plan: Plan, selector: Selector) -> Tensor:
         if selector == "evs" and self.stage == "after":  # it goes by what the encoder makes
             return self.look(pixels, plan, selector).kept
-        return self._choose(self._embed(pixels), plan, selector)
+        return self._choose_of(self._cells(self._embed(pixels)), plan, selector)
+
+    def _choose_of(self, cells: Tensor, plan: Plan, selector: Selector) -> Tensor:
+        """Kept cells (K,) of values (T, cells, N)."""
+        grid = plan.grid._replace(frames=len(cells))  # a clip in memory is used whole
+        return self._choose(cells.flatten(0, 1), grid, plan.keep, selector)
 
     def _embed(self, pixels: Tensor) -> Tensor:
-        """Patches (T, rows, columns, C) of pixels (3, T, H, W), before positions; whole cells only."""
+        """Patches (T, rows, columns, C) of pixels (3, T, H, W), before positions."""
         frames = pixels.transpose(0, 1).to(self.device, self.dtype)
-        patches = self._embedding(frames).permute(0, 2, 3, 1)
-        return patches
+        return self._embedding(frames).permute(0, 2, 3, 1)
 
     def _positions(self, pixels: Tensor) -> Tensor:
         """Position embeddings (1, rows, columns, C), as the model gives them to frames of this size."""
@@ -160,16 +144,6 @@ class SmolVLMTower(Tower):
         split = whole.unflatten(1, (-1, scale)).unflatten(3, (-1, scale))  # (T, R, s, Q, s, C)
         return split.transpose(2, 3).flatten(3).flatten(1, 2)
 
-    def _choose(
-        self, patches: Tensor, plan: Plan, selector: Selector, scored: Tensor | None = None
-    ) -> Tensor:
-        """Kept cells (K,) by the embeddings of their patches, or by other values (T, cells, N) of theirs."""
-        values = self._cells(patches) if scored is None else scored
-        grid = plan.grid._replace(frames=len(values))
-        generator = torch.Generator().manual_seed(0)
-        flat = values.flatten(0, 1)[None]
-        return select(flat, grid, plan.keep, selector=selector, generator=generator)[0]
-
     def _kept_cells(self, pixels: Tensor, patches: Tensor, kept: Tensor) -> Tensor:
         """Kept cells (K, scale * scale * C) after the blocks, of which the other patches are no part."""
         entries = self._cells(patches + self._positions(pixels))
@@ -192,36 +166,20 @@ class SmolVLMTower(Tower):
     def layout(
         self, plan: Plan, kept: Sequence[int], times_s: Sequence[float], duration_s: float
     ) -> tuple[str | Stretch, ...]:
-        grid = plan.grid
+        grid = plan.grid._replace(frames=max(1, len(times_s)))
         per_frame = grid.height * grid.width
-        places: list[list[int]] = [[] for _ in range(max(1, len(times_s)))]
-        for index in kept:
-            places[index // per_frame].append(index % per_frame)
         # Positions stay where they would be were all cells kept.
-        frames = [Stretch(len(own), (tuple(own),), per_frame) for own in places]
+        frames = [Stretch(len(own), (tuple(own),), per_frame) for own in by_frame(kept, grid)]
         if not times_s:
-            return ("<fake_token_around_image><global-img>", *frames, "<fake_token_around_image>")
-        length = timedelta(seconds=int(duration_s))
-        parts: list[str | Stretch] = [
+            return (f"{MARK}<global-img>", *frames, MARK)
+        text = (
             f"You are provided the following series of {in_words(len(times_s))} frames "
-            f"from a {length} [H:MM:SS] video.\n"
-        ]
+            f"from a {timedelta(seconds=int(duration_s))} [H:MM:SS] video.\n"
+        )
+        parts: list[str | Stretch] = []
         for time_s, frame in zip(times_s, frames, strict=True):
             minutes, seconds = divmod(int(time_s), 60)
-            parts += [
-                f"\nFrame from {minutes:02d}:{seconds:02d}:<fake_token_around_image><global-img>",
-                frame,
-            ]
-            parts.append("<fake_token_around_image>")
-        return _joined([*parts, "\n\n"])
-
-
-def _joined(parts: Sequence[str | Stretch]) -> tuple[str | Stretch, ...]:
-    """With texts that follow each other as one."""
-    joined: list[str | Stretch] = []
-    for part in parts:
-        if isinstance(part, str) and joined and isinstance(joined[-1], str):
-            joined[-1] += part
-        else:
-            joined.append(part)
-    return tuple(joined)
+            # The text of neighbours is one piece, since it is tokenised as one.
+            parts += [f"{text}\nFrame from {minutes:02d}:{seconds:02d}:{MARK}<global-img>", frame]
+            text = MARK
+        return (*parts, f"{text}\n\n")

@@ -10,18 +10,18 @@ between them, and a prompt's KV is kept and continued as for any other language 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from encoder.errors import ConfigError, ModelError
-from llm_bridge.towers.tower import Stage, Tower
-
-if TYPE_CHECKING:
-    from llm_bridge.llm import LanguageModel, Quantize
+from llm_bridge.adapters import without_adapters
+from llm_bridge.batch_invariance import make_batch_invariant
+from llm_bridge.llm import LanguageModel, Quantize, cache_argument, load_pretrained
+from llm_bridge.towers.stock_tower import StockTower
+from llm_bridge.towers.tower import Stage
 
 
 class TextPart(nn.Module):
@@ -35,6 +35,7 @@ class TextPart(nn.Module):
         self.decoder, self.head = decoder, head
         self.config: Any = decoder.config
         self.generation_config = generation_config
+        self._cache_argument = cache_argument(decoder)
 
     def get_input_embeddings(self) -> nn.Module:
         """The embedding table."""
@@ -76,37 +77,32 @@ class TextPart(nn.Module):
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=use_cache,
-            **{_cache_name(self.decoder): past_key_values},
+            **{self._cache_argument: past_key_values},
             **options,
         )
         hidden = out.last_hidden_state[:, -logits_to_keep:]
         return CausalLMOutputWithPast(logits=self.head(hidden))
 
 
-def _cache_name(decoder: nn.Module) -> str:
-    """What a model's forward calls its KV cache: transformers 5.24 renamed it."""
-    import inspect
-
-    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
-
-
 class StockModel:
     """A stock video model behind VideoChat."""
 
-    def __init__(self, llm: LanguageModel, tower: Tower, default_tokens: int) -> None:
-        self.llm, self.tower, self.default_tokens = llm, tower, default_tokens
-        self.system: str | None = None
+    system: str | None = None
+
+    def __init__(self, llm: LanguageModel, tower: StockTower) -> None:
+        self.llm, self.tower = llm, tower
+
+    @property
+    def default_tokens(self) -> int:
+        """Budget of a video where none is asked for."""
+        return self.tower.default_tokens
 
     def revision(self) -> str:
         """A cache key."""
         return f"{self.llm.identity} {self.tower.revision()}"
 
 
-# Of the loaded model, its folder, and when cells are dropped.
-MakeTower = Callable[[Any, Path, Stage], Tower]
-
-
-def kinds() -> dict[str, MakeTower]:
+def kinds() -> dict[str, type[StockTower]]:
     """Model types of transformers that are supported."""
     from llm_bridge.towers.llava_onevision import LlavaOnevisionTower
     from llm_bridge.towers.qwen2_5_vl import Qwen25VLTower
@@ -134,22 +130,16 @@ def load_stock(
     name: str | Path,
     *,
     stage: Stage = "after",
-    device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    device_map: str | dict[str, Any] | None = None,
     quantize: Quantize | None = None,
     adapters: Sequence[str | Path] = (),
-    revision: str | None = None,
+    **options: Any,
 ) -> StockModel:
     """Load a stock video model for use with frozen weights.
 
-    name: hub id or folder. stage: when cells are dropped. The rest as `load_llm`. Raises ModelError or
-    ConfigError: one sentence, what was wrong and what to do.
+    name: hub id or folder. stage: when cells are dropped. The rest, and options, as `load_llm`. Raises
+    ModelError or ConfigError: one sentence, what was wrong and what to do.
     """
     from transformers import AutoModelForImageTextToText
-
-    from llm_bridge.batch_invariance import make_batch_invariant
-    from llm_bridge.llm import LanguageModel, load_pretrained
 
     if stage not in ("before", "after"):
         raise ConfigError(f"select must be 'before' or 'after', not {stage!r}.")
@@ -157,23 +147,20 @@ def load_stock(
         name,
         AutoModelForImageTextToText,
         what="the video model",
-        device=device,
-        dtype=dtype,
-        device_map=device_map,
         quantize=quantize,
         adapters=adapters,
-        revision=revision,
+        **options,
     )
     kind = stock_kind(folder)
     if kind is None:
         raise ModelError(f"{name} is no video model of a kind that is supported: {', '.join(kinds())}.")
-    tower = kinds()[kind](model, folder, stage)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = without_adapters(model)
+    tower = kinds()[kind](base, folder, stage)
     part = TextPart(_decoder(base), base.get_output_embeddings(), getattr(base, "generation_config", None))
     make_batch_invariant(part)
     llm = LanguageModel(part.eval(), tokenizer, str(name), quantize, tuple(map(str, adapters)), tower.axes)
     llm.check()
-    return StockModel(llm, tower, tower.default_tokens)
+    return StockModel(llm, tower)
 
 
 def _decoder(model: Any) -> nn.Module:

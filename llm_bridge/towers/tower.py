@@ -50,7 +50,6 @@ class Tower(ABC):
     plan_table: PlanTable | None = None
     time_form: TimeSentence = "none"
     axes: int = 1  # of the positions of its language model
-    default_tokens: int = 1024
     familiarity: Familiarity | None = None
     # What its chat template writes for a medium of a kind; empty: media stand in the text of a message.
     marks: dict[str, str] = {}  # noqa: RUF012 - never changed
@@ -64,10 +63,6 @@ class Tower(ABC):
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """Of pixels and embeddings."""
-
-    @abstractmethod
-    def revision(self) -> str:
-        """Hash of what it computes with, a cache key."""
 
     @abstractmethod
     def describe(self) -> dict[str, str]:
@@ -102,7 +97,7 @@ class Tower(ABC):
             for side in sorted({self.space.sides[0], self.space.sides[-1]}):
                 tokens = self.space.tokens(frames, side)
                 for keep in sorted({max(1, tokens // 8), max(1, tokens // 2)}):
-                    plan = Plan(frames, side, side, keep, self.space.cell, self.space.frames_per_cell)
+                    plan = self.space.square(frames, side, keep)
                     pixels = torch.zeros(3, frames, side, side)
 
                     def run(pixels: Tensor = pixels, plan: Plan = plan) -> None:

@@ -111,13 +111,10 @@ class PartOf:
 
 
 @dataclass(frozen=True)
-class Flipped:
-    """Examples of a source with a chance of a mirror image of their own: `flip`, and 0 for those whose file
-    has one of `never` in its path."""
+class Changed:
+    """The examples of a source, each changed in some way by a subclass."""
 
     source: ExampleSource
-    flip: float | None
-    never: tuple[str, ...] = ()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -125,11 +122,20 @@ class Flipped:
 
     @property
     def window(self) -> int | None:
-        """Of examples that lie together."""
+        """Of examples that lie together: the source's."""
         return getattr(self.source, "window", None)
 
     def __len__(self) -> int:
         return len(self.source)
+
+
+@dataclass(frozen=True)
+class Flipped(Changed):
+    """Examples of a source with a chance of a mirror image of their own: `flip`, and 0 for those whose file
+    has one of `never` in its path."""
+
+    flip: float | None
+    never: tuple[str, ...] = ()
 
     def __getitem__(self, index: int) -> Example:
         example = self.source[index]
@@ -138,22 +144,8 @@ class Flipped:
 
 
 @dataclass(frozen=True)
-class IndependentTurns:
+class IndependentTurns(Changed):
     """Examples of a source, each turn a conversation of its own."""
-
-    source: ExampleSource
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.source.classes
-
-    @property
-    def window(self) -> int | None:
-        """The source's."""
-        return getattr(self.source, "window", None)
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def __getitem__(self, index: int) -> Example:
         example = self.source[index]
