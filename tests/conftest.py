@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny_llms
+from tests.leftovers import pytest_sessionfinish, pytest_sessionstart  # noqa: F401 - hooks of every run
 
 # Libraries must not try the network, and tests share the machine's cores.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
