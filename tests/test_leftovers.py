@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,8 @@ def test_it():
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "leftovers", *options]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    alone = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # others take long to import
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=alone)
 
 
 @pytest.fixture
@@ -37,7 +39,7 @@ def repository(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("options", [(), ("-n", "2")], ids=["one process", "workers"])
+@pytest.mark.parametrize("options", [(), ("-p", "xdist", "-n", "2")], ids=["one process", "workers"])
 def test_a_file_left_behind_fails_the_run(repository: Path, options: tuple[str, ...]) -> None:
     (repository / "test_writes.py").write_text(WRITES)
     found = run(repository, *options)
