@@ -247,3 +247,12 @@ def test_an_old_name_of_a_stage_is_told_the_new_one(capsys: pytest.CaptureFixtur
 def test_every_stage_of_train_is_a_module() -> None:
     root = ROOT / "training"
     assert all((root / f"{stage}.py").is_file() for stage in STAGES)
+
+
+def test_stages_are_those_of_recipes() -> None:
+    """The app imports nothing of training: it starts it."""
+    from app.cli import RENAMED_STAGES
+    from training.trainer import recipe
+
+    assert set(recipe.STAGES) <= set(STAGES)
+    assert recipe.RENAMED_STAGES == RENAMED_STAGES
