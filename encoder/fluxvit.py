@@ -41,8 +41,8 @@ class FluxViT(nn.Module):
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sin_cos_3d(dim, self.pos_grid))
-        self.gpe_proj = ChannelAffine(dim)
-        self.patch_embed = PatchEmbed(dim, config.patch_size)
+        self.gpe_proj = ChannelAffine(dim) if config.gpe else None
+        self.patch_embed = PatchEmbed(dim, config.patch_size, dual_norm=config.dual_patch_norm)
         blocks = [
             Block(
                 dim,
@@ -51,6 +51,7 @@ class FluxViT(nn.Module):
                 config.gelu,
                 config.layer_scale_init,
                 config.drop_path * index / max(config.depth - 1, 1),
+                lpe=config.lpe,
             )
             for index in range(config.depth)
         ]
@@ -103,7 +104,7 @@ class FluxViT(nn.Module):
         else:
             table = self._position_cache.get(rows, self.pos_grid, grid)
         # Interpolation weights sum to one, so a per-channel affine map commutes with them.
-        return self.gpe_proj(table[kept])
+        return table[kept] if self.gpe_proj is None else self.gpe_proj(table[kept])
 
     def _enter(self, patches: Tensor, grid: Grid, kept: Tensor) -> Tensor:
         """Selected, positioned tokens with cls in front: (b, n, C), (b, K) -> (b, 1+K, C)."""
