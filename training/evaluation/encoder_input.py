@@ -38,7 +38,9 @@ class VidTldr:
         if not match:
             raise ConfigError(f"Merging is written vid-tldr[/branch or /sum][=1536,1024,512], not {text!r}.")
         by, targets = match.groups()
-        return VidTldr("sum" if by == "sum" else "branch", tuple(map(int, targets.split(","))) if targets else ())
+        return VidTldr(
+            "sum" if by == "sum" else "branch", tuple(map(int, targets.split(","))) if targets else ()
+        )
 
     def __str__(self) -> str:
         by = "" if self.by == "branch" else f"/{self.by}"
