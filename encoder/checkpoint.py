@@ -176,6 +176,9 @@ def infer_config(tensors: Mapping[str, Tensor], gelu: Gelu = "tanh") -> FluxViTC
         num_classes=0 if head is None or not head.ndim else head.shape[0],
         num_pools=count("clip_projector"),
         num_aligners=count("final_clip_decoder_for_projs"),
+        dual_patch_norm="patch_embed.norm_before.weight" in tensors,
+        gpe="gpe_proj.depthwise_conv.weight" in tensors,
+        lpe="blocks.0.attn.lpe.depthwise_conv.weight" in tensors,
         gelu=gelu,
     )
 

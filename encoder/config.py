@@ -36,6 +36,9 @@ _REAL_RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+SWITCHES = ("dual_patch_norm", "gpe", "lpe")
+
+
 def _check_ranges(values: dict[str, Any]) -> None:
     """Raises ConfigError for a size of the wrong type or out of range."""
     for name, value in values.items():
@@ -47,6 +50,9 @@ def _check_ranges(values: dict[str, Any]) -> None:
             low, high = _REAL_RANGES[name]
             if type(value) not in (int, float) or not low <= value <= high:
                 raise ConfigError(f"{name} must be a number from {low:g} to {high:g}, not {value!r:.40}.")
+        elif name in SWITCHES:
+            if type(value) is not bool:
+                raise ConfigError(f"{name} must be true or false, not {value!r:.40}.")
         elif name == "head_counts":
             whole = isinstance(value, (list, tuple)) and all(type(n) is int for n in value)
             if not whole or len(value) > 32 or min(value, default=0) < 0:
@@ -69,6 +75,9 @@ class FluxViTConfig:
     table interpolated over time, which is the mean of its two middle frames, or the mean of all its frames,
     as InternVideo2's image-text training does. `head_counts`: the token count that each pooling and class
     head was fine-tuned at, 0 for none; empty when nothing says it.
+    `dual_patch_norm`, `gpe`, `lpe`: the three parts that make a FluxViT of a plain ViT; all three off is the
+    baseline of the paper's Table 3 and of its figures of gradient norms. Without `dual_patch_norm` patches
+    have no norm at all, as in the released code without its flag.
     """
 
     embed_dim: int = 384
@@ -88,6 +97,9 @@ class FluxViTConfig:
     drop_path: float = 0.0
     layer_scale_init: float = 1e-5
     image_positions: ImagePositions = "interpolate"
+    dual_patch_norm: bool = True
+    gpe: bool = True
+    lpe: bool = True
     head_counts: tuple[int, ...] = ()
     # Input ranges the weights were trained on; the default plan table is drawn from them.
     frames_range: tuple[int, int, int] = (4, 26, 2)

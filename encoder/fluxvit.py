@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from encoder.config import FluxViTConfig
 from encoder.errors import BudgetError
 from encoder.layers import Aligner, AttentionPool, Block, ChannelAffine, PatchEmbed, Segment
-from encoder.merging import in_raster_order, merging_block
+from encoder.merging import NO_MERGING, Merging, in_raster_order, merging_block
 from encoder.positions import PositionCache, interpolate, sin_cos_3d
 from encoder.selection import Selector, select
 from encoder.tokens import Grid, VisionTokens
@@ -41,8 +41,8 @@ class FluxViT(nn.Module):
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sin_cos_3d(dim, self.pos_grid))
-        self.gpe_proj = ChannelAffine(dim)
-        self.patch_embed = PatchEmbed(dim, config.patch_size)
+        self.gpe_proj = ChannelAffine(dim) if config.gpe else None
+        self.patch_embed = PatchEmbed(dim, config.patch_size, dual_norm=config.dual_patch_norm)
         blocks = [
             Block(
                 dim,
@@ -51,6 +51,7 @@ class FluxViT(nn.Module):
                 config.gelu,
                 config.layer_scale_init,
                 config.drop_path * index / max(config.depth - 1, 1),
+                lpe=config.lpe,
             )
             for index in range(config.depth)
         ]
@@ -103,7 +104,7 @@ class FluxViT(nn.Module):
         else:
             table = self._position_cache.get(rows, self.pos_grid, grid)
         # Interpolation weights sum to one, so a per-channel affine map commutes with them.
-        return self.gpe_proj(table[kept])
+        return table[kept] if self.gpe_proj is None else self.gpe_proj(table[kept])
 
     def _enter(self, patches: Tensor, grid: Grid, kept: Tensor) -> Tensor:
         """Selected, positioned tokens with cls in front: (b, n, C), (b, K) -> (b, 1+K, C)."""
@@ -128,7 +129,7 @@ class FluxViT(nn.Module):
         compat_truncation: bool = False,
         depth: int | None = None,
         times_s: Sequence[Sequence[float]] | None = None,
-        merge: Sequence[int] | None = None,
+        merge: Sequence[int] | Merging | None = None,
     ) -> VisionTokens:
         """Encode clips, keeping K tokens of each.
 
@@ -136,7 +137,7 @@ class FluxViT(nn.Module):
         keep: K for all clips or one per clip; None, or a K not below the grid's size, keeps every token.
         depth: run only the first so many blocks (negative counts from the end: -1 skips the last).
         times_s: presentation times of each clip's frames, handed through.
-        merge: tokens to leave after each of the first blocks by vid-TLDR merging (see encoder.merging);
+        merge: tokens to leave after each of the first blocks by vid-TLDR merging, or a Merging (see there);
         `kept` then holds the raster indices of the tokens that others were merged into.
         Raises BudgetError for K < 1, a wrong number of K, or sides that are not multiples of the patch size.
         """
@@ -146,8 +147,7 @@ class FluxViT(nn.Module):
             raise BudgetError(
                 f"{len(num_tokens)} token budgets were given for {len(clips)} clips: give one for each."
             )
-        if merge is not None and min(merge, default=1) < 1:
-            raise BudgetError(f"Merging must leave at least 1 token, not {min(merge)}.")
+        merging = Merging.of(merge)
         grids = [self.grid_of(*clip.shape[1:]) for clip in clips]
 
         # Clips of one grid and one K share every kernel call.
@@ -171,7 +171,7 @@ class FluxViT(nn.Module):
                 )
             )
         sharing = list(groups.values())
-        return self._encode(list(groups), sharing, patches, kept, depth, times_s, merge=merge or ())
+        return self._encode(list(groups), sharing, patches, kept, depth, times_s, merging=merging)
 
     def encode(
         self,
@@ -199,7 +199,7 @@ class FluxViT(nn.Module):
         depth: int | None,
         times_s: Sequence[Sequence[float]] | None,
         layers: Sequence[int] = (),
-        merge: Sequence[int] = (),
+        merging: Merging = NO_MERGING,
     ) -> VisionTokens:
         """Blocks over the packed tokens of all groups, then back to the order of the clips."""
         entered = [
@@ -210,14 +210,16 @@ class FluxViT(nn.Module):
         x = flat[0] if len(flat) == 1 else torch.cat(flat)
         hidden = []
         for index, block in enumerate(self.blocks[:depth]):
-            if index < len(merge):
+            if index < len(merging.targets):
                 assert isinstance(block, Block)
-                x, segments, kept = merging_block(block, x, segments, kept, merge[index])
+                x, segments, kept = merging_block(
+                    block, x, segments, kept, merging.targets[index], merging.by
+                )
                 continue
             x = self._run_block(block, x, segments)
             if index in layers:
                 hidden.append(x)
-        if merge:
+        if merging.targets:
             x, kept = in_raster_order(x, segments, kept)
 
         packed: dict[int, Tensor] = {}

@@ -35,17 +35,22 @@ class RMSNorm(nn.Module):
 class PatchEmbed(nn.Module):
     """Non-overlapping 1 x P x P patches, normalised before and after their projection (paper: DPN).
 
-    The paper says LayerNorm; the released model uses RMSNorm without bias, and so does this.
+    The paper says LayerNorm; the released model uses RMSNorm without bias, and so does this. dual_norm: False
+    leaves both norms out.
     """
 
-    def __init__(self, embed_dim: int, patch_size: int = 14, channels: int = 3) -> None:
+    def __init__(
+        self, embed_dim: int, patch_size: int = 14, channels: int = 3, *, dual_norm: bool = True
+    ) -> None:
         super().__init__()
         self.patch_size = patch_size
         self.proj = nn.Conv3d(
             channels, embed_dim, (1, patch_size, patch_size), stride=(1, patch_size, patch_size)
         )
-        self.norm = RMSNorm(embed_dim)
-        self.norm_before = RMSNorm(channels * patch_size**2)
+        self.dual_norm = dual_norm
+        if dual_norm:
+            self.norm = RMSNorm(embed_dim)
+            self.norm_before = RMSNorm(channels * patch_size**2)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels (B, 3, T, H, W), H and W multiples of P -> (B, T, L, C) with L = (H/P) * (W/P)."""
@@ -58,7 +63,10 @@ class PatchEmbed(nn.Module):
         )
         # A convolution whose stride is its kernel is one linear map of the flattened patch. The first norm's
         # weight joins that map and its scale follows it, which spares three passes over the raw patches.
-        weight = self.proj.weight.squeeze(2).permute(0, 2, 3, 1).flatten(1) * self.norm_before.weight
+        weight = self.proj.weight.squeeze(2).permute(0, 2, 3, 1).flatten(1)
+        if not self.dual_norm:
+            return F.linear(patches, weight, self.proj.bias)
+        weight = weight * self.norm_before.weight
         scale = self.norm_before.scale(patches)
         return self.norm(torch.addcmul(self.proj.bias, F.linear(patches, weight), scale))  # type: ignore[arg-type]
 
@@ -123,14 +131,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """softmax(Q K^T / sqrt(d)) V + LPE(V), queries and keys RMS-normalised over all heads together."""
+    """softmax(Q K^T / sqrt(d)) V + LPE(V), queries and keys RMS-normalised over all heads together.
 
-    def __init__(self, dim: int, heads: int) -> None:
+    lpe: False leaves the second term out.
+    """
+
+    def __init__(self, dim: int, heads: int, *, lpe: bool = True) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim)
-        self.lpe = ChannelAffine(dim)
+        self.lpe = ChannelAffine(dim) if lpe else None
         self.q_norm = RMSNorm(dim)
         self.k_norm = RMSNorm(dim)
 
@@ -145,7 +156,6 @@ class Attention(nn.Module):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment]) -> Tensor:
         """What `qkv_of` gave -> (N, C)."""
-        local = self.lpe(v)
         out, start = [], 0
         for clips, length in segments:
             rows = slice(start, start + clips * length)
@@ -154,7 +164,7 @@ class Attention(nn.Module):
             out.append(attended.transpose(1, 2).reshape(clips * length, -1))
             start += clips * length
         mixed = out[0] if len(out) == 1 else torch.cat(out)
-        return self.proj(mixed + local)
+        return self.proj(mixed if self.lpe is None else mixed + self.lpe(v))
 
 
 class Mlp(nn.Module):
@@ -204,11 +214,19 @@ class Block(nn.Module):
     """Pre-norm transformer block with LayerScale and stochastic depth."""
 
     def __init__(
-        self, dim: int, heads: int, mlp_dim: int, gelu: str, scale_init: float, drop_path: float
+        self,
+        dim: int,
+        heads: int,
+        mlp_dim: int,
+        gelu: str,
+        scale_init: float,
+        drop_path: float,
+        *,
+        lpe: bool = True,
     ) -> None:
         super().__init__()
         self.norm1 = RMSNorm(dim)
-        self.attn = Attention(dim, heads)
+        self.attn = Attention(dim, heads, lpe=lpe)
         self.ls1 = LayerScale(dim, scale_init)
         self.norm2 = RMSNorm(dim)
         self.mlp = Mlp(dim, mlp_dim, gelu)

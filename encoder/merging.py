@@ -9,6 +9,7 @@ one, so that at most half of the tokens go per block; the cls token (position 0)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +20,32 @@ from encoder.layers import QUERY_CHUNK, Block, Segment
 
 EPSILON = 1e-12  # makes 0 / 0 zero where all tokens are equal
 
+MergeBy = Literal["branch", "sum"]
+
+
+class Merging(NamedTuple):
+    """targets: patch tokens to leave after each of the first blocks; by: what likeness is measured on."""
+
+    targets: tuple[int, ...]
+    by: MergeBy = "branch"
+
+    @staticmethod
+    def of(value: Sequence[int] | Merging | None) -> Merging:
+        """Targets alone merge as released, None not at all; raises BudgetError for targets below 1."""
+        merging = value if isinstance(value, Merging) else Merging(tuple(value or ()))
+        if min(merging.targets, default=1) < 1:
+            raise BudgetError(f"Merging must leave at least 1 token, not {min(merging.targets)}.")
+        if merging.by not in get_args(MergeBy):
+            raise BudgetError(f"Merging goes by {' or '.join(get_args(MergeBy))}, not {merging.by!r}.")
+        return merging
+
+
+NO_MERGING = Merging(())
+
 
 def vid_tldr_schedule(num_tokens: int, num_patches: int = 0) -> tuple[int, ...]:
     """Tokens left after each of the first blocks, as in supplement Table 2: 1024 -> (2048, 1536, 1024) and
-    512 -> (1024, 512); other counts in proportion, with three steps from 1024 on.
+    512 -> (1024, 512); other counts in proportion, with three steps from 1024 on (UNVERIFIED for those).
 
     num_patches: tokens that enter; where halving cannot reach `num_tokens` in so few steps, more follow.
     """
@@ -67,13 +90,15 @@ def concentration(q: Tensor, k: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def merge_salient(x: Tensor, salience: Tensor, target: int, *, cls: bool = True) -> tuple[Tensor, Tensor]:
+def merge_salient(
+    x: Tensor, salience: Tensor, target: int, *, cls: bool = True, metric: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Join tokens until `target` are left, or half.
 
-    x: (B, N, C); salience: (B, N). Returns the tokens (B, M, C) in the published order (even ones that
-    stayed, then all odd ones) and which position each had before, (B, M).
-    cls: the first token is cls and stays. Each round the even tokens that are most alike to an odd one (by
-    cosine) are added to it, weighted by their salience.
+    x: (B, N, C); salience: (B, N); metric: (B, N, D) on which likeness is measured, None for x. Returns the
+    tokens (B, M, C) in the published order (even ones that stayed, then all odd ones) and which position each
+    had before, (B, M). cls: the first token is cls and stays. Each round the even tokens that are most alike
+    to an odd one (by cosine) are added to it, weighted by their salience.
     """
     batch, count, _ = x.shape
     # One less than the even tokens, which the published code forgets: it can lose cls.
@@ -82,8 +107,8 @@ def merge_salient(x: Tensor, salience: Tensor, target: int, *, cls: bool = True)
     if not remove:
         return x, places
     with torch.no_grad():
-        metric = F.normalize(x.float(), dim=-1)
-        likeness = metric[:, ::2] @ metric[:, 1::2].transpose(1, 2)
+        unit = F.normalize((x if metric is None else metric).float(), dim=-1)
+        likeness = unit[:, ::2] @ unit[:, 1::2].transpose(1, 2)
         if cls:
             likeness[:, 0] = -torch.inf
         best, partner = likeness.max(dim=-1)
@@ -104,20 +129,27 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def merging_block(
-    block: Block, x: Tensor, segments: Sequence[Segment], kept: Sequence[Tensor], target: int
+    block: Block,
+    x: Tensor,
+    segments: Sequence[Segment],
+    kept: Sequence[Tensor],
+    target: int,
+    by: MergeBy = "branch",
 ) -> tuple[Tensor, list[Segment], list[Tensor]]:
     """One block that merges between its attention and its MLP, as the first public release did.
 
     x: packed (N, C) with cls first in each clip; kept: per segment (clips, K) places of the patch tokens.
-    target: patch tokens to leave. Returns the same three, smaller. Stochastic depth is not applied: merging
-    is for trained weights.
+    target: patch tokens to leave; by: see Merging. Returns the first three, smaller. Stochastic depth is not
+    applied: merging is for trained weights.
     """
     q, k, v = block.attn.qkv_of(block.norm1(x))
-    x = block.ls1(x, block.attn.mix(q, k, v, segments))
+    attended = block.attn.mix(q, k, v, segments)
+    x = block.ls1(x, attended)
+    metric = attended.float() * block.ls1.gamma.float() if by == "branch" else x
     parts, shorter, places = [], [], []
     rows = x.split([segment.clips * segment.length for segment in segments])
-    q_rows, k_rows = (part.split([len(r) for r in rows]) for part in (q, k))
-    for segment, tokens, queries, keys, before in zip(segments, rows, q_rows, k_rows, kept, strict=True):
+    per_segment = [part.split([len(r) for r in rows]) for part in (q, k, metric)]
+    for segment, tokens, queries, keys, alike, before in zip(segments, rows, *per_segment, kept, strict=True):
         if segment.length <= target + 1:
             parts.append(tokens)
             shorter.append(segment)
@@ -126,7 +158,9 @@ def merging_block(
         heads = [t.view(*segment, block.attn.heads, -1).transpose(1, 2) for t in (queries, keys)]
         with torch.no_grad():
             salient = saliency(concentration(*heads))
-        left, origin = merge_salient(tokens.view(*segment, -1), salient, target + 1)
+        left, origin = merge_salient(
+            tokens.view(*segment, -1), salient, target + 1, metric=alike.view(*segment, -1)
+        )
         parts.append(left.flatten(0, 1))
         shorter.append(Segment(segment.clips, left.shape[1]))
         places.append(before.gather(1, origin[:, 1:] - 1))

@@ -39,7 +39,7 @@ from training.evaluation.cli_arguments import (
     read_labelled_files,
     world_source,
 )
-from training.evaluation.encoder_input import SELECTORS, EncoderInput
+from training.evaluation.encoder_input import SELECTORS, EncoderInput, VidTldr
 from training.evaluation.encoder_run import EncoderRun
 from training.evaluation.frozen_encoder import FrozenEncoder, chosen_pools, read_clip_head
 from training.evaluation.heatmap import draw_heatmap, write_csv
@@ -150,12 +150,13 @@ def optimize(args: argparse.Namespace) -> int:
         config.patch_size,
     )
     runs, rows = [], []
-    ways = ["selector", "vid-tldr"] if args.merge else ["selector"]
+    merging = VidTldr.parse(args.merge) if args.merge else None
+    ways = {"selector": None} | ({str(merging): merging} if merging else {})
     for keep in sorted(args.tokens):
-        for way in ways:
-            measured, full, linear = _search(args, grid, keep, score, merge=way == "vid-tldr")
-            times = {} if args.no_times else _times(encoder, measured, keep, way == "vid-tldr")
-            name = f"{keep}" if way == "selector" else f"{keep}_{way}"
+        for way, merge in ways.items():
+            measured, full, linear = _search(args, grid, keep, score, merge=merge)
+            times = {} if args.no_times else _times(encoder, measured, keep, merge)
+            name = f"{keep}" if way == "selector" else f"{keep}_{way.replace('/', '_')}"
             if sharing.first:
                 write_csv(grid, keep, measured, out / f"grid_{name}.csv", times)
                 title = f"K = {keep}, {way}, {metadata['metric']}, n = {next(iter(measured.values())).total}"
@@ -175,7 +176,7 @@ def optimize(args: argparse.Namespace) -> int:
 
 
 def _search(
-    args: argparse.Namespace, grid: Grid, keep: int, score: Score, *, merge: bool
+    args: argparse.Namespace, grid: Grid, keep: int, score: Score, *, merge: VidTldr | None
 ) -> tuple[dict[Cell, Share], SearchResult | None, SearchResult | None]:
     """All cells that were measured, and what each kind of search found."""
     selector: Selector = "flux" if merge else args.selector
@@ -200,7 +201,9 @@ def _search(
     return measured.cells, full, linear
 
 
-def _times(encoder: FrozenEncoder, cells: dict[Cell, Share], keep: int, merge: bool) -> dict[Cell, float]:
+def _times(
+    encoder: FrozenEncoder, cells: dict[Cell, Share], keep: int, merge: VidTldr | None
+) -> dict[Cell, float]:
     """Milliseconds of one clip for each cell."""
     return {
         (frames, side): encoder.ms(EncoderInput(frames, side, keep, merge=merge)) for frames, side in cells
@@ -314,7 +317,12 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--patience", type=int, default=1, help="steps without gain that end a climb")
     top.add_argument("--selector", choices=SELECTORS, default="flux")
-    top.add_argument("--merge", choices=["vid-tldr"], help="also measure merging")
+    top.add_argument(
+        "--merge",
+        metavar="vid-tldr",
+        help="also measure merging; vid-tldr=1536,1024,512: tokens after each of the first blocks, "
+        "vid-tldr/sum: likeness by the residual sum",
+    )
     top.add_argument("--no-times", action="store_true", help="do not time the encoder")
     top.add_argument("--install", metavar="MODEL", help="write the plan table into this model's config.json")
     add_world_options(top, clips=256)

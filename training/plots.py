@@ -7,6 +7,12 @@ gradnorm: the norm of the gradient of every part of the model, of the projectors
 together, over steps. convergence: accuracy on held-out data over epochs, one line per run, such as frame
 counts at the same number of tokens. Both read metrics.jsonl, and can write what they draw as csv.
 
+norms: the same norms of several runs side by side, such as a plain ViT beside FluxViT, stored as a result
+file from which training.results draws and tables them:
+
+    python -m training.plots norms runs/cpu/umt_norms_plain runs/cpu/umt_norms --parts projector \
+        --out runs/results/norms/result.json
+
     python -m training.plots budget runs/results/world_encoder.json --metric noun --out training/budget.png
 
 budget: accuracy over tokens kept and over measured milliseconds per clip, one line per way to choose them:
@@ -21,15 +27,20 @@ import io
 import json
 import math
 import re
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from encoder.checkpoint import atomic_path
+import torch
+
+from encoder.checkpoint import atomic_path, load_encoder, weights_hash
 from encoder.errors import DataError
-from training.command_line import command_parser, run_command
+from training.command_line import command_parser, run_command, table
 from training.evaluation.heatmap import figure_of, save_figure
+from training.evaluation.provenance import write_result
 
 NORM = "grad_norm"
 PATCH = 14  # of every FluxViT
@@ -97,6 +108,54 @@ def gradnorm_curves(run: Path, pattern: str = "") -> list[Curve]:
         raise DataError(f"No part of {run} matches {pattern!r}: logged are {names}.")
     overall = Curve("all parts", logged[NORM].x, logged[NORM].y)
     return [overall, *(Curve(part.name.removeprefix(NORM + "/"), part.x, part.y) for part in chosen)]
+
+
+def norm_comparison(runs: Sequence[Path], pattern: str = "") -> dict[str, dict[str, Any]]:
+    """By run: every logged norm, the last loss and the last held-out figures. Raises DataError."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        curves = {curve.name: curve for curve in gradnorm_curves(run, pattern)}
+        logged = read_run(run)
+        last = {name: curve.y[-1] for name, curve in logged.items() if name.startswith("eval/") and curve.y}
+        if run.name in found:
+            raise DataError(f"Two runs are named {run.name}: give folders of different names.")
+        found[run.name] = {
+            "norms": {name: {"step": curve.x, "value": curve.y} for name, curve in curves.items()},
+            "last": {"loss": logged["loss"].y[-1], **{k.removeprefix("eval/"): v for k, v in last.items()}},
+        }
+    return found
+
+
+def norms_table(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """Norm of each part over the first and last quarter of the steps, a line per run: median and largest."""
+    parts = list(dict.fromkeys(name for run in runs.values() for name in run["norms"]))
+    lines: list[list[object]] = []
+    for part in parts:
+        for name, run in runs.items():
+            if part not in run["norms"]:
+                continue
+            values = run["norms"][part]["value"]
+            quarter = max(1, len(values) // 4)
+            line: list[object] = [part.removeprefix("encoder."), name, len(values)]
+            for some in (values[:quarter], values[-quarter:]):
+                line += [f"{statistics.median(some):.3g}", f"{max(some):.3g}"]
+            lines.append([*line, f"{statistics.pstdev(values[-quarter:]):.2g}"])
+    columns = ["run", "steps", "first quarter", "largest", "last quarter", "largest", "spread"]
+    losses = "\n".join(
+        f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in run["last"].items())
+        for name, run in runs.items()
+    )
+    return f"{table(['part', *columns], lines)}\n\nat the end\n{losses}"
+
+
+def draw_norms(runs: Mapping[str, Mapping[str, Any]], folder: Path, width: int = 8) -> None:
+    """`norms_PART.png` for each part that all runs have, one line per run."""
+    first, *others = runs.values()
+    for part in [name for name in first["norms"] if all(name in run["norms"] for run in others)]:
+        of_part = {name: run["norms"][part] for name, run in runs.items()}
+        curves = [Curve(name, norms["step"], norms["value"]) for name, norms in of_part.items()]
+        out = folder / f"norms_{part.removeprefix('encoder.').replace(' ', '_').replace('.', '_')}.png"
+        draw(curves, out, x="step", y="gradient norm", title=part, width=width, log=True)
 
 
 def convergence_curves(
@@ -233,10 +292,10 @@ def write_csv(curves: Sequence[Curve], out: Path, x: str) -> None:
         temporary.write_text(text.getvalue())
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    parser = command_parser("training.plots", __doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = command_parser("training.plots", __doc__)
+    commands = top.add_subparsers(dest="command", required=True)
     gradnorm = commands.add_parser("gradnorm", help="gradient norm of every part, over steps")
     gradnorm.add_argument("run", nargs="+", type=Path, help="folder of a run; of several, one file each")
     gradnorm.add_argument("--parts", default="", metavar="REGEX", help="only these, such as projector")
@@ -250,9 +309,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     budget = commands.add_parser("budget", help="accuracy over tokens and over time")
     budget.add_argument("result", type=Path, help="result file of training.evaluate world --encoder")
     budget.add_argument("--metric", default="noun", help="an attribute: noun or motion")
+    norms = commands.add_parser("norms", help="gradient norms of several runs side by side")
+    norms.add_argument("run", nargs="+", type=Path, help="folders of runs whose result is there")
+    norms.add_argument("--parts", default="", metavar="REGEX", help="only these, such as projector")
+    norms.add_argument("--recipe", help="what they were trained with")
+    norms.add_argument("--out", required=True, type=Path, help="JSON; pictures beside it")
     for command in (gradnorm, convergence, budget):
         command.add_argument("--out", required=True, type=Path, help="PNG; a csv of the same name beside it")
-    return run_command(parser, run, argv)
+    return top
+
+
+def _seed(run: Path) -> int:
+    """Of a run, from its newest checkpoint; raises DataError without one."""
+    states = sorted(run.glob("checkpoints/*/state.json"))
+    try:
+        return int(json.loads(states[-1].read_text())["seed"])
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise DataError(f"{run} has no readable checkpoint: give the folder of a finished run.") from error
+
+
+def compare_norms(args: argparse.Namespace) -> None:
+    """The result file of several runs' norms, and its pictures."""
+    runs = norm_comparison(args.run, args.parts)
+    seeds = dict.fromkeys(str(_seed(path)) for path in args.run)
+    metadata = {
+        "weights": ", ".join(weights_hash(load_encoder(path / "encoder")) for path in args.run),
+        "dtype": "float32",  # of all parameters that learn, hence of their gradients
+        "seed": ", ".join(seeds),
+    }
+    figures = {"interval": "none, one run each", "runs": runs}
+    command = ["python", "-m", *args.command_line[2:]]
+    write_result(args.out, command, torch.device("cpu"), args.recipe, metadata, figures)
+    draw_norms(runs, args.out.parent)
+    print(norms_table(runs))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -264,6 +353,8 @@ def run(args: argparse.Namespace) -> None:
             draw(curves, out, x="step", y="gradient norm", title=folder.name, width=args.smooth, log=True)
             write_csv(curves, out.with_suffix(".csv"), "step")
             print(f"{out}: {len(curves)} curves, {len(curves[0].x)} steps")
+    elif args.command == "norms":
+        compare_norms(args)
     elif args.command == "budget":
         by_way = budget_curves(args.result, args.metric)
         draw_budget(by_way, args.out, args.metric)
@@ -281,6 +372,11 @@ def run(args: argparse.Namespace) -> None:
         write_csv(curves, args.out.with_suffix(".csv"), x)
         for curve in curves:
             print(f"{curve.name}: {curve.y[-1]:.4f} after {curve.x[-1]:g} {x}s, best {max(curve.y):.4f}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit status."""
+    return run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from training.evaluation.retrieval import retrieval_table
 from training.evaluation.synthetic_chat import world_table
 from training.evaluation.synthetic_encoder import encoder_table
 from training.optimize_tokens import runs_table
+from training.plots import draw_norms, norms_table
 
 Result = dict[str, Any]
 NOT_MEASURED = "Not measured yet."
@@ -60,7 +61,8 @@ same commands take `--annotations` and `--videos` (`python -m training.evaluate 
 @dataclass(frozen=True)
 class Section:
     """One table. stem: of its result file, which several may share; command: module and arguments, without
-    the shared ones; needs: "model" or "clip"; of_paper: the table of which it has the shape."""
+    the shared ones; needs: "model", "clip" or "runs" (of training: by hand); of_paper: the table of which it
+    has the shape; draw: pictures of the result into its folder."""
 
     title: str
     stem: str
@@ -68,6 +70,7 @@ class Section:
     needs: str
     of_paper: str
     show: Callable[[Result], str]
+    draw: Callable[[Result, Path], None] | None = None
 
 
 def _against_text_only(runs: Mapping[str, Any]) -> str:
@@ -143,6 +146,15 @@ SECTIONS: tuple[Section, ...] = (
         "supplement Tables 1 and 2",
         lambda result: runs_table(result["runs"]),
     ),
+    Section(
+        "Gradient norms of Flux-UMT, beside a plain ViT",
+        "norms/result",
+        ("training.plots", "norms"),
+        "runs",
+        "the figures of gradient norms (supplement Figures 2 and 4)",
+        lambda result: norms_table(result["runs"]),
+        lambda result, folder: draw_norms(result["runs"], folder),
+    ),
 )
 
 
@@ -204,9 +216,25 @@ def store(results: Path, folder: Path) -> None:
         if source.exists():
             target = folder / f"{stem}.json"
             target.parent.mkdir(parents=True, exist_ok=True)
-            for file in (source, *source.parent.glob("heatmap_*.png")):
+            for file in (source, *_pictures(source.parent)):
                 if file.resolve() != (target.parent / file.name).resolve():
                     shutil.copyfile(file, target.parent / file.name)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """Those beside a result file."""
+    return sorted(path for kind in ("heatmap", "norms") for path in folder.glob(f"{kind}_*.png"))
+
+
+def draw(folder: Path) -> None:
+    """Pictures of stored results that lack theirs. Raises DataError."""
+    for section in SECTIONS:
+        path = folder / f"{section.stem}.json"
+        if section.draw is not None and path.exists() and not _pictures(path.parent):
+            try:
+                section.draw(json.loads(path.read_text()), path.parent)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path} is not a result of {section.command[0]}: {error!r}.") from error
 
 
 def page(folder: Path) -> str:
@@ -226,7 +254,7 @@ def page(folder: Path) -> str:
             lines += [f"    {result['command']}", "", "```", section.show(result), "```", "", about(result)]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is not a result of {section.command[0]}: {error!r}.") from error
-        for picture in sorted(path.parent.glob("heatmap_*.png")):
+        for picture in _pictures(path.parent):
             lines += ["", f"![{picture.stem}]({picture.relative_to(folder.parent).as_posix()})"]
         if section.title in findings:
             lines += ["", findings[section.title]]
@@ -306,6 +334,7 @@ def run(args: argparse.Namespace) -> None:
             f"There are no result files in {args.results or folder}: measure some, "
             "or name their folder (--results)."
         )
+    draw(folder)
     text = page(folder)
     with atomic_path(target) as temporary:
         temporary.write_text(text)

@@ -1,18 +1,22 @@
 """FluxViT: state dict, shapes, mixed batches, gradients, precision."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from encoder.config import BASE, LARGE, MICRO, SIZES, SMALL
+from encoder.checkpoint import infer_config, read_tensors, save_tensors
+from encoder.config import BASE, LARGE, MICRO, SIZES, SMALL, FluxViTConfig
 from encoder.errors import BudgetError, ConfigError
 from encoder.fluxvit import FluxViT
 from encoder.golden import rule_weights
 from encoder.layers import DropPath, RMSNorm, Segment
+from encoder.positions import interpolate
 from encoder.tokens import Grid, VisionTokens
 
 TINY = MICRO.replace(embed_dim=32, depth=2, num_heads=2, pool_heads=2, clip_embed_dim=16, num_classes=5)
@@ -326,3 +330,54 @@ def test_vision_tokens_split_select_concatenate(tiny: FluxViT) -> None:
     assert again.times_s == out.times_s
     assert out.frame_of(1).tolist() == (out.kept[1] // 6).tolist()
     assert out.to(torch.float64).packed.dtype == torch.float64
+
+
+PLAIN = TINY.replace(dual_patch_norm=False, gpe=False, lpe=False)
+
+
+@torch.inference_mode()
+def test_a_plain_vit_is_the_encoder_without_its_three_parts(tiny: FluxViT) -> None:
+    """Its state dict lacks their names, and the rest of the weights give what a ViT by hand gives."""
+    plain = FluxViT(PLAIN).eval()
+    left_out = set(tiny.state_dict()) - set(plain.state_dict())
+    assert {name.split("blocks.")[-1].split(".", 1)[-1] for name in left_out if "lpe" in name} == {
+        "attn.lpe.depthwise_conv.weight",
+        "attn.lpe.depthwise_conv.bias",
+    }
+    assert {name for name in left_out if "lpe" not in name} == {
+        *("gpe_proj.depthwise_conv.weight", "gpe_proj.depthwise_conv.bias"),
+        *("patch_embed.norm.weight", "patch_embed.norm_before.weight"),
+    }
+    plain.load_state_dict({k: v + 0.01 for k, v in tiny.state_dict().items() if k not in left_out})
+    clip = pixels(1, 3, 4, 28, 42)
+    x = plain.patch_embed.proj(clip).flatten(2).transpose(1, 2)
+    table = plain.position_rows(Grid(4, 2, 3), torch.arange(24)[None])
+    torch.testing.assert_close(table[0], interpolate(plain.pos_embed[0, 1:], plain.pos_grid, Grid(4, 2, 3)))
+    x = torch.cat([plain.cls_token + plain.pos_embed[:, :1], x + table], dim=1)[0]
+    for block in plain.blocks:
+        q, k, v = block.attn.qkv(block.norm1(x)).chunk(3, dim=-1)
+        heads = [
+            part.unflatten(-1, (TINY.num_heads, -1)).transpose(0, 1)
+            for part in (block.attn.q_norm(q), block.attn.k_norm(k), v)
+        ]
+        mixed = F.scaled_dot_product_attention(*heads).transpose(0, 1).flatten(1)
+        x = x + block.ls1.gamma * block.attn.proj(mixed)
+        x = x + block.ls2.gamma * block.mlp(block.norm2(x))
+    torch.testing.assert_close(plain(clip).packed, x[1:], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["dual_patch_norm", "gpe", "lpe"])
+def test_each_part_alone_can_be_left_out(tmp_path: Path, part: str) -> None:
+    """The rows of the paper's Table 3; a file of such weights says which parts it has."""
+    config = MICRO.replace(**{part: False})
+    model = FluxViT(config)
+    save_tensors(model.state_dict(), tmp_path / "w.safetensors")
+    assert infer_config(read_tensors(tmp_path / "w.safetensors")) == config
+    model.save_pretrained(tmp_path / "saved")
+    loaded = FluxViT.from_pretrained(tmp_path / "saved")
+    assert loaded.config == config
+    out = loaded(pixels(1, 3, 4, 28, 28), 8)
+    out.packed.sum().backward()
+    assert out.packed.isfinite().all()
+    with pytest.raises(ConfigError, match=f"{part} must be true or false"):
+        FluxViTConfig.from_dict({**config.to_dict(), part: "no"})

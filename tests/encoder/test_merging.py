@@ -1,5 +1,7 @@
 """vid-TLDR merging against the published code's output, and inside the encoder."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,16 @@ from torch import Tensor
 from encoder.config import MICRO
 from encoder.errors import BudgetError
 from encoder.fluxvit import FluxViT
-from encoder.layers import Segment
-from encoder.merging import concentration, in_raster_order, merge_salient, saliency, vid_tldr_schedule
+from encoder.layers import Block, Segment
+from encoder.merging import (
+    Merging,
+    concentration,
+    in_raster_order,
+    merge_salient,
+    merging_block,
+    saliency,
+    vid_tldr_schedule,
+)
 from tests import ROOT
 
 GOLDEN = ROOT / "tests" / "data" / "vidtldr_golden.safetensors"
@@ -66,6 +76,20 @@ def test_counts_places_and_untouched_tokens(count: int, target: int, seed: int) 
         atol=1e-4,
         rtol=0,
     )
+
+
+@settings(deadline=None, max_examples=20)
+@given(count=st.integers(4, 40), seed=st.integers(0, 99))
+def test_merging_branch_and_residual_alike_is_merging_their_sum(count: int, seed: int) -> None:
+    """The first release merges both by the branch's likeness; one merge of the sum says the same."""
+    generator = torch.Generator().manual_seed(seed)
+    branch, residual = torch.randn(2, 2, count, 4, generator=generator)
+    salience = torch.rand(2, count, generator=generator)
+    both, places = merge_salient(branch + residual, salience, count // 2 + 1, metric=branch)
+    apart = [merge_salient(part, salience, count // 2 + 1, metric=branch) for part in (branch, residual)]
+    assert torch.equal(apart[0][1], apart[1][1])
+    assert torch.equal(places, apart[0][1])
+    torch.testing.assert_close(both, apart[0][0] + apart[1][0])
 
 
 def test_equal_tokens_and_attention_stay_finite() -> None:
@@ -143,3 +167,36 @@ def test_mixed_batch_equals_each_clip_alone(model: FluxViT) -> None:
 def test_wrong_target(model: FluxViT) -> None:
     with pytest.raises(BudgetError, match="at least 1"):
         model(torch.randn(1, 3, 4, 56, 56), merge=(0,))
+
+
+@torch.inference_mode()
+def test_likeness_is_that_of_the_branch_or_of_the_sum(model: FluxViT) -> None:
+    """Two tokens are equal in the branch, two others in the sum: each way joins its own pair."""
+    block = copy.deepcopy(model.blocks[0])
+    assert isinstance(block, Block)
+    x = 3 * torch.eye(7, 32)[None, :, :].repeat(1, 1, 1)
+    branch = torch.randn(7, 32, generator=torch.Generator().manual_seed(3))
+    branch[2] = branch[3]
+    gamma = block.ls1.gamma
+    x[0, 4] = x[0, 5] + gamma * (branch[5] - branch[4])  # equal after the branch is added
+    block.attn.mix = lambda q, k, v, segments: branch  # type: ignore[method-assign]
+    kept = [torch.arange(6)[None]]
+    left = {
+        by: merging_block(block, x[0], [Segment(1, 7)], kept, 5, by)[2][0][0].tolist()
+        for by in ("branch", "sum")
+    }
+    # Places of patch tokens, one less than those in the sequence.
+    assert set(range(6)) - set(left["branch"]) == {1}
+    assert set(range(6)) - set(left["sum"]) == {3}
+
+
+@torch.inference_mode()
+def test_released_merging_is_the_default_and_the_other_has_a_name(model: FluxViT) -> None:
+    pixels = torch.randn(1, 3, 8, 56, 56, generator=torch.Generator().manual_seed(1))
+    default = model(pixels, merge=(96, 48))
+    assert torch.equal(default.packed, model(pixels, merge=Merging((96, 48), "branch")).packed)
+    by_sum = model(pixels, merge=Merging((96, 48), "sum"))
+    assert by_sum.lengths == [48]
+    assert not torch.equal(default.kept[0], by_sum.kept[0])
+    with pytest.raises(BudgetError, match="branch or sum"):
+        model(pixels, merge=Merging((9,), "mean"))  # type: ignore[arg-type]

@@ -9,11 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from encoder.errors import DataError
 from tests.llm_bridge.text_encoders.tiny_towers import sentence_folder
 from tests.training.synthetic.tiny_world import make_encoder
-from training import evaluate, optimize_tokens
+from training import evaluate, optimize_tokens, plots
 from training.evaluation.ability_metrics import ABILITIES
 from training.results import NOT_MEASURED, PAGE, SECTIONS, STORE, commands, main, page, sections, store
 
@@ -48,6 +49,7 @@ def test_the_commands_on_the_page_are_commands_of_today(stem: str) -> None:
     python, flag, module, *arguments = shlex.split(command)
     assert (python, flag) == ("python", "-m")
     parsers = {"training.evaluate": evaluate.parser, "training.optimize_tokens": optimize_tokens.parser}
+    parsers["training.plots"] = plots.parser
     parsers[module]().parse_args(arguments)
 
 
@@ -120,6 +122,18 @@ def test_pictures_are_stored_beside_their_result(results: Path, tmp_path: Path) 
     assert f"![heatmap_64]({STORE}/tokens/heatmap_64.png)" in page(tmp_path / STORE)
 
 
+def test_norms_are_drawn_from_the_stored_result(tmp_path: Path) -> None:
+    folder = tmp_path / STORE
+    (folder / "norms").mkdir(parents=True)
+    shutil.copy(PAGE.parent / STORE / "norms" / "result.json", folder / "norms" / "result.json")
+    assert main(["--page", str(tmp_path / "RESULTS.md")]) == 0
+    drawn = {path.name for path in (folder / "norms").glob("*.png")}
+    assert drawn == {path.name for path in (PAGE.parent / STORE / "norms").glob("*.png")}
+    for name in drawn:
+        assert Image.open(folder / "norms" / name).size[0] > 600
+        assert f"({STORE}/norms/{name})" in (tmp_path / "RESULTS.md").read_text()
+
+
 def test_damaged_results(tmp_path: Path) -> None:
     (tmp_path / "retrieval.json").write_text('{"command": "x"}')
     with pytest.raises(DataError, match=r"retrieval\.json is not a result"):
@@ -157,7 +171,7 @@ def test_every_command_parses() -> None:
         recipe="cpu/clip.yaml",
     )
     lines = commands(args)
-    assert len(lines) == len({section.stem for section in SECTIONS})
+    assert len(lines) == len({section.stem for section in SECTIONS if section.needs != "runs"})
     for command in lines:
         module, rest = command[1], command[2:]
         known = optimize_tokens.parser() if module == "training.optimize_tokens" else evaluate.parser()

@@ -1,7 +1,9 @@
 """EncoderInput: how a clip is shown to an encoder, written `16x168:1024` on command lines.
 
 `FRAMESxRESOLUTION[:TOKENS][/SELECTOR][+vid-tldr]`: `8x224` keeps every token, `16x168:1024/random` keeps 1024
-drawn by chance, `16x168:1024+vid-tldr` merges down to 1024 inside the first blocks.
+drawn by chance, `16x168:1024+vid-tldr` merges down to 1024 inside the first blocks. `+vid-tldr/sum` measures
+likeness on the residual sum and not on the attention branch, and `+vid-tldr=1536,1024,512` names what each of
+the first blocks leaves (both in encoder.merging).
 """
 
 from __future__ import annotations
@@ -14,11 +16,35 @@ from typing import Any, get_args
 from encoder.budget import PlanTable
 from encoder.config import FluxViTConfig
 from encoder.errors import ConfigError
-from encoder.merging import vid_tldr_schedule
+from encoder.merging import MergeBy, Merging, vid_tldr_schedule
 from encoder.selection import Selector
 
-_FORM = re.compile(r"(\d+)x(\d+)(?::(\d+))?(?:/(\w+))?(\+vid-tldr)?")
+_FORM = re.compile(r"(\d+)x(\d+)(?::(\d+))?(?:/(\w+))?(?:\+(vid-tldr.*))?")
+_MERGE = re.compile(r"vid-tldr(?:/(branch|sum))?(?:=(\d+(?:,\d+)*))?")
 SELECTORS: tuple[str, ...] = get_args(Selector)
+
+
+@dataclass(frozen=True)
+class VidTldr:
+    """by: what likeness is measured on; targets: tokens after each of the first blocks, () as published."""
+
+    by: MergeBy = "branch"
+    targets: tuple[int, ...] = ()
+
+    @staticmethod
+    def parse(text: str) -> VidTldr:
+        """`vid-tldr[/branch or /sum][=TARGETS]`, the reverse of `str`; raises ConfigError."""
+        match = _MERGE.fullmatch(text)
+        if not match:
+            raise ConfigError(f"Merging is written vid-tldr[/branch or /sum][=1536,1024,512], not {text!r}.")
+        by, targets = match.groups()
+        return VidTldr(
+            "sum" if by == "sum" else "branch", tuple(map(int, targets.split(","))) if targets else ()
+        )
+
+    def __str__(self) -> str:
+        by = "" if self.by == "branch" else f"/{self.by}"
+        return f"vid-tldr{by}{'=' + ','.join(map(str, self.targets)) if self.targets else ''}"
 
 
 @dataclass(frozen=True)
@@ -32,7 +58,7 @@ class EncoderInput:
     resolution: int
     keep: int | None = None
     selector: Selector = "flux"
-    merge: bool = False
+    merge: VidTldr | None = None
     optimized: bool = False
 
     def __post_init__(self) -> None:
@@ -42,6 +68,10 @@ class EncoderInput:
             raise ConfigError(f"A selector is one of {', '.join(SELECTORS)}, not {self.selector!r}.")
         if self.merge and self.keep is None:
             raise ConfigError("Merging needs a number of tokens to merge down to.")
+        if self.merge and self.merge.targets and self.merge.targets[-1] != self.keep:
+            raise ConfigError(
+                f"{self}: merging must end at {self.keep} tokens, not {self.merge.targets[-1]}."
+            )
 
     @staticmethod
     def parse(text: str) -> EncoderInput:
@@ -57,13 +87,13 @@ class EncoderInput:
             int(resolution),
             int(keep) if keep else None,
             selector or "flux",  # type: ignore[arg-type]
-            bool(merge),
+            VidTldr.parse(merge) if merge else None,
         )
 
     def __str__(self) -> str:
         keep = "" if self.keep is None else f":{self.keep}"
         selector = "" if self.selector == "flux" else f"/{self.selector}"
-        return f"{self.frames}x{self.resolution}{keep}{selector}{'+vid-tldr' if self.merge else ''}"
+        return f"{self.frames}x{self.resolution}{keep}{selector}{f'+{self.merge}' if self.merge else ''}"
 
     @property
     def label(self) -> str:
@@ -77,19 +107,20 @@ class EncoderInput:
             "frames": self.frames,
             "resolution": self.resolution,
             "K": self.keep,
-            "selector": "vid-tldr" if self.merge else self.selector,
+            "selector": str(self.merge) if self.merge else self.selector,
             "optimized": self.optimized,
         }
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> EncoderInput:
         """The reverse of `to_dict`; other keys are ignored."""
-        merge = values["selector"] == "vid-tldr"
+        selector = values["selector"]
+        merge = VidTldr.parse(selector) if selector.startswith("vid-tldr") else None
         return EncoderInput(
             values["frames"],
             values["resolution"],
             values["K"],
-            "flux" if merge else values["selector"],
+            "flux" if merge else selector,
             merge,
             values["optimized"],
         )
@@ -98,11 +129,20 @@ class EncoderInput:
         """Tokens before selection."""
         return self.frames * (self.resolution // patch_size) ** 2
 
-    def merging(self, patch_size: int) -> tuple[int, ...] | None:
-        """For FluxViT's `merge`."""
+    def merging(self, patch_size: int) -> Merging | None:
+        """For FluxViT's `merge`; raises ConfigError where halving per block cannot follow the targets."""
         if not self.merge or self.keep is None:
             return None
-        return vid_tldr_schedule(self.keep, self.patches(patch_size))
+        patches = self.patches(patch_size)
+        left = patches
+        for target in self.merge.targets:
+            if left > target and left - left // 2 > target:
+                raise ConfigError(
+                    f"{self}: a block can leave no fewer than half of its {left} tokens, not {target}."
+                )
+            left = min(left, target)
+        targets = self.merge.targets or vid_tldr_schedule(self.keep, patches)
+        return Merging(targets, self.merge.by)
 
     def check(self, config: FluxViTConfig) -> EncoderInput:
         """Itself; raises ConfigError when the encoder cannot take it."""

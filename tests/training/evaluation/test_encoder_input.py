@@ -12,8 +12,10 @@ from encoder.errors import ConfigError
 from training.evaluation.encoder_input import EncoderInput, from_plan_table, unmasked
 from training.evaluation.frozen_encoder import class_pools
 
+MERGED = ["24x252:512+vid-tldr/sum", "24x224:512+vid-tldr=1536,1024,512", "8x56:9+vid-tldr/sum=20,9"]
 
-@pytest.mark.parametrize("text", ["8x224", "16x168:1024", "4x56:9/random", "24x252:512+vid-tldr"])
+
+@pytest.mark.parametrize("text", ["8x224", "16x168:1024", "4x56:9/random", "24x252:512+vid-tldr", *MERGED])
 def test_inputs_read_back(text: str) -> None:
     shown = EncoderInput.parse(text)
     assert str(shown) == text
@@ -21,11 +23,23 @@ def test_inputs_read_back(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "8", "8x", "0x224", "8x224:0", "8x224/best", "8x224+vid-tldr", "8x224:-1"]
+    "text",
+    [
+        *("", "8", "8x", "0x224", "8x224:0", "8x224/best", "8x224+vid-tldr", "8x224:-1"),
+        *("8x224:512+vid-tldr/mean", "8x224:512+vid-tldr=", "8x224:512+vid-tldr=1024,600"),
+    ],
 )
 def test_wrong_inputs(text: str) -> None:
     with pytest.raises(ConfigError):
         EncoderInput.parse(text)
+
+
+def test_merging_as_published_and_as_asked() -> None:
+    assert EncoderInput.parse("24x224:512+vid-tldr").merging(14) == ((1024, 512, 512, 512), "branch")
+    asked = EncoderInput.parse("12x224:512+vid-tldr/sum=1536,1024,512")
+    assert asked.merging(14) == ((1536, 1024, 512), "sum")
+    with pytest.raises(ConfigError, match="no fewer than half of its 6144 tokens, not 1536"):
+        EncoderInput.parse("24x224:512+vid-tldr=1536,1024,512").merging(14)
 
 
 def test_inputs_of_the_paper(tmp_path: Path) -> None:
