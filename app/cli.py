@@ -1,4 +1,4 @@
-"""The `fluxchat` command: ask, chat, web, models, estimate, info, fetch, train.
+"""The `fluxchat` command: ask, chat, web, models, estimate, clip, info, fetch, train.
 
 Exit status 0 when answered, 2 for a wrong input with one line on stderr, 130 when interrupted.
 """
@@ -21,6 +21,7 @@ from fluxchat import __version__
 
 if TYPE_CHECKING:
     from app.chat import VideoChat
+    from app.messages import Media
 
 EXAMPLES = """\
 examples:
@@ -32,6 +33,7 @@ examples:
   fluxchat chat clip.mp4                                            many questions, streaming answers
   fluxchat web                                                      the page and the API, on this machine
   fluxchat estimate clip.mp4 --budget 512                           the price, before anything runs
+  fluxchat clip film.mp4 1:02 1:10 scene.mp4                        cut a part out, without coding it again
   fluxchat ask clip.mp4 "..." --model my/model --llm Qwen/Qwen2.5-7B-Instruct --quantize 4bit
 """
 
@@ -139,6 +141,18 @@ def build_parser() -> argparse.ArgumentParser:
     estimate.add_argument("video", help="a video or image file; - reads it from standard input")
     estimate.add_argument("--json", action="store_true", help="print the figures as JSON")
     _budget_option(estimate)
+
+    clip = commands.add_parser(
+        "clip",
+        help="cut a part out of a video, without coding it again",
+        description="The new file begins at the last key frame at or before START; where, is printed.",
+    )
+    clip.add_argument("video", help="a video file; - reads it from standard input")
+    clip.add_argument("start", help="seconds, or 1:02, or 1:23:45.5")
+    clip.add_argument("end", help="the same; beyond the video's end is its end")
+    clip.add_argument("out", help="the new file; its suffix says the container, as .mp4 or .mkv")
+    clip.add_argument("--force", action="store_true", help="write over a file that exists")
+    clip.add_argument("--json", action="store_true", help="print where the part begins and ends as JSON")
 
     web = commands.add_parser(
         "web",
@@ -371,6 +385,21 @@ def run_estimate(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_clip(args: argparse.Namespace) -> int:
+    """A part of a video as a file of its own."""
+    from encoder.video.clock import clock
+    from encoder.video.cut import cut
+
+    medium = _video_argument(args.video)
+    part = cut(medium.source, args.start, args.end, args.out, name=medium.label(), overwrite=args.force)
+    if args.json:
+        print(json.dumps({"file": args.out, **asdict(part)}))
+    else:
+        sound = "with its sound" if part.sound else "without sound"
+        print(f"{args.out}: {clock(part.start_s)} to {clock(part.end_s)}, {sound}")
+    return 0
+
+
 def run_web(args: argparse.Namespace) -> int:
     """The page and the API until SIGTERM or Ctrl-C."""
     from dataclasses import replace
@@ -465,17 +494,24 @@ def _check_inputs(args: argparse.Namespace) -> None:
         return
     if args.command == "chat" and args.video in ("-", "/dev/stdin"):
         raise ConfigError("Standard input brings the questions of a chat: give the video as a file.")
-    medium = Media(args.video)
-    if args.video == "-":
-        if sys.stdin is None:
-            raise ConfigError("There is no standard input: name a file instead of -.")
-        medium = Media("/dev/stdin" if os.path.lexists("/dev/stdin") else sys.stdin.buffer, "standard input")
+    medium = _video_argument(args.video)
     label = medium.label()
     check_source(medium, label)
     # From here on it can be read again, whatever it is.
     held = hold(medium.source, DEFAULT_LIMITS, label)
     probe(held.source, name=label)
     args.video = Media(held, medium.name or held.name)
+
+
+def _video_argument(video: str) -> Media:
+    """A video argument as a Media, - being standard input; raises ConfigError."""
+    from app.messages import Media
+
+    if video != "-":
+        return Media(video)
+    if sys.stdin is None:
+        raise ConfigError("There is no standard input: name a file instead of -.")
+    return Media("/dev/stdin" if os.path.lexists("/dev/stdin") else sys.stdin.buffer, "standard input")
 
 
 def _quiet_libraries() -> None:
@@ -508,6 +544,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "ask": run_ask,
         "chat": run_chat,
         "estimate": run_estimate,
+        "clip": run_clip,
         "web": run_web,
         "info": run_info,
         "models": run_models,

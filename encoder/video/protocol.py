@@ -55,6 +55,7 @@ class Request:
     memory_mib: int = 3072
     contained: bool = False
     load_all: bool = False
+    cut: str = ""
     parent: int = 0
 
     @property
@@ -87,6 +88,15 @@ class Reply:
     count: int
     height: int
     width: int
+
+
+@dataclass(frozen=True)
+class CutPart:
+    """What was cut. start_s, end_s: in seconds of the whole video. sound: whether its sound came along."""
+
+    start_s: float
+    end_s: float
+    sound: bool
 
 
 def write_message(out: BinaryIO, message: dict[str, Any]) -> None:
@@ -134,6 +144,19 @@ def read_reply(message: dict[str, Any], request: Request) -> Reply:
     if not fits:
         raise ProtocolError
     return Reply(header, count, height, width)
+
+
+def read_part(message: dict[str, Any], request: Request) -> tuple[Header, CutPart, int]:
+    """The answer that precedes the bytes of a cut part: header, what it is, how many bytes follow.
+
+    Raises ProtocolError where it does not fit the request.
+    """
+    header, size = _header(message.get("header"), request), _whole(message.get("size"))
+    start_s, end_s, sound = (message.get(key) for key in ("start_s", "end_s", "sound"))
+    part = CutPart(_number(start_s), _number(end_s), sound is True)
+    if not 0 < size <= request.max_bytes or not 0 <= part.start_s <= part.end_s:
+        raise ProtocolError
+    return header, part, size
 
 
 def read_time(message: dict[str, Any]) -> float:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from encoder.video.frame_times import shown_at, spread_times
 from encoder.video.geometry import fit_within
 from encoder.video.in_memory import is_animation, is_images, read_animation, read_images, shrink
 from encoder.video.limits import DEFAULT_LIMITS, Limits
-from encoder.video.protocol import Request
+from encoder.video.protocol import CutPart, Request
 from encoder.video.sandbox import Decoded, DecodeTimeout, WorkerCrashed, WorkerPool
 from encoder.video.sources import OpenFile, open_source, reason, source_label
 
@@ -195,6 +195,29 @@ def _threads() -> int:
     if data is not None and data.get_worker_info() is not None:
         return 1
     return min(4, os.cpu_count() or 1)
+
+
+def cut_file(
+    file: OpenFile,
+    start_s: float,
+    end_s: float,
+    muxer: str,
+    out: BinaryIO,
+    trusted: bool,
+    limits: Limits,
+    name: str,
+) -> CutPart:
+    """A part of an open file, copied into `out` as a file of its own; `cut` (cut.py) is for callers.
+
+    muxer: FFmpeg's name of its container. Raises VideoError, and OSError when `out` cannot be written.
+    """
+    request = replace(_request(file, trusted, limits), start_s=start_s, end_s=end_s, cut=muxer)
+    try:
+        return _pool.cut(request, file.descriptor, out, keep=trusted)
+    except DecodeTimeout:
+        raise VideoError(_too_long(request, name)) from None
+    except VideoError as error:
+        raise VideoError(f"Cannot cut {name}: {error}.") from error.__cause__
 
 
 def _read(request: Request, file: OpenFile, name: str) -> tuple[Decoded, str]:
