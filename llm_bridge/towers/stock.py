@@ -99,7 +99,7 @@ class StockModel:
 
     def revision(self) -> str:
         """A cache key."""
-        return f"{self.llm.identity} {self.tower.revision()}"
+        return f"{self.llm.identity} {self.tower.digest()}"
 
 
 def kinds() -> dict[str, type[StockTower]]:

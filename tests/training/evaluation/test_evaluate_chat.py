@@ -239,7 +239,7 @@ def test_another_adapter_does_not_continue_a_journal(model: VideoLanguageModel, 
     told = []
     for content in (b"one", b"two"):
         (tmp_path / "adapter_model.safetensors").write_bytes(content)
-        model_with = type("M", (), {"encoder": model.encoder, "projector": model.projector})()
+        model_with = type("M", (), {"tower": model.tower})()
         model_with.llm = dataclasses.replace(model.llm, adapters=(str(tmp_path),))
         told.append(about_model(model_with))
     assert told[0]["adapters"] != told[1]["adapters"]
