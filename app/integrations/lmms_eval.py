@@ -5,7 +5,7 @@
 
 The package registers itself by an entry point in pyproject.toml. Model arguments: model (folder of
 a saved model, or a stock video model by folder or hub id; default: the one that ships), llm, encoder, device,
-dtype, quantize, select, budget, selector, system.
+dtype, quantize, select, plan, budget, selector, system.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class FluxChat(lmms):
         dtype: str | None = None,
         quantize: str | None = None,
         select: str | None = None,
+        plan: str | None = None,
         budget: int | str | None = None,
         selector: str = "flux",
         system: str | None = None,
@@ -80,6 +81,7 @@ class FluxChat(lmms):
             dtype=dtype,
             quantize=quantize,  # type: ignore[arg-type]
             select=select,  # type: ignore[arg-type]
+            plan=plan,
         )
         self._options = {"budget": budget, "selector": selector, "system": system}
 

@@ -440,7 +440,7 @@ ORDERS = [
 def several(
     model: StockModel, turns: tuple[str, ...]
 ) -> tuple[Prompt, list[Tensor], list[Tensor], list[str]]:
-    """A conversation whose media are V and I; per medium, in their order: embeddings, pixels, and its kind."""
+    """A conversation whose media are V and I; per medium, in order: embeddings, pixels, kind."""
     rows, pixels, kinds = [], [], []
     messages: list[Message[Visual]] = []
     for number, media in enumerate(turns):
