@@ -24,7 +24,7 @@ from app.messages import Media, Videos, as_media, check_messages, check_selector
 from app.note import Note, note_for, without_notes
 from app.streaming import AnswerStream, NotCopyable, StopSignal, all_familiar
 from app.vision import EncodedVideo, OpenedVideo, Preview, Vision
-from encoder.budget import Budget, Plan
+from encoder.budget import Budget, Plan, PlanTable
 from encoder.errors import ConfigError, ContextError, ModelError
 from encoder.selection import Selector
 from encoder.video.reader import DEFAULT_LIMITS, Limits, VideoInfo
@@ -70,6 +70,8 @@ class VideoChat(NotCopyable):
     frames and embeddings.
     trusted: False reads videos as strangers' uploads (sandboxed, allowed codecs only). limits: on reading.
     select: when a stock model drops tokens: "after" its encoder (default), or "before", which saves encoding.
+    plan: frames and resolution for each budget, as `training.optimize_tokens` measures them (its
+    plan_table.json); default: the model's own table, or the rule of encoder/budget.py.
     think: whether a model that can think does so before questions that do not say (see SamplingParams).
     batch: most answers, each asked from a thread of its own, that are decoded in one pass.
     It belongs to the process that made it: a forked child makes its own.
@@ -92,6 +94,7 @@ class VideoChat(NotCopyable):
         limits: Limits = DEFAULT_LIMITS,
         batch: int = 8,
         select: Stage | None = None,
+        plan: str | os.PathLike[str] | PlanTable | None = None,
         think: bool = False,
     ) -> None:
         self._process, self._closed = os.getpid(), threading.Event()
@@ -112,6 +115,7 @@ class VideoChat(NotCopyable):
                 quantize=quantize,
                 adapters=adapters,
             )
+        table = _plan_table(plan, self.model)
         self.name = self.model.tower.name_with(Path(self.model.llm.name).name)
         self.think = think
         self._check_think(think)
@@ -120,7 +124,7 @@ class VideoChat(NotCopyable):
             self.model, self._worker, cache_bytes=cache_mib * MIB // 2, trusted=trusted, limits=limits
         )
         self._prefixes = PrefixCache(cache_mib * MIB // 2, self.model.llm.kv_bytes_per_token)
-        self._prices = PriceEstimator(self.model, self._worker)
+        self._prices = PriceEstimator(self.model, self._worker, table)
 
     # -- asking ---------------------------------------------------------------------------------------------
 
@@ -459,6 +463,13 @@ def _shows_new(messages: Sequence[Message[Media]], videos: Sequence[EncodedVideo
     return any(
         video.familiar is False and video.visual.key not in earlier for video in videos[len(videos) - count :]
     )
+
+
+def _plan_table(plan: str | os.PathLike[str] | PlanTable | None, model: ChatModel) -> PlanTable | None:
+    if plan is None:
+        return None
+    table = plan if isinstance(plan, PlanTable) else PlanTable.read(Path(plan).expanduser())
+    return table.check(model.tower.space, "given" if isinstance(plan, PlanTable) else os.fspath(plan))
 
 
 def _device(device: str | torch.device | None) -> torch.device | None:

@@ -303,6 +303,11 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         choices=["before", "after"],
         help="when a stock model drops tokens: after its encoder (default), or before, which saves encoding",
     )
+    group.add_argument(
+        "--plan",
+        metavar="FILE",
+        help="frames and resolution for each budget: plan_table.json of `fluxchat train optimize_tokens`",
+    )
     group.add_argument("--llm", metavar="ID", help="another language model: hub id, folder or GGUF file")
     group.add_argument("--encoder", metavar="FILE", help="other encoder weights: official .pth or a folder")
     group.add_argument("--adapters", metavar="DIR", nargs="+", default=[], help="LoRA adapters for the LLM")
@@ -336,6 +341,7 @@ def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -
         device_map=args.device_map,
         quantize=args.quantize,
         select=args.select,
+        plan=args.plan,
         **options,
     )
 

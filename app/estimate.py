@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from encoder.budget import Budget, Plan
+from encoder.budget import Budget, Plan, PlanTable
 from encoder.cost import MIB, Speed, time_ms
 from encoder.video.reader import VideoInfo, read_clip
 from llm_bridge.assets.cache_dir import read_cached, write_cached
@@ -71,10 +71,12 @@ class PriceEstimator:
     """Plans and prices for one model; its speed on this machine is measured when first needed.
 
     worker: measures in its thread, so that nothing else of the model is computed meanwhile.
+    table: in place of the model's own plan table.
     """
 
-    def __init__(self, model: ChatModel, worker: ComputeWorker) -> None:
+    def __init__(self, model: ChatModel, worker: ComputeWorker, table: PlanTable | None = None) -> None:
         self._model, self._worker = model, worker
+        self._table = table or model.tower.plan_table
         self._calibration: Calibration | None = None
         self._lock = threading.Lock()
 
@@ -93,7 +95,7 @@ class PriceEstimator:
 
     def plan(self, info: VideoInfo, budget: Budget) -> Plan:
         """Frames, resolution and kept tokens that a budget buys; one in seconds needs the calibration."""
-        space, table = self._model.tower.space, self._model.tower.plan_table
+        space, table = self._model.tower.space, self._table
         if budget.seconds is None:
             return budget.plan(info, space, table=table)
         calibration = self.calibration

@@ -22,6 +22,7 @@ from encoder.tokens import Grid
 OVERSAMPLING = 2.25
 MIN_TOKENS = 16
 FEW_FRAMES = 8
+LARGEST = 4  # times what a tower was trained with, of an input that was measured
 
 
 class Media(Protocol):
@@ -161,9 +162,26 @@ class PlanTable:
     def read(path: str | Path) -> PlanTable:
         """From JSON, a list of {tokens, frames, resolution}; raises BudgetError when it is not that."""
         try:
-            return PlanTable.of(PlanRow(**row) for row in json.loads(Path(path).read_text()))
+            rows = [PlanRow(**row) for row in json.loads(Path(path).read_text())]
+            if any(type(value) is not int or value < 1 for row in rows for value in vars(row).values()):
+                raise ValueError("its numbers must be whole ones from 1")
+            return PlanTable.of(rows)
         except (OSError, ValueError, TypeError) as error:
             raise BudgetError(f"Cannot read the plan table {path}: {error}.") from error
+
+    def check(self, space: InputSpace, name: str | Path) -> PlanTable:
+        """Itself; raises BudgetError, which calls it `name`, for an input that a tower does not take."""
+        for row in self.rows:
+            whole_cells = len(space.sides) > 1 and row.resolution % space.cell == 0
+            fits = row.resolution in space.sides or (
+                whole_cells and row.resolution <= LARGEST * space.sides[-1]
+            )
+            if not fits or row.frames > LARGEST * space.frames[-1]:
+                raise BudgetError(
+                    f"The plan table {name} is not for this model, which does not take {row.frames} frames "
+                    f"of {row.resolution} pixels: measure one with `python -m training.optimize_tokens`."
+                )
+        return self
 
 
 def choose_input(num_tokens: int, max_frames: int, config: FluxViTConfig | InputSpace) -> tuple[int, int]:

@@ -63,7 +63,7 @@ def load_chat_model(
         "quantize": quantize,
         "adapters": adapters,
     }
-    if _is_stock(name):
+    if is_stock(name):
         if llm is not None or encoder is not None:
             raise ConfigError(
                 f"{name} has an encoder and a language model of its own: leave out llm and encoder."
@@ -74,7 +74,7 @@ def load_chat_model(
     return VideoLanguageModel.from_pretrained(os.fspath(name), llm=llm, encoder=encoder, **options)
 
 
-def _is_stock(name: str | os.PathLike[str]) -> bool:
+def is_stock(name: str | os.PathLike[str]) -> bool:
     """Whether it names a stock model, as the name of a model on the hub always does."""
     if Path(name).expanduser().is_dir():
         return stock_kind(Path(name).expanduser()) is not None

@@ -90,11 +90,11 @@ def piece_ends(prompt: Prompt) -> list[int]:
 class Generation:
     """One answer being generated: iterate for text pieces, then read `stats`.
 
-    visuals: embeddings (M, D), one per visual of the prompt; (M, (1 + n) D) where n layers of the language
-    model add rows of their own, which follow each embedding. stop: set it, from any thread, and computing
-    ends within one token. prefixes: KV to start from, of `scope` only; the prompt's KV is added unless the
-    answer fails. worker: computes for several generations, each iterated in a thread of its own; None
-    computes here. first_bias: added to the scores of token ids where the answer begins, and only there.
+    visuals: embeddings (M, D), one per visual of the prompt, in its order; (M, (1 + n) D) where n layers of
+    the language model add rows of their own, which follow each embedding. stop: set it, from any thread, and
+    computing ends within one token. prefixes: KV to start from, of `scope` only; the prompt's KV is added
+    unless the answer fails. worker: computes for several generations, each iterated in a thread of its own;
+    None computes here. first_bias: added to the scores of token ids where the answer begins, and only there.
     Raises on iteration: BudgetError when prompt and answer exceed the model's context, ConfigError when the
     sampling names tokens that the model lacks, ModelError when its logits are not finite.
     """
@@ -116,7 +116,10 @@ class Generation:
     @cached_property
     def _rows(self) -> Tensor:
         """The embeddings (sum M, ...) of all visuals, in the order of their places."""
-        return torch.cat(list(self.visuals))
+        starts = [start for start, _ in self.prompt.spans]
+        return torch.cat(
+            [self.visuals[index] for index in sorted(range(len(starts)), key=starts.__getitem__)]
+        )
 
     @cached_property
     def _places(self) -> list[int]:

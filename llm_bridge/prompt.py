@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any, Generic, Literal, TypeVar
@@ -93,10 +93,11 @@ class Message(Generic[V]):
 class Prompt:
     """Token ids with PLACEHOLDER where a visual embedding belongs.
 
-    visuals: in order of appearance; spans: (start, length) of each, from its first embedding to its last,
-    with the text between. positions: of each id, per axis; empty when they are its index. next_position: of
-    what follows. For training only: labels are ids to learn, IGNORE elsewhere; branches are (start, end) of
-    questions that share all before the first and do not see each other.
+    visuals: in the order of the messages, which a chat template may change within one; spans: (start, length)
+    of each, from its first embedding to its last, with the text between. positions: of each id, per axis;
+    empty when they are its index. next_position: of what follows. For training only: labels are ids to learn,
+    IGNORE elsewhere; branches are (start, end) of questions that share all before the first and do not see
+    each other.
     """
 
     ids: tuple[int, ...]
@@ -109,6 +110,17 @@ class Prompt:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def followed_by(self, ids: Sequence[int]) -> Prompt:
+        """The same with more token ids at its end, none of them to learn."""
+        added = range(self.next_position, self.next_position + len(ids))
+        return replace(
+            self,
+            ids=(*self.ids, *ids),
+            labels=(*self.labels, *[IGNORE] * len(ids)),
+            positions=tuple((*axis, *added) for axis in self.positions),
+            next_position=self.next_position + len(ids),
+        )
 
     @property
     def shift(self) -> int | None:
@@ -484,18 +496,26 @@ def _marked_text(
         }
         for message in messages
     ]
-    rest, text = template_text(tokenizer, parts, add_generation_prompt=add_generation_prompt, think=think), ""
+    text = template_text(tokenizer, parts, add_generation_prompt=add_generation_prompt, think=think)
+    # A template may write the images of a message before its videos: of each kind they keep their order.
+    waiting: dict[str, list[int]] = {}
     for index, visual in enumerate(visuals):
-        before, mark, rest = rest.partition(marks[visual.kind])
-        if not mark:
-            raise ModelError(
-                f"The chat template of the language model takes no {visual.kind}s at this place."
-            )
-        stretches = enumerate(visual.layout or (Stretch(visual.tokens),))
-        text += before + "".join(
+        waiting.setdefault(marks[visual.kind], []).append(index)
+
+    def laid_out(mark: re.Match[str]) -> str:
+        if not (indices := waiting.get(mark.group())):
+            return mark.group()
+        index = indices.pop(0)
+        stretches = enumerate(visuals[index].layout or (Stretch(visuals[index].tokens),))
+        return "".join(
             part if isinstance(part, str) else f"{_MARK}{index}.{number}{_MARK}" for number, part in stretches
         )
-    return text + rest
+
+    written = "|".join(map(re.escape, sorted(set(marks.values()), key=len, reverse=True)))
+    text = re.sub(written, laid_out, text)
+    if left := [visuals[indices[0]].kind for indices in waiting.values() if indices]:
+        raise ModelError(f"The chat template of the language model takes no {left[0]}s at this place.")
+    return text
 
 
 class _Builder:

@@ -92,13 +92,20 @@ class SmolVLMTower(StockTower):
     # -- looking --------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def look(self, pixels: Tensor, plan: Plan, selector: Selector, times_s: Sequence[float] = ()) -> Looked:
+    def look(
+        self,
+        pixels: Tensor,
+        plan: Plan,
+        selector: Selector,
+        times_s: Sequence[float] = (),
+        seed: int = 0,
+    ) -> Looked:
         patches = self._embed(pixels)
         if self.stage == "before":
-            kept = self._choose_of(self._cells(patches), plan, selector)
+            kept = self._choose_of(self._cells(patches), plan, selector, seed)
             return Looked(self._project(self._kept_cells(pixels, patches, kept)), kept)
         cells = self._cells(self._blocks(patches + self._positions(pixels)))
-        kept = self._choose_of(cells if selector == "evs" else self._cells(patches), plan, selector)
+        kept = self._choose_of(cells if selector == "evs" else self._cells(patches), plan, selector, seed)
         return Looked(self._project(cells.flatten(0, 1)[kept]), kept)
 
     @torch.inference_mode()
@@ -107,10 +114,10 @@ class SmolVLMTower(StockTower):
             return self.look(pixels, plan, selector).kept
         return self._choose_of(self._cells(self._embed(pixels)), plan, selector)
 
-    def _choose_of(self, cells: Tensor, plan: Plan, selector: Selector) -> Tensor:
+    def _choose_of(self, cells: Tensor, plan: Plan, selector: Selector, seed: int = 0) -> Tensor:
         """Kept cells (K,) of values (T, cells, N)."""
         grid = plan.grid._replace(frames=len(cells))  # a clip in memory is used whole
-        return self._choose(cells.flatten(0, 1), grid, plan.keep, selector)
+        return self._choose(cells.flatten(0, 1), grid, plan.keep, selector, seed)
 
     def _embed(self, pixels: Tensor) -> Tensor:
         """Patches (T, rows, columns, C) of pixels (3, T, H, W), before positions."""

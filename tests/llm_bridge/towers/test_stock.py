@@ -19,7 +19,7 @@ from encoder.selection import Selector
 from encoder.video.reader import Clip, read_clip
 from llm_bridge.chat_model import load_chat_model
 from llm_bridge.compute_worker import ComputeWorker
-from llm_bridge.generation import Generation
+from llm_bridge.generation import Generation, piece_ends
 from llm_bridge.kv_cache import PrefixCache
 from llm_bridge.prompt import PLACEHOLDER, Message, Prompt, Visual, render
 from llm_bridge.sampling import SamplingParams
@@ -419,3 +419,109 @@ def test_the_price_is_the_work_that_is_done(kind: str, stage: Stage, part: int, 
     products = counted.get("aten.addmm", 0) + counted.get("aten.mm", 0)
     assert products == pytest.approx(linear, rel=0.02)  # weights of the price count biases
     assert counted["aten.bmm"] == pytest.approx(attention, rel=0.02)
+
+
+# -- several media ------------------------------------------------------------------------------------------
+
+# Turns of media and text, in the order that people give them.
+ORDERS = [
+    ("VI",),
+    ("IV",),
+    ("VIV",),
+    ("IVI",),
+    ("VVI",),
+    ("V", "I"),
+    ("I", "V"),
+    ("VI", "IV"),
+    ("V", "VI"),
+]
+
+
+def several(
+    model: StockModel, turns: tuple[str, ...]
+) -> tuple[Prompt, list[Tensor], list[Tensor], list[str]]:
+    """A conversation whose media are V and I; per medium, in order: embeddings, pixels, kind."""
+    rows, pixels, kinds = [], [], []
+    messages: list[Message[Visual]] = []
+    for number, media in enumerate(turns):
+        shown = []
+        for kind in media:
+            count = 1 if kind == "I" else 4
+            plan = full_plan(model, count)
+            video = frames(count).roll(7 * len(rows), dims=2)  # no two are the same
+            seen = model.tower.pixels(clip_of(video), plan)
+            times = TIMES[:count] if kind == "V" else ()
+            looked = model.tower.look(seen, plan, "flux", times)
+            layout = model.tower.layout(plan, looked.kept.tolist(), times, float(count))
+            shown.append(Visual(len(looked.embedding), f"{len(rows)}", float(count), times, layout))
+            rows.append(looked.embedding)
+            pixels.append(seen)
+            kinds.append(kind)
+        if number:
+            messages.append(Message.of("assistant", "It is so."))
+        first, *rest = shown
+        messages.append(Message.of("user", first, "Is it?", *rest, "What is it?"))
+    return prompt_of(model, *messages), rows, pixels, kinds
+
+
+def whole_inputs(
+    kind: str, model: StockModel, whole: Any, prompt: Prompt, pixels: list[Tensor], kinds: list[str]
+) -> dict[str, Any]:
+    """What the model's own forward takes, media of a kind in the order of their marks in the prompt."""
+    config = whole.config
+    order = sorted(range(len(kinds)), key=lambda index: prompt.spans[index][0])
+    ids = list(prompt.ids)
+    token_types = torch.zeros(1, len(ids), dtype=torch.long)
+    for index, (start, count) in enumerate(prompt.spans):
+        image = kinds[index] == "I" or kind == "smolvlm"
+        token = config.image_token_id if image and kind != "llava_onevision" else config.video_token_id
+        for place in range(start, start + count):
+            if ids[place] == PLACEHOLDER:
+                ids[place] = token
+                token_types[0, place] = 1 if image else 2
+    inputs: dict[str, Any] = {"input_ids": torch.tensor([ids])}
+    if kind == "smolvlm":
+        frames_ = torch.cat([pixels[index].transpose(0, 1) for index in order])
+        return inputs | {"pixel_values": frames_[None]}
+    if kind == "llava_onevision":  # videos of other lengths go through it one by one
+        embedded = whole.get_input_embeddings()(inputs["input_ids"])
+        parts = [pixels[index].transpose(0, 1)[None] for index in order]
+        features = torch.cat([whole.model.get_video_features(part).pooler_output[0] for part in parts])
+        places = inputs["input_ids"] == config.video_token_id
+        return {"inputs_embeds": embedded.masked_scatter(places[..., None], features)}
+    for name, rows_name, grid_name in (
+        ("I", "pixel_values", "image_grid_thw"),
+        ("V", "pixel_values_videos", "video_grid_thw"),
+    ):
+        cut = [
+            qwen_rows(pixels[index], config.vision_config.patch_size)
+            for index in order
+            if kinds[index] == name
+        ]
+        inputs |= {rows_name: torch.cat([rows for rows, _ in cut]), grid_name: torch.cat([g for _, g in cut])}
+    if kind == "qwen2_5_vl":
+        inputs["second_per_grid_ts"] = torch.full((kinds.count("V"),), 2 * (TIMES[1] - TIMES[0]))
+    return inputs | {"mm_token_type_ids": token_types}
+
+
+@pytest.mark.parametrize("turns", ORDERS, ids="/".join)
+@pytest.mark.parametrize("kind", KINDS)
+def test_media_in_any_order_equal_the_whole_model(
+    kind: str, turns: tuple[str, ...], folders: dict[str, Path], load: Any
+) -> None:
+    model = load(kind)
+    prompt, rows, pixels, kinds = several(model, turns)
+    starts = [start for start, _ in prompt.spans]
+    if kind != "llava_onevision":  # whose template writes the images of a turn first
+        assert starts == sorted(starts)
+    elif turns == ("VI",):
+        assert starts[1] < starts[0]
+    whole = whole_model(folders[kind])
+    with torch.inference_mode():
+        logits = whole(**whole_inputs(kind, model, whole, prompt, pixels, kinds)).logits[0, -1]
+    cache = PrefixCache(2**26, model.llm.kv_bytes_per_token)
+    for prefixes in (None, cache):  # computed in one go, and in pieces
+        generation = Generation(model.llm, prompt, rows, SamplingParams(max_new_tokens=1), prefixes)
+        _, ours = generation.prefill(piece_ends(prompt) if prefixes else [len(prompt)])
+        assert ours is not None
+        torch.testing.assert_close(ours, logits, rtol=0, atol=2e-5 * float(logits.abs().max()))
