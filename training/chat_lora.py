@@ -26,7 +26,14 @@ from llm_bridge.model import ADAPTER, VideoLanguageModel, model_folder
 from llm_bridge.packing import Weighting
 from training.chat_stage1 import ChatModel, ChatStage
 from training.data.chat_batches import ChatBatch, ChatRecipe
-from training.models.token_targets import SceneTargets, TokenTargets, WordTable, target_losses
+from training.models.token_targets import (
+    TARGET_KINDS,
+    SceneTargets,
+    TokenTargets,
+    WordTable,
+    kinds_of,
+    target_losses,
+)
 from training.trainer.command import run_stage
 from training.trainer.distributed import device_of_process
 
@@ -93,9 +100,15 @@ class LoraRecipe(ChatRecipe):
 
 @dataclass(frozen=True)
 class TargetBatch(ChatBatch):
-    """A batch with targets of the visual tokens of each of its clips."""
+    """A batch with targets of the visual tokens of each of its clips.
+
+    weights: by kind of target, the clips that have some. shares: of the step, by kind, what the means over
+    this batch's clips are multiplied by (see the loop).
+    """
 
     targets: tuple[TokenTargets, ...]
+    weights: dict[str, float] = field(default_factory=dict, kw_only=True)
+    shares: dict[str, float] = field(default_factory=dict, kw_only=True)
 
 
 class TargetModel(ChatModel):
@@ -111,7 +124,10 @@ class TargetModel(ChatModel):
         if not isinstance(batch, TargetBatch) or batch.vision is None:
             return loss, figures
         words = target_losses(self.vlm.project(batch.vision), batch.targets, self._table)
-        return loss + self._scene_words * torch.stack(list(words.values())).sum(), {
+        if not words:
+            return loss, figures
+        shared = [batch.shares.get(name, 1.0) * value for name, value in words.items()]
+        return loss + self._scene_words * torch.stack(shared).sum(), {
             **figures,
             "answers": loss.item(),
             **{name: value.item() for name, value in words.items()},
@@ -131,6 +147,7 @@ class LoraStage(ChatStage):
         vlm.projector.requires_grad_(recipe.train_projector)
         if recipe.scene_words:
             self._targets = SceneTargets(vlm)
+            self.weighed = TARGET_KINDS
             self.model = TargetModel(vlm, recipe.weighting, recipe.scene_words)
 
     def batch(self, index: int) -> ChatBatch:
@@ -141,7 +158,8 @@ class LoraStage(ChatStage):
         batch = self.data.prompted(examples, features)
         pairs = zip(examples, features, strict=True)
         targets = tuple(self._targets.of(example.media, one) for example, one in pairs if one is not None)
-        return TargetBatch(batch.prompts, batch.vision, targets, weight=batch.weight)
+        weights = {kind: float(count) for kind, count in kinds_of(targets).items()}
+        return TargetBatch(batch.prompts, batch.vision, targets, weight=batch.weight, weights=weights)
 
     def _add_adapter(self) -> torch.nn.Module:
         """Put the matrices into the model's own layers; the peft model around them saves them."""

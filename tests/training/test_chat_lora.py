@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from app.chat import VideoChat
 from llm_bridge.model import VideoLanguageModel
 from tests.training.synthetic.tiny_world import make_cache
+from tests.training.test_chat_steps import assert_same_direction, gradients, records
 from training import chat_lora, chat_stage1
 from training.chat_lora import LoraRecipe, LoraStage
 from training.trainer.recipe import read_recipe
@@ -182,3 +183,26 @@ def test_words_of_scenes_that_cannot_be_learnt(
 ) -> None:
     assert chat_lora.main(["--config", str(recipe), f"loop.out={tmp_path / 'out'}", *options]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_the_words_of_a_steps_clips_count_alike_however_it_is_cut(
+    recipe: Path, llava_json: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records of text alone leave micro-batches with one clip, two or none."""
+    monkeypatch.setenv("FLUXCHAT_CACHE", str(make_cache(tmp_path / "cache")))
+    mixed = records(tmp_path / "rows.json", videos=0, texts=16)
+    options = [
+        f"datasets=[{{world: {{count: 16}}, turns: 1}}, {{json_path: {mixed}}}]",
+        *("scene_words=0.5", "lora.dropout=0", "num_tokens=[8]", "optim.batch_size=8", "bucket=4"),
+        f"loop.out={tmp_path / 'out'}",
+    ]
+    found, clips = [], []
+    for micro in (8, 2):
+        stage = LoraStage(read_recipe(LoraRecipe, recipe, [*options, f"optim.micro_batch={micro}"]))
+        stage.model._table.negatives = 200_000  # all words, since which ones are drawn depends on the batch
+        batches = [stage.batch(index) for index in range(8 // micro)]
+        clips.append([len(getattr(batch, "targets", ())) for batch in batches])
+        found.append(gradients(stage, 8 // micro))
+    assert sum(clips[1]) == clips[0][0]
+    assert len(set(clips[1])) > 1
+    assert_same_direction(found[1], found[0])

@@ -63,6 +63,8 @@ BY_FORMULA: dict[str, tuple[int, float]] = {
     "cpu/finetune.yaml": (384, 3.7036),
     "cpu/projector_warmup.yaml": (500, 0.3656),
     "cpu/umt.yaml": (192, 6.5664),
+    "cpu/umt_norms.yaml": (120, 6.5664),
+    "cpu/umt_norms_plain.yaml": (120, 6.5664),
     "finetune_coin_base.yaml": (441, 2264.2658),
     "finetune_coin_small.yaml": (705, 751.2863),
     "finetune_k400_base.yaml": (1409, 2264.2674),
@@ -73,6 +75,7 @@ BY_FORMULA: dict[str, tuple[int, float]] = {
     "finetune_ssv2_small.yaml": (9898, 751.2863),
     "umt_base.yaml": (53711, 4306.5367),
     "umt_small.yaml": (53711, 3118.9991),
+    "umt_small_plain.yaml": (53711, 3118.9991),
 }
 # Where torch's counter differs by more than 2 % from those formulas, and why.
 SMALL_LLM = (1.07, 1.11)  # the whole square of causal attention, and the positions of summary tokens

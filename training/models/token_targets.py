@@ -22,6 +22,7 @@ from training.synthetic.scene_words import FIXED_PHRASES, SceneWords
 
 WordIds = tuple[int, ...]
 NEGATIVES, TEMPERATURE = 2048, 0.05
+TARGET_KINDS = ("summary", "patches", "shared")
 FILLERS = frozenset({"of", "a", "pair", "piece", "set"})
 
 
@@ -67,6 +68,12 @@ def scene_targets(
     kinds = shown.which.flatten()[features.kept.long()].tolist()
     patches = [(summary_tokens + place, ids_by_kind[kind]) for place, kind in enumerate(kinds)]
     return TokenTargets(tuple(summary), tuple(patches), tuple(shared))
+
+
+def kinds_of(targets: Sequence[TokenTargets]) -> dict[str, int]:
+    """By kind of target, the clips that have some."""
+    counts = {kind: sum(bool(getattr(one, kind)) for one in targets) for kind in TARGET_KINDS}
+    return {kind: count for kind, count in counts.items() if count}
 
 
 def clip_losses(scores: Tensor, targets: TokenTargets, column_of: dict[int, int]) -> dict[str, Tensor]:

@@ -52,7 +52,8 @@ class Stage(Protocol):
     `optim.parameter_groups` makes them (each with its `lr_scale`). With `shares_out` its batches are
     dataclasses with `weight`, how much of the step's loss is theirs, and `share`, by which the model
     multiplies the mean loss of the batch: the loop sets it so that the step's loss is the weighted mean over
-    all of its batches, on all ranks, as if they were one. Without, all batches count the same.
+    all of its batches, on all ranks, as if they were one. For losses beside it, which the stage names in
+    `weighed`, a batch has `weights` and `shares` by name. Without, all batches count the same.
     """
 
     @property
@@ -220,10 +221,22 @@ class _Run:
 
     def _shared_out(self, batches: Sequence[Any]) -> list[Any]:
         """Each with its share, so that the mean over parts and ranks becomes the step's weighted mean."""
-        own = torch.tensor(sum(batch.weight for batch in batches), device=self.accelerator.device)
-        weight = float(self.accelerator.reduce(own.float(), reduction="sum"))
+        weight = self._of_step(sum(batch.weight for batch in batches))
         parts = self.share * self.accelerator.num_processes
-        return [replace(batch, share=parts * batch.weight / weight if weight else 1.0) for batch in batches]
+        shared = [replace(batch, share=parts * batch.weight / weight if weight else 1.0) for batch in batches]
+        names = getattr(self.stage, "weighed", ())  # the same on all ranks, whatever their batches hold
+        if not names:
+            return shared
+        totals = {name: self._of_step(sum(b.weights.get(name, 0.0) for b in batches)) for name in names}
+        return [
+            replace(b, shares={name: parts * own / totals[name] for name, own in b.weights.items()})
+            for b in shared
+        ]
+
+    def _of_step(self, own: float) -> float:
+        """The sum over all ranks."""
+        mine = torch.tensor(float(own), device=self.accelerator.device)
+        return float(self.accelerator.reduce(mine, reduction="sum"))
 
     def gradients(
         self, step: int, rate: float, made: Callable[[int, int | None], Any]
