@@ -8,7 +8,7 @@
 Measures the full grid and the linear search on the demo world's test clips (by attribute heads, or by the
 answers of a chat model) or on a labelled csv, and writes result.json, and per count a csv and a heatmap.
 plan_table.json holds the best input of each count: --install MODEL puts it where budgets find it: a saved
-model's config.json, a stock video model's folder, or for one of the hub this user's cache folder. With `--plan
+model's config.json, a stock model's folder, or for one of the hub this user's cache folder. With `--plan
 FILE` the commands of `fluxchat` take one from elsewhere. A budget between two counts takes the input of the
 larger. Goes on where it stopped.
 """
