@@ -301,7 +301,8 @@ def test_keys_and_values_are_bounded_while_answers_are_made(tiny_llm: Callable[[
     half = stats.prompt_tokens + stats.completion_tokens // 2
     assert half > stats.prompt_tokens
     positions = stats.prompt_tokens + stats.completion_tokens
-    worker = ComputeWorker(llm, kv_limit=int(2.5 * positions * llm.kv_bytes_per_token))
+    assert 3 * stats.prompt_tokens > 2 * positions + 4
+    worker = ComputeWorker(llm, kv_limit=(2 * positions + 4) * llm.kv_bytes_per_token)
     streams = [iter(generation(llm, 3, worker)) for _ in range(3)]
     texts = [next(stream) for stream in streams[:2]]
     with pytest.raises(OutOfMemory, match="ask again later"):
