@@ -30,6 +30,7 @@ from encoder.selection import Selector
 from encoder.video.reader import DEFAULT_LIMITS, Limits, VideoInfo
 from llm_bridge.chat_model import ChatModel, load_chat_model
 from llm_bridge.compute_worker import ComputeWorker
+from llm_bridge.engines import Engine, LocalEngine
 from llm_bridge.generation import Generation
 from llm_bridge.kv_cache import CacheStats, PrefixCache
 from llm_bridge.llm import Quantize
@@ -124,6 +125,7 @@ class VideoChat(NotCopyable):
             self.model, self._worker, cache_bytes=cache_mib * MIB // 2, trusted=trusted, limits=limits
         )
         self._prefixes = PrefixCache(cache_mib * MIB // 2, self.model.llm.kv_bytes_per_token)
+        self._engine: Engine = LocalEngine(self.model.llm, self._worker, self._prefixes)
         self._prices = PriceEstimator(self.model, self._worker, table)
 
     # -- asking ---------------------------------------------------------------------------------------------
@@ -256,10 +258,9 @@ class VideoChat(NotCopyable):
             prompt,
             [video.embedding for video in videos],
             query.sampling,
-            self._prefixes,
-            query.scope,
-            stop,
-            worker=self._worker,
+            scope=query.scope,
+            stop=stop,
+            engine=self._engine,
             first_bias=familiarity.yes_bias(self.model.llm.tokenizer) if familiarity and doubted else {},
         )
         said = familiarity and doubted and _shows_new(query.messages, videos)
@@ -410,6 +411,7 @@ class VideoChat(NotCopyable):
             | self.model.tower.describe()
             | {
                 "llm": f"{llm.name}, {llm.parameters / 1e6:.0f} M, {str(llm.dtype).removeprefix('torch.')}",
+                "engine": self._engine.name,
                 "quantize": llm.quantize or "no",
                 "device": str(self.device),
                 "threads": torch.get_num_threads(),
@@ -445,9 +447,9 @@ class VideoChat(NotCopyable):
         if os.getpid() != self._process:
             return  # nothing of it is this process's
         self._closed.set()
+        self._engine.close()
         self._worker.close()
         self._vision.close()
-        self._prefixes.clear()
 
     def __enter__(self) -> VideoChat:
         return self

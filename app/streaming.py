@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
 
-import torch
-
 from app.answer import Answer, Timings, Usage
 from app.note import Note
 from app.vision import EncodedVideo
 from encoder.errors import FluxChatError, ModelError, OutOfMemory
+from llm_bridge.compute_worker import NO_ROOM, is_memory_error
 from llm_bridge.generation import Generation, GenerationStats
 
 
@@ -170,18 +169,12 @@ def all_familiar(videos: Sequence[EncodedVideo]) -> bool | None:
 
 @contextmanager
 def memory_errors_as_sentences() -> Iterator[None]:
-    """Turns the errors of exhausted memory into one OutOfMemory sentence.
-
-    Torch has a class for those of accelerators; of main memory it raises a RuntimeError known by its text.
-    """
+    """Turns the errors of exhausted memory into one OutOfMemory sentence."""
     try:
         yield
     except FluxChatError:
         raise
     except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in text:
+        if not is_memory_error(error):
             raise
-        raise OutOfMemory(
-            "There was not enough memory for this question: lower the token budget, or ask again later."
-        ) from error
+        raise OutOfMemory(NO_ROOM) from error

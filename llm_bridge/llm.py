@@ -17,7 +17,11 @@ from encoder.errors import ModelError
 from llm_bridge.adapters import apply_adapter, quiet_peft, without_adapters
 from llm_bridge.batch_invariance import make_batch_invariant
 from llm_bridge.families import Memory, check_embeddings, check_family, family_of
-from llm_bridge.kv_cache import memory_of
+from llm_bridge.kv_cache import DecodingBatch, Layers, memory_of
+from llm_bridge.lean.build import lean_model
+from llm_bridge.lean.decoder import LeanBatch
+from llm_bridge.lean.rotary import Rotary
+from llm_bridge.lean.step import LeanModel
 from llm_bridge.model_files.chat_templates import check_template
 from llm_bridge.model_files.checks import (
     check_fits,
@@ -142,6 +146,19 @@ class LanguageModel:
     def parameters(self) -> int:
         """Number of parameters."""
         return sum(p.numel() for p in self.model.parameters())
+
+    @cached_property
+    def lean(self) -> tuple[LeanModel, Rotary] | None:
+        """What decodes it with few operations, made when first asked for; None where transformers does."""
+        return lean_model(self.model) if self.device.type == "cpu" else None
+
+    def together(self, sequences: Sequence[Layers]) -> DecodingBatch:
+        """Answers that are decoded in one pass, from their keys and values, which are copied."""
+        if self.lean is not None:
+            return LeanBatch(*self.lean, sequences)
+        from llm_bridge.batched_kv_cache import BatchedKVCache
+
+        return BatchedKVCache(self, sequences)
 
     @cached_property
     def _cache_argument(self) -> str:

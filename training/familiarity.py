@@ -32,11 +32,11 @@ from torch import Tensor
 from encoder.checkpoint import save_json, weights_hash
 from encoder.errors import ConfigError
 from encoder.video.reader import read_clip
+from llm_bridge.engines import Request
+from llm_bridge.engines.local import LocalAnswer
 from llm_bridge.familiarity import FAMILIARITY, Familiarity, statistics
-from llm_bridge.generation import Generation
 from llm_bridge.model import VideoLanguageModel, model_folder
 from llm_bridge.prompt import Message, Visual, render
-from llm_bridge.sampling import SamplingParams
 from training.command_line import command_parser, run_command
 from training.data.foreign_clips import Photos, foreign_clip
 from training.data.reencode import reencoded
@@ -209,7 +209,7 @@ def first_scores(model: VideoLanguageModel, frames: Tensor, question: str) -> Te
     if model.config.system:
         messages.insert(0, Message.of("system", model.config.system))
     prompt = render(model.llm.tokenizer, messages, time_form=model.config.time_sentence)
-    _, logits = Generation(model.llm, prompt, [embedding], SamplingParams()).prefill([len(prompt)])
+    _, logits = LocalAnswer(model.llm, Request(prompt, [embedding])).prefill([len(prompt)])
     assert logits is not None
     return logits.float().cpu()
 

@@ -13,8 +13,9 @@ from transformers import DynamicCache
 from encoder.errors import ModelError
 from llm_bridge import families
 from llm_bridge.compute_worker import ComputeWorker
+from llm_bridge.engines.local import LONGEST_PIECE, LocalAnswer, piece_ends
 from llm_bridge.families import FAMILIES, family_of
-from llm_bridge.generation import LONGEST_PIECE, Generation, GenerationStats, piece_ends
+from llm_bridge.generation import Generation, GenerationStats
 from llm_bridge.kv_cache import PrefixCache
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.prompt import IGNORE, Message, Visual, render
@@ -91,7 +92,7 @@ def whole_logits(llm: LanguageModel, running: Generation) -> torch.Tensor:
     ids = torch.tensor([running.prompt.ids])
     with torch.inference_mode():
         return llm.model(
-            inputs_embeds=running.inputs(0, len(running.prompt))["inputs_embeds"],
+            inputs_embeds=LocalAnswer(llm, running.request).inputs(0, len(running.prompt))["inputs_embeds"],
             use_cache=False,
             **llm.beside_embeddings(ids),
         ).logits[0, -1]
@@ -111,14 +112,14 @@ def test_a_prompt_in_pieces_is_the_whole_prompt(llm: LanguageModel, tokens: int)
     running = generation(llm, ["What is it?"], tokens=tokens)
     ends = piece_ends(running.prompt) if llm.memory != "whole" else [len(running.prompt)]
     assert len(ends) > 1
-    _, found = running.prefill(ends)
+    _, found = LocalAnswer(llm, running.request).prefill(ends)
     expected = whole_logits(llm, running)
     torch.testing.assert_close(found, expected, atol=1e-3 * float(expected.abs().max()), rtol=1e-3)
 
 
 def greedy_ids(llm: LanguageModel, running: Generation, count: int) -> list[int]:
     """Greedy tokens of the model by itself: with its own cache where it keeps states, else without any."""
-    embeds = running.inputs(0, len(running.prompt))["inputs_embeds"]
+    embeds = LocalAnswer(llm, running.request).inputs(0, len(running.prompt))["inputs_embeds"]
     ids: list[int] = []
     with torch.inference_mode():
         if llm.memory == "states":

@@ -19,7 +19,9 @@ from encoder.selection import Selector
 from encoder.video.reader import Clip, read_clip
 from llm_bridge.chat_model import load_chat_model
 from llm_bridge.compute_worker import ComputeWorker
-from llm_bridge.generation import Generation, piece_ends
+from llm_bridge.engines import LocalEngine, Request
+from llm_bridge.engines.local import LocalAnswer, piece_ends
+from llm_bridge.generation import Generation
 from llm_bridge.kv_cache import PrefixCache
 from llm_bridge.prompt import PLACEHOLDER, Message, Prompt, Visual, render
 from llm_bridge.sampling import SamplingParams
@@ -110,14 +112,23 @@ def answer(model: StockModel, prompt: Prompt, rows: list[Tensor], new: int = 16,
     sampling = SamplingParams(max_new_tokens=new, logit_bias=dict.fromkeys(ends, -100.0))
     generation = Generation(model.llm, prompt, rows, sampling, **options)
     ids: list[int] = []
-    decode = generation._decode
+    engine = LocalEngine(model.llm, options.get("worker"), options.get("prefixes"))
+    start = engine.start
 
-    def recording(*args: Any) -> Any:
-        for token in decode(*args):
-            ids.append(token)
-            yield token
+    def recording(request: Request) -> Any:
+        running = start(request)
+        decode = running._decode
 
-    generation._decode = recording  # type: ignore[method-assign]
+        def recorded(*args: Any) -> Any:
+            for token in decode(*args):
+                ids.append(token)
+                yield token
+
+        running._decode = recorded  # type: ignore[method-assign]
+        return running
+
+    engine.start = recording  # type: ignore[method-assign]
+    generation.engine = engine
     for _ in generation:
         pass
     return ids
@@ -178,7 +189,7 @@ def test_all_cells_equal_the_whole_model(
         made = whole.generate(
             **inputs, do_sample=False, max_new_tokens=16, bad_words_ids=banned, pad_token_id=0
         )
-    generation = Generation(model.llm, prompt, [looked.embedding])
+    generation = LocalAnswer(model.llm, Request(prompt, [looked.embedding]))
     _, ours = generation.prefill([len(prompt)])
     assert ours is not None
     torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
@@ -344,7 +355,7 @@ def test_an_odd_number_of_wide_frames_equals_the_whole_model(
     whole = whole_model(folders[kind])
     with torch.inference_mode():
         logits = whole(**own_inputs(kind, pixels, list(prompt.ids), whole)).logits[0, -1]
-    _, ours = Generation(model.llm, prompt, [looked.embedding]).prefill([len(prompt)])
+    _, ours = LocalAnswer(model.llm, Request(prompt, [looked.embedding])).prefill([len(prompt)])
     assert ours is not None
     torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
 
@@ -521,7 +532,7 @@ def test_media_in_any_order_equal_the_whole_model(
         logits = whole(**whole_inputs(kind, model, whole, prompt, pixels, kinds)).logits[0, -1]
     cache = PrefixCache(2**26, model.llm.kv_bytes_per_token)
     for prefixes in (None, cache):  # computed in one go, and in pieces
-        generation = Generation(model.llm, prompt, rows, SamplingParams(max_new_tokens=1), prefixes)
-        _, ours = generation.prefill(piece_ends(prompt) if prefixes else [len(prompt)])
+        answer = LocalAnswer(model.llm, Request(prompt, rows), prefixes=prefixes)
+        _, ours = answer.prefill(piece_ends(prompt) if prefixes else [len(prompt)])
         assert ours is not None
         torch.testing.assert_close(ours, logits, rtol=0, atol=2e-5 * float(logits.abs().max()))
