@@ -1,8 +1,7 @@
 """Weights of 8 and 4 bits on CPUs, multiplied by torch's own kernels.
 
-int8 has a scale for each output; int4 has a scale and an offset for each 32 inputs of an output, and a head of
-8 bits.
-Products that the kernels do not take stay as they are. Each row is summed by itself, in one order.
+int8 has a scale for each output; int4 has a scale and an offset for each 32 inputs of an output, and a head
+of 8 bits. Products that the kernels do not take stay as they are. Each row is summed by itself, in one order.
 """
 
 from __future__ import annotations

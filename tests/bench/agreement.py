@@ -29,22 +29,6 @@ THINGS = (
     *("dog", "car", "bird", "boat", "tree", "train", "horse", "robot"),
     *("planet", "river", "clock", "garden", "teacher", "island", "recipe"),
 )
-    "dog",
-    "car",
-    "bird",
-    "boat",
-    "tree",
-    "train",
-    "horse",
-    "robot",
-    "planet",
-    "river",
-    "clock",
-    "garden",
-    "teacher",
-    "island",
-    "recipe",
-]
 ASKED = (
     "What is a {a}?",
     "Tell me a short story about a {a} and a {b}.",

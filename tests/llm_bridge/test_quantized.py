@@ -98,7 +98,7 @@ def test_a_quantised_model_answers_alone_as_together(
     ids = torch.arange(60)[None]
     with torch.inference_mode():
         scores, expected = (m.model(input_ids=ids, use_cache=False).logits for m in (llm, exact))
-        assert 0 < (scores - expected).norm() / expected.norm() < (0.1 if quantize == "int8" else 0.6)
+        assert 0 < (scores - expected).norm() / expected.norm() < (0.1 if quantize == "int8" else 0.8)
         kv = kv_from_layers(llm.model.config)
         llm.advance(kv, input_ids=ids)
         batch = llm.together([layers_of(kv)])
