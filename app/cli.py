@@ -314,7 +314,11 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu ... (default: the best there is)")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: by device")
     group.add_argument("--device-map", metavar="MAP", help="auto: spread the language model over the GPUs")
-    group.add_argument("--quantize", choices=["8bit", "4bit"], help="smaller language model weights")
+    group.add_argument(
+        "--quantize",
+        choices=["8bit", "4bit", "int8", "int4"],
+        help="smaller language model weights: int8 or int4 on CPUs, 8bit or 4bit on GPUs",
+    )
 
 
 def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -> VideoChat:

@@ -37,9 +37,10 @@ from llm_bridge.model_files.checks import (
 from llm_bridge.model_files.gguf_header import check_gguf
 from llm_bridge.model_files.hub import check_room, is_hub_id
 from llm_bridge.prompt import template_text
+from llm_bridge.quantized import KINDS, QuantizedLinear, quantize_linear
 from llm_bridge.thinking import ThinkingMarks
 
-Quantize = Literal["8bit", "4bit"]
+Quantize = Literal["8bit", "4bit", "int8", "int4"]  # the latter two on CPUs
 _WITHOUT_POSITIONS = {"linear_attention", "conv", "mamba", "moe", "mlp"}  # types of layers
 
 
@@ -145,7 +146,9 @@ class LanguageModel:
     @property
     def parameters(self) -> int:
         """Number of parameters."""
-        return sum(p.numel() for p in self.model.parameters())
+        quantized = (module for module in self.model.modules() if isinstance(module, QuantizedLinear))
+        few_bits = sum(module.parameters_replaced for module in quantized)
+        return few_bits + sum(p.numel() for p in self.model.parameters())
 
     @cached_property
     def lean(self) -> tuple[LeanModel, Rotary] | None:
@@ -271,10 +274,10 @@ def load_llm(
     """Load a causal language model for use with frozen weights.
 
     name: hub id, folder, GGUF file, or folder holding one GGUF file. GGUF is a source of weights here: they
-    are dequantised on loading. device_map: as in transformers ("auto" spreads over GPUs). quantize: 8 or
-    4 bit through bitsandbytes; on CPUs it saves memory and costs time. adapters: LoRA folders (peft), merged
-    in order unless the base is quantised. Code that a model brings is never run. Raises ModelError: one
-    sentence, what was wrong and what to do.
+    are dequantised on loading. device_map: as in transformers ("auto" spreads over GPUs). quantize: "int8" or
+    "int4" on CPUs, through torch's own kernels; "8bit" or "4bit" on GPUs, through bitsandbytes. adapters:
+    LoRA folders (peft), merged in order unless bitsandbytes quantises the base. Code that a model brings is
+    never run. Raises ModelError: one sentence, what was wrong and what to do.
     """
     from transformers import AutoModelForCausalLM
 
@@ -289,6 +292,8 @@ def load_llm(
         adapters=adapters,
         revision=revision,
     )
+    if quantize in KINDS:
+        quantize_linear(model, quantize)
     make_batch_invariant(model)
     with refused(f"Cannot load the language model {name}"):
         if family_of(model.config) is None:
@@ -320,7 +325,7 @@ def load_pretrained(
     dtype = dtype or default_dtype(target)
     path, gguf = _locate(str(name))
     options: dict[str, Any] = {"dtype": dtype}
-    if quantize is not None:
+    if quantize is not None and quantize not in KINDS:
         if gguf is not None:
             raise ModelError(
                 "GGUF weights cannot be quantised again: leave out quantize, or use the original."
@@ -337,7 +342,7 @@ def load_pretrained(
                 itemsize = None if quantize or device_map else dtype.itemsize
                 _check_download(path, revision, itemsize, what, auto_class)
             folder = local_folder(path, revision)
-            in_memory = quantize is None and device_map is None and target.type == "cpu"
+            in_memory = quantize in (None, *KINDS) and device_map is None and target.type == "cpu"
             options |= _load_options(
                 folder, gguf, dtype.itemsize if in_memory else None, f"{what} {name}", auto_class
             )
@@ -354,7 +359,7 @@ def load_pretrained(
             if device_map is None:
                 model = model.to(target)
             for adapter in adapters:
-                model = apply_adapter(model, adapter, merge=quantize is None)
+                model = apply_adapter(model, adapter, merge=quantize in (None, *KINDS))
             model.eval().requires_grad_(False)
     finally:
         if bars:
@@ -438,7 +443,7 @@ def _load_tokenizer(folder: Path, gguf: str | None) -> Any:
 
 def _quantization(quantize: str, dtype: torch.dtype) -> Any:
     if quantize not in ("8bit", "4bit"):
-        raise ModelError(f"quantize must be '8bit' or '4bit', not {quantize!r}.")
+        raise ModelError(f"quantize must be '8bit', '4bit', 'int8' or 'int4', not {quantize!r}.")
     try:
         with quiet_peft():
             import bitsandbytes  # noqa: F401

@@ -27,11 +27,12 @@ from llm_bridge.thinking import AnswerLength
 class Request:
     """One answer to be made.
 
-    visuals: embeddings (M, D), one per visual of the prompt, in its order; (M, (1 + n) D) where n layers of
-    the language model add rows of their own, which follow each embedding. scope: nothing kept for one serves
-    another. stop: set it, from any thread, and computing ends within one token. first_bias: added to the scores
-    of token ids where the answer begins, and only there. length: counts the tokens and says when the answer has
-    all of them, or which one must come next; default: `sampling.max_new_tokens`, without thoughts.
+    visuals: embeddings (M, D), one per visual of the prompt, in its order; (M, (1 + n) D) where n layers
+    of the language model add rows of their own, which follow each embedding. scope: nothing kept for one
+    serves another. stop: set it, from any thread, and computing ends within one token. first_bias: added
+    to the scores of token ids where the answer begins, and only there. length: counts the tokens and says
+    when the answer has all of them, or which one must come next; default: `sampling.max_new_tokens`,
+    without thoughts.
     """
 
     prompt: Prompt

@@ -16,6 +16,7 @@ from llm_bridge.batch_invariance import NAME, RowInvariantLinear
 from llm_bridge.lean.products import PackedProduct, PlainProduct, packs
 from llm_bridge.lean.rotary import Rotary
 from llm_bridge.lean.step import LeanLayer, LeanModel, Product
+from llm_bridge.quantized import QuantizedLinear, joined_product
 
 LAYERS = frozenset(
     {
@@ -107,14 +108,14 @@ def _usual_layer(layer: Any) -> bool:
 
 
 def _is_linear(module: Any) -> bool:
-    return type(module) in (nn.Linear, RowInvariantLinear)
+    return type(module) in (nn.Linear, RowInvariantLinear) or isinstance(module, QuantizedLinear)
 
 
 def _is_norm(module: Any) -> bool:
     return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
 
 
-def _same_bias(modules: Sequence[nn.Linear]) -> bool:
+def _same_bias(modules: Sequence[Any]) -> bool:
     return len({module.bias is None for module in modules}) == 1
 
 
@@ -163,6 +164,8 @@ def _window(attention: Any, config: Any, number: int) -> int | None:
 
 def _product(modules: Sequence[Any]) -> Product:
     """The products of several layers on the same rows, side by side, as one."""
+    if any(isinstance(module, QuantizedLinear) for module in modules):
+        return _few_bits(modules)
     biases = [module.bias.detach() for module in modules if module.bias is not None]
     bias = torch.cat(biases) if biases else None
     weights = [module.weight.detach() for module in modules]
@@ -175,3 +178,12 @@ def _product(modules: Sequence[Any]) -> Product:
     for module, part in zip(modules, joined.split([len(weight) for weight in weights]), strict=True):
         module.weight.data = part
     return PlainProduct(joined, bias)
+
+
+def _few_bits(modules: Sequence[Any]) -> Product:
+    """As `_product`, for layers of which some or all are quantised."""
+    layers = [module for module in modules if isinstance(module, QuantizedLinear)]
+    if len(layers) == len(modules):
+        return joined_product(layers)
+    parts = [_product([module]) for module in modules]
+    return lambda rows: torch.cat([part(rows) for part in parts], dim=1)

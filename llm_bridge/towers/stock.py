@@ -20,6 +20,7 @@ from encoder.errors import ConfigError, ModelError
 from llm_bridge.adapters import without_adapters
 from llm_bridge.batch_invariance import make_batch_invariant
 from llm_bridge.llm import LanguageModel, Quantize, cache_argument, load_pretrained
+from llm_bridge.quantized import KINDS, quantize_linear
 from llm_bridge.towers.measured_plans import measured_plan
 from llm_bridge.towers.stock_tower import StockTower
 from llm_bridge.towers.tower import Stage
@@ -159,6 +160,8 @@ def load_stock(
     tower = kinds()[kind](base, folder, stage)
     tower.plan_table = measured_plan(name, stage, tower.space)
     part = TextPart(_decoder(base), base.get_output_embeddings(), getattr(base, "generation_config", None))
+    if quantize in KINDS:
+        quantize_linear(part, quantize)
     make_batch_invariant(part)
     llm = LanguageModel(part.eval(), tokenizer, str(name), quantize, tuple(map(str, adapters)), tower.axes)
     llm.check()
