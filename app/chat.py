@@ -33,7 +33,7 @@ from llm_bridge.compute_worker import ComputeWorker
 from llm_bridge.engines import Engine, LocalEngine
 from llm_bridge.generation import Generation
 from llm_bridge.kv_cache import CacheStats, PrefixCache
-from llm_bridge.llm import Quantize
+from llm_bridge.llm import OnDownload, Quantize
 from llm_bridge.prompt import Message, Prompt, TextBound, count_text, render
 from llm_bridge.sampling import SamplingParams
 from llm_bridge.towers.tower import Stage
@@ -74,6 +74,7 @@ class VideoChat(NotCopyable):
     plan: frames and resolution for each budget, as `training.optimize_tokens` measures them (its
     plan_table.json); default: the model's own table, or the rule of encoder/budget.py.
     think: whether a model that can think does so before questions that do not say (see SamplingParams).
+    on_download: told a hub model's name and its bytes before they are downloaded.
     batch: most answers, each asked from a thread of its own, that are decoded in one pass.
     It belongs to the process that made it: a forked child makes its own.
     Raises ModelError, CheckpointError or ConfigError: one sentence, what was wrong and what to do.
@@ -97,6 +98,7 @@ class VideoChat(NotCopyable):
         select: Stage | None = None,
         plan: str | os.PathLike[str] | PlanTable | None = None,
         think: bool = False,
+        on_download: OnDownload | None = None,
     ) -> None:
         self._process, self._closed = os.getpid(), threading.Event()
         if self._process != _PROCESS:
@@ -115,6 +117,7 @@ class VideoChat(NotCopyable):
                 device_map=device_map,
                 quantize=quantize,
                 adapters=adapters,
+                on_download=on_download,
             )
         table = _plan_table(plan, self.model)
         self.name = self.model.tower.name_with(Path(self.model.llm.name).name)

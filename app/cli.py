@@ -332,9 +332,6 @@ def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -
         from llm_bridge.assets.fetch import fetch_default_llm
 
         fetch_default_llm()
-    for name in (args.model, args.llm):
-        if name is not None:
-            announce_download(name)
     return VideoChat(
         args.model,
         llm=args.llm,
@@ -346,17 +343,14 @@ def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -
         quantize=args.quantize,
         select=args.select,
         plan=args.plan,
+        on_download=announce_download,
         **options,
     )
 
 
-def announce_download(name: str) -> None:
-    """Say how large a model on the hub is, before it is downloaded; raises ModelError."""
-    from llm_bridge.model_files.checks import missing_bytes
-    from llm_bridge.model_files.hub import is_hub_id
-
-    if is_hub_id(name) and (size := missing_bytes(name)):
-        print(f"Downloading {name}, {size / 1e9:.2f} GB, once.", file=sys.stderr, flush=True)
+def announce_download(name: str, size: int) -> None:
+    """Say how large a model on the hub is, before it is downloaded. size: in bytes."""
+    print(f"Downloading {name}, {size / 1e9:.2f} GB, once.", file=sys.stderr, flush=True)
 
 
 def _generation(args: argparse.Namespace) -> dict[str, Any]:

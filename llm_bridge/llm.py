@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +41,8 @@ from llm_bridge.quantized import KINDS, QuantizedLinear, quantize_linear
 from llm_bridge.thinking import ThinkingMarks
 
 Quantize = Literal["8bit", "4bit", "int8", "int4"]  # the latter two on CPUs
+OnDownload = Callable[[str, int], object]
+BLOCK_4BIT = 64  # weights of a row that share a scale
 _WITHOUT_POSITIONS = {"linear_attention", "conv", "mamba", "moe", "mlp"}  # types of layers
 
 
@@ -270,14 +272,16 @@ def load_llm(
     quantize: Quantize | None = None,
     adapters: Sequence[str | Path] = (),
     revision: str | None = None,
+    on_download: OnDownload | None = None,
 ) -> LanguageModel:
     """Load a causal language model for use with frozen weights.
 
     name: hub id, folder, GGUF file, or folder holding one GGUF file. GGUF is a source of weights here: they
     are dequantised on loading. device_map: as in transformers ("auto" spreads over GPUs). quantize: "int8" or
     "int4" on CPUs, through torch's own kernels; "8bit" or "4bit" on GPUs, through bitsandbytes. adapters:
-    LoRA folders (peft), merged in order unless bitsandbytes quantises the base. Code that a model brings is
-    never run. Raises ModelError: one sentence, what was wrong and what to do.
+    LoRA folders (peft), merged in order unless bitsandbytes quantises the base. on_download: told a hub
+    model's name and bytes before they come. Code that a model brings is never run. Raises ModelError: one
+    sentence, what was wrong and what to do.
     """
     from transformers import AutoModelForCausalLM
 
@@ -291,6 +295,7 @@ def load_llm(
         quantize=quantize,
         adapters=adapters,
         revision=revision,
+        on_download=on_download,
     )
     if quantize in KINDS:
         quantize_linear(model, quantize)
@@ -314,10 +319,13 @@ def load_pretrained(
     quantize: Quantize | None = None,
     adapters: Sequence[str | Path] = (),
     revision: str | None = None,
+    on_download: OnDownload | None = None,
+    not_quantised: Sequence[str] = (),
 ) -> tuple[Any, Any, Path]:
     """A frozen model of transformers, its tokenizer and its folder; arguments and errors as of `load_llm`.
 
-    auto_class: of transformers, that builds it. what: it is called in errors.
+    auto_class: of transformers, that builds it. what: it is called in errors. not_quantised: names of modules
+    that keep their type, beside the head.
     """
     from transformers.utils import logging
 
@@ -330,7 +338,7 @@ def load_pretrained(
             raise ModelError(
                 "GGUF weights cannot be quantised again: leave out quantize, or use the original."
             )
-        options["quantization_config"] = _quantization(quantize, dtype)
+        options["quantization_config"] = _quantization(quantize, dtype, not_quantised)
         device_map = device_map or {"": str(target)}
     if device_map is not None:
         options["device_map"] = device_map
@@ -340,7 +348,8 @@ def load_pretrained(
         with refused(f"Cannot load {what} {name}"):
             if is_hub_id(path):
                 itemsize = None if quantize or device_map else dtype.itemsize
-                _check_download(path, revision, itemsize, what, auto_class)
+                if size := _check_download(path, revision, itemsize, what, auto_class):
+                    (on_download or (lambda *_: None))(path, size)
             folder = local_folder(path, revision)
             in_memory = quantize in (None, *KINDS) and device_map is None and target.type == "cpu"
             options |= _load_options(
@@ -360,6 +369,8 @@ def load_pretrained(
                 model = model.to(target)
             for adapter in adapters:
                 model = apply_adapter(model, adapter, merge=quantize in (None, *KINDS))
+            if quantize == "4bit":
+                _check_quantised(model, str(name))
             model.eval().requires_grad_(False)
     finally:
         if bars:
@@ -367,17 +378,16 @@ def load_pretrained(
     return model, tokenizer, folder
 
 
-def _check_download(
-    name: str, revision: str | None, itemsize: int | None, what: str, auto_class: Any
-) -> None:
-    """Raises ModelError, before the weights are downloaded, for a model that has no room here."""
+def _check_download(name: str, revision: str | None, itemsize: int | None, what: str, auto_class: Any) -> int:
+    """Bytes that must be downloaded; raises ModelError, before they are, where the model has no room."""
     from transformers import AutoConfig
 
     if not (size := missing_bytes(name, revision)):
-        return
+        return 0
     check_room(name, size)
     config = AutoConfig.from_pretrained(open_settings(name), trust_remote_code=False, local_files_only=True)
     check_fits(config, None, per_byte=1, itemsize=itemsize, what=f"{what} {name}", auto_class=auto_class)
+    return size
 
 
 def _load_options(
@@ -441,7 +451,7 @@ def _load_tokenizer(folder: Path, gguf: str | None) -> Any:
     return tokenizer
 
 
-def _quantization(quantize: str, dtype: torch.dtype) -> Any:
+def _quantization(quantize: str, dtype: torch.dtype, kept: Sequence[str]) -> Any:
     if quantize not in ("8bit", "4bit"):
         raise ModelError(f"quantize must be '8bit', '4bit', 'int8' or 'int4', not {quantize!r}.")
     try:
@@ -453,6 +463,22 @@ def _quantization(quantize: str, dtype: torch.dtype) -> Any:
         ) from error
     from transformers import BitsAndBytesConfig
 
+    skipped = {"llm_int8_skip_modules": ["lm_head", *kept]} if kept else {}
     if quantize == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        return BitsAndBytesConfig(load_in_8bit=True, **skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, **skipped
+    )
+
+
+def _check_quantised(model: Any, what: str) -> None:
+    """Raises ModelError for layers that bitsandbytes computes wrongly or not at all on CPUs."""
+    import bitsandbytes
+
+    for name, layer in model.named_modules():
+        odd = isinstance(layer, bitsandbytes.nn.Linear4bit) and layer.in_features % BLOCK_4BIT
+        if odd and layer.weight.device.type == "cpu":
+            raise ModelError(
+                f"{what} cannot be run in 4 bit on a CPU: its layer {name} is {layer.in_features} wide, no "
+                f"multiple of {BLOCK_4BIT}. Use 8bit."
+            )

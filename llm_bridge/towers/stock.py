@@ -25,6 +25,12 @@ from llm_bridge.towers.measured_plans import measured_plan
 from llm_bridge.towers.stock_tower import StockTower
 from llm_bridge.towers.tower import Stage
 
+# What is no language model: left in 16 bit, since the tower is small, and its widths do not suit 4 bit.
+TOWERS = (
+    *("model.visual", "model.vision_tower", "model.vision_model"),
+    *("model.multi_modal_projector", "model.connector"),
+)
+
 
 class TextPart(nn.Module):
     """The language model of a stock video model as a causal language model of its own.
@@ -151,6 +157,7 @@ def load_stock(
         what="the video model",
         quantize=quantize,
         adapters=adapters,
+        not_quantised=TOWERS,
         **options,
     )
     kind = stock_kind(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -78,6 +79,9 @@ def open_model(args: argparse.Namespace) -> ChatModel:
         device=device_of_process(args.device),
         quantize=args.quantize,
         adapters=args.adapters,
+        on_download=lambda name, size: print(
+            f"Downloading {name}, {size / 1e9:.2f} GB, once.", file=sys.stderr
+        ),
     )
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from encoder.budget import Plan
-from encoder.errors import BudgetError, ConfigError
+from encoder.errors import BudgetError, ConfigError, ModelError
 from encoder.selection import Selector
 from encoder.video.reader import Clip, read_clip
 from llm_bridge.chat_model import load_chat_model
@@ -360,28 +360,51 @@ def test_an_odd_number_of_wide_frames_equals_the_whole_model(
     torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
 
 
-def test_the_prompt_of_qwen3_vl_is_its_processors(load: Any) -> None:
+def qwen3_processor(model: StockModel, plan: Plan) -> Any:
+    """transformers' own processor, run as it is but for the pixels of videos, which need torchvision."""
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
     from transformers.video_utils import VideoMetadata
 
-    model = load("qwen3_vl")
-    plan = full_plan(model, 5)
-    visual = look(model, plan)[1]
-    prompt = prompt_of(model, question(visual))
-    processor = Qwen3VLProcessor.__new__(Qwen3VLProcessor)  # its parts would need torchvision
-    processor.video_token = "<|video_pad|>"
+    class Videos:
+        """The grid and times that a video processor returns for frames at 0.5, 1.5, ... seconds."""
+
+        merge_size = temporal_patch_size = 2
+        model_input_names = ("pixel_values_videos", "video_grid_thw")
+
+        def __call__(self, videos: Any, **_: Any) -> dict[str, Any]:
+            size = [plan.grid.frames, 2 * plan.grid.height, 2 * plan.grid.width]
+            metadata = VideoMetadata(
+                total_num_frames=2 * plan.frames, fps=2.0, frames_indices=list(range(1, 2 * plan.frames, 2))
+            )
+            return {"video_grid_thw": torch.tensor([size]), "video_metadata": [metadata]}
+
+    processor = Qwen3VLProcessor.__new__(Qwen3VLProcessor)  # whose __init__ asks for torchvision
+    tokenizer = model.llm.tokenizer
+    processor.tokenizer, processor.video_processor, processor.chat_template = tokenizer, Videos(), None
+    processor.image_token, processor.video_token = "<|image_pad|>", "<|video_pad|>"
+    processor.image_token_id, processor.video_token_id = tokenizer.convert_tokens_to_ids(
+        ["<|image_pad|>", "<|video_pad|>"]
+    )
     processor.vision_start_token, processor.vision_end_token = "<|vision_start|>", "<|vision_end|>"
-    processor.video_processor = type("Sizes", (), {"merge_size": 2, "temporal_patch_size": 2})()
-    grid = torch.tensor([[3, 2 * plan.grid.height, 2 * plan.grid.width]])
-    # Frames at 0.5, 1.5, ... seconds.
-    metadata = VideoMetadata(total_num_frames=10, fps=2.0, frames_indices=[1, 3, 5, 7, 9])
-    inputs = {"video_grid_thw": grid, "video_metadata": [metadata]}
+    return processor
+
+
+@pytest.mark.parametrize("count", [2, 5, 8])
+def test_the_prompt_of_qwen3_vl_is_its_processors(count: int, load: Any) -> None:
+    model = load("qwen3_vl")
+    plan = full_plan(model, count)
+    prompt = prompt_of(model, question(look(model, plan)[1]))
     parts = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What is it?"}]}]
     text = model.llm.tokenizer.apply_chat_template(parts, tokenize=False, add_generation_prompt=True)
-    marks = "<|vision_start|><|video_pad|><|vision_end|>"
-    text = text.replace(marks, processor.replace_video_token(inputs, 0))
-    pad = model.llm.tokenizer.convert_tokens_to_ids("<|video_pad|>")
-    assert [pad if i == PLACEHOLDER else i for i in prompt.ids] == model.llm.tokenizer(text).input_ids
+    made = qwen3_processor(model, plan)(text=[text], videos=[frames(count).permute(0, 3, 1, 2)])
+    ids = model.llm.tokenizer.convert_tokens_to_ids
+    start, end, pad = (ids(f"<|{name}|>") for name in ("vision_start", "vision_end", "video_pad"))
+    ours = [pad if i == PLACEHOLDER else i for i in prompt.ids]
+    # The processor that came out with the model replaced the template's own marks (transformers 4.57, vLLM);
+    # that of transformers 5.24 leaves them around it all. Beyond that they are the same.
+    last = len(ours) - 1 - ours[::-1].index(end)
+    first = next(i for i in range(len(ours)) if made["input_ids"][0][i] != ours[i])
+    assert made["input_ids"][0] == [*ours[:first], start, *ours[first : last + 1], end, *ours[last + 1 :]]
 
 
 def test_the_prompt_of_qwen2_5_vl_is_its_processors(load: Any) -> None:
@@ -536,3 +559,86 @@ def test_media_in_any_order_equal_the_whole_model(
         _, ours = answer.prefill(piece_ends(prompt) if prefixes else [len(prompt)])
         assert ours is not None
         torch.testing.assert_close(ours, logits, rtol=0, atol=2e-5 * float(logits.abs().max()))
+
+
+# -- adapters and quantisation ------------------------------------------------------------------------------
+
+LORA: dict[str, dict[str, Any]] = {
+    "plain": {"target_modules": ["q_proj", "v_proj"]},
+    "all linear": {"target_modules": "all-linear"},
+    "with magnitudes": {"target_modules": ["q_proj"], "use_dora": True},
+}
+
+
+def save_adapter(folder: Path, out: Path, **settings: Any) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, init_lora_weights=False, **settings)
+    get_peft_model(whole_model(folder), config).save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", LORA)
+def test_an_adapter_answers_as_the_whole_model_with_it_merged(
+    kind: str, form: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    adapter = save_adapter(folders[kind], tmp_path / "adapter", **LORA[form])
+    model = load_chat_model(folders[kind], dtype=torch.float32, adapters=[adapter])
+    plan = full_plan(model, 4)
+    looked, visual, pixels = look(model, plan)
+    prompt = prompt_of(model, question(visual))
+    merged = PeftModel.from_pretrained(whole_model(folders[kind]), str(adapter)).merge_and_unload()
+    with torch.inference_mode():
+        logits = merged(**own_inputs(kind, pixels, list(prompt.ids), merged)).logits[0, -1]
+        plain = whole_model(folders[kind])(**own_inputs(kind, pixels, list(prompt.ids), merged)).logits[0, -1]
+    _, ours = Generation(model.llm, prompt, [looked.embedding]).prefill([len(prompt)])
+    assert ours is not None
+    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
+    assert (logits - plain).abs().max() > 0.01 * logits.abs().max()
+
+
+@pytest.mark.parametrize("quantize", [None, "8bit"])
+def test_an_adapter_of_another_kind_is_refused(
+    quantize: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its layers have the names that it asks for, at other places."""
+    adapter = save_adapter(folders["smolvlm"], tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    with pytest.raises(ModelError, match="does not fit the language model"):
+        load_chat_model(folders["qwen3_vl"], dtype=torch.float32, adapters=[adapter], quantize=quantize)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_quantised_the_tower_stays_as_it_is(
+    kind: str, quantize: Any, folders: dict[str, Path], load: Any
+) -> None:
+    model = load_chat_model(folders[kind], device="cpu", dtype=torch.bfloat16, quantize=quantize)
+    assert isinstance(model, StockModel)
+    quantised = {type(layer).__name__ for layer in model.llm.model.modules()}
+    assert quantised & {"Linear8bitLt", "Linear4bit"}
+    plan = full_plan(load(kind), 4)
+    looked, visual, _ = look(model, plan)
+    exact = load_chat_model(folders[kind], device="cpu", dtype=torch.bfloat16)
+    assert torch.equal(looked.embedding, look(exact, plan)[0].embedding)  # type: ignore[arg-type]
+    prompt = prompt_of(model, question(visual))
+    scores = []
+    for one in (model, exact):
+        _, logits = Generation(one.llm, prompt, [looked.embedding]).prefill([len(prompt)])
+        assert logits is not None
+        scores.append(logits)
+    assert 0 < (scores[0] - scores[1]).norm() / scores[1].norm() < 0.8
+    assert len(answer(model, prompt, [looked.embedding], new=4)) == 4
+
+
+def test_widths_that_4_bit_cannot_run_on_a_cpu_are_refused(tmp_path: Path) -> None:
+    text = {
+        **{"model_type": "llama", "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 1},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 520, "pad_token_id": 0},
+    }
+    folder = tiny_video_models.make(tmp_path / "odd", "smolvlm", text=text)
+    with pytest.raises(ModelError, match=r"96 wide, no multiple of 64. Use 8bit\.$"):
+        load_chat_model(folder, device="cpu", dtype=torch.bfloat16, quantize="4bit")
