@@ -8,11 +8,13 @@ nothing later. The definition follows the released model (arXiv 2503.14237) tens
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from encoder.config import FluxViTConfig
 from encoder.errors import BudgetError
@@ -23,6 +25,19 @@ from encoder.selection import Selector, select
 from encoder.tokens import Grid, VisionTokens
 
 Keep = int | None | Sequence[int | None]
+# What backward computes again: nothing, what costs no matrix product (norms, GELU, LayerScale), or all of a
+# block.
+Recompute = Literal["nothing", "cheap", "blocks"]
+_ATEN = torch.ops.aten
+# Results that are kept where the cheap ones are not.
+COSTLY = [
+    _ATEN.mm.default,
+    _ATEN.addmm.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+]
 
 
 class FluxViT(nn.Module):
@@ -36,7 +51,7 @@ class FluxViT(nn.Module):
         self.config = config
         dim = config.embed_dim
         self.pos_grid = Grid(config.pos_frames, config.pos_height, config.pos_width)
-        self.gradient_checkpointing = False
+        self.recompute: Recompute = "nothing"
         self._position_cache = PositionCache()
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -115,9 +130,12 @@ class FluxViT(nn.Module):
         return torch.cat([cls.expand(len(tokens), -1, -1), tokens], dim=1)
 
     def _run_block(self, block: nn.Module, x: Tensor, segments: list[Segment]) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
+        if self.recompute == "nothing" or not torch.is_grad_enabled():
+            return block(x, segments)
+        if self.recompute == "blocks":
             return checkpoint(block, x, segments, use_reentrant=False)
-        return block(x, segments)
+        keeping = partial(create_selective_checkpoint_contexts, COSTLY)
+        return checkpoint(_casting_anew, block, x, segments, use_reentrant=False, context_fn=keeping)
 
     def forward(
         self,
@@ -290,6 +308,14 @@ class FluxViT(nn.Module):
         from encoder.checkpoint import load_model
 
         return load_model(folder)
+
+
+def _casting_anew(block: nn.Module, x: Tensor, segments: list[Segment]) -> Tensor:
+    """A block without autocast's cache of weights: backward must see the same casts as forward did."""
+    device = x.device.type
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    with torch.autocast(device, dtype, enabled=enabled, cache_enabled=False):
+        return block(x, segments)
 
 
 def _as_times(times_s: Sequence[Sequence[float]] | None) -> tuple[tuple[float, ...], ...] | None:

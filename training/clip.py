@@ -185,7 +185,7 @@ class ClipStage:
         encoder = recipe.encoder.build()
         recipe.video_grid.check_patch(encoder.config.patch_size)
         set_image_positions(encoder, recipe.image_positions)
-        encoder.gradient_checkpointing = recipe.gradient_checkpointing
+        encoder.recompute = "blocks" if recipe.gradient_checkpointing else "nothing"
         self.model = ClipModel(encoder, self.text, attributes, recipe.settings(), patches)
         if recipe.align_init is not None:
             load_clip_head(self.model, recipe.align_init)

@@ -182,7 +182,7 @@ def blocks(
 ) -> Part:
     """All transformer blocks on `tokens` embedded patches and cls; the first, since all are alike, is run."""
     encoder = meta_encoder(config)
-    encoder.gradient_checkpointing = checkpointing
+    encoder.recompute = "blocks" if checkpointing else "nothing"
     patches = values(1, tokens, config.embed_dim, grad=learns)
 
     def run() -> list[Tensor]:
@@ -527,7 +527,13 @@ def _umt(recipe: UmtRecipe, path: Path, assumed: Assumptions) -> Workload:
     def decoding(number: int, tokens: int) -> Part:
         hidden = [values(1, 1 + tokens, config.embed_dim, grad=True) for _ in teacher.layer_dims]
         table = heads.positions(encoder.pos_grid, indices(1, tokens))
-        layers = count(lambda: heads.tokens(hidden, table, number, cls=teacher.has_cls))
+        layers = count(
+            lambda: [
+                heads.tokens(x, table, layer, number, cls=teacher.has_cls) for layer, x in enumerate(hidden)
+            ]
+        )
+        if recipe.recompute_cheap or recipe.gradient_checkpointing:
+            layers = replace(layers, backward=layers.backward + layers.forward)
         final = count(lambda: heads.clip(values(1, config.clip_embed_dim, grad=True), number))
         aligner = linear(config.clip_embed_dim, config.clip_embed_dim)
         return total("", (layers, final, *([aligner] if number and recipe.count_alignment else [])))

@@ -124,7 +124,7 @@ class FinetuneModel(nn.Module):
                 f"The encoder has {config.num_aligners} aligners, too few for {len(recipe.num_tokens)} "
                 "token counts."
             )
-        encoder.gradient_checkpointing = recipe.gradient_checkpointing
+        encoder.recompute = "blocks" if recipe.gradient_checkpointing else "nothing"
         encoder.config = encoder.config.replace(head_counts=head_counts(recipe, config.num_pools))
         self.encoder = encoder
         self.recipe = recipe

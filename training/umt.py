@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from encoder.checkpoint import save_tensors
 from encoder.errors import ConfigError
@@ -31,6 +32,7 @@ from training.data.video_batches import VideoBatch, VideoBatches
 from training.distill.distill_heads import DecoderConfig, Decoders
 from training.distill.efficientnet import EfficientNetLiteSource
 from training.distill.image_teachers import ImageEncoderSource
+from training.distill.in_turn import InTurn
 from training.distill.internvideo2 import InternVideo2Source
 from training.distill.teachers import TargetCache, Teacher, TeacherTargets, spaced_layers
 from training.distill.token_masking import StudentChoice, student_choices, take, visible_count
@@ -75,6 +77,9 @@ class UmtRecipe:
     counts, UNVERIFIED (None: 1 each, summed, as in the released fine-tuning). count_alignment: weight of
     drawing the smaller counts' features to the largest one's, as in fine-tuning; whether pre-training had it
     is UNVERIFIED, 0 leaves it out.
+    Memory: gradient_checkpointing computes whole blocks again in backward; recompute_cheap only what costs no
+    matrix product, and the decoders; passes_in_turn lets each count go backward before the next one goes
+    forward, with the same gradients (not in fp16, whose scaler acts on the whole loss only).
     """
 
     stage: ClassVar[str] = "umt"
@@ -101,6 +106,8 @@ class UmtRecipe:
     count_alignment: float = 0.0
     compat_truncation: bool = False
     gradient_checkpointing: bool = False
+    recompute_cheap: bool = False
+    passes_in_turn: bool = False
     max_missing: float = 0.01
     threads: int | None = None
     held_out: tuple[DatasetConfig, ...] = ()
@@ -110,6 +117,10 @@ class UmtRecipe:
         if self.mask_ratio is not None:
             object.__setattr__(self, "num_tokens", (visible_count(self.teacher_tokens, self.mask_ratio),))
         check_token_counts(self.num_tokens, pools=self.pools, count_weights=self.count_weights)
+        if self.gradient_checkpointing and self.recompute_cheap:
+            raise ConfigError("gradient_checkpointing and recompute_cheap exclude each other: choose one.")
+        if self.passes_in_turn and self.loop.precision == "fp16":
+            raise ConfigError("passes_in_turn needs loop.precision bf16 or fp32, not fp16.")
         if self.num_tokens[0] > self.teacher_tokens:
             raise ConfigError(f"num_tokens cannot exceed teacher_tokens, {self.teacher_tokens}.")
 
@@ -140,7 +151,9 @@ class UmtModel(nn.Module):
             )
         if recipe.count_alignment and config.num_aligners < len(recipe.num_tokens) - 1:
             raise ConfigError(f"The encoder has {config.num_aligners} aligners, too few to align the counts.")
-        encoder.gradient_checkpointing = recipe.gradient_checkpointing
+        encoder.recompute = (
+            "blocks" if recipe.gradient_checkpointing else "cheap" if recipe.recompute_cheap else "nothing"
+        )
         self.encoder = encoder
         self.decoders = Decoders(
             encoder, teacher.layer_dims, teacher.final_dim, len(recipe.num_tokens), recipe.decoders
@@ -179,6 +192,10 @@ class UmtModel(nn.Module):
         choices = student_choices(
             targets.attention, recipe.num_tokens, recipe.student_choice, nested=recipe.nested
         )
+        turns = None
+        if recipe.passes_in_turn and torch.is_grad_enabled():
+            turns = InTurn(patches, self.parameters())
+            patches = turns.shared
         loss = torch.zeros((), device=pixels.device)
         figures: dict[str, float] = {"tokens": float(len(pixels) * sum(c.shape[1] for c in choices))}
         pooled: list[Tensor] = []
@@ -190,37 +207,49 @@ class UmtModel(nn.Module):
             middle = self._middle_loss(tokens, targets, places, number)
             decoded = self.decoders.clip(pooled[-1], number)
             final = cosine_distillation(decoded, targets.final)
-            loss = loss + weight * (recipe.middle_weight * middle + recipe.final_weight * final)
+            own = weight * (recipe.middle_weight * middle + recipe.final_weight * final)
+            if recipe.count_alignment and number:
+                aligned = count_alignment(encoder.align(pooled[number], number - 1), pooled[0])
+                figures["count_alignment"] = figures.get("count_alignment", 0.0) + aligned.item()
+                own = own + recipe.count_alignment * aligned
+            if turns is None:
+                loss = loss + own
+            else:
+                turns.add(own)
+                pooled[number] = pooled[number].detach()
             name = recipe.num_tokens[number]
             figures |= {f"middle_{name}": middle.item(), f"final_{name}": final.item()}
             if not self.training:
                 figures[f"cosine_{name}"] = mean_cosine(decoded, targets.final)
-        if recipe.count_alignment:
-            parts = [
-                count_alignment(encoder.align(feature, aligner), pooled[0])
-                for aligner, feature in enumerate(pooled[1:])
-            ]
-            aligned = torch.stack(parts).sum() if parts else loss.new_zeros(())
-            figures["count_alignment"] = aligned.item()
-            loss = loss + recipe.count_alignment * aligned
-        return loss, figures
+        return (loss if turns is None else turns.loss()), figures
 
     def _middle_loss(
         self, tokens: VisionTokens, targets: TeacherTargets, places: Tensor, number: int
     ) -> Tensor:
         """Mean over layers of the distance between the student's visible tokens and the teacher's."""
         kept, grid = torch.stack(tokens.kept), tokens.grids[0]
-        clips, has_cls = len(kept), self.teacher.has_cls
-        hidden = [x.view(clips, 1 + kept.shape[1], -1) for x in tokens.hidden]
-        decoded = self.decoders.tokens(hidden, self.decoders.positions(grid, kept), number, cls=has_cls)
+        hidden = [x.view(len(kept), 1 + kept.shape[1], -1) for x in tokens.hidden]
+        positions = self.decoders.positions(grid, kept)
+        again = self.encoder.recompute != "nothing" and torch.is_grad_enabled()
         losses = []
-        for mine, layer in zip(decoded, targets.layers, strict=True):
-            if has_cls:
-                theirs = torch.cat([layer[:, :1], take(layer[:, 1:], places)], dim=1)
-            else:
-                theirs = take(layer, places)
-            losses.append(cosine_distillation(mine, theirs))
+        for layer, (x, theirs) in enumerate(zip(hidden, targets.layers, strict=True)):
+            of_layer = (x, positions, theirs, places, layer, number)
+            losses.append(
+                checkpoint(self._layer_loss, *of_layer, use_reentrant=False)
+                if again
+                else self._layer_loss(*of_layer)
+            )
         return torch.stack(losses).mean()
+
+    def _layer_loss(
+        self, x: Tensor, positions: Tensor | None, theirs: Tensor, places: Tensor, layer: int, number: int
+    ) -> Tensor:
+        """Distance of one layer's visible tokens x (B, 1+K, C) from the teacher's (B, N or 1+N, D)."""
+        cls = self.teacher.has_cls
+        mine = self.decoders.tokens(x, positions, layer, number, cls=cls)
+        if not cls:
+            return cosine_distillation(mine, take(theirs, places))
+        return cosine_distillation(mine, torch.cat([theirs[:, :1], take(theirs[:, 1:], places)], dim=1))
 
 
 class UmtStage:

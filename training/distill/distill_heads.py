@@ -90,18 +90,15 @@ class Decoders(nn.Module):
         return torch.cat([self.pos_embed[:, :1].expand(len(rows), -1, -1), rows], dim=1)
 
     def tokens(
-        self, hidden: Sequence[Tensor], positions: Tensor | None, count: int, *, cls: bool
-    ) -> list[Tensor]:
-        """Student layers (B, 1+K, C), ascending -> unit vectors like the teacher's layers.
+        self, hidden: Tensor, positions: Tensor | None, layer: int, count: int, *, cls: bool
+    ) -> Tensor:
+        """A student layer (B, 1+K, C), number `layer` of those compared -> unit vectors like the teacher's.
 
         count: number of the token count; cls: whether the cls token is compared too.
         """
-        decoders = self.layers[min(count, len(self.layers) - 1)]
-        out = []
-        for x, decoder in zip(hidden, decoders, strict=True):  # type: ignore[call-overload]
-            x = x if positions is None else x + positions.to(x.dtype)
-            out.append(decoder(x if cls else x[:, 1:]))
-        return out
+        decoder = self.layers[min(count, len(self.layers) - 1)][layer]  # type: ignore[index]
+        x = hidden if positions is None else hidden + positions.to(hidden.dtype)
+        return decoder(x if cls else x[:, 1:])
 
     def clip(self, pooled: Tensor, count: int) -> Tensor:
         """Pooled feature (B, clip_embed_dim) of a count -> unit vector (B, F)."""
