@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,23 @@ import torch
 from app.answer import Answer
 from app.conversation import Conversation
 from app.estimate import Calibration, Estimate, PriceEstimator
-from app.messages import Media, Videos, as_media, check_messages, check_selector, question_messages
+from app.messages import (
+    Media,
+    Videos,
+    as_media,
+    check_messages,
+    check_selector,
+    part_of,
+    question_messages,
+    with_part,
+)
 from app.note import Note, note_for, without_notes
 from app.streaming import AnswerStream, NotCopyable, StopSignal, all_familiar
 from app.vision import EncodedVideo, OpenedVideo, Preview, Vision
 from encoder.budget import Budget, Plan, PlanTable
 from encoder.errors import ConfigError, ContextError, ModelError
 from encoder.selection import Selector
+from encoder.video.part import Part
 from encoder.video.reader import DEFAULT_LIMITS, Limits, VideoInfo
 from llm_bridge.chat_model import ChatModel, load_chat_model
 from llm_bridge.compute_worker import ComputeWorker
@@ -165,6 +175,9 @@ class VideoChat(NotCopyable):
         messages: Sequence[Message[Media]],
         *,
         budget: Budget | int | str | None = None,
+        start: float | str | None = None,
+        end: float | str | None = None,
+        region: Sequence[float] | str | None = None,
         selector: Selector = "flux",
         scope: str = "",
         progress: Progress | None = None,
@@ -175,9 +188,13 @@ class VideoChat(NotCopyable):
         """The answer to the last of several messages; media stand where the messages put them.
 
         messages: `Message.of("user", Media("a.mp4"), "What is it?")`, ...; a system message comes first.
-        budget: tokens per video (see `Budget.of`; default: the model's). scope: whose question this is;
-        nothing kept for one scope serves another. progress: called with what begins ("decode",
-        "encode", "prefill"), of which video, of how many. stop: an event that ends the answer when set.
+        budget: tokens per video (see `Budget.of`; default: the model's).
+        start, end, region: look at a part of each medium that is not a part already: seconds or "1:02", and
+        fractions x0, y0, x1, y1 of the upright picture (see `Part.of`). Only that is decoded; times stay
+        those of the whole video.
+        scope: whose question this is; nothing kept for one scope serves another. progress: called with what
+        begins ("decode", "encode", "prefill"), of which video, of how many. stop: an event that ends the
+        answer when set.
         hedge: about a video that is nothing the model knows, say so first, once, and doubt its yes; without
         effect where the model cannot tell.
         sampling: fields of `SamplingParams`: max_new_tokens, temperature (0 is greedy), top_p, think, ...
@@ -186,13 +203,14 @@ class VideoChat(NotCopyable):
         """
         self._check_usable()
         check_selector(selector)
+        part = Part.of(start, end, region)
         if stop is not None and not callable(getattr(stop, "is_set", None)):
             raise ConfigError(f"stop must be a threading.Event, not a {type(stop).__name__}.")
         if progress is not None and not callable(progress):
             raise ConfigError(f"progress must be a function, not a {type(progress).__name__}.")
         if not isinstance(scope, str):
             raise ConfigError(f"scope must be a text (str), not a {type(scope).__name__}.")
-        checked = without_notes(check_messages(messages))
+        checked = without_notes(with_part(check_messages(messages), part))
         if (system := self.model.system) and all(message.role != "system" for message in checked):
             checked = (Message.of("system", system), *checked)
         chosen = SamplingParams(**{"think": self.think, **sampling})
@@ -273,7 +291,7 @@ class VideoChat(NotCopyable):
         """A medium that can be read, and what the budget buys of it; raises VideoError or BudgetError."""
         self._check_usable()
         video = self._vision.open(medium, label)
-        return video, self._prices.plan(video.info, budget)
+        return video, self._prices.plan(video.seen, budget)
 
     @cached_property
     def _text_bound(self) -> TextBound | None:
@@ -335,24 +353,26 @@ class VideoChat(NotCopyable):
         held = self._vision.hold(medium, medium.label())
         # A file object finds what was read of it; the path of a pipe means something new each time.
         again = held.source is medium.source or not isinstance(medium.source, (str, os.PathLike))
-        return medium if again else Media(held, medium.name)
+        return medium if again else replace(medium, source=held)
 
     def probe(self, video: Any) -> VideoInfo:
         """Size, duration and codec of a video or image; raises VideoError when it cannot be used."""
         self._check_usable()
         return self._vision.open(as_media(video)).info
 
-    def plan(self, video: Any, budget: Budget | int | str | None = None) -> Plan:
-        """Frames, resolution and kept tokens that the budget buys on this video."""
-        return self._open(as_media(video), self.plan_budget(budget))[1]
+    def plan(self, video: Any, budget: Budget | int | str | None = None, **part: Any) -> Plan:
+        """Frames, resolution and kept tokens that the budget buys on this video; part: as in `estimate`."""
+        return self._open(part_of(video, **part), self.plan_budget(budget))[1]
 
-    def estimate(self, video: Any, budget: Budget | int | str | None = None) -> Estimate:
+    def estimate(self, video: Any, budget: Budget | int | str | None = None, **part: Any) -> Estimate:
         """The price before anything runs: tokens, multiply-accumulates, seconds, MiB.
+
+        part: start, end and region of what is looked at, as in `stream_messages`.
 
         The first call on a machine measures its speed (some seconds, cached on disk).
         """
-        opened, plan = self._open(as_media(video), self.plan_budget(budget))
-        return self._prices.estimate(opened.info, plan)
+        opened, plan = self._open(part_of(video, **part), self.plan_budget(budget))
+        return self._prices.estimate(opened.seen, plan)
 
     @property
     def calibration(self) -> Calibration:
@@ -375,10 +395,14 @@ class VideoChat(NotCopyable):
         *,
         scope: str = "",
         progress: Callable[[str], None] = lambda _: None,
+        **part: Any,
     ) -> EncodedVideo:
-        """A video as the language model sees it: decoded, encoded and projected, or from the cache."""
+        """A video as the language model sees it: decoded, encoded and projected, or from the cache.
+
+        part: as in `estimate`.
+        """
         check_selector(selector)
-        opened, plan = self._open(as_media(video), self.plan_budget(budget))
+        opened, plan = self._open(part_of(video, **part), self.plan_budget(budget))
         return self._vision.encode(opened, plan, selector, scope=scope, progress=progress)
 
     def preview(
@@ -388,10 +412,14 @@ class VideoChat(NotCopyable):
         selector: Selector = "flux",
         *,
         scope: str = "",
+        **part: Any,
     ) -> Preview:
-        """The frames that a budget samples and the patches that it keeps, without running the encoder."""
+        """The frames that a budget samples and the patches that it keeps, without running the encoder.
+
+        part: as in `estimate`.
+        """
         check_selector(selector)
-        opened, plan = self._open(as_media(video), self.plan_budget(budget))
+        opened, plan = self._open(part_of(video, **part), self.plan_budget(budget))
         return self._vision.preview(opened, plan, selector, scope=scope)
 
     # -- the rest -------------------------------------------------------------------------------------------

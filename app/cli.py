@@ -28,6 +28,8 @@ examples:
   fluxchat ask clip.mp4 "What moves, and where to?"
   fluxchat ask clip.mp4 "How many dogs are there?" --budget 64      fewer tokens: faster, may miss detail
   fluxchat ask clip.mp4 "Describe it." --budget auto:1.5            as many tokens as answer within 1.5 s
+  fluxchat ask film.mp4 "Who enters?" --start 1:02 --end 1:10       a part of it: denser frames, same price
+  fluxchat ask clip.mp4 "What is it?" --region 0.5,0,1,0.5          the upper right quarter of the picture
   fluxchat ask clip.mp4 "Describe it." --json                       text, tokens and timings for programs
   yt-dlp -o - URL | fluxchat ask - "What is it about?"              a video from another program
   fluxchat chat clip.mp4                                            many questions, streaming answers
@@ -141,6 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     estimate.add_argument("video", help="a video or image file; - reads it from standard input")
     estimate.add_argument("--json", action="store_true", help="print the figures as JSON")
     _budget_option(estimate)
+    _part_options(estimate)
 
     clip = commands.add_parser(
         "clip",
@@ -209,8 +212,20 @@ def _budget_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _part_options(parser: argparse.ArgumentParser) -> None:
+    part = parser.add_argument_group("a part of the video")
+    part.add_argument("--start", metavar="TIME", help="from here on: seconds, or 1:02, or 1:23:45.5")
+    part.add_argument("--end", metavar="TIME", help="up to here")
+    part.add_argument(
+        "--region",
+        metavar="X0,Y0,X1,Y1",
+        help="this box of the upright picture: left, top, right, bottom as fractions from 0 to 1",
+    )
+
+
 def _generation_options(parser: argparse.ArgumentParser) -> None:
     _budget_option(parser)
+    _part_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt: how to answer, who to be")
     drawing = parser.add_argument_group("the answer")
     for name, kind, metavar, text in SAMPLING:
@@ -481,6 +496,7 @@ def _check_inputs(args: argparse.Namespace) -> None:
     """Refuse wrong arguments before the model is loaded, which takes seconds."""
     from app.messages import Media, check_order, check_source, question_text
     from encoder.budget import Budget
+    from encoder.video.part import Part
     from encoder.video.reader import DEFAULT_LIMITS, probe
     from encoder.video.sources import hold
     from llm_bridge.prompt import check_text
@@ -494,7 +510,10 @@ def _check_inputs(args: argparse.Namespace) -> None:
     if getattr(args, "system", None) is not None:
         check_text(args.system, "The system prompt")
     SamplingParams(**_sampling(args))
+    part = Part.of(args.start, args.end, args.region)
     if args.video is None:
+        if not part.whole:
+            raise ConfigError("--start, --end and --region need a video.")
         return
     if args.command == "chat" and args.video in ("-", "/dev/stdin"):
         raise ConfigError("Standard input brings the questions of a chat: give the video as a file.")
@@ -503,8 +522,8 @@ def _check_inputs(args: argparse.Namespace) -> None:
     check_source(medium, label)
     # From here on it can be read again, whatever it is.
     held = hold(medium.source, DEFAULT_LIMITS, label)
-    probe(held.source, name=label)
-    args.video = Media(held, medium.name or held.name)
+    part.seen(probe(held.source, name=label))
+    args.video = Media(held, medium.name or held.name, part)
 
 
 def _video_argument(video: str) -> Media:

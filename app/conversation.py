@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from app.answer import Answer
 from app.messages import Media, as_media, media_of, question_text
 from app.streaming import AnswerStream, NotCopyable
 from encoder.errors import ConfigError
+from encoder.video.part import Part
 from encoder.video.reader import VideoInfo
 from llm_bridge.prompt import Message, check_text
 
@@ -90,27 +92,46 @@ class Conversation(NotCopyable):
         return stream.answer
 
     def stream(self, question: str, **options: Any) -> AnswerStream:
-        """The next question, streamed; a stopped answer stays in the conversation as far as it got."""
+        """The next question, streamed; a stopped answer stays in the conversation as far as it got.
+
+        start, end, region (see `stream_messages`): of the videos that come with this question, or of the
+        conversation's, of which that part is then shown anew.
+        """
         if "history" in options:
             raise ConfigError(OWN_HISTORY)
         chosen = {**self.options, **options}
+        if "start" in options or "end" in options:  # a range is said as a whole
+            chosen |= {name: options.get(name) for name in ("start", "end")}
         system = chosen.pop("system", None)
-        new_message: Message[Media] = Message("user", (*self._new, question_text(question)))
+        part = Part.of(*(chosen.pop(name, None) for name in ("start", "end", "region")))
+        new = self._new
+        new_message: Message[Media] = Message("user", (*self._shown(part), question_text(question)))
         messages = [*self._messages, new_message]
         if system:
             messages.insert(0, Message.of("system", check_text(system, "The system prompt")))
         stream = self._chat.stream_messages(messages, **chosen)
-        stream.then(lambda answer: self._add_turn(new_message, answer))
+        stream.then(lambda answer: self._add_turn(new_message, new, answer))
         return stream
 
-    def _add_turn(self, message: Message[Media], answer: Answer) -> None:
+    def _shown(self, part: Part) -> tuple[Media, ...]:
+        """What the next question shows: what is new, or those parts of earlier videos that are new."""
+        if part.whole:
+            return self._new
+        if self._new:
+            return tuple(replace(one, part=part) if one.part.whole else one for one in self._new)
+        latest: dict[int, Media] = {id(medium.source): medium for medium in self._media()}
+        if part.timed:  # pictures have no times
+            latest = {key: m for key, m in latest.items() if self._chat.probe(m).kind != "image"}
+        return tuple(replace(medium, part=part) for medium in latest.values() if medium.part != part)
+
+    def _add_turn(self, message: Message[Media], new: tuple[Media, ...], answer: Answer) -> None:
         """Add a turn, unless it was stopped before its first word."""
         if answer.finish == "cancelled" and not answer.text:
             return
         earlier = {id(medium) for medium in self._media()}  # another stream may have added one since
         content = tuple(part for part in message.content if id(part) not in earlier)
         self._messages += (Message("user", content), Message.of("assistant", answer.text))
-        self._new = tuple(medium for medium in self._new if all(medium is not part for part in content))
+        self._new = tuple(medium for medium in self._new if all(medium is not one for one in new))
 
 
 def _same(medium: Media, video: Any) -> bool:

@@ -154,7 +154,7 @@ def _peak_mib(model: ChatModel, info: VideoInfo, plan: Plan) -> float:
 
 def decode_features(info: VideoInfo, frames: int) -> list[float]:
     """Constant, megapixels decoded, megapixels converted."""
-    pixels = info.width * info.height / 1e6
+    pixels = info.pixels / 1e6
     total = 1 if info.kind == "image" else info.frames or int(info.duration_s * 30)
     decoded = 0 if info.kind == "frames" else min(total, frames * FRAMES_PER_SAMPLE)
     return [1.0, decoded * pixels, frames * pixels]

@@ -49,7 +49,8 @@ class Visual:
     """A video or image in a message: how many embeddings it takes, and when its frames were.
 
     key: identifies content, plan and model, for the caches. times_s: one per frame; empty for an image.
-    layout: stretches of the embeddings with the model's own text between them; empty: one stretch.
+    layout: stretches of the embeddings with the model's own text between them; empty: one stretch. range_s:
+    from where to where it was sampled; None for all of it.
     """
 
     tokens: int
@@ -57,6 +58,7 @@ class Visual:
     duration_s: float = 0.0
     times_s: tuple[float, ...] = ()
     layout: tuple[str | Stretch, ...] = ()
+    range_s: tuple[float, float] | None = None
 
     @property
     def kind(self) -> Literal["image", "video"]:
@@ -149,6 +151,8 @@ def time_sentence(visual: Visual, form: TimeSentence) -> str:
     start = (
         f"\nThe video lasts for {visual.duration_s:.2f} seconds, and {count} frames are uniformly sampled "
     )
+    if form == "short" and visual.range_s is not None:
+        return start + f"from {visual.range_s[0]:.2f} to {visual.range_s[1]:.2f} seconds. "
     if form == "short":
         return start + "from it. "
     return start + f"at {', '.join(f'{t:.2f}' for t in visual.times_s)} seconds. "

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, get_origin, get_type_hints
 
 from encoder.errors import VideoError
 from encoder.video.containers import Header
+from encoder.video.geometry import Crop
 from encoder.video.limits import Rules
 
 MAX_LINE = 1 << 16
@@ -37,9 +38,10 @@ class Request:
     """What a child is asked about one file, whose descriptor travels beside it.
 
     path: the file's name, for its suffix; where descriptors cannot travel, its path. frames: 0 asks for the
-    header alone. at_s, moments, start_s, end_s: as in `read_clip`. memory_mib: address space of the child and
-    size of all frames. contained: refuse where the child cannot confine itself. load_all: import every module
-    that any file may need. parent: process number of the asking process.
+    header alone. at_s, moments, start_s, end_s, region: as in `read_clip`. memory_mib: address space of the
+    child and size of all frames. cut: FFmpeg's name of a container; asks for a copy of the packets from
+    start_s to end_s in it, instead of frames. contained: refuse where the child cannot confine itself.
+    load_all: import every module that any file may need. parent: process number of the asking process.
     """
 
     path: str
@@ -49,6 +51,7 @@ class Request:
     end_s: float | None = None
     at_s: tuple[float, ...] | None = None
     moments: tuple[float, ...] | None = None
+    region: Crop | None = None
     max_side: int | None = None
     decoder: str = "auto"
     seconds: float = 20.0

@@ -34,7 +34,7 @@ from encoder.video.confine import Confinement, confine
 from encoder.video.containers import Header, inspect
 from encoder.video.descriptors import PASSES_DESCRIPTORS, descriptor_name
 from encoder.video.frame_times import requested_times
-from encoder.video.geometry import fit_within
+from encoder.video.geometry import cut_to, fit_within
 from encoder.video.protocol import Request, write_message
 from encoder.video.remux import copy_part
 
@@ -72,7 +72,8 @@ def answer(request: Request, out: BinaryIO) -> None:
         if request.cut:
             _answer_part(request, header, out)
             return
-        size = fit_within(header.width, header.height, request.max_side)
+        shown = header if request.region is None else cut_to(header, request.region)
+        size = fit_within(shown.width, shown.height, request.max_side)
         times = requested_times(header, request) if request.frames else []
         if len(times) * size[0] * size[1] * 3 > request.max_bytes:
             mib = len(times) * size[0] * size[1] * 3 / 2**20
@@ -80,7 +81,7 @@ def answer(request: Request, out: BinaryIO) -> None:
         reply = {"header": asdict(header), "count": len(times), "width": size[0], "height": size[1]}
         write_message(out, reply)
         if times:
-            for t, rgb, turns, mirror in decode_frames(path, header, times, size, rules, request.decoder):
+            for t, rgb, turns, mirror in decode_frames(path, shown, times, size, rules, request.decoder):
                 write_message(out, {"time": round(t, 6), "turns": turns, "mirror": mirror})
                 out.write(rgb)
     except VideoError as error:
