@@ -82,7 +82,7 @@ def visit(browser: Browser, url: str, width: int, *, shifts: bool = False) -> di
               shift: window.shift,
             })"""
         )
-        page.locator("#fluxchat-video input[type=file], #fluxchat-file").first.set_input_files(str(VIDEO))
+        page.locator("#fluxchat-file").first.set_input_files(str(VIDEO))
         page.wait_for_function(
             "/to (the )?first word/.test(document.querySelector('#fluxchat-cost').textContent)"
         )
