@@ -124,7 +124,7 @@ def presets(choices: Sequence[tuple[str, int, Sequence[Estimate]]], chosen: int 
         facts = ""
         if estimates:
             wait, detail = sum(e.first_token_s for e in estimates), _detail(estimates)
-            facts = f" <small>{_about(wait)} · {detail} of the detail</small>"
+            facts = f" <small>{_about(wait)} · {detail} of detail</small>"
         pressed = "true" if tokens == chosen else "false"
         buttons.append(
             f'<button type="button" data-preset="{tokens}" aria-pressed="{pressed}"><b>{name}</b>{facts}'

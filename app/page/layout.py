@@ -144,7 +144,6 @@ class Controls:
             js_on_load=(THEME / "page.js").read_text(), apply_default_css=False, elem_id="fluxchat-shelf"
         )
         self.strip = gr.HTML(**PLAIN, elem_id="fluxchat-strip")
-        self.clip = gr.HTML(**PLAIN, elem_id="fluxchat-clip")
 
     def _conversation(self, chat: VideoChat, examples: Examples) -> None:
         self.chat = gr.Chatbot(
@@ -315,7 +314,7 @@ def player() -> str:
         '<button type="button" data-camera-off>Cancel</button></div></div>'
         '<p class="fc-unplayable" hidden>This browser cannot play it; the model can look at it, though.</p>'
         '<div class="fc-piece" hidden><span></span><button type="button" data-again>Play again</button>'
-        '<button type="button" data-clip>Save clip</button></div>'
+        "</div>"
         '<p class="fc-upload" role="status" hidden><span></span></p></div>'
     )
 

@@ -276,7 +276,6 @@ const clicks = {
   "[data-show]": (button) => trigger("select", { index: Number(button.dataset.show) }),
   "[data-remove]": (button) => { trigger("delete", { index: Number(button.dataset.remove) }); focusQuestion(); },
   "[data-again]": () => piece && move(piece.start, piece.end),
-  "[data-clip]": () => piece && trigger("clip", { index: piece.medium, start: piece.start, end: piece.end }),
   "[data-copy]": (button) => {
     navigator.clipboard?.writeText(button.dataset.copy).then(() => {
       button.textContent = "Copied";
@@ -339,12 +338,3 @@ try {
   const dark = localStorage.getItem("fluxchat-dark");
   if (dark !== null) document.body.classList.toggle("dark", dark === "true");
 } catch { /* not allowed */ }
-
-// A clip that was cut is saved at once. The element may not be there yet: the page is drawn in pieces.
-new MutationObserver(() => {
-  const link = find("#fluxchat-clip a[data-save]:not([data-saved])");
-  if (!link) return;
-  link.dataset.saved = "";
-  const save = Object.assign(document.createElement("a"), { href: root + link.getAttribute("href"), download: link.download });
-  save.click();
-}).observe(document.body, { childList: true, subtree: true });
