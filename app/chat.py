@@ -41,7 +41,7 @@ from encoder.video.reader import DEFAULT_LIMITS, Limits, VideoInfo
 from llm_bridge.chat_model import ChatModel, load_chat_model
 from llm_bridge.compute_worker import ComputeWorker
 from llm_bridge.engines import Engine, LocalEngine
-from llm_bridge.generation import Generation
+from llm_bridge.generation import Generation, GenerationStats
 from llm_bridge.kv_cache import CacheStats, PrefixCache
 from llm_bridge.llm import OnDownload, Quantize
 from llm_bridge.prompt import Message, Prompt, TextBound, count_text, render
@@ -225,7 +225,12 @@ class VideoChat(NotCopyable):
             bool(hedge),
         )
         stops = [self._closed] if stop is None else [self._closed, stop]
-        return AnswerStream(partial(self._prepare, query), self._check_usable, StopSignal(*stops))
+        plans: list[tuple[VideoInfo, Plan]] = []
+        stream = AnswerStream(
+            partial(self._prepare, query, plans=plans), self._check_usable, StopSignal(*stops)
+        )
+        stream.on_timings(partial(self._learn, plans))
+        return stream
 
     def conversation(self, video: Any = None, **options: Any) -> Conversation:
         """A conversation of many turns; options as in `stream` are the defaults of every turn.
@@ -235,10 +240,25 @@ class VideoChat(NotCopyable):
         self._check_usable()
         return Conversation(self, video, options)
 
-    def _prepare(self, query: Query, stop: threading.Event) -> tuple[list[EncodedVideo], Generation, Note]:
+    def _learn(
+        self,
+        plans: Sequence[tuple[VideoInfo, Plan]],
+        videos: Sequence[EncodedVideo],
+        stats: GenerationStats,
+    ) -> None:
+        """Correct the price of the next question by what this one took."""
+        if stats.prefill_s > 0:  # it was not stopped before
+            rows = [
+                (*plan, video.decode_s, video.encode_s) for plan, video in zip(plans, videos, strict=True)
+            ]
+            self._prices.learn_question(rows, stats.prompt_tokens, stats.cached_tokens, stats.prefill_s)
+
+    def _prepare(
+        self, query: Query, stop: threading.Event, *, plans: list[tuple[VideoInfo, Plan]]
+    ) -> tuple[list[EncodedVideo], Generation, Note]:
         """Encode the media of a question and make its prompt: all but the answer, and the note before it.
 
-        Raises FluxChatError.
+        plans: is given what was opened, and the plan of each. Raises FluxChatError.
         """
         self._check_usable()
         text_tokens = self._count_text(query)
@@ -248,6 +268,7 @@ class VideoChat(NotCopyable):
             self._open(medium, query.budget, medium.label(index, len(media)))
             for index, medium in enumerate(media)
         ]
+        plans += [(video.info, plan) for video, plan in opened]
         videos = []
         for index, (video, plan) in enumerate(opened):
 
@@ -364,15 +385,29 @@ class VideoChat(NotCopyable):
         """Frames, resolution and kept tokens that the budget buys on this video; part: as in `estimate`."""
         return self._open(part_of(video, **part), self.plan_budget(budget))[1]
 
-    def estimate(self, video: Any, budget: Budget | int | str | None = None, **part: Any) -> Estimate:
+    def estimate(
+        self,
+        video: Any,
+        budget: Budget | int | str | None = None,
+        selector: Selector | None = None,
+        *,
+        scope: str = "",
+        new_tokens: int | None = None,
+        **part: Any,
+    ) -> Estimate:
         """The price before anything runs: tokens, multiply-accumulates, seconds, MiB.
 
+        selector: given, what is kept for `scope` under it counts: what was decoded or encoded before costs no
+        time. new_tokens: of a follow-up question, the positions that the language model has not read yet.
         part: start, end and region of what is looked at, as in `stream_messages`.
-
-        The first call on a machine measures its speed (some seconds, cached on disk).
+        The first call on a machine measures its speed (some seconds, cached on disk); answers correct it.
         """
         opened, plan = self._open(part_of(video, **part), self.plan_budget(budget))
-        return self._prices.estimate(opened.seen, plan)
+        if selector is None:
+            return self._prices.estimate(opened.seen, plan)
+        check_selector(selector)
+        known = self._vision.known(opened, plan, selector, scope=scope)
+        return self._prices.estimate(opened.seen, plan, known, new_tokens if known.encoded else None)
 
     @property
     def calibration(self) -> Calibration:

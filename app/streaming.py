@@ -62,6 +62,7 @@ class AnswerStream(NotCopyable):
     ) -> None:
         self._prepare, self._check, self._stop = prepare, check, stop
         self._listeners: list[Callable[[Answer], None]] = []
+        self._timing_listeners: list[Callable[[Sequence[EncodedVideo], GenerationStats], None]] = []
         self._thoughts: list[str] = []
         self._thought_listeners: list[Callable[[str], None]] = [self._thoughts.append]
         self._begun = False
@@ -74,6 +75,10 @@ class AnswerStream(NotCopyable):
     def then(self, listener: Callable[[Answer], None]) -> None:
         """Call a function with the answer once it is complete or was stopped; not when it failed."""
         self._listeners.append(listener)
+
+    def on_timings(self, listener: Callable[[Sequence[EncodedVideo], GenerationStats], None]) -> None:
+        """Call a function with the videos and the generation's figures, when `then` calls its own."""
+        self._timing_listeners.append(listener)
 
     def on_thinking(self, listener: Callable[[str], None]) -> None:
         """Call a function with each piece of what the model thinks, before the answer's first piece comes."""
@@ -106,6 +111,8 @@ class AnswerStream(NotCopyable):
             said = note if pieces else Note()
             answer = make_answer("".join(pieces), videos, stats, prepared_s, total_s, said)
             self._answer = replace(answer, thinking="".join(self._thoughts).strip())
+            for told in self._timing_listeners:
+                told(videos, stats)
             for listener in self._listeners:
                 listener(self._answer)
 

@@ -78,6 +78,13 @@ class Preview:
     kept: KeptTokens
 
 
+class Known(NamedTuple):
+    """What need not be done again for a question about a video."""
+
+    decoded: bool = False
+    encoded: bool = False
+
+
 class OpenedVideo(NamedTuple):
     """A medium that can be read more than once, and its probe. label: what errors call it.
 
@@ -149,24 +156,33 @@ class Vision:
 
         progress: called with "decode" and "encode" as they begin.
         """
-        key = f"{scope}|{video.seen.digest}|{plan.key}|{selector}|{self.revision}"
+        key = self._encoded_key(video, plan, selector, scope)
         if (known := self._encoded.get(key)) is not None:
             return known.from_cache()
+        decoded_before = _clip_key(video, plan, scope) in self._clips
         start = time.perf_counter()
         progress("decode")
         clip = self._clip(video, plan, scope)
         decoded = time.perf_counter()
+        decode_s = 0.0 if decoded_before else decoded - start
         progress("encode")
         embedding, kept, familiar = self._embed(clip, plan, selector, video.part)
         times_s = clip.times_s if clip.info.kind != "image" else ()
         layout = self._tower.layout(plan, kept.indices, times_s, video.info.duration_s)
         range_s = video.part.range_s(video.info) if video.part.timed else None
         visual = Visual(len(embedding), key, video.info.duration_s, times_s, layout, range_s)
-        encoded = EncodedVideo(
-            embedding, visual, kept, decoded - start, time.perf_counter() - decoded, familiar
-        )
+        encoded = EncodedVideo(embedding, visual, kept, decode_s, time.perf_counter() - decoded, familiar)
         self._encoded.put(key, encoded)
         return encoded
+
+    def known(self, video: OpenedVideo, plan: Plan, selector: Selector, *, scope: str = "") -> Known:
+        """What of `encode` is in the caches already."""
+        encoded = self._encoded_key(video, plan, selector, scope) in self._encoded
+        decoded = isinstance(video.held.source, Clip) or _clip_key(video, plan, scope) in self._clips
+        return Known(decoded=encoded or decoded, encoded=encoded)
+
+    def _encoded_key(self, video: OpenedVideo, plan: Plan, selector: Selector, scope: str) -> str:
+        return f"{scope}|{video.seen.digest}|{plan.key}|{selector}|{self.revision}"
 
     def preview(self, video: OpenedVideo, plan: Plan, selector: Selector, *, scope: str = "") -> Preview:
         """What `encode` would sample and keep; decodes and embeds patches, runs no encoder block."""
@@ -209,9 +225,7 @@ class Vision:
         source, part = video.held.source, video.part
         if isinstance(source, Clip):
             return source if part.whole else part.of_clip(source)
-        # Twice the input size keeps all that resizing to it can use.
-        side = 4 * max(plan.height, plan.width)
-        key = f"{scope}|{video.seen.digest}|{plan.frames}|{side}"
+        key = _clip_key(video, plan, scope)
         start_s, end_s = part.range_s(video.info) if part.timed else (None, None)
         if (clip := self._clips.get(key)) is None:
             clip = read_clip(
@@ -220,7 +234,7 @@ class Vision:
                 start_s=start_s,
                 end_s=end_s,
                 region=part.region,
-                max_side=side,
+                max_side=_decoded_side(plan),
                 decoder="pyav" if part.timed else "auto",  # decord reads a file from its beginning
                 trusted=self._trusted,
                 limits=self._limits,
@@ -279,6 +293,15 @@ class Vision:
         inner = centre(clip.frames[:1], plan.height, plan.width).shape
         x, y = (1 - inner[2] / width) / 2 * (right - left), (1 - inner[1] / height) / 2 * (bottom - top)
         return left + x, top + y, right - x, bottom - y
+
+
+def _decoded_side(plan: Plan) -> int:
+    """Pixels of decoded frames: twice the input size keeps all that resizing to it can use."""
+    return 4 * max(plan.height, plan.width)
+
+
+def _clip_key(video: OpenedVideo, plan: Plan, scope: str) -> str:
+    return f"{scope}|{video.seen.digest}|{plan.frames}|{_decoded_side(plan)}"
 
 
 def _file_key(source: Any) -> Hashable | None:

@@ -78,6 +78,11 @@ class ByteLRU(Generic[V]):
             self._entries.move_to_end(key)
             return self._entries[key]
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether the entry is there; counts as no use of it."""
+        with self._lock:
+            return key in self._entries
+
     def put(self, key: Hashable, value: V) -> None:
         """Add or replace; a value beyond the whole limit is not kept."""
         with self._lock:

@@ -92,6 +92,11 @@ class Range:
         largest = next((n for n in range(seen // step * step, step, -step) if fits(n)), step)
         return Range(step, largest)
 
+    def presets(self, default: int) -> list[tuple[str, int]]:
+        """Three places of the slider under plain names: about a quarter of the middle one, it, and all."""
+        middle = self.near(min(default, self.largest // 2))
+        return [("Fast", self.near(middle // 4)), ("Balanced", middle), ("Thorough", self.largest)]
+
     def near(self, tokens: int) -> int:
         """The closest position of the slider."""
         return min(self.largest, max(self.step, round(tokens / self.step) * self.step))
