@@ -268,7 +268,7 @@ class VideoChat(NotCopyable):
             self._open(medium, query.budget, medium.label(index, len(media)))
             for index, medium in enumerate(media)
         ]
-        plans += [(video.info, plan) for video, plan in opened]
+        plans += [(video.seen, plan) for video, plan in opened]
         videos = []
         for index, (video, plan) in enumerate(opened):
 
