@@ -1,6 +1,7 @@
 """The `fluxchat` command: ask, chat, web, models, estimate, clip, info, fetch, train.
 
-Exit status 0 when answered, 2 for a wrong input with one line on stderr, 130 when interrupted.
+Exit status 0 when answered, 2 for a wrong input with one line on stderr, 1 when some files of `ask --each`
+failed, 130 when interrupted.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fluxchat import __version__
 if TYPE_CHECKING:
     from app.chat import VideoChat
     from app.messages import Media
+    from encoder.video.part import Part
 
 EXAMPLES = """\
 examples:
@@ -31,6 +33,8 @@ examples:
   fluxchat ask film.mp4 "Who enters?" --start 1:02 --end 1:10       a part of it: denser frames, same price
   fluxchat ask clip.mp4 "What is it?" --region 0.5,0,1,0.5          the upper right quarter of the picture
   fluxchat ask clip.mp4 "Describe it." --json                       text, tokens and timings for programs
+  fluxchat ask a.mp4 b.mp4 "Which one is faster?"                   several videos in one question
+  fluxchat ask *.mp4 "What moves?" --each --json                    a question about each, a JSON line a file
   yt-dlp -o - URL | fluxchat ask - "What is it about?"              a video from another program
   fluxchat chat clip.mp4                                            many questions, streaming answers
   fluxchat web                                                      the page and the API, on this machine
@@ -123,9 +127,22 @@ def build_parser() -> argparse.ArgumentParser:
         "formatter_class": argparse.RawDescriptionHelpFormatter,
     }
     ask = commands.add_parser("ask", help="one question about a video or image", **how)
-    ask.add_argument("video", help="a video or image file; - reads it from standard input")
-    ask.add_argument("question", help="what you want to know, in quotes")
-    ask.add_argument("--json", action="store_true", help="print text, usage, timings and kept tokens as JSON")
+    ask.add_argument(
+        "videos", metavar="video", nargs="+", help="video or image files; - reads one from standard input"
+    )
+    ask.add_argument("question", help="what you want to know, in quotes; - reads it from standard input")
+    ask.add_argument(
+        "--each",
+        action="store_true",
+        help="ask about each file by itself, and go on where one fails (exit status 1 at the end); without "
+        "it several files are one question",
+    )
+    ask.add_argument(
+        "--json",
+        action="store_true",
+        help="print text, usage, timings and kept tokens as JSON; with --each one line per file: file, "
+        "question, answer, price (predicted), actual; or error",
+    )
     _generation_options(ask)
 
     models = commands.add_parser(
@@ -380,10 +397,35 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 def run_ask(args: argparse.Namespace) -> int:
     """One question, one answer."""
     _check_inputs(args)
+    if args.each:
+        return _ask_each(args)
+    from app.messages import Videos
+
     with open_chat(args) as chat:
-        answer = chat.ask(args.video, args.question, **_generation(args))
+        answer = chat.ask(Videos(args.videos), args.question, **_generation(args))
     print(json.dumps(answer.to_dict()) if args.json else answer.text)
     return 0
+
+
+def _ask_each(args: argparse.Namespace) -> int:
+    """The question about each file; 1 when one of them failed."""
+    from app.ask_each import ask_each, terminal
+    from encoder.video.part import Part
+
+    def tell(outcome: dict[str, Any]) -> None:
+        if args.json:
+            print(json.dumps(outcome), flush=True)
+        elif "error" in outcome:
+            print(f"{outcome['file']}: ! {outcome['error']}", flush=True)
+        else:
+            print(f"{outcome['file']}: {outcome['answer']}", flush=True)
+
+    part = Part.of(args.start, args.end, args.region)
+    with open_chat(args) as chat:
+        failed = ask_each(
+            chat, args.videos, args.question, tell, part=part, progress=terminal(), **_generation(args)
+        )
+    return 1 if failed else 0
 
 
 def run_chat(args: argparse.Namespace) -> int:
@@ -494,36 +536,60 @@ def run_train(args: argparse.Namespace) -> int:
 
 def _check_inputs(args: argparse.Namespace) -> None:
     """Refuse wrong arguments before the model is loaded, which takes seconds."""
-    from app.messages import Media, check_order, check_source, question_text
+    from app.messages import check_order, question_text
     from encoder.budget import Budget
     from encoder.video.part import Part
-    from encoder.video.reader import DEFAULT_LIMITS, probe
-    from encoder.video.sources import hold
     from llm_bridge.prompt import check_text
     from llm_bridge.sampling import SamplingParams
 
     if args.budget is not None:
         Budget.of(args.budget)
     if "question" in args:
+        _read_question(args)
         question_text(args.question)
-        check_order(args.video, args.question)
+        for video in args.videos:
+            check_order(video, args.question)
     if getattr(args, "system", None) is not None:
         check_text(args.system, "The system prompt")
     SamplingParams(**_sampling(args))
     part = Part.of(args.start, args.end, args.region)
+    if "videos" in args:
+        if args.each and "-" in args.videos:
+            raise ConfigError("--each needs files: - is one video only.")
+        if not args.each:  # else each is read when its turn comes
+            args.videos = [_readable(video, part) for video in args.videos]
+        return
     if args.video is None:
         if not part.whole:
             raise ConfigError("--start, --end and --region need a video.")
         return
     if args.command == "chat" and args.video in ("-", "/dev/stdin"):
         raise ConfigError("Standard input brings the questions of a chat: give the video as a file.")
-    medium = _video_argument(args.video)
+    args.video = _readable(args.video, part)
+
+
+def _readable(video: str, part: Part) -> Media:
+    """A video argument that can be read more than once and has that part; raises VideoError."""
+    from app.messages import Media, check_source
+    from encoder.video.reader import DEFAULT_LIMITS, probe
+    from encoder.video.sources import hold
+
+    medium = _video_argument(video)
     label = medium.label()
     check_source(medium, label)
     # From here on it can be read again, whatever it is.
     held = hold(medium.source, DEFAULT_LIMITS, label)
     part.seen(probe(held.source, name=label))
-    args.video = Media(held, medium.name or held.name, part)
+    return Media(held, medium.name or held.name, part)
+
+
+def _read_question(args: argparse.Namespace) -> None:
+    """The question from standard input where it is -; raises ConfigError."""
+    if args.question != "-":
+        return
+    if sys.stdin is None or "-" in args.videos:
+        raise ConfigError("Standard input brings one thing: the video or the question, not both.")
+    args.question = sys.stdin.read(1 << 20).strip()
 
 
 def _video_argument(video: str) -> Media:

@@ -6,27 +6,19 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from app.answer import Answer
 from app.messages import Media, as_media, media_of, question_text
 from app.streaming import AnswerStream, NotCopyable
 from encoder.errors import ConfigError
 from encoder.video.part import Part
-from encoder.video.reader import VideoInfo
 from llm_bridge.prompt import Message, check_text
 
+if TYPE_CHECKING:
+    from app.chat import VideoChat
+
 OWN_HISTORY = "A conversation keeps its own history: leave history out."
-
-
-class Chat(Protocol):
-    """The part of VideoChat that a conversation calls."""
-
-    def stream_messages(self, messages: Sequence[Message[Media]], **options: Any) -> AnswerStream: ...
-
-    def probe(self, video: Any) -> VideoInfo: ...
-
-    def keep(self, video: Any) -> Media: ...
 
 
 class Conversation(NotCopyable):
@@ -37,13 +29,51 @@ class Conversation(NotCopyable):
     threads at once. options: defaults of every turn, may be changed between turns.
     """
 
-    def __init__(self, chat: Chat, video: Any, options: dict[str, Any]) -> None:
+    def __init__(self, chat: VideoChat, video: Any, options: dict[str, Any]) -> None:
         if "history" in options:
             raise ConfigError(OWN_HISTORY)
         self._chat = chat
         self.options = options
         self._messages: tuple[Message[Media], ...] = ()  # user, assistant, user, ...
         self._new = tuple(chat.keep(medium) for medium in media_of(video))  # for the next question
+
+    @property
+    def chat(self) -> VideoChat:
+        """The model that answers."""
+        return self._chat
+
+    @property
+    def messages(self) -> tuple[Message[Media], ...]:
+        """All that was said, user and assistant in turn, with the media where they were shown."""
+        return self._messages
+
+    @property
+    def new(self) -> tuple[Media, ...]:
+        """The media that come with the next question."""
+        return self._new
+
+    def restore(self, messages: Sequence[Message[Media]], new: Sequence[Media]) -> None:
+        """Go on from messages, user and assistant in turn, with media for the next question."""
+        self._messages, self._new = tuple(messages), tuple(new)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as a file that `load` reads; see `app.conversation_files`."""
+        from app.conversation_files import save
+
+        save(self, path)
+
+    @staticmethod
+    def load(chat: VideoChat, path: str | os.PathLike[str], **options: Any) -> Conversation:
+        """A saved conversation, to go on with; see `app.conversation_files`."""
+        from app.conversation_files import load
+
+        return load(chat, path, **options)
+
+    def export(self, path: str | os.PathLike[str]) -> None:
+        """Write it to be read, as .md or .json with the frames; see `app.conversation_files`."""
+        from app.conversation_files import export, record_of
+
+        export(record_of(self), path)
 
     @property
     def turns(self) -> list[tuple[str, str]]:
@@ -119,7 +149,7 @@ class Conversation(NotCopyable):
             return self._new
         if self._new:
             return tuple(replace(one, part=part) if one.part.whole else one for one in self._new)
-        latest: dict[int, Media] = {id(medium.source): medium for medium in self._media()}
+        latest: dict[Any, Media] = {_identity(medium.source): medium for medium in self._media()}
         if part.timed:  # pictures have no times
             latest = {key: m for key, m in latest.items() if self._chat.probe(m).kind != "image"}
         return tuple(replace(medium, part=part) for medium in latest.values() if medium.part != part)
@@ -132,6 +162,11 @@ class Conversation(NotCopyable):
         content = tuple(part for part in message.content if id(part) not in earlier)
         self._messages += (Message("user", content), Message.of("assistant", answer.text))
         self._new = tuple(medium for medium in self._new if all(medium is not one for one in new))
+
+
+def _identity(source: Any) -> Any:
+    """What two media of one source have in common."""
+    return os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else id(source)
 
 
 def _same(medium: Media, video: Any) -> bool:
