@@ -25,6 +25,7 @@ from app.server.media.store import MediaStore
 from app.vision import Vision
 from encoder.budget import Budget
 from encoder.errors import BudgetError, ConfigError
+from llm_bridge.engines.local import LocalAnswer
 from llm_bridge.generation import Generation
 from llm_bridge.model import VideoLanguageModel
 from tests.app.conftest import SHORT, WORLD
@@ -228,7 +229,7 @@ def test_an_unexpected_exception_is_logged_but_not_shown(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(Generation, "inputs", broken)
+    monkeypatch.setattr(LocalAnswer, "inputs", broken)
     messages = ask(handlers, session, "What?")
     assert "Something went wrong" in messages[-1]["content"][0]
     assert "secret detail" not in str(messages)

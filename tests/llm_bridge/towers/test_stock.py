@@ -595,7 +595,7 @@ def test_an_adapter_answers_as_the_whole_model_with_it_merged(
     with torch.inference_mode():
         logits = merged(**own_inputs(kind, pixels, list(prompt.ids), merged)).logits[0, -1]
         plain = whole_model(folders[kind])(**own_inputs(kind, pixels, list(prompt.ids), merged)).logits[0, -1]
-    _, ours = Generation(model.llm, prompt, [looked.embedding]).prefill([len(prompt)])
+    _, ours = LocalAnswer(model.llm, Request(prompt, [looked.embedding])).prefill([len(prompt)])
     assert ours is not None
     torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
     assert (logits - plain).abs().max() > 0.01 * logits.abs().max()
@@ -627,7 +627,7 @@ def test_quantised_the_tower_stays_as_it_is(
     prompt = prompt_of(model, question(visual))
     scores = []
     for one in (model, exact):
-        _, logits = Generation(one.llm, prompt, [looked.embedding]).prefill([len(prompt)])
+        _, logits = LocalAnswer(one.llm, Request(prompt, [looked.embedding])).prefill([len(prompt)])
         assert logits is not None
         scores.append(logits)
     assert 0 < (scores[0] - scores[1]).norm() / scores[1].norm() < 0.8
