@@ -247,7 +247,7 @@ class VideoChat(NotCopyable):
         stats: GenerationStats,
     ) -> None:
         """Correct the price of the next question by what this one took."""
-        if stats.prefill_s > 0:  # it was not stopped before
+        if plans and stats.prefill_s > 0:  # it was not stopped before
             rows = [
                 (*plan, video.decode_s, video.encode_s) for plan, video in zip(plans, videos, strict=True)
             ]
@@ -258,7 +258,8 @@ class VideoChat(NotCopyable):
     ) -> tuple[list[EncodedVideo], Generation, Note]:
         """Encode the media of a question and make its prompt: all but the answer, and the note before it.
 
-        plans: is given what was opened, and the plan of each. Raises FluxChatError.
+        plans: is given what was opened and the plan of each, if prices can learn from it.
+        Raises FluxChatError.
         """
         self._check_usable()
         text_tokens = self._count_text(query)
@@ -268,7 +269,8 @@ class VideoChat(NotCopyable):
             self._open(medium, query.budget, medium.label(index, len(media)))
             for index, medium in enumerate(media)
         ]
-        plans += [(video.seen, plan) for video, plan in opened]
+        if self._prices.calibrated:  # else what follows may wait for the measurement
+            plans += [(video.seen, plan) for video, plan in opened]
         videos = []
         for index, (video, plan) in enumerate(opened):
 

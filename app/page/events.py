@@ -200,12 +200,12 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
             yield [messages, *buttons_of(session)]
         yield [gr.skip(), *buttons_of(session)]
 
-    def then_answer(event: Any) -> None:
+    def then_answer(event: Any) -> Any:
         answer = event.then(
             stream_answer, controls.settings, [controls.chat, *buttons], trigger_mode="multiple", **slow
         )
         # What follows is cheaper, and what was foretold has been corrected.
-        answer.then(cost, controls.settings, prices, **quick)
+        return answer.then(cost, controls.settings, prices, **quick)
 
     settings = controls.settings
     sends = [controls.question.submit, controls.send.click]
@@ -215,8 +215,8 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
     then_answer(controls.chat.edit(on_edit, settings, asking, **at_once))
     rest = [media_outputs[0], *media_outputs[2:]]
     example = controls.shelf.example(on_example, None, [*asking, *rest], **at_once)
-    then_answer(example)
-    refresh(example)
+    # Its price would come after the answer anyway, and measuring the machine would keep the answer waiting.
+    then_answer(example).then(strip, settings, controls.strip, **quick)
 
     def on_stop(request: gr.Request) -> None:
         handlers.stop(session_of(request))
