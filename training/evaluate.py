@@ -161,6 +161,9 @@ def _chat_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--plan", action="store_true", help="the model's own input for each budget")
     command.add_argument(
+        "--quantize", choices=["8bit", "4bit", "int8", "int4"], help="the language model's weights"
+    )
+    command.add_argument(
         "--no-text-only", "--no-blind", action="store_true", help="skip the run without the video"
     )
 

@@ -31,9 +31,15 @@ from training.evaluation.synthetic_chat import evaluate_unseen, evaluate_world, 
 TEXT_ONLY = "text-only"  # the run without the video; "blind" in result files of earlier versions
 
 
+def _model(args: argparse.Namespace) -> VideoLanguageModel:
+    return VideoLanguageModel.from_pretrained(
+        args.model, device=device_of_process(args.device), quantize=args.quantize
+    )
+
+
 def run_world_chat(args: argparse.Namespace) -> int:
     """`world --model`: a chat model at every input and text-only."""
-    model = VideoLanguageModel.from_pretrained(args.model, device=device_of_process(args.device))
+    model = _model(args)
     source = world_source(args)
     evaluators = _evaluators(model, args)
     metadata = _metadata(model, args)
@@ -54,7 +60,7 @@ def run_world_chat(args: argparse.Namespace) -> int:
 
 def run_mvbench(args: argparse.Namespace) -> int:
     """The `mvbench` command: every input and text-only, in each prompt form."""
-    model = VideoLanguageModel.from_pretrained(args.model, device=device_of_process(args.device))
+    model = _model(args)
     if args.dataset == "world":
         items = world_items(world_source(args))
     elif args.annotations is None or args.videos is None:
