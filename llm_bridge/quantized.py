@@ -21,7 +21,8 @@ KINDS: tuple[Kind, ...] = ("int8", "int4")
 GROUP = 32  # inputs that share a scale in int4
 BLOCK = 64  # outputs that int4's layout keeps together
 MANY = 16  # positions of a sequence from which on it pays to widen int8 weights
-CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8)  # shares of a group's range that are tried
+CLIPS = (1.0, 0.9, 0.8)  # shares of a group's range that are tried
+CACHED = 2**16  # weights that are worked on at a time: what is made of them stays in the processor's cache
 
 
 class QuantizedLinear(nn.Module):
@@ -99,24 +100,10 @@ class Int4Linear(QuantizedLinear):
     @staticmethod
     def of(weight: Tensor, bias: Tensor | None) -> Int4Linear:
         """The nearest to weights (out, in), of a few ranges for each group the one with the least error."""
-        groups = weight.float().unflatten(1, (-1, GROUP))
-        low, high = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)
-        least = torch.full_like(low, torch.inf)
-        chosen, scale, offset = torch.zeros_like(groups), torch.zeros_like(low), torch.zeros_like(low)
-        for share in CLIPS:
-            middle, span = (high + low) / 2, (high - low) * share
-            steps = (span / 15).clamp_min(1e-8).to(weight.dtype).float()
-            offsets = (middle - span / 2 + 8 * steps).to(weight.dtype).float()
-            whole = ((groups - offsets) / steps + 8).round().clamp(0, 15)
-            error = ((whole - 8) * steps + offsets - groups).square().sum(dim=2, keepdim=True)
-            better = error < least
-            least = torch.where(better, error, least)
-            chosen, scale, offset = (
-                torch.where(better, new, old)
-                for new, old in ((whole, chosen), (steps, scale), (offsets, offset))
-            )
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(chosen.flatten(1).int(), 1)
-        scales = torch.cat((scale, offset), dim=2).transpose(0, 1).contiguous().to(weight.dtype)
+        parts = [_nearest(part) for part in weight.split(max(1, CACHED // weight.shape[1]))]
+        whole, scales = (torch.cat(part) for part in zip(*parts, strict=True))
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)
+        scales = scales.transpose(0, 1).contiguous().to(weight.dtype)
         return Int4Linear(packed, scales, bias)
 
     def product(self, rows: Tensor) -> Tensor:
@@ -135,6 +122,24 @@ class Int4Linear(QuantizedLinear):
         )
         _share(layers, whole.weight)
         return whole
+
+
+def _nearest(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers (out, in) of 0 to 15, and scale and offset (out, in / GROUP, 2), nearest to weights."""
+    groups = weight.float().unflatten(1, (-1, GROUP))
+    low, high = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)
+    least = torch.full_like(low, torch.inf)
+    whole, scale, offset = torch.zeros_like(groups), torch.zeros_like(low), torch.zeros_like(low)
+    for share in CLIPS:
+        span = (high - low) * share
+        step = (span / 15).clamp_min_(1e-8).to(weight.dtype).float()
+        start = ((high + low - span) / 2 + 8 * step).to(weight.dtype).float()  # what stands for 8
+        found = ((groups - start) / step).round_().add_(8).clamp_(0, 15)
+        error = ((found - 8) * step + start - groups).square_().sum(dim=2, keepdim=True)
+        better = error < least
+        least, scale = torch.where(better, error, least), torch.where(better, step, scale)
+        whole, offset = torch.where(better, found, whole), torch.where(better, start, offset)
+    return whole.flatten(1).int(), torch.cat((scale, offset), dim=2)
 
 
 def joined_product(layers: Sequence[QuantizedLinear]) -> Callable[[Tensor], Tensor]:
