@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from encoder.budget import Plan
+from encoder.budget import Budget, Plan
 from encoder.errors import BudgetError, ConfigError, ModelError
 from encoder.selection import Selector
 from encoder.video.reader import Clip, read_clip
@@ -81,7 +84,7 @@ def full_plan(model: StockModel, count: int = FRAMES) -> Plan:
 
 
 def kept_plan(plan: Plan, keep: int) -> Plan:
-    return Plan(plan.frames, plan.height, plan.width, keep, plan.patch_size, plan.frames_per_cell)
+    return replace(plan, keep=keep)
 
 
 def look(
@@ -642,3 +645,118 @@ def test_widths_that_4_bit_cannot_run_on_a_cpu_are_refused(tmp_path: Path) -> No
     folder = tiny_video_models.make(tmp_path / "odd", "smolvlm", text=text)
     with pytest.raises(ModelError, match=r"96 wide, no multiple of 64. Use 8bit\.$"):
         load_chat_model(folder, device="cpu", dtype=torch.bfloat16, quantize="4bit")
+
+
+# -- tiles of images ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SmolVLM whose processor cuts images into tiles, four along the longer side."""
+    folder = tiny_video_models.make(tmp_path_factory.mktemp("tiling"), "smolvlm")
+    settings_ = json.loads((folder / "preprocessor_config.json").read_text())
+    settings_ |= {"do_image_splitting": True, "size": {"longest_edge": 256}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings_))
+    return folder
+
+
+def image_of(height: int, width: int) -> Clip:
+    file = io.BytesIO()
+    Image.fromarray(frames(1, height, width)[0].numpy()).save(file, "png")
+    return read_clip(file.getvalue(), 1)
+
+
+def looked_at(model: StockModel, clip: Clip, plan: Plan) -> tuple[Tensor, Prompt, Looked]:
+    pixels = model.tower.pixels(clip, plan)
+    looked = model.tower.look(pixels, plan, "flux")
+    assert torch.equal(model.tower.select(pixels, plan, "flux"), looked.kept)
+    layout = model.tower.layout(plan, looked.kept.tolist(), (), 0.0)
+    return pixels, prompt_of(model, question(Visual(len(looked.embedding), "image", 0.0, (), layout))), looked
+
+
+@pytest.mark.parametrize("size", [(96, 96), (96, 130), (200, 77), (60, 400)])
+@pytest.mark.parametrize("stage", ["after", "before"])
+def test_a_full_budget_sees_the_tiles_of_the_processor(
+    size: tuple[int, int], stage: Stage, tiling: Path, load: Any
+) -> None:
+    from transformers import AutoImageProcessor
+    from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+
+    model = load_chat_model(tiling, stage=stage, dtype=torch.float32)
+    assert isinstance(model, StockModel)
+    clip = image_of(*size)
+    plan = Budget.full().plan(clip.info, model.tower.space)
+    pixels, prompt, looked = looked_at(model, clip, plan)
+    processor = AutoImageProcessor.from_pretrained(tiling, backend="pil")
+    theirs = processor(Image.fromarray(clip.frames[0].numpy()), return_tensors="pt", return_row_col_info=True)
+    assert plan.tiles == (theirs["rows"][0][0], theirs["cols"][0][0])
+    torch.testing.assert_close(pixels.transpose(0, 1), theirs["pixel_values"][0], rtol=0, atol=1e-5)
+    token = "<image>"
+    marks = "<fake_token_around_image>", token, "<global-img>"
+    per_view = plan.whole_tokens
+    text = get_image_prompt_string(
+        *plan.tiles, per_view, marks[0], image_token=token, global_image_token=marks[2]
+    )
+    tokenizer, image = model.llm.tokenizer, model.llm.tokenizer.convert_tokens_to_ids(token)
+    whole_text = f"<|im_start|>User:{text}What is it?<end_of_utterance>\nAssistant:"
+    assert [image if i == PLACEHOLDER else i for i in prompt.ids] == tokenizer(whole_text).input_ids
+    whole = whole_model(tiling)
+    ids = torch.tensor([tokenizer(whole_text).input_ids])
+    with torch.inference_mode():
+        logits = whole(input_ids=ids, pixel_values=theirs["pixel_values"]).logits[0, -1]
+        banned = [[end] for end in sorted(model.llm.eos_ids)]
+        made = whole.generate(
+            input_ids=ids,
+            pixel_values=theirs["pixel_values"],
+            do_sample=False,
+            max_new_tokens=8,
+            bad_words_ids=banned,
+            pad_token_id=0,
+        )
+    _, ours = Generation(model.llm, prompt, [looked.embedding]).prefill([len(prompt)])
+    assert ours is not None
+    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
+    assert answer(model, prompt, [looked.embedding], new=8) == made[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("stage", ["after", "before"])
+def test_a_budget_buys_tiles(stage: Stage, tiling: Path) -> None:
+    model = load_chat_model(tiling, stage=stage, dtype=torch.float32)
+    assert isinstance(model, StockModel)
+    clip, space = image_of(96, 130), model.tower.space
+    per_view = space.tokens(1, 64)
+    seen = set()
+    for tokens in (1, 4, 16, 40, 64, 100, 200, 1000):
+        plan = Budget(tokens).plan(clip.info, space)
+        _, prompt, looked = looked_at(model, clip, plan)
+        assert len(looked.embedding) == plan.keep + plan.whole_tokens <= tokens
+        assert sum(i == PLACEHOLDER for i in prompt.ids) == len(looked.embedding)
+        assert looked.kept.tolist() == sorted(set(looked.kept.tolist()))
+        assert int(looked.kept.max()) < plan.grid.size
+        assert (plan.tile > 0) == (tokens > 2.25 * per_view or plan.whole_tokens > 0)
+        seen.add(plan.tiles)
+        # Each kept embedding stands where it stands with all of them.
+        every = kept_plan(plan, plan.grid.size)
+        _, everything, all_looked = looked_at(model, clip, every)
+        assert prompt.next_position == everything.next_position
+        if stage == "after":
+            at = dict(zip(everything_positions(everything), all_looked.embedding, strict=True))
+            mine = torch.stack([at[place] for place in everything_positions(prompt)])
+            torch.testing.assert_close(looked.embedding, mine, rtol=0, atol=1e-5)
+        assert model.tower.prompt_tokens(plan) == pytest.approx(len(prompt), rel=0.9)
+    assert {(0, 0), (2, 2)} <= seen
+
+
+def everything_positions(prompt: Prompt) -> list[int]:
+    """Positions of the embeddings of a prompt."""
+    [axis] = prompt.positions or [tuple(range(len(prompt)))]
+    return [place for place, token in zip(axis, prompt.ids, strict=True) if token == PLACEHOLDER]
+
+
+def test_a_video_of_a_tiling_model_has_none(tiling: Path, load: Any) -> None:
+    space = load_chat_model(tiling, dtype=torch.float32).tower.space
+    plain = load("smolvlm").tower.space
+    clip = clip_of(frames(4))
+    assert Budget.full().plan(clip.info, space) == Budget.full().plan(clip.info, plain)
+    with pytest.raises(BudgetError, match="multiple of 64 pixels, not 80"):
+        Budget(40, resolution=80).plan(image_of(96, 96).info, space)
