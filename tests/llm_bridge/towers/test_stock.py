@@ -713,7 +713,7 @@ def test_a_full_budget_sees_the_tiles_of_the_processor(
             bad_words_ids=banned,
             pad_token_id=0,
         )
-    _, ours = Generation(model.llm, prompt, [looked.embedding]).prefill([len(prompt)])
+    _, ours = LocalAnswer(model.llm, Request(prompt, [looked.embedding])).prefill([len(prompt)])
     assert ours is not None
     torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
     assert answer(model, prompt, [looked.embedding], new=8) == made[0, len(prompt) :].tolist()
