@@ -1,6 +1,6 @@
 """The language model on this CPU: ms per token and per prefill, each way of decoding in turn.
 
-    python -m tests.bench.llm [--llm NAME] [--kinds bf16 int8 int4 transformers] [--n 7]
+    python -m tests.bench.llm [--llm NAME] [--kinds bf16 int8 int4 transformers] [--n 5]
 
 A step appends one token to each of B answers that hold N positions. `transformers` is its own loop with its
 own cache, several rows in one padded pass. `read_weights` reads the bytes of the first kind's weights once.
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--llm", default=DEFAULT_LLM)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--n", type=int, default=7)
+    parser.add_argument("--n", type=int, default=5)
     args = parser.parse_args(argv)
     models: dict[str, LanguageModel] = {}
     for kind in args.kinds:
