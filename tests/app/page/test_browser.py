@@ -104,6 +104,8 @@ def open_page(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
         page.on("request", watch)
         page.goto(served.url)
         expect(page.locator("#fluxchat-cost")).to_contain_text("Add a video", timeout=PATIENCE_MS)
+        expect(page.locator("#fluxchat-question textarea")).to_be_visible(timeout=PATIENCE_MS)
+        expect(page.locator("#fluxchat-large")).to_be_attached(timeout=PATIENCE_MS)  # page.js has run
         return page
 
     yield make
@@ -522,12 +524,15 @@ def test_two_tabs_see_nothing_of_each_other(open_page: Callable[..., Any], serve
 def test_phone(open_page: Callable[..., Any], scheme: str) -> None:
     page = open_page(390, 844, color_scheme=scheme)
     upload(page)
+    expect(page.locator("#fluxchat-examples")).to_be_hidden()  # they would cover the question
+    page.get_by_role("button", name="Fast").click()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")
     page.get_by_label("Question", exact=True).fill("What?")
     page.keyboard.press("Enter")
     answered(page)
     page.get_by_role("button", name="New conversation").click()
+    page.get_by_label("Remove b.mp4").click()
     page.get_by_role("button", name="Example: What turns?").click()
     answered(page)
     for place in ("#fluxchat-question textarea", "#fluxchat-send", "#fluxchat-video"):
