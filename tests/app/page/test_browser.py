@@ -344,12 +344,15 @@ def test_an_example_starts_a_conversation_of_its_own(open_page: Callable[..., An
     ask(page, "Something else?")
     answered(page)
     page.get_by_role("button", name="New conversation").click()
+    users = page.locator("#fluxchat-chat .user.message")
+    expect(users).to_have_count(0)
     ask(page, "And this?")
+    has(users.first, "And this?")
     page.evaluate("document.querySelector('[data-example]').click()")  # while that is answered
     has(page.locator("#fluxchat-shelf"), "world.mp4")
-    has(page.locator("#fluxchat-chat .user.message"), "What turns?")
+    has(users.first, "What turns?")
     answered(page)
-    expect(page.locator("#fluxchat-chat .user.message")).to_have_count(1)
+    expect(users).to_have_count(1)
     expect(page.locator("#fluxchat-shelf .fc-medium")).to_have_count(1)
     page.wait_for_function("document.querySelector('#fluxchat-video video').duration > 29")
 
