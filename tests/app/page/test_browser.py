@@ -104,7 +104,8 @@ def open_page(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
         page.on("request", watch)
         page.goto(served.url)
         expect(page.locator("#fluxchat-cost")).to_contain_text("Add a video", timeout=PATIENCE_MS)
-        page.locator("#fluxchat-question textarea").wait_for()
+        expect(page.locator("#fluxchat-question textarea")).to_be_visible(timeout=PATIENCE_MS)
+        expect(page.locator("#fluxchat-large")).to_be_attached(timeout=PATIENCE_MS)  # page.js has run
         return page
 
     yield make
@@ -343,12 +344,15 @@ def test_an_example_starts_a_conversation_of_its_own(open_page: Callable[..., An
     ask(page, "Something else?")
     answered(page)
     page.get_by_role("button", name="New conversation").click()
+    users = page.locator("#fluxchat-chat .user.message")
+    expect(users).to_have_count(0)
     ask(page, "And this?")
+    has(users.first, "And this?")
     page.evaluate("document.querySelector('[data-example]').click()")  # while that is answered
     has(page.locator("#fluxchat-shelf"), "world.mp4")
-    has(page.locator("#fluxchat-chat .user.message"), "What turns?")
+    has(users.first, "What turns?")
     answered(page)
-    expect(page.locator("#fluxchat-chat .user.message")).to_have_count(1)
+    expect(users).to_have_count(1)
     expect(page.locator("#fluxchat-shelf .fc-medium")).to_have_count(1)
     page.wait_for_function("document.querySelector('#fluxchat-video video').duration > 29")
 
@@ -470,7 +474,7 @@ def test_nothing_moves_while_the_page_loads(open_page: Callable[..., Any]) -> No
                 setTimeout(() => done(sum), 300);
             })"""
         )
-        assert shift < 0.1  # counted as good; it varies with the machine's load
+        assert shift < 0.05
 
 
 def test_files_are_pasted_and_dropped(open_page: Callable[..., Any]) -> None:
@@ -523,12 +527,15 @@ def test_two_tabs_see_nothing_of_each_other(open_page: Callable[..., Any], serve
 def test_phone(open_page: Callable[..., Any], scheme: str) -> None:
     page = open_page(390, 844, color_scheme=scheme)
     upload(page)
+    expect(page.locator("#fluxchat-examples")).to_be_hidden()  # they would cover the question
+    page.get_by_role("button", name="Fast").click()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")
     page.get_by_label("Question", exact=True).fill("What?")
     page.keyboard.press("Enter")
     answered(page)
     page.get_by_role("button", name="New conversation").click()
+    page.get_by_label("Remove b.mp4").click()
     page.get_by_role("button", name="Example: What turns?").click()
     answered(page)
     for place in ("#fluxchat-question textarea", "#fluxchat-send", "#fluxchat-video"):
