@@ -329,8 +329,10 @@ class Budget:
             return full
 
         def plan(num_tokens: int) -> Plan:
-            chosen = input_for(num_tokens, max_frames, space, table)
-            return self._input(space, media, chosen, max_frames, num_tokens)
+            frames, side = input_for(num_tokens, max_frames, space, table)
+            if num_tokens < 2 * space.whole_tokens(side):  # the whole would leave the tiles too little
+                side = space.tile
+            return self._input(space, media, (frames, side), max_frames, num_tokens)
 
         if self.seconds is None:
             return plan(self.tokens or full.keep)
