@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -164,9 +165,17 @@ def test_answers_with_a_cache_are_those_without(llm: LanguageModel) -> None:
 def test_an_answer_among_others_is_the_one_alone(llm: LanguageModel, worker: ComputeWorker) -> None:
     asked = [(["What is it?"], 40), (["How many birds are there?"], 3), (["Describe it!"], 90)]
     alone = [read(generation(llm, turns, tokens=tokens, answer=20))[0] for turns, tokens in asked]
-    with ThreadPoolExecutor(3) as pool:
+    begun = threading.Barrier(len(asked))
+
+    def read_with_others(running: Generation) -> tuple[str, GenerationStats]:
+        pieces = iter(running)
+        first = next(pieces, "")
+        begun.wait(60)  # none ends before all are there
+        return first + "".join(pieces), running.stats
+
+    with ThreadPoolExecutor(len(asked)) as pool:
         jobs = [generation(llm, t, worker=worker, tokens=tokens, answer=20) for t, tokens in asked]
-        together = list(pool.map(read, jobs))
+        together = list(pool.map(read_with_others, jobs))
     assert [text for text, _ in together] == alone
     family = family_of(llm.model.config)
     assert family is not None

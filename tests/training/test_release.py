@@ -95,7 +95,7 @@ def test_the_folder_is_whole(
     assert "Asked whether real videos show what none of them does, 3.0 % of 100." in text
     assert (out / FAMILIARITY).exists()  # of the same encoder
     # A plan table in the old folder stays with the same encoder, and goes with another.
-    install([PlanRow(16, 4, 56)], out)
+    install([PlanRow(16, 4, 56)], str(out), "after")
     assert release.main([*arguments]) == 0
     assert model_config(out).plan_table == (PlanRow(16, 4, 56),)
     weights = read_tensors(trained / "encoder.safetensors")
@@ -103,7 +103,7 @@ def test_the_folder_is_whole(
     assert release.main([*arguments]) == 0
     assert model_config(out).plan_table == ()
     assert not (out / FAMILIARITY).exists()
-    install([PlanRow(32, 4, 56)], trained)
+    install([PlanRow(32, 4, 56)], str(trained), "after")
     assert release.main([*arguments]) == 0
     assert model_config(out).plan_table == (PlanRow(32, 4, 56),)
 

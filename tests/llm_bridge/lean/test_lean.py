@@ -124,3 +124,14 @@ def test_packed_rows_do_not_depend_on_their_number(dtype: torch.dtype, bias: boo
         for rows in (1, 2, 3, 5, 8):
             assert torch.equal(torch.cat([product(part) for part in inputs.split(rows)]), whole), rows
         torch.testing.assert_close(whole, plain(inputs))
+
+
+def test_weights_are_not_copied_where_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_families.make(tmp_path, "llama")
+    size = sum(p.numel() * p.element_size() for p in load_llm(folder, device="cpu").model.parameters())
+    monkeypatch.setattr("llm_bridge.llm.free_memory", lambda _: 2 * size - 1)
+    assert load_llm(folder, device="cpu").lean is None
+    monkeypatch.setattr("llm_bridge.llm.free_memory", lambda _: 2 * size + 1)
+    assert load_llm(folder, device="cpu").lean is not None
