@@ -21,15 +21,15 @@ _COUNTING = (
     *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
     "twenty",
 )
+_CLOCK = r"\d{1,3}:[0-5]\d(?:\.\d+)?"
 # "0:07", "1:02.5", "7 s", "7.5 seconds", "3 sec", "three seconds"; not "10:30 pm"'s day or "16:9" followed by
 # more digits.
 _TIME = re.compile(
-    r"(?<![\w:.#])(?:(\d{1,3}):([0-5]\d(?:\.\d+)?)|(\d+(?:\.\d+)?)\s?(?:s|secs?|seconds?)"
+    rf"(?<![\w:.#])(?:({_CLOCK})|(\d+(?:\.\d+)?)\s?(?:s|secs?|seconds?)"
     rf"|(?<!-)((?i:{'|'.join(_COUNTING)})) seconds?)(?![\w:])"
 )
 
 # "0:03 to 0:05", "0:03–0:05", "3 to 5 seconds", "3-5 s", "3 s to 5 s", and with "and" after "between".
-_CLOCK = r"\d{1,3}:[0-5]\d(?:\.\d+)?"
 _UNIT = r"\s?(?:s|secs?|seconds?)"
 _TO = r"(?:\s*[-–—]\s*|\s+(?:to|until|and)\s+)"
 _INTERVAL = re.compile(
@@ -64,11 +64,8 @@ def link_times(text: str, duration_s: float, *, html: bool = False) -> str:
         return f'<a href="#t={at}">{words}</a>' if html else f"[{words}](#t={at})"
 
     def link(match: re.Match[str]) -> str:
-        minutes, clock_seconds, seconds, word = match.groups()
-        if minutes:
-            at = 60 * int(minutes) + float(clock_seconds)
-        else:
-            at = float(seconds or _COUNTING.index(word.lower()))
+        clock_time, seconds, word = match.groups()
+        at = _COUNTING.index(word.lower()) if word else _seconds_of(clock_time or seconds)
         return match[0] if at > duration_s else written(match[0], f"{at:g}")
 
     done, pieces = 0, []
