@@ -26,6 +26,14 @@ def seconds(value: Any, what: str = "The time") -> float:
     return time_s
 
 
+def interval(start: Any, end: Any) -> tuple[float, float]:
+    """Start and end as `seconds` reads them; raises VideoError, also for an end that is not later."""
+    start_s, end_s = seconds(start, "The start"), seconds(end, "The end")
+    if end_s <= start_s:
+        raise VideoError(f"The end ({clock(end_s)}) must be after the start ({clock(start_s)}).")
+    return start_s, end_s
+
+
 def _number(value: Any) -> float | None:
     if isinstance(value, bool):
         return None

@@ -14,7 +14,7 @@ from typing import Any
 
 from encoder.checkpoint import atomic_path
 from encoder.errors import VideoError
-from encoder.video.clock import clock, seconds
+from encoder.video.clock import interval
 from encoder.video.in_memory import is_images
 from encoder.video.limits import DEFAULT_LIMITS, Limits
 from encoder.video.protocol import CutPart
@@ -44,9 +44,7 @@ def cut(
     The CutPart that is returned says where it really begins. `out` is written atomically or not at all.
     Raises VideoError: one sentence, what was wrong and what to do.
     """
-    start_s, end_s = seconds(start, "The start"), seconds(end, "The end")
-    if end_s <= start_s:
-        raise VideoError(f"The end ({clock(end_s)}) must be after the start ({clock(start_s)}).")
+    start_s, end_s = interval(start, end)
     target = Path(out)
     _check_target(target, source, overwrite)
     if is_images(source):

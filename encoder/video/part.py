@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from encoder.errors import VideoError
-from encoder.video.clock import clock, seconds
+from encoder.video.clock import clock, interval, seconds
 from encoder.video.geometry import Crop
 from encoder.video.reader import Clip, VideoInfo, cropped
 
@@ -39,10 +39,8 @@ class Part:
         start, end: seconds, or "1:02" or "1:23:45.5". region: four fractions, or a text of them with commas.
         Pixels are refused: the same video is shown in many sizes.
         """
-        start_s = 0.0 if start is None else seconds(start, "The start")
-        end_s = None if end is None else seconds(end, "The end")
-        if end_s is not None and end_s <= start_s:
-            raise VideoError(f"The end ({clock(end_s)}) must be after the start ({clock(start_s)}).")
+        start = 0.0 if start is None else start
+        start_s, end_s = (seconds(start, "The start"), None) if end is None else interval(start, end)
         box = None if region is None else _box(region)
         return Part(start_s, end_s, None if box == FRAME else box)
 
