@@ -32,6 +32,7 @@ from torch import Tensor
 from encoder.errors import ModelError, OutOfMemory
 from llm_bridge.kv_cache import DecodingBatch, kv_from_layers, layers_of, rewindable
 from llm_bridge.llm import LanguageModel
+from llm_bridge.model_files.checks import free_memory
 from llm_bridge.own_kv import OwnKV
 from llm_bridge.sampling import FinishReason, Sampler, SamplingParams
 
@@ -371,12 +372,3 @@ def is_memory_error(error: BaseException) -> bool:
     """Torch has a class for accelerators; of main memory it raises a RuntimeError known by its text."""
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return known or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can be allocated now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    import psutil
-
-    return int(psutil.virtual_memory().available)

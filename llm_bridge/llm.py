@@ -27,6 +27,7 @@ from llm_bridge.model_files.checks import (
     check_fits,
     check_folder,
     first_line,
+    free_memory,
     local_folder,
     missing_bytes,
     open_settings,
@@ -154,8 +155,15 @@ class LanguageModel:
 
     @cached_property
     def lean(self) -> tuple[LeanModel, Rotary] | None:
-        """What decodes it with few operations, made when first asked for; None where transformers does."""
-        return lean_model(self.model) if self.device.type == "cpu" else None
+        """What decodes it with few operations, made when first asked for; None where transformers does.
+
+        It packs a copy of the weights, unless that would take more than half of the free memory: the other
+        half is for the KV of answers.
+        """
+        if self.device.type != "cpu":
+            return None
+        copied = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return lean_model(self.model) if copied <= free_memory(self.device) // 2 else None
 
     def together(self, sequences: Sequence[Layers]) -> DecodingBatch:
         """Answers that are decoded in one pass, from their keys and values, which are copied."""
