@@ -19,14 +19,13 @@ class AttendByRow:
         self._lengths = tuple(lengths)
 
     def __call__(self, queries: Tensor, buffer: Tensor, window: int | None) -> Tensor:
-        groups, width = buffer.shape[2] // 2, buffer.shape[3]
+        groups, width = buffer.shape[1] // 2, buffer.shape[3]
         # The query heads of a group stand as so many queries, which are never masked.
         grouped = queries.view(len(queries), groups, -1, width)
-        heads = buffer.transpose(1, 2)
         mixed = []
         for row, length in enumerate(self._lengths):
             start = 0 if window is None else max(0, length - window)
-            seen = heads[row : row + 1, :, start:length]
+            seen = buffer[row : row + 1, :, start:length]
             mixed.append(
                 F.scaled_dot_product_attention(grouped[row : row + 1], seen[:, :groups], seen[:, groups:])
             )
@@ -50,11 +49,11 @@ class AttendMasked:
             if window is not None:
                 seen &= self._index >= self._lengths - window
             self._masks[window] = seen[:, None, None]
-        heads, groups = buffer.transpose(1, 2), buffer.shape[2] // 2
+        groups = buffer.shape[1] // 2
         mixed = F.scaled_dot_product_attention(
             queries[:, :, None],
-            heads[:, :groups],
-            heads[:, groups:],
+            buffer[:, :groups],
+            buffer[:, groups:],
             attn_mask=self._masks[window],
             enable_gqa=True,
         )

@@ -28,16 +28,23 @@ class LeanBatch:
         self._model, self._rotary = model, rotary
         self._buffers: list[Tensor] = []
         for number in range(len(model.layers)):
-            buffer = self._empty()
+            buffer = self._empty(self.capacity)
             for row, layers in enumerate(sequences):
                 keys, values = layers[number]
-                filled = buffer[row, : self.lengths[row]].transpose(0, 1)
+                filled = buffer[row, :, : self.lengths[row]]
                 filled[: model.groups], filled[model.groups :] = keys[0], values[0]
             self._buffers.append(buffer)
+        self._index_heads()
 
-    def _empty(self) -> Tensor:
+    def _index_heads(self) -> None:
+        """Where each head of each answer begins, (B, 2 G), in positions."""
+        heads = len(self.lengths) * 2 * self._model.groups
+        starts = torch.arange(heads, device=self._model.device) * self.capacity
+        self._starts = starts.view(len(self.lengths), -1)
+
+    def _empty(self, capacity: int) -> Tensor:
         model = self._model  # zeros, since a mask multiplies what it hides by 0
-        shape = len(self.lengths), self.capacity, 2 * model.groups, model.width
+        shape = len(self.lengths), 2 * model.groups, capacity, model.width
         return torch.zeros(shape, dtype=model.dtype, device=model.device)
 
     def step(self, tokens: Sequence[int], shifts: Sequence[int] = ()) -> Tensor:
@@ -50,9 +57,9 @@ class LeanBatch:
         device = self._model.device
         shifts = shifts or [0] * len(tokens)
         positions = [length + shift for length, shift in zip(self.lengths, shifts, strict=True)]
-        places = [row * self.capacity + length for row, length in enumerate(self.lengths)]
         self._rotary.cover(max(positions) + 1)
-        ids, slots, turns = torch.tensor([tokens, places, positions], device=device)
+        ids, turns, lengths = torch.tensor([list(tokens), positions, self.lengths], device=device)
+        slots = (self._starts + lengths[:, None]).flatten()
         logits = step(self._model, self._buffers, ids, slots, self._rotary(turns), self._attend())
         self.lengths = [length + 1 for length in self.lengths]
         return logits
@@ -70,16 +77,19 @@ class LeanBatch:
 
     def _grow(self) -> None:
         """Room for more positions; layer by layer, so that little more than the result is held meanwhile."""
-        filled, self.capacity = self.capacity, self.capacity + max(GROWTH, self.capacity // 4)
+        filled, capacity = self.capacity, self.capacity + max(GROWTH, self.capacity // 4)
         for number, old in enumerate(self._buffers):
-            new = self._empty()
-            new[:, :filled] = old[:, :filled]
-            self._buffers[number] = new
+            if old.shape[2] < capacity:  # else it was grown before another failed for want of memory
+                new = self._empty(capacity)
+                new[:, :, :filled] = old[:, :, :filled]
+                self._buffers[number] = new
+        self.capacity = capacity
+        self._index_heads()
 
     def views(self, row: int) -> Layers:
         """Views of one answer's keys and values, without what a step that failed may have added."""
         groups, length = self._model.groups, self.lengths[row]
-        parts = [buffer[row : row + 1, :length].transpose(1, 2) for buffer in self._buffers]
+        parts = [buffer[row : row + 1, :, :length] for buffer in self._buffers]
         return tuple((part[:, :groups], part[:, groups:]) for part in parts)
 
     def copies(self, row: int) -> Layers:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Product = Callable[[Tensor], Tensor]  # rows (B, in) -> (B, out)
-# Query heads (B, H, d), keys and values (B, capacity, 2 G, d), a layer's window -> (B, H * d).
+# Query heads (B, H, d), keys and values (B, 2 G, capacity, d), a layer's window -> (B, H * d).
 Attend = Callable[[Tensor, Tensor, int | None], Tensor]
 
 
@@ -74,9 +74,9 @@ def step(
 ) -> Tensor:
     """Append one token to each of B answers; their logits (B, V), float32.
 
-    kv: per layer (B, capacity, 2 G, d), keys before values, written in place. tokens: (B,). places: (B,),
-    where each answer's position lies among the B * capacity. turns: cosines and signed sines (B, 1, d) of
-    their positions, see Rotary.
+    kv: per layer (B, 2 G, capacity, d), keys before values, written in place. tokens: (B,). places:
+    (B * 2 G,), where each head's new position lies among the B * 2 G * capacity. turns: cosines and signed
+    sines (B, 1, d) of their positions, see Rotary.
     """
     turned_heads = model.heads + model.groups
     cosines, sines = turns
@@ -89,7 +89,7 @@ def step(
             turned.copy_(rms_norm(turned, layer.heads_norm, model.eps))
         if layer.rotates:
             torch.add(turned * cosines, turned.roll(model.width // 2, -1) * sines, out=turned)
-        buffer.view(-1, 2 * model.groups, model.width).index_copy_(0, places, heads[:, model.heads :])
+        buffer.view(-1, model.width).index_copy_(0, places, heads[:, model.heads :].flatten(0, 1))
         hidden = hidden + layer.out(attend(heads[:, : model.heads], buffer, layer.window))
         gate, up = layer.gate_up(rms_norm(hidden, layer.mlp_norm, model.eps)).chunk(2, dim=-1)
         hidden = hidden + layer.down(F.silu(gate) * up)

@@ -106,7 +106,7 @@ def test_what_is_not_as_usual_is_left_to_transformers(tmp_path: Path) -> None:
 def test_a_mask_hides_what_rows_do_not_read(window: int | None) -> None:
     torch.manual_seed(0)
     lengths = [3, 9, 12]
-    queries, buffer = torch.randn(3, 4, 8), torch.randn(3, 16, 4, 8)
+    queries, buffer = torch.randn(3, 4, 8), torch.randn(3, 4, 16, 8)
     by_row = AttendByRow(lengths)(queries, buffer, window)
     masked = AttendMasked(torch.tensor(lengths), 16)(queries, buffer, window)
     torch.testing.assert_close(by_row, masked)
@@ -135,3 +135,26 @@ def test_weights_are_not_copied_where_memory_is_short(
     assert load_llm(folder, device="cpu").lean is None
     monkeypatch.setattr("llm_bridge.llm.free_memory", lambda _: 2 * size + 1)
     assert load_llm(folder, device="cpu").lean is not None
+
+
+def test_buffers_that_could_not_grow_are_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = load(tmp_path, "llama")
+    kv = kv_from_layers(llm.model.config)
+    with torch.inference_mode():
+        llm.advance(kv, input_ids=torch.arange(9)[None])
+        batch, sound = llm.together([layers_of(kv)]), llm.together([layers_of(kv)])
+        while not batch.full:
+            assert torch.equal(batch.step([5]), sound.step([5]))
+        made, empty = [], LeanBatch._empty
+
+        def once(own: LeanBatch, capacity: int) -> torch.Tensor:
+            made.append(capacity)
+            if len(made) == 2:
+                raise MemoryError("no room")
+            return empty(own, capacity)
+
+        monkeypatch.setattr(LeanBatch, "_empty", once)
+        with pytest.raises(MemoryError):
+            batch.step([5])
+        for _ in range(3):
+            assert torch.equal(batch.step([5]), sound.step([5]))
