@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import DynamicCache
 
 from encoder.errors import ModelError
 from llm_bridge import families
-from llm_bridge.compute_worker import ComputeWorker
+from llm_bridge.compute_worker import ComputeWorker, SequenceState
 from llm_bridge.engines.local import LONGEST_PIECE, LocalAnswer, piece_ends
 from llm_bridge.families import FAMILIES, family_of
 from llm_bridge.generation import Generation, GenerationStats
@@ -162,20 +163,22 @@ def test_answers_with_a_cache_are_those_without(llm: LanguageModel) -> None:
     assert all(tokens >= 40 for tokens in reused[1:])  # a second question computes its own words
 
 
-def test_an_answer_among_others_is_the_one_alone(llm: LanguageModel, worker: ComputeWorker) -> None:
+def test_an_answer_among_others_is_the_one_alone(
+    llm: LanguageModel, worker: ComputeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = [(["What is it?"], 40), (["How many birds are there?"], 3), (["Describe it!"], 90)]
     alone = [read(generation(llm, turns, tokens=tokens, answer=20))[0] for turns, tokens in asked]
-    begun = threading.Barrier(len(asked))
+    joined, join = threading.Barrier(len(asked)), worker.join
 
-    def read_with_others(running: Generation) -> tuple[str, GenerationStats]:
-        pieces = iter(running)
-        first = next(pieces, "")
-        begun.wait(60)  # none ends before all are there
-        return first + "".join(pieces), running.stats
+    def join_with_others(*args: Any, **options: Any) -> SequenceState:
+        sequence = join(*args, **options)
+        joined.wait(60)  # none goes on before all are there
+        return sequence
 
+    monkeypatch.setattr(worker, "join", join_with_others)
     with ThreadPoolExecutor(len(asked)) as pool:
         jobs = [generation(llm, t, worker=worker, tokens=tokens, answer=20) for t, tokens in asked]
-        together = list(pool.map(read_with_others, jobs))
+        together = list(pool.map(read, jobs))
     assert [text for text, _ in together] == alone
     family = family_of(llm.model.config)
     assert family is not None
