@@ -1,4 +1,4 @@
-"""What happens before every pass of a language model, for tests that slow one down or make it fail."""
+"""Random language models held in hand: what happens before every pass, and answers that do not end."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+import torch
 
 from llm_bridge.llm import LanguageModel
 
@@ -24,3 +25,12 @@ def before_each_pass(llm: LanguageModel, act: Callable[[], object]) -> Iterator[
             yield
         finally:
             handle.remove()
+
+
+def never_ends(llm: LanguageModel) -> None:
+    """Answers go on until they are stopped or as long as allowed: a random model may end anywhere.
+
+    Where it ends differs between processors, and no test may depend on it. Call it before the first answer.
+    """
+    with torch.no_grad():  # a logit of zero is never the best of hundreds of random ones
+        llm.model.get_output_embeddings().weight[sorted(llm.eos_ids)] = 0

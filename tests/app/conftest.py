@@ -15,7 +15,7 @@ from encoder.config import MICRO
 from encoder.fluxvit import FluxViT
 from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
-from tests.passes import before_each_pass
+from tests.passes import before_each_pass, never_ends
 
 VIDEOS = Path(gradio.__file__).parent / "media_assets" / "videos"
 WORLD, SHORT = VIDEOS / "world.mp4", VIDEOS / "b.mp4"
@@ -23,7 +23,7 @@ WORLD, SHORT = VIDEOS / "world.mp4", VIDEOS / "b.mp4"
 
 @pytest.fixture(scope="session")
 def tiny_model(llm_folder: Callable[[str], Path]) -> VideoLanguageModel:
-    """A narrow encoder, a random projector and the tiny Qwen2."""
+    """A narrow encoder, a random projector and the tiny Qwen2, whose answers never end of themselves."""
     encoder = MICRO.replace(embed_dim=32, depth=2, num_heads=2, pool_heads=2, clip_embed_dim=16)
     config = VLMConfig(
         llm=str(llm_folder("qwen2")),
@@ -32,7 +32,9 @@ def tiny_model(llm_folder: Callable[[str], Path]) -> VideoLanguageModel:
         default_tokens=64,
     )
     torch.manual_seed(0)
-    return assemble(config, FluxViT(encoder), None, device="cpu", dtype=torch.float32)
+    model = assemble(config, FluxViT(encoder), None, device="cpu", dtype=torch.float32)
+    never_ends(model.llm)
+    return model
 
 
 @pytest.fixture

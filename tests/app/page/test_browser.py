@@ -16,6 +16,7 @@ from urllib.parse import urlparse
 
 import gradio as gr
 import pytest
+import torch
 from PIL import Image
 
 from app.chat import VideoChat
@@ -23,10 +24,12 @@ from app.page.events import build, page_options
 from app.page.handlers import Handlers
 from app.page.sessions import Sessions
 from app.page.settings import Range
+from llm_bridge.chat_model import load_chat_model
 from llm_bridge.generation import Generation
 from llm_bridge.model import VideoLanguageModel
 from tests import tiny_video_models
 from tests.app.conftest import SHORT, WORLD
+from tests.passes import before_each_pass, never_ends
 
 playwright = pytest.importorskip("playwright.sync_api")
 expect = playwright.expect
@@ -68,12 +71,21 @@ def served(
     """The page on a free port, with one example; around each kind of model."""
     model: Any = tiny_model
     if request.param != "flux":
-        model = tiny_video_models.make(tmp_path_factory.mktemp("stock") / request.param, request.param)
+        folder = tiny_video_models.make(tmp_path_factory.mktemp("stock") / request.param, request.param)
+        model = load_chat_model(folder, device="cpu", dtype=torch.float32)
+        never_ends(model.llm)
     with VideoChat(model, trusted=False, dtype="float32") as chat:
         page = build(chat, [(str(WORLD), "What turns?")], workers=2)
         _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, max_file_size="5mb", **page_options())
         yield Served(page, url, chat)
         page.close()
+
+
+@pytest.fixture
+def slow_answers(served: Served) -> Iterator[None]:
+    """Every pass of the language model takes at least 0.1 s."""
+    with before_each_pass(served.chat.model.llm, lambda: time.sleep(0.1)):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +220,7 @@ def test_numbers_out_of_range_count_as_the_nearest(open_page: Callable[..., Any]
     expect(page.locator(".toast-body")).to_have_count(0)
 
 
-@pytest.mark.usefixtures("steps")
+@pytest.mark.usefixtures("slow_answers")
 def test_stop_keeps_the_text_so_far(open_page: Callable[..., Any]) -> None:
     page = open_page()
     ask(page, "Say something long.")
@@ -357,10 +369,8 @@ def test_an_example_starts_a_conversation_of_its_own(open_page: Callable[..., An
     page.wait_for_function("document.querySelector('#fluxchat-video video').duration > 29")
 
 
-@pytest.mark.usefixtures("steps")
-def test_questions_during_an_answer_wait_behind_it(
-    open_page: Callable[..., Any], served: Served, tiny_model: VideoLanguageModel
-) -> None:
+@pytest.mark.usefixtures("slow_answers")
+def test_questions_during_an_answer_wait_behind_it(open_page: Callable[..., Any]) -> None:
     page = open_page()
     box = page.get_by_label("Question", exact=True)
     box.fill("One?")
@@ -374,7 +384,7 @@ def test_questions_during_an_answer_wait_behind_it(
         expect(box).to_have_value("")
     users = page.locator("#fluxchat-chat .user.message")
     expect(users).to_have_count(3)
-    for number in range(3 if served.chat.model is tiny_model else 0):  # the others are not slow enough
+    for number in range(3):
         expect(page.locator("#fluxchat-chat .fc-small")).to_have_count(number, timeout=PATIENCE_MS)
         has(
             page.locator("#fluxchat-chat .bot.message").nth(number),
