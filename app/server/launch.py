@@ -25,7 +25,6 @@ import uvicorn
 from fastapi import FastAPI
 
 from app.chat import VideoChat
-from app.scratch import ScratchFolder
 from app.server.gradio_mount import mount_page
 from app.server.limits import BodyLimits, Connections
 from app.server.options import LaunchOptions, access_summary
@@ -34,6 +33,7 @@ from app.server.security.access_control import LOCAL, AccessControl
 from app.server.security.authentication import Authenticator
 from encoder.errors import ConfigError
 from encoder.video import confine
+from llm_bridge.assets.scratch import ScratchFolder
 
 IDLE_GRACE_S = 2.0  # for idle connections, at shutdown
 STOPPED_S = 0.5  # for running answers, after a second signal
@@ -131,7 +131,7 @@ def _upload_folder() -> Iterator[Callable[[], None]]:
     if "GRADIO_TEMP_DIR" in os.environ:
         yield lambda: None
         return
-    scratch = ScratchFolder("page")
+    scratch = ScratchFolder("fluxchat-page-")
     os.environ["GRADIO_TEMP_DIR"] = scratch.path
     try:
         yield scratch.remove

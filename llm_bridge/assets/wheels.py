@@ -13,14 +13,13 @@ import shutil
 import stat
 import subprocess
 import sys
-import tempfile
 import threading
-import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from encoder.errors import ModelError
+from llm_bridge.assets.scratch import ScratchFolder
 
 BLOCK = 2**20
 LARGEST_WHEEL = 4 * 2**30  # unpacked
@@ -160,57 +159,19 @@ def scratch_folder(parent: Path, need_mib: int = 0) -> Iterator[Path]:
     """
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _sweep(parent)
         free = shutil.disk_usage(parent).free / 2**20
         if free < need_mib:
             raise ModelError(
                 f"{parent} has {free:.0f} MiB free and {need_mib} are needed: free some space, or set "
                 "FLUXCHAT_CACHE to a folder on another disk."
             )
-        with (
-            tempfile.TemporaryDirectory(dir=parent, prefix=".fetch-", ignore_cleanup_errors=True) as name,
-            _held(Path(name)),
-        ):
-            yield Path(name)
+        with ScratchFolder(".fetch-", parent) as folder:
+            yield folder
     except OSError as error:
         raise ModelError(
             f"Cannot write to the cache folder {parent} ({error.strerror or error}): free some space there, "
             "or set FLUXCHAT_CACHE to a folder that can be written."
         ) from error
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Holds a lock on a folder while its process lives, where the system has such locks."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _sweep(parent: Path) -> None:
-    """Remove scratch folders whose process is gone: nobody holds their lock."""
-    try:
-        import fcntl
-    except ImportError:
-        return
-    for folder in parent.glob(".fetch-*"):
-        with contextlib.suppress(OSError):
-            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if time.time() - os.fstat(handle).st_mtime > 60:  # not one that is about to be locked
-                    shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(handle)
 
 
 @contextlib.contextmanager

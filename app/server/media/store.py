@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from app.scratch import ScratchFolder
 from app.server.errors import ApiError, disk_errors
 from app.server.security.authentication import is_anonymous
+from llm_bridge.assets.scratch import ScratchFolder
 
 FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 BLOCK = 1 << 20
@@ -58,7 +58,7 @@ class MediaStore:
     """
 
     def __init__(self, limit_bytes: int = 2 * 2**30, keep_s: float = 3600.0) -> None:
-        self._scratch = ScratchFolder("files")
+        self._scratch = ScratchFolder("fluxchat-files-")
         self.folder = self._scratch.path
         self.limit_bytes, self.keep_s = limit_bytes, keep_s
         self._files: dict[str, StoredFile] = {}
