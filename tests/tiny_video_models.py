@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.tiny_llms import TEXT
@@ -66,6 +67,8 @@ ENDS = {
     "llava_onevision": "<|im_end|>",
 }
 KINDS = tuple(TEMPLATES)
+# For tests that take seconds for each kind: one always, the others with the slow tests.
+ONE_QUICK = ["smolvlm", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "smolvlm")]
 
 
 def make(

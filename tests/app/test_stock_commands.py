@@ -11,7 +11,7 @@ from PIL import Image
 from app.cli import main
 from tests import tiny_video_models
 from tests.app.conftest import WORLD
-from tests.tiny_video_models import KINDS
+from tests.tiny_video_models import KINDS, ONE_QUICK
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: tiny_video_models.make(root / kind, kind) for kind in KINDS}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_QUICK)
 def test_the_commands(
     kind: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,6 +24,8 @@ DTYPES = [
 ]
 TEXT = ("llama", "qwen2", "qwen2 windowed", "qwen3", "mistral", "mistral windowed", "smollm3")
 VIDEO = ("smolvlm", "qwen2_5_vl", "qwen3_vl", "llava_onevision")
+QUICK = ("qwen2 windowed", "qwen3_vl")  # the others with the slow tests
+NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in (*TEXT, *VIDEO)]
 LENGTHS = 40, 3, 70, 23  # on both sides of the windows
 STEPS = 66  # beyond the room that buffers have
 
@@ -35,7 +37,7 @@ def load(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Languag
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", [*TEXT, *VIDEO])
+@pytest.mark.parametrize("name", NAMES)
 def test_scores_are_those_of_transformers(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     llm = load(tmp_path, name, dtype)
     found = lean_model(llm.model)
