@@ -18,7 +18,7 @@ from encoder.errors import ConfigError, ModelError, OutOfMemory
 from llm_bridge.compute_worker import CLOSED, ComputeWorker
 from llm_bridge.engines.engine import Request
 from llm_bridge.engines.gguf_model import GgufModel
-from llm_bridge.engines.llama_context import NO_CELLS
+from llm_bridge.engines.llama_context import NO_CELLS, LlamaContext
 from llm_bridge.engines.local import biased, piece_ends
 from llm_bridge.kv_cache import CacheStats
 from llm_bridge.prompt import PLACEHOLDER
@@ -53,16 +53,22 @@ class LlamaCppEngine:
     """Runs a GGUF file.
 
     worker: computes. max_batch: answers that share a pass, at most. kept_bytes: for earlier prompts.
+    context: the KV memory of all answers; default: one of the model's (see GgufModel.context).
     Raises OutOfMemory where the KV memory has no room.
     """
 
     name = "llamacpp"
 
     def __init__(
-        self, llm: GgufModel, worker: ComputeWorker, max_batch: int = 8, kept_bytes: int = 2**28
+        self,
+        llm: GgufModel,
+        worker: ComputeWorker,
+        max_batch: int = 8,
+        kept_bytes: int = 2**28,
+        context: LlamaContext | None = None,
     ) -> None:
         self.llm, self.worker, self.max_batch = llm, worker, max_batch
-        self.context = llm.context(kept_bytes)
+        self.context = context or llm.context(kept_bytes)
         # Read and written in the computing thread only.
         self._slots = [Slot(number) for number in range(self.context.sequences)]
         self._running: list[LlamaAnswer] = []  # in decoding, by arrival
@@ -92,7 +98,9 @@ class LlamaCppEngine:
     @property
     def kept(self) -> CacheStats:
         """Prompts that are kept for follow-up questions."""
-        idle = [len(slot.keys) for slot in self._slots if slot.keys and slot.answer is None]
+        idle = [
+            len(slot.keys) for slot in self._slots if slot.keys and (slot.answer is None or slot.answer.ended)
+        ]
         return CacheStats(self._hits, self._misses, len(idle), sum(idle) * self.llm.kv_bytes_per_token)
 
     @property
@@ -231,7 +239,10 @@ class LlamaCppEngine:
                 )
             except OutOfMemory as error:
                 if not self._make_room():
-                    batch.pop().error = error
+                    newest = self._running[-1]
+                    newest.error = error
+                    self.leave(newest)
+                    batch = [answer for answer in batch if answer is not newest]
                 continue
             except ModelError as error:
                 for answer in batch:
