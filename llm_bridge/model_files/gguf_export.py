@@ -62,6 +62,7 @@ def write_gguf(llm: LanguageModel, path: str | Path, kind: str = "Q8_0") -> Path
 
 def check_export(path: Path, kind: str) -> None:
     """Refuses what cannot be written before a model is loaded; raises ConfigError or ModelError."""
+    kind = kind.upper()
     if kind not in TYPES:
         raise ConfigError(f"A GGUF file is written as one of {', '.join(TYPES)}, not {kind[:40]}.")
     if path.suffix != ".gguf":

@@ -3,8 +3,8 @@
     python -m tests.bench.llm [--llm NAME] [--kinds bf16 int8 int4 transformers] [--gguf FILE ...] [--n 5]
 
 A step appends one token to each of B answers that hold N positions. `transformers` is its own loop with its
-own cache, several rows in one padded pass. Of each GGUF file (extra: gguf), `NAME` is the engine with sampling
-and streaming, `NAME raw` llama.cpp's own rate: its passes alone, of one row, as its own bench times them.
+own cache, several rows in one padded pass. Of each GGUF file (extra: gguf), `NAME` is the engine with
+sampling and streaming, `NAME raw` llama.cpp's own rate: its passes alone, of one row.
 `read_weights` reads the bytes of the first kind's weights once.
 """
 

@@ -1,4 +1,4 @@
-"""llama.cpp as an engine: the same answers as the local engine on the same weights. Run by `make llamacpp`."""
+"""llama.cpp as an engine: the same answers as the local engine on the same weights. `make llamacpp`."""
 
 import threading
 from collections.abc import Callable, Iterator
