@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -11,12 +11,16 @@ import torch
 from app.cli import main
 from encoder.errors import ConfigError, ModelError
 from llm_bridge.chat_model import load_chat_model
-from llm_bridge.engines import support
+from llm_bridge.engines import EngineName, support
+from llm_bridge.generation import Generation
 from llm_bridge.llm import LanguageModel, load_llm, load_tokenizer
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.model_files import gguf_export
 from llm_bridge.model_files.gguf_export import write_gguf
 from llm_bridge.model_files.gguf_header import gguf_values
+from llm_bridge.prompt import Message, render
+from llm_bridge.sampling import SamplingParams
+from tests.llm_bridge.test_adapters import save_adapter
 from tests.tiny_llms import make
 from tests.tiny_video_models import make as make_video_model
 
@@ -104,6 +108,84 @@ def test_a_failed_write_leaves_the_old_file(
 # -- the table of docs/which-engine.md -----------------------------------------------------------------------
 
 
+def rows() -> list[tuple[str, str, dict[str, str]]]:
+    """Tower, language model, and what the table says of each engine."""
+    lines = (Path(__file__).parents[3] / "docs" / "which-engine.md").read_text().splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    start = next(index for index, row in enumerate(table) if row[0] == "vision tower")
+    engines = [cell.strip("`") for cell in table[start][2:]]
+    found, tower = [], ""
+    for row in table[start + 2 :]:
+        tower = row[0] or tower
+        found.append((tower, row[1], dict(zip(engines, row[2:], strict=True))))
+    return found
+
+
+CELLS = [
+    (tower, language, engine, said) for tower, language, cells in rows() for engine, said in cells.items()
+]
+STOCK = {
+    "SmolVLM": "smolvlm",
+    "LLaVA-OneVision": "llava_onevision",
+    "Qwen2.5-VL": "qwen2_5_vl",
+    "Qwen3-VL": "qwen3_vl",
+}
+
+
+def test_the_table_names_every_engine_and_tower() -> None:
+    assert {engine for *_, engine, _ in CELLS} == set(get_args(EngineName))
+    towers = {tower.split(" (")[0] for tower, *_ in CELLS}
+    assert towers == {"FluxViT and projector", *STOCK}
+    assert len(CELLS) == 18
+
+
+@pytest.mark.parametrize(("tower", "language", "engine", "said"), CELLS)
+def test_each_cell_of_the_table_is_so(
+    tower: str,
+    language: str,
+    engine: EngineName,
+    said: str,
+    tiny_llm: Callable[[str], LanguageModel],
+    llm_folder: Callable[[str], Path],
+    model: VideoLanguageModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options: dict[str, Any] = {}
+    if kind := STOCK.get(tower.split(" (")[0]):
+        folder = make_video_model(tmp_path / kind, kind)
+    else:
+        folder = tmp_path / "model"
+        model.save_pretrained(folder)
+        options["llm"] = str(llm_folder("qwen2"))
+        if "GGUF" in language:
+            options["llm"] = str(write_gguf(tiny_llm("qwen2"), tmp_path / "m.gguf", "F16"))
+        if "LoRA" in language:
+            settings = {"target_modules": ["q_proj"]}
+            options["adapters"] = [save_adapter(llm_folder("qwen2"), tmp_path / "lora", settings)]
+        if "--quantize" in language:
+            options["quantize"] = "int8"
+    if said.startswith("yes"):
+        if engine == "llamacpp":
+            pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make llamacpp")
+        opened = load_chat_model(folder, engine=engine, device="cpu", **options)
+        prompt = render(opened.llm.tokenizer, [Message.of("user", "What?")], axes=opened.llm.axes)
+        sampling = SamplingParams(max_new_tokens=3, min_tokens=3)
+        generation = Generation(opened.llm, prompt, [], sampling)
+        list(generation)
+        assert generation.stats.completion_tokens == 3
+        return
+    assert said.startswith("refused")
+    for name in ("model.read_tensors", "model.load_llm", "llm.load_pretrained", "chat_model.load_stock"):
+        monkeypatch.setattr(f"llm_bridge.{name}", lambda *_, **__: pytest.fail("something was loaded"))
+    with pytest.raises(ConfigError) as raised:
+        load_chat_model(folder, engine=engine, device="cpu", **options)
+    text = str(raised.value)
+    assert text.startswith("The engine llamacpp")
+    assert text.endswith(".")
+    assert "\n" not in text
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
@@ -139,16 +221,6 @@ def test_a_model_is_refused_before_its_encoder_is_read(
     monkeypatch.setattr("llm_bridge.model.read_tensors", lambda *_: pytest.fail("read"))
     with pytest.raises(ConfigError, match="runs GGUF files"):
         VideoLanguageModel.from_pretrained(tmp_path, engine="llamacpp")
-
-
-@pytest.mark.parametrize("kind", ["smolvlm", "qwen2_5_vl", "qwen3_vl", "llava_onevision"])
-def test_stock_models_are_run_by_the_local_engine_only(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_video_model(tmp_path / kind, kind)
-    monkeypatch.setattr("llm_bridge.chat_model.load_stock", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(ConfigError, match="a language model of its own"):
-        load_chat_model(tmp_path / kind, engine="llamacpp")
 
 
 def test_without_llamacpp_a_file_is_dequantised_and_that_is_said(
