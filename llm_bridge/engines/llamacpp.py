@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -93,7 +94,8 @@ class LlamaCppEngine:
 
     def forget(self, scope: str | None = None) -> None:
         """Drop what is kept for follow-up questions, of one scope or all."""
-        self.worker.run(self._forget, scope)
+        with suppress(ModelError):  # closed: nothing is kept
+            self.worker.run(self._forget, scope)
 
     @property
     def kept(self) -> CacheStats:

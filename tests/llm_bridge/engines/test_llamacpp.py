@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from app.chat import VideoChat
 from encoder.errors import ConfigError, ModelError, OutOfMemory
 from llm_bridge.compute_worker import ComputeWorker
 from llm_bridge.engines import Engine, Request
@@ -19,6 +21,7 @@ from llm_bridge.engines.llama_context import LlamaContext
 from llm_bridge.generation import Generation
 from llm_bridge.kv_cache import kv_from_layers
 from llm_bridge.llm import LanguageModel, load_llm
+from llm_bridge.model import VideoLanguageModel
 from llm_bridge.model_files.gguf_export import write_gguf
 from llm_bridge.prompt import PLACEHOLDER, Message, Prompt, Visual, render
 from llm_bridge.sampling import SamplingParams
@@ -277,6 +280,7 @@ def test_a_closed_engine_says_so(engine: LlamaCppEngine) -> None:
     for answer in (running, engine.start(request(engine))):
         with pytest.raises(ModelError, match="closed"):
             list(answer)
+    engine.forget()
 
 
 def test_an_engine_makes_text(engine: LlamaCppEngine) -> None:
@@ -300,6 +304,29 @@ def test_quantised_files_are_smaller_and_run(
     assert llm.stored_as == "Q8_0"
     prompt, rows = asked(llm)
     assert "".join(Generation(llm, prompt, [rows], SamplingParams(max_new_tokens=8, min_tokens=8)))
+
+
+def test_a_chat_asks_a_file_about_pictures(
+    gguf: Callable[..., Path], model: VideoLanguageModel, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path)
+    pixels = torch.randint(
+        0, 256, (4, 56, 56, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    frames = [Image.fromarray(frame.numpy()) for frame in pixels]
+    with VideoChat(tmp_path, llm=str(gguf("qwen2")), device="cpu") as chat:
+        info = chat.info()
+        assert (info["engine"], info["llm"].rpartition(" ")[2]) == ("llamacpp", "F16")
+        first = chat.ask(frames, "What is it?", budget=16, max_new_tokens=8, min_tokens=8)
+        again = chat.ask(frames, "What is it?", budget=16, max_new_tokens=8, min_tokens=8)
+        assert (first.text, first.usage.cached_tokens) == (again.text, 0)
+        assert again.usage.cached_tokens > 0
+        assert chat.caches["prefixes"].hits == 1
+        assert chat.decoding[2] == 0
+        chat.forget()
+        assert chat.caches["prefixes"].entries == 0
+        assert chat.estimate(frames, 16).prefill_s > 0
+    chat.forget()
 
 
 def damaged(data: bytes, how: str) -> bytes:
