@@ -1,6 +1,7 @@
 """The language model on this CPU: ms per token and per prefill, each way of decoding in turn.
 
-    python -m tests.bench.llm [--llm NAME] [--kinds bf16 int8 int4 transformers] [--gguf FILE ...] [--n 5]
+    python -m tests.bench.llm [--llm NAME] [--kinds bf16 int8 int4 transformers] [--gguf FILE ...]
+        [--rows 1 4 8] [--positions 64 1024] [--n 5]
 
 A step appends one token to each of B answers that hold N positions. `transformers` is its own loop with its
 own cache, several rows in one padded pass. Of each GGUF file (extra: gguf), `NAME` is the engine with
@@ -11,7 +12,7 @@ sampling and streaming, `NAME raw` llama.cpp's own rate: its passes alone, of on
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,12 @@ class Gguf:
     def _context(self, cells: int, sequences: int) -> LlamaContext:
         return LlamaContext(self.llm.weights, cells=cells, sequences=sequences)
 
-    def cases(self) -> dict[str, Callable[[], object]]:
+    def cases(self, all_rows: Sequence[int], all_positions: Sequence[int]) -> dict[str, Callable[[], object]]:
         """By name."""
         found: dict[str, Callable[[], object]] = {f"{self.name} prefill": self.prefill()}
-        for positions in POSITIONS:
+        for positions in all_positions:
             found[f"{self.name} raw 1 rows {positions}"] = self.raw(positions)
-            for rows in ROWS:
+            for rows in all_rows:
                 found[f"{self.name} {rows} rows {positions}"] = self.stepper(rows, positions)
         return found
 
@@ -146,6 +147,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--llm", default=DEFAULT_LLM)
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
     parser.add_argument("--gguf", nargs="+", type=Path, default=[])
+    parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--positions", nargs="+", type=int, default=POSITIONS)
     parser.add_argument("--n", type=int, default=5)
     args = parser.parse_args(argv)
     models: dict[str, LanguageModel] = {}
@@ -160,17 +163,18 @@ def main(argv: list[str] | None = None) -> None:
         cases: dict[str, Callable[[], object]] = {"read_weights": read}
         for kind, llm in models.items():
             cases[f"{kind} prefill"] = prefill(llm)
-            for rows in ROWS:
-                for positions in POSITIONS:
+            for rows in args.rows:
+                for positions in args.positions:
                     cases[f"{kind} {rows} rows {positions}"] = stepper(llm, kind, rows, positions)
         for file in args.gguf:
-            cases |= Gguf(file).cases()
+            cases |= Gguf(file).cases(args.rows, args.positions)
         samples = interleave(cases, args.n, warmup=2)
     result["weights_mb"] = round(size / 1e6)
     result |= {name: summary(seconds) for name, seconds in samples.items()}
+    least, most, at = min(args.rows), max(args.rows), args.positions[0]
     for kind in [*args.kinds, *(file.stem for file in args.gguf)]:
-        one, eight = (result[f"{kind} {rows} rows 64"]["median_ms"] for rows in (1, 8))
-        result[f"{kind} speedup of 8 rows"] = round(8 * one / eight, 2)
+        one, many = (result[f"{kind} {rows} rows {at}"]["median_ms"] for rows in (least, most))
+        result[f"{kind} speedup of {most} rows"] = round(most / least * one / many, 2)
     print_json(result)
 
 
