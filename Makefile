@@ -2,6 +2,7 @@
 # make setup  the .venv (done by every target)     make check   lint, format, types
 # make model  train the shipped model from nothing make bench   every benchmark, one JSON line each
 # make docs   the pages and the API reference      make gpu    right and fast on a GPU, in minutes
+# make llamacpp   the tests of llama.cpp as an engine, which it builds in minutes
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ PY := $(VENV)/bin/python
 # Without an NVIDIA GPU the CPU build of torch is enough, and gigabytes smaller.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 
-.PHONY: setup demo test test-slow check docs lowest bench gpu real model mutants clean
+.PHONY: setup demo test test-slow check docs lowest llamacpp bench gpu real model mutants clean
 
 setup: $(VENV)/.complete
 
@@ -53,6 +54,15 @@ lowest:
 		'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100' 'tokenizers>=0.20'
 	@$(LOWEST)/bin/python -m llm_bridge.assets.fetch
 	@$(LOWEST)/bin/python -m pytest -m "not slow" tests/llm_bridge tests/app/test_chat.py tests/app/test_cli.py
+
+# The tests of llama.cpp as an engine, in an environment of its own beside .venv's packages; builds it, in minutes.
+LLAMA := build/llamacpp
+llamacpp: setup
+	@test -x $(LLAMA)/bin/python || $(PYTHON) -m venv $(LLAMA)
+	@$(PY) -c 'import site; print(site.getsitepackages()[0])' > \
+		"$$($(LLAMA)/bin/python -c 'import site; print(site.getsitepackages()[0])')/fluxchat.pth"
+	@$(LLAMA)/bin/python -m pip install -q --disable-pip-version-check 'llama-cpp-python>=0.3.36'
+	@OMP_NUM_THREADS=1 $(LLAMA)/bin/python -m pytest tests/llm_bridge/engines
 
 # Resumes where it was stopped; some hours on two cores.
 RUNS := runs/box

@@ -40,9 +40,9 @@ from encoder.video.part import Part
 from encoder.video.reader import DEFAULT_LIMITS, Limits, VideoInfo
 from llm_bridge.chat_model import ChatModel, load_chat_model
 from llm_bridge.compute_worker import ComputeWorker
-from llm_bridge.engines import Engine, LocalEngine
+from llm_bridge.engines import EngineName
 from llm_bridge.generation import Generation, GenerationStats
-from llm_bridge.kv_cache import CacheStats, PrefixCache
+from llm_bridge.kv_cache import CacheStats
 from llm_bridge.llm import OnDownload, Quantize
 from llm_bridge.prompt import Message, Prompt, TextBound, count_text, render
 from llm_bridge.sampling import SamplingParams
@@ -77,6 +77,8 @@ class VideoChat(NotCopyable):
     "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"), or a loaded model.
     llm, encoder: replace the parts it names (hub id, folder or GGUF; official .pth or a saved folder).
     adapters: LoRA folders. device, dtype, device_map, quantize: as in `load_llm`; the best device by default.
+    engine: what runs the language model, "local" or "llamacpp" (GGUF files); default: llama.cpp for a GGUF
+    file where it is installed (see `load_llm`).
     cache_mib: bound on the caches for follow-up questions: half of it KV prefixes, a quarter each decoded
     frames and embeddings.
     trusted: False reads videos as strangers' uploads (sandboxed, allowed codecs only). limits: on reading.
@@ -101,6 +103,7 @@ class VideoChat(NotCopyable):
         dtype: str | torch.dtype | None = None,
         device_map: str | dict[str, Any] | None = None,
         quantize: Quantize | None = None,
+        engine: EngineName | None = None,
         cache_mib: int = 1024,
         trusted: bool = True,
         limits: Limits = DEFAULT_LIMITS,
@@ -126,6 +129,7 @@ class VideoChat(NotCopyable):
                 dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
                 device_map=device_map,
                 quantize=quantize,
+                engine=engine,
                 adapters=adapters,
                 on_download=on_download,
             )
@@ -137,8 +141,7 @@ class VideoChat(NotCopyable):
         self._vision = Vision(
             self.model, self._worker, cache_bytes=cache_mib * MIB // 2, trusted=trusted, limits=limits
         )
-        self._prefixes = PrefixCache(cache_mib * MIB // 2, self.model.llm.kv_bytes_per_token)
-        self._engine: Engine = LocalEngine(self.model.llm, self._worker, self._prefixes)
+        self._engine = self.model.llm.engine(self._worker, cache_mib * MIB // 2, batch)
         self._prices = PriceEstimator(self.model, self._worker, table)
 
     # -- asking ---------------------------------------------------------------------------------------------
@@ -478,7 +481,7 @@ class VideoChat(NotCopyable):
             machine_info()
             | self.model.tower.describe()
             | {
-                "llm": f"{llm.name}, {llm.parameters / 1e6:.0f} M, {str(llm.dtype).removeprefix('torch.')}",
+                "llm": f"{llm.name}, {llm.parameters / 1e6:.0f} M, {llm.stored_as}",
                 "engine": self._engine.name,
                 "quantize": llm.quantize or "no",
                 "device": str(self.device),
@@ -497,18 +500,18 @@ class VideoChat(NotCopyable):
     def caches(self) -> dict[str, CacheStats]:
         """What is kept for follow-up questions, by kind."""
         self._check_process()
-        return {**self._vision.caches, "prefixes": self._prefixes.stats}
+        return {**self._vision.caches, "prefixes": self._engine.kept}
 
     @property
     def decoding(self) -> tuple[int, int, int]:
         """Forward passes that made tokens, the tokens made, and the answers being made now."""
-        return self._worker.steps, self._worker.made, self._worker.active
+        return self._engine.decoding
 
     def forget(self, scope: str | None = None) -> None:
         """Drop everything kept for follow-up questions, or what was kept for one scope."""
         self._check_process()
         self._vision.forget(scope)
-        self._prefixes.clear(scope)
+        self._engine.forget(scope)
 
     def close(self) -> None:
         """Free the caches; asking afterwards, and answers that are being made, end in a ModelError."""

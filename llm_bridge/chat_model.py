@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from encoder.errors import ConfigError
+from llm_bridge.engines.engine import EngineName
 from llm_bridge.llm import LanguageModel, OnDownload, Quantize
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.model_files.hub import is_hub_id
@@ -50,6 +51,7 @@ def load_chat_model(
     device_map: str | dict[str, Any] | None = None,
     quantize: Quantize | None = None,
     adapters: Sequence[str | Path] = (),
+    engine: EngineName | None = "local",
     on_download: OnDownload | None = None,
 ) -> ChatModel:
     """A saved FluxChat model, or a stock video model (folder or hub id); which one, its config.json says.
@@ -70,10 +72,17 @@ def load_chat_model(
             raise ConfigError(
                 f"{name} has an encoder and a language model of its own: leave out llm and encoder."
             )
+        if engine == "llamacpp":
+            raise ConfigError(
+                f"The engine llamacpp runs GGUF files, and {name} has a language model of its own: leave "
+                "engine out."
+            )
         return load_stock(os.fspath(name), stage=stage or "after", **options)
     if stage is not None:
         raise ConfigError(f"select is for stock video models: {name} always selects before its encoder.")
-    return VideoLanguageModel.from_pretrained(os.fspath(name), llm=llm, encoder=encoder, **options)
+    return VideoLanguageModel.from_pretrained(
+        os.fspath(name), llm=llm, encoder=encoder, engine=engine, **options
+    )
 
 
 def is_stock(name: str | os.PathLike[str]) -> bool:

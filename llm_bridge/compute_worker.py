@@ -164,6 +164,11 @@ class ComputeWorker:
         """
         return self._submit(function, *args).result()
 
+    def post(self, function: Callable[..., object], *args: Any) -> None:
+        """Have a function called in the computing thread, if there is one; waits for nothing."""
+        with suppress(ModelError):  # closed, or in a forked process: what is held is not for long
+            self._submit(function, *args)
+
     def check_process(self) -> None:
         """Raises ModelError in a forked process, where there is no computing thread and locks may be held."""
         if os.getpid() != self._process:
@@ -205,8 +210,7 @@ class ComputeWorker:
 
     def drop(self, sequence: SequenceState) -> None:
         """Have an answer that has ended taken out soon."""
-        with suppress(ModelError):  # closed, or in a forked process: it is not held for long
-            self._submit(self.remove, sequence)
+        self.post(self.remove, sequence)
 
     def close(self) -> None:
         """Answers still being made end with a ModelError; the computing thread ends once it is idle."""

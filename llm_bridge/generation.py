@@ -75,7 +75,7 @@ class Generation:
         )
 
     def __iter__(self) -> Iterator[str]:
-        engine = self.engine or LocalEngine(self.llm, self.worker, self.prefixes)
+        engine = self.engine or self.llm.own_engine or LocalEngine(self.llm, self.worker, self.prefixes)
         self._check_context()
         vocabulary = getattr(self.llm.model.config.get_text_config(), "vocab_size", None)
         if vocabulary is not None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from encoder.errors import ModelError
 from llm_bridge.adapters import apply_adapter, quiet_peft, without_adapters
 from llm_bridge.batch_invariance import make_batch_invariant
 from llm_bridge.families import Memory, check_embeddings, check_family, family_of
-from llm_bridge.kv_cache import DecodingBatch, Layers, memory_of
+from llm_bridge.kv_cache import DecodingBatch, Layers, PrefixCache, memory_of
 from llm_bridge.lean.build import lean_model
 from llm_bridge.lean.decoder import LeanBatch
 from llm_bridge.lean.rotary import Rotary
@@ -36,10 +36,15 @@ from llm_bridge.model_files.checks import (
     weight_options,
 )
 from llm_bridge.model_files.gguf_header import check_gguf
+from llm_bridge.model_files.gguf_tokenizer import whole_tokenizer
 from llm_bridge.model_files.hub import check_room, is_hub_id
 from llm_bridge.prompt import template_text
 from llm_bridge.quantized import KINDS, QuantizedLinear, quantize_linear
 from llm_bridge.thinking import ThinkingMarks
+
+if TYPE_CHECKING:
+    from llm_bridge.compute_worker import ComputeWorker
+    from llm_bridge.engines.engine import Engine, EngineName
 
 Quantize = Literal["8bit", "4bit", "int8", "int4"]  # the latter two on CPUs
 OnDownload = Callable[[str, int], object]
@@ -89,6 +94,11 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         """Floating type of an input embedding."""
         return self.model.get_input_embeddings().weight.dtype
+
+    @property
+    def stored_as(self) -> str:
+        """The type of its weights, for people."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def context_length(self) -> int | None:
@@ -195,6 +205,22 @@ class LanguageModel:
                 inputs["position_ids"] = positions.expand(self.axes, -1, -1)
         return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
 
+    def prefill_once(self, tokens: int) -> None:
+        """Compute a prompt of so many positions, and forget it."""
+        embeddings = torch.zeros(1, tokens, self.hidden_size, device=self.device, dtype=self.dtype)
+        self.model(inputs_embeds=embeddings, use_cache=True, logits_to_keep=1)
+
+    @property
+    def own_engine(self) -> Engine | None:
+        """What alone can compute it, for those who bring no engine; None where LocalEngine can."""
+        return None
+
+    def engine(self, worker: ComputeWorker, kept_bytes: int, max_batch: int) -> Engine:
+        """What makes its answers. kept_bytes: of prompts, for follow-up questions."""
+        from llm_bridge.engines.local import LocalEngine
+
+        return LocalEngine(self, worker, PrefixCache(kept_bytes, self.kv_bytes_per_token))
+
     def step(self, kv: Any, token: int, position: int | None = None) -> Tensor:
         """Append a token to the KV cache of one sequence; logits (V,). position: None is its index."""
         inputs = {"input_ids": torch.tensor([[token]], device=self.device)}
@@ -281,18 +307,26 @@ def load_llm(
     adapters: Sequence[str | Path] = (),
     revision: str | None = None,
     on_download: OnDownload | None = None,
+    engine: EngineName | None = "local",
 ) -> LanguageModel:
     """Load a causal language model for use with frozen weights.
 
-    name: hub id, folder, GGUF file, or folder holding one GGUF file. GGUF is a source of weights here: they
-    are dequantised on loading. device_map: as in transformers ("auto" spreads over GPUs). quantize: "int8" or
-    "int4" on CPUs, through torch's own kernels; "8bit" or "4bit" on GPUs, through bitsandbytes. adapters:
-    LoRA folders (peft), merged in order unless bitsandbytes quantises the base. on_download: told a hub
-    model's name and bytes before they come. Code that a model brings is never run. Raises ModelError: one
-    sentence, what was wrong and what to do.
+    name: hub id, folder, GGUF file, or folder holding one GGUF file. engine: "local" is transformers, which
+    dequantises a GGUF file on loading; "llamacpp" runs one as it is; None takes llama.cpp for a GGUF file
+    where it is installed and no other option stands against it. device_map: as in transformers ("auto"
+    spreads over GPUs). quantize: "int8" or "int4" on CPUs, through torch's own kernels; "8bit" or "4bit" on
+    GPUs, through bitsandbytes. adapters: LoRA folders (peft), merged in order unless bitsandbytes quantises
+    the base. on_download: told a hub model's name and bytes before they come. Code that a model brings is
+    never run. Raises ModelError or ConfigError: one sentence, what was wrong and what to do.
     """
     from transformers import AutoModelForCausalLM
 
+    options = {"quantize": quantize, "adapters": adapters, "device_map": device_map}
+    if chosen_engine(name, engine, **options) == "llamacpp":
+        from llm_bridge.engines.gguf_model import load_gguf
+
+        folder, file = locate(str(name))
+        return load_gguf(Path(folder) / str(file), device=None if device is None else torch.device(device))
     model, tokenizer, _ = load_pretrained(
         name,
         AutoModelForCausalLM,
@@ -314,6 +348,21 @@ def load_llm(
         loaded = LanguageModel(model, tokenizer, str(name), quantize, tuple(map(str, adapters)))
         loaded.check()
     return loaded
+
+
+def chosen_engine(name: str | Path, engine: EngineName | None, **options: Any) -> EngineName:
+    """The engine that a language model gets with these options of `load_llm`.
+
+    Raises ConfigError for what "llamacpp" cannot carry, before anything is loaded.
+    """
+    from llm_bridge.engines.support import check_llamacpp, takes_llamacpp
+
+    if engine == "llamacpp":
+        check_llamacpp(name, **options)
+        return engine
+    if engine is None and takes_llamacpp(name, **options):
+        return "llamacpp"
+    return "local"
 
 
 def load_pretrained(
@@ -339,7 +388,7 @@ def load_pretrained(
 
     target = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(target)
-    path, gguf = _locate(str(name))
+    path, gguf = locate(str(name))
     options: dict[str, Any] = {"dtype": dtype}
     if quantize is not None and quantize not in KINDS:
         if gguf is not None:
@@ -363,7 +412,7 @@ def load_pretrained(
             options |= _load_options(
                 folder, gguf, dtype.itemsize if in_memory else None, f"{what} {name}", auto_class
             )
-            tokenizer = _load_tokenizer(folder, gguf)
+            tokenizer = load_tokenizer(folder, gguf)
             loaded_with_report: Any = auto_class.from_pretrained(
                 folder, trust_remote_code=False, output_loading_info=True, **options
             )
@@ -428,8 +477,8 @@ def _load_options(
     return options
 
 
-def _locate(name: str) -> tuple[str, str | None]:
-    """(folder or hub id, GGUF file name or None)."""
+def locate(name: str) -> tuple[str, str | None]:
+    """(folder or hub id, GGUF file name or None); raises ModelError where there is neither."""
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -447,12 +496,14 @@ def _locate(name: str) -> tuple[str, str | None]:
     return name, None
 
 
-def _load_tokenizer(folder: Path, gguf: str | None) -> Any:
+def load_tokenizer(folder: Path, gguf: str | None = None) -> Any:
+    """The tokenizer of a model folder, or of a GGUF file in it; raises ModelError."""
     from transformers import AutoTokenizer
 
     options = {} if gguf is None else {"gguf_file": gguf}
     with refused(f"Cannot load the tokenizer of {folder}"):
-        tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer = None if gguf is None else whole_tokenizer(folder / gguf)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True, **options
         )
         check_template(tokenizer)

@@ -22,8 +22,17 @@ from encoder.fluxvit import FluxViT
 from encoder.json_files import read_object
 from encoder.tokens import Grid, VisionTokens
 from llm_bridge.attention import packs
+from llm_bridge.engines.engine import EngineName
 from llm_bridge.familiarity import FAMILIARITY, Familiarity
-from llm_bridge.llm import LanguageModel, OnDownload, Quantize, default_device, default_dtype, load_llm
+from llm_bridge.llm import (
+    LanguageModel,
+    OnDownload,
+    Quantize,
+    chosen_engine,
+    default_device,
+    default_dtype,
+    load_llm,
+)
 from llm_bridge.model_files.checks import first_line
 from llm_bridge.packing import Packing, Weighting, branched_attention, label_weights, without_branches
 from llm_bridge.projector import Projector, ProjectorConfig
@@ -306,6 +315,7 @@ class VideoLanguageModel(nn.Module):
         quantize: Quantize | None = None,
         adapters: Sequence[str | Path] = (),
         tuned: bool = True,
+        engine: EngineName | None = "local",
         on_download: OnDownload | None = None,
     ) -> VideoLanguageModel:
         """Read what `save_pretrained` wrote and load the language model it names (or `llm`, or `encoder`).
@@ -323,6 +333,9 @@ class VideoLanguageModel(nn.Module):
             raise ModelError(
                 f"{folder} is not a FluxChat model: cannot read its config.json ({reason})."
             ) from error
+        chosen_engine(  # which may refuse, before anything is loaded
+            llm or config.llm, engine, quantize=quantize, adapters=adapters, device_map=device_map
+        )
         if encoder is None:
             vision = build(lambda: FluxViT(config.encoder), read_tensors(folder / "encoder.safetensors"))
         else:
@@ -343,6 +356,7 @@ class VideoLanguageModel(nn.Module):
             device_map=device_map,
             quantize=quantize,
             adapters=adapters,
+            engine=engine,
             on_download=on_download,
         )
         model.familiarity = familiarity

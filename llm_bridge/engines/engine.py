@@ -14,13 +14,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
+from llm_bridge.kv_cache import CacheStats
 from llm_bridge.prompt import Prompt
 from llm_bridge.sampling import FinishReason, SamplingParams
 from llm_bridge.thinking import AnswerLength
+
+EngineName = Literal["local", "llamacpp"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,20 @@ class Engine(Protocol):
     """
 
     name: str
+
+    @property
+    def kept(self) -> CacheStats:
+        """Prompts that are kept for follow-up questions."""
+        ...
+
+    @property
+    def decoding(self) -> tuple[int, int, int]:
+        """Forward passes that made tokens, the tokens made, and the answers being made now."""
+        ...
+
+    def forget(self, scope: str | None = None) -> None:
+        """Drop what is kept for follow-up questions, of one scope or all."""
+        ...
 
     def start(self, request: Request) -> TokenStream:
         """An answer to be read; nothing is computed before its first token is asked for."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from llm_bridge.engines.engine import Request
-from llm_bridge.kv_cache import Piece, PrefixCache, joined, kv_from_layers
+from llm_bridge.kv_cache import CacheStats, Piece, PrefixCache, joined, kv_from_layers
 from llm_bridge.llm import LanguageModel
 from llm_bridge.own_kv import OwnKV
 from llm_bridge.prompt import PLACEHOLDER, Prompt
@@ -44,6 +44,22 @@ class LocalEngine:
         self, llm: LanguageModel, worker: ComputeWorker | None = None, prefixes: PrefixCache | None = None
     ) -> None:
         self._llm, self._worker, self._prefixes = llm, worker, prefixes
+
+    @property
+    def kept(self) -> CacheStats:
+        """Prompts that are kept for follow-up questions."""
+        return CacheStats(0, 0, 0, 0) if self._prefixes is None else self._prefixes.stats
+
+    @property
+    def decoding(self) -> tuple[int, int, int]:
+        """Forward passes that made tokens, the tokens made, and the answers being made now."""
+        worker = self._worker
+        return (0, 0, 0) if worker is None else (worker.steps, worker.made, worker.active)
+
+    def forget(self, scope: str | None = None) -> None:
+        """Drop what is kept for follow-up questions, of one scope or all."""
+        if self._prefixes is not None:
+            self._prefixes.clear(scope)
 
     def start(self, request: Request) -> LocalAnswer:
         """An answer to be read."""
@@ -81,7 +97,7 @@ def piece_ends(prompt: Prompt) -> list[int]:
     return ends
 
 
-def _biased(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
+def biased(logits: Tensor, bias: Mapping[int, float]) -> Tensor:
     """Logits (V,) with what is added to those of some ids."""
     with torch.inference_mode():
         ids = torch.tensor(list(bias), device=logits.device)
@@ -129,7 +145,7 @@ class LocalAnswer:
         try:
             kv, logits = self.prefill(ends)
             if logits is not None and self._request.first_bias:
-                logits = _biased(logits, self._request.first_bias)
+                logits = biased(logits, self._request.first_bias)
             self.prefill_s = time.perf_counter() - start
             tokens = self._decode(kv, logits)
             del kv, logits  # else the KV would stay beside its copy in the batch

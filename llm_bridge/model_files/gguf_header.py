@@ -9,8 +9,10 @@ import math
 import mmap
 import struct
 from pathlib import Path
+from typing import Any
 
 SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # value type -> bytes
+CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 MOST_ENTRIES, MOST_TENSORS, LONGEST_LIST = 2**14, 2**18, 2**23
 ALIGNMENT = 32
@@ -18,10 +20,20 @@ ALIGNMENT = 32
 
 def check_gguf(path: Path) -> int:
     """Bytes of all tensors; raises OSError, or ValueError with a reason in a few words."""
+    return _walked(path)[0]
+
+
+def gguf_values(path: Path) -> dict[str, Any]:
+    """Its entries but lists, by name; raises as `check_gguf` does."""
+    return _walked(path)[1]
+
+
+def _walked(path: Path) -> tuple[int, dict[str, Any]]:
     with open(path, "rb") as file:
         try:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Walk(data).run()
+                walk = _Walk(data)
+                return walk.run(), walk.values
         except (struct.error, IndexError):
             raise ValueError("its table ends in the middle") from None
         except ValueError as error:
@@ -31,6 +43,7 @@ def check_gguf(path: Path) -> int:
 class _Walk:
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at = data, 0
+        self.values: dict[str, Any] = {}
 
     def number(self, code: str) -> int:
         value = struct.unpack_from(f"<{code}", self.data, self.at)[0]
@@ -45,10 +58,16 @@ class _Walk:
     def text(self) -> None:
         self.skip(self.number("Q"))
 
-    def value(self, kind: int) -> None:
+    def read_text(self) -> str:
+        length = self.number("Q")
+        self.skip(length)
+        return self.data[self.at - length : self.at].decode(errors="replace")
+
+    def value(self, kind: int) -> Any:
+        """Skips a value and returns it; None for a list."""
         if kind == STRING:
-            self.text()
-        elif kind == ARRAY:
+            return self.read_text()
+        if kind == ARRAY:
             item, count = self.number("I"), self.number("Q")
             if count > LONGEST_LIST:
                 raise ValueError(f"its table has a list of {count} entries")
@@ -59,10 +78,11 @@ class _Walk:
                 self.skip(count * SCALARS[item])
             else:
                 raise ValueError("its table has a list of unknown kind")
-        elif kind in SCALARS:
-            self.skip(SCALARS[kind])
-        else:
+            return None
+        if kind not in SCALARS:
             raise ValueError("its table has an entry of unknown kind")
+        self.skip(SCALARS[kind])
+        return struct.unpack_from(f"<{CODES[kind]}", self.data, self.at - SCALARS[kind])[0]
 
     def run(self) -> int:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -76,8 +96,8 @@ class _Walk:
         if tensors > MOST_TENSORS or entries > MOST_ENTRIES:
             raise ValueError(f"its table lists {entries} entries and {tensors} tensors")
         for _ in range(entries):
-            self.text()
-            self.value(self.number("I"))
+            name = self.read_text()
+            self.values[name] = self.value(self.number("I"))
         spans: list[tuple[int, int]] = []
         for _ in range(tensors):
             self.text()
