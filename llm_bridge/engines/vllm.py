@@ -358,7 +358,10 @@ def _chunk(address: str, data: str) -> _Chunk:
     try:
         event = json.loads(data)
         if "error" in event:
-            raise ModelError(_said(address, str(event["error"].get("message", event["error"]))))
+            message = str(event["error"].get("message", event["error"]))
+            if "EngineCore" in message:  # what computes has died, and the server ends after it
+                raise _Unreachable
+            raise ModelError(_said(address, message))
         usage = (event.get("usage") or {}).get("prompt_tokens_details") or {}
         choices = event.get("choices") or [{}]
         return _Chunk(

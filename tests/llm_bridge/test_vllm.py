@@ -79,8 +79,8 @@ def test_the_request_says_all_that_a_server_would_else_choose(
     expected = {
         "model": "tiny", "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "seed": 3,
         "max_tokens": 12, "min_tokens": 2, "stop_token_ids": sorted({5, *llm.eos_ids}),
-        "logit_bias": {"7": -3.0}, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-        "stream": True, "return_token_ids": True,
+        "logit_bias": {"7": -3.0}, "repetition_penalty": 1.0, "presence_penalty": 0.0,
+        "frequency_penalty": 0.0, "stream": True, "return_token_ids": True,
     }  # fmt: skip
     assert expected.items() <= first.items()
     assert first["cache_salt"] != second["cache_salt"]
