@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 # Without an NVIDIA GPU the CPU build of torch is enough, and gigabytes smaller.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 
-.PHONY: setup demo test test-slow check docs lowest llamacpp bench gpu real model mutants clean
+.PHONY: setup demo test test-slow check docs lowest llamacpp vllm bench gpu real model mutants clean
 
 setup: $(VENV)/.complete
 
@@ -93,6 +93,12 @@ bench: setup
 GPU_PY = $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 gpu:
 	@$(GPU_PY) -m tests.bench.gpu $(if $(DEVICE),--device $(DEVICE)) $(if $(ONLY),--only $(ONLY))
+
+# The engine of vLLM with a real server, in an environment of its own (3.4 GB).
+VLLM := build/vllm
+vllm: setup
+	@$(PY) -m tests.vllm_environment $(VLLM)
+	@FLUXCHAT_VLLM_PYTHON=$(VLLM)/bin/python $(PY) -m pytest tests/llm_bridge/engines/test_vllm.py tests/llm_bridge/engines/test_vllm_server.py
 
 real: setup
 	@$(PY) -m app.compare_budgets $(if $(MODEL),--model $(MODEL)) $(CLIPS)

@@ -1,0 +1,141 @@
+"""The vLLM engine with a real server: `make vllm`, or where FLUXCHAT_VLLM_PYTHON has vLLM."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from encoder.errors import ConfigError, ModelError
+from llm_bridge.engines import VllmEngine
+from llm_bridge.engines.vllm_server import VllmServer, default_python
+from llm_bridge.llm import LanguageModel, load_llm
+from tests import tiny_llms
+from tests.llm_bridge.engines.test_vllm import asked, local
+
+PYTHON = os.environ.get("FLUXCHAT_VLLM_PYTHON")
+real = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not PYTHON, reason="no vLLM here: make vllm"),
+]
+OPTIONS = ["--enforce-eager", "--max-model-len", "1024"]
+pytestmark = pytest.mark.xdist_group("vllm")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    # vLLM's attention on CPUs knows heads of 32 and more.
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    return tiny_llms.make(tmp_path_factory.mktemp("tiny"), "qwen2", **sizes)
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> LanguageModel:
+    return load_llm(folder, device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[VllmServer]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        with VllmServer(folder, python=default_python(), dtype="float32", options=OPTIONS) as started:
+            yield started
+
+
+@pytest.fixture
+def engine(llm: LanguageModel, server: VllmServer) -> Iterator[VllmEngine]:
+    made = VllmEngine(llm, [server.address])
+    yield made
+    made.close()
+
+
+class TestReal:
+    pytestmark = real
+
+    def test_sixteen_at_once_answer_as_the_local_engine(self, llm: LanguageModel, engine: VllmEngine) -> None:
+        requests = [asked(llm, clip, max_new_tokens=24) for clip in range(16)]
+        requests += [replace(request, first_bias={local(llm, request)[0][0]: -100.0}) for request in requests]
+        with ThreadPoolExecutor(16) as pool:
+            answers = list(pool.map(lambda request: list(engine.start(request)), requests))
+        assert answers == [local(llm, request)[0] for request in requests]
+
+    def test_another_question_does_not_prefill_the_video_again(
+        self, llm: LanguageModel, engine: VllmEngine
+    ) -> None:
+        def question(words: str, scope: str = "") -> int:
+            embedding = torch.randn(300, llm.hidden_size, generator=torch.Generator().manual_seed(77))
+            request = asked(llm, question=words)
+            before, after = request.prompt.spans[0][0], sum(request.prompt.spans[0])
+            ids = (*request.prompt.ids[:before], *[-1] * 300, *request.prompt.ids[after:])
+            visual = replace(request.prompt.visuals[0], tokens=300, key=f"long {scope}")
+            prompt = replace(request.prompt, ids=ids, visuals=(visual,), spans=((before, 300),))
+            tokens = engine.start(replace(request, prompt=prompt, visuals=[embedding], scope=scope))
+            list(tokens)
+            return tokens.cached_tokens
+
+        assert question("What is it?") == 0
+        assert question("And where?") >= 256
+        assert question("And where?", scope="another") == 0
+
+    def test_a_stop_frees_the_server(self, llm: LanguageModel, engine: VllmEngine) -> None:
+        request = asked(llm, max_new_tokens=900, min_tokens=900)
+        tokens = iter(engine.start(request))
+        next(tokens)
+        request.stop.set()
+        list(tokens)
+        running = 1.0
+        for _ in range(300):
+            lines = httpx.get(f"{engine.addresses[0]}/metrics").text.splitlines()
+            running = sum(float(line.split()[-1]) for line in lines if "num_requests_running{" in line)
+            if running == 0:
+                break
+            threading.Event().wait(0.1)
+        assert running == 0
+
+    def test_a_question_that_is_too_long_is_one_sentence(
+        self, llm: LanguageModel, engine: VllmEngine
+    ) -> None:
+        with pytest.raises(ModelError, match=r"The vLLM server at \S+ says: [^\n]*1024"):
+            list(engine.start(asked(llm, max_new_tokens=5000)))
+
+    def test_an_answer_outlives_its_server(
+        self, folder: Path, llm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+        settings = {"python": default_python(), "dtype": "float32", "options": OPTIONS}
+        first = VllmServer(folder, **settings)  # type: ignore[arg-type]
+        engine = VllmEngine(llm, [first.address], patience_s=300.0)
+        request = asked(llm, max_new_tokens=200, min_tokens=200)
+        tokens = iter(engine.start(request))
+        answer = [next(tokens) for _ in range(3)]
+        os.killpg(first.process.pid, signal.SIGKILL)
+        rest = threading.Thread(target=lambda: answer.extend(tokens))
+        rest.start()
+        port = int(first.address.rsplit(":", 1)[1])
+        first.close()
+        with VllmServer(folder, port=port, **settings):  # type: ignore[arg-type]
+            rest.join()
+        assert answer == local(llm, request)[0]
+        engine.close()
+
+    def test_a_folder_without_a_model_is_one_sentence(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match="did not start") as raised:
+            VllmServer(tmp_path, python=default_python())
+        assert "\n" not in str(raised.value)
+
+
+def test_without_vllm_it_is_one_sentence(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="has no vLLM: install it"):
+        VllmServer(folder, python=sys.executable)
+    with pytest.raises(ConfigError, match="Cannot run"):
+        VllmServer(folder, python="/nowhere/python")
