@@ -40,7 +40,6 @@ from encoder.video.part import Part
 from encoder.video.reader import DEFAULT_LIMITS, Limits, VideoInfo
 from llm_bridge.chat_model import ChatModel, load_chat_model
 from llm_bridge.compute_worker import ComputeWorker
-from llm_bridge.engines import EngineName
 from llm_bridge.generation import Generation, GenerationStats
 from llm_bridge.kv_cache import CacheStats
 from llm_bridge.llm import OnDownload, Quantize
@@ -77,8 +76,8 @@ class VideoChat(NotCopyable):
     "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"), or a loaded model.
     llm, encoder: replace the parts it names (hub id, folder or GGUF; official .pth or a saved folder).
     adapters: LoRA folders. device, dtype, device_map, quantize: as in `load_llm`; the best device by default.
-    engine: what runs the language model, "local" or "llamacpp" (GGUF files); default: llama.cpp for a GGUF
-    file where it is installed (see `load_llm`).
+    engine: what runs the language model: "local", "llamacpp" (GGUF files), "vllm" (starts a server), or the
+    addresses of vLLM servers; default: llama.cpp for a GGUF file where it is installed (see `load_llm`).
     cache_mib: bound on the caches for follow-up questions: half of it KV prefixes, a quarter each decoded
     frames and embeddings.
     trusted: False reads videos as strangers' uploads (sandboxed, allowed codecs only). limits: on reading.
@@ -103,7 +102,7 @@ class VideoChat(NotCopyable):
         dtype: str | torch.dtype | None = None,
         device_map: str | dict[str, Any] | None = None,
         quantize: Quantize | None = None,
-        engine: EngineName | None = None,
+        engine: str | None = None,
         cache_mib: int = 1024,
         trusted: bool = True,
         limits: Limits = DEFAULT_LIMITS,

@@ -373,9 +373,10 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--engine",
-        choices=["local", "llamacpp"],
-        help="what runs the language model; default: llama.cpp for a GGUF file where it is installed (extra: "
-        "gguf), else transformers",
+        metavar="ENGINE",
+        help="what runs the language model: local (transformers), llamacpp (GGUF files; extra: gguf), vllm "
+        "(starts a server), or the addresses of running vLLM servers, as http://a:8000,http://b:8000; "
+        "default: llama.cpp for a GGUF file where it is installed, else local",
     )
 
 

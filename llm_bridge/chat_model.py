@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 
 from encoder.errors import ConfigError
-from llm_bridge.engines.engine import EngineName
 from llm_bridge.llm import LanguageModel, OnDownload, Quantize
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.model_files.hub import is_hub_id
@@ -51,7 +50,7 @@ def load_chat_model(
     device_map: str | dict[str, Any] | None = None,
     quantize: Quantize | None = None,
     adapters: Sequence[str | Path] = (),
-    engine: EngineName | None = "local",
+    engine: str | None = "local",
     on_download: OnDownload | None = None,
 ) -> ChatModel:
     """A saved FluxChat model, or a stock video model (folder or hub id); which one, its config.json says.
@@ -72,9 +71,9 @@ def load_chat_model(
             raise ConfigError(
                 f"{name} has an encoder and a language model of its own: leave out llm and encoder."
             )
-        if engine == "llamacpp":
+        if engine not in (None, "local"):
             raise ConfigError(
-                f"The engine llamacpp runs GGUF files, and {name} has a language model of its own: leave "
+                f"The engine {engine} runs language models alone, and {name} has one of its own: leave "
                 "engine out."
             )
         return load_stock(os.fspath(name), stage=stage or "after", **options)

@@ -44,7 +44,7 @@ from llm_bridge.thinking import ThinkingMarks
 
 if TYPE_CHECKING:
     from llm_bridge.compute_worker import ComputeWorker
-    from llm_bridge.engines.engine import Engine, EngineName
+    from llm_bridge.engines.engine import Engine
 
 Quantize = Literal["8bit", "4bit", "int8", "int4"]  # the latter two on CPUs
 OnDownload = Callable[[str, int], object]
@@ -307,13 +307,14 @@ def load_llm(
     adapters: Sequence[str | Path] = (),
     revision: str | None = None,
     on_download: OnDownload | None = None,
-    engine: EngineName | None = "local",
+    engine: str | None = "local",
 ) -> LanguageModel:
     """Load a causal language model for use with frozen weights.
 
     name: hub id, folder, GGUF file, or folder holding one GGUF file. engine: "local" is transformers, which
     dequantises a GGUF file on loading; "llamacpp" runs one as it is; None takes llama.cpp for a GGUF file
-    where it is installed and no other option stands against it. device_map: as in transformers ("auto"
+    where it is installed and no other option stands against it; "vllm" starts a vLLM server, and
+    "http://host:8000" uses a running one (several: with commas). device_map: as in transformers ("auto"
     spreads over GPUs). quantize: "int8" or "int4" on CPUs, through torch's own kernels; "8bit" or "4bit" on
     GPUs, through bitsandbytes. adapters: LoRA folders (peft), merged in order unless bitsandbytes quantises
     the base. on_download: told a hub model's name and bytes before they come. Code that a model brings is
@@ -322,7 +323,16 @@ def load_llm(
     from transformers import AutoModelForCausalLM
 
     options = {"quantize": quantize, "adapters": adapters, "device_map": device_map}
-    if chosen_engine(name, engine, **options) == "llamacpp":
+    from llm_bridge.engines.support import chosen_engine
+
+    chosen = chosen_engine(name, engine, **options)
+    if chosen == "vllm":
+        from llm_bridge.engines.served_model import load_served
+
+        return load_served(
+            name, str(engine), dtype=dtype, adapters=adapters, revision=revision, on_download=on_download
+        )
+    if chosen == "llamacpp":
         from llm_bridge.engines.gguf_model import load_gguf
 
         folder, file = locate(str(name))
@@ -348,21 +358,6 @@ def load_llm(
         loaded = LanguageModel(model, tokenizer, str(name), quantize, tuple(map(str, adapters)))
         loaded.check()
     return loaded
-
-
-def chosen_engine(name: str | Path, engine: EngineName | None, **options: Any) -> EngineName:
-    """The engine that a language model gets with these options of `load_llm`.
-
-    Raises ConfigError for what "llamacpp" cannot carry, before anything is loaded.
-    """
-    from llm_bridge.engines.support import check_llamacpp, takes_llamacpp
-
-    if engine == "llamacpp":
-        check_llamacpp(name, **options)
-        return engine
-    if engine is None and takes_llamacpp(name, **options):
-        return "llamacpp"
-    return "local"
 
 
 def load_pretrained(

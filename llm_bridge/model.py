@@ -22,13 +22,12 @@ from encoder.fluxvit import FluxViT
 from encoder.json_files import read_object
 from encoder.tokens import Grid, VisionTokens
 from llm_bridge.attention import packs
-from llm_bridge.engines.engine import EngineName
+from llm_bridge.engines.support import chosen_engine
 from llm_bridge.familiarity import FAMILIARITY, Familiarity
 from llm_bridge.llm import (
     LanguageModel,
     OnDownload,
     Quantize,
-    chosen_engine,
     default_device,
     default_dtype,
     load_llm,
@@ -315,7 +314,7 @@ class VideoLanguageModel(nn.Module):
         quantize: Quantize | None = None,
         adapters: Sequence[str | Path] = (),
         tuned: bool = True,
-        engine: EngineName | None = "local",
+        engine: str | None = "local",
         on_download: OnDownload | None = None,
     ) -> VideoLanguageModel:
         """Read what `save_pretrained` wrote and load the language model it names (or `llm`, or `encoder`).

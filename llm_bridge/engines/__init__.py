@@ -2,6 +2,5 @@
 
 from llm_bridge.engines.engine import Engine, EngineName, Request, TokenStream
 from llm_bridge.engines.local import LocalEngine
-from llm_bridge.engines.vllm import VllmEngine
 
-__all__ = ["Engine", "EngineName", "LocalEngine", "Request", "TokenStream", "VllmEngine"]
+__all__ = ["Engine", "EngineName", "LocalEngine", "Request", "TokenStream"]

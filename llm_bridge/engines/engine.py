@@ -23,7 +23,7 @@ from llm_bridge.prompt import Prompt
 from llm_bridge.sampling import FinishReason, SamplingParams
 from llm_bridge.thinking import AnswerLength
 
-EngineName = Literal["local", "llamacpp"]
+EngineName = Literal["local", "llamacpp", "vllm"]
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,67 @@
-"""Which engine runs which language model with which options, and a sentence where none does."""
+"""Which engine runs which language model with which options, and a sentence where none does.
+
+An engine is asked for by its name, or by the addresses of vLLM servers, with commas between.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from encoder.errors import ConfigError
+from llm_bridge.engines.engine import EngineName
 from llm_bridge.engines.llama_context import check_installed, installed
+from llm_bridge.engines.vllm_server import check_vllm_installed, default_python
 
 ADVICE = {
     "adapters": "merge them into the file: fluxchat export --adapters DIR",
     "quantize": "the file has its own types, and fluxchat export --type Q4_1 writes others",
     "device_map": "leave it out",
 }
+
+
+VLLM_ADVICE = {
+    "quantize": "start a server with vLLM's own --quantization, and give its address as engine",
+    "device_map": "start a server with --tensor-parallel-size, and give its address as engine",
+}
+
+
+def chosen_engine(name: str | Path, engine: str | None, **options: Any) -> EngineName:
+    """The engine that a language model gets with these options of `load_llm`.
+
+    Raises ConfigError for what an engine cannot carry, before anything is loaded.
+    """
+    if engine is None:
+        return "llamacpp" if takes_llamacpp(name, **options) else "local"
+    if engine == "vllm" or is_address(engine):
+        check_vllm(name, engine, **options)
+        return "vllm"
+    if engine == "llamacpp":
+        check_llamacpp(name, **options)
+        return "llamacpp"
+    if engine != "local":
+        known = ", ".join(get_args(EngineName))
+        raise ConfigError(f"There is no engine {engine[:60]!r}: take {known}, or http://host:8000.")
+    return "local"
+
+
+def is_address(engine: str) -> bool:
+    """Whether it says where servers are, and not an engine's name."""
+    return "://" in engine
+
+
+def check_vllm(name: str | Path, engine: str, **options: Any) -> None:
+    """Raises ConfigError for what vLLM cannot carry. options: as of `load_llm`."""
+    if is_gguf(name):
+        raise ConfigError(
+            f"The engine vllm runs model folders and hub ids, and {name} is a GGUF file: give the model that "
+            "it was made of."
+        )
+    for option, advice in VLLM_ADVICE.items():
+        if options.get(option):
+            raise ConfigError(f"The engine vllm takes no {option}: {advice}.")
+    if not is_address(engine):
+        check_vllm_installed(default_python())
 
 
 def check_llamacpp(name: str | Path, **options: Any) -> None:

@@ -29,6 +29,8 @@ from torch import Tensor
 from encoder.errors import ConfigError, ModelError
 from llm_bridge.engines.engine import Request
 from llm_bridge.engines.local import LocalAnswer, piece_ends
+from llm_bridge.engines.vllm_server import VllmServer
+from llm_bridge.kv_cache import CacheStats
 from llm_bridge.llm import LanguageModel
 from llm_bridge.sampling import FinishReason, SamplingParams
 from llm_bridge.thinking import AnswerLength
@@ -60,6 +62,7 @@ class VllmEngine:
 
     llm: its embedding table and its end tokens are used, its layers are not. addresses: as
     "http://host:8000". key: the servers' --api-key. patience_s: how long an answer waits for a server.
+    server: ends with this engine.
     Raises ConfigError for a language model or an address that cannot be served so: one sentence.
     """
 
@@ -72,14 +75,18 @@ class VllmEngine:
         *,
         key: str | None = None,
         patience_s: float = PATIENCE_S,
+        server: VllmServer | None = None,
     ) -> None:
         if not addresses:
             raise ConfigError("The vLLM engine needs the address of a server, as http://127.0.0.1:8000.")
-        self.llm, self.patience_s = llm, patience_s
-        self.addresses = [_checked_address(address) for address in addresses]
+        self.llm, self.patience_s, self._server = llm, patience_s, server
+        self.addresses = [checked_address(address) for address in addresses]
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._down: dict[str, float] = {}
         self._models: dict[str, str] = {}
+        self._forgotten: dict[str | None, int] = {}
+        self._lock = threading.Lock()
+        self._hits = self._misses = self._made = self._running = 0
         self._closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm-engine", daemon=True)
@@ -99,6 +106,51 @@ class VllmEngine:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+        if self._server is not None:
+            self._server.close()
+
+    @property
+    def kept(self) -> CacheStats:
+        """How often a server had the beginning of a prompt already; what it keeps, only it knows."""
+        return CacheStats(self._hits, self._misses, 0, 0)
+
+    @property
+    def decoding(self) -> tuple[int, int, int]:
+        """Tokens that came, twice, since passes are the servers' own, and the answers being made now."""
+        return self._made, self._made, self._running
+
+    def forget(self, scope: str | None = None) -> None:
+        """What servers keep of a scope, or at all, serves no later question."""
+        with self._lock:
+            self._forgotten[scope] = self._forgotten.get(scope, 0) + 1
+
+    def salt(self, scope: str) -> str | None:
+        """What a server's prefix cache is told apart by; None: shared by all who have no scope."""
+        with self._lock:
+            times = self._forgotten.get(scope, 0), self._forgotten.get(None, 0)
+        if not scope and times == (0, 0):
+            return None
+        return blake2b(repr((scope, times)).encode(), digest_size=16).hexdigest()
+
+    def count(self, running: int = 0, made: int = 0, hit: bool | None = None) -> None:
+        """Note an answer that begins (1) or ends (-1), tokens that came, and whether a prefix was kept."""
+        with self._lock:
+            self._running, self._made = self._running + running, self._made + made
+            if hit is not None:
+                self._hits, self._misses = self._hits + hit, self._misses + (not hit)
+
+    def prefill_once(self, tokens: int) -> None:
+        """Have a prompt of so many positions computed that no server has kept; raises ModelError."""
+        rows = torch.randn(tokens, self.llm.hidden_size, dtype=self.llm.dtype)
+        body = {"prompt_embeds": _encoded(rows), "max_tokens": 1, **_sampling(SamplingParams(), 0)}
+        body |= {"stream": True, "return_token_ids": True}
+        chunks: queue.SimpleQueue[_Chunk | BaseException | None] = queue.SimpleQueue()
+        self.submit(body, self.addresses[:1], chunks)
+        while (chunk := chunks.get()) is not None:
+            if isinstance(chunk, _Unreachable):
+                raise ModelError(f"The vLLM server at {self.addresses[0]} broke off: see its log.")
+            if isinstance(chunk, BaseException):
+                raise chunk
 
     def submit(self, body: dict[str, Any], ranked: Sequence[str], into: queue.SimpleQueue[Any]) -> Any:
         """Send a request to the first of `ranked` that answers; its chunks, then an error or None, are put.
@@ -221,6 +273,13 @@ class VllmAnswer:
         self.finish: FinishReason = "cancelled"
 
     def __iter__(self) -> Iterator[int]:
+        self._engine.count(running=1)
+        try:
+            yield from self._made()
+        finally:
+            self._engine.count(running=-1)
+
+    def _made(self) -> Iterator[int]:
         begun = time.perf_counter()
         forced, breaks = self._length.forced(), 0
         while not (self._ended or self._request.stop.is_set()):
@@ -231,6 +290,7 @@ class VllmAnswer:
                     self._ended, self.finish = True, "stop"
                     continue
                 self._tokens.append(token)
+                self._engine.count(made=1)
                 self._length.count(token)
                 yield token
                 if self._length.full:
@@ -261,6 +321,7 @@ class VllmAnswer:
                     raise chunk
                 if first and chunk.cached_tokens is not None:
                     self.cached_tokens = chunk.cached_tokens
+                    self._engine.count(hit=chunk.cached_tokens > 0)
                 for token in chunk.tokens:
                     if not self._ended:
                         yield token
@@ -293,8 +354,8 @@ class VllmAnswer:
             "stream_options": {"include_usage": True},
             "return_token_ids": True,
         }
-        if self._request.scope:  # its prefix cache serves no other scope
-            body["cache_salt"] = blake2b(self._request.scope.encode(), digest_size=16).hexdigest()
+        if (salt := self._engine.salt(self._request.scope)) is not None:
+            body["cache_salt"] = salt
         return body
 
     @cached_property
@@ -397,7 +458,7 @@ def _said(address: str, message: str) -> str:
     return f"The vLLM server at {address} says: {' '.join(message.split())[:300]}"
 
 
-def _checked_address(address: str) -> str:
+def checked_address(address: str) -> str:
     try:
         url = httpx.URL(address)
         known = url.scheme in ("http", "https") and bool(url.host) and not url.query

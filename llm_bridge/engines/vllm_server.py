@@ -6,6 +6,7 @@ with VllmServer("Qwen/Qwen2.5-7B-Instruct") as server:
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from encoder.errors import ConfigError, ModelError
@@ -42,7 +43,7 @@ class VllmServer:
         dtype: str = "auto",
         options: Sequence[str] = (),
     ) -> None:
-        _check_installed(python)
+        check_vllm_installed(python)
         port = port or _free_port()
         self.address = f"http://127.0.0.1:{port}"
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the server runs
@@ -56,6 +57,8 @@ class VllmServer:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # with the processes that it starts, it is ended as one
         )
+        self._at_close: list[Callable[[], object]] = []
+        atexit.register(self.close)
         try:
             self._wait(str(model))
         except BaseException:
@@ -70,8 +73,15 @@ class VllmServer:
     ) -> None:
         self.close()
 
+    def at_close(self, act: Callable[[], object]) -> None:
+        """What is done once the server has ended."""
+        self._at_close.append(act)
+
     def close(self) -> None:
         """End the server and the processes that it started; a second time does nothing."""
+        if self._log.closed:
+            return
+        atexit.unregister(self.close)
         for sign in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(self.process.pid, sign)
@@ -83,6 +93,8 @@ class VllmServer:
                 continue
         self.process.wait()
         self._log.close()
+        while self._at_close:
+            self._at_close.pop()()
 
     def _wait(self, model: str) -> None:
         begun = told = time.monotonic()
@@ -111,7 +123,8 @@ class VllmServer:
         return (errors or lines or ["it said nothing"])[-1][-300:].rstrip(".")
 
 
-def _check_installed(python: str) -> None:
+def check_vllm_installed(python: str) -> None:
+    """Raises ConfigError where an interpreter has no vLLM: one sentence."""
     code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     try:
         tried = subprocess.run([python, "-c", code], stdin=subprocess.DEVNULL, capture_output=True)

@@ -128,9 +128,10 @@ def weight_options(folder: Path) -> dict[str, Any]:
     return {"local_files_only": True, "use_safetensors": any(folder.glob("*.safetensors"))}
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, *, whole: bool = True) -> None:
     """Raises ModelError, in one sentence, for a model folder that no library should read.
 
+    whole: False where not all of its weights are needed.
     Its files must be regular ones that lie in it (or where the hub's cache keeps them); its settings within
     bounds, without names of code to load.
     """
@@ -150,7 +151,7 @@ def check_folder(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         with _refusing(folder, index.name):
-            _check_shards(index)
+            _check_shards(index, whole)
 
 
 @contextlib.contextmanager
@@ -178,14 +179,14 @@ def _check_size(file: Path, limit: int) -> None:
         raise ValueError(f"it is larger than {limit / MIB:g} MiB")
 
 
-def _check_shards(index: Path) -> None:
+def _check_shards(index: Path, whole: bool) -> None:
     shards = parse_object(read_bytes(index, VOCABULARY_LIMIT)).get("weight_map")
     if not isinstance(shards, dict):
         raise ValueError("it has no weight_map")
     for shard in set(map(str, shards.values())):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ValueError(f"it names {shard[:80]!r}, which is no safetensors file of the folder")
-        if not (index.parent / shard).is_file():
+        if whole and not (index.parent / shard).is_file():
             raise ValueError(f"it names {shard[:80]}, which is missing")
 
 

@@ -1,5 +1,6 @@
 """Models written as GGUF, and which engine runs which file; without llama.cpp."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from llm_bridge.model_files.gguf_export import write_gguf
 from llm_bridge.model_files.gguf_header import gguf_values
 from llm_bridge.prompt import Message, render
 from llm_bridge.sampling import SamplingParams
+from tests.llm_bridge.engines.vllm_protocol import serving
 from tests.llm_bridge.test_adapters import save_adapter
 from tests.tiny_llms import make
 from tests.tiny_video_models import make as make_video_model
@@ -136,14 +138,14 @@ def test_the_table_names_every_engine_and_tower() -> None:
     assert {engine for *_, engine, _ in CELLS} == set(get_args(EngineName))
     towers = {tower.split(" (")[0] for tower, *_ in CELLS}
     assert towers == {"FluxViT and projector", *STOCK}
-    assert len(CELLS) == 18
+    assert len(CELLS) == 27
 
 
 @pytest.mark.parametrize(("tower", "language", "engine", "said"), CELLS)
 def test_each_cell_of_the_table_is_so(
     tower: str,
     language: str,
-    engine: EngineName,
+    engine: str,
     said: str,
     tiny_llm: Callable[[str], LanguageModel],
     llm_folder: Callable[[str], Path],
@@ -168,12 +170,15 @@ def test_each_cell_of_the_table_is_so(
     if said.startswith("yes"):
         if engine == "llamacpp":
             pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: make llamacpp")
-        opened = load_chat_model(folder, engine=engine, device="cpu", **options)
-        prompt = render(opened.llm.tokenizer, [Message.of("user", "What?")], axes=opened.llm.axes)
-        sampling = SamplingParams(max_new_tokens=3, min_tokens=3)
-        generation = Generation(opened.llm, prompt, [], sampling)
-        list(generation)
-        assert generation.stats.completion_tokens == 3
+        with contextlib.ExitStack() as stack:
+            at = engine
+            if engine == "vllm":
+                at, _ = stack.enter_context(serving(tiny_llm("qwen2")))
+            opened = load_chat_model(folder, engine=at, device="cpu", **options)
+            prompt = render(opened.llm.tokenizer, [Message.of("user", "What?")], axes=opened.llm.axes)
+            generation = Generation(opened.llm, prompt, [], SamplingParams(max_new_tokens=3, min_tokens=3))
+            list(generation)
+            assert generation.stats.completion_tokens == 3
         return
     assert said.startswith("refused")
     for name in ("model.read_tensors", "model.load_llm", "llm.load_pretrained", "chat_model.load_stock"):
@@ -181,7 +186,7 @@ def test_each_cell_of_the_table_is_so(
     with pytest.raises(ConfigError) as raised:
         load_chat_model(folder, engine=engine, device="cpu", **options)
     text = str(raised.value)
-    assert text.startswith("The engine llamacpp")
+    assert text.startswith(f"The engine {engine}")
     assert text.endswith(".")
     assert "\n" not in text
 

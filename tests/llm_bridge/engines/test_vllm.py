@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from encoder.errors import ConfigError, ModelError
-from llm_bridge.engines import LocalEngine, Request, VllmEngine
+from llm_bridge.engines import LocalEngine, Request
+from llm_bridge.engines.vllm import VllmEngine
 from llm_bridge.llm import LanguageModel
 from llm_bridge.prompt import Message, Visual, render
 from llm_bridge.sampling import SamplingParams

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from encoder.errors import ConfigError, ModelError
-from llm_bridge.engines import VllmEngine
+from llm_bridge.engines.vllm import VllmEngine
 from llm_bridge.engines.vllm_server import VllmServer, default_python
 from llm_bridge.llm import LanguageModel, load_llm
 from tests import tiny_llms

@@ -96,10 +96,10 @@ def _greedy(llm: LanguageModel, body: dict[str, Any]) -> Iterator[tuple[int, str
     for count in range(1, body["max_tokens"] + 1):
         out = llm.model(**inputs, use_cache=True)
         scores = out.logits[0, -1]
-        for token, bias in (body["logit_bias"] or {}).items():
+        for token, bias in (body.get("logit_bias") or {}).items():
             scores[int(token)] += bias
         token = int(scores.argmax())
-        ended = token in body["stop_token_ids"]
+        ended = token in body.get("stop_token_ids", [])
         yield token, "stop" if ended else "length" if count == body["max_tokens"] else None
         if ended:
             return
