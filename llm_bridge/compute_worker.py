@@ -35,6 +35,7 @@ from llm_bridge.sampling import FinishReason, Sampler, SamplingParams
 
 if TYPE_CHECKING:
     from llm_bridge.batched_kv_cache import BatchedKVCache
+    from llm_bridge.static_kv_cache import StaticBatch, StaticDecoder
 
 T = TypeVar("T")
 THREAD_NAME = "fluxchat-compute"
@@ -123,18 +124,29 @@ class ComputeWorker:
     """The computing thread of one language model, for any number of asking threads.
 
     max_batch: answers decoded in one pass, 1 is one at a time. A model that does not batch (see
-    `LanguageModel.batches`: state spaces above all) decodes its answers in turn, a token each.
+    `LanguageModel.batches`: state spaces above all) decodes its answers in turn, a token each. static: decode
+    in buffers of fixed shape, replayed as CUDA graphs (see static_kv_cache.py); None: where the model allows
+    it and lies on a CUDA device.
     """
 
-    def __init__(self, llm: LanguageModel, max_batch: int = 8) -> None:
+    def __init__(self, llm: LanguageModel, max_batch: int = 8, *, static: bool | None = None) -> None:
         self.llm, self.max_batch, self.eos = llm, max_batch, llm.eos_ids
         self.steps = self.made = 0  # forward passes and the tokens that they made
         # Read and written in the computing thread only.
         self._sequences: list[SequenceState] = []  # by arrival
-        self._batch_kv: BatchedKVCache | None = None
+        self._batch_kv: BatchedKVCache | StaticBatch | None = None
+        self._static = self._static_decoder(llm, static)
         self._batched: list[SequenceState] = []  # the rows of _batch_kv
         self._batches = llm.batches
         self._thread, self._process = ThreadPoolExecutor(1, THREAD_NAME), os.getpid()
+
+    @staticmethod
+    def _static_decoder(llm: LanguageModel, wanted: bool | None) -> StaticDecoder | None:
+        if wanted is False or (wanted is None and llm.device.type != "cuda"):
+            return None
+        from llm_bridge.static_kv_cache import StaticDecoder, is_static
+
+        return StaticDecoder(llm) if is_static(llm) else None
 
     @property
     def sequences(self) -> tuple[SequenceState, ...]:
@@ -248,13 +260,14 @@ class ComputeWorker:
         self._remove_ended()
 
     def _step_together(self, batch: list[SequenceState]) -> None:
-        """The next token of those that can share a pass; none when there is only one."""
+        """The next token of those that can share a pass; none when there is only one, unless its step is
+        recorded."""
         together = [
             sequence
             for sequence in batch
             if self._batches and not sequence.alone and (sequence.kv is None or rewindable(sequence.kv))
         ]
-        self._rebatch(together if len(together) > 1 else [])
+        self._rebatch(together if len(together) > (self._static is None) else [])
         if self._batch_kv is None:
             return
         tokens = [sequence.tokens[-1] for sequence in self._batched]
@@ -287,18 +300,23 @@ class ComputeWorker:
             for row, sequence in enumerate(old_batch):
                 if sequence in self._sequences and sequence not in batch:
                     sequence.kv = kv_from_layers(self.llm.model.config, old_kv.copies(row))
+        # The same static buffers may serve the new batch.
+        held = None if old_kv is None else old_kv.views if self._static is None else old_kv.copies
         layers = [
-            layers_of(sequence.kv) if sequence.kv is not None else old_kv.views(old_batch.index(sequence))  # type: ignore[union-attr]
+            layers_of(sequence.kv) if sequence.kv is not None else held(old_batch.index(sequence))  # type: ignore[misc]
             for sequence in batch
         ]
-        self._batch_kv, self._batched = (BatchedKVCache(layers), batch) if batch else (None, [])
+        self._batch_kv, self._batched = None, []
+        if batch:
+            self._batch_kv = BatchedKVCache(layers) if self._static is None else self._static.begin(layers)
+            self._batched = batch
         for sequence in batch:
             sequence.kv = None
 
     def _separate(self, batch: list[SequenceState]) -> None:
         """Give these sequences, and all in the batched KV cache, a cache of their own as before the step."""
         old_kv, old_batch = self._batch_kv, self._batched
-        self._batch_kv, self._batched = None, []
+        self._batch_kv, self._batched, self._static = None, [], None
         for sequence in batch:
             sequence.alone = True
         for row, sequence in enumerate(old_batch):
