@@ -43,14 +43,30 @@ class Timings:
 class KeptTokens:
     """Which patches of which frames entered the encoder.
 
-    times_s: per frame of the grid, empty for an image. grid: frames x rows x columns. indices: kept patches,
-    ascending in raster order (frame, row, column).
+    times_s: per frame of the grid, empty for an image; of the whole video, as duration_s. grid: frames x rows
+    x columns. indices: kept patches, ascending in raster order (frame, row, column). region: what of the
+    whole, upright picture the grid covers: left, top, right, bottom as fractions.
     """
 
     times_s: tuple[float, ...]
     duration_s: float
     grid: Grid
     indices: tuple[int, ...]
+    region: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+
+    @property
+    def boxes(self) -> list[tuple[int, float, float, float, float]]:
+        """(frame, left, top, right, bottom) of each kept patch, as fractions of the whole picture."""
+        left, top, right, bottom = self.region
+        _, rows, columns = self.grid
+        across, down = (right - left) / columns, (bottom - top) / rows
+        boxes = []
+        for index in self.indices:
+            frame, place = divmod(index, rows * columns)
+            row, column = divmod(place, columns)
+            x, y = left + column * across, top + row * down
+            boxes.append((frame, x, y, x + across, y + down))
+        return boxes
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,30 @@ import torch
 from app.answer import Answer
 from app.conversation import Conversation
 from app.estimate import Calibration, Estimate, PriceEstimator
-from app.messages import Media, Videos, as_media, check_messages, check_selector, question_messages
+from app.messages import (
+    Media,
+    Videos,
+    as_media,
+    check_messages,
+    check_selector,
+    part_of,
+    question_messages,
+    with_part,
+)
 from app.note import Note, note_for, without_notes
 from app.streaming import AnswerStream, NotCopyable, StopSignal, all_familiar
 from app.vision import EncodedVideo, OpenedVideo, Preview, Vision
-from encoder.budget import Budget, Plan
+from encoder.budget import Budget, Plan, PlanTable
 from encoder.errors import ConfigError, ContextError, ModelError
 from encoder.selection import Selector
+from encoder.video.part import Part
 from encoder.video.reader import DEFAULT_LIMITS, Limits, VideoInfo
 from llm_bridge.chat_model import ChatModel, load_chat_model
 from llm_bridge.compute_worker import ComputeWorker
-from llm_bridge.generation import Generation
+from llm_bridge.engines import Engine, LocalEngine
+from llm_bridge.generation import Generation, GenerationStats
 from llm_bridge.kv_cache import CacheStats, PrefixCache
-from llm_bridge.llm import Quantize
+from llm_bridge.llm import OnDownload, Quantize
 from llm_bridge.prompt import Message, Prompt, TextBound, count_text, render
 from llm_bridge.sampling import SamplingParams
 from llm_bridge.towers.tower import Stage
@@ -70,7 +81,10 @@ class VideoChat(NotCopyable):
     frames and embeddings.
     trusted: False reads videos as strangers' uploads (sandboxed, allowed codecs only). limits: on reading.
     select: when a stock model drops tokens: "after" its encoder (default), or "before", which saves encoding.
+    plan: frames and resolution for each budget, as `training.optimize_tokens` measures them (its
+    plan_table.json); default: the model's own table, or the rule of encoder/budget.py.
     think: whether a model that can think does so before questions that do not say (see SamplingParams).
+    on_download: told a hub model's name and its bytes before they are downloaded.
     batch: most answers, each asked from a thread of its own, that are decoded in one pass.
     It belongs to the process that made it: a forked child makes its own.
     Raises ModelError, CheckpointError or ConfigError: one sentence, what was wrong and what to do.
@@ -92,7 +106,9 @@ class VideoChat(NotCopyable):
         limits: Limits = DEFAULT_LIMITS,
         batch: int = 8,
         select: Stage | None = None,
+        plan: str | os.PathLike[str] | PlanTable | None = None,
         think: bool = False,
+        on_download: OnDownload | None = None,
     ) -> None:
         self._process, self._closed = os.getpid(), threading.Event()
         if self._process != _PROCESS:
@@ -111,7 +127,9 @@ class VideoChat(NotCopyable):
                 device_map=device_map,
                 quantize=quantize,
                 adapters=adapters,
+                on_download=on_download,
             )
+        table = _plan_table(plan, self.model)
         self.name = self.model.tower.name_with(Path(self.model.llm.name).name)
         self.think = think
         self._check_think(think)
@@ -120,7 +138,8 @@ class VideoChat(NotCopyable):
             self.model, self._worker, cache_bytes=cache_mib * MIB // 2, trusted=trusted, limits=limits
         )
         self._prefixes = PrefixCache(cache_mib * MIB // 2, self.model.llm.kv_bytes_per_token)
-        self._prices = PriceEstimator(self.model, self._worker)
+        self._engine: Engine = LocalEngine(self.model.llm, self._worker, self._prefixes)
+        self._prices = PriceEstimator(self.model, self._worker, table)
 
     # -- asking ---------------------------------------------------------------------------------------------
 
@@ -156,6 +175,9 @@ class VideoChat(NotCopyable):
         messages: Sequence[Message[Media]],
         *,
         budget: Budget | int | str | None = None,
+        start: float | str | None = None,
+        end: float | str | None = None,
+        region: Sequence[float] | str | None = None,
         selector: Selector = "flux",
         scope: str = "",
         progress: Progress | None = None,
@@ -166,9 +188,13 @@ class VideoChat(NotCopyable):
         """The answer to the last of several messages; media stand where the messages put them.
 
         messages: `Message.of("user", Media("a.mp4"), "What is it?")`, ...; a system message comes first.
-        budget: tokens per video (see `Budget.of`; default: the model's). scope: whose question this is;
-        nothing kept for one scope serves another. progress: called with what begins ("decode",
-        "encode", "prefill"), of which video, of how many. stop: an event that ends the answer when set.
+        budget: tokens per video (see `Budget.of`; default: the model's).
+        start, end, region: look at a part of each medium that is not a part already: seconds or "1:02", and
+        fractions x0, y0, x1, y1 of the upright picture (see `Part.of`). Only that is decoded; times stay
+        those of the whole video.
+        scope: whose question this is; nothing kept for one scope serves another. progress: called with what
+        begins ("decode", "encode", "prefill"), of which video, of how many. stop: an event that ends the
+        answer when set.
         hedge: about a video that is nothing the model knows, say so first, once, and doubt its yes; without
         effect where the model cannot tell.
         sampling: fields of `SamplingParams`: max_new_tokens, temperature (0 is greedy), top_p, think, ...
@@ -177,13 +203,14 @@ class VideoChat(NotCopyable):
         """
         self._check_usable()
         check_selector(selector)
+        part = Part.of(start, end, region)
         if stop is not None and not callable(getattr(stop, "is_set", None)):
             raise ConfigError(f"stop must be a threading.Event, not a {type(stop).__name__}.")
         if progress is not None and not callable(progress):
             raise ConfigError(f"progress must be a function, not a {type(progress).__name__}.")
         if not isinstance(scope, str):
             raise ConfigError(f"scope must be a text (str), not a {type(scope).__name__}.")
-        checked = without_notes(check_messages(messages))
+        checked = without_notes(with_part(check_messages(messages), part))
         if (system := self.model.system) and all(message.role != "system" for message in checked):
             checked = (Message.of("system", system), *checked)
         chosen = SamplingParams(**{"think": self.think, **sampling})
@@ -198,7 +225,12 @@ class VideoChat(NotCopyable):
             bool(hedge),
         )
         stops = [self._closed] if stop is None else [self._closed, stop]
-        return AnswerStream(partial(self._prepare, query), self._check_usable, StopSignal(*stops))
+        plans: list[tuple[VideoInfo, Plan]] = []
+        stream = AnswerStream(
+            partial(self._prepare, query, plans=plans), self._check_usable, StopSignal(*stops)
+        )
+        stream.on_timings(partial(self._learn, plans))
+        return stream
 
     def conversation(self, video: Any = None, **options: Any) -> Conversation:
         """A conversation of many turns; options as in `stream` are the defaults of every turn.
@@ -208,9 +240,25 @@ class VideoChat(NotCopyable):
         self._check_usable()
         return Conversation(self, video, options)
 
-    def _prepare(self, query: Query, stop: threading.Event) -> tuple[list[EncodedVideo], Generation, Note]:
+    def _learn(
+        self,
+        plans: Sequence[tuple[VideoInfo, Plan]],
+        videos: Sequence[EncodedVideo],
+        stats: GenerationStats,
+    ) -> None:
+        """Correct the price of the next question by what this one took."""
+        if plans and stats.prefill_s > 0:  # it was not stopped before
+            rows = [
+                (*plan, video.decode_s, video.encode_s) for plan, video in zip(plans, videos, strict=True)
+            ]
+            self._prices.learn_question(rows, stats.prompt_tokens, stats.cached_tokens, stats.prefill_s)
+
+    def _prepare(
+        self, query: Query, stop: threading.Event, *, plans: list[tuple[VideoInfo, Plan]]
+    ) -> tuple[list[EncodedVideo], Generation, Note]:
         """Encode the media of a question and make its prompt: all but the answer, and the note before it.
 
+        plans: is given what was opened and the plan of each, if prices can learn from it.
         Raises FluxChatError.
         """
         self._check_usable()
@@ -221,6 +269,8 @@ class VideoChat(NotCopyable):
             self._open(medium, query.budget, medium.label(index, len(media)))
             for index, medium in enumerate(media)
         ]
+        if self._prices.calibrated:  # else what follows may wait for the measurement
+            plans += [(video.seen, plan) for video, plan in opened]
         videos = []
         for index, (video, plan) in enumerate(opened):
 
@@ -252,10 +302,9 @@ class VideoChat(NotCopyable):
             prompt,
             [video.embedding for video in videos],
             query.sampling,
-            self._prefixes,
-            query.scope,
-            stop,
-            worker=self._worker,
+            scope=query.scope,
+            stop=stop,
+            engine=self._engine,
             first_bias=familiarity.yes_bias(self.model.llm.tokenizer) if familiarity and doubted else {},
         )
         said = familiarity and doubted and _shows_new(query.messages, videos)
@@ -265,7 +314,7 @@ class VideoChat(NotCopyable):
         """A medium that can be read, and what the budget buys of it; raises VideoError or BudgetError."""
         self._check_usable()
         video = self._vision.open(medium, label)
-        return video, self._prices.plan(video.info, budget)
+        return video, self._prices.plan(video.seen, budget)
 
     @cached_property
     def _text_bound(self) -> TextBound | None:
@@ -327,24 +376,40 @@ class VideoChat(NotCopyable):
         held = self._vision.hold(medium, medium.label())
         # A file object finds what was read of it; the path of a pipe means something new each time.
         again = held.source is medium.source or not isinstance(medium.source, (str, os.PathLike))
-        return medium if again else Media(held, medium.name)
+        return medium if again else replace(medium, source=held)
 
     def probe(self, video: Any) -> VideoInfo:
         """Size, duration and codec of a video or image; raises VideoError when it cannot be used."""
         self._check_usable()
         return self._vision.open(as_media(video)).info
 
-    def plan(self, video: Any, budget: Budget | int | str | None = None) -> Plan:
-        """Frames, resolution and kept tokens that the budget buys on this video."""
-        return self._open(as_media(video), self.plan_budget(budget))[1]
+    def plan(self, video: Any, budget: Budget | int | str | None = None, **part: Any) -> Plan:
+        """Frames, resolution and kept tokens that the budget buys on this video; part: as in `estimate`."""
+        return self._open(part_of(video, **part), self.plan_budget(budget))[1]
 
-    def estimate(self, video: Any, budget: Budget | int | str | None = None) -> Estimate:
+    def estimate(
+        self,
+        video: Any,
+        budget: Budget | int | str | None = None,
+        selector: Selector | None = None,
+        *,
+        scope: str = "",
+        new_tokens: int | None = None,
+        **part: Any,
+    ) -> Estimate:
         """The price before anything runs: tokens, multiply-accumulates, seconds, MiB.
 
-        The first call on a machine measures its speed (some seconds, cached on disk).
+        selector: given, what is kept for `scope` under it counts: what was decoded or encoded before costs no
+        time. new_tokens: of a follow-up question, the positions that the language model has not read yet.
+        part: start, end and region of what is looked at, as in `stream_messages`.
+        The first call on a machine measures its speed (some seconds, cached on disk); answers correct it.
         """
-        opened, plan = self._open(as_media(video), self.plan_budget(budget))
-        return self._prices.estimate(opened.info, plan)
+        opened, plan = self._open(part_of(video, **part), self.plan_budget(budget))
+        if selector is None:
+            return self._prices.estimate(opened.seen, plan)
+        check_selector(selector)
+        known = self._vision.known(opened, plan, selector, scope=scope)
+        return self._prices.estimate(opened.seen, plan, known, new_tokens if known.encoded else None)
 
     @property
     def calibration(self) -> Calibration:
@@ -367,10 +432,14 @@ class VideoChat(NotCopyable):
         *,
         scope: str = "",
         progress: Callable[[str], None] = lambda _: None,
+        **part: Any,
     ) -> EncodedVideo:
-        """A video as the language model sees it: decoded, encoded and projected, or from the cache."""
+        """A video as the language model sees it: decoded, encoded and projected, or from the cache.
+
+        part: as in `estimate`.
+        """
         check_selector(selector)
-        opened, plan = self._open(as_media(video), self.plan_budget(budget))
+        opened, plan = self._open(part_of(video, **part), self.plan_budget(budget))
         return self._vision.encode(opened, plan, selector, scope=scope, progress=progress)
 
     def preview(
@@ -380,10 +449,14 @@ class VideoChat(NotCopyable):
         selector: Selector = "flux",
         *,
         scope: str = "",
+        **part: Any,
     ) -> Preview:
-        """The frames that a budget samples and the patches that it keeps, without running the encoder."""
+        """The frames that a budget samples and the patches that it keeps, without running the encoder.
+
+        part: as in `estimate`.
+        """
         check_selector(selector)
-        opened, plan = self._open(as_media(video), self.plan_budget(budget))
+        opened, plan = self._open(part_of(video, **part), self.plan_budget(budget))
         return self._vision.preview(opened, plan, selector, scope=scope)
 
     # -- the rest -------------------------------------------------------------------------------------------
@@ -406,6 +479,7 @@ class VideoChat(NotCopyable):
             | self.model.tower.describe()
             | {
                 "llm": f"{llm.name}, {llm.parameters / 1e6:.0f} M, {str(llm.dtype).removeprefix('torch.')}",
+                "engine": self._engine.name,
                 "quantize": llm.quantize or "no",
                 "device": str(self.device),
                 "threads": torch.get_num_threads(),
@@ -441,9 +515,9 @@ class VideoChat(NotCopyable):
         if os.getpid() != self._process:
             return  # nothing of it is this process's
         self._closed.set()
+        self._engine.close()
         self._worker.close()
         self._vision.close()
-        self._prefixes.clear()
 
     def __enter__(self) -> VideoChat:
         return self
@@ -459,6 +533,13 @@ def _shows_new(messages: Sequence[Message[Media]], videos: Sequence[EncodedVideo
     return any(
         video.familiar is False and video.visual.key not in earlier for video in videos[len(videos) - count :]
     )
+
+
+def _plan_table(plan: str | os.PathLike[str] | PlanTable | None, model: ChatModel) -> PlanTable | None:
+    if plan is None:
+        return None
+    table = plan if isinstance(plan, PlanTable) else PlanTable.read(Path(plan).expanduser())
+    return table.check(model.tower.space, "given" if isinstance(plan, PlanTable) else os.fspath(plan))
 
 
 def _device(device: str | torch.device | None) -> torch.device | None:

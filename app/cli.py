@@ -1,6 +1,7 @@
-"""The `fluxchat` command: ask, chat, web, models, estimate, info, fetch, train.
+"""The `fluxchat` command: ask, chat, web, models, estimate, clip, info, fetch, train.
 
-Exit status 0 when answered, 2 for a wrong input with one line on stderr, 130 when interrupted.
+Exit status 0 when answered, 2 for a wrong input with one line on stderr, 1 when some files of `ask --each`
+failed, 130 when interrupted.
 """
 
 from __future__ import annotations
@@ -21,17 +22,24 @@ from fluxchat import __version__
 
 if TYPE_CHECKING:
     from app.chat import VideoChat
+    from app.messages import Media
+    from encoder.video.part import Part
 
 EXAMPLES = """\
 examples:
   fluxchat ask clip.mp4 "What moves, and where to?"
   fluxchat ask clip.mp4 "How many dogs are there?" --budget 64      fewer tokens: faster, may miss detail
   fluxchat ask clip.mp4 "Describe it." --budget auto:1.5            as many tokens as answer within 1.5 s
+  fluxchat ask film.mp4 "Who enters?" --start 1:02 --end 1:10       a part of it: denser frames, same price
+  fluxchat ask clip.mp4 "What is it?" --region 0.5,0,1,0.5          the upper right quarter of the picture
   fluxchat ask clip.mp4 "Describe it." --json                       text, tokens and timings for programs
+  fluxchat ask a.mp4 b.mp4 "Which one is faster?"                   several videos in one question
+  fluxchat ask *.mp4 "What moves?" --each --json                    a question about each, a JSON line a file
   yt-dlp -o - URL | fluxchat ask - "What is it about?"              a video from another program
   fluxchat chat clip.mp4                                            many questions, streaming answers
   fluxchat web                                                      the page and the API, on this machine
   fluxchat estimate clip.mp4 --budget 512                           the price, before anything runs
+  fluxchat clip film.mp4 1:02 1:10 scene.mp4                        cut a part out, without coding it again
   fluxchat ask clip.mp4 "..." --model my/model --llm Qwen/Qwen2.5-7B-Instruct --quantize 4bit
 """
 
@@ -119,9 +127,22 @@ def build_parser() -> argparse.ArgumentParser:
         "formatter_class": argparse.RawDescriptionHelpFormatter,
     }
     ask = commands.add_parser("ask", help="one question about a video or image", **how)
-    ask.add_argument("video", help="a video or image file; - reads it from standard input")
-    ask.add_argument("question", help="what you want to know, in quotes")
-    ask.add_argument("--json", action="store_true", help="print text, usage, timings and kept tokens as JSON")
+    ask.add_argument(
+        "videos", metavar="video", nargs="+", help="video or image files; - reads one from standard input"
+    )
+    ask.add_argument("question", help="what you want to know, in quotes; - reads it from standard input")
+    ask.add_argument(
+        "--each",
+        action="store_true",
+        help="ask about each file by itself, and go on where one fails (exit status 1 at the end); without "
+        "it several files are one question",
+    )
+    ask.add_argument(
+        "--json",
+        action="store_true",
+        help="print text, usage, timings and kept tokens as JSON; with --each one line per file: file, "
+        "question, answer, price (predicted), actual; or error",
+    )
     _generation_options(ask)
 
     models = commands.add_parser(
@@ -139,6 +160,19 @@ def build_parser() -> argparse.ArgumentParser:
     estimate.add_argument("video", help="a video or image file; - reads it from standard input")
     estimate.add_argument("--json", action="store_true", help="print the figures as JSON")
     _budget_option(estimate)
+    _part_options(estimate)
+
+    clip = commands.add_parser(
+        "clip",
+        help="cut a part out of a video, without coding it again",
+        description="The new file begins at the last key frame at or before START; where, is printed.",
+    )
+    clip.add_argument("video", help="a video file; - reads it from standard input")
+    clip.add_argument("start", help="seconds, or 1:02, or 1:23:45.5")
+    clip.add_argument("end", help="the same; beyond the video's end is its end")
+    clip.add_argument("out", help="the new file; its suffix says the container, as .mp4 or .mkv")
+    clip.add_argument("--force", action="store_true", help="write over a file that exists")
+    clip.add_argument("--json", action="store_true", help="print where the part begins and ends as JSON")
 
     web = commands.add_parser(
         "web",
@@ -195,8 +229,20 @@ def _budget_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _part_options(parser: argparse.ArgumentParser) -> None:
+    part = parser.add_argument_group("a part of the video")
+    part.add_argument("--start", metavar="TIME", help="from here on: seconds, or 1:02, or 1:23:45.5")
+    part.add_argument("--end", metavar="TIME", help="up to here")
+    part.add_argument(
+        "--region",
+        metavar="X0,Y0,X1,Y1",
+        help="this box of the upright picture: left, top, right, bottom as fractions from 0 to 1",
+    )
+
+
 def _generation_options(parser: argparse.ArgumentParser) -> None:
     _budget_option(parser)
+    _part_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt: how to answer, who to be")
     drawing = parser.add_argument_group("the answer")
     for name, kind, metavar, text in SAMPLING:
@@ -289,13 +335,22 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         choices=["before", "after"],
         help="when a stock model drops tokens: after its encoder (default), or before, which saves encoding",
     )
+    group.add_argument(
+        "--plan",
+        metavar="FILE",
+        help="frames and resolution for each budget: plan_table.json of `fluxchat train optimize_tokens`",
+    )
     group.add_argument("--llm", metavar="ID", help="another language model: hub id, folder or GGUF file")
     group.add_argument("--encoder", metavar="FILE", help="other encoder weights: official .pth or a folder")
     group.add_argument("--adapters", metavar="DIR", nargs="+", default=[], help="LoRA adapters for the LLM")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu ... (default: the best there is)")
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: by device")
     group.add_argument("--device-map", metavar="MAP", help="auto: spread the language model over the GPUs")
-    group.add_argument("--quantize", choices=["8bit", "4bit"], help="smaller language model weights")
+    group.add_argument(
+        "--quantize",
+        choices=["8bit", "4bit", "int8", "int4"],
+        help="smaller language model weights: int8 or int4 on CPUs, 8bit or 4bit on GPUs",
+    )
 
 
 def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -> VideoChat:
@@ -309,9 +364,6 @@ def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -
         from llm_bridge.assets.fetch import fetch_default_llm
 
         fetch_default_llm()
-    for name in (args.model, args.llm):
-        if name is not None:
-            announce_download(name)
     return VideoChat(
         args.model,
         llm=args.llm,
@@ -322,17 +374,15 @@ def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -
         device_map=args.device_map,
         quantize=args.quantize,
         select=args.select,
+        plan=args.plan,
+        on_download=announce_download,
         **options,
     )
 
 
-def announce_download(name: str) -> None:
-    """Say how large a model on the hub is, before it is downloaded; raises ModelError."""
-    from llm_bridge.model_files.checks import missing_bytes
-    from llm_bridge.model_files.hub import is_hub_id
-
-    if is_hub_id(name) and (size := missing_bytes(name)):
-        print(f"Downloading {name}, {size / 1e9:.2f} GB, once.", file=sys.stderr, flush=True)
+def announce_download(name: str, size: int) -> None:
+    """Say how large a model on the hub is, before it is downloaded. size: in bytes."""
+    print(f"Downloading {name}, {size / 1e9:.2f} GB, once.", file=sys.stderr, flush=True)
 
 
 def _generation(args: argparse.Namespace) -> dict[str, Any]:
@@ -347,10 +397,35 @@ def _sampling(args: argparse.Namespace) -> dict[str, Any]:
 def run_ask(args: argparse.Namespace) -> int:
     """One question, one answer."""
     _check_inputs(args)
+    if args.each:
+        return _ask_each(args)
+    from app.messages import Videos
+
     with open_chat(args) as chat:
-        answer = chat.ask(args.video, args.question, **_generation(args))
+        answer = chat.ask(Videos(args.videos), args.question, **_generation(args))
     print(json.dumps(answer.to_dict()) if args.json else answer.text)
     return 0
+
+
+def _ask_each(args: argparse.Namespace) -> int:
+    """The question about each file; 1 when one of them failed."""
+    from app.ask_each import ask_each, terminal
+    from encoder.video.part import Part
+
+    def tell(outcome: dict[str, Any]) -> None:
+        if args.json:
+            print(json.dumps(outcome), flush=True)
+        elif "error" in outcome:
+            print(f"{outcome['file']}: ! {outcome['error']}", flush=True)
+        else:
+            print(f"{outcome['file']}: {outcome['answer']}", flush=True)
+
+    part = Part.of(args.start, args.end, args.region)
+    with open_chat(args) as chat:
+        failed = ask_each(
+            chat, args.videos, args.question, tell, part=part, progress=terminal(), **_generation(args)
+        )
+    return 1 if failed else 0
 
 
 def run_chat(args: argparse.Namespace) -> int:
@@ -368,6 +443,21 @@ def run_estimate(args: argparse.Namespace) -> int:
     with open_chat(args) as chat:
         estimate = chat.estimate(args.video, args.budget)
     print(json.dumps(asdict(estimate)) if args.json else estimate)
+    return 0
+
+
+def run_clip(args: argparse.Namespace) -> int:
+    """A part of a video as a file of its own."""
+    from encoder.video.clock import clock
+    from encoder.video.cut import cut
+
+    medium = _video_argument(args.video)
+    part = cut(medium.source, args.start, args.end, args.out, name=medium.label(), overwrite=args.force)
+    if args.json:
+        print(json.dumps({"file": args.out, **asdict(part)}))
+    else:
+        sound = "with its sound" if part.sound else "without sound"
+        print(f"{args.out}: {clock(part.start_s)} to {clock(part.end_s)}, {sound}")
     return 0
 
 
@@ -446,36 +536,71 @@ def run_train(args: argparse.Namespace) -> int:
 
 def _check_inputs(args: argparse.Namespace) -> None:
     """Refuse wrong arguments before the model is loaded, which takes seconds."""
-    from app.messages import Media, check_order, check_source, question_text
+    from app.messages import check_order, question_text
     from encoder.budget import Budget
-    from encoder.video.reader import DEFAULT_LIMITS, probe
-    from encoder.video.sources import hold
+    from encoder.video.part import Part
     from llm_bridge.prompt import check_text
     from llm_bridge.sampling import SamplingParams
 
     if args.budget is not None:
         Budget.of(args.budget)
     if "question" in args:
+        _read_question(args)
         question_text(args.question)
-        check_order(args.video, args.question)
+        for video in args.videos:
+            check_order(video, args.question)
     if getattr(args, "system", None) is not None:
         check_text(args.system, "The system prompt")
     SamplingParams(**_sampling(args))
+    part = Part.of(args.start, args.end, args.region)
+    if "videos" in args:
+        if args.each and "-" in args.videos:
+            raise ConfigError("--each needs files: - is one video only.")
+        if not args.each:  # else each is read when its turn comes
+            args.videos = [_readable(video, part) for video in args.videos]
+        return
     if args.video is None:
+        if not part.whole:
+            raise ConfigError("--start, --end and --region need a video.")
         return
     if args.command == "chat" and args.video in ("-", "/dev/stdin"):
         raise ConfigError("Standard input brings the questions of a chat: give the video as a file.")
-    medium = Media(args.video)
-    if args.video == "-":
-        if sys.stdin is None:
-            raise ConfigError("There is no standard input: name a file instead of -.")
-        medium = Media("/dev/stdin" if os.path.lexists("/dev/stdin") else sys.stdin.buffer, "standard input")
+    args.video = _readable(args.video, part)
+
+
+def _readable(video: str, part: Part) -> Media:
+    """A video argument that can be read more than once and has that part; raises VideoError."""
+    from app.messages import Media, check_source
+    from encoder.video.reader import DEFAULT_LIMITS, probe
+    from encoder.video.sources import hold
+
+    medium = _video_argument(video)
     label = medium.label()
     check_source(medium, label)
     # From here on it can be read again, whatever it is.
     held = hold(medium.source, DEFAULT_LIMITS, label)
-    probe(held.source, name=label)
-    args.video = Media(held, medium.name or held.name)
+    part.seen(probe(held.source, name=label))
+    return Media(held, medium.name or held.name, part)
+
+
+def _read_question(args: argparse.Namespace) -> None:
+    """The question from standard input where it is -; raises ConfigError."""
+    if args.question != "-":
+        return
+    if sys.stdin is None or "-" in args.videos:
+        raise ConfigError("Standard input brings one thing: the video or the question, not both.")
+    args.question = sys.stdin.read(1 << 20).strip()
+
+
+def _video_argument(video: str) -> Media:
+    """A video argument as a Media, - being standard input; raises ConfigError."""
+    from app.messages import Media
+
+    if video != "-":
+        return Media(video)
+    if sys.stdin is None:
+        raise ConfigError("There is no standard input: name a file instead of -.")
+    return Media("/dev/stdin" if os.path.lexists("/dev/stdin") else sys.stdin.buffer, "standard input")
 
 
 def _quiet_libraries() -> None:
@@ -508,6 +633,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "ask": run_ask,
         "chat": run_chat,
         "estimate": run_estimate,
+        "clip": run_clip,
         "web": run_web,
         "info": run_info,
         "models": run_models,

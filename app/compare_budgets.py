@@ -130,8 +130,13 @@ def run(args: argparse.Namespace) -> None:
     clips = [Path(clip) for clip in args.clips] or found_clips()
     if not clips:
         raise ConfigError("There are no clips here: name some video files.")
-    announce_download(args.model)
-    with VideoChat(args.model, select=args.select, device=args.device, cache_mib=256) as chat:
+    with VideoChat(
+        args.model,
+        select=args.select,
+        device=args.device,
+        cache_mib=256,
+        on_download=announce_download,
+    ) as chat:
         print(
             f"{chat.name} on {chat.device}, {len(clips)} clips, {len(QUESTIONS)} questions each", flush=True
         )

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from app.answer import Answer
 from app.messages import Media, as_media, media_of, question_text
 from app.streaming import AnswerStream, NotCopyable
 from encoder.errors import ConfigError
-from encoder.video.reader import VideoInfo
+from encoder.video.part import Part
 from llm_bridge.prompt import Message, check_text
 
+if TYPE_CHECKING:
+    from app.chat import VideoChat
+
 OWN_HISTORY = "A conversation keeps its own history: leave history out."
-
-
-class Chat(Protocol):
-    """The part of VideoChat that a conversation calls."""
-
-    def stream_messages(self, messages: Sequence[Message[Media]], **options: Any) -> AnswerStream: ...
-
-    def probe(self, video: Any) -> VideoInfo: ...
-
-    def keep(self, video: Any) -> Media: ...
 
 
 class Conversation(NotCopyable):
@@ -35,13 +29,51 @@ class Conversation(NotCopyable):
     threads at once. options: defaults of every turn, may be changed between turns.
     """
 
-    def __init__(self, chat: Chat, video: Any, options: dict[str, Any]) -> None:
+    def __init__(self, chat: VideoChat, video: Any, options: dict[str, Any]) -> None:
         if "history" in options:
             raise ConfigError(OWN_HISTORY)
         self._chat = chat
         self.options = options
         self._messages: tuple[Message[Media], ...] = ()  # user, assistant, user, ...
         self._new = tuple(chat.keep(medium) for medium in media_of(video))  # for the next question
+
+    @property
+    def chat(self) -> VideoChat:
+        """The model that answers."""
+        return self._chat
+
+    @property
+    def messages(self) -> tuple[Message[Media], ...]:
+        """All that was said, user and assistant in turn, with the media where they were shown."""
+        return self._messages
+
+    @property
+    def new(self) -> tuple[Media, ...]:
+        """The media that come with the next question."""
+        return self._new
+
+    def restore(self, messages: Sequence[Message[Media]], new: Sequence[Media]) -> None:
+        """Go on from messages, user and assistant in turn, with media for the next question."""
+        self._messages, self._new = tuple(messages), tuple(new)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it as a file that `load` reads; see `app.conversation_files`."""
+        from app.conversation_files import save
+
+        save(self, path)
+
+    @staticmethod
+    def load(chat: VideoChat, path: str | os.PathLike[str], **options: Any) -> Conversation:
+        """A saved conversation, to go on with; see `app.conversation_files`."""
+        from app.conversation_files import load
+
+        return load(chat, path, **options)
+
+    def export(self, path: str | os.PathLike[str]) -> None:
+        """Write it to be read, as .md or .json with the frames; see `app.conversation_files`."""
+        from app.conversation_files import export, record_of
+
+        export(record_of(self), path)
 
     @property
     def turns(self) -> list[tuple[str, str]]:
@@ -90,27 +122,51 @@ class Conversation(NotCopyable):
         return stream.answer
 
     def stream(self, question: str, **options: Any) -> AnswerStream:
-        """The next question, streamed; a stopped answer stays in the conversation as far as it got."""
+        """The next question, streamed; a stopped answer stays in the conversation as far as it got.
+
+        start, end, region (see `stream_messages`): of the videos that come with this question, or of the
+        conversation's, of which that part is then shown anew.
+        """
         if "history" in options:
             raise ConfigError(OWN_HISTORY)
         chosen = {**self.options, **options}
+        if "start" in options or "end" in options:  # a range is said as a whole
+            chosen |= {name: options.get(name) for name in ("start", "end")}
         system = chosen.pop("system", None)
-        new_message: Message[Media] = Message("user", (*self._new, question_text(question)))
+        part = Part.of(*(chosen.pop(name, None) for name in ("start", "end", "region")))
+        new = self._new
+        new_message: Message[Media] = Message("user", (*self._shown(part), question_text(question)))
         messages = [*self._messages, new_message]
         if system:
             messages.insert(0, Message.of("system", check_text(system, "The system prompt")))
         stream = self._chat.stream_messages(messages, **chosen)
-        stream.then(lambda answer: self._add_turn(new_message, answer))
+        stream.then(lambda answer: self._add_turn(new_message, new, answer))
         return stream
 
-    def _add_turn(self, message: Message[Media], answer: Answer) -> None:
+    def _shown(self, part: Part) -> tuple[Media, ...]:
+        """What the next question shows: what is new, or those parts of earlier videos that are new."""
+        if part.whole:
+            return self._new
+        if self._new:
+            return tuple(replace(one, part=part) if one.part.whole else one for one in self._new)
+        latest: dict[Any, Media] = {_identity(medium.source): medium for medium in self._media()}
+        if part.timed:  # pictures have no times
+            latest = {key: m for key, m in latest.items() if self._chat.probe(m).kind != "image"}
+        return tuple(replace(medium, part=part) for medium in latest.values() if medium.part != part)
+
+    def _add_turn(self, message: Message[Media], new: tuple[Media, ...], answer: Answer) -> None:
         """Add a turn, unless it was stopped before its first word."""
         if answer.finish == "cancelled" and not answer.text:
             return
         earlier = {id(medium) for medium in self._media()}  # another stream may have added one since
         content = tuple(part for part in message.content if id(part) not in earlier)
         self._messages += (Message("user", content), Message.of("assistant", answer.text))
-        self._new = tuple(medium for medium in self._new if all(medium is not part for part in content))
+        self._new = tuple(medium for medium in self._new if all(medium is not one for one in new))
+
+
+def _identity(source: Any) -> Any:
+    """What two media of one source have in common."""
+    return os.fsdecode(source) if isinstance(source, (str, os.PathLike)) else id(source)
 
 
 def _same(medium: Media, video: Any) -> bool:

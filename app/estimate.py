@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from encoder.budget import Budget, Plan
+from app.vision import Known
+from encoder.budget import Budget, Plan, PlanTable
 from encoder.cost import MIB, Speed, time_ms
 from encoder.video.reader import VideoInfo, read_clip
 from llm_bridge.assets.cache_dir import read_cached, write_cached
@@ -24,10 +26,16 @@ QUESTION_TOKENS = 48  # template, time sentence and a short question around the 
 PREFILL_SIZES = (64, 256, 512)
 # A cached calibration holds while a prefill takes at most this many times more, or less, than it predicts.
 DRIFT = 1.6
+# Share of an answer's own timing in what is predicted next, and how far one timing can move it.
+LEARNING, MOST = 0.3, 8.0
+SHORTEST_S = 2e-3  # timings below say more about the clock than about the machine
 FEATURES = {"decode": 3, "encode": 4, "prefill": 3}  # number of features that a part's speed is fitted to
 LONGEST_MS = 1e7  # per feature: hours, which no machine takes
 # Decoders seek between samples: at most about this many frames are decoded for each.
 FRAMES_PER_SAMPLE = 130
+
+
+NOTHING = Known()
 
 
 @dataclass(frozen=True)
@@ -71,12 +79,15 @@ class PriceEstimator:
     """Plans and prices for one model; its speed on this machine is measured when first needed.
 
     worker: measures in its thread, so that nothing else of the model is computed meanwhile.
+    table: in place of the model's own plan table.
     """
 
-    def __init__(self, model: ChatModel, worker: ComputeWorker) -> None:
+    def __init__(self, model: ChatModel, worker: ComputeWorker, table: PlanTable | None = None) -> None:
         self._model, self._worker = model, worker
+        self._table = table or model.tower.plan_table
         self._calibration: Calibration | None = None
         self._lock = threading.Lock()
+        self._factors = dict.fromkeys(FEATURES, 1.0)  # measured by answers over calibrated
 
     @property
     def calibrated(self) -> bool:
@@ -93,23 +104,29 @@ class PriceEstimator:
 
     def plan(self, info: VideoInfo, budget: Budget) -> Plan:
         """Frames, resolution and kept tokens that a budget buys; one in seconds needs the calibration."""
-        space, table = self._model.tower.space, self._model.tower.plan_table
+        space, table = self._model.tower.space, self._table
         if budget.seconds is None:
             return budget.plan(info, space, table=table)
         calibration = self.calibration
 
         def first_token_s(plan: Plan) -> float:
-            return sum(_part_seconds(self._model, info, plan, calibration))
+            return sum(self._part_seconds(info, plan, calibration))
 
         return budget.plan(info, space, table=table, predict_s=first_token_s)
 
-    def estimate(self, info: VideoInfo, plan: Plan) -> Estimate:
-        """Cost of a plan on one video, beside that of the full plan."""
+    def estimate(
+        self, info: VideoInfo, plan: Plan, known: Known = NOTHING, new_tokens: int | None = None
+    ) -> Estimate:
+        """Cost of a plan on one video, beside that of the full plan.
+
+        known: what is in the caches already, and costs no time. new_tokens: positions that the language model
+        must read where it has read the rest before; None: all.
+        """
         model, calibration = self._model, self.calibration
         full = Budget.full().plan(info, model.tower.space)
         encoder_part, llm_part = model.tower.macs(plan), llm_macs(model, _prompt_tokens(model, plan))
         full_macs = model.tower.macs(full) + llm_macs(model, _prompt_tokens(model, full))
-        decode_s, encode_s, prefill_s = _part_seconds(model, info, plan, calibration)
+        decode_s, encode_s, prefill_s = self._part_seconds(info, plan, calibration, known, new_tokens)
         return Estimate(
             frames=plan.frames,
             height=plan.height,
@@ -127,19 +144,62 @@ class PriceEstimator:
             peak_mib=_peak_mib(model, info, plan),
         )
 
+    def learn(self, part: str, predicted_s: float, took_s: float) -> None:
+        """Correct the prediction of a part ("decode", "encode", "prefill") by what it really took.
+
+        predicted_s: as predicted with what had been learnt until then.
+        """
+        if predicted_s < SHORTEST_S or took_s < SHORTEST_S:
+            return
+        with self._lock:
+            wanted = min(MOST, max(1 / MOST, took_s / predicted_s))
+            self._factors[part] *= wanted**LEARNING
+
+    def learn_question(
+        self,
+        videos: Sequence[tuple[VideoInfo, Plan, float, float]],
+        prompt_tokens: int,
+        cached_tokens: int,
+        prefill_s: float,
+    ) -> None:
+        """Learn from a question's own timings: of each video its seconds of decoding and encoding, 0 where
+        nothing was computed; positions of the prompt, how many of them were not computed, and the seconds of
+        the rest. Does nothing before the machine was measured."""
+        if (calibration := self._calibration) is None:
+            return
+        for info, plan, decode_s, encode_s in videos:
+            decode, encode, _ = self._part_seconds(info, plan, calibration)
+            self.learn("decode", decode, decode_s)
+            self.learn("encode", encode, encode_s)
+        self.learn("prefill", self._prefill_s(calibration, prompt_tokens, cached_tokens), prefill_s)
+
+    def _part_seconds(
+        self,
+        info: VideoInfo,
+        plan: Plan,
+        calibration: Calibration,
+        known: Known = NOTHING,
+        new_tokens: int | None = None,
+    ) -> tuple[float, float, float]:
+        """Seconds of decoding, encoding and prefill."""
+        decode = calibration.decode.milliseconds(decode_features(info, plan.frames)) / 1e3
+        encode = calibration.encode.milliseconds(self._model.tower.features(plan)) / 1e3
+        total = _prompt_tokens(self._model, plan)
+        before = 0 if new_tokens is None else max(0, total - new_tokens)
+        return (
+            0.0 if known.decoded else decode * self._factors["decode"],
+            0.0 if known.encoded else encode * self._factors["encode"],
+            self._prefill_s(calibration, total, before),
+        )
+
+    def _prefill_s(self, calibration: Calibration, tokens: int, before: int) -> float:
+        """Seconds of a prefill of so many positions, of which those before are in the KV cache."""
+        features = [1.0, float(tokens - before), float(tokens) ** 2 - float(before) ** 2]
+        return calibration.prefill.milliseconds(features) / 1e3 * self._factors["prefill"]
+
 
 def _prompt_tokens(model: ChatModel, plan: Plan) -> int:
     return model.tower.prompt_tokens(plan) + QUESTION_TOKENS
-
-
-def _part_seconds(
-    model: ChatModel, info: VideoInfo, plan: Plan, calibration: Calibration
-) -> tuple[float, float, float]:
-    """Seconds of decoding, encoding and prefill."""
-    decode = calibration.decode.milliseconds(decode_features(info, plan.frames))
-    encode = calibration.encode.milliseconds(model.tower.features(plan))
-    prefill = calibration.prefill.milliseconds(_prefill_features(_prompt_tokens(model, plan)))
-    return decode / 1e3, encode / 1e3, prefill / 1e3
 
 
 def _peak_mib(model: ChatModel, info: VideoInfo, plan: Plan) -> float:
@@ -152,7 +212,7 @@ def _peak_mib(model: ChatModel, info: VideoInfo, plan: Plan) -> float:
 
 def decode_features(info: VideoInfo, frames: int) -> list[float]:
     """Constant, megapixels decoded, megapixels converted."""
-    pixels = info.width * info.height / 1e6
+    pixels = info.pixels / 1e6
     total = 1 if info.kind == "image" else info.frames or int(info.duration_s * 30)
     decoded = 0 if info.kind == "frames" else min(total, frames * FRAMES_PER_SAMPLE)
     return [1.0, decoded * pixels, frames * pixels]

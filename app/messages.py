@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from encoder.errors import BudgetError, ConfigError, VideoError
 from encoder.selection import Selector
 from encoder.video.in_memory import is_images
+from encoder.video.part import WHOLE, Part
 from encoder.video.reader import Clip
 from encoder.video.sources import Held, source_name
 from llm_bridge.prompt import Message, Role, check_text
@@ -27,11 +28,13 @@ _ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):", re.IGNORECASE)
 class Media:
     """One video or image of a message.
 
-    source: whatever `VideoChat.ask` takes as one video. name: in errors (default: the file's own).
+    source: whatever `VideoChat.ask` takes as one video. name: in errors (default: the file's own). part: what
+    of it is looked at.
     """
 
     source: Any
     name: str = ""
+    part: Part = WHOLE
 
     def label(self, index: int = 0, count: int = 1) -> str:
         """Its name in a sentence: 'b.mp4', or "video 2 of 3 ('b.mp4')" where there are several."""
@@ -67,10 +70,27 @@ def as_media(video: Any) -> Media:
     return video if isinstance(video, Media) else Media(video)
 
 
+def part_of(video: Any, start: Any = None, end: Any = None, region: Any = None) -> Media:
+    """One video or image as a Media of a part (see `Part.of`), or of its own one where none is said."""
+    medium, part = as_media(video), Part.of(start, end, region)
+    return medium if part.whole else replace(medium, part=part)
+
+
 def media_of(video: Any) -> tuple[Media, ...]:
     """What `VideoChat.ask` takes as its video: one, a `Videos` of several, or None."""
     videos = list(video) if isinstance(video, Videos) else [] if video is None else [video]
     return tuple(as_media(one) for one in videos)
+
+
+def with_part(messages: Sequence[Message[Media]], part: Part) -> tuple[Message[Media], ...]:
+    """The messages with that part of each medium that is not a part already."""
+
+    def changed(piece: str | Media) -> str | Media:
+        return replace(piece, part=part) if isinstance(piece, Media) and piece.part.whole else piece
+
+    if part.whole:
+        return tuple(messages)
+    return tuple(Message(m.role, tuple(map(changed, m.content))) for m in messages)
 
 
 def question_text(question: Any, what: str = "The question") -> str:

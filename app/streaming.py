@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
 
-import torch
-
 from app.answer import Answer, Timings, Usage
 from app.note import Note
 from app.vision import EncodedVideo
 from encoder.errors import FluxChatError, ModelError, OutOfMemory
+from llm_bridge.compute_worker import NO_ROOM, is_memory_error
 from llm_bridge.generation import Generation, GenerationStats
 
 
@@ -63,6 +62,7 @@ class AnswerStream(NotCopyable):
     ) -> None:
         self._prepare, self._check, self._stop = prepare, check, stop
         self._listeners: list[Callable[[Answer], None]] = []
+        self._timing_listeners: list[Callable[[Sequence[EncodedVideo], GenerationStats], None]] = []
         self._thoughts: list[str] = []
         self._thought_listeners: list[Callable[[str], None]] = [self._thoughts.append]
         self._begun = False
@@ -75,6 +75,10 @@ class AnswerStream(NotCopyable):
     def then(self, listener: Callable[[Answer], None]) -> None:
         """Call a function with the answer once it is complete or was stopped; not when it failed."""
         self._listeners.append(listener)
+
+    def on_timings(self, listener: Callable[[Sequence[EncodedVideo], GenerationStats], None]) -> None:
+        """Call a function with the videos and the generation's figures, when `then` calls its own."""
+        self._timing_listeners.append(listener)
 
     def on_thinking(self, listener: Callable[[str], None]) -> None:
         """Call a function with each piece of what the model thinks, before the answer's first piece comes."""
@@ -107,6 +111,8 @@ class AnswerStream(NotCopyable):
             said = note if pieces else Note()
             answer = make_answer("".join(pieces), videos, stats, prepared_s, total_s, said)
             self._answer = replace(answer, thinking="".join(self._thoughts).strip())
+            for told in self._timing_listeners:
+                told(videos, stats)
             for listener in self._listeners:
                 listener(self._answer)
 
@@ -170,18 +176,12 @@ def all_familiar(videos: Sequence[EncodedVideo]) -> bool | None:
 
 @contextmanager
 def memory_errors_as_sentences() -> Iterator[None]:
-    """Turns the errors of exhausted memory into one OutOfMemory sentence.
-
-    Torch has a class for those of accelerators; of main memory it raises a RuntimeError known by its text.
-    """
+    """Turns the errors of exhausted memory into one OutOfMemory sentence."""
     try:
         yield
     except FluxChatError:
         raise
     except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in text:
+        if not is_memory_error(error):
             raise
-        raise OutOfMemory(
-            "There was not enough memory for this question: lower the token budget, or ask again later."
-        ) from error
+        raise OutOfMemory(NO_ROOM) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -21,9 +22,13 @@ Ask anything about the video. Commands:
   /budget N      tokens the encoder may keep: a number, full, auto or auto:SECONDS
   /video PATH    talk about another video or image
   /add PATH      another video or image beside it, for the next question
+  /part FROM TO  ask about a part of the video from now on, as 1:02 1:10; alone: about all of it again
   /estimate      what the budget costs on this video
   /new           forget the conversation
-  /quit          leave (or Ctrl-D); Ctrl-C stops an answer"""
+  /save FILE     keep it as JSON; /load FILE goes on with it
+  /export FILE   write it to be read, as .md or .json, with the frames
+  /help          these commands
+  /quit          leave (or Ctrl-D, or Ctrl-C twice); Ctrl-C stops an answer"""
 QUIT = ("quit", "exit", "q")
 
 
@@ -32,13 +37,22 @@ def converse(chat: VideoChat, video: Any, options: dict[str, Any]) -> int:
     interactive = sys.stdin is not None and sys.stdin.isatty()
     if interactive:
         print(f"{chat.name} on {chat.device}. {HELP}\n")
+        _line_editing()
     terminal = Terminal(chat, video, options)
     terminal.introduce()
+    leaving = False
     while True:
         try:
             line = input("> " if interactive else "").strip()
-        except (EOFError, KeyboardInterrupt, RuntimeError):  # RuntimeError: there is no standard input
+        except (EOFError, RuntimeError):  # RuntimeError: there is no standard input
             return 0
+        except KeyboardInterrupt:
+            if leaving or not interactive:
+                return 0
+            leaving = True
+            print("\nCtrl-C again leaves.", flush=True)
+            continue
+        leaving = False
         if not line:
             continue
         if not interactive:
@@ -53,6 +67,14 @@ def converse(chat: VideoChat, video: Any, options: dict[str, Any]) -> int:
                 terminal.ask(line)
         except FluxChatError as error:
             print(f"! {' '.join(str(error).split())}", flush=True)
+        except KeyboardInterrupt:
+            print("\n! Stopped.", flush=True)
+
+
+def _line_editing() -> None:
+    """Arrow keys and a history of this session's lines, where Python was built with them."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - input() uses it once it is imported
 
 
 class Terminal:
@@ -77,15 +99,27 @@ class Terminal:
         elif name == "video":
             self._show(_path(value, name))
         elif name == "add":
-            self.conversation.add(_path(value, name))
-            print("It comes with the next question.", flush=True)
+            medium = self.chat.keep(_path(value, name))
+            price = self.chat.estimate(medium, self.options["budget"])
+            self.conversation.add(medium)
+            print(f"{price}\nIt comes with the next question.", flush=True)
+        elif name == "part":
+            self._set_part(value)
+        elif name == "save":
+            self.conversation.save(_path(value, name))
+            print("Saved.", flush=True)
+        elif name == "load":
+            self._load(_path(value, name))
+        elif name == "export":
+            self.conversation.export(_path(value, name))
+            print("Exported.", flush=True)
         elif name == "new":
             self.conversation = self.chat.conversation(self.video, **self.options)
             print("A new conversation.", flush=True)
         elif name == "estimate":
             if self.video is None:
                 raise ConfigError("There is no video yet: /video PATH takes one.")
-            print(self.chat.estimate(self.video, self.options["budget"]), flush=True)
+            print(self.chat.estimate(self.video, self.options["budget"], **self._times()), flush=True)
         elif name in ("help", "?", ""):
             print(HELP, flush=True)
         else:
@@ -96,15 +130,43 @@ class Terminal:
         answer = _print_stream(self.conversation.stream(question))
         print(f"   [{_figures(answer)}]\n", flush=True)
 
+    def _set_part(self, value: str) -> None:
+        """Ask about another part of the video from now on; raises FluxChatError."""
+        if self.video is None:
+            raise ConfigError("There is no video yet: /video PATH takes one.")
+        if len(times := value.split()) not in (0, 2):
+            raise ConfigError("Say from when to when, as /part 1:02 1:10, or /part alone for all of it.")
+        start, end = times or (None, None)
+        price = self.chat.estimate(self.video, self.options["budget"], start=start, end=end)
+        for options in (self.options, self.conversation.options):
+            options.update(start=start, end=end)
+        print(price, flush=True)
+
+    def _times(self) -> dict[str, Any]:
+        return {name: self.options.get(name) for name in ("start", "end")}
+
+    def _load(self, path: str) -> None:
+        from app.conversation import Conversation
+
+        conversation = Conversation.load(self.chat, path)
+        self.conversation = conversation
+        self.options = {**self.options, **conversation.options}
+        conversation.options = dict(self.options)
+        media = [part for m in conversation.messages for part in m.content if not isinstance(part, str)]
+        self.video = next(iter((*media, *conversation.new)), None)
+        for question, answer in conversation.turns:
+            print(f"> {question}\n{answer}\n", flush=True)
+
     def _set_budget(self, value: str) -> None:
         self.chat.plan_budget(value)
-        price = None if self.video is None else self.chat.estimate(self.video, value)
+        price = None if self.video is None else self.chat.estimate(self.video, value, **self._times())
         self.options["budget"] = self.conversation.options["budget"] = value
         print(f"Budget: {value}" if price is None else price, flush=True)
 
     def _show(self, path: str) -> None:
         medium = self.chat.keep(path)
         price = self.chat.estimate(medium, self.options["budget"])
+        self.options |= {"start": None, "end": None}  # they were of another video
         self.conversation, self.video = self.chat.conversation(medium, **self.options), medium
         print(price, flush=True)
 

@@ -26,8 +26,9 @@ from encoder.errors import VideoError
 from encoder.preprocess import centre
 from encoder.selection import Selector
 from encoder.video.digest import WHOLE_BYTES, file_digest, file_state
-from encoder.video.geometry import fit_within
+from encoder.video.geometry import Crop, fit_within
 from encoder.video.in_memory import shrink
+from encoder.video.part import FRAME, Part
 from encoder.video.reader import DEFAULT_LIMITS, Clip, Limits, VideoInfo, probe, read_clip
 from encoder.video.sources import Held, HeldSources
 from llm_bridge.chat_model import ChatModel
@@ -77,12 +78,24 @@ class Preview:
     kept: KeptTokens
 
 
+class Known(NamedTuple):
+    """What need not be done again for a question about a video."""
+
+    decoded: bool = False
+    encoded: bool = False
+
+
 class OpenedVideo(NamedTuple):
-    """A medium that can be read more than once, and its probe. label: what errors call it."""
+    """A medium that can be read more than once, and its probe. label: what errors call it.
+
+    part: what is looked at. seen: that part as if it were a video of its own.
+    """
 
     held: Held
     label: str
     info: VideoInfo
+    part: Part
+    seen: VideoInfo
 
 
 class Vision:
@@ -119,7 +132,11 @@ class Vision:
         """Probe a medium; raises VideoError when it cannot be used."""
         label = medium.label() if label is None else label
         held = self.hold(medium, label)
-        return OpenedVideo(held, label, self._info(held, label))
+        info = self._info(held, label)
+        try:
+            return OpenedVideo(held, label, info, medium.part, medium.part.seen(info))
+        except VideoError as error:
+            raise with_name(error, label) from error.__cause__
 
     def hold(self, medium: Media, label: str) -> Held:
         """A medium's source as one that can be read more than once; raises VideoError."""
@@ -139,28 +156,38 @@ class Vision:
 
         progress: called with "decode" and "encode" as they begin.
         """
-        key = f"{scope}|{video.info.digest}|{plan.key}|{selector}|{self.revision}"
+        key = self._encoded_key(video, plan, selector, scope)
         if (known := self._encoded.get(key)) is not None:
             return known.from_cache()
+        decoded_before = _clip_key(video, plan, scope) in self._clips
         start = time.perf_counter()
         progress("decode")
         clip = self._clip(video, plan, scope)
         decoded = time.perf_counter()
+        decode_s = 0.0 if decoded_before else decoded - start
         progress("encode")
-        embedding, kept, familiar = self._embed(clip, plan, selector)
+        embedding, kept, familiar = self._embed(clip, plan, selector, video.part)
         times_s = clip.times_s if clip.info.kind != "image" else ()
         layout = self._tower.layout(plan, kept.indices, times_s, video.info.duration_s)
-        visual = Visual(len(embedding), key, video.info.duration_s, times_s, layout)
-        encoded = EncodedVideo(
-            embedding, visual, kept, decoded - start, time.perf_counter() - decoded, familiar
-        )
+        range_s = video.part.range_s(video.info) if video.part.timed else None
+        visual = Visual(len(embedding), key, video.info.duration_s, times_s, layout, range_s)
+        encoded = EncodedVideo(embedding, visual, kept, decode_s, time.perf_counter() - decoded, familiar)
         self._encoded.put(key, encoded)
         return encoded
+
+    def known(self, video: OpenedVideo, plan: Plan, selector: Selector, *, scope: str = "") -> Known:
+        """What of `encode` is in the caches already."""
+        encoded = self._encoded_key(video, plan, selector, scope) in self._encoded
+        decoded = isinstance(video.held.source, Clip) or _clip_key(video, plan, scope) in self._clips
+        return Known(decoded=encoded or decoded, encoded=encoded)
+
+    def _encoded_key(self, video: OpenedVideo, plan: Plan, selector: Selector, scope: str) -> str:
+        return f"{scope}|{video.seen.digest}|{plan.key}|{selector}|{self.revision}"
 
     def preview(self, video: OpenedVideo, plan: Plan, selector: Selector, *, scope: str = "") -> Preview:
         """What `encode` would sample and keep; decodes and embeds patches, runs no encoder block."""
         clip = self._clip(video, plan, scope)
-        return Preview(self._thumbnails(clip, plan), self._select(clip, plan, selector))
+        return Preview(self._thumbnails(clip, plan), self._select(clip, plan, selector, video.part))
 
     def forget(self, scope: str | None = None) -> None:
         """Drop all frames and embeddings, or those of one scope."""
@@ -195,17 +222,20 @@ class Vision:
 
     def _clip(self, video: OpenedVideo, plan: Plan, scope: str) -> Clip:
         """The frames of a plan, decoded or from the cache."""
-        source = video.held.source
+        source, part = video.held.source, video.part
         if isinstance(source, Clip):
-            return source
-        # Twice the input size keeps all that resizing to it can use.
-        side = 4 * max(plan.height, plan.width)
-        key = f"{scope}|{video.info.digest}|{plan.frames}|{side}"
+            return source if part.whole else part.of_clip(source)
+        key = _clip_key(video, plan, scope)
+        start_s, end_s = part.range_s(video.info) if part.timed else (None, None)
         if (clip := self._clips.get(key)) is None:
             clip = read_clip(
                 source,
                 plan.frames,
-                max_side=side,
+                start_s=start_s,
+                end_s=end_s,
+                region=part.region,
+                max_side=_decoded_side(plan),
+                decoder="pyav" if part.timed else "auto",  # decord reads a file from its beginning
                 trusted=self._trusted,
                 limits=self._limits,
                 name=video.label,
@@ -224,7 +254,9 @@ class Vision:
 
     # -- the vision tower -----------------------------------------------------------------------------------
 
-    def _embed(self, clip: Clip, plan: Plan, selector: Selector) -> tuple[Tensor, KeptTokens, bool | None]:
+    def _embed(
+        self, clip: Clip, plan: Plan, selector: Selector, part: Part
+    ) -> tuple[Tensor, KeptTokens, bool | None]:
         """Embeddings (M, D) of a clip, the cells that they stand for, and whether it is familiar."""
         pixels = self._tower.pixels(clip, plan)
 
@@ -236,19 +268,40 @@ class Vision:
             return looked, familiar
 
         (embedding, indices), familiar = self._worker.run(compute)
-        return embedding, _kept_tokens(clip, plan, indices), familiar
+        return embedding, self._kept_tokens(clip, plan, indices, part), familiar
 
-    def _select(self, clip: Clip, plan: Plan, selector: Selector) -> KeptTokens:
+    def _select(self, clip: Clip, plan: Plan, selector: Selector, part: Part) -> KeptTokens:
         """The cells that `_embed` would keep."""
         pixels = self._tower.pixels(clip, plan)
-        return _kept_tokens(clip, plan, self._worker.run(self._tower.select, pixels, plan, selector))
+        indices = self._worker.run(self._tower.select, pixels, plan, selector)
+        return self._kept_tokens(clip, plan, indices, part)
+
+    def _kept_tokens(self, clip: Clip, plan: Plan, indices: Tensor, part: Part) -> KeptTokens:
+        """(K,) kept raster indices with the times of the frames that they lie in."""
+        grid = replace(plan, frames=len(clip.frames)).grid
+        times = clip.times_s[:: plan.frames_per_cell] if clip.info.kind != "image" else ()
+        return KeptTokens(
+            times, clip.duration_s, grid, tuple(indices.tolist()), self._covered(clip, plan, part)
+        )
+
+    def _covered(self, clip: Clip, plan: Plan, part: Part) -> Crop:
+        """What of the whole picture the patch grid covers."""
+        left, top, right, bottom = part.region or FRAME
+        if self._tower.fit != "crop":
+            return left, top, right, bottom
+        height, width = clip.frames.shape[1:3]
+        inner = centre(clip.frames[:1], plan.height, plan.width).shape
+        x, y = (1 - inner[2] / width) / 2 * (right - left), (1 - inner[1] / height) / 2 * (bottom - top)
+        return left + x, top + y, right - x, bottom - y
 
 
-def _kept_tokens(clip: Clip, plan: Plan, indices: Tensor) -> KeptTokens:
-    """(K,) kept raster indices with the times of the frames that they lie in."""
-    grid = replace(plan, frames=len(clip.frames)).grid
-    times = clip.times_s[:: plan.frames_per_cell] if clip.info.kind != "image" else ()
-    return KeptTokens(times, clip.duration_s, grid, tuple(indices.tolist()))
+def _decoded_side(plan: Plan) -> int:
+    """Pixels of decoded frames: twice the input size keeps all that resizing to it can use."""
+    return 4 * max(plan.height, plan.width)
+
+
+def _clip_key(video: OpenedVideo, plan: Plan, scope: str) -> str:
+    return f"{scope}|{video.seen.digest}|{plan.frames}|{_decoded_side(plan)}"
 
 
 def _file_key(source: Any) -> Hashable | None:

@@ -22,6 +22,7 @@ from encoder.tokens import Grid
 OVERSAMPLING = 2.25
 MIN_TOKENS = 16
 FEW_FRAMES = 8
+LARGEST = 4  # times what a tower was trained with, of an input that was measured
 
 
 class Media(Protocol):
@@ -44,7 +45,9 @@ class InputSpace:
     frames: counts, ascending. sides: pixels per side, ascending; where the tower keeps a video's aspect, of
     the square of the same area. cell: pixels per side of what becomes one token. frames_per_cell: frames that
     one token spans. least_per_frame: tokens that a sampled frame is worth, or fewer frames are sampled.
-    most_fps: of sampling, though never below `FEW_FRAMES` frames; None: any.
+    most_fps: of sampling, though never below `FEW_FRAMES` frames; None: any. tile: above so many pixels a
+    side, then the longer one, a picture is looked at in tiles of that size and once as a whole; 0: never.
+    image: the inputs of a still image, where they are others.
     """
 
     frames: tuple[int, ...]
@@ -54,6 +57,8 @@ class InputSpace:
     keeps_aspect: bool = False
     least_per_frame: int = 1
     most_fps: float | None = None
+    tile: int = 0
+    image: InputSpace | None = None
 
     @staticmethod
     def of(config: FluxViTConfig | InputSpace) -> InputSpace:
@@ -65,7 +70,17 @@ class InputSpace:
 
     def tokens(self, frames: int, side: int) -> int:
         """Tokens of a square input before selection."""
+        if whole := self.whole_tokens(side):
+            return (1 + (side // self.tile) ** 2) * whole
         return -(-frames // self.frames_per_cell) * (side // self.cell) ** 2
+
+    def whole_tokens(self, side: int) -> int:
+        """Tokens of the view of the whole that comes with tiles; none of them is ever dropped."""
+        return (self.tile // self.cell) ** 2 if 0 < self.tile < side else 0
+
+    def of_kind(self, media: Media) -> InputSpace:
+        """The inputs that it takes of a medium."""
+        return self.image if media.kind == "image" and self.image is not None else self
 
     def square(self, frames: int, side: int, keep: int) -> Plan:
         """The plan of a square input."""
@@ -74,6 +89,8 @@ class InputSpace:
     def size(self, side: int, media: Media) -> tuple[int, int]:
         """(height, width) in whole cells: a square, or about its area in the aspect of the medium."""
         width, height = getattr(media, "width", 0), getattr(media, "height", 0)
+        if self.whole_tokens(side):
+            return tiled_size(height or side, width or side, side, self.tile)
         if not self.keeps_aspect or not width or not height:
             return side, side
         cells = side // self.cell
@@ -98,11 +115,25 @@ class InputSpace:
         return self.frames[-1], self.sides[-1]
 
 
+def scaled_size(height: int, width: int, longer: int) -> tuple[int, int]:
+    """(height, width) of a picture whose longer side becomes `longer`; the shorter one is even."""
+    shorter = int(longer * min(height, width) / max(height, width))
+    shorter = max(1, shorter + shorter % 2)
+    return (shorter, longer) if width >= height else (longer, shorter)
+
+
+def tiled_size(height: int, width: int, longer: int, tile: int) -> tuple[int, int]:
+    """(height, width) in whole tiles of a picture whose longer side becomes `longer`, some tiles."""
+    height, width = scaled_size(height, width, longer)
+    return -(-height // tile) * tile, -(-width // tile) * tile
+
+
 @dataclass(frozen=True)
 class Plan:
     """What was decided for one clip: sampled frames, input size in pixels, tokens to keep.
 
-    patch_size: pixels per side of what becomes one token. frames_per_cell: frames that one token spans.
+    patch_size: pixels per side of what becomes one token. frames_per_cell: frames that one token spans. tile:
+    pixels per side of the tiles that an image is cut into; all tokens of the whole are kept beside; 0: none.
     """
 
     frames: int
@@ -111,12 +142,26 @@ class Plan:
     keep: int
     patch_size: int = 14
     frames_per_cell: int = 1
+    tile: int = 0
 
     @property
     def grid(self) -> Grid:
         """Grid of the tokens before selection."""
         frames = -(-self.frames // self.frames_per_cell)
+        if self.tile:
+            side = self.tile // self.patch_size
+            return Grid(frames, self.tiles[0] * side, self.tiles[1] * side)
         return Grid(frames, self.height // self.patch_size, self.width // self.patch_size)
+
+    @property
+    def tiles(self) -> tuple[int, int]:
+        """Rows and columns of tiles; (0, 0) where there are none."""
+        return (self.height // self.tile, self.width // self.tile) if self.tile else (0, 0)
+
+    @property
+    def whole_tokens(self) -> int:
+        """Tokens of the view of the whole beside the tiles."""
+        return (self.tile // self.patch_size) ** 2 if self.tile else 0
 
     @property
     def key(self) -> tuple[int, int, int, int]:
@@ -161,9 +206,27 @@ class PlanTable:
     def read(path: str | Path) -> PlanTable:
         """From JSON, a list of {tokens, frames, resolution}; raises BudgetError when it is not that."""
         try:
-            return PlanTable.of(PlanRow(**row) for row in json.loads(Path(path).read_text()))
+            rows = [PlanRow(**row) for row in json.loads(Path(path).read_text())]
+            if any(type(value) is not int or value < 1 for row in rows for value in vars(row).values()):
+                raise ValueError("its numbers must be whole ones from 1")
+            return PlanTable.of(rows)
         except (OSError, ValueError, TypeError) as error:
-            raise BudgetError(f"Cannot read the plan table {path}: {error}.") from error
+            reason = getattr(error, "strerror", None) or error
+            raise BudgetError(f"Cannot read the plan table {path}: {reason}.") from error
+
+    def check(self, space: InputSpace, name: str | Path) -> PlanTable:
+        """Itself; raises BudgetError, which calls it `name`, for an input that a tower does not take."""
+        for row in self.rows:
+            whole_cells = len(space.sides) > 1 and row.resolution % space.cell == 0
+            fits = row.resolution in space.sides or (
+                whole_cells and row.resolution <= LARGEST * space.sides[-1]
+            )
+            if not fits or row.frames > LARGEST * space.frames[-1]:
+                raise BudgetError(
+                    f"The plan table {name} is not for this model, which does not take {row.frames} frames "
+                    f"of {row.resolution} pixels: measure one with `python -m training.optimize_tokens`."
+                )
+        return self
 
 
 def choose_input(num_tokens: int, max_frames: int, config: FluxViTConfig | InputSpace) -> tuple[int, int]:
@@ -256,7 +319,9 @@ class Budget:
         a clip never more frames than it has. predict_s: seconds to the first word under a plan; `Budget.auto`
         needs it and raises BudgetError without.
         """
-        space = InputSpace.of(config)
+        every = InputSpace.of(config)
+        space = every.of_kind(media)
+        table = table if space is every else None  # it was measured on videos
         max_frames = space.most_frames(media)
         most = min(max_frames, space.frames[-1]), space.sides[-1]
         full = self._input(space, media, most, max_frames, None)
@@ -264,8 +329,10 @@ class Budget:
             return full
 
         def plan(num_tokens: int) -> Plan:
-            chosen = input_for(num_tokens, max_frames, space, table)
-            return self._input(space, media, chosen, max_frames, num_tokens)
+            frames, side = input_for(num_tokens, max_frames, space, table)
+            if num_tokens < 2 * space.whole_tokens(side):  # the whole would leave the tiles too little
+                side = space.tile
+            return self._input(space, media, (frames, side), max_frames, num_tokens)
 
         if self.seconds is None:
             return plan(self.tokens or full.keep)
@@ -283,11 +350,15 @@ class Budget:
     ) -> Plan:
         """The plan of (frames, side), or of this budget's own ones; num_tokens=None keeps every token."""
         frames, side = min(self.frames or chosen[0], max_frames), self.resolution or chosen[1]
-        if side < space.cell or (side % space.cell and side not in space.sides):
-            raise BudgetError(f"A resolution must be a multiple of {space.cell} pixels, not {side}.")
-        plan = Plan(frames, *space.size(side, media), 1, space.cell, space.frames_per_cell)
+        tile = space.tile if space.whole_tokens(side) else 0
+        unit = tile or space.cell
+        if side < space.cell or (side % unit and side not in space.sides):
+            raise BudgetError(f"A resolution must be a multiple of {unit} pixels, not {side}.")
+        plan = Plan(frames, *space.size(side, media), 1, space.cell, space.frames_per_cell, tile)
         patches = plan.grid.size
-        return replace(plan, keep=patches if num_tokens is None else min(num_tokens, patches))
+        if num_tokens is None:
+            return replace(plan, keep=patches)
+        return replace(plan, keep=min(max(1, num_tokens - plan.whole_tokens), patches))
 
 
 def _within(

@@ -57,7 +57,14 @@ def apply_adapter(model: nn.Module, adapter: str | Path, *, merge: bool) -> Any:
         from peft import PeftModel
     with refused(f"The adapter {adapter} does not fit the language model"), quiet_peft():
         settings = peft_config(folder)
-        adapted = PeftModel.from_pretrained(model, str(folder), config=settings, use_safetensors=True)
+        # peft only warns of layers that the file has nothing for, whose matrices are then random.
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        try:
+            adapted = PeftModel.from_pretrained(model, str(folder), config=settings, use_safetensors=True)
+        except UserWarning as error:
+            raise ModelError(
+                f"The adapter {adapter} does not fit the language model: its layers have other names."
+            ) from error
     return adapted.merge_and_unload() if merge else adapted
 
 

@@ -48,7 +48,8 @@ class BatchedKVCache:
     sequences: per answer, keys and values (1, heads, length, width) of each layer. They are copied.
     """
 
-    def __init__(self, sequences: Sequence[Layers]) -> None:
+    def __init__(self, llm: LanguageModel, sequences: Sequence[Layers]) -> None:
+        self._llm = llm
         self.lengths = [layers[0][0].shape[2] for layers in sequences]
         self.filled = max(self.lengths)
         self.capacity = self.filled + GROWTH
@@ -68,7 +69,12 @@ class BatchedKVCache:
             self._mask[row, self.filled - length : self.filled] = 1
         self._mask = self._mask.to(sequences[0][0][0].device)
 
-    def step(self, llm: LanguageModel, tokens: Sequence[int], shifts: Sequence[int] = ()) -> Tensor:
+    @property
+    def full(self) -> bool:
+        """Whether another step needs larger buffers, which is a batch made anew."""
+        return self.filled == self.capacity
+
+    def step(self, tokens: Sequence[int], shifts: Sequence[int] = ()) -> Tensor:
         """Append one token to every answer; logits (B, V) of the next ones.
 
         shifts: how far each answer's positions run ahead of its length; none by default.
@@ -77,11 +83,11 @@ class BatchedKVCache:
         positions = [
             length + shift for length, shift in zip(self.lengths, shifts or [0] * len(tokens), strict=True)
         ]
-        logits = llm.advance(
+        logits = self._llm.advance(
             self._kv,
-            input_ids=torch.tensor(tokens, device=llm.device)[:, None],
-            attention_mask=self._mask[:, : self.filled + 1].to(llm.device),
-            position_ids=torch.tensor(positions, device=llm.device)[:, None],
+            input_ids=torch.tensor(tokens, device=self._llm.device)[:, None],
+            attention_mask=self._mask[:, : self.filled + 1].to(self._llm.device),
+            position_ids=torch.tensor(positions, device=self._llm.device)[:, None],
         )
         self.filled += 1
         self.lengths = [length + 1 for length in self.lengths]

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from encoder.errors import ConfigError
-from llm_bridge.llm import LanguageModel, Quantize
+from llm_bridge.llm import LanguageModel, OnDownload, Quantize
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.model_files.hub import is_hub_id
 from llm_bridge.towers.stock import load_stock, stock_kind
@@ -50,6 +50,7 @@ def load_chat_model(
     device_map: str | dict[str, Any] | None = None,
     quantize: Quantize | None = None,
     adapters: Sequence[str | Path] = (),
+    on_download: OnDownload | None = None,
 ) -> ChatModel:
     """A saved FluxChat model, or a stock video model (folder or hub id); which one, its config.json says.
 
@@ -62,8 +63,9 @@ def load_chat_model(
         "device_map": device_map,
         "quantize": quantize,
         "adapters": adapters,
+        "on_download": on_download,
     }
-    if _is_stock(name):
+    if is_stock(name):
         if llm is not None or encoder is not None:
             raise ConfigError(
                 f"{name} has an encoder and a language model of its own: leave out llm and encoder."
@@ -74,7 +76,7 @@ def load_chat_model(
     return VideoLanguageModel.from_pretrained(os.fspath(name), llm=llm, encoder=encoder, **options)
 
 
-def _is_stock(name: str | os.PathLike[str]) -> bool:
+def is_stock(name: str | os.PathLike[str]) -> bool:
     """Whether it names a stock model, as the name of a model on the hub always does."""
     if Path(name).expanduser().is_dir():
         return stock_kind(Path(name).expanduser()) is not None

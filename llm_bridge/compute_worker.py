@@ -10,7 +10,8 @@ hides it. Everything runs first come, first served: the encoding and prefill of 
 the steps.
 
 Failures are isolated. An error in sampling one answer's token ends that answer alone. A forward pass that
-fails is tried again for each answer by itself, and those answers are decoded in turn from then on.
+fails is tried again for each answer by itself, and those answers are decoded in turn from then on. Memory is
+bounded while answers are made: the newest answer gives way, with a sentence, to those before it.
 
 On CPUs the answers are those made alone, bit by bit (see batch_invariance.py). On GPUs a matrix product of
 several rows may round otherwise than that of one, so that a near tie may fall either way.
@@ -18,6 +19,7 @@ several rows may round otherwise than that of one, so that a near tie may fall e
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -28,17 +30,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from encoder.errors import ModelError
-from llm_bridge.kv_cache import kv_from_layers, layers_of, rewindable
+from encoder.errors import ModelError, OutOfMemory
+from llm_bridge.kv_cache import DecodingBatch, kv_from_layers, layers_of, rewindable
 from llm_bridge.llm import LanguageModel
+from llm_bridge.model_files.checks import free_memory
+from llm_bridge.own_kv import OwnKV
 from llm_bridge.sampling import FinishReason, Sampler, SamplingParams
 
 if TYPE_CHECKING:
-    from llm_bridge.batched_kv_cache import BatchedKVCache
-    from llm_bridge.static_kv_cache import StaticBatch, StaticDecoder
+    from llm_bridge.static_kv_cache import StaticDecoder
 
+LOG = logging.getLogger("fluxchat")
 T = TypeVar("T")
 THREAD_NAME = "fluxchat-compute"
+NO_ROOM = "There was not enough memory for this question: lower the token budget, or ask again later."
+KV_SHARE = 0.5  # of the memory that is free when the model is ready, which answers in progress may take
 CLOSED = "The model was closed, so that nothing is computed any more: load it again and ask again."
 
 
@@ -67,8 +73,15 @@ class SequenceState:
         self.error: BaseException | None = None
         self.alone = False
         self._worker, self._stop = worker, stop
+        self.own: OwnKV | None = None  # once it is decoded by itself
+        self._prompt = int(kv.get_seq_length())
         self._stop_ids = frozenset(sampling.stop_token_ids)
         self._full = lambda: sampler.full
+
+    @property
+    def positions(self) -> int:
+        """How many its KV holds, or will with the next step."""
+        return self._prompt + len(self.tokens)
 
     @property
     def ended(self) -> bool:
@@ -123,30 +136,43 @@ class SequenceState:
 class ComputeWorker:
     """The computing thread of one language model, for any number of asking threads.
 
+    kv_limit: bytes that the KV of all answers in progress may take; default: half of what is free now.
     max_batch: answers decoded in one pass, 1 is one at a time. A model that does not batch (see
     `LanguageModel.batches`: state spaces above all) decodes its answers in turn, a token each. static: decode
     in buffers of fixed shape, replayed as CUDA graphs (see static_kv_cache.py); None: where the model allows
     it and lies on a CUDA device.
     """
 
-    def __init__(self, llm: LanguageModel, max_batch: int = 8, *, static: bool | None = None) -> None:
+    def __init__(
+        self,
+        llm: LanguageModel,
+        max_batch: int = 8,
+        kv_limit: int | None = None,
+        *,
+        static: bool | None = None,
+    ) -> None:
+        self.kv_limit = int(KV_SHARE * free_memory(llm.device)) if kv_limit is None else kv_limit
         self.llm, self.max_batch, self.eos = llm, max_batch, llm.eos_ids
         self.steps = self.made = 0  # forward passes and the tokens that they made
         # Read and written in the computing thread only.
         self._sequences: list[SequenceState] = []  # by arrival
-        self._batch_kv: BatchedKVCache | StaticBatch | None = None
-        self._static = self._static_decoder(llm, static)
+        self._batch_kv: DecodingBatch | None = None
+        self._static = self._static_decoder(llm, static, self.kv_limit)
         self._batched: list[SequenceState] = []  # the rows of _batch_kv
         self._batches = llm.batches
         self._thread, self._process = ThreadPoolExecutor(1, THREAD_NAME), os.getpid()
 
     @staticmethod
-    def _static_decoder(llm: LanguageModel, wanted: bool | None) -> StaticDecoder | None:
+    def _static_decoder(llm: LanguageModel, wanted: bool | None, limit: int) -> StaticDecoder | None:
         if wanted is False or (wanted is None and llm.device.type != "cuda"):
             return None
         from llm_bridge.static_kv_cache import StaticDecoder, is_static
 
-        return StaticDecoder(llm) if is_static(llm) else None
+        return StaticDecoder(llm, limit) if is_static(llm) else None
+
+    @property
+    def _lean(self) -> bool:
+        return self._static is None and self.llm.lean is not None
 
     @property
     def sequences(self) -> tuple[SequenceState, ...]:
@@ -228,7 +254,7 @@ class ComputeWorker:
         """Take an answer out (computing thread only); does nothing when it is out."""
         if sequence in self._sequences:
             self._sequences.remove(sequence)
-            sequence.kv = None
+            sequence.kv = sequence.own = None
         if not any(other in self._sequences for other in self._batched):
             self._batch_kv, self._batched = None, []
 
@@ -242,17 +268,20 @@ class ComputeWorker:
         for other in self._sequences:
             other.check_stop()
         self._remove_ended()
+        self._make_room()
+        self._remove_ended()
         batch = self._sequences[: self.max_batch]
         lengths = [len(other.tokens) for other in batch]
         with torch.inference_mode():
             try:
                 self._step_together(batch)
-            except BaseException:  # noqa: BLE001 - each is tried alone, and fails with an error of its own
-                failed = True
+            except BaseException as error:  # noqa: BLE001 - each is tried alone, and fails with its own error
+                failed = f"{type(error).__name__}: {error}".splitlines()[0]
             else:
-                failed = False
+                failed = ""
             if failed:  # outside of the handler, which holds what the failed pass had allocated
                 self._separate(batch)
+                self._leave_static(failed)
             for other, length in zip(batch, lengths, strict=True):
                 if len(other.tokens) == length and not other.ended:
                     self._step_alone(other)
@@ -260,63 +289,96 @@ class ComputeWorker:
         self._remove_ended()
 
     def _step_together(self, batch: list[SequenceState]) -> None:
-        """The next token of those that can share a pass; none when there is only one, unless its step is
-        recorded."""
+        """The next token of those that can share a pass; none where a single one gains nothing by it."""
         together = [
-            sequence
-            for sequence in batch
-            if self._batches and not sequence.alone and (sequence.kv is None or rewindable(sequence.kv))
+            sequence for sequence in batch if self._batches and not sequence.alone and self._shares(sequence)
         ]
-        self._rebatch(together if len(together) > (self._static is None) else [])
+        fewest = 1 if self._static is not None or self._lean else 2
+        self._rebatch(together if len(together) >= fewest else [])
         if self._batch_kv is None:
             return
         tokens = [sequence.tokens[-1] for sequence in self._batched]
-        logits = self._batch_kv.step(self.llm, tokens, [sequence.shift or 0 for sequence in self._batched])
+        logits = self._batch_kv.step(tokens, [sequence.shift or 0 for sequence in self._batched])
         self.steps += 1
         for sequence, row in zip(self._batched, logits, strict=True):
             sequence.append(row)
 
+    @staticmethod
+    def _shares(sequence: SequenceState) -> bool:
+        return sequence.own is None and (sequence.kv is None or rewindable(sequence.kv))
+
     def _step_alone(self, sequence: SequenceState) -> None:
         """The next token of one answer from its own KV cache, or its error."""
-        try:
-            kv, shift = sequence.kv, sequence.shift
-            assert kv is not None
-            position = None if shift is None else kv.get_seq_length() + shift
-            logits = self.llm.step(kv, sequence.tokens[-1], position)
-        except BaseException as error:  # noqa: BLE001 - its reader raises it
-            sequence.error = error
-            return
-        self.steps += 1
-        sequence.append(logits)
+        while not sequence.ended:
+            try:
+                if sequence.own is None:
+                    sequence.own = OwnKV(self.llm, sequence.kv)
+                    sequence.kv = None
+                logits = sequence.own.step(sequence.tokens[-1], sequence.shift)
+            except BaseException as error:  # noqa: BLE001 - its reader raises it
+                failed: BaseException = error
+            else:
+                self.steps += 1
+                sequence.append(logits)
+                return
+            # Outside of the handler, which holds what the failed pass had allocated.
+            if not (is_memory_error(failed) and self._end_newest(sequence)):
+                sequence.error = failed
+            del failed
+
+    def _end_newest(self, than: SequenceState) -> bool:
+        """End the newest answer, for want of memory, if one is newer than this; returns whether."""
+        running = [other for other in self._sequences if not other.ended]
+        if than not in running or running[-1] is than:
+            return False
+        running[-1].error = OutOfMemory(NO_ROOM)
+        self.remove(running[-1])
+        return True
+
+    def check_room(self, positions: int) -> None:
+        """Raises OutOfMemory when the KV of a new answer's prompt has no room beside that of the others."""
+        if (self._kv_positions() + positions) * self.llm.kv_bytes_per_token > self.kv_limit:
+            raise OutOfMemory(NO_ROOM)
+
+    def _make_room(self) -> None:
+        """End the newest answers until the KV of the others' next step has room."""
+        while len(self._sequences) > 1 and (
+            self._kv_positions() * self.llm.kv_bytes_per_token > self.kv_limit
+        ):
+            newest = self._sequences[-1]
+            newest.error = OutOfMemory(NO_ROOM)
+            self._sequences.remove(newest)
+            newest.kv = newest.own = None
+
+    def _kv_positions(self) -> int:
+        """Positions that the KV of all answers takes in the next step; a pass pads all to its longest."""
+        batch = self._sequences[: self.max_batch]
+        shared = [sequence.positions for sequence in batch if self._batches and not sequence.alone]
+        others = sum(other.positions for other in self._sequences if other not in batch or other.alone)
+        return len(shared) * max(shared, default=0) + others
 
     def _rebatch(self, batch: list[SequenceState]) -> None:
         """Make the batched KV cache hold exactly these sequences, with room for a step."""
-        from llm_bridge.batched_kv_cache import BatchedKVCache
-
         old_kv, old_batch = self._batch_kv, self._batched
-        if old_batch == batch and (old_kv is None or old_kv.filled < old_kv.capacity):
+        if old_batch == batch and (old_kv is None or self._lean or not old_kv.full):
             return
         if old_kv is not None:
             for row, sequence in enumerate(old_batch):
                 if sequence in self._sequences and sequence not in batch:
                     sequence.kv = kv_from_layers(self.llm.model.config, old_kv.copies(row))
-        # The same static buffers may serve the new batch.
-        held = None if old_kv is None else old_kv.views if self._static is None else old_kv.copies
         layers = [
-            layers_of(sequence.kv) if sequence.kv is not None else held(old_batch.index(sequence))  # type: ignore[misc]
+            layers_of(sequence.kv) if sequence.kv is not None else old_kv.views(old_batch.index(sequence))  # type: ignore[union-attr]
             for sequence in batch
         ]
-        self._batch_kv, self._batched = None, []
-        if batch:
-            self._batch_kv = BatchedKVCache(layers) if self._static is None else self._static.begin(layers)
-            self._batched = batch
+        together = self.llm.together if self._static is None else self._static.begin
+        self._batch_kv, self._batched = (together(layers), batch) if batch else (None, [])
         for sequence in batch:
             sequence.kv = None
 
     def _separate(self, batch: list[SequenceState]) -> None:
         """Give these sequences, and all in the batched KV cache, a cache of their own as before the step."""
         old_kv, old_batch = self._batch_kv, self._batched
-        self._batch_kv, self._batched, self._static = None, [], None
+        self._batch_kv, self._batched = None, []
         for sequence in batch:
             sequence.alone = True
         for row, sequence in enumerate(old_batch):
@@ -329,7 +391,19 @@ class ComputeWorker:
             except BaseException as error:  # noqa: BLE001 - its reader raises it
                 sequence.error = error
 
+    def _leave_static(self, why: str) -> None:
+        """Decode in growing buffers from now on, where it was in static ones."""
+        if self._static is not None:
+            self._static = None
+            LOG.warning("Answers are decoded without CUDA graphs from now on, since a step failed: %s", why)
+
     def _remove_ended(self) -> None:
         for sequence in self.sequences:
             if sequence.ended:
                 self.remove(sequence)
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Torch has a class for accelerators; of main memory it raises a RuntimeError known by its text."""
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or (isinstance(error, RuntimeError) and "allocate memory" in str(error))

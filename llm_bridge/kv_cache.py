@@ -9,7 +9,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import blake2b
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,35 @@ from llm_bridge.families import Memory, family_of
 
 V = TypeVar("V")
 Layers = tuple[tuple[Tensor, Tensor], ...]  # keys and values (1, heads, length, width) of each layer
+
+
+class DecodingBatch(Protocol):
+    """Answers that are decoded in one pass. lengths: their positions. full: a step needs larger buffers."""
+
+    lengths: list[int]
+
+    @property
+    def capacity(self) -> int:
+        """Positions that each row of the buffers has room for."""
+        ...
+
+    @property
+    def full(self) -> bool: ...
+
+    def step(self, tokens: Sequence[int], shifts: Sequence[int] = ()) -> Tensor:
+        """Append one token to every answer; logits (B, V) of the next ones.
+
+        shifts: how far each answer's positions run ahead of its length; none by default.
+        """
+        ...
+
+    def views(self, row: int) -> Layers:
+        """Views of one answer's keys and values, without what a step that failed may have added."""
+        ...
+
+    def copies(self, row: int) -> Layers:
+        """Copies of one answer's keys and values, which do not keep the buffers alive."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -48,6 +77,11 @@ class ByteLRU(Generic[V]):
             self._hits += 1
             self._entries.move_to_end(key)
             return self._entries[key]
+
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether the entry is there; counts as no use of it."""
+        with self._lock:
+            return key in self._entries
 
     def put(self, key: Hashable, value: V) -> None:
         """Add or replace; a value beyond the whole limit is not kept."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +17,17 @@ from encoder.errors import ModelError
 from llm_bridge.adapters import apply_adapter, quiet_peft, without_adapters
 from llm_bridge.batch_invariance import make_batch_invariant
 from llm_bridge.families import Memory, check_embeddings, check_family, family_of
-from llm_bridge.kv_cache import memory_of
+from llm_bridge.kv_cache import DecodingBatch, Layers, memory_of
+from llm_bridge.lean.build import lean_model
+from llm_bridge.lean.decoder import LeanBatch
+from llm_bridge.lean.rotary import Rotary
+from llm_bridge.lean.step import LeanModel
 from llm_bridge.model_files.chat_templates import check_template
 from llm_bridge.model_files.checks import (
     check_fits,
     check_folder,
     first_line,
+    free_memory,
     local_folder,
     missing_bytes,
     open_settings,
@@ -33,9 +38,12 @@ from llm_bridge.model_files.checks import (
 from llm_bridge.model_files.gguf_header import check_gguf
 from llm_bridge.model_files.hub import check_room, is_hub_id
 from llm_bridge.prompt import template_text
+from llm_bridge.quantized import KINDS, QuantizedLinear, quantize_linear
 from llm_bridge.thinking import ThinkingMarks
 
-Quantize = Literal["8bit", "4bit"]
+Quantize = Literal["8bit", "4bit", "int8", "int4"]  # the latter two on CPUs
+OnDownload = Callable[[str, int], object]
+BLOCK_4BIT = 64  # weights of a row that share a scale
 _WITHOUT_POSITIONS = {"linear_attention", "conv", "mamba", "moe", "mlp"}  # types of layers
 
 
@@ -141,7 +149,29 @@ class LanguageModel:
     @property
     def parameters(self) -> int:
         """Number of parameters."""
-        return sum(p.numel() for p in self.model.parameters())
+        quantized = (module for module in self.model.modules() if isinstance(module, QuantizedLinear))
+        few_bits = sum(module.parameters_replaced for module in quantized)
+        return few_bits + sum(p.numel() for p in self.model.parameters())
+
+    @cached_property
+    def lean(self) -> tuple[LeanModel, Rotary] | None:
+        """What decodes it with few operations, made when first asked for; None where transformers does.
+
+        It packs a copy of the weights, unless that would take more than half of the free memory: the other
+        half is for the KV of answers.
+        """
+        if self.device.type != "cpu":
+            return None
+        copied = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return lean_model(self.model) if copied <= free_memory(self.device) // 2 else None
+
+    def together(self, sequences: Sequence[Layers]) -> DecodingBatch:
+        """Answers that are decoded in one pass, from their keys and values, which are copied."""
+        if self.lean is not None:
+            return LeanBatch(*self.lean, sequences)
+        from llm_bridge.batched_kv_cache import BatchedKVCache
+
+        return BatchedKVCache(self, sequences)
 
     @cached_property
     def _cache_argument(self) -> str:
@@ -250,13 +280,15 @@ def load_llm(
     quantize: Quantize | None = None,
     adapters: Sequence[str | Path] = (),
     revision: str | None = None,
+    on_download: OnDownload | None = None,
 ) -> LanguageModel:
     """Load a causal language model for use with frozen weights.
 
     name: hub id, folder, GGUF file, or folder holding one GGUF file. GGUF is a source of weights here: they
-    are dequantised on loading. device_map: as in transformers ("auto" spreads over GPUs). quantize: 8 or
-    4 bit through bitsandbytes; on CPUs it saves memory and costs time. adapters: LoRA folders (peft), merged
-    in order unless the base is quantised. Code that a model brings is never run. Raises ModelError: one
+    are dequantised on loading. device_map: as in transformers ("auto" spreads over GPUs). quantize: "int8" or
+    "int4" on CPUs, through torch's own kernels; "8bit" or "4bit" on GPUs, through bitsandbytes. adapters:
+    LoRA folders (peft), merged in order unless bitsandbytes quantises the base. on_download: told a hub
+    model's name and bytes before they come. Code that a model brings is never run. Raises ModelError: one
     sentence, what was wrong and what to do.
     """
     from transformers import AutoModelForCausalLM
@@ -271,7 +303,10 @@ def load_llm(
         quantize=quantize,
         adapters=adapters,
         revision=revision,
+        on_download=on_download,
     )
+    if quantize in KINDS:
+        quantize_linear(model, quantize)
     make_batch_invariant(model)
     with refused(f"Cannot load the language model {name}"):
         if family_of(model.config) is None:
@@ -292,10 +327,13 @@ def load_pretrained(
     quantize: Quantize | None = None,
     adapters: Sequence[str | Path] = (),
     revision: str | None = None,
+    on_download: OnDownload | None = None,
+    not_quantised: Sequence[str] = (),
 ) -> tuple[Any, Any, Path]:
     """A frozen model of transformers, its tokenizer and its folder; arguments and errors as of `load_llm`.
 
-    auto_class: of transformers, that builds it. what: it is called in errors.
+    auto_class: of transformers, that builds it. what: it is called in errors. not_quantised: names of modules
+    that keep their type, beside the head.
     """
     from transformers.utils import logging
 
@@ -303,12 +341,12 @@ def load_pretrained(
     dtype = dtype or default_dtype(target)
     path, gguf = _locate(str(name))
     options: dict[str, Any] = {"dtype": dtype}
-    if quantize is not None:
+    if quantize is not None and quantize not in KINDS:
         if gguf is not None:
             raise ModelError(
                 "GGUF weights cannot be quantised again: leave out quantize, or use the original."
             )
-        options["quantization_config"] = _quantization(quantize, dtype)
+        options["quantization_config"] = _quantization(quantize, dtype, not_quantised)
         device_map = device_map or {"": str(target)}
     if device_map is not None:
         options["device_map"] = device_map
@@ -318,9 +356,10 @@ def load_pretrained(
         with refused(f"Cannot load {what} {name}"):
             if is_hub_id(path):
                 itemsize = None if quantize or device_map else dtype.itemsize
-                _check_download(path, revision, itemsize, what, auto_class)
+                if size := _check_download(path, revision, itemsize, what, auto_class):
+                    (on_download or (lambda *_: None))(path, size)
             folder = local_folder(path, revision)
-            in_memory = quantize is None and device_map is None and target.type == "cpu"
+            in_memory = quantize in (None, *KINDS) and device_map is None and target.type == "cpu"
             options |= _load_options(
                 folder, gguf, dtype.itemsize if in_memory else None, f"{what} {name}", auto_class
             )
@@ -337,7 +376,9 @@ def load_pretrained(
             if device_map is None:
                 model = model.to(target)
             for adapter in adapters:
-                model = apply_adapter(model, adapter, merge=quantize is None)
+                model = apply_adapter(model, adapter, merge=quantize in (None, *KINDS))
+            if quantize == "4bit":
+                _check_quantised(model, str(name))
             model.eval().requires_grad_(False)
     finally:
         if bars:
@@ -345,17 +386,16 @@ def load_pretrained(
     return model, tokenizer, folder
 
 
-def _check_download(
-    name: str, revision: str | None, itemsize: int | None, what: str, auto_class: Any
-) -> None:
-    """Raises ModelError, before the weights are downloaded, for a model that has no room here."""
+def _check_download(name: str, revision: str | None, itemsize: int | None, what: str, auto_class: Any) -> int:
+    """Bytes that must be downloaded; raises ModelError, before they are, where the model has no room."""
     from transformers import AutoConfig
 
     if not (size := missing_bytes(name, revision)):
-        return
+        return 0
     check_room(name, size)
     config = AutoConfig.from_pretrained(open_settings(name), trust_remote_code=False, local_files_only=True)
     check_fits(config, None, per_byte=1, itemsize=itemsize, what=f"{what} {name}", auto_class=auto_class)
+    return size
 
 
 def _load_options(
@@ -419,9 +459,9 @@ def _load_tokenizer(folder: Path, gguf: str | None) -> Any:
     return tokenizer
 
 
-def _quantization(quantize: str, dtype: torch.dtype) -> Any:
+def _quantization(quantize: str, dtype: torch.dtype, kept: Sequence[str]) -> Any:
     if quantize not in ("8bit", "4bit"):
-        raise ModelError(f"quantize must be '8bit' or '4bit', not {quantize!r}.")
+        raise ModelError(f"quantize must be '8bit', '4bit', 'int8' or 'int4', not {quantize!r}.")
     try:
         with quiet_peft():
             import bitsandbytes  # noqa: F401
@@ -431,6 +471,22 @@ def _quantization(quantize: str, dtype: torch.dtype) -> Any:
         ) from error
     from transformers import BitsAndBytesConfig
 
+    skipped = {"llm_int8_skip_modules": ["lm_head", *kept]} if kept else {}
     if quantize == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        return BitsAndBytesConfig(load_in_8bit=True, **skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, **skipped
+    )
+
+
+def _check_quantised(model: Any, what: str) -> None:
+    """Raises ModelError for layers that bitsandbytes computes wrongly or not at all on CPUs."""
+    import bitsandbytes
+
+    for name, layer in model.named_modules():
+        odd = isinstance(layer, bitsandbytes.nn.Linear4bit) and layer.in_features % BLOCK_4BIT
+        if odd and layer.weight.device.type == "cpu":
+            raise ModelError(
+                f"{what} cannot be run in 4 bit on a CPU: its layer {name} is {layer.in_features} wide, no "
+                f"multiple of {BLOCK_4BIT}. Use 8bit."
+            )

@@ -23,7 +23,7 @@ from encoder.json_files import read_object
 from encoder.tokens import Grid, VisionTokens
 from llm_bridge.attention import packs
 from llm_bridge.familiarity import FAMILIARITY, Familiarity
-from llm_bridge.llm import LanguageModel, Quantize, default_device, default_dtype, load_llm
+from llm_bridge.llm import LanguageModel, OnDownload, Quantize, default_device, default_dtype, load_llm
 from llm_bridge.model_files.checks import first_line
 from llm_bridge.packing import Packing, Weighting, branched_attention, label_weights, without_branches
 from llm_bridge.projector import Projector, ProjectorConfig
@@ -306,6 +306,7 @@ class VideoLanguageModel(nn.Module):
         quantize: Quantize | None = None,
         adapters: Sequence[str | Path] = (),
         tuned: bool = True,
+        on_download: OnDownload | None = None,
     ) -> VideoLanguageModel:
         """Read what `save_pretrained` wrote and load the language model it names (or `llm`, or `encoder`).
 
@@ -342,6 +343,7 @@ class VideoLanguageModel(nn.Module):
             device_map=device_map,
             quantize=quantize,
             adapters=adapters,
+            on_download=on_download,
         )
         model.familiarity = familiarity
         return model

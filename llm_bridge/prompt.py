@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any, Generic, Literal, TypeVar
@@ -49,7 +49,8 @@ class Visual:
     """A video or image in a message: how many embeddings it takes, and when its frames were.
 
     key: identifies content, plan and model, for the caches. times_s: one per frame; empty for an image.
-    layout: stretches of the embeddings with the model's own text between them; empty: one stretch.
+    layout: stretches of the embeddings with the model's own text between them; empty: one stretch. range_s:
+    from where to where it was sampled; None for all of it.
     """
 
     tokens: int
@@ -57,6 +58,7 @@ class Visual:
     duration_s: float = 0.0
     times_s: tuple[float, ...] = ()
     layout: tuple[str | Stretch, ...] = ()
+    range_s: tuple[float, float] | None = None
 
     @property
     def kind(self) -> Literal["image", "video"]:
@@ -93,10 +95,11 @@ class Message(Generic[V]):
 class Prompt:
     """Token ids with PLACEHOLDER where a visual embedding belongs.
 
-    visuals: in order of appearance; spans: (start, length) of each, from its first embedding to its last,
-    with the text between. positions: of each id, per axis; empty when they are its index. next_position: of
-    what follows. For training only: labels are ids to learn, IGNORE elsewhere; branches are (start, end) of
-    questions that share all before the first and do not see each other.
+    visuals: in the order of the messages, which a chat template may change within one; spans: (start, length)
+    of each, from its first embedding to its last, with the text between. positions: of each id, per axis;
+    empty when they are its index. next_position: of what follows. For training only: labels are ids to learn,
+    IGNORE elsewhere; branches are (start, end) of questions that share all before the first and do not see
+    each other.
     """
 
     ids: tuple[int, ...]
@@ -109,6 +112,17 @@ class Prompt:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def followed_by(self, ids: Sequence[int]) -> Prompt:
+        """The same with more token ids at its end, none of them to learn."""
+        added = range(self.next_position, self.next_position + len(ids))
+        return replace(
+            self,
+            ids=(*self.ids, *ids),
+            labels=(*self.labels, *[IGNORE] * len(ids)),
+            positions=tuple((*axis, *added) for axis in self.positions),
+            next_position=self.next_position + len(ids),
+        )
 
     @property
     def shift(self) -> int | None:
@@ -137,6 +151,8 @@ def time_sentence(visual: Visual, form: TimeSentence) -> str:
     start = (
         f"\nThe video lasts for {visual.duration_s:.2f} seconds, and {count} frames are uniformly sampled "
     )
+    if form == "short" and visual.range_s is not None:
+        return start + f"from {visual.range_s[0]:.2f} to {visual.range_s[1]:.2f} seconds. "
     if form == "short":
         return start + "from it. "
     return start + f"at {', '.join(f'{t:.2f}' for t in visual.times_s)} seconds. "
@@ -484,18 +500,26 @@ def _marked_text(
         }
         for message in messages
     ]
-    rest, text = template_text(tokenizer, parts, add_generation_prompt=add_generation_prompt, think=think), ""
+    text = template_text(tokenizer, parts, add_generation_prompt=add_generation_prompt, think=think)
+    # A template may write the images of a message before its videos: of each kind they keep their order.
+    waiting: dict[str, list[int]] = {}
     for index, visual in enumerate(visuals):
-        before, mark, rest = rest.partition(marks[visual.kind])
-        if not mark:
-            raise ModelError(
-                f"The chat template of the language model takes no {visual.kind}s at this place."
-            )
-        stretches = enumerate(visual.layout or (Stretch(visual.tokens),))
-        text += before + "".join(
+        waiting.setdefault(marks[visual.kind], []).append(index)
+
+    def laid_out(mark: re.Match[str]) -> str:
+        if not (indices := waiting.get(mark.group())):
+            return mark.group()
+        index = indices.pop(0)
+        stretches = enumerate(visuals[index].layout or (Stretch(visuals[index].tokens),))
+        return "".join(
             part if isinstance(part, str) else f"{_MARK}{index}.{number}{_MARK}" for number, part in stretches
         )
-    return text + rest
+
+    written = "|".join(map(re.escape, sorted(set(marks.values()), key=len, reverse=True)))
+    text = re.sub(written, laid_out, text)
+    if left := [visuals[indices[0]].kind for indices in waiting.values() if indices]:
+        raise ModelError(f"The chat template of the language model takes no {left[0]}s at this place.")
+    return text
 
 
 class _Builder:

@@ -5,9 +5,9 @@ rows are rounded up to a power of two, the positions to a multiple of 256, so th
 answers. Each row begins at position 0; a mask made from the rows' lengths hides what lies behind them.
 Elsewhere than on CUDA the same step runs without a graph.
 
-    decoder = StaticDecoder(llm)
-    batch = decoder.begin(sequences)     # as BatchedKVCache(sequences), whose methods it has
-    logits = batch.step(llm, tokens)
+    decoder = StaticDecoder(llm, limit)  # bytes of buffers kept beside those in use
+    batch = decoder.begin(sequences)     # a DecodingBatch
+    logits = batch.step(tokens)
 
 Imported only where it is needed: it loads transformers.
 """
@@ -23,12 +23,15 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from llm_bridge.kv_cache import Layers, memory_of
+from llm_bridge import batch_invariance
+from llm_bridge.kv_cache import Layers
+from llm_bridge.lean.build import ROTARY
 from llm_bridge.llm import LanguageModel
 
 POSITIONS = 256  # buffers hold a multiple of it
 GROWTH = 64  # of which so many are free at least when a batch begins
-KEPT = 3  # sets of buffers, each with its graph, that stay for later batches
+KEPT = 3  # most sets of buffers, each with its graph, that stay for later batches
+ATTENTIONS = ("sdpa", batch_invariance.NAME)  # which take a mask of one's own
 WARM_UP = 2  # runs before a graph is recorded, in which libraries set themselves up
 
 
@@ -37,18 +40,15 @@ def is_static(llm: LanguageModel) -> bool:
     positions, none adds rows of its own, and the weights lie on one device as they are."""
     config = llm.model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    plain = llm.quantize is None and llm.axes == 1 and not getattr(llm.model, "hf_device_map", None)
-    second = getattr(config, "hidden_size_per_layer_input", None)
-    # Kernels that take no mask of their own.
-    attends = not str(getattr(config, "_attn_implementation", "")).startswith(("flash", "flex", "paged"))
     whole = kinds == {"full_attention"} and getattr(config, "sliding_window", None) is None
+    plain = llm.quantize is None and llm.axes == 1 and not getattr(llm.model, "hf_device_map", None)
     return (
-        plain
-        and attends
-        and whole
-        and not second
+        whole
+        and plain
+        and not getattr(config, "hidden_size_per_layer_input", None)
+        and getattr(config, "_attn_implementation", None) in ATTENTIONS
+        and {module.rope_type for module in llm.model.modules() if hasattr(module, "rope_type")} <= ROTARY
         and llm.batches
-        and memory_of(llm.model.config) == "positions"
     )
 
 
@@ -90,6 +90,7 @@ class _Buffers:
             for keys, values in like
         ]
         self._kv = Cache(layers=list(self.layers))
+        self.bytes = rows * capacity * llm.kv_bytes_per_token
         self._graph: Any = None
         self._logits: Tensor | None = None
 
@@ -131,26 +132,34 @@ class _Buffers:
 
 
 class StaticDecoder:
-    """The buffers of one model, for one batch at a time."""
+    """The buffers of one model, for one batch at a time. limit: bytes of all buffers that are kept, though
+    those in use may be larger."""
 
-    def __init__(self, llm: LanguageModel) -> None:
-        self._llm = llm
-        self._kept: OrderedDict[tuple[int, int], _Buffers] = OrderedDict()
+    def __init__(self, llm: LanguageModel, limit: int) -> None:
+        self._llm, self._limit = llm, limit
+        self._kept: OrderedDict[tuple[int, int], _Buffers] = OrderedDict()  # those in use are the last
 
     def begin(self, sequences: Sequence[Layers]) -> StaticBatch:
         """A batch of answers, per answer keys and values (1, heads, length, width) of each layer; copied.
 
-        Ends the batch before it, whose views must not be among the sequences.
+        Ends the batch before it, whose views may be among the sequences.
         """
         rows = 1 << (len(sequences) - 1).bit_length()
         longest = max(layers[0][0].shape[2] for layers in sequences) + GROWTH
         key = rows, -(-longest // POSITIONS) * POSITIONS
+        if self._kept and next(reversed(self._kept)) == key:  # what is written over may be read
+            sequences = [tuple((k.clone(), v.clone()) for k, v in layers) for layers in sequences]
         if key not in self._kept:
-            while len(self._kept) >= KEPT:
-                self._kept.popitem(last=False)
+            self._make_room(rows * key[1] * self._llm.kv_bytes_per_token)
             self._kept[key] = _Buffers(self._llm, *key, like=sequences[0])
         self._kept.move_to_end(key)
         return StaticBatch(self._kept[key], sequences)
+
+    def _make_room(self, wanted: int) -> None:
+        while self._kept and (
+            len(self._kept) >= KEPT or sum(kept.bytes for kept in self._kept.values()) + wanted > self._limit
+        ):
+            self._kept.popitem(last=False)
 
 
 class StaticBatch:
@@ -165,11 +174,11 @@ class StaticBatch:
                 layer.values[row, :, : values.shape[2]] = values[0]
 
     @property
-    def filled(self) -> int:
-        """Positions in use of the longest answer."""
-        return max(self.lengths)
+    def full(self) -> bool:
+        """Whether another step needs larger buffers, which is a batch made anew."""
+        return max(self.lengths) == self.capacity
 
-    def step(self, llm: LanguageModel, tokens: Sequence[int], shifts: Sequence[int] = ()) -> Tensor:
+    def step(self, tokens: Sequence[int], shifts: Sequence[int] = ()) -> Tensor:
         """Append one token to every answer; logits (B, V) of the next ones, good until the next step.
 
         shifts: how far each answer's positions run ahead of its length; none by default.
@@ -181,7 +190,8 @@ class StaticBatch:
         return logits[: len(tokens)]
 
     def views(self, row: int) -> Layers:
-        """Views of one answer's keys and values, without what a step that failed may have added."""
+        """Views of one answer's keys and values, good until the next batch; without what a step that failed
+        may have added."""
         own = slice(0, self.lengths[row])
         return tuple(
             (layer.keys[row : row + 1, :, own], layer.values[row : row + 1, :, own])

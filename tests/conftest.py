@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests import tiny_llms
+from tests.leftovers import pytest_sessionfinish, pytest_sessionstart  # noqa: F401 - hooks of every run
 
-# Libraries must not try the network, and tests share the machine's cores.
+# Libraries must not try the network, and tests share the machine's cores. Torch must not be imported yet: it
+# reads its number of threads once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# The tests and the many processes they start would compile every module anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     # One core each, and temporary files of its own: tests look whether any stayed behind.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,9 +30,17 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector need not look through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Folder of a tiny language model by layout, made once."""
+    from tests import tiny_llms  # imports torch
+
     made: dict[str, Path] = {}
 
     def folder(layout: str) -> Path:

@@ -48,8 +48,8 @@ MUTANTS = (
     ),
     Mutant(
         "encoder/layers.py",
-        "return self.proj(mixed + local)",
-        "return self.proj(mixed)",
+        "mixed if self.lpe is None else mixed + self.lpe(v)",
+        "mixed",
         f"{ENCODER}test_golden.py",
     ),
     Mutant(
@@ -102,8 +102,8 @@ MUTANTS = (
     ),
     Mutant(
         "encoder/fluxvit.py",
-        "return self.gpe_proj(table[kept])",
-        "return table[kept]",
+        "table[kept] if self.gpe_proj is None else self.gpe_proj(table[kept])",
+        "table[kept]",
         f"{ENCODER}test_golden.py",
     ),
     Mutant(
@@ -132,8 +132,8 @@ MUTANTS = (
     ),
     Mutant(
         "encoder/selection.py",
-        "descending=True, stable=True).indices",
-        "descending=False, stable=True).indices",
+        "group.flatten(1).sort(dim=1, descending=True,",
+        "group.flatten(1).sort(dim=1, descending=False,",
         f"{ENCODER}test_selection.py",
     ),
     Mutant(
@@ -183,8 +183,8 @@ MUTANTS = (
     ),
     Mutant(
         "llm_bridge/model.py",
-        "[:, :-1][predicted], labels[:, 1:][predicted]",
-        "[:, 1:][predicted], labels[:, 1:][predicted]",
+        "following = labels.roll(-1, dims=1)",
+        "following = labels.clone()",
         f"{BRIDGE}test_model.py",
     ),
     Mutant(
@@ -212,7 +212,7 @@ MUTANTS = (
         "tokens = encoder.encode(patches, grid, kept, layers=[n - 1 for n in self.student_layers])",
         f"{TRAINING}test_umt.py",
     ),
-    Mutant("training/umt.py", "loss = loss + weight * (", "loss = loss + (", f"{TRAINING}test_umt.py"),
+    Mutant("training/umt.py", "own = weight * (", "own = (", f"{TRAINING}test_umt.py"),
     Mutant(
         "training/distill/teachers.py",
         "depth - int(interval * index) - 1 for",

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from encoder.errors import ConfigError
 from llm_bridge.adapters import peft_config, quiet_peft
-from llm_bridge.llm import Quantize
 from llm_bridge.lora import use_for_training
 from llm_bridge.model import ADAPTER, VideoLanguageModel, model_folder
 from llm_bridge.packing import Weighting
@@ -84,7 +83,7 @@ class LoraRecipe(ChatRecipe):
     stage: ClassVar[str] = "chat_lora"
     start: str
     lora: LoraSettings = field(default_factory=LoraSettings)
-    quantize: Quantize | None = None
+    quantize: Literal["8bit", "4bit"] | None = None
     train_projector: bool = True
     scene_words: float = 0.0
     gradient_checkpointing: bool = False

@@ -8,6 +8,8 @@
     python -m training.evaluate classify --dataset ssv2 ...   by trained heads, clips x crops
     python -m training.evaluate mvbench --model DIR --annotations DIR --videos DIR
     python -m training.evaluate mvbench --model DIR --dataset world ...
+    python -m training.evaluate mvbench --model Qwen/Qwen3-VL-2B-Instruct --plan --budget 512 256 \\
+        --compare uniform --prompt words open ...        a stock video model; open answers too
 
 Results go to --out with all they depend on, and items to a journal beside it, so that the same command goes
 on after a stop; `accelerate launch -m training.evaluate ...` shares the items over GPUs (on CPUs, torchrun).
@@ -28,12 +30,13 @@ from training.evaluation.chat_runs import run_mvbench, run_world_chat
 from training.evaluation.cli_arguments import (
     add_budget_options,
     add_encoder_options,
+    add_model_options,
     add_run_options,
     add_world_options,
 )
 from training.evaluation.encoder_input import SELECTORS
 from training.evaluation.encoder_runs import run_action, run_classify, run_retrieval, run_world_encoder
-from training.evaluation.mvbench import TASKS
+from training.evaluation.mvbench import FORMS, TASKS
 
 
 def run_world(args: argparse.Namespace) -> int:
@@ -58,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True)
 
     world = commands.add_parser("world", help="the demo world's held-out clips")
-    world.add_argument("--model", help="a saved chat model, such as app/pretrained")
+    add_model_options(world, required=False)
     _encoder_options(world, required=False)
     add_budget_options(world, [128])
     _chat_options(world)
@@ -103,17 +106,18 @@ def parser() -> argparse.ArgumentParser:
 
     mvbench = commands.add_parser("mvbench", help="20 tasks of multiple choice")
     mvbench.add_argument("--dataset", choices=["mvbench", "world"], default="mvbench")
-    mvbench.add_argument("--model", required=True, help="a saved chat model, such as app/pretrained")
+    add_model_options(mvbench)
     mvbench.add_argument("--annotations", metavar="DIR", help="the folder of TASK.json files")
     mvbench.add_argument("--videos", metavar="DIR", help="the folder of star, perception, clevrer, ...")
     mvbench.add_argument("--task", nargs="+", choices=list(TASKS), metavar="TASK", help="only these")
     mvbench.add_argument(
         "--prompt",
         nargs="+",
-        choices=["flash", "videochat2", "words"],
+        choices=FORMS,
         default=["flash", "videochat2"],
         help="of VideoChat-Flash or VideoChat2, with their readers of letters; words: as flash, but the "
-        "words of an option count as its letter",
+        "words of an option count as its letter; open: the options are not shown, and the answer counts as "
+        "the one whose words it has",
     )
     add_budget_options(mvbench, [128])
     _chat_options(mvbench)

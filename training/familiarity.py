@@ -32,11 +32,11 @@ from torch import Tensor
 from encoder.checkpoint import save_json, weights_hash
 from encoder.errors import ConfigError
 from encoder.video.reader import read_clip
+from llm_bridge.engines import Request
+from llm_bridge.engines.local import LocalAnswer
 from llm_bridge.familiarity import FAMILIARITY, Familiarity, statistics
-from llm_bridge.generation import Generation
 from llm_bridge.model import VideoLanguageModel, model_folder
 from llm_bridge.prompt import Message, Visual, render
-from llm_bridge.sampling import SamplingParams
 from training.command_line import command_parser, run_command
 from training.data.foreign_clips import Photos, foreign_clip
 from training.data.reencode import reencoded
@@ -54,6 +54,23 @@ FALSE_ALARMS = 0.02  # of the clips that the threshold is chosen on
 YES_SHARE = 0.03  # of the questions that the penalty is chosen on may be answered yes
 YES_CLIPS, YES_QUESTIONS = 24, 4
 ASKED = ("Is there a {} in the video?", "Is there a {}?", "Do you see a {}?", "Does the clip show a {}?")
+ABSURD = (
+    *("pink elephant", "dragon", "submarine", "piano", "pizza", "penguin", "flying saucer", "volcano"),
+    *(
+        "mermaid",
+        "helicopter",
+        "giraffe",
+        "guitar",
+        "snowman",
+        "shark",
+        "castle",
+        "robot",
+        "banana",
+        "unicorn",
+    ),
+    *("rocket", "dinosaur", "violin", "octopus", "tractor", "crown", "cactus"),
+)
+ABSURD_QUESTIONS = 100  # about the real videos together, at least
 
 
 @dataclass(frozen=True)
@@ -149,16 +166,33 @@ def yes_margins(model: VideoLanguageModel, judge: Familiarity, make: Clips) -> T
     """By how much the model prefers a yes, (N,), when asked whether foreign clips show a thing it knows."""
     rng, margins = random.Random(make.seed), []
     things = [noun.name for noun in World("train").pool]
-    yes = sorted(judge.yes_bias(model.llm.tokenizer))
     for index in range(YES_CLIPS):
-        frames = torch.from_numpy(np.ascontiguousarray(make(index)))
+        frames = make(index)
         for _ in range(YES_QUESTIONS):
-            question = rng.choice(ASKED).format(rng.choice(things))
-            scores = first_scores(model, frames, question)
-            rest = scores.clone()
-            rest[yes] = -torch.inf
-            margins.append(scores[yes].max() - rest.max())
+            margins.append(yes_margin(model, judge, frames, rng.choice(ASKED).format(rng.choice(things))))
     return torch.stack(margins)
+
+
+def yes_margin(model: VideoLanguageModel, judge: Familiarity, frames: np.ndarray, question: str) -> Tensor:
+    """By how much the model would rather begin with a yes, (), about frames, uint8 (T, H, W, 3)."""
+    yes = sorted(judge.yes_bias(model.llm.tokenizer))
+    scores = first_scores(model, torch.from_numpy(np.ascontiguousarray(frames)), question)
+    rest = scores.clone()
+    rest[yes] = -torch.inf
+    return scores[yes].max() - rest.max()
+
+
+def absurd_yes(judged: Judged, judge: Familiarity, videos: Sequence[Path]) -> Tensor:
+    """Whether answers about real videos begin with a yes, (N,), to questions for what none of them shows."""
+    rng, found = random.Random(SEEDS["test"]), []
+    for number, path in enumerate(videos):
+        frames = next(segments(path))
+        frames = frames[[int((place + 0.5) * len(frames) / FRAMES) for place in range(FRAMES)]]
+        penalty = judge.yes_penalty if judge.score(judged.of(frames)) > 0 else 0.0
+        for place in range(-(-ABSURD_QUESTIONS // len(videos))):
+            thing = ABSURD[(7 * number + place) % len(ABSURD)]
+            found.append(yes_margin(judged.model, judge, frames, rng.choice(ASKED).format(thing)) > penalty)
+    return torch.stack(found)
 
 
 @torch.inference_mode()
@@ -175,7 +209,7 @@ def first_scores(model: VideoLanguageModel, frames: Tensor, question: str) -> Te
     if model.config.system:
         messages.insert(0, Message.of("system", model.config.system))
     prompt = render(model.llm.tokenizer, messages, time_form=model.config.time_sentence)
-    _, logits = Generation(model.llm, prompt, [embedding], SamplingParams()).prefill([len(prompt)])
+    _, logits = LocalAnswer(model.llm, Request(prompt, [embedding])).prefill([len(prompt)])
     assert logits is not None
     return logits.float().cpu()
 
@@ -225,6 +259,8 @@ def measure(args: argparse.Namespace, judged: Judged, judge: Familiarity) -> dic
     for path in args.videos:
         scores = torch.stack([judge.score(judged.of(frames)) for frames in segments(path)])
         figures["videos"][path.name] = _share(scores > 0)
+    if args.videos:
+        figures["yes"]["absurd, real videos"] = _share(absurd_yes(judged, judge, args.videos))
     return figures
 
 

@@ -7,8 +7,10 @@
 
 Measures the full grid and the linear search on the demo world's test clips (by attribute heads, or by the
 answers of a chat model) or on a labelled csv, and writes result.json, and per count a csv and a heatmap.
-plan_table.json holds the best input of each count: --install MODEL puts it into a model's config.json, where
-budgets find it: one between two counts takes the input of the larger. Goes on where it stopped.
+plan_table.json holds the best input of each count: --install MODEL puts it where budgets find it: a saved
+model's config.json, a stock video model's folder, or for one of the hub this user's cache folder. With
+`--plan FILE` the commands of `fluxchat` take one from elsewhere. A budget between two counts takes the input
+of the larger. Goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -18,24 +20,31 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from encoder.budget import PlanRow, PlanTable
+from encoder.budget import InputSpace, PlanRow, PlanTable
 from encoder.checkpoint import save_json, weights_hash
+from encoder.cost import time_ms
 from encoder.errors import ConfigError
 from encoder.selection import Selector
-from llm_bridge.model import VideoLanguageModel, VLMConfig
+from llm_bridge.chat_model import ChatModel, is_stock
+from llm_bridge.model import VLMConfig
+from llm_bridge.towers.measured_plans import plan_file
+from llm_bridge.towers.tower import Stage, Tower
 from training.command_line import command_parser, run_command, table
 from training.evaluation.chat_evaluator import ChatEvaluator
 from training.evaluation.classification import evaluate_classify
 from training.evaluation.cli_arguments import (
     add_encoder_options,
+    add_model_options,
     add_run_options,
     add_world_options,
     device_of_process,
+    open_model,
     read_labelled_files,
     world_source,
 )
@@ -65,6 +74,7 @@ from training.evaluation.token_search import (
 from training.evaluation.views import Views
 
 Score = Callable[[EncoderInput], Share]
+Clock = Callable[[EncoderInput], float]  # milliseconds of one clip
 
 
 def encoder_score(args: argparse.Namespace, out: Path) -> tuple[Score, FrozenEncoder, dict[str, Any]]:
@@ -108,9 +118,9 @@ def _score_on_csv(
     return score, encoder, {**metadata, "metric": "top-1"}
 
 
-def model_score(args: argparse.Namespace, out: Path) -> tuple[Score, VideoLanguageModel, dict[str, Any]]:
+def model_score(args: argparse.Namespace, out: Path) -> tuple[Score, ChatModel, dict[str, Any]]:
     """Accuracy of a chat model's answers on the world, of multiple-choice or of open questions."""
-    model = VideoLanguageModel.from_pretrained(args.model, device=device_of_process(args.device))
+    model = open_model(args)
     source = world_source(args)
     world = source.open()
     metadata = {**about_model(model), "seed": args.seed, **about_world(source)}
@@ -133,21 +143,23 @@ def optimize(args: argparse.Namespace) -> int:
     if args.metric not in metrics:
         raise ConfigError(f"--metric {args.metric} does not go with this: use one of {', '.join(metrics)}.")
     if args.install:
-        model_config(Path(args.install))  # before hours of measuring
+        check_install(args.install)  # before hours of measuring
     out, sharing = Path(args.out), Sharing()
     result_file = out / "result.json"
     score: Score
+    clock: Clock
     if args.model is not None:
         score, model, metadata = model_score(args, result_file)
-        encoder, device = FrozenEncoder(model.encoder), model.device
+        space, device, clock = model.tower.space, model.tower.device, partial(tower_ms, model.tower)
     else:
         score, encoder, metadata = encoder_score(args, result_file)
-        device = encoder.device
-    config = encoder.config
+        space, device, clock = InputSpace.of(encoder.config), encoder.device, encoder.ms
     grid = Grid(
-        tuple(args.frames or range(*config.frames_range)),
-        tuple(args.resolutions or range(*config.resolution_range)),
-        config.patch_size,
+        tuple(args.frames or space.frames),
+        tuple(args.resolutions or space.sides),
+        space.cell,
+        space.frames_per_cell,
+        space.sides,
     )
     runs, rows = [], []
     merging = VidTldr.parse(args.merge) if args.merge else None
@@ -155,7 +167,7 @@ def optimize(args: argparse.Namespace) -> int:
     for keep in sorted(args.tokens):
         for way, merge in ways.items():
             measured, full, linear = _search(args, grid, keep, score, merge=merge)
-            times = {} if args.no_times else _times(encoder, measured, keep, merge)
+            times = {} if args.no_times else _times(clock, measured, keep, merge)
             name = f"{keep}" if way == "selector" else f"{keep}_{way.replace('/', '_')}"
             if sharing.first:
                 write_csv(grid, keep, measured, out / f"grid_{name}.csv", times)
@@ -169,7 +181,8 @@ def optimize(args: argparse.Namespace) -> int:
         print(runs_table(runs))
         save_json([asdict(row) for row in rows], out / "plan_table.json")
         if args.install:
-            install(rows, Path(args.install))
+            place = install(rows, args.install, args.select or "after")
+            print(f"The plan table is in {place}.")
     figures = {"frames": grid.frames, "resolutions": grid.resolutions, "runs": runs}
     write_result(result_file, args.command_line, device, args.recipe, metadata, figures)
     return 0
@@ -201,13 +214,25 @@ def _search(
     return measured.cells, full, linear
 
 
-def _times(
-    encoder: FrozenEncoder, cells: dict[Cell, Share], keep: int, merge: VidTldr | None
-) -> dict[Cell, float]:
+def _times(clock: Clock, cells: dict[Cell, Share], keep: int, merge: VidTldr | None) -> dict[Cell, float]:
     """Milliseconds of one clip for each cell."""
-    return {
-        (frames, side): encoder.ms(EncoderInput(frames, side, keep, merge=merge)) for frames, side in cells
-    }
+    return {(frames, side): clock(EncoderInput(frames, side, keep, merge=merge)) for frames, side in cells}
+
+
+def tower_ms(tower: Tower, encoder_input: EncoderInput) -> float:
+    """Fastest of three times that a chat model's tower, its projector included, takes for one clip, in ms."""
+    frames, side = encoder_input.frames, encoder_input.resolution
+    pixels, plan = torch.zeros(3, frames, side, side), tower.space.square(frames, side, 1)
+    plan = replace(plan, keep=min(encoder_input.keep or plan.grid.size, plan.grid.size))
+    merging = encoder_input.merging(plan.patch_size)
+
+    def run() -> None:
+        if merging is None:
+            tower.look(pixels, plan, encoder_input.selector)
+        else:
+            tower.merge(pixels, merging)
+
+    return time_ms(run, tower.device)
 
 
 def _described(
@@ -283,17 +308,31 @@ def model_config(folder: Path) -> VLMConfig:
         raise ConfigError(f"Cannot read {path}: {error}.") from error
 
 
-def install(rows: Sequence[PlanRow], folder: Path) -> None:
-    """Put a plan table into a model's config.json. Raises ConfigError when that is not a model's."""
+def check_install(name: str) -> None:
+    """Raises ConfigError for what no plan table can be installed for."""
+    if not is_stock(name):
+        model_config(Path(name))
+
+
+def install(rows: Sequence[PlanRow], name: str, stage: Stage) -> Path:
+    """Put a plan table where budgets find it, and return where: a saved model's config.json, or the file of a
+    stock model and its stage. Raises ConfigError when it is no model's folder."""
     table = PlanTable.of(rows).rows
-    save_json(replace(model_config(folder), plan_table=table).to_dict(), folder / "config.json")
+    if is_stock(name):
+        path = plan_file(name, stage)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_json([asdict(row) for row in table], path)
+        return path
+    path = Path(name) / "config.json"
+    save_json(replace(model_config(Path(name)), plan_table=table).to_dict(), path)
+    return path
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = command_parser("training.optimize_tokens", __doc__)
     add_encoder_options(top, required=False)
-    top.add_argument("--model", help="a chat model, judged by its answers")
+    add_model_options(top, required=False)
     top.add_argument(
         "--metric",
         choices=["joint", "noun", "motion", "choice", "open"],
@@ -324,7 +363,7 @@ def parser() -> argparse.ArgumentParser:
         "vid-tldr/sum: likeness by the residual sum",
     )
     top.add_argument("--no-times", action="store_true", help="do not time the encoder")
-    top.add_argument("--install", metavar="MODEL", help="write the plan table into this model's config.json")
+    top.add_argument("--install", metavar="MODEL", help="keep the plan table for this model's budgets")
     add_world_options(top, clips=256)
     add_run_options(top)
     top.add_argument("--out", required=True, metavar="DIR")

@@ -214,7 +214,7 @@ screens, drawings and noise, and to no real video. Called foreign:
 By file: {videos}.
 
 Asked whether a made foreign clip shows one of the things it knows, it would begin with a yes to {before}
-questions; a yes there gives up so much of its score that it does to {after}.
+questions; a yes there gives up so much of its score that it does to {after}.{absurd}
 """
 TAIL = """
 ## Examples
@@ -300,6 +300,7 @@ def familiarity_section(figures: Mapping[str, Any]) -> str:
     n = sum(row["n"] for row in videos.values())
     found = sum(row["share"] * row["n"] for row in videos.values())
     yes = figures["yes"]
+    absurd = yes.get("absurd, real videos")
     return FAMILIARITY_SECTION.format(
         world=share(figures["world"]),
         unseen=share(figures["world, unseen things"]),
@@ -311,6 +312,7 @@ def familiarity_section(figures: Mapping[str, Any]) -> str:
         ),
         before=share(yes["before"]),
         after=share(yes["after"]),
+        absurd=f" Asked whether real videos show what none of them does, {share(absurd)}." if absurd else "",
     )
 
 

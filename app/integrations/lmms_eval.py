@@ -4,7 +4,8 @@
     lmms-eval --model fluxchat --model_args budget=1024 --tasks mvbench --batch_size 1 --output_path results
 
 The package registers itself by an entry point in pyproject.toml. Model arguments: model (folder of
-a saved model; default: the one that ships), llm, encoder, device, dtype, quantize, budget, selector, system.
+a saved model, or a stock video model by folder or hub id; default: the one that ships), llm, encoder, device,
+dtype, quantize, select, plan, budget, selector, system.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class FluxChat(lmms):
         device: str | None = None,
         dtype: str | None = None,
         quantize: str | None = None,
+        select: str | None = None,
+        plan: str | None = None,
         budget: int | str | None = None,
         selector: str = "flux",
         system: str | None = None,
@@ -77,6 +80,8 @@ class FluxChat(lmms):
             device=device,
             dtype=dtype,
             quantize=quantize,  # type: ignore[arg-type]
+            select=select,  # type: ignore[arg-type]
+            plan=plan,
         )
         self._options = {"budget": budget, "selector": selector, "system": system}
 

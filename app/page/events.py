@@ -71,154 +71,177 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
     def session_of(request: gr.Request) -> Session:
         return sessions.get(str(request.session_hash))
 
-    def media_updates(session: Session, error: str, time_s: float = 0) -> list[Any]:
-        current = session.current
-        image = current is not None and current.is_image
-        path = None if current is None else current.path
-        video = None if image else path
+    def media_updates(session: Session) -> list[Any]:
         return [
-            gr.Video(value=video, playback_position=time_s, visible=not image),
-            gr.Image(value=path if image else None, visible=image),
             shelf(session.media, session.shown) if session.media else "",
-            error,
-            handlers.pricing(session),
+            session.problem,
+            *handlers.pricing(session),
             notice("Reading the frames …") if session.media else "",
+            handlers.suggestions(session),
         ]
 
     media_outputs = [
-        controls.video,
-        controls.image,
         controls.shelf,
         controls.problem,
+        controls.presets,
         controls.cost,
         controls.strip,
+        controls.suggestions,
     ]
 
-    def on_video_change(path: str | None, request: gr.Request) -> list[Any]:
+    def on_files(event: gr.EventData, request: gr.Request) -> list[Any]:
         session = session_of(request)
-        if path == (session.current and session.current.path):
-            # The event of a change that the server made itself: an error message stays.
-            return [gr.skip()] * len(media_outputs)
-        error = handlers.show(session, path)
-        # The player shows its file already; setting it again would load it twice.
-        shown = media_updates(session, error)
-        current = session.current
-        same = current is not None and current.path == path
-        return [gr.skip() if same else shown[0], *shown[1:]]
+        handlers.add(session, sessions.uploaded(event.files))
+        return media_updates(session)
 
-    def on_files_added(paths: list[str] | None, request: gr.Request) -> list[Any]:
-        session = session_of(request)
-        return media_updates(session, handlers.add(session, paths or []))
+    def on_refused(event: gr.EventData, request: gr.Request) -> str:
+        return handlers.refuse(session_of(request), str(event.text))
+
+    controls.shelf.refused(on_refused, None, controls.problem, **quick)
 
     def on_medium_select(event: gr.EventData, request: gr.Request) -> list[Any]:
         session = session_of(request)
         if 0 <= int(event.index) < len(session.media):
             session.shown = int(event.index)
-        return media_updates(session, "", float(event.time))
+        return media_updates(session)
 
     def on_medium_remove(event: gr.EventData, request: gr.Request) -> list[Any]:
         session = session_of(request)
         if 0 <= int(event.index) < len(session.media):
             sessions.remove(session, int(event.index))
-        return media_updates(session, "")
+        return media_updates(session)
 
-    def on_example(event: gr.EventData, request: gr.Request) -> list[Any]:
-        session = session_of(request)
-        path, question = examples[int(event.index) % len(examples)]
-        error = handlers.add_copy(session, path, _client_id(request))
-        return [*media_updates(session, error), question]
-
-    def cost(request: gr.Request, *values: Any) -> str:
+    def cost(request: gr.Request, *values: Any) -> list[str]:
         return handlers.cost(session_of(request), Settings(*values))
 
     def strip(request: gr.Request, *values: Any) -> str:
         return handlers.strip(session_of(request), Settings(*values))
 
-    def refresh(event: Any) -> None:
-        event.then(cost, controls.settings, controls.cost, **quick)
-        event.then(strip, controls.settings, controls.strip, **quick)
+    prices = [controls.presets, controls.cost]
+
+    def refresh(event: Any) -> Any:
+        priced = event.then(cost, controls.settings, prices, **quick)
+        return priced.then(strip, controls.settings, controls.strip, **quick)
 
     for event in (
-        controls.video.change(on_video_change, controls.video, media_outputs, **quick),
-        controls.more.upload(on_files_added, controls.more, media_outputs, **quick),
+        controls.shelf.files(on_files, None, media_outputs, **quick),
         controls.shelf.select(on_medium_select, None, media_outputs, **quick),
         controls.shelf.delete(on_medium_remove, None, media_outputs, **quick),
-        controls.shelf.example(on_example, None, [*media_outputs, controls.question], **quick),
     ):
         refresh(event)
 
-    controls.budget.input(cost, controls.settings, controls.cost, trigger_mode="always_last", **quick)
-    controls.budget.release(strip, controls.settings, controls.strip, trigger_mode="always_last", **quick)
+    at_once: dict[str, Any] = {
+        "queue": False,
+        "api_visibility": "private",
+        "show_progress": "hidden",
+        "trigger_mode": "multiple",
+    }
+    last: dict[str, Any] = {"trigger_mode": "always_last", **quick}
+
+    def on_preset(event: gr.EventData) -> list[Any]:
+        return [handlers.range.near(int(event.tokens)), False]
+
+    refresh(controls.shelf.preset(on_preset, None, [controls.budget, controls.auto], **at_once))
+    controls.budget.input(cost, controls.settings, prices, **last)
+    controls.budget.release(strip, controls.settings, controls.strip, **last)
+    # An update of a component's properties would make it anew, with Gradio's own reading of numbers.
     controls.auto.change(
-        lambda auto: [gr.Slider(interactive=not auto), gr.Number(visible=auto)],
-        controls.auto,
-        [controls.budget, controls.seconds],
-        queue=False,
-        api_visibility="private",
-        show_progress="hidden",
+        None, controls.auto, None, js="(auto) => { document.querySelector('#fluxchat-budget').inert = auto; }"
     )
     for control in (controls.auto, controls.seconds, controls.selector, controls.frames, controls.resolution):
-        control.change(cost, controls.settings, controls.cost, trigger_mode="always_last", **quick)
-        control.change(strip, controls.settings, controls.strip, trigger_mode="always_last", **quick)
+        control.change(cost, controls.settings, prices, **last)
+        control.change(strip, controls.settings, controls.strip, **last)
 
     idle = [gr.update(visible=True), gr.update(visible=False)]
-    working = [gr.update(visible=False), gr.update(visible=True)]
     buttons = [controls.send, controls.stop]
-    at_once: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
 
-    def on_ask(question: str, request: gr.Request) -> list[Any]:
+    def buttons_of(session: Session) -> list[Any]:
+        # A question can be sent at any time: it waits behind the one that is answered.
+        return [gr.update(visible=True), gr.update(visible=session.waiting is not None)]
+
+    asking = [controls.question, controls.chat, controls.problem, *buttons]
+
+    def asked(session: Session, begun: bool, keep: Any) -> list[Any]:
+        """Updates of `asking` after a question: its box is emptied if it was taken."""
+        return ["" if begun else keep, handlers.messages(session), session.problem, *buttons_of(session)]
+
+    def on_ask(question: str, request: gr.Request, *values: Any) -> list[Any]:
         session = session_of(request)
-        if not handlers.begin(session, question):
-            return [gr.skip(), gr.skip(), gr.skip(), gr.skip()]
-        return ["", handlers.messages(session), *working]
+        return asked(session, handlers.begin(session, question, Settings(*values)), gr.skip())
 
-    def on_retry(request: gr.Request, event: gr.RetryData) -> list[Any]:
+    def on_suggestion(event: gr.EventData, request: gr.Request, *values: Any) -> list[Any]:
+        session = session_of(request)
+        handlers.begin(session, str(event.text), Settings(*values))
+        return asked(session, False, gr.skip())
+
+    def on_example(event: gr.EventData, request: gr.Request) -> list[Any]:
+        session = session_of(request)
+        path, question = examples[int(event.index) % len(examples)]
+        handlers.start_example(session, path, question, _client_id(request))
+        return [*asked(session, False, gr.skip()), *media_updates(session)[:1], *media_updates(session)[2:]]
+
+    def on_retry(request: gr.Request, event: gr.RetryData, *values: Any) -> list[Any]:
         session = session_of(request)
         turn = min(_turn_of(event.index), len(session.turns) - 1)
-        if turn < 0 or not handlers.begin(session, session.turns[turn].question, turn):
-            return [gr.skip(), gr.skip(), gr.skip()]
-        return [handlers.messages(session), *working]
+        if turn >= 0:
+            handlers.begin(session, session.turns[turn].question, Settings(*values), turn)
+        return asked(session, False, gr.skip())
 
-    def on_edit(request: gr.Request, event: gr.EditData) -> list[Any]:
+    def on_edit(request: gr.Request, event: gr.EditData, *values: Any) -> list[Any]:
         session = session_of(request)
         turn = _turn_of(event.index)
-        if turn >= len(session.turns) or not handlers.begin(session, str(event.value), turn):
-            return [handlers.messages(session), gr.skip(), gr.skip()]
-        return [handlers.messages(session), *working]
+        if turn < len(session.turns):
+            handlers.begin(session, str(event.value), Settings(*values), turn)
+        return asked(session, False, gr.skip())
 
     def stream_answer(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         session = session_of(request)
         for messages in handlers.run(session, Settings(*values)):
-            yield [messages, gr.skip(), gr.skip()]
-        yield [gr.skip(), *idle]
+            yield [messages, *buttons_of(session)]
+        yield [gr.skip(), *buttons_of(session)]
 
-    def then_answer(event: Any) -> None:
-        event.then(stream_answer, controls.settings, [controls.chat, *buttons], **slow)
+    def then_answer(event: Any) -> Any:
+        answer = event.then(
+            stream_answer, controls.settings, [controls.chat, *buttons], trigger_mode="multiple", **slow
+        )
+        # What follows is cheaper, and what was foretold has been corrected.
+        return answer.then(cost, controls.settings, prices, **quick)
 
-    asking = [controls.question, controls.chat, *buttons]
-    then_answer(
-        gr.on([controls.question.submit, controls.send.click], on_ask, controls.question, asking, **at_once)
-    )
-    then_answer(controls.chat.retry(on_retry, None, [controls.chat, *buttons], **at_once))
-    then_answer(controls.chat.edit(on_edit, None, [controls.chat, *buttons], **at_once))
+    settings = controls.settings
+    sends = [controls.question.submit, controls.send.click]
+    then_answer(gr.on(sends, on_ask, [controls.question, *settings], asking, **at_once))
+    then_answer(controls.shelf.suggest(on_suggestion, settings, asking, **at_once))
+    then_answer(controls.chat.retry(on_retry, settings, asking, **at_once))
+    then_answer(controls.chat.edit(on_edit, settings, asking, **at_once))
+    rest = [media_outputs[0], *media_outputs[2:]]
+    example = controls.shelf.example(on_example, None, [*asking, *rest], **at_once)
+    # Its price would come after the answer anyway, and measuring the machine would keep the answer waiting.
+    then_answer(example).then(strip, settings, controls.strip, **quick)
 
     def on_stop(request: gr.Request) -> None:
         handlers.stop(session_of(request))
 
     def on_clear(request: gr.Request) -> list[Any]:
-        handlers.clear(session_of(request))
-        return [[], *idle]
+        session = session_of(request)
+        handlers.clear(session)
+        return [[], session.problem, *idle]
+
+    def on_dismiss(request: gr.Request) -> str:
+        handlers.dismiss(session_of(request))
+        return ""
 
     controls.stop.click(on_stop, None, None, **at_once)
-    controls.chat.clear(on_clear, None, [controls.chat, *buttons], **at_once)
-    controls.clear.click(on_clear, None, [controls.chat, *buttons], **at_once)
+    controls.shelf.dismiss(on_dismiss, None, controls.problem, **at_once)
+    for clear in (controls.chat.clear, controls.shelf.fresh):
+        event = clear(on_clear, None, [controls.chat, controls.problem, *buttons], **at_once)
+        event.then(cost, controls.settings, prices, **quick)
 
     def on_compare(
         request: gr.Request, question: str, first: int, second: int, *values: Any
     ) -> Iterator[Any]:
         session = session_of(request)
         for panels in handlers.compare(session, question, Settings(*values), [first, second]):
-            yield [*panels, *working]
+            yield [*panels, gr.update(visible=False), gr.update(visible=True)]
         yield [gr.skip(), gr.skip(), *idle]
 
     controls.go.click(

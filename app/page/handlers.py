@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import shlex
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,11 +21,12 @@ from gradio.components.chatbot import ComponentMessage
 
 from app.answer import Answer
 from app.chat import Message, VideoChat
+from app.estimate import QUESTION_TOKENS, Estimate
 from app.messages import Media as Part
 from app.messages import question_text
 from app.page import html as markup
 from app.page.sessions import Media, Session, Sessions, Turn
-from app.page.settings import Settings
+from app.page.settings import Range, Settings
 from app.server.chat_request import longest_text
 from app.server.errors import ApiError
 from app.streaming import Thought
@@ -32,8 +34,24 @@ from encoder.errors import ConfigError, FluxChatError
 
 LOG = logging.getLogger("fluxchat")
 YIELD_S = 0.05  # at most 20 updates a second
-THUMBNAIL, SMALL_THUMBNAIL = 208, 128  # pixels
+THUMBNAIL = 208  # pixels
 EMPTY_COST = "Add a video or an image: its price appears here before you ask."
+NO_VIDEO = (
+    "This model knows videos only, and there is none yet: drop one here, paste it, or take an example. "
+    "Your question stays."
+)
+VIDEO_QUESTIONS = (
+    "What happens in the video?",
+    "Who or what is in it?",
+    "What changes from beginning to end?",
+)
+DRAWN_QUESTIONS = (
+    "What happens in the video?",
+    "How many objects does the clip contain?",
+    "Which object is the final one to show up?",
+)
+IMAGE_QUESTIONS = ("What is in the picture?", "Describe it in detail.", "What stands out?")
+WAITS = "Waits for the answer before it"
 PHASES = {"decode": "Reading the frames", "encode": "Looking", "prefill": "Thinking"}
 MAX_TURNS = 100  # that a conversation keeps, with what was looked at in each
 SHOWN = 200  # characters of a question that is too long
@@ -45,27 +63,15 @@ class Handlers:
 
     def __init__(self, chat: VideoChat, sessions: Sessions) -> None:
         self.chat, self.sessions = chat, sessions
+        self.range = Range.of(chat.model)
         # Made here, since inside an event a Gradio component is only an update.
         self._html = gr.HTML("", js_on_load=None, apply_default_css=False, render=False).get_config()
 
     # -- videos ---------------------------------------------------------------------------------------------
 
-    def show(self, session: Session, path: str | None) -> str:
-        """The player's file changed: add it to the conversation, or remove the cleared one.
-
-        Returns an error as HTML, empty when there is none.
-        """
-        current = session.current
-        if path is None:
-            if current is not None and not current.is_image:
-                self.sessions.remove(session, session.shown)
-            return ""
-        if session.show(path):
-            return ""
-        return self.add(session, [path])
-
     def add(self, session: Session, paths: Sequence[str]) -> str:
-        """More videos or images; returns the first error as HTML, empty when there is none."""
+        """More videos or images; returns the first error as HTML, which stays until one is added or it is
+        dismissed, empty when there is none."""
         errors = []
         for path in paths:
             if session.show(path):
@@ -75,36 +81,90 @@ class Handlers:
                 self.sessions.add(session, medium)
             except FluxChatError as error:
                 self.sessions.discard(path)
-                errors.append(markup.problem(_sentence(error)))
-        return errors[0] if errors else ""
+                sentence = _sentence(error)
+                errors.append(markup.problem(sentence, way_out(sentence, Path(path).name)))
+        session.problem = errors[0] if errors else ""
+        return session.problem
+
+    def refuse(self, session: Session, text: str) -> str:
+        """Something was not taken, for a reason that the browser knows; returns it as HTML."""
+        session.problem = markup.problem(text[:SHOWN])
+        return session.problem
 
     def add_copy(self, session: Session, path: str, client: str = "") -> str:
         """One of our own files, as if that client had uploaded it; returns an error as HTML."""
         try:
             return self.add(session, [self.sessions.copy(path, client)])
         except (ApiError, OSError) as error:  # no room for it
-            return markup.problem(_sentence(error))
+            session.problem = markup.problem(_sentence(error))
+            return session.problem
+
+    def start_example(self, session: Session, path: str, question: str, client: str = "") -> bool:
+        """A new conversation about one of our own files, its question asked; False with a problem shown."""
+        self.clear(session)
+        while session.media:
+            self.sessions.remove(session, 0)
+        return not self.add_copy(session, path, client) and self.begin(session, question)
 
     # -- cost -----------------------------------------------------------------------------------------------
 
-    def pricing(self, session: Session) -> str:
-        """The cost line while the cost is being estimated."""
+    def pricing(self, session: Session) -> list[str]:
+        """The two pieces of `cost` while the cost is being estimated."""
+        choices = markup.presets(self._presets(), self.chat.model.default_tokens)
         if not session.media:
-            return markup.notice(EMPTY_COST)
+            return [choices, markup.notice(EMPTY_COST)]
         if self.chat.calibrated:
-            return markup.notice("Working out the price …")
-        return markup.notice("Measuring how fast this machine is: some seconds, once …")
+            return [choices, markup.notice("Working out the price …")]
+        return [choices, markup.notice("Measuring how fast this machine is: some seconds, once …")]
 
-    def cost(self, session: Session, settings: Settings) -> str:
-        """The cost line for the session's videos."""
+    def cost(self, session: Session, settings: Settings) -> list[str]:
+        """What the session's next question costs: the three choices in plain words, and the figures."""
+        chosen = None if settings.auto else self._tokens(settings)
         if not session.media:
-            return markup.notice(EMPTY_COST)
+            return [markup.presets(self._presets(), chosen), markup.notice(EMPTY_COST)]
         try:
             budget = settings.budget
-            estimates = [self.chat.estimate(medium.path, budget) for medium in session.media]
+            choices = [
+                (name, tokens, self._estimates(session, replace(settings, tokens=tokens, auto=False)))
+                for name, tokens, _ in self._presets()
+            ]
+            estimates = self._estimates(session, settings)
         except FluxChatError as error:
-            return markup.problem(_sentence(error))
-        return markup.cost_line(estimates, budget.seconds)
+            return [markup.presets(self._presets(), chosen), markup.problem(_sentence(error))]
+        return [markup.presets(choices, chosen), markup.cost_line(estimates, budget.seconds)]
+
+    def _presets(self) -> list[tuple[str, int, list[Estimate]]]:
+        return [(name, tokens, []) for name, tokens in self.range.presets(self.chat.model.default_tokens)]
+
+    def _tokens(self, settings: Settings) -> int | None:
+        """The slider's place; None where its field holds no number."""
+        try:
+            return self.range.near(int(settings.tokens))
+        except (TypeError, ValueError, OverflowError):
+            return None
+
+    def _estimates(self, session: Session, settings: Settings) -> list[Estimate]:
+        """The price of each medium for the next question; raises FluxChatError.
+
+        After an answer about the same media within the same budget, only what is new is read.
+        """
+        budget, selector = settings.budget, settings.selector
+        last = session.history[-1] if session.history else None
+        new: int | None = None
+        if last is not None and last.answer is not None and last.settings is not None:
+            before = last.settings
+            if (before.budget, before.selector, last.media) == (budget, selector, tuple(session.media)):
+                new = QUESTION_TOKENS + last.answer.usage.completion_tokens
+        return [
+            self.chat.estimate(
+                medium.path,
+                budget,
+                selector,
+                scope=session.scope,
+                new_tokens=new if new is None or index == 0 else 0,
+            )
+            for index, medium in enumerate(session.media)
+        ]
 
     def strip(self, session: Session, settings: Settings) -> str:
         """The frames of the shown video with the patches that the budget keeps, before any question."""
@@ -118,41 +178,92 @@ class Handlers:
         kept, grid = len(seen.kept.indices), seen.kept.grid
         label = f"What the model will look at: {kept} of {grid.size} patches"
         frames = markup.strip(seen.frames, seen.kept, session.shown, side=THUMBNAIL, label=label)
-        return f"<h3>{label}</h3>{frames}"
+        return f"<h2>{label}</h2>{frames}"
+
+    def suggestions(self, session: Session) -> str:
+        """Three questions that fit the model and what is shown; nothing without media."""
+        if session.current is None:
+            return ""
+        if session.current.is_image:
+            return markup.suggestions(IMAGE_QUESTIONS)
+        return markup.suggestions(DRAWN_QUESTIONS if self.needs_video else VIDEO_QUESTIONS)
 
     # -- asking ---------------------------------------------------------------------------------------------
 
-    def begin(self, session: Session, question: str, at: int | None = None) -> bool:
-        """Put a question at the end, or in place of turn `at` and all that followed; False if it is empty."""
+    @property
+    def needs_video(self) -> bool:
+        """Whether this model was taught about videos alone, and invents one where there is none."""
+        return self.chat.model.tower.familiarity is not None
+
+    def begin(
+        self, session: Session, question: str, settings: Settings | None = None, at: int | None = None
+    ) -> bool:
+        """Put a question behind those that wait, or in place of turn `at` and all that was answered after it.
+
+        Nothing that was asked is lost: an answer under way goes on, unless it is replaced. False, with
+        nothing changed but `session.problem`, if the question is empty or there is nothing to ask about.
+        """
         if not question.strip():
             return False
-        session.stop.set()
-        session.stop = threading.Event()
-        if at is not None:
-            del session.turns[at:]
-        session.turns = [turn for turn in session.turns if turn.done][1 - MAX_TURNS :]
-        turn = Turn(question.strip(), phase="Waiting for its turn")
+        if self.needs_video and not session.media:
+            session.problem = markup.problem(NO_VIDEO)
+            return False
+        turn = Turn(question.strip(), settings, phase=WAITS)
         try:
             self._check_length(turn.question)
         except ConfigError as error:  # a long text must not stay in the session
             turn = Turn(f"{turn.question[:SHOWN]} …", error=_sentence(error))
-        session.turns.append(turn)
+        with session.lock:
+            current = session.waiting
+            if at is None:
+                session.turns.append(turn)
+            else:
+                replaced, after = session.turns[at], session.turns[at + 1 :]
+                replaced.stop.set()
+                if replaced.done or replaced is current:
+                    queued = [later for later in after if not later.done and later is not current]
+                    if current is not None and current in after:
+                        current.stop.set()
+                    session.turns[at:] = [turn, *queued]
+                else:  # it waits still: those around it are not touched
+                    session.turns[at] = turn
+            if session.waiting is turn:
+                turn.phase = "Waiting for its turn"
+            del session.turns[: max(0, len(session.turns) - MAX_TURNS)]
         return True
 
     def run(self, session: Session, settings: Settings) -> Iterator[list[dict[str, Any]]]:
-        """Answer the last question: yields the messages as they grow. Does nothing without a new question."""
-        if not session.turns or session.turns[-1].done:
-            yield self.messages(session)
-            return
-        turn, stop = session.turns[-1], session.stop
-        turn.media = tuple(session.media)
+        """Answer what waits, one question after the other: yields the messages as they grow.
+
+        settings: for questions that were begun without. Where the session's questions are being answered
+        already, they are answered there.
+        """
+        with session.lock:
+            if session.answering:
+                yield self.messages(session)
+                return
+            session.answering = True
         session.busy += 1
         try:
+            yield self.messages(session)
+            while (turn := session.next_turn()) is not None:
+                yield from self._run_turn(session, turn, turn.settings or settings)
+        finally:
+            session.answering = False
+            session.busy -= 1
+            if session.closed:
+                self.chat.forget(session.scope)
+
+    def _run_turn(self, session: Session, turn: Turn, settings: Settings) -> Iterator[list[dict[str, Any]]]:
+        turn.media, turn.phase, turn.settings = tuple(session.media), "Waiting for its turn", settings
+        history = [earlier for earlier in session.history if earlier is not turn]
+        try:
+            turn.predicted_s = self._predicted_s(session, settings)
             for text, thinking, phase, answer in self._answer(
-                session, turn.question, settings, stop, session.history
+                session, turn.question, settings, turn.stop, history
             ):
                 if answer is not None:
-                    turn.details = self._details(session, turn.media, settings, answer)
+                    turn.details = self._details(session, turn.media, settings, answer, turn.predicted_s)
                 turn.text, turn.thinking, turn.phase, turn.answer = text, thinking, phase, answer
                 yield self.messages(session)
         except FluxChatError as error:
@@ -161,18 +272,29 @@ class Handlers:
         finally:
             if not turn.done:  # the tab was closed
                 turn.error, turn.phase = "Stopped.", ""
-            session.busy -= 1
-            if session.closed:
-                self.chat.forget(session.scope)
+
+    def _predicted_s(self, session: Session, settings: Settings) -> float | None:
+        """Seconds to the first word that the page has foretold; None before the machine was measured."""
+        if not (session.media and self.chat.calibrated):
+            return None
+        return sum(estimate.first_token_s for estimate in self._estimates(session, settings))
 
     def stop(self, session: Session) -> None:
-        """End what the session computes within one token."""
+        """End the answer under way within one token, or the comparison; what waits is answered next."""
         session.stop.set()
+        if (turn := session.waiting) is not None:
+            turn.stop.set()
 
     def clear(self, session: Session) -> None:
         """A new conversation about the same videos."""
-        session.stop.set()
-        session.turns.clear()
+        session.halt()
+        with session.lock:
+            session.turns.clear()
+        session.problem = ""
+
+    def dismiss(self, session: Session) -> None:
+        """Take the problem away."""
+        session.problem = ""
 
     def compare(
         self, session: Session, question: str, settings: Settings, budgets: Sequence[int]
@@ -185,7 +307,7 @@ class Handlers:
         if not session.media:
             yield [markup.problem("There is no video yet: add one first.") for _ in budgets]
             return
-        session.stop.set()
+        session.halt()
         stop = session.stop = threading.Event()
         media = tuple(session.media)
         session.busy += 1
@@ -308,8 +430,15 @@ class Handlers:
         if sum(map(len, texts)) > limit:
             raise ConfigError(f"That is too long: a question has at most {limit} characters.")
 
-    def _details(self, session: Session, media: Sequence[Media], settings: Settings, answer: Answer) -> str:
-        """HTML under an answer: strips of frames with the kept patches, tokens and times."""
+    def _details(
+        self,
+        session: Session,
+        media: Sequence[Media],
+        settings: Settings,
+        answer: Answer,
+        predicted_s: float | None = None,
+    ) -> str:
+        """HTML under an answer, folded into one line: strips of frames with kept patches, tokens, times."""
         strips = []
         for index, (medium, kept) in enumerate(zip(media, answer.kept, strict=False)):
             frames = self.chat.preview(
@@ -317,8 +446,8 @@ class Handlers:
             ).frames
             if len(frames) == kept.grid.frames:
                 label = f"What it looked at in {medium.name}"
-                strips.append(markup.strip(frames, kept, index, side=SMALL_THUMBNAIL, label=label))
-        return f'<div class="fc-details">{"".join(strips)}{markup.small_print(answer)}</div>'
+                strips.append(markup.strip(frames, kept, index, side=THUMBNAIL, label=label))
+        return markup.evidence(answer, strips, predicted_s)
 
     # -- API endpoints --------------------------------------------------------------------------------------
 
@@ -365,6 +494,14 @@ def conversation_messages(
         messages.append(Message.of("assistant", turn.text))
     messages.append(Message("user", (*_parts(waiting), question_text(question))))
     return messages
+
+
+def way_out(sentence: str, name: str) -> str:
+    """The command that makes a readable file of one whose codec is refused; empty for other errors."""
+    if "codec" not in sentence:
+        return ""
+    made = shlex.quote(f"{Path(name).stem}-h264.mp4")
+    return f"ffmpeg -i {shlex.quote(name)} -c:v libx264 -pix_fmt yuv420p -c:a aac {made}"
 
 
 def _parts(media: Sequence[Media]) -> tuple[Part, ...]:

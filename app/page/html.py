@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from html import escape
+from urllib.parse import quote
 
 from PIL import Image
 from torch import Tensor
@@ -20,11 +21,20 @@ _COUNTING = (
     *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
     "twenty",
 )
+_CLOCK = r"\d{1,3}:[0-5]\d(?:\.\d+)?"
 # "0:07", "1:02.5", "7 s", "7.5 seconds", "3 sec", "three seconds"; not "10:30 pm"'s day or "16:9" followed by
 # more digits.
 _TIME = re.compile(
-    r"(?<![\w:.#])(?:(\d{1,3}):([0-5]\d(?:\.\d+)?)|(\d+(?:\.\d+)?)\s?(?:s|secs?|seconds?)"
+    rf"(?<![\w:.#])(?:({_CLOCK})|(\d+(?:\.\d+)?)\s?(?:s|secs?|seconds?)"
     rf"|(?<!-)((?i:{'|'.join(_COUNTING)})) seconds?)(?![\w:])"
+)
+
+# "0:03 to 0:05", "0:03–0:05", "3 to 5 seconds", "3-5 s", "3 s to 5 s", and with "and" after "between".
+_UNIT = r"\s?(?:s|secs?|seconds?)"
+_TO = r"(?:\s*[-–—]\s*|\s+(?:to|until|and)\s+)"
+_INTERVAL = re.compile(
+    rf"(?<![\w:.#])(?:(?P<from>{_CLOCK}){_TO}(?P<to>{_CLOCK})"
+    rf"|(?P<low>\d+(?:\.\d+)?)(?:{_UNIT})?{_TO}(?P<high>\d+(?:\.\d+)?){_UNIT})(?![\w:])"
 )
 
 
@@ -36,19 +46,39 @@ def clock(seconds: float, *, tenths: bool = False) -> str:
 
 
 def link_times(text: str, duration_s: float, *, html: bool = False) -> str:
-    """Markdown (or HTML) in which every time within the video is a link that moves the player there."""
+    """Markdown (or HTML) in which every time within the video is a link that moves the player there.
+
+    An interval ("0:03 to 0:05", "3-5 seconds") is one link, which plays that piece: #t=3,5.
+    """
+
+    def interval(match: re.Match[str]) -> str:
+        start, end = _seconds_of(match["from"] or match["low"]), _seconds_of(match["to"] or match["high"])
+        if not start < end <= duration_s:
+            return single(match[0])
+        return written(match[0], f"{start:g},{end:g}")
+
+    def single(part: str) -> str:
+        return _TIME.sub(link, part)
+
+    def written(words: str, at: str) -> str:
+        return f'<a href="#t={at}">{words}</a>' if html else f"[{words}](#t={at})"
 
     def link(match: re.Match[str]) -> str:
-        minutes, clock_seconds, seconds, word = match.groups()
-        if minutes:
-            at = 60 * int(minutes) + float(clock_seconds)
-        else:
-            at = float(seconds or _COUNTING.index(word.lower()))
-        if at > duration_s:
-            return match[0]
-        return f'<a href="#t={at:g}">{match[0]}</a>' if html else f"[{match[0]}](#t={at:g})"
+        clock_time, seconds, word = match.groups()
+        at = _COUNTING.index(word.lower()) if word else _seconds_of(clock_time or seconds)
+        return match[0] if at > duration_s else written(match[0], f"{at:g}")
 
-    return _TIME.sub(link, text)
+    done, pieces = 0, []
+    for match in _INTERVAL.finditer(text):
+        pieces += [single(text[done : match.start()]), interval(match)]
+        done = match.end()
+    return "".join(pieces) + single(text[done:])
+
+
+def _seconds_of(words: str) -> float:
+    """ "1:02.5" and "62.5" as seconds."""
+    minutes, _, seconds = words.rpartition(":")
+    return 60 * int(minutes or 0) + float(seconds)
 
 
 def thoughts(text: str) -> str:
@@ -75,41 +105,62 @@ def strip(frames: Tensor, kept: KeptTokens, medium: int, *, side: int, label: st
         at = clock(kept.times_s[index], tenths=tenths)
         cells.append(
             f'<button type="button" class="fc-frame" data-seek="{kept.times_s[index]:.3f}" '
-            f'data-medium="{medium}" aria-label="Go to {at}, {counts[index]} tokens kept">{image}'
-            f"<span>{at}<i>{counts[index]}</i></span></button>"
+            f'data-medium="{medium}" title="Go to {at}: {counts[index]} tokens kept">{image}'
+            f"<span>{at} <i>{counts[index]}</i></span></button>"
         )
     return f'<div class="fc-frames" role="group" aria-label="{escape(label)}">{"".join(cells)}</div>'
 
 
+def presets(choices: Sequence[tuple[str, int, Sequence[Estimate]]], chosen: int | None) -> str:
+    """The price in plain words: a button for each choice, with its seconds and share of the frames' detail.
+
+    choices: name, tokens per video, and the estimates for all videos, none where there is no video yet.
+    """
+    buttons = []
+    for name, tokens, estimates in choices:
+        facts = ""
+        if estimates:
+            wait, detail = sum(e.first_token_s for e in estimates), _detail(estimates)
+            facts = f" <small>{_about(wait)} · {detail} of detail</small>"
+        pressed = "true" if tokens == chosen else "false"
+        buttons.append(
+            f'<button type="button" data-preset="{tokens}" aria-pressed="{pressed}"><b>{name}</b>{facts}'
+            "</button>"
+        )
+    return f'<div class="fc-presets" role="group" aria-label="How closely to look">{"".join(buttons)}</div>'
+
+
+def _detail(estimates: Sequence[Estimate]) -> str:
+    """Kept patches of all that the sampled frames have, as a percentage."""
+    return f"{100 * sum(e.kept_tokens for e in estimates) / sum(e.seen_tokens for e in estimates):.0f} %"
+
+
+def _about(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+
+
 def cost_line(estimates: Sequence[Estimate], seconds: float | None = None) -> str:
-    """The cost of a question: the sum over all videos of the conversation.
+    """The figures behind the price of a question: sums over all videos of the conversation.
 
     seconds: the latency target, to say when it cannot be met.
     """
     first = estimates[0]
     kept, seen = sum(e.kept_tokens for e in estimates), sum(e.seen_tokens for e in estimates)
-    gmacs = sum(e.encoder_gmacs + e.llm_gmacs for e in estimates)
-    full = sum((e.encoder_gmacs + e.llm_gmacs) / e.share_of_full for e in estimates)
     wait = sum(e.first_token_s for e in estimates)
     shapes = {(e.frames, e.height, e.width) for e in estimates}
     many = f"{len(estimates)} × " if len(estimates) > 1 else ""
     shape = f"{first.frames} × {first.width}×{first.height}" if len(shapes) == 1 else "various sizes"
-    share = 100 * gmacs / full
     facts = [
         ("frames × size", f"{many}{shape}"),
         ("tokens kept", f"<b>{kept}</b> of {seen}"),
+        ("of the detail", _detail(estimates)),
         ("into the LLM", f"{sum(e.llm_tokens for e in estimates)} tokens"),
-        ("to compute", f"{gmacs:.3g} GMACs"),
+        ("to compute", f"{sum(e.encoder_gmacs + e.llm_gmacs for e in estimates):.3g} GMACs"),
         ("to first word", f"≈ <b>{wait:.2f} s</b>"),
         ("memory", f"{sum(e.peak_mib for e in estimates):.0f} MiB"),
-        ("of full cost", f"{share:.0f} %"),
     ]
     cells = " ".join(
         f'<span class="fc-fact"><span>{value}</span> <small>{name}</small></span>' for name, value in facts
-    )
-    meter = (
-        f'<span class="fc-meter" role="img" aria-label="{share:.0f} % of the full cost">'
-        f'<span style="width:{min(100.0, share):.1f}%"></span></span>'
     )
     missed = seconds is not None and wait > seconds
     note = (
@@ -117,7 +168,7 @@ def cost_line(estimates: Sequence[Estimate], seconds: float | None = None) -> st
         if missed
         else ""
     )
-    return f'<div class="fc-cost">{cells}{meter}</div>{note}'
+    return f'<div class="fc-cost">{cells}</div>{note}'
 
 
 def notice(text: str) -> str:
@@ -125,9 +176,26 @@ def notice(text: str) -> str:
     return f'<p class="fc-note">{escape(text)}</p>'
 
 
-def problem(text: str) -> str:
-    """An error as one sentence, announced to screen readers."""
-    return f'<p class="fc-problem" role="alert">{escape(text)}</p>'
+def problem(text: str, command: str = "") -> str:
+    """An error as one sentence, announced to screen readers, with a way to dismiss it.
+
+    command: what solves it, to copy.
+    """
+    line = f"<code>{escape(command)}</code>{copy_button(command)}" if command else ""
+    return (
+        f'<div class="fc-problem" role="alert"><p>{escape(text)}{line and " This converts it:"}</p>{line}'
+        '<button type="button" class="fc-close" data-dismiss aria-label="Dismiss">×</button></div>'
+    )
+
+
+def copy_button(text: str) -> str:
+    """A button that copies a text."""
+    return f'<button type="button" class="fc-copy" data-copy="{escape(text)}">Copy</button>'
+
+
+def file_address(path: str) -> str:
+    """Where the page's server has an upload, from its root; safe in an attribute."""
+    return escape(f"/gradio_api/file={quote(path)}")
 
 
 def shelf(media: Sequence[Media], shown: int) -> str:
@@ -137,13 +205,23 @@ def shelf(media: Sequence[Media], shown: int) -> str:
         name = escape(medium.name)
         length = "image" if medium.is_image else clock(medium.info.duration_s)
         current = ' aria-current="true"' if index == shown else ""
+        kind = "image" if medium.is_image else "video"
         items.append(
-            f'<span class="fc-medium"{current}>'
-            f'<button type="button" data-show="{index}" title="{name}" aria-label="Show {name}">'
+            f'<span class="fc-medium"{current} data-kind="{kind}" data-src="{file_address(medium.path)}">'
+            f'<button type="button" data-show="{index}" title="Show {name}">'
             f"<b>{index + 1}</b> {name} <i>{length}</i></button>"
             f'<button type="button" data-remove="{index}" aria-label="Remove {name}">×</button></span>'
         )
     return f'<div class="fc-shelf" role="group" aria-label="Videos and images">{"".join(items)}</div>'
+
+
+def suggestions(questions: Sequence[str]) -> str:
+    """Questions to ask with one click."""
+    buttons = "".join(
+        f'<button type="button" data-suggest="{escape(question)}">{escape(question)}</button>'
+        for question in questions
+    )
+    return f'<div class="fc-suggestions" role="group" aria-label="Suggested questions">{buttons}</div>'
 
 
 def examples(pairs: Sequence[tuple[str, str]]) -> str:
@@ -157,13 +235,28 @@ def examples(pairs: Sequence[tuple[str, str]]) -> str:
             f'<img src="{data_url(Image.fromarray(frame), 240)}" alt="">'
             f"<span>{escape(question)}</span></button>"
         )
-    return f'<h3>Or start from an example</h3><div class="fc-examples">{"".join(cards)}</div>'
+    return f'<h2>Start from an example</h2><div class="fc-examples">{"".join(cards)}</div>'
 
 
-def small_print(answer: Answer) -> str:
-    """Tokens and times of an answer in one line."""
+def evidence(answer: Answer, strips: Sequence[str], predicted_s: float | None) -> str:
+    """What an answer rests on, in one line that opens: the frames with their kept patches, tokens, times."""
+    usage, times = answer.usage, answer.timings
+    looked = f"looked at {usage.kept_tokens} of {usage.seen_tokens} patches · " if usage.seen_tokens else ""
+    head = f"{looked}{_seconds(times.first_token_s)}"
+    if answer.finish == "cancelled":
+        head += " · stopped"
+    return (
+        f'<details class="fc-details"><summary>{head}</summary>{"".join(strips)}'
+        f"{small_print(answer, predicted_s)}</details>"
+    )
+
+
+def small_print(answer: Answer, predicted_s: float | None = None) -> str:
+    """Tokens and times of an answer in one line. predicted_s: to the first word, as it was foretold."""
     usage, times = answer.usage, answer.timings
     facts = []
+    if predicted_s is not None:
+        facts.append(f"foretold {predicted_s:.2f} s, took {times.first_token_s:.2f} s to the first word")
     if usage.seen_tokens:
         facts.append(f"{usage.kept_tokens} of {usage.seen_tokens} tokens kept")
         facts += [f"decode {_seconds(times.decode_s)}", f"encode {_seconds(times.encode_s)}"]

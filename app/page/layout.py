@@ -10,21 +10,32 @@ from typing import Any
 
 import gradio as gr
 
+from app.about import device_gib
 from app.chat import SHIPPED, VideoChat
+from app.estimate import Estimate
 from app.note import REAL_MODEL
 from app.page.handlers import EMPTY_COST
+from app.page.html import copy_button, notice, presets
 from app.page.html import examples as examples_html
-from app.page.html import notice
 from app.page.settings import CHOOSE, Range
+from llm_bridge.towers.catalog import CATALOG
+from llm_bridge.towers.stock import kinds
 
 THEME = Path(__file__).parent / "theme"
 MEDIA = ["video", "image"]
 QUESTION = "What happens in the video?"
 Examples = Sequence[tuple[str, str]]
 PLAIN: dict[str, Any] = {"js_on_load": None, "apply_default_css": False}
-PLACEHOLDER = """\
-### Ask about a video
-Add one, choose how many tokens to look at, and ask.
+PLACEHOLDER = "## Ask about a video"
+TITLE, SUMMARY = "FluxChat", "Ask questions about videos, and choose how closely the model looks."
+ICON = THEME / "icon.svg"
+HEAD = f"""\
+<meta name="description" content="{SUMMARY}">
+<meta property="og:title" content="{TITLE}">
+<meta property="og:description" content="{SUMMARY}">
+<meta property="og:type" content="website">
+<meta name="theme-color" media="(prefers-color-scheme: light)" content="#f4f6f8">
+<meta name="theme-color" media="(prefers-color-scheme: dark)" content="#0c1116">
 """
 
 
@@ -60,102 +71,126 @@ def page_options() -> dict[str, Any]:
         button_primary_background_fill_dark="#0f766e",
         button_primary_background_fill_hover_dark="#0d9488",
     )
-    return {"theme": theme, "css_paths": [THEME / "page.css"], "footer_links": [], "run_history": False}
+    return {
+        "theme": theme,
+        # In the head the page has it before Gradio's parts are there, so that nothing moves when they come.
+        "head": f"{HEAD}<style>{(THEME / 'page.css').read_text()}</style>",
+        "favicon_path": str(ICON),
+        "footer_links": [],
+        "run_history": False,
+    }
 
 
 def default_examples() -> Examples:
-    """The clips that ship with the model, each with its question."""
+    """The clips that ship with the model, each with its question; those that it answers wrongly stay away."""
     folder = SHIPPED / "examples"
     try:
         rows = json.loads((folder / "examples.json").read_text())
     except (OSError, ValueError):
         return [(str(path), QUESTION) for path in sorted(folder.glob("*.mp4"))]
-    return [(str(folder / row["file"]), row["question"]) for row in rows]
+    return [(str(folder / row["file"]), row["question"]) for row in rows if row.get("right", True)]
+
+
+def _lenient(field: gr.Slider | gr.Number) -> Any:
+    """The field, taking whatever is typed: the nearest allowed number counts, its first where it is none.
+
+    Gradio would refuse it, once in each event that reads the field. A subclass would make Gradio write a stub
+    file beside this one.
+    """
+    limits: Any = field
+    least, most, first = float(limits.minimum), float(limits.maximum), float(limits.value)
+
+    def preprocess(payload: Any) -> float:
+        try:
+            value = float(payload)
+        except (TypeError, ValueError):
+            return first
+        return min(most, max(least, value)) if value == value else first
+
+    limits.preprocess = preprocess
+    return field
+
+
+def _lenient_number(first: float, **options: Any) -> Any:
+    return _lenient(gr.Number(first, **options))
+
+
+def _slider(*limits: float, **options: Any) -> Any:
+    return _lenient(gr.Slider(*limits, **options))
 
 
 class Controls:
-    """All controls of the page."""
+    """All controls of the page: a place for a list at the side, the stage with the video, the talk."""
 
     def __init__(self, chat: VideoChat, examples: Examples, *, login: bool = False) -> None:
         budgets = Range.of(chat.model)
         gr.HTML(header(chat, login=login), **PLAIN, elem_id="fluxchat-header")
-        if chat.model.tower.familiarity is not None:
-            gr.HTML(banner(chat.model.tower.familiarity.things), **PLAIN, elem_id="fluxchat-banner")
         with gr.Row(elem_id="fluxchat-main", equal_height=False):
-            with gr.Column(scale=5, min_width=320):
-                self._media(examples)
-            with gr.Column(scale=6, min_width=320):
-                self._conversation(budgets, chat)
-                self._advanced(chat)
-        self._compare(budgets)
+            with gr.Column(scale=0, min_width=0, elem_id="fluxchat-side"):
+                self.side = gr.HTML(**PLAIN, elem_id="fluxchat-list")
+            with gr.Column(scale=5, min_width=0, elem_id="fluxchat-stage"):
+                self._stage()
+            with gr.Column(scale=6, min_width=0, elem_id="fluxchat-talk"):
+                self._conversation(chat, examples)
+                with gr.Column(elem_id="fluxchat-settings"):
+                    self._price(budgets, chat)
+                    self._advanced(chat)
+                    self._compare(budgets)
+                self._composer(chat, budgets)
 
-    def _media(self, examples: Examples) -> None:
-        self.video = gr.Video(
-            label="Video",
-            sources=["upload", "webcam"],
-            include_audio=True,
-            webcam_options=gr.WebcamOptions(mirror=False),
-            buttons=[],
-            height=340,
-            elem_id="fluxchat-video",
+    def _stage(self) -> None:
+        gr.HTML(player(), **PLAIN, elem_id="fluxchat-player")
+        self.shelf = gr.HTML(
+            js_on_load=(THEME / "page.js").read_text(), apply_default_css=False, elem_id="fluxchat-shelf"
         )
-        self.image = gr.Image(
-            label="Image",
-            type="filepath",
-            interactive=False,
-            visible=False,
-            buttons=[],
-            height=300,
-            elem_id="fluxchat-image",
-        )
-        with gr.Row(elem_classes="fc-tight"):
-            self.shelf = gr.HTML(
-                js_on_load=(THEME / "page.js").read_text(), apply_default_css=False, elem_id="fluxchat-shelf"
-            )
-            self.more = gr.UploadButton(
-                "Add video or image",
-                file_types=MEDIA,
-                file_count="multiple",
-                size="sm",
-                scale=0,
-                min_width=150,
-                elem_id="fluxchat-add",
-            )
-        self.problem = gr.HTML(**PLAIN, elem_id="fluxchat-problem")
         self.strip = gr.HTML(**PLAIN, elem_id="fluxchat-strip")
-        self.question = gr.Textbox(
-            label="Question",
-            placeholder="Ask about the video",
-            lines=1,
-            max_lines=4,
-            scale=1,
-            container=False,
-            show_label=False,
-            elem_id="fluxchat-question",
-            render=False,
-        )
-        if examples:
-            gr.HTML(examples_html(examples), elem_id="fluxchat-examples", **PLAIN)
 
-    def _conversation(self, budgets: Range, chat: VideoChat) -> None:
+    def _conversation(self, chat: VideoChat, examples: Examples) -> None:
         self.chat = gr.Chatbot(
             label="Conversation",
             show_label=False,
-            height="clamp(320px, calc(100vh - 350px), 900px)",
+            height="100%",
             editable="user",
             buttons=["copy"],
             feedback_options=None,
             placeholder=PLACEHOLDER,
             elem_id="fluxchat-chat",
         )
-        with gr.Row(elem_classes="fc-tight", elem_id="fluxchat-ask"):
-            self.question.render()
-            self.send = gr.Button("Send", variant="primary", scale=0, min_width=88, elem_id="fluxchat-send")
-            self.stop = gr.Button(
-                "Stop", variant="stop", scale=0, min_width=88, visible=False, elem_id="fluxchat-stop"
+        gr.HTML(welcome(chat, examples), **PLAIN, elem_id="fluxchat-welcome")
+        self.problem = gr.HTML(**PLAIN, elem_id="fluxchat-problem")
+        self.suggestions = gr.HTML(**PLAIN, elem_id="fluxchat-suggestions")
+
+    def _composer(self, chat: VideoChat, budgets: Range) -> None:
+        with gr.Column(elem_id="fluxchat-ask"):
+            self.question = gr.Textbox(
+                label="Question",
+                placeholder="Ask about the video",
+                lines=1,
+                max_lines=6,
+                container=False,
+                show_label=False,
+                elem_id="fluxchat-question",
             )
-        with gr.Row(elem_classes="fc-tight", elem_id="fluxchat-price"):
-            self.budget = gr.Slider(
+            with gr.Row(elem_id="fluxchat-tools"):
+                gr.HTML(tools(), **PLAIN, elem_id="fluxchat-attach")
+                choices: list[tuple[str, int, list[Estimate]]] = [
+                    (name, tokens, []) for name, tokens in budgets.presets(chat.model.default_tokens)
+                ]
+                self.presets = gr.HTML(
+                    presets(choices, budgets.near(chat.model.default_tokens)),
+                    **PLAIN,
+                    elem_id="fluxchat-presets",
+                )
+                self.stop = gr.Button(
+                    "Stop", variant="stop", scale=0, min_width=72, visible=False, elem_id="fluxchat-stop"
+                )
+                self.send = gr.Button(
+                    "Send", variant="primary", scale=0, min_width=72, elem_id="fluxchat-send"
+                )
+
+    def _price(self, budgets: Range, chat: VideoChat) -> None:
+        with gr.Row(elem_id="fluxchat-price"):
+            self.budget = _slider(
                 budgets.step,
                 budgets.largest,
                 budgets.near(chat.model.default_tokens),
@@ -167,7 +202,7 @@ class Controls:
             )
             with gr.Column(scale=0, min_width=150):
                 self.auto = gr.Checkbox(label="auto, by time", elem_id="fluxchat-auto")
-                self.seconds = gr.Number(
+                self.seconds = _lenient_number(
                     2.0,
                     label="seconds",
                     minimum=0.1,
@@ -175,7 +210,6 @@ class Controls:
                     step=0.1,
                     show_label=False,
                     container=False,
-                    visible=False,
                     elem_id="fluxchat-seconds",
                 )
         self.cost = gr.HTML(notice(EMPTY_COST), **PLAIN, elem_id="fluxchat-cost")
@@ -184,9 +218,9 @@ class Controls:
         with gr.Accordion("Advanced", open=False, elem_id="fluxchat-advanced"):
             self.system = gr.Textbox(chat.model.system or "", label="System prompt", lines=1, max_lines=4)
             with gr.Row():
-                self.temperature = gr.Slider(0, 2, 0, step=0.05, label="Temperature", buttons=[])
-                self.top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top-p", buttons=[])
-                self.longest = gr.Slider(8, 1024, 128, step=8, label="Longest answer", buttons=[])
+                self.temperature = _slider(0, 2, 0, step=0.05, label="Temperature", buttons=[])
+                self.top_p = _slider(0.05, 1, 1, step=0.05, label="Top-p", buttons=[])
+                self.longest = _slider(8, 1024, 128, step=8, label="Longest answer", buttons=[])
             self.think = gr.Checkbox(
                 chat.think,
                 label="Think before answering",
@@ -215,7 +249,6 @@ class Controls:
                 f"Language model: {Path(llm.name).name}, {dtype}, quantised: {llm.quantize or 'no'}; "
                 f"on {chat.device}."
             )
-            self.clear = gr.Button("New conversation", size="sm", elem_id="fluxchat-clear")
 
     def _compare(self, budgets: Range) -> None:
         with gr.Accordion("Compare two budgets", open=False, elem_id="fluxchat-compare"):
@@ -223,10 +256,10 @@ class Controls:
                 self.both = gr.Textbox(QUESTION, label="Question for both", scale=3)
                 low, high = budgets.near(budgets.largest // 8), budgets.largest
                 limits = (budgets.step, budgets.largest)
-                self.first = gr.Slider(
+                self.first = _slider(
                     *limits, low, step=budgets.step, label="First budget", buttons=[], scale=2
                 )
-                self.second = gr.Slider(
+                self.second = _slider(
                     *limits, high, step=budgets.step, label="Second budget", buttons=[], scale=2
                 )
                 self.go = gr.Button("Compare", variant="primary", scale=0, min_width=110)
@@ -261,11 +294,93 @@ def banner(things: int) -> str:
     )
 
 
+def welcome(chat: VideoChat, examples: Examples) -> str:
+    """What stands in the conversation before its first question."""
+    familiarity = chat.model.tower.familiarity
+    note = "" if familiarity is None else banner(familiarity.things)
+    return f'{note}<div id="fluxchat-examples">{examples_html(examples) if examples else ""}</div>'
+
+
+def player() -> str:
+    """The stage: a player, a picture, a camera, and where nothing is there, where to put it."""
+    return (
+        '<div class="fc-stage" data-empty>'
+        '<div id="fluxchat-video" hidden><video controls playsinline preload="metadata"></video></div>'
+        '<div id="fluxchat-image" hidden><img alt=""></div>'
+        '<button type="button" class="fc-drop" data-attach><b>Add a video or an image</b>'
+        "<span>Drop it anywhere, paste it, or choose a file</span></button>"
+        '<div class="fc-camera" hidden><video muted playsinline aria-label="Camera"></video>'
+        '<div><button type="button" data-record>Record</button>'
+        '<button type="button" data-camera-off>Cancel</button></div></div>'
+        '<p class="fc-unplayable" hidden>This browser cannot play it; the model can look at it, though.</p>'
+        '<div class="fc-piece" hidden><span></span><button type="button" data-again>Play again</button>'
+        "</div>"
+        '<p class="fc-upload" role="status" hidden><span></span></p></div>'
+    )
+
+
+def tools() -> str:
+    """What brings something into the question: a file, the camera; and what shows all settings."""
+    return (
+        '<input type="file" id="fluxchat-file" accept="video/*,image/*" multiple hidden aria-label="Files">'
+        '<button type="button" data-attach id="fluxchat-add" title="Add a video or image" '
+        f'aria-label="Add a video or image">{_icon("M12 5v14M5 12h14")}</button>'
+        '<button type="button" data-camera title="Record with the camera" '
+        f'aria-label="Record with the camera">{_icon("M3 7h11v10H3zM14 11l6-3v8l-6-3")}</button>'
+        '<button type="button" data-settings title="Budget, figures and more" aria-expanded="false" '
+        'aria-controls="fluxchat-settings" aria-label="Budget, figures and more">'
+        f"{_icon('M4 7h9M17 7h3M15 5v4M4 17h3M11 17h9M9 15v4')}</button>"
+    )
+
+
+def _icon(path: str) -> str:
+    """A drawing of lines on 24 x 24, hidden from screen readers: its button has a name."""
+    return f'<svg viewBox="0 0 24 24" aria-hidden="true"><path d="{path}"/></svg>'
+
+
 def header(chat: VideoChat, *, login: bool = False) -> str:
-    """Name of the page and of the model. login: with a way to log out."""
+    """Name of the page and of the model, which opens the list of models. login: with a way to log out."""
     out = '<a href="/logout">Log out</a>' if login else ""
     return (
-        "<header><h1>Flux<b>Chat</b></h1><p>Ask about videos within a token budget.</p>"
-        f"<span>{escape(chat.name)} · {chat.device}</span>{out}"
-        '<button type="button" id="fluxchat-dark" aria-label="Light or dark">◐</button></header>'
+        '<header><button type="button" data-side aria-label="Conversations" aria-expanded="false">☰</button>'
+        "<h1>Flux<b>Chat</b></h1>"
+        f'<button type="button" data-models aria-haspopup="dialog"><span>{escape(chat.name)}</span>'
+        f"<small> · {chat.device}</small> ▾</button>"
+        '<button type="button" id="fluxchat-clear" data-fresh>New conversation</button>'
+        f'{out}<button type="button" id="fluxchat-dark" aria-label="Light or dark">◐</button></header>'
+        f"{models(chat)}"
+    )
+
+
+def models(chat: VideoChat) -> str:
+    """The dialog with the model in use, those that can be had, and the commands that load them."""
+    device, memory = device_gib()
+    familiarity = chat.model.tower.familiarity
+    good_for = (
+        "Answers questions about real videos and images, and chats without one."
+        if familiarity is None
+        else f"Knows {familiarity.things} drawn things and how they move; it guesses about real videos."
+    )
+    rows = []
+    for entry in CATALOG:
+        if entry.kind not in kinds():
+            continue
+        best = entry.fits(memory)
+        command = f"fluxchat web --model {entry.name}"
+        if best not in (None, "bf16"):
+            command += f" --quantize {best}"
+        fits = {None: "too large here", "bf16": "fits"}.get(best, f"fits in {best}")
+        tail = f"<code>{escape(command)}</code>{copy_button(command)}" if best else ""
+        rows.append(
+            f"<li{'' if best else ' class=fc-off'}><b>{escape(entry.name.split('/')[-1])}</b> "
+            f"<small>{entry.parameters / 1e3:.1f} B · {entry.download_gb:.1f} GB to download · "
+            f"{escape(entry.licence)} · {fits}</small>{tail}</li>"
+        )
+    return (
+        '<dialog id="fluxchat-models" aria-labelledby="fluxchat-models-title">'
+        '<h2 id="fluxchat-models-title">Models</h2>'
+        f"<p><b>{escape(chat.name)}</b> is loaded, on {chat.device}. {good_for}</p>"
+        f"<p>This machine: {escape(device)}, {memory:.0f} GiB. To load another, start the page again with "
+        f"its command.</p><ul>{''.join(rows)}</ul>"
+        '<button type="button" class="fc-close" data-models-close aria-label="Close">×</button></dialog>'
     )

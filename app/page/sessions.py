@@ -13,8 +13,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from app.answer import Answer
+from app.page.settings import Settings
 from app.server.errors import ApiError
 from app.server.media.store import MediaStore
 from encoder.errors import ConfigError
@@ -45,11 +47,15 @@ class Media:
 class Turn:
     """A question and its answer. thinking: what the model thought first. details: HTML under the answer.
 
-    media: all that it was about.
+    settings: the controls as they stood when it was asked. media: all that it was about. stop: ends its
+    answer. predicted_s: seconds to the first word that were foretold, None where nobody knew.
     """
 
     question: str
+    settings: Settings | None = None
     media: tuple[Media, ...] = ()
+    stop: threading.Event = field(default_factory=threading.Event)
+    predicted_s: float | None = None
     answer: Answer | None = None
     text: str = ""
     thinking: str = ""
@@ -65,9 +71,11 @@ class Turn:
 
 @dataclass
 class Session:
-    """One tab's conversation. `stop` ends what it computes now; a new event is made for each question.
+    """One tab's conversation: all that is known of it, in one place.
 
-    scope: unguessable name of its entries in VideoChat's caches.
+    scope: unguessable name of its entries in VideoChat's caches. problem: the error that is shown until it is
+    dismissed or solved, as HTML. stop: ends a comparison. answering: whether its waiting questions are being
+    answered; `lock` guards that together with the end of `turns`.
     """
 
     id: str
@@ -75,7 +83,10 @@ class Session:
     media: list[Media] = field(default_factory=list)
     shown: int = 0
     turns: list[Turn] = field(default_factory=list)
+    problem: str = ""
     stop: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    answering: bool = False
     touched: float = field(default_factory=time.monotonic)
     busy: int = 0
     closed: bool = False
@@ -94,6 +105,24 @@ class Session:
     def history(self) -> list[Turn]:
         """Answered turns, for the model; a stopped answer counts as far as it got."""
         return [turn for turn in self.turns if turn.answer is not None and turn.text]
+
+    @property
+    def waiting(self) -> Turn | None:
+        """The first question without an answer: the one being answered, or the next to be."""
+        return next((turn for turn in self.turns if not turn.done), None)
+
+    def next_turn(self) -> Turn | None:
+        """The next question to answer; without one, the answering has ended."""
+        with self.lock:
+            turn = self.waiting
+            self.answering = turn is not None
+            return turn
+
+    def halt(self) -> None:
+        """End all that it computes or would compute."""
+        self.stop.set()
+        for turn in self.turns:
+            turn.stop.set()
 
     def show(self, path: str) -> bool:
         """Put the medium of that path in the player; False when it is not in the conversation."""
@@ -165,6 +194,20 @@ class Sessions:
             session.touched = time.monotonic()
             return session
 
+    def uploaded(self, files: Any) -> list[str]:
+        """Paths of uploads as the browser names them, [{"path": ...}, ...]; leaves out whatever is none.
+
+        Whether they are that visitor's is the server's to check (app/server/gradio_mount.py).
+        """
+        paths = []
+        for file in files if isinstance(files, list) else []:
+            named = file.get("path") if isinstance(file, dict) else None
+            if isinstance(named, str) and "\0" not in named:
+                path = Path(named).resolve()
+                if self.uploads in path.parents and path.is_file():
+                    paths.append(str(path))
+        return paths
+
     def copy(self, path: str | Path, client: str = "") -> str:
         """A copy of one of our own files, as if that client had uploaded it."""
         if self.store is not None:
@@ -209,7 +252,7 @@ class Sessions:
             if session is None:
                 return
             session.closed = True
-            session.stop.set()
+            session.halt()
             for medium in session.media:
                 self._release(medium)
             session.media.clear()

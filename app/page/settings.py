@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from encoder.cost import MIB
 from encoder.errors import BudgetError, ConfigError
 from encoder.selection import Selector
 from llm_bridge.chat_model import ChatModel
+from llm_bridge.model_files.checks import free_memory
 
 ANSWER_TOKENS = 128
 CHOOSE = "by budget"
@@ -80,7 +80,7 @@ class Range:
         frames, side = tower.space.full
         seen = tower.space.tokens(frames, side)
         step = max(8, min(64, 1 << (seen // 32).bit_length() - 1))
-        context, free = model.llm.context_length, _free_mib(model)
+        context, free = model.llm.context_length, free_memory(model.tower.device) / MIB
 
         def fits(tokens: int) -> bool:
             plan = tower.space.square(frames, side, tokens)
@@ -92,18 +92,11 @@ class Range:
         largest = next((n for n in range(seen // step * step, step, -step) if fits(n)), step)
         return Range(step, largest)
 
+    def presets(self, default: int) -> list[tuple[str, int]]:
+        """Three places of the slider under plain names: about a quarter of the middle one, it, and all."""
+        middle = self.near(min(default, self.largest // 2))
+        return [("Fast", self.near(middle // 4)), ("Balanced", middle), ("Thorough", self.largest)]
+
     def near(self, tokens: int) -> int:
         """The closest position of the slider."""
         return min(self.largest, max(self.step, round(tokens / self.step) * self.step))
-
-
-def _free_mib(model: ChatModel) -> float:
-    """Free memory of the model's device."""
-    import torch
-
-    if model.tower.device.type == "cuda":
-        return torch.cuda.mem_get_info(model.tower.device)[0] / MIB
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / MIB
-    except (ValueError, OSError, AttributeError):  # not on this system
-        return float("inf")

@@ -29,12 +29,16 @@ from app.server.schemas import (
     TextPart,
     Url,
 )
+from encoder.errors import VideoError
 from encoder.selection import Selector
+from encoder.video.part import WHOLE, Part
 from llm_bridge.prompt import Message, Role
 
 if TYPE_CHECKING:
     from app.chat import VideoChat
 
+# Fields of a message part that do not say where its content is.
+_NOT_CONTENT = ("type", "detail", "filename", "start", "end", "region")
 MAX_COMPARED = 16  # unknown fields that are compared with the known ones
 
 
@@ -43,13 +47,14 @@ class Reference:
     """A video or image that a request names. param: the path of the field that names it.
 
     kind: "id" of an uploaded file, "data" in the request itself, or "url" for anything. name: the client's
-    name of the file, "" when the request has none.
+    name of the file, "" when the request has none. part: what of it is looked at.
     """
 
     value: str = field(repr=False)
     param: str = "messages"
     kind: Literal["url", "id", "data"] = "url"
     name: str = ""
+    part: Part = WHOLE
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class ChatRequest:
 
     max_tokens None: the server's default. sampling: options of `VideoChat.stream_messages`. stop: texts that
     end the answer. include_reasoning: whether thoughts are sent. label: a hash of user and cache_salt;
-    answers with different labels share no cache.
+    answers with different labels share no cache. part: of the media that are no parts already.
     """
 
     messages: tuple[Message[Reference], ...]
@@ -71,6 +76,7 @@ class ChatRequest:
     selector: Selector
     label: str
     include_reasoning: bool = True
+    part: Part = WHOLE
 
     @property
     def media(self) -> list[Reference]:
@@ -116,6 +122,7 @@ def parse_chat(data: Any) -> ChatRequest:
         token_budget=body.token_budget,
         selector=body.selector or "flux",
         include_reasoning=body.include_reasoning is not False,
+        part=_part(body, ""),
         label=hashlib.blake2b(repr(labels).encode(), digest_size=12).hexdigest() if any(labels) else "",
     )
 
@@ -210,11 +217,12 @@ def _without_nul(text: str, path: str, role: Role) -> str:
 def _reference(part: Strict, path: str) -> Reference:
     """The reference of a message part; exactly one of its fields must name the content."""
     name = ""
+    looked = _part(part, path)
     if isinstance(part, FilePart):
         part, path = part.file, f"{path}.file"
     if isinstance(part, File):
         name = part.filename or ""
-    fields = [key for key in type(part).model_fields if key not in ("type", "detail", "filename")]
+    fields = [key for key in type(part).model_fields if key not in _NOT_CONTENT]
     present = [key for key in fields if getattr(part, key) is not None]
     if len(present) != 1:
         names = " or ".join(fields)
@@ -222,9 +230,20 @@ def _reference(part: Strict, path: str) -> Reference:
     (key,) = present
     value = getattr(part, key)
     if isinstance(value, Url):
-        return Reference(value.url, f"{path}.{key}.url")
+        return Reference(value.url, f"{path}.{key}.url", part=looked)
     kind: Literal["url", "id", "data"] = "id" if key == "file_id" else "data" if key == "file_data" else "url"
-    return Reference(value, f"{path}.{key}", kind, name)
+    return Reference(value, f"{path}.{key}", kind, name, looked)
+
+
+def _part(body: Any, path: str) -> Part:
+    """The part of a medium that a message part, or the whole request, names."""
+    try:
+        return Part.of(body.start, body.end, body.region)
+    except VideoError as error:
+        named = next(
+            (name for name in ("start", "end", "region") if str(error).startswith(f"The {name}")), "start"
+        )
+        raise ApiError(400, str(error), param=f"{path}.{named}".lstrip(".")) from None
 
 
 # -- validation errors ---------------------------------------------------------------------------------------

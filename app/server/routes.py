@@ -30,7 +30,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from app.chat import SHIPPED, VideoChat
-from app.messages import Media
+from app.messages import Media, with_part
 from app.note import Note
 from app.server.chat_request import (
     ChatRequest,
@@ -397,7 +397,7 @@ class Api:
         with self._resolver.open(references, client, stop) as media:
             try:
                 yield self.chat.stream_messages(
-                    _resolved(chat_request.messages, media),
+                    with_part(_resolved(chat_request.messages, media), chat_request.part),
                     budget=chat_request.token_budget,
                     selector=chat_request.selector,
                     max_new_tokens=self._longest(chat_request),

@@ -122,21 +122,42 @@ Place = Annotated[
 ]
 
 
-class VideoPart(Strict):
+Moment = Annotated[
+    Annotated[float, Field(ge=0), Tag("=number")]
+    | Annotated[str, Field(min_length=1, max_length=32), Tag("=text")]
+    | Annotated[None, Tag("=null")],
+    Discriminator(_kind),
+]
+_REGION = "The box to look at: left, top, right, bottom as fractions of the upright picture."
+Region = Annotated[
+    Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=4, max_length=4)] | None,
+    Field(description=_REGION),
+]
+
+
+class Excerpt(Strict):
+    """What of a medium is looked at; all of it by default."""
+
+    start: Annotated[Moment, Field(description="From here on: seconds, or '1:02' or '1:23:45.5'.")] = None
+    end: Annotated[Moment, Field(description="Up to here.")] = None
+    region: Region = None
+
+
+class VideoPart(Excerpt):
     """A video."""
 
     type: Literal["video_url"]
     video_url: Place
 
 
-class ImagePart(Strict):
+class ImagePart(Excerpt):
     """An image."""
 
     type: Literal["image_url"]
     image_url: Place
 
 
-class InputVideoPart(Strict):
+class InputVideoPart(Excerpt):
     """A video, in the manner of OpenAI's Responses; one of the three says where it is."""
 
     type: Literal["input_video"]
@@ -146,7 +167,7 @@ class InputVideoPart(Strict):
     detail: Any = _only("auto")
 
 
-class InputImagePart(Strict):
+class InputImagePart(Excerpt):
     """An image of OpenAI's Responses; one of the three says where it is."""
 
     type: Literal["input_image"]
@@ -164,14 +185,14 @@ class File(Strict):
     filename: Annotated[str, Field(max_length=1024)] | None = None
 
 
-class FilePart(Strict):
+class FilePart(Excerpt):
     """A video or image as a file."""
 
     type: Literal["file"]
     file: File
 
 
-class InputFilePart(File):
+class InputFilePart(File, Excerpt):
     """The same in OpenAI's Responses."""
 
     type: Literal["input_file"]
@@ -294,6 +315,11 @@ class ChatBody(Strict):
         Field(description="Visual tokens per video: a number, 'full', 'auto' or 'auto:SECONDS'."),
     ] = None
     selector: Selector | None = None
+    start: Annotated[
+        Moment, Field(description="Of every video without one of its own: seconds, or '1:02' or '1:23:45.5'.")
+    ] = None
+    end: Annotated[Moment, Field(description="Of every video without one of its own.")] = None
+    region: Region = None
 
     # How the answer is drawn. temperature 0 (the default) is greedy.
     temperature: Annotated[float, Field(ge=0, le=10)] | None = None

@@ -12,8 +12,8 @@ import math
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 MAX_ASPECT = 16  # a pixel aspect ratio beyond this or its inverse is an error of the file: pixels are square
 Crop = tuple[float, float, float, float]
@@ -36,6 +36,9 @@ class DisplayGeometry:
     plain: bool = True
 
 
+G = TypeVar("G", bound="DisplayGeometry")
+
+
 def display_geometry(frame: Any, stream: Any, crop: Crop | None) -> DisplayGeometry:
     """DisplayGeometry of a decoded frame of a PyAV stream."""
     width, height = frame.width, frame.height
@@ -49,6 +52,20 @@ def display_geometry(frame: Any, stream: Any, crop: Crop | None) -> DisplayGeome
     if turns % 2:
         width, height = height, width
     return DisplayGeometry(width, height, turns, mirror, crop, exact and not mirror and crop is None)
+
+
+def cut_to(shape: G, region: Crop) -> G:
+    """The geometry of a region of what `shape` shows, left, top, right, bottom as shares of it, upright."""
+    left, top, right, bottom = region
+    size = max(1, round(shape.width * (right - left))), max(1, round(shape.height * (bottom - top)))
+    for _ in range(shape.turns):  # back to the frame as it is stored
+        left, top, right, bottom = 1 - bottom, left, 1 - top, right
+    if shape.mirror:
+        left, right = 1 - right, 1 - left
+    x0, y0, x1, y1 = shape.crop or (0.0, 0.0, 1.0, 1.0)
+    across, down = x1 - x0, y1 - y0
+    crop = x0 + left * across, y0 + top * down, x0 + right * across, y0 + bottom * down
+    return replace(shape, width=size[0], height=size[1], crop=crop, plain=False)
 
 
 def nearest_rotation(matrix: Sequence[float]) -> tuple[int, bool, bool]:

@@ -111,7 +111,7 @@ def decode_image(
 
     if header.container == "heic":
         whole = heif.decode(path, heif.read_item(path), rules)
-        pixels = whole.resize(size, Image.Resampling.BICUBIC).tobytes()
+        pixels = whole.resize(size, Image.Resampling.BICUBIC, _pixel_box(whole, header)).tobytes()
         yield from ((0.0, pixels) for _ in times_s)
         return
     with _damage_as_video_error(), _open(path, rules) as image, restoring_frame(image):
@@ -123,10 +123,19 @@ def decode_image(
                 if moving:
                     seek_frame(image, moving[index])
                 frame = upright_rgb(image)
-                if frame.size != size:
-                    frame = frame.resize(size, Image.Resampling.BICUBIC)
+                box = _pixel_box(frame, header)
+                if frame.size != size or box is not None:
+                    frame = frame.resize(size, Image.Resampling.BICUBIC, box)
                 shown, pixels = index, frame.tobytes()
             yield starts[index], pixels
+
+
+def _pixel_box(image: Any, header: Header) -> tuple[float, float, float, float] | None:
+    """The part of an upright picture that is shown, in pixels; None for all of it."""
+    if header.crop is None:
+        return None
+    left, top, right, bottom = header.crop
+    return left * image.width, top * image.height, right * image.width, bottom * image.height
 
 
 def animation_frames(image: Any) -> range:

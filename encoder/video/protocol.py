@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, get_origin, get_type_hints
 
 from encoder.errors import VideoError
 from encoder.video.containers import Header
+from encoder.video.geometry import Crop
 from encoder.video.limits import Rules
 
 MAX_LINE = 1 << 16
@@ -37,9 +38,10 @@ class Request:
     """What a child is asked about one file, whose descriptor travels beside it.
 
     path: the file's name, for its suffix; where descriptors cannot travel, its path. frames: 0 asks for the
-    header alone. at_s, moments, start_s, end_s: as in `read_clip`. memory_mib: address space of the child and
-    size of all frames. contained: refuse where the child cannot confine itself. load_all: import every module
-    that any file may need. parent: process number of the asking process.
+    header alone. at_s, moments, start_s, end_s, region: as in `read_clip`. memory_mib: address space of the
+    child and size of all frames. cut: FFmpeg's name of a container; asks for a copy of the packets from
+    start_s to end_s in it, instead of frames. contained: refuse where the child cannot confine itself.
+    load_all: import every module that any file may need. parent: process number of the asking process.
     """
 
     path: str
@@ -49,12 +51,14 @@ class Request:
     end_s: float | None = None
     at_s: tuple[float, ...] | None = None
     moments: tuple[float, ...] | None = None
+    region: Crop | None = None
     max_side: int | None = None
     decoder: str = "auto"
     seconds: float = 20.0
     memory_mib: int = 3072
     contained: bool = False
     load_all: bool = False
+    cut: str = ""
     parent: int = 0
 
     @property
@@ -87,6 +91,15 @@ class Reply:
     count: int
     height: int
     width: int
+
+
+@dataclass(frozen=True)
+class CutPart:
+    """What was cut. start_s, end_s: in seconds of the whole video. sound: whether its sound came along."""
+
+    start_s: float
+    end_s: float
+    sound: bool
 
 
 def write_message(out: BinaryIO, message: dict[str, Any]) -> None:
@@ -134,6 +147,19 @@ def read_reply(message: dict[str, Any], request: Request) -> Reply:
     if not fits:
         raise ProtocolError
     return Reply(header, count, height, width)
+
+
+def read_part(message: dict[str, Any], request: Request) -> tuple[Header, CutPart, int]:
+    """The answer that precedes the bytes of a cut part: header, what it is, how many bytes follow.
+
+    Raises ProtocolError where it does not fit the request.
+    """
+    header, size = _header(message.get("header"), request), _whole(message.get("size"))
+    start_s, end_s, sound = (message.get(key) for key in ("start_s", "end_s", "sound"))
+    part = CutPart(_number(start_s), _number(end_s), sound is True)
+    if not 0 < size <= request.max_bytes or not 0 <= part.start_s <= part.end_s:
+        raise ProtocolError
+    return header, part, size
 
 
 def read_time(message: dict[str, Any]) -> float:

@@ -18,17 +18,17 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 from torch import Tensor
 
 from encoder.errors import VideoError
 from encoder.video.digest import Hashing, file_digest, pixel_digest
 from encoder.video.frame_times import shown_at, spread_times
-from encoder.video.geometry import fit_within
+from encoder.video.geometry import Crop, fit_within
 from encoder.video.in_memory import is_animation, is_images, read_animation, read_images, shrink
 from encoder.video.limits import DEFAULT_LIMITS, Limits
-from encoder.video.protocol import Request
+from encoder.video.protocol import CutPart, Request
 from encoder.video.sandbox import Decoded, DecodeTimeout, WorkerCrashed, WorkerPool
 from encoder.video.sources import OpenFile, open_source, reason, source_label
 
@@ -56,6 +56,11 @@ class VideoInfo:
     rotation: int
     digest: str
 
+    @property
+    def pixels(self) -> int:
+        """Of a frame that is decoded."""
+        return self.width * self.height
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -71,6 +76,17 @@ class Clip:
     @property
     def duration_s(self) -> float:
         return self.info.duration_s
+
+
+def cropped(frames: Tensor, region: Crop | None) -> Tensor:
+    """uint8 (T, H, W, 3) cut to a region, whose edges move outward to whole pixels."""
+    if region is None:
+        return frames
+    height, width = frames.shape[1:3]
+    left, top, right, bottom = region
+    rows = slice(math.floor(top * height), max(math.ceil(bottom * height), math.floor(top * height) + 1))
+    columns = slice(math.floor(left * width), max(math.ceil(right * width), math.floor(left * width) + 1))
+    return frames[:, rows, columns]
 
 
 _pool = WorkerPool()  # its idle children end by themselves after ten seconds
@@ -110,6 +126,7 @@ def read_clip(
     end_s: float | None = None,
     at_s: Sequence[float] | None = None,
     moments: Sequence[float] | None = None,
+    region: Crop | None = None,
     max_side: int | None = None,
     decoder: Decoder = "auto",
     trusted: bool = True,
@@ -126,6 +143,7 @@ def read_clip(
     colour profiles are not converted.
     at_s: exact times instead (seconds; sorted). moments: relative times in [start_s, end_s] instead, from 0
     (its start) to 1 (sorted). Each frame is the one a player shows at its time.
+    region: left, top, right, bottom of the part of the upright picture that is read, as fractions of it.
     max_side: shrink frames whose longer side exceeds it while decoding.
     decoder: "auto" is decord for trusted files that it reads well, else PyAV. trusted=False: PyAV only,
     allowed codecs only, in a child process of its own. name: what errors call the source.
@@ -133,7 +151,7 @@ def read_clip(
     """
     _check(frames, start_s, end_s, at_s, moments, max_side, decoder, trusted)
     if is_images(source):
-        return _clip_of_images(source, fps, limits, frames, start_s, end_s, at_s, moments, max_side)
+        return _clip_of_images(source, fps, limits, frames, start_s, end_s, at_s, moments, region, max_side)
     name = name or source_label(source)
     with open_source(source, limits, name) as file:
         request = replace(
@@ -143,6 +161,7 @@ def read_clip(
             end_s=end_s,
             at_s=None if at_s is None else tuple(float(t) for t in at_s),
             moments=None if moments is None else tuple(float(m) for m in moments),
+            region=region,
             max_side=max_side,
             decoder=decoder if trusted else "pyav",
         )
@@ -195,6 +214,29 @@ def _threads() -> int:
     if data is not None and data.get_worker_info() is not None:
         return 1
     return min(4, os.cpu_count() or 1)
+
+
+def cut_file(
+    file: OpenFile,
+    start_s: float,
+    end_s: float,
+    muxer: str,
+    out: BinaryIO,
+    trusted: bool,
+    limits: Limits,
+    name: str,
+) -> CutPart:
+    """A part of an open file, copied into `out` as a file of its own; `cut` (cut.py) is for callers.
+
+    muxer: FFmpeg's name of its container. Raises VideoError, and OSError when `out` cannot be written.
+    """
+    request = replace(_request(file, trusted, limits), start_s=start_s, end_s=end_s, cut=muxer)
+    try:
+        return _pool.cut(request, file.descriptor, out, keep=trusted)
+    except DecodeTimeout:
+        raise VideoError(_too_long(request, name)) from None
+    except VideoError as error:
+        raise VideoError(f"Cannot cut {name}: {error}.") from error.__cause__
 
 
 def _read(request: Request, file: OpenFile, name: str) -> tuple[Decoded, str]:
@@ -276,6 +318,7 @@ def _clip_of_images(
     end_s: float | None = None,
     at_s: Sequence[float] | None = None,
     moments: Sequence[float] | None = None,
+    region: Crop | None = None,
     max_side: int | None = None,
 ) -> Clip:
     """Clip of images in memory, image i shown from i / fps on; frames=None keeps all of them.
@@ -313,5 +356,6 @@ def _clip_of_images(
     elif wanted[-1] > duration or wanted != sorted(wanted):
         raise VideoError(f"The pictures last only {duration:g} s; ask for times within.")
     shown = shown_at(pts, wanted)
-    chosen = shrink(pixels[shown], fit_within(width, height, max_side))
+    chosen = cropped(pixels[shown], region)
+    chosen = shrink(chosen, fit_within(chosen.shape[2], chosen.shape[1], max_side))
     return Clip(chosen, tuple(pts[i] for i in shown), info)

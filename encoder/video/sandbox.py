@@ -18,8 +18,9 @@ import sys
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,15 +30,19 @@ from encoder.video.containers import Header
 from encoder.video.descriptors import PASSES_DESCRIPTORS
 from encoder.video.protocol import (
     MAX_LINE,
+    CutPart,
     ProtocolError,
     Request,
     read_error,
     read_message,
+    read_part,
     read_reply,
     read_rotation,
     read_time,
 )
 from encoder.video.worker import IDLE_S
+
+T = TypeVar("T")
 
 MAX_IDLE = max(2, min(16, os.cpu_count() or 2))  # children kept between calls: one per parallel reader
 PIPE_BYTES = 1 << 20  # frames are megabytes: fewer switches between the processes
@@ -143,6 +148,20 @@ class Worker:
         self.reusable = True
         return Decoded(reply.header, frames, tuple(times))
 
+    def cut(self, request: Request, file: int, out: BinaryIO) -> CutPart:
+        """Send one request for a part of an open file, write the part's file to `out`. Raises VideoError."""
+        self.reusable = False
+        self._send(request.to_line(), file)
+        _, part, size = read_part(self._message(), request)
+        block = torch.empty(min(size, PIPE_BYTES), dtype=torch.uint8)
+        while size:
+            piece = block[: min(size, len(block))]
+            self._fill(piece)
+            out.write(piece.numpy().data)
+            size -= len(piece)
+        self.reusable = True
+        return part
+
     def _send(self, line: bytes, file: int) -> None:
         if self.process.stdin is None:
             sent = socket.send_fds(self._channel, [line], [file])
@@ -196,12 +215,17 @@ class WorkerPool:
         """
         started = time.monotonic()
         try:
-            return self._decode(request, file, keep=keep)
+            return self._serve(request, keep, lambda worker, asked: worker.ask(asked, file))
         except LibraryNotLoaded:
             seconds = request.seconds - (time.monotonic() - started)
-            return self._decode(replace(request, seconds=seconds, load_all=True), file, keep=keep)
+            request = replace(request, seconds=seconds, load_all=True)
+            return self._serve(request, keep, lambda worker, asked: worker.ask(asked, file))
 
-    def _decode(self, request: Request, file: int, *, keep: bool) -> Decoded:
+    def cut(self, request: Request, file: int, out: BinaryIO, *, keep: bool) -> CutPart:
+        """The part of a video that a request asks for, written to `out`; raises as `decode`."""
+        return self._serve(request, keep, lambda worker, asked: worker.cut(asked, file, out))
+
+    def _serve(self, request: Request, keep: bool, ask: Callable[[Worker, Request], T]) -> T:
         started = time.monotonic()
         worker = self.acquire() if keep else Worker()
         late = threading.Event()
@@ -214,7 +238,7 @@ class WorkerPool:
         clock.daemon = True
         clock.start()
         try:
-            return worker.ask(replace(request, parent=os.getpid()), file)
+            return ask(worker, replace(request, parent=os.getpid()))
         except (EOFError, OSError, ValueError) as error:
             if late.is_set():
                 raise DecodeTimeout(

@@ -5,6 +5,7 @@ Protocol (protocol.py), all lengths known beforehand, nothing pickled:
   reply    one JSON line {"header": ..., "count", "height", "width"} or {"error": "one sentence"},
            then `count` times: one JSON line {"time": seconds, ...} and height x width x 3 bytes,
            or {"error": ...} where the frames stop; "known" there says that only the file is at fault.
+  of a part to cut: {"header": ..., "start_s", "end_s", "sound", "size"}, then `size` bytes: its file.
 
 Imports come first, then the request, then this process confines itself for good, then the file is read. After
 an untrusted file the process ends.
@@ -30,11 +31,12 @@ from encoder.errors import VideoError
 from encoder.video import images
 from encoder.video.backends import decode_frames
 from encoder.video.confine import Confinement, confine
-from encoder.video.containers import inspect
+from encoder.video.containers import Header, inspect
 from encoder.video.descriptors import PASSES_DESCRIPTORS, descriptor_name
 from encoder.video.frame_times import requested_times
-from encoder.video.geometry import fit_within
+from encoder.video.geometry import cut_to, fit_within
 from encoder.video.protocol import Request, write_message
+from encoder.video.remux import copy_part
 
 try:  # here, since nothing can be loaded when the limits are set
     import resource
@@ -67,7 +69,11 @@ def answer(request: Request, out: BinaryIO) -> None:
     try:
         path, rules = request.path, request.rules
         header = (images.inspect_image if images.is_image_file(path) else inspect)(path, rules)
-        size = fit_within(header.width, header.height, request.max_side)
+        if request.cut:
+            _answer_part(request, header, out)
+            return
+        shown = header if request.region is None else cut_to(header, request.region)
+        size = fit_within(shown.width, shown.height, request.max_side)
         times = requested_times(header, request) if request.frames else []
         if len(times) * size[0] * size[1] * 3 > request.max_bytes:
             mib = len(times) * size[0] * size[1] * 3 / 2**20
@@ -75,7 +81,7 @@ def answer(request: Request, out: BinaryIO) -> None:
         reply = {"header": asdict(header), "count": len(times), "width": size[0], "height": size[1]}
         write_message(out, reply)
         if times:
-            for t, rgb, turns, mirror in decode_frames(path, header, times, size, rules, request.decoder):
+            for t, rgb, turns, mirror in decode_frames(path, shown, times, size, rules, request.decoder):
                 write_message(out, {"time": round(t, 6), "turns": turns, "mirror": mirror})
                 out.write(rgb)
     except VideoError as error:
@@ -90,7 +96,18 @@ def answer(request: Request, out: BinaryIO) -> None:
         )
     except Exception as error:  # noqa: BLE001 - whatever a decoder raises is one sentence for the user
         write_message(out, {"error": _sentence(error)})
-    out.flush()
+    finally:
+        out.flush()
+
+
+def _answer_part(request: Request, header: Header, out: BinaryIO) -> None:
+    """Copy a part of a video into a file and send that."""
+    start_s, end_s = request.start_s or 0.0, header.duration_s if request.end_s is None else request.end_s
+    part, content = copy_part(
+        request.path, header, start_s, end_s, request.cut, request.max_bytes // 3, request.rules
+    )
+    write_message(out, {"header": asdict(header), **asdict(part), "size": len(content)})
+    out.write(content)
 
 
 def _sentence(error: Exception) -> str:

@@ -303,6 +303,17 @@ def check_fits(
         )
 
 
+def free_memory(device: Any) -> int:
+    """Bytes that can be allocated now on a torch.device."""
+    if device.type == "cuda":
+        import torch
+
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
 def machine_bytes() -> float:
     """Memory of this machine with its swap, or of the container that this runs in; infinite if unknown."""
     limits = []

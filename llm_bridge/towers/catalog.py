@@ -1,7 +1,8 @@
 """Stock video models by name: what `fluxchat models` lists.
 
-Parameters and licences as the models' cards give them, rounded. Memory is that of the weights, to which a
-question adds what `fluxchat estimate` says. Other models of a supported kind work by their names too.
+Parameters and licences as the models' cards give them, rounded; those of the vision tower and its projector,
+which stay in 16 bit, by their shapes. Memory is that of the weights, to which a question adds what
+`fluxchat estimate` says. Other models of a supported kind work by their names too.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class StockEntry:
-    """A model on the hub. parameters: in millions. licence: SPDX name, or the licence's own."""
+    """A model on the hub. parameters: in millions; vision: the tower's. licence: SPDX name, or its own."""
 
     name: str
     kind: str
     parameters: int
+    vision: int
     licence: str
 
     def memory_gib(self, precision: str) -> float:
         """Of its weights at a precision of PER_PARAMETER."""
-        return self.parameters * 1e6 * PER_PARAMETER[precision] / GIB
+        language = (self.parameters - self.vision) * PER_PARAMETER[precision]
+        return 1e6 * (language + self.vision * PER_PARAMETER["bf16"]) / GIB
 
     @property
     def download_gb(self) -> float:
@@ -37,16 +40,16 @@ class StockEntry:
 
 
 CATALOG = (
-    StockEntry("HuggingFaceTB/SmolVLM2-256M-Video-Instruct", "smolvlm", 256, "Apache-2.0"),
-    StockEntry("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "smolvlm", 507, "Apache-2.0"),
-    StockEntry("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "smolvlm", 2247, "Apache-2.0"),
-    StockEntry("Qwen/Qwen3-VL-2B-Instruct", "qwen3_vl", 2128, "Apache-2.0"),
-    StockEntry("Qwen/Qwen3-VL-4B-Instruct", "qwen3_vl", 4438, "Apache-2.0"),
-    StockEntry("Qwen/Qwen3-VL-8B-Instruct", "qwen3_vl", 8767, "Apache-2.0"),
-    StockEntry("Qwen/Qwen2.5-VL-3B-Instruct", "qwen2_5_vl", 3755, "Qwen research"),
-    StockEntry("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", 8292, "Apache-2.0"),
-    StockEntry("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "llava_onevision", 894, "Apache-2.0"),
-    StockEntry("llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava_onevision", 8031, "Apache-2.0"),
+    StockEntry("HuggingFaceTB/SmolVLM2-256M-Video-Instruct", "smolvlm", 256, 93, "Apache-2.0"),
+    StockEntry("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", "smolvlm", 507, 98, "Apache-2.0"),
+    StockEntry("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "smolvlm", 2247, 434, "Apache-2.0"),
+    StockEntry("Qwen/Qwen3-VL-2B-Instruct", "qwen3_vl", 2128, 403, "Apache-2.0"),
+    StockEntry("Qwen/Qwen3-VL-4B-Instruct", "qwen3_vl", 4438, 411, "Apache-2.0"),
+    StockEntry("Qwen/Qwen3-VL-8B-Instruct", "qwen3_vl", 8767, 571, "Apache-2.0"),
+    StockEntry("Qwen/Qwen2.5-VL-3B-Instruct", "qwen2_5_vl", 3755, 667, "Qwen research"),
+    StockEntry("Qwen/Qwen2.5-VL-7B-Instruct", "qwen2_5_vl", 8292, 675, "Apache-2.0"),
+    StockEntry("llava-hf/llava-onevision-qwen2-0.5b-ov-hf", "llava_onevision", 894, 398, "Apache-2.0"),
+    StockEntry("llava-hf/llava-onevision-qwen2-7b-ov-hf", "llava_onevision", 8031, 413, "Apache-2.0"),
 )
 
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from encoder.budget import InputSpace, Plan
+from encoder.checkpoint import weights_hash
 from encoder.cost import Speed, calibrate_encoder, encoder_features, encoder_mib
+from encoder.merging import Merging
 from encoder.preprocess import preprocess
 from encoder.selection import Selector, select
 from encoder.video.reader import Clip
@@ -65,6 +67,9 @@ class FluxTower(Tower):
 
         return calibrate_encoder(self._model.encoder, encode)
 
+    def digest(self) -> str:
+        return weights_hash(self._model.encoder, self._model.projector)
+
     def fingerprint(self) -> list[Any]:
         return [asdict(self._model.encoder.config), str(self.dtype)]
 
@@ -72,14 +77,23 @@ class FluxTower(Tower):
         return preprocess(clip.frames, plan.height, plan.width, fit=self.fit)
 
     @torch.inference_mode()
-    def look(self, pixels: Tensor, plan: Plan, selector: Selector, times_s: Sequence[float] = ()) -> Looked:
-        tokens = self._model.encode(
-            [pixels],
-            [plan.keep],
-            [tuple(times_s)],
-            selector=selector,
-            generator=torch.Generator().manual_seed(0),
-        )
+    def look(
+        self,
+        pixels: Tensor,
+        plan: Plan,
+        selector: Selector,
+        times_s: Sequence[float] = (),
+        seed: int = 0,
+    ) -> Looked:
+        generator = torch.Generator().manual_seed(seed)
+        return self._looked(pixels, plan.keep, times_s, selector=selector, generator=generator, merge=None)
+
+    @torch.inference_mode()
+    def merge(self, pixels: Tensor, merging: Merging, times_s: Sequence[float] = ()) -> Looked:
+        return self._looked(pixels, None, times_s, selector="flux", merge=merging)
+
+    def _looked(self, pixels: Tensor, keep: int | None, times_s: Sequence[float], **selection: Any) -> Looked:
+        tokens = self._model.encode([pixels], [keep], [tuple(times_s)], **selection)
         return Looked(self._model.project(tokens)[0], tokens.kept[0])
 
     @torch.inference_mode()

@@ -96,13 +96,20 @@ class LlavaOnevisionTower(StockTower):
         return super().pixels(clip, plan)
 
     @torch.inference_mode()
-    def look(self, pixels: Tensor, plan: Plan, selector: Selector, times_s: Sequence[float] = ()) -> Looked:
+    def look(
+        self,
+        pixels: Tensor,
+        plan: Plan,
+        selector: Selector,
+        times_s: Sequence[float] = (),
+        seed: int = 0,
+    ) -> Looked:
         grid = replace(plan, frames=pixels.shape[1]).grid
         frames = pixels.transpose(0, 1).to(self.device, self.dtype)
         every = self._model.get_video_features(frames[None], return_dict=True).pooler_output[0]
         cells, newline = every[:-1], every[-1:]
         values = cells if selector == "evs" else self._pooled(frames)
-        kept = self._choose(values, grid, plan.keep, selector)
+        kept = self._choose(values, grid, plan.keep, selector, seed)
         return Looked(torch.cat([cells[kept], newline]), kept)
 
     @torch.inference_mode()

@@ -51,15 +51,17 @@ def _three(value: Any, default: tuple[float, ...], path: Path) -> tuple[float, .
     return tuple(map(float, value))
 
 
+def resized(frames: Tensor, height: int, width: int, settings: PixelSettings) -> Tensor:
+    """uint8 (T, H, W, 3) to uint8 (T, height, width, 3)."""
+    pictures = (Image.fromarray(frame.numpy()) for frame in frames)
+    return torch.from_numpy(
+        np.stack([np.asarray(picture.resize((width, height), settings.resample)) for picture in pictures])
+    )
+
+
 def to_pixels(frames: Tensor, height: int, width: int, settings: PixelSettings) -> Tensor:
     """uint8 (T, H, W, 3) to float32 (3, T, height, width)."""
-    resized = np.stack(
-        [
-            np.asarray(Image.fromarray(frame.numpy()).resize((width, height), settings.resample))
-            for frame in frames
-        ]
-    )
-    pixels = torch.from_numpy(resized).permute(3, 0, 1, 2).float().div_(255)
+    pixels = resized(frames, height, width, settings).permute(3, 0, 1, 2).float().div_(255)
     mean = torch.tensor(settings.mean).view(3, 1, 1, 1)
     std = torch.tensor(settings.std).view(3, 1, 1, 1)
     return pixels.sub_(mean).div_(std)

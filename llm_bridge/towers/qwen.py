@@ -97,16 +97,23 @@ class QwenTower(StockTower):
     # -- looking --------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def look(self, pixels: Tensor, plan: Plan, selector: Selector, times_s: Sequence[float] = ()) -> Looked:
+    def look(
+        self,
+        pixels: Tensor,
+        plan: Plan,
+        selector: Selector,
+        times_s: Sequence[float] = (),
+        seed: int = 0,
+    ) -> Looked:
         grid = replace(plan, frames=pixels.shape[1]).grid
         rows = self._rows(pixels)
         patches = self._embed(rows)
         if self.stage == "before":
-            kept = self._choose(patches.flatten(2).flatten(0, 1), grid, plan.keep, selector)
+            kept = self._choose(patches.flatten(2).flatten(0, 1), grid, plan.keep, selector, seed)
             return Looked(self._encode(rows, patches, grid, kept), kept)
         embeddings = self._encode(rows, patches, grid, None)
         scored = embeddings if selector == "evs" else patches.flatten(2).flatten(0, 1)
-        kept = self._choose(scored, grid, plan.keep, selector)
+        kept = self._choose(scored, grid, plan.keep, selector, seed)
         return Looked(embeddings[kept], kept)
 
     @torch.inference_mode()

@@ -20,8 +20,16 @@ from encoder.errors import ConfigError, ModelError
 from llm_bridge.adapters import without_adapters
 from llm_bridge.batch_invariance import make_batch_invariant
 from llm_bridge.llm import LanguageModel, Quantize, cache_argument, load_pretrained
+from llm_bridge.quantized import KINDS, quantize_linear
+from llm_bridge.towers.measured_plans import measured_plan
 from llm_bridge.towers.stock_tower import StockTower
 from llm_bridge.towers.tower import Stage
+
+# What is no language model: left in 16 bit, since the tower is small, and its widths do not suit 4 bit.
+TOWERS = (
+    *("model.visual", "model.vision_tower", "model.vision_model"),
+    *("model.multi_modal_projector", "model.connector"),
+)
 
 
 class TextPart(nn.Module):
@@ -99,7 +107,7 @@ class StockModel:
 
     def revision(self) -> str:
         """A cache key."""
-        return f"{self.llm.identity} {self.tower.revision()}"
+        return f"{self.llm.identity} {self.tower.digest()}"
 
 
 def kinds() -> dict[str, type[StockTower]]:
@@ -149,6 +157,7 @@ def load_stock(
         what="the video model",
         quantize=quantize,
         adapters=adapters,
+        not_quantised=TOWERS,
         **options,
     )
     kind = stock_kind(folder)
@@ -156,7 +165,10 @@ def load_stock(
         raise ModelError(f"{name} is no video model of a kind that is supported: {', '.join(kinds())}.")
     base = without_adapters(model)
     tower = kinds()[kind](base, folder, stage)
+    tower.plan_table = measured_plan(name, stage, tower.space)
     part = TextPart(_decoder(base), base.get_output_embeddings(), getattr(base, "generation_config", None))
+    if quantize in KINDS:
+        quantize_linear(part, quantize)
     make_batch_invariant(part)
     llm = LanguageModel(part.eval(), tokenizer, str(name), quantize, tuple(map(str, adapters)), tower.axes)
     llm.check()

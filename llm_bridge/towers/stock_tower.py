@@ -60,8 +60,7 @@ class StockTower(Tower):
         """Number of parameters."""
         return sum(parameter.numel() for part in self._parts for parameter in part.parameters())
 
-    def revision(self) -> str:
-        """Hash of what it computes with, a cache key."""
+    def digest(self) -> str:
         return f"{weights_hash(*self._parts)} {self.stage}"
 
     def _described(self, encoder: str, projector: str) -> dict[str, str]:
@@ -76,9 +75,9 @@ class StockTower(Tower):
         return to_pixels(clip.frames, plan.height, plan.width, self._settings)
 
     @staticmethod
-    def _choose(values: Tensor, grid: Grid, keep: int, selector: Selector) -> Tensor:
+    def _choose(values: Tensor, grid: Grid, keep: int, selector: Selector, seed: int = 0) -> Tensor:
         """Kept cells (K,) by values (cells, N)."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         return select(values[None], grid, keep, selector=selector, generator=generator)[0]
 
 

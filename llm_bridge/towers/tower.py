@@ -22,6 +22,8 @@ from torch import Tensor
 
 from encoder.budget import InputSpace, Plan, PlanTable
 from encoder.cost import Speed, time_ms
+from encoder.errors import ConfigError
+from encoder.merging import Merging
 from encoder.selection import Selector
 from encoder.video.reader import Clip
 from llm_bridge.familiarity import Familiarity
@@ -108,6 +110,10 @@ class Tower(ABC):
         return Speed.fit(rows, times)
 
     @abstractmethod
+    def digest(self) -> str:
+        """Hash of the weights that it computes with, and when it drops cells where that can be chosen."""
+
+    @abstractmethod
     def fingerprint(self) -> list[Any]:
         """What its speed depends on beside the machine, as plain values."""
 
@@ -118,8 +124,22 @@ class Tower(ABC):
         """Normalised pixels (3, T, H, W) of a clip's frames."""
 
     @abstractmethod
-    def look(self, pixels: Tensor, plan: Plan, selector: Selector, times_s: Sequence[float] = ()) -> Looked:
-        """Embeddings of the kept cells; computes, without gradients."""
+    def look(
+        self,
+        pixels: Tensor,
+        plan: Plan,
+        selector: Selector,
+        times_s: Sequence[float] = (),
+        seed: int = 0,
+    ) -> Looked:
+        """Embeddings of the kept cells; computes, without gradients. seed: of selectors that draw."""
+
+    def merge(self, pixels: Tensor, merging: Merging, times_s: Sequence[float] = ()) -> Looked:
+        """Embeddings of cells that were merged, not dropped.
+
+        Raises ConfigError for a tower that does not merge.
+        """
+        raise ConfigError("vid-TLDR merges inside FluxViT: leave +vid-tldr out for a stock video model.")
 
     @abstractmethod
     def select(self, pixels: Tensor, plan: Plan, selector: Selector) -> Tensor:

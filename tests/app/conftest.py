@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import gradio
 import pytest
@@ -17,6 +15,7 @@ from encoder.config import MICRO
 from encoder.fluxvit import FluxViT
 from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
+from tests.passes import before_each_pass
 
 VIDEOS = Path(gradio.__file__).parent / "media_assets" / "videos"
 WORLD, SHORT = VIDEOS / "world.mp4", VIDEOS / "b.mp4"
@@ -37,19 +36,16 @@ def tiny_model(llm_folder: Callable[[str], Path]) -> VideoLanguageModel:
 
 
 @pytest.fixture
-def steps(tiny_model: VideoLanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def steps(tiny_model: VideoLanguageModel) -> Iterator[list[float]]:
     """Makes every pass of the language model take at least 0.1 s; collects when each began."""
-    language_model, begun = tiny_model.language_model, []
-    forward = language_model.forward
+    begun: list[float] = []
 
-    @functools.wraps(forward)
-    def slower(*args: Any, **options: Any) -> Any:
+    def wait() -> None:
         begun.append(time.monotonic())
         time.sleep(0.1)
-        return forward(*args, **options)
 
-    monkeypatch.setattr(language_model, "forward", slower)
-    return begun
+    with before_each_pass(tiny_model.llm, wait):
+        yield begun
 
 
 @pytest.fixture

@@ -184,13 +184,19 @@ def test_ask_json_with_the_shipped_model(shipped_example: Path, call: Call) -> N
     assert 0 < answer["timings"]["first_token_s"] <= answer["timings"]["total_s"]
 
 
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speeds of a machine that was measured before; tests of calibration measure."""
+    speeds = Calibration(Speed((1.0,) * 3), Speed((1.0,) * 4), Speed((1.0,) * 3))
+    monkeypatch.setattr(Calibration, "load_or_measure", lambda _: speeds)
+
+
+@pytest.mark.usefixtures("measured")
 def test_chat_reads_questions_and_commands(
     shipped_example: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = "What is in the video?\n/budget 32\nWhich way?\n/budget none\n/video nowhere.mp4\n/quit\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    speeds = Calibration(Speed((1.0,) * 3), Speed((1.0,) * 4), Speed((1.0,) * 3))
-    monkeypatch.setattr(Calibration, "load_or_measure", lambda _: speeds)
     done = call("chat", shipped_example, "--max-new-tokens", "12")
     assert done.returncode == 0, done.stderr
     assert "32 of" in done.stdout
@@ -199,6 +205,7 @@ def test_chat_reads_questions_and_commands(
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.usefixtures("measured")
 def test_estimate_and_info(shipped_example: Path, call: Call) -> None:
     price = json.loads(call("estimate", shipped_example, "--budget", "64", "--json").stdout)
     assert price["kept_tokens"] == 64
@@ -240,3 +247,12 @@ def test_an_old_name_of_a_stage_is_told_the_new_one(capsys: pytest.CaptureFixtur
 def test_every_stage_of_train_is_a_module() -> None:
     root = ROOT / "training"
     assert all((root / f"{stage}.py").is_file() for stage in STAGES)
+
+
+def test_stages_are_those_of_recipes() -> None:
+    """The app imports nothing of training: it starts it."""
+    from app.cli import RENAMED_STAGES
+    from training.trainer import recipe
+
+    assert set(recipe.STAGES) <= set(STAGES)
+    assert recipe.RENAMED_STAGES == RENAMED_STAGES

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,95 @@ def test_a_whole_session(
     assert "! The question is not valid Unicode" in printed
     assert printed.count("first word after") == 2
     assert "never" not in printed
+
+
+def test_saving_loading_exporting_and_parts(
+    chat: VideoChat, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    terminal = Terminal(chat, None, OPTIONS)
+    with pytest.raises(ConfigError, match="no video yet"):
+        terminal.command("part", "1 2")
+    terminal.command("video", str(SHORT))
+    terminal.ask("What is it?")
+    terminal.command("part", "0:01 0:02")
+    terminal.ask("And there?")
+    assert [message.content[0].part.start_s for message in terminal.conversation.messages[::2]] == [0.0, 1.0]
+    for value, error in (("1", ConfigError), ("2 1", VideoError), ("a b", VideoError), ("90 99", VideoError)):
+        with pytest.raises(error):
+            terminal.command("part", value)
+    terminal.command("add", str(WORLD))
+    terminal.command("save", str(tmp_path / "talk.json"))
+    terminal.command("export", str(tmp_path / "talk.md"))
+    other = Terminal(chat, None, OPTIONS)
+    other.command("load", str(tmp_path / "talk.json"))
+    assert other.conversation.turns == terminal.conversation.turns
+    assert other.conversation.options["start"] == "0:01"
+    other.command("estimate", "")
+    with pytest.raises(ConfigError, match="check the path"):
+        other.command("load", str(tmp_path / "none.json"))
+    other.command("part", "")
+    other.ask("Which one?")
+    assert len(other.conversation.turns) == 3
+    printed = capsys.readouterr().out
+    assert "first word" in printed.split("And there?")[0]
+    assert printed.count("It comes with the next question") == 1
+    assert "> And there?" in printed
+
+
+class Keys:
+    """Standard input of a person who types lines and Ctrl-C."""
+
+    def __init__(self, *keys: str) -> None:
+        self.keys = list(keys)
+
+    def __call__(self, prompt: str = "") -> str:
+        key = self.keys.pop(0)
+        if key == "^C":
+            raise KeyboardInterrupt
+        return key
+
+
+def test_ctrl_c_at_the_prompt_leaves_only_the_second_time(
+    chat: VideoChat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    keys = Keys("^C", "What is it?", "^C", "^C", "never")
+    monkeypatch.setattr("builtins.input", keys)
+    assert converse(chat, str(SHORT), OPTIONS) == 0
+    assert keys.keys == ["never"]
+    printed = capsys.readouterr().out
+    assert printed.count("Ctrl-C again leaves.") == 2
+    assert printed.count("first word after") == 1
+
+
+def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(
+    chat: VideoChat, steps: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal(chat, str(SHORT), {**OPTIONS, "max_new_tokens": 200, "min_tokens": 200})
+    threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    terminal.ask("What is it?")
+    ((_, answer),) = terminal.conversation.turns
+    assert answer
+    assert len(steps) < 150
+    before = signal.getsignal(signal.SIGINT)
+    assert before is signal.default_int_handler
+    terminal.options["max_new_tokens"] = 3
+    terminal.conversation.options.update(max_new_tokens=3, min_tokens=0)
+    terminal.ask("And why?")
+    assert len(terminal.conversation.turns) == 2
+
+
+def test_ctrl_c_while_a_command_runs_ends_the_command_only(
+    chat: VideoChat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("/estimate\n/help\n"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Terminal, "introduce", lambda self: None)
+        patch.setattr(chat, "estimate", interrupted)
+        assert converse(chat, str(SHORT), OPTIONS) == 0
+    printed = capsys.readouterr().out
+    assert "! Stopped." in printed
+    assert "/export FILE" in printed

@@ -43,6 +43,7 @@ def says(thinking_model: VideoLanguageModel) -> Iterator[Callable[[str], None]]:
         while handles:
             handles.pop().remove()
         script = Script(thinking_model.llm, text + "<|im_end|>")
+        thinking_model.llm.__dict__["lean"] = None  # whose passes no hook sees
         handles.append(thinking_model.language_model.register_forward_hook(script, with_kwargs=True))
 
     yield say

@@ -21,6 +21,7 @@ import torch
 
 from app.chat import VideoChat
 from encoder.budget import Budget
+from encoder.video.reader import read_clip
 from llm_bridge.prompt import PLACEHOLDER, Message, Visual, render
 from llm_bridge.towers.stock import StockModel, load_stock
 from tests import tiny_video_models
@@ -106,9 +107,9 @@ def measure(folder: Path, n: int) -> dict[str, Any]:
         for stage in ("after", "before")
     }
     model: Any = chats["after"].model
-    encoded = chats["after"].look(VIDEO, Budget(10**6, frames=FRAMES, resolution=SIDE))
-    opened, plan = chats["after"]._open(_medium(), Budget(10**6, frames=FRAMES, resolution=SIDE))
-    pixels = model.tower.pixels(chats["after"]._vision._clip(opened, plan, ""), plan)
+    budget = Budget(10**6, frames=FRAMES, resolution=SIDE)
+    encoded, plan = chats["after"].look(VIDEO, budget), chats["after"].plan(VIDEO, budget)
+    pixels = model.tower.pixels(read_clip(VIDEO, plan.frames, max_side=4 * SIDE), plan)
     plain = Plain(folder, model, encoded.visual, pixels)
     found: dict[str, list[float]] = {}
 
@@ -128,12 +129,6 @@ def measure(folder: Path, n: int) -> dict[str, Any]:
             add(f"{stage} {share:.0%} prefill", prefill)
             add(f"{stage} {share:.0%} follow-up", follow)
     return {name: summary(samples) for name, samples in found.items()}
-
-
-def _medium() -> Any:
-    from app.messages import as_media
-
-    return as_media(str(VIDEO))
 
 
 def main() -> None:

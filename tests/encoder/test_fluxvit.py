@@ -15,7 +15,7 @@ from encoder.config import BASE, LARGE, MICRO, SIZES, SMALL, FluxViTConfig
 from encoder.errors import BudgetError, ConfigError
 from encoder.fluxvit import FluxViT
 from encoder.golden import rule_weights
-from encoder.layers import DropPath, RMSNorm, Segment
+from encoder.layers import DropPath, Mlp, RMSNorm, Segment
 from encoder.positions import interpolate
 from encoder.tokens import Grid, VisionTokens
 
@@ -381,3 +381,12 @@ def test_each_part_alone_can_be_left_out(tmp_path: Path, part: str) -> None:
     assert out.packed.isfinite().all()
     with pytest.raises(ConfigError, match=f"{part} must be true or false"):
         FluxViTConfig.from_dict({**config.to_dict(), part: "no"})
+
+
+@pytest.mark.parametrize(("name", "approximate"), [("tanh", "tanh"), ("erf", "none")])
+def test_gelu_is_the_one_of_the_settings(name: str, approximate: str) -> None:
+    mlp, x = Mlp(4, 8, name), torch.linspace(-3, 3, 12).view(3, 4)
+    expected = mlp.fc2(F.gelu(mlp.fc1(x), approximate=approximate))
+    assert torch.equal(mlp(x), expected)
+    other = F.gelu(mlp.fc1(x), approximate="none" if name == "tanh" else "tanh")
+    assert not torch.equal(mlp.fc2(other), expected)

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from llm_bridge.batch_invariance import RowInvariantLinear, left_padding, make_batch_invariant
-from llm_bridge.batched_kv_cache import BatchedKVCache
 from llm_bridge.compute_worker import ComputeWorker
-from llm_bridge.generation import Generation, piece_ends
+from llm_bridge.engines.local import LocalAnswer, piece_ends
+from llm_bridge.generation import Generation
 from llm_bridge.kv_cache import layers_of
 from llm_bridge.llm import LanguageModel, default_dtype, load_llm
+from llm_bridge.own_kv import OwnKV
 from llm_bridge.prompt import Message, Visual, render
 from llm_bridge.sampling import SamplingParams
 from tests import tiny_llms
@@ -41,24 +42,33 @@ def generation(llm: LanguageModel, index: int, worker: ComputeWorker | None) -> 
     return Generation(llm, prompt, [visual], SamplingParams(STEPS), worker=worker)
 
 
+def without_lean(llm: LanguageModel) -> LanguageModel:
+    """The same decoded by transformers, as models of other shapes are."""
+    llm.__dict__["lean"] = None
+    return llm
+
+
+@pytest.mark.parametrize("lean", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scores_have_the_same_bits(folder: Path, dtype: torch.dtype) -> None:
+def test_scores_have_the_same_bits(folder: Path, dtype: torch.dtype, lean: bool) -> None:
     llm = load_llm(folder, device="cpu", dtype=dtype)
+    if not lean:
+        without_lean(llm)
+    assert (llm.lean is not None) is lean
     kvs, tokens = [], []
     with torch.inference_mode():
         for index in range(len(VISUAL_TOKENS)):
             alone = generation(llm, index, None)
-            kv, scores = alone.prefill(piece_ends(alone.prompt))
+            kv, scores = LocalAnswer(llm, alone.request).prefill(piece_ends(alone.prompt))
             kvs.append(kv)
             assert scores is not None
             tokens.append(int(scores.argmax()))
-        shared = BatchedKVCache([layers_of(kv) for kv in kvs])
+        shared = llm.together([layers_of(kv) for kv in kvs])
+        own = [OwnKV(llm, kv) for kv in kvs]
         for step in range(STEPS):
-            together = shared.step(llm, tokens)
-            single = [
-                llm.advance(kv, input_ids=torch.tensor([[t]])) for t, kv in zip(tokens, kvs, strict=True)
-            ]
-            assert torch.equal(together, torch.cat(single)), f"step {step}"
+            together = shared.step(tokens)
+            single = [kv.step(token) for token, kv in zip(tokens, own, strict=True)]
+            assert torch.equal(together, torch.stack(single)), f"step {step}"
             tokens = together.argmax(dim=1).tolist()
 
 

@@ -6,15 +6,20 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
 
-from encoder.errors import ModelError
+from encoder.errors import ModelError, OutOfMemory
 from llm_bridge.compute_worker import ComputeWorker
-from llm_bridge.generation import Generation, GenerationStats, piece_ends
+from llm_bridge.engines.local import LocalAnswer, piece_ends
+from llm_bridge.generation import Generation, GenerationStats
 from llm_bridge.kv_cache import PrefixCache, kv_from_layers, layers_of
+from llm_bridge.lean.step import LeanLayer
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.prompt import Message, Visual, render
 from llm_bridge.sampling import SamplingParams
@@ -59,6 +64,10 @@ def generation(
     return Generation(llm, prompt, [visual], sampling, prefixes, worker=worker)
 
 
+def prefilled(generation: Generation) -> tuple[Any, torch.Tensor | None]:
+    return LocalAnswer(generation.llm, generation.request).prefill(piece_ends(generation.prompt))
+
+
 def read(generation: Generation) -> tuple[str, GenerationStats]:
     return "".join(generation), generation.stats
 
@@ -83,21 +92,19 @@ def test_together_equals_alone(llm: LanguageModel, worker: ComputeWorker, temper
 
 def test_scores_equal_those_alone(llm: LanguageModel) -> None:
     """Numbers, not only the best token: several rows of different lengths over twelve steps."""
-    from llm_bridge.batched_kv_cache import BatchedKVCache
-
     kvs, last = [], []
     with torch.inference_mode():
         for index in (0, 1, 3):
             alone = generation(llm, index, None)
-            kv, scores = alone.prefill(piece_ends(alone.prompt))
+            kv, scores = prefilled(alone)
             kvs.append(kv)
             last.append(scores)
-        shared = BatchedKVCache([layers_of(kv) for kv in kvs])
+        shared = llm.together([layers_of(kv) for kv in kvs])
         tokens = [int(scores.argmax()) for scores in last]
         for step in range(80):  # past the room that the buffers are made with
-            if shared.filled == shared.capacity:
-                shared = BatchedKVCache([shared.views(row) for row in range(3)])
-            found = shared.step(llm, tokens)
+            if shared.full:
+                shared = llm.together([shared.views(row) for row in range(3)])
+            found = shared.step(tokens)
             expected = torch.stack(
                 [
                     llm.model(input_ids=torch.tensor([[t]]), past_key_values=kv, use_cache=True).logits[0, -1]
@@ -167,8 +174,30 @@ def test_a_slow_reader_holds_nobody_up(tiny_llm: Callable[[str], LanguageModel])
     assert "".join([*pieces, *slow]) == expected
 
 
-def no_room(*_: object) -> None:
+def no_room(_: torch.Tensor) -> None:
     raise MemoryError("no room")
+
+
+def broken(_: torch.Tensor) -> None:
+    raise RuntimeError("broken")
+
+
+@contextmanager
+def failing(llm: LanguageModel, layer: int, fault: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Call a function with the hidden rows (B, width) before a layer's last product, in every step."""
+    assert llm.lean is not None
+    layers = cast(list[LeanLayer], llm.lean[0].layers)
+    sound = layers[layer]
+
+    def product(rows: torch.Tensor) -> torch.Tensor:
+        fault(rows)
+        return sound.down(rows)
+
+    layers[layer] = replace(sound, down=product)
+    try:
+        yield
+    finally:
+        layers[layer] = sound
 
 
 def begin(
@@ -187,14 +216,11 @@ def test_a_lasting_error_reaches_every_answer_as_its_own(tiny_llm: Callable[[str
     prefixes = PrefixCache(2**26, llm.kv_bytes_per_token)
     streams = begin(llm, worker, prefixes, 1, 3)
     errors = []
-    handle = llm.model.register_forward_pre_hook(no_room)
-    try:
+    with failing(llm, 0, broken):
         for stream in streams:
-            with pytest.raises(MemoryError) as raised:
+            with pytest.raises(RuntimeError, match="broken") as raised:
                 list(stream)
             errors.append(raised.value)
-    finally:
-        handle.remove()
     assert errors[0] is not errors[1]
     assert (worker.active, prefixes.stats.entries) == (0, 0)
     assert read(generation(llm, 0, worker))[0] == read(generation(llm, 0, None))[0]
@@ -214,14 +240,18 @@ def test_a_pass_that_fails_once_changes_no_answer(
     for index, stream in enumerate(streams):
         texts[index] += next(stream)  # they share buffers by now
 
-    def fails_once(*_: object) -> None:
-        handle.remove()
-        raise MemoryError("no room")
+    failures = []
 
-    handle = llm.model.model.layers[layer].register_forward_hook(fails_once)
+    def fails_once(_: torch.Tensor) -> None:
+        if not failures:
+            failures.append(1)
+            raise MemoryError("no room")
+
     steps, made = worker.steps, worker.made
-    for index, stream in enumerate(streams):
-        texts[index] += "".join(stream)
+    with failing(llm, layer, fails_once):
+        for index, stream in enumerate(streams):
+            texts[index] += "".join(stream)
+    assert failures
     assert texts == expected
     assert worker.steps - steps == worker.made - made > 3  # decoded in turn from then on
     assert worker.active == 0
@@ -233,19 +263,57 @@ def test_a_row_whose_own_pass_fails_ends_alone(tiny_llm: Callable[[str], Languag
     expected = [read(generation(llm, i, None))[0] for i in (3, 5)]
     streams = [iter(generation(llm, i, worker)) for i in (1, 3, 5)]
     texts = [next(stream) for stream in streams]
-    bad = worker.sequences[0]
+    alone: list[int] = []
 
-    def fail(_: object, args: tuple[object, ...], kwargs: dict[str, torch.Tensor]) -> None:
-        if int(kwargs["input_ids"][0]) == bad.tokens[-1] and worker.sequences[0] is bad:
-            raise MemoryError("no room")
+    def fail(rows: torch.Tensor) -> None:
+        if len(rows) == 1:
+            alone.append(1)
+        if len(alone) < 2:  # in the shared pass, and when the first of the answers is tried by itself
+            raise RuntimeError("broken")
 
-    handle = llm.model.register_forward_pre_hook(fail, with_kwargs=True)
-    try:
-        with pytest.raises(MemoryError):
-            list(streams[0])
-    finally:
-        handle.remove()
+    with failing(llm, 1, fail), pytest.raises(RuntimeError, match="broken"):
+        list(streams[0])
     assert [first + "".join(rest) for first, rest in zip(texts[1:], streams[1:], strict=True)] == expected
+
+
+def test_the_newest_answer_gives_way_when_memory_is_short(tiny_llm: Callable[[str], LanguageModel]) -> None:
+    llm = tiny_llm("qwen2")
+    worker = ComputeWorker(llm)
+    expected = read(generation(llm, 1, None))[0]
+    streams = [iter(generation(llm, i, worker)) for i in (1, 3, 5)]
+    texts = [next(stream) for stream in streams]
+
+    def small(_: torch.Tensor) -> None:
+        if worker.active > 1:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    with failing(llm, 1, small):
+        assert texts[0] + "".join(streams[0]) == expected
+        for stream in streams[1:]:
+            with pytest.raises(OutOfMemory, match="ask again later"):
+                list(stream)
+    assert worker.active == 0
+
+
+def test_keys_and_values_are_bounded_while_answers_are_made(tiny_llm: Callable[[str], LanguageModel]) -> None:
+    llm = tiny_llm("qwen2")
+    expected, stats = read(generation(llm, 3, None))
+    half = stats.prompt_tokens + stats.completion_tokens // 2
+    assert half > stats.prompt_tokens
+    positions = stats.prompt_tokens + stats.completion_tokens
+    assert 3 * stats.prompt_tokens > 2 * positions + 4
+    worker = ComputeWorker(llm, kv_limit=(2 * positions + 4) * llm.kv_bytes_per_token)
+    streams = [iter(generation(llm, 3, worker)) for _ in range(3)]
+    texts = [next(stream) for stream in streams[:2]]
+    with pytest.raises(OutOfMemory, match="ask again later"):
+        next(streams[2])  # its prompt has no room beside the others
+    assert [text + "".join(rest) for text, rest in zip(texts, streams, strict=False)] == [expected] * 2
+    worker = ComputeWorker(llm, kv_limit=2 * half * llm.kv_bytes_per_token)
+    streams = [iter(generation(llm, 3, worker)) for _ in range(2)]
+    texts = [next(stream) for stream in streams]
+    assert texts[0] + "".join(streams[0]) == expected
+    with pytest.raises(OutOfMemory, match="ask again later"):
+        list(streams[1])  # it had grown beyond what there is for both
 
 
 class Strange(threading.Event):
@@ -294,23 +362,21 @@ def test_who_joins_while_a_step_fails_is_computed(tiny_llm: Callable[[str], Lang
     streams = begin(llm, worker, None, 1, 3)
     inside, joined = threading.Event(), threading.Event()
 
-    def fail(*_: object) -> None:
+    def fail(_: torch.Tensor) -> None:
         inside.set()
         joined.wait(30)
-        raise MemoryError("no room")
+        raise RuntimeError("broken")
 
-    handle = llm.model.register_forward_pre_hook(fail)
-    with ThreadPoolExecutor(2) as pool:
-        failing = pool.submit(list, streams[0])
+    with ThreadPoolExecutor(2) as pool, failing(llm, 0, fail):
+        failed = pool.submit(list, streams[0])
         assert inside.wait(30)
         late = generation(llm, 5, None)
-        handle.remove()  # the call in progress still fails
-        kv, scores = late.prefill(piece_ends(late.prompt))
+        kv, scores = prefilled(late)
         assert scores is not None
         waiting = pool.submit(worker.join, kv, scores, late.sampling, late.stop)
         joined.set()
         row = waiting.result(30)
-        failing.exception(30)
+        failed.exception(30)
     decoder = StreamingDecoder(llm.tokenizer)
     assert "".join(map(decoder.push, row)) + decoder.flush() == expected
 

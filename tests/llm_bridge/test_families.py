@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +14,10 @@ from transformers import DynamicCache
 
 from encoder.errors import ModelError
 from llm_bridge import families
-from llm_bridge.compute_worker import ComputeWorker
+from llm_bridge.compute_worker import ComputeWorker, SequenceState
+from llm_bridge.engines.local import LONGEST_PIECE, LocalAnswer, piece_ends
 from llm_bridge.families import FAMILIES, family_of
-from llm_bridge.generation import LONGEST_PIECE, Generation, GenerationStats, piece_ends
+from llm_bridge.generation import Generation, GenerationStats
 from llm_bridge.kv_cache import PrefixCache
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.prompt import IGNORE, Message, Visual, render
@@ -91,7 +94,7 @@ def whole_logits(llm: LanguageModel, running: Generation) -> torch.Tensor:
     ids = torch.tensor([running.prompt.ids])
     with torch.inference_mode():
         return llm.model(
-            inputs_embeds=running.inputs(0, len(running.prompt))["inputs_embeds"],
+            inputs_embeds=LocalAnswer(llm, running.request).inputs(0, len(running.prompt))["inputs_embeds"],
             use_cache=False,
             **llm.beside_embeddings(ids),
         ).logits[0, -1]
@@ -111,14 +114,14 @@ def test_a_prompt_in_pieces_is_the_whole_prompt(llm: LanguageModel, tokens: int)
     running = generation(llm, ["What is it?"], tokens=tokens)
     ends = piece_ends(running.prompt) if llm.memory != "whole" else [len(running.prompt)]
     assert len(ends) > 1
-    _, found = running.prefill(ends)
+    _, found = LocalAnswer(llm, running.request).prefill(ends)
     expected = whole_logits(llm, running)
     torch.testing.assert_close(found, expected, atol=1e-3 * float(expected.abs().max()), rtol=1e-3)
 
 
 def greedy_ids(llm: LanguageModel, running: Generation, count: int) -> list[int]:
     """Greedy tokens of the model by itself: with its own cache where it keeps states, else without any."""
-    embeds = running.inputs(0, len(running.prompt))["inputs_embeds"]
+    embeds = LocalAnswer(llm, running.request).inputs(0, len(running.prompt))["inputs_embeds"]
     ids: list[int] = []
     with torch.inference_mode():
         if llm.memory == "states":
@@ -160,10 +163,20 @@ def test_answers_with_a_cache_are_those_without(llm: LanguageModel) -> None:
     assert all(tokens >= 40 for tokens in reused[1:])  # a second question computes its own words
 
 
-def test_an_answer_among_others_is_the_one_alone(llm: LanguageModel, worker: ComputeWorker) -> None:
+def test_an_answer_among_others_is_the_one_alone(
+    llm: LanguageModel, worker: ComputeWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = [(["What is it?"], 40), (["How many birds are there?"], 3), (["Describe it!"], 90)]
     alone = [read(generation(llm, turns, tokens=tokens, answer=20))[0] for turns, tokens in asked]
-    with ThreadPoolExecutor(3) as pool:
+    joined, join = threading.Barrier(len(asked)), worker.join
+
+    def join_with_others(*args: Any, **options: Any) -> SequenceState:
+        sequence = join(*args, **options)
+        joined.wait(60)  # none goes on before all are there
+        return sequence
+
+    monkeypatch.setattr(worker, "join", join_with_others)
+    with ThreadPoolExecutor(len(asked)) as pool:
         jobs = [generation(llm, t, worker=worker, tokens=tokens, answer=20) for t, tokens in asked]
         together = list(pool.map(read, jobs))
     assert [text for text, _ in together] == alone

@@ -9,13 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from encoder.errors import BudgetError, ConfigError
-from llm_bridge.generation import (
-    LONGEST_PIECE,
-    SHORTEST_PIECE,
-    Generation,
-    GenerationStats,
-    piece_ends,
-)
+from llm_bridge.engines.local import LONGEST_PIECE, SHORTEST_PIECE, LocalAnswer, piece_ends
+from llm_bridge.generation import Generation, GenerationStats
+from llm_bridge.lean.decoder import LeanBatch
 from llm_bridge.llm import LanguageModel
 from llm_bridge.prompt import PLACEHOLDER, Message, Prompt, Visual, render
 from llm_bridge.sampling import SamplingParams
@@ -33,7 +29,7 @@ def test_greedy_equals_transformers(llm: LanguageModel) -> None:
     prompt, visual = prompt_and_visual(llm)
     generation = Generation(llm, prompt, [visual], SamplingParams(max_new_tokens=24))
     text = "".join(generation)
-    embeds = generation.inputs(0, len(prompt))["inputs_embeds"]
+    embeds = LocalAnswer(llm, generation.request).inputs(0, len(prompt))["inputs_embeds"]
     ids = llm.model.generate(
         inputs_embeds=embeds,
         attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long),
@@ -49,21 +45,24 @@ def test_greedy_equals_transformers(llm: LanguageModel) -> None:
     assert generation.stats.prompt_tokens == len(prompt)
 
 
-def test_stop_ends_computing_within_one_token(tiny_llm) -> None:
+def test_stop_ends_computing_within_one_token(tiny_llm, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = tiny_llm("qwen2")
     prompt, visual = prompt_and_visual(llm)
     stop = threading.Event()
-    calls = []
-    handle = llm.model.register_forward_hook(lambda *_: calls.append(1))
-    try:
-        generation = Generation(llm, prompt, [visual], SamplingParams(max_new_tokens=200), stop=stop)
-        pieces = iter(generation)
-        next(pieces)
-        before = len(calls)
-        stop.set()
-        rest = list(pieces)
-    finally:
-        handle.remove()
+    calls, step = [], LeanBatch.step
+
+    def counted(batch: LeanBatch, *args: Any) -> torch.Tensor:
+        calls.append(1)
+        return step(batch, *args)
+
+    monkeypatch.setattr(LeanBatch, "step", counted)
+    generation = Generation(llm, prompt, [visual], SamplingParams(max_new_tokens=200), stop=stop)
+    pieces = iter(generation)
+    next(pieces), next(pieces)
+    before = len(calls)
+    assert before
+    stop.set()
+    rest = list(pieces)
     assert len(calls) - before <= 1
     assert len(rest) <= 2
     assert generation.stats.finish == "cancelled"

@@ -197,6 +197,7 @@ def say(
         worker=worker,
         on_thinking=thoughts.append,
     )
+    llm.__dict__["lean"] = None  # whose forward passes no hook sees
     handle = llm.model.register_forward_hook(Script(llm, text + "<|im_end|>"), with_kwargs=True)
     try:
         answer = "".join(running)

@@ -89,7 +89,7 @@ resolution: 56
 num_tokens: [8, 16]
 template: chat
 optim: {{lr: 1e-2, batch_size: 4, micro_batch: 2, epochs: 4}}
-loop: {{out: OUT, precision: fp32, checkpoint_every: 2, keep_checkpoints: 20}}
+loop: {{out: {path.parent / "out"}, precision: fp32, checkpoint_every: 2, keep_checkpoints: 20}}
 """)
     return path
 

@@ -39,7 +39,7 @@ resolution: 56
 num_tokens: [8, 16]
 bucket: 3
 optim: {{lr: 2e-2, batch_size: 4, micro_batch: 2, epochs: 4}}
-loop: {{out: OUT, precision: fp32, checkpoint_every: 2, keep_checkpoints: 20}}
+loop: {{out: {path.parent / "out"}, precision: fp32, checkpoint_every: 2, keep_checkpoints: 20}}
 """)
     return path
 

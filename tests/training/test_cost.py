@@ -358,7 +358,7 @@ def test_options_scale_the_result(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_options_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = str(RECIPES / "cpu" / "umt.yaml")
+    recipe = str(RECIPES / "cpu" / "finetune.yaml")
     assert main([recipe, "--gpus", "1", "optim.epochs=2", "--json", "optim.batch_size=64"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["gpus"], found["epochs"], found["batch_size"]) == (1, 2, 64)

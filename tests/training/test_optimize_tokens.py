@@ -12,17 +12,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from app import VideoChat
-from encoder.budget import PlanTable
-from encoder.errors import ConfigError
+from encoder.budget import PlanRow, PlanTable
+from encoder.errors import BudgetError, ConfigError
 from encoder.fluxvit import FluxViT
 from llm_bridge.model import VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
+from llm_bridge.towers.measured_plans import plan_file
+from tests import tiny_video_models
 from tests.training.synthetic.tiny_world import TINY, make_encoder
 from training.data.synthetic_source import WorldSource
 from training.evaluation.heatmap import draw_heatmap
 from training.evaluation.metrics import Share
 from training.evaluation.token_search import Cell, Grid, Measured, best_cell, full_search, linear_search
-from training.optimize_tokens import main
+from training.optimize_tokens import install, main
 
 # Supplement Table 1's range, with a landscape of its shape: best at many frames and low resolution.
 PAPER = Grid((4, 8, 12, 16, 20, 24), (168, 196, 224, 252))
@@ -221,6 +223,70 @@ def test_a_chat_model_is_judged_by_its_answers(cached_world: Path, tmp_path: Pat
     choices = sum(bool(question.options) for question in questions)
     # Each clip's caption is asked for the thing and for its motion.
     assert totals == {"choice": choices, "open": len(questions) - choices + 4}
+
+
+@pytest.mark.parametrize("kind", tiny_video_models.KINDS)
+def test_a_stock_model_finds_what_was_measured_for_it(
+    kind: str, cached_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tiny_video_models.make(tmp_path / kind, kind)
+    clip = [Image.new("RGB", (224, 224), (20 * i, 0, 0)) for i in range(12)]
+    with VideoChat(folder, device="cpu") as chat:
+        sides = [str(side) for side in chat.model.tower.space.sides[:2]]
+        by_rule = chat.plan(clip, 40)
+    out = tmp_path / "out"
+    arguments = ["--model", str(folder), "--device", "cpu", "--tokens", "40", "--frames", "1", "2"]
+    arguments += ["--resolutions", *sides, "--clips", "1", "--preset", "solo", "--out", str(out)]
+    assert main([*arguments, "--install", str(folder)]) == 0
+    assert str(folder / "plan_table.json") in capsys.readouterr().out
+    [entry] = json.loads((out / "result.json").read_text())["runs"]
+    assert len(entry["cells"]) == len(entry["ms"]) == 2 * len(sides)
+    assert all(value > 0 for value in entry["ms"].values())
+    table = PlanTable.read(folder / "plan_table.json")
+    assert table == PlanTable.read(out / "plan_table.json")
+    # A table by hand, unlike the rule.
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps([{"tokens": 40, "frames": 8, "resolution": int(sides[-1])}]))
+    with VideoChat(folder, device="cpu") as chat:
+        assert chat.model.tower.plan_table == table
+        plan = chat.plan(clip, 40)
+        assert (plan.frames, plan.keep) == (table.rows[0].frames, min(40, plan.grid.size))
+        assert plan != by_rule or entry["best"]["frames"] == by_rule.frames
+    with VideoChat(folder, device="cpu", plan=mine) as chat:
+        assert chat.plan(clip, 40).frames == 8
+
+
+def test_where_a_table_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path / "cache"))
+    name = "Qwen/Qwen3-VL-2B-Instruct"
+    assert install([PlanRow(64, 8, 224)], name, "before") == plan_file(name, "before")
+    assert (
+        plan_file(name, "before") == tmp_path / "cache" / "plans" / "Qwen--Qwen3-VL-2B-Instruct.before.json"
+    )
+    assert PlanTable.read(plan_file(name, "before")).rows == (PlanRow(64, 8, 224),)
+    assert plan_file(tmp_path, "after") == tmp_path / "plan_table.json"
+    assert plan_file(name, "after") != plan_file(name, "before")
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([{"tokens": 16, "frames": 4, "resolution": 57}], "is not for this model"),
+        ([{"tokens": 16, "frames": 10**9, "resolution": 56}], "is not for this model"),
+        ([{"tokens": 16, "frames": "4", "resolution": 56}], "whole ones from 1"),
+        ([{"tokens": 16, "frames": 0, "resolution": 56}], "whole ones from 1"),
+        ({"tokens": 16}, "Cannot read the plan table"),
+        ([], "at least one row"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(rows: object, words: str, tmp_path: Path) -> None:
+    folder = tiny_video_models.make(tmp_path / "model", "llava_onevision")
+    (folder / "plan_table.json").write_text(json.dumps(rows))
+    with pytest.raises(BudgetError, match=words):
+        VideoChat(folder, device="cpu")
+    (folder / "plan_table.json").rename(tmp_path / "mine.json")
+    with pytest.raises(BudgetError, match=words):
+        VideoChat(folder, device="cpu", plan=tmp_path / "mine.json")
 
 
 def test_joint_is_noun_and_motion_on_the_same_clip(run, cached_world, tmp_path) -> None:

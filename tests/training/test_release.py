@@ -83,17 +83,19 @@ def test_the_folder_is_whole(
     judged = dict.fromkeys(("world", "world, unseen things", "foreign"), share)
     judged |= {
         "videos": {"a.mp4": share, "b.mp4": {"share": 1.0, "n": 12}},
-        "yes": {"before": share, "after": share},
+        "yes": {"before": share, "after": share, "absurd, real videos": {"share": 0.03, "n": 100}},
     }
     (tmp_path / "judged.json").write_text(json.dumps(judged))
     encoder = VideoLanguageModel.from_pretrained(out, device="cpu").encoder
     judge = Familiarity(torch.ones(num_statistics(encoder)), 0.0, 12, 1.0, weights_hash(encoder))
     judge.save(out / FAMILIARITY)
     assert release.main([*arguments, "--familiarity", str(tmp_path / "judged.json")]) == 0
-    assert "| pieces of 2 real videos | 87.5 % of 16 |" in (out / "README.md").read_text()
+    text = (out / "README.md").read_text()
+    assert "| pieces of 2 real videos | 87.5 % of 16 |" in text
+    assert "Asked whether real videos show what none of them does, 3.0 % of 100." in text
     assert (out / FAMILIARITY).exists()  # of the same encoder
     # A plan table in the old folder stays with the same encoder, and goes with another.
-    install([PlanRow(16, 4, 56)], out)
+    install([PlanRow(16, 4, 56)], str(out), "after")
     assert release.main([*arguments]) == 0
     assert model_config(out).plan_table == (PlanRow(16, 4, 56),)
     weights = read_tensors(trained / "encoder.safetensors")
@@ -101,7 +103,7 @@ def test_the_folder_is_whole(
     assert release.main([*arguments]) == 0
     assert model_config(out).plan_table == ()
     assert not (out / FAMILIARITY).exists()
-    install([PlanRow(32, 4, 56)], trained)
+    install([PlanRow(32, 4, 56)], str(trained), "after")
     assert release.main([*arguments]) == 0
     assert model_config(out).plan_table == (PlanRow(32, 4, 56),)
 

@@ -26,15 +26,17 @@ LEAST_PHOTOS = 8
 TEST_SHARE = 0.25  # of the photographs, which no training clip shows
 # How often each kind is drawn, of 100.
 SHARES = {
-    "moved": 25,
-    "slides": 12,
-    "pasted": 14,
-    "cartoon": 14,
-    "screen": 9,
+    "moved": 20,
+    "slides": 9,
+    "pasted": 10,
+    "cartoon": 11,
+    "close": 10,
+    "rendered": 10,
+    "screen": 7,
     "diagram": 6,
-    "card": 9,
-    "drawing": 6,
-    "plain": 5,
+    "card": 8,
+    "drawing": 5,
+    "plain": 4,
 }
 WORDS = (
     *("the", "of", "a", "video", "live", "news", "12:30", "rate", "total", "server"),
@@ -95,6 +97,8 @@ def foreign_clip(photos: Photos, rng: random.Random, count: int) -> np.ndarray:
         "slides": slides,
         "pasted": pasted,
         "cartoon": cartoon,
+        "close": close,
+        "rendered": rendered,
         "screen": screen,
         "diagram": diagram,
         "card": card,
@@ -103,6 +107,8 @@ def foreign_clip(photos: Photos, rng: random.Random, count: int) -> np.ndarray:
     }
     kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
     frames = kinds[kind](photos, rng, count)
+    if rng.random() < 0.2:
+        frames = _graded(frames, rng)
     if rng.random() < 0.15:
         frames = _captioned(frames, rng)
     if rng.random() < 0.12:
@@ -110,10 +116,19 @@ def foreign_clip(photos: Photos, rng: random.Random, count: int) -> np.ndarray:
     return np.stack([np.asarray(frame) for frame in frames])
 
 
-def moved(photo: Image.Image, rng: random.Random, count: int, side: int = SIDE) -> list[Image.Image]:
-    """A photograph under a camera that stands, pans, zooms, turns or shakes."""
+def moved(
+    photo: Image.Image,
+    rng: random.Random,
+    count: int,
+    side: int = SIDE,
+    zooms: tuple[float, float] = (0.4, 1.0),
+) -> list[Image.Image]:
+    """A photograph under a camera that stands, pans, zooms, turns or shakes.
+
+    zooms: the least and the largest share of the shorter side that is seen.
+    """
     width, height = photo.size
-    zoom = [rng.uniform(0.4, 1.0) for _ in range(2)]
+    zoom = [rng.uniform(*zooms) for _ in range(2)]
     corner = [(rng.random(), rng.random()) for _ in range(2)]
     turn = [rng.uniform(-10, 10) for _ in range(2)] if rng.random() < 0.2 else [0.0, 0.0]
     if rng.random() < 0.3:
@@ -176,6 +191,51 @@ def cartoon(photos: Photos, rng: random.Random, count: int) -> list[Image.Image]
     return out
 
 
+def close(photos: Photos, rng: random.Random, count: int) -> list[Image.Image]:
+    """A small part of a photograph that fills the frame: soft, with little in it."""
+    frames = moved(photos.draw(rng), rng, count, zooms=(0.1, 0.35))
+    blur = rng.choice((0.0, 0.0, 1.0, 2.5))
+    return [frame.filter(ImageFilter.GaussianBlur(blur)) for frame in frames] if blur else frames
+
+
+def rendered(photos: Photos, rng: random.Random, count: int) -> list[Image.Image]:
+    """Shaded balls, bricks and figures of several balls that fill much of a soft or dark room."""
+    if rng.random() < 0.5:
+        radius = rng.uniform(2, 8)
+        places = [
+            frame.filter(ImageFilter.GaussianBlur(radius)) for frame in moved(photos.draw(rng), rng, count)
+        ]
+    else:
+        places = [_gradient(_colour(rng), _colour(rng))] * count
+    way = np.array([rng.gauss(0, 1), rng.gauss(-0.5, 1), rng.uniform(0.3, 1.5)])
+    light, ambient, shine = way / np.linalg.norm(way), rng.uniform(0.05, 0.5), rng.choice((0, 0, 90, 200))
+    bodies: list[tuple[np.ndarray, np.ndarray, bool]] = []  # centre, radii and step; colour; a brick
+    for _ in range(rng.randrange(1, 4)):
+        at = np.array([rng.uniform(0.15, 0.85), rng.uniform(0.3, 1.0)])
+        step = np.array([rng.gauss(0, 0.15), rng.gauss(0, 0.06)]) * (rng.random() < 0.7)
+        skin, brick = np.array(_colour(rng), np.float64), rng.random() < 0.2
+        for _ in range(rng.choice((1, 3, 5, 8))):
+            shift = np.array([rng.gauss(0, 0.12), rng.gauss(0, 0.16)])
+            radii = np.array([rng.uniform(0.03, 0.3), rng.uniform(0.03, 0.35)])
+            colour = skin if rng.random() < 0.6 else np.array(_colour(rng), np.float64)
+            bodies.append((np.concatenate([at + shift, radii, step]), colour, brick))
+    axis = (np.arange(SIDE) + 0.5) / SIDE
+    frames = []
+    for index, place in enumerate(places):
+        values, part = np.asarray(place).astype(np.float64), index / max(count - 1, 1)
+        for (x, y, wide, high, dx, dy), colour, brick in bodies:
+            across = (axis[None, :] - x - dx * part) / wide
+            down = (axis[:, None] - y - dy * part) / high
+            power = 6 if brick else 2
+            depth = 1 - np.abs(across) ** power - np.abs(down) ** power
+            facing = across * light[0] + down * light[1] + np.sqrt(depth.clip(0)) * light[2]
+            lit = ambient + (1 - ambient) * facing.clip(0)
+            body = colour * lit[..., None] + shine * facing.clip(0)[..., None] ** 24
+            values = np.where(depth[..., None] > 0, body, values)
+        frames.append(Image.fromarray(values.clip(0, 255).astype(np.uint8)))
+    return frames
+
+
 def diagram(photos: Photos, rng: random.Random, count: int) -> list[Image.Image]:
     """Thin lines, grids, curves and labels on a plain ground, some of which come one after the other."""
     ground = rng.choice(((255, 255, 255), (255, 255, 255), (250, 248, 240), (15, 15, 20), (30, 40, 70)))
@@ -215,11 +275,9 @@ def card(photos: Photos, rng: random.Random, count: int) -> list[Image.Image]:
     first, last = (np.array(_colour(rng), np.float32) for _ in range(2))
     if rng.random() < 0.5:
         first = last = np.array(rng.choice(((0, 0, 0), (255, 255, 255), (20, 30, 50))), np.float32)
-    slope = np.linspace(0, 1, SIDE, dtype=np.float32)[:, None, None]
-    ground = np.broadcast_to(first * (1 - slope) + last * slope, (SIDE, SIDE, 3)).astype(np.uint8)
-    page = Image.fromarray(np.ascontiguousarray(ground))
-    bare, sparse = page.copy(), rng.random() < 0.4
-    draw, ink = ImageDraw.Draw(page), (250, 250, 250) if ground.mean() < 128 else (20, 20, 20)
+    page = _gradient(first, last)
+    bare, sparse = page.copy(), rng.random() < 0.5
+    draw, ink = ImageDraw.Draw(page), (250, 250, 250) if np.mean(first + last) < 256 else (20, 20, 20)
     for _ in range(0 if sparse else rng.choice((0, 0, 1, 2, 3))):
         side = rng.randrange(25, 70)
         photo = photos.draw(rng).resize((side, rng.randrange(25, 70)))
@@ -331,6 +389,30 @@ def _captioned(frames: Sequence[Image.Image], rng: random.Random) -> list[Image.
         ImageDraw.Draw(written).text(at, text, (255, 255, 255), font)
         out.append(written)
     return out
+
+
+def _graded(frames: Sequence[Image.Image], rng: random.Random) -> list[Image.Image]:
+    """As film and poor cameras show it: dark, tinted, without colour, grainy, dimmer at the corners."""
+    noise = np.random.default_rng(rng.getrandbits(32))
+    gamma, light = rng.choice((1.0, rng.uniform(1.2, 2.5))), rng.uniform(0.25, 1.1)
+    tint = np.array([rng.uniform(0.7, 1.2) for _ in range(3)])
+    grey, grain, flicker = rng.random() < 0.25, rng.choice((0, 0, 6, 18)), rng.choice((0, 0, 0.1))
+    axis = np.linspace(-1, 1, SIDE)
+    corners = 1 - rng.choice((0, 0.25, 0.45)) * (axis[:, None] ** 2 + axis[None, :] ** 2)[..., None] / 2
+    out = []
+    for frame in frames:
+        values = np.asarray(frame.convert("L").convert("RGB") if grey else frame) / 255
+        values = values**gamma * light * (1 + rng.uniform(-flicker, flicker)) * tint * corners * 255
+        values = values + grain * noise.normal(size=(SIDE, SIDE, 1))
+        out.append(Image.fromarray(values.clip(0, 255).astype(np.uint8)))
+    return out
+
+
+def _gradient(first: Sequence[float] | np.ndarray, last: Sequence[float] | np.ndarray) -> Image.Image:
+    """From one colour at the top to another at the bottom."""
+    slope = np.linspace(0, 1, SIDE)[:, None, None]
+    values = np.broadcast_to(np.asarray(first) * (1 - slope) + np.asarray(last) * slope, (SIDE, SIDE, 3))
+    return Image.fromarray(np.ascontiguousarray(values.astype(np.uint8)))
 
 
 def _letterboxed(frames: Sequence[Image.Image], rng: random.Random) -> list[Image.Image]:

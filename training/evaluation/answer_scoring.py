@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,6 +79,42 @@ def option_in(text: str, options: Sequence[str]) -> int | None:
         return contained[0]
     letter = letter_in(text)
     return ord(letter) - ord("A") if letter else None
+
+
+def option_meant(text: str, options: Sequence[str]) -> int | None:
+    """The number of the option that an open answer, made without seeing the options, means; or None.
+
+    Words are compared in lower case, without punctuation and articles, numbers as digits. An option whose
+    words stand in the answer, in order, is meant, where no other does but in a part of it. Where none does,
+    the one that shares most words with the answer (F1 of bags of words, as SQuAD scores answers), if it is
+    one alone.
+    """
+    answer = _content(text)
+    contents = [_content(option) for option in options]
+    held = [number for number, words in enumerate(contents) if words and _holds(answer, words)]
+    whole = [n for n in held if not any(m != n and _holds(contents[m], contents[n]) for m in held)]
+    if held:
+        return whole[0] if len(whole) == 1 else None
+    shares = [_word_f1(answer, words) for words in contents]
+    best = max(shares, default=0.0)
+    return shares.index(best) if best > 0 and shares.count(best) == 1 else None
+
+
+def _content(text: str) -> list[str]:
+    """The words of a text that carry its meaning, numbers as digits."""
+    words = (word for word in _plain(text).split() if word not in ("a", "an", "the"))
+    return [str(COUNTING.index(word)) if word in COUNTING else word for word in words]
+
+
+def _holds(words: Sequence[str], part: Sequence[str]) -> bool:
+    """Whether the part stands in the words, in order and side by side."""
+    return any(words[start : start + len(part)] == part for start in range(len(words) - len(part) + 1))
+
+
+def _word_f1(one: Sequence[str], other: Sequence[str]) -> float:
+    """Agreement of two bags of words, 0 to 1."""
+    common = (Counter(one) & Counter(other)).total()
+    return 2 * common / (len(one) + len(other)) if common else 0.0
 
 
 def agrees(question: Question, text: str) -> bool:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
-from encoder.preprocess import preprocess
+from encoder.video.reader import Clip
+from llm_bridge.chat_model import ChatModel
 from llm_bridge.compute_worker import ComputeWorker
 from llm_bridge.generation import Generation
 from llm_bridge.kv_cache import PrefixCache
-from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import Message, Prompt, Visual, render
 from llm_bridge.sampling import SamplingParams
 from training.data.media import Media
@@ -36,7 +36,7 @@ class Query:
 class ChatEvaluator:
     """A model at one encoder input; with None it is text-only: it is shown no video at all."""
 
-    model: VideoLanguageModel
+    model: ChatModel
     encoder_input: EncoderInput | None
     seed: int = 0
 
@@ -78,14 +78,16 @@ class ChatEvaluator:
         yield from ("".join(parts).strip() for parts in pieces)
 
     def _prompt(self, visuals: tuple[Visual, ...], question: Query) -> Prompt:
-        tokenizer, config = self.model.llm.tokenizer, self.model.config
-        system = question.system or config.system
+        tokenizer, tower = self.model.llm.tokenizer, self.model.tower
+        system = question.system or self.model.system
         messages: list[Message[Visual]] = [Message.of("system", system)] if system else []
         messages.append(Message("user", (*visuals, question.question)))
-        prompt = render(tokenizer, messages, time_form=config.time_sentence)
+        prompt = render(
+            tokenizer, messages, time_form=tower.time_form, marks=tower.marks, axes=self.model.llm.axes
+        )
         if question.prefix:
             ids = tokenizer(question.prefix, add_special_tokens=False).input_ids
-            prompt = replace(prompt, ids=(*prompt.ids, *ids))
+            prompt = prompt.followed_by(ids)
         return prompt
 
     def _prefill_common(
@@ -99,19 +101,25 @@ class ChatEvaluator:
     def _encode(self, media: Media, number: int) -> tuple[tuple[Visual, ...], list[torch.Tensor]]:
         if self.encoder_input is None:
             return (), []
-        side, keep = self.encoder_input.resolution, self.encoder_input.keep
-        clip = media.load(self.encoder_input.frames, side)
-        pixels = preprocess(clip, side, side, fit=self.model.config.fit)
-        merge = self.encoder_input.merging(self.model.encoder.config.patch_size)
-        vision = self.model.encode(
-            [pixels],
-            [None if merge else keep],
-            [clip.times_s],
-            selector=self.encoder_input.selector,
-            generator=torch.Generator().manual_seed(self.seed * 1_000_003 + number),
-            merge=merge,
-        )
-        embedding = self.model.project(vision)[0]
+        tower, encoder_input = self.model.tower, self.encoder_input
+        clip = self._clip(media, encoder_input)
+        plan = encoder_input.plan(tower.space, clip.info, len(clip.frames))
+        pixels = tower.pixels(clip, plan)
+        merging = encoder_input.merging(plan.patch_size)
+        if merging is not None:
+            embedding, kept = tower.merge(pixels, merging, clip.times_s)
+        else:
+            seed = self.seed * 1_000_003 + number
+            embedding, kept = tower.look(pixels, plan, encoder_input.selector, clip.times_s, seed)
         times = clip.times_s if clip.info.kind != "image" else ()
-        key = f"{number}/{self.encoder_input}"
-        return (Visual(len(embedding), key, clip.duration_s, times),), [embedding]
+        layout = tower.layout(plan, kept.tolist(), times, clip.duration_s)
+        key = f"{number}/{encoder_input}"
+        return (Visual(len(embedding), key, clip.duration_s, times, layout),), [embedding]
+
+    def _clip(self, media: Media, encoder_input: EncoderInput) -> Clip:
+        """Its frames, no more a second than the tower samples of a video."""
+        clip = media.load(encoder_input.frames, encoder_input.resolution)
+        if self.model.tower.space.most_fps is None:
+            return clip
+        most = self.model.tower.space.most_frames(clip.info)
+        return clip if most >= len(clip.frames) else media.load(most, encoder_input.resolution)

@@ -12,13 +12,13 @@ from typing import Any
 from encoder.budget import input_for
 from encoder.errors import ConfigError
 from encoder.selection import Selector
-from llm_bridge.model import VideoLanguageModel
+from llm_bridge.chat_model import ChatModel
 from training.evaluation.ability_metrics import UNSEEN
 from training.evaluation.chat_evaluator import ChatEvaluator
 from training.evaluation.cli_arguments import (
     about_data,
-    device_of_process,
     encoder_inputs,
+    open_model,
     out_path,
     world_source,
 )
@@ -33,7 +33,7 @@ TEXT_ONLY = "text-only"  # the run without the video; "blind" in result files of
 
 def run_world_chat(args: argparse.Namespace) -> int:
     """`world --model`: a chat model at every input and text-only."""
-    model = VideoLanguageModel.from_pretrained(args.model, device=device_of_process(args.device))
+    model = open_model(args)
     source = world_source(args)
     evaluators = _evaluators(model, args)
     metadata = _metadata(model, args)
@@ -54,7 +54,7 @@ def run_world_chat(args: argparse.Namespace) -> int:
 
 def run_mvbench(args: argparse.Namespace) -> int:
     """The `mvbench` command: every input and text-only, in each prompt form."""
-    model = VideoLanguageModel.from_pretrained(args.model, device=device_of_process(args.device))
+    model = open_model(args)
     if args.dataset == "world":
         items = world_items(world_source(args))
     elif args.annotations is None or args.videos is None:
@@ -76,7 +76,7 @@ def _finish(
     args: argparse.Namespace,
     text: str,
     metadata: dict[str, Any],
-    model: VideoLanguageModel,
+    model: ChatModel,
     evaluators: Mapping[str, ChatEvaluator],
     results: Mapping[str, Any],
 ) -> int:
@@ -85,18 +85,18 @@ def _finish(
         label: e.encoder_input.to_dict() if e.encoder_input else None for label, e in evaluators.items()
     }
     figures = {"inputs": inputs, "runs": results}
-    write_result(out_path(args), args.command_line, model.device, args.recipe, metadata, figures)
+    write_result(out_path(args), args.command_line, model.tower.device, args.recipe, metadata, figures)
     if Sharing().first:
         print(text)
     return 0
 
 
-def _evaluators(model: VideoLanguageModel, args: argparse.Namespace) -> dict[str, ChatEvaluator]:
+def _evaluators(model: ChatModel, args: argparse.Namespace) -> dict[str, ChatEvaluator]:
     """Runs by name: the inputs that were named, else every selector at every budget; and text-only."""
-    config = model.config.encoder
+    space = model.tower.space
     if args.setting or args.plan_table:
         inputs = {
-            str(encoder_input): encoder_input.check(config) for encoder_input in encoder_inputs(args, config)
+            str(encoder_input): encoder_input.check(space) for encoder_input in encoder_inputs(args, space)
         }
     else:
         runs = [(selector, keep) for selector in args.selector for keep in args.budget]
@@ -108,25 +108,23 @@ def _evaluators(model: VideoLanguageModel, args: argparse.Namespace) -> dict[str
     return evaluators if args.no_text_only else {**evaluators, TEXT_ONLY: ChatEvaluator(model, None)}
 
 
-def input_of(
-    model: VideoLanguageModel, keep: int, selector: Selector = "flux", plan: bool = True
-) -> EncoderInput:
+def input_of(model: ChatModel, keep: int, selector: Selector = "flux", plan: bool = True) -> EncoderInput:
     """What a budget buys of a long video by the model's plan table or policy; without `plan` the largest
     trained input."""
-    config = model.config.encoder
-    frames, side = max(range(*config.frames_range)), max(range(*config.resolution_range))
+    space = model.tower.space
+    frames, side = space.full
     if plan:  # the world draws as many frames as are asked for
-        frames, side = input_for(keep, sys.maxsize, config, model.plan_table)
+        frames, side = input_for(keep, sys.maxsize, space, model.tower.plan_table)
     return EncoderInput(frames, side, keep, selector)
 
 
-def _metadata(model: VideoLanguageModel, args: argparse.Namespace) -> dict[str, Any]:
+def _metadata(model: ChatModel, args: argparse.Namespace) -> dict[str, Any]:
     """What a chat model's answers depend on."""
     return {
         **about_model(model),
         "decoding": "greedy",
-        "system": model.config.system,
-        "time sentence": model.config.time_sentence,
+        "system": model.system,
+        "time sentence": model.tower.time_form,
         "seed": args.seed,
         **about_data(args),
     }

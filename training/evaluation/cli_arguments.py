@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
 
-from encoder.budget import PlanTable
+from encoder.budget import InputSpace, PlanTable
 from encoder.config import FluxViTConfig
 from encoder.errors import ConfigError
+from llm_bridge.chat_model import ChatModel, load_chat_model
+from llm_bridge.llm import Quantize
+from llm_bridge.towers.tower import Stage
 from training.data.examples import Example
 from training.data.synthetic_examples import WorldExamples
 from training.data.synthetic_source import WorldSource
@@ -51,6 +55,36 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--recipe", help="what the weights were trained with, for the result file")
 
 
+def add_model_options(command: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """A chat model and how it is loaded."""
+    command.add_argument(
+        "--model",
+        required=required,
+        help="a chat model: a saved one, such as app/pretrained, or a stock video model (folder or hub id)",
+    )
+    command.add_argument(
+        "--select",
+        choices=get_args(Stage),
+        help="when a stock model drops tokens (default: after)",
+    )
+    command.add_argument("--adapters", metavar="DIR", nargs="+", default=[], help="LoRA adapters")
+    command.add_argument("--quantize", choices=get_args(Quantize), help="of the language model")
+
+
+def open_model(args: argparse.Namespace) -> ChatModel:
+    """The chat model that the options name; raises ModelError, CheckpointError or ConfigError."""
+    return load_chat_model(
+        args.model,
+        stage=args.select,
+        device=device_of_process(args.device),
+        quantize=args.quantize,
+        adapters=args.adapters,
+        on_download=lambda name, size: print(
+            f"Downloading {name}, {size / 1e9:.2f} GB, once.", file=sys.stderr
+        ),
+    )
+
+
 def add_budget_options(command: argparse.ArgumentParser, default: list[int] | None) -> None:
     """Token counts and how they are selected."""
     command.add_argument("--budget", type=int, nargs="+", default=default, help="tokens, one run for each")
@@ -65,7 +99,7 @@ def device_of_process(name: str | None) -> str | None:
     return name
 
 
-def encoder_inputs(args: argparse.Namespace, config: FluxViTConfig) -> list[EncoderInput]:
+def encoder_inputs(args: argparse.Namespace, config: FluxViTConfig | InputSpace) -> list[EncoderInput]:
     """Those of --setting, and one per row of --plan-table."""
     table = from_plan_table(PlanTable.read(args.plan_table)) if args.plan_table else []
     return [*(EncoderInput.parse(text).check(config) for text in args.setting), *table]

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
-from encoder.budget import PlanTable
+from encoder.budget import InputSpace, Media, Plan, PlanTable
 from encoder.config import FluxViTConfig
 from encoder.errors import ConfigError
 from encoder.merging import MergeBy, Merging, vid_tldr_schedule
@@ -144,12 +144,17 @@ class EncoderInput:
         targets = self.merge.targets or vid_tldr_schedule(self.keep, patches)
         return Merging(targets, self.merge.by)
 
-    def check(self, config: FluxViTConfig) -> EncoderInput:
+    def plan(self, space: InputSpace, media: Media, frames: int) -> Plan:
+        """For a clip of so many frames, in the aspect that the tower gives the medium."""
+        size = space.size(self.resolution, media)
+        plan = Plan(frames, *size, 1, space.cell, space.frames_per_cell)
+        return replace(plan, keep=min(self.keep or plan.grid.size, plan.grid.size))
+
+    def check(self, config: FluxViTConfig | InputSpace) -> EncoderInput:
         """Itself; raises ConfigError when the encoder cannot take it."""
-        if self.resolution % config.patch_size:
-            raise ConfigError(
-                f"{self}: the resolution must be a multiple of {config.patch_size}, the patch size."
-            )
+        space = InputSpace.of(config)
+        if self.resolution % space.cell and self.resolution not in space.sides:
+            raise ConfigError(f"{self}: the resolution must be a multiple of {space.cell}, the patch size.")
         return self
 
 

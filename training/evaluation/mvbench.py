@@ -3,6 +3,10 @@
 "flash" is VideoChat-Flash's (the lmms-eval task), "videochat2" that of the benchmark's own notebook. A video
 that cannot be found or read is listed and never guessed; answers without any text are left out of a task's
 share, as in the published code, and counted. The synthetic world's questions come in the same layout.
+
+"open" shows no options: the model answers in a word or phrase (LLaVA-1.5's request for one), and the answer
+counts as the option that `option_meant` finds in it. That is stricter than a judge who knows synonyms, and
+the same for every budget and selector; it shows what multiple choice hides.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from encoder.errors import DataError, VideoError
 from encoder.video.frame_times import middle_times, shown_at
@@ -21,13 +25,14 @@ from encoder.video.reader import Clip, read_clip
 from training.command_line import table
 from training.data.media import IMAGES, FileMedia, Media, WorldMedia
 from training.data.synthetic_source import WorldSource
-from training.evaluation.answer_scoring import option_in
+from training.evaluation.answer_scoring import option_in, option_meant
 from training.evaluation.benchmarks import find_video
 from training.evaluation.chat_evaluator import ChatEvaluator, Query
 from training.evaluation.journal import Journal, Row, run_blocks
 from training.evaluation.metrics import mean_interval, wilson
 
-Form = Literal["flash", "videochat2", "words"]
+Form = Literal["flash", "videochat2", "words", "open"]
+FORMS: tuple[Form, ...] = get_args(Form)
 FRAME_FOLDERS_FPS = 3.0
 SYSTEM = (
     "Carefully watch the video and pay attention to the cause and sequence of events, the detail and "
@@ -200,6 +205,9 @@ def by_video(items: Sequence[Item]) -> list[range]:
 
 def ask(item: Item, form: Form) -> Query:
     """The question as it is put to the model."""
+    if form == "open":
+        text = f"{item.question}\nAnswer the question using a single word or phrase."
+        return Query(text, max_new_tokens=32)
     options = "".join(f"({chr(65 + i)}) {candidate}\n" for i, candidate in enumerate(item.candidates))
     if form != "videochat2":
         text = f"Question: {item.question}\nOption:\n{options}Only give the best option."
@@ -211,6 +219,12 @@ def ask(item: Item, form: Form) -> Query:
 def letter_by_words(text: str, candidates: Sequence[str]) -> str | None:
     """The letter of the option that an answer chooses, by its letter or its words."""
     number = option_in(text, candidates)
+    return None if number is None else chr(65 + number)
+
+
+def letter_meant(text: str, candidates: Sequence[str]) -> str | None:
+    """The letter of the option that an open answer means."""
+    number = option_meant(text, candidates)
     return None if number is None else chr(65 + number)
 
 
@@ -268,6 +282,7 @@ LETTERS: Mapping[Form, Callable[[str, Sequence[str]], str | None]] = {
     "flash": lambda text, _: letter_flash(text),
     "videochat2": lambda text, _: letter_videochat2(text),
     "words": letter_by_words,
+    "open": letter_meant,
 }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from encoder.checkpoint import save_json, weights_hash
-from llm_bridge.model import VideoLanguageModel
+from llm_bridge.chat_model import ChatModel
 from training.data.synthetic_source import WorldSource
 from training.evaluation.frozen_encoder import FrozenEncoder
 from training.evaluation.journal import Sharing
@@ -40,11 +40,11 @@ def about_encoder(
     }
 
 
-def about_model(model: VideoLanguageModel) -> dict[str, Any]:
-    """A chat model's weights: a hash of encoder and projector, the language model, hashes of its adapters."""
+def about_model(model: ChatModel) -> dict[str, Any]:
+    """A chat model's weights: a hash of its tower, the language model, hashes of its adapters."""
     quantize, *adapters = model.llm.identity.removeprefix(model.llm.name + "|").split("|")
     return {
-        "weights": weights_hash(model.encoder, model.projector),
+        "weights": model.tower.digest(),
         "llm": Path(model.llm.name).name,
         "quantize": quantize or None,
         "adapters": [adapter[:24] for adapter in adapters],

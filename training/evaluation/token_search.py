@@ -18,18 +18,23 @@ Measure = Callable[[int, int], Share]
 
 @dataclass(frozen=True)
 class Grid:
-    """Inputs that may be tried, ascending, in patches of `patch_size`."""
+    """Inputs that may be tried, ascending, in patches of `patch_size`.
+
+    frames_per_cell: frames that one token spans. native: resolutions that need be no multiple of the patch.
+    """
 
     frames: tuple[int, ...]
     resolutions: tuple[int, ...]
     patch_size: int = 14
+    frames_per_cell: int = 1
+    native: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("frames", "resolutions"):
             values = getattr(self, name)
             if not values or list(values) != sorted(set(values)) or values[0] < 1:
                 raise ConfigError(f"{name} must be ascending numbers from 1, not {list(values)}.")
-        if any(side % self.patch_size for side in self.resolutions):
+        if any(side % self.patch_size for side in self.resolutions if side not in self.native):
             raise ConfigError(f"Resolutions must be multiples of {self.patch_size}, the patch size.")
 
     @property
@@ -39,7 +44,7 @@ class Grid:
 
     def patches(self, cell: Cell) -> int:
         """Tokens of an input before selection."""
-        return cell[0] * (cell[1] // self.patch_size) ** 2
+        return -(-cell[0] // self.frames_per_cell) * (cell[1] // self.patch_size) ** 2
 
     def unmasked(self, keep: int) -> list[Cell]:
         """Inputs of which nothing is dropped."""

@@ -57,7 +57,7 @@ class Resolver:
                 except ApiError as error:
                     which = f"video {index + 1} of {count}" if count > 1 else ""
                     raise error.about(reference.param, which) from error.__cause__
-                media.append(Media(file, _display(reference.name or name)))
+                media.append(Media(file, _display(reference.name or name), reference.part))
             yield media
 
     def _open(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from app.chat import VideoChat
 from encoder.errors import ConfigError
-from tests import ROOT
+from tests import ROOT, tiny_video_models
 from tests.app.conftest import SHORT, WORLD
 
 MODULE = "app.integrations.lmms_eval"
@@ -68,6 +68,17 @@ def test_answers_are_those_of_videochat(plugin: Any, saved: Path) -> None:
     assert answer == expected
     assert model.cache_hook.noted[0][2] == answer
     assert (model.rank, model.world_size) == (0, 1)
+
+
+def test_a_stock_video_model_answers(plugin: Any, tmp_path: Path) -> None:
+    folder = tiny_video_models.make(tmp_path / "qwen3_vl", "qwen3_vl")
+    model = plugin.FluxChat(model=str(folder), device="cpu", select="before", budget=40)
+    document = {"question": "What is in the video?", "visuals": [str(WORLD)]}
+    model.task_dict = {"task": {"test": [document]}}
+    [answer] = model.generate_until([request(document, max_new_tokens=6)])
+    with VideoChat(folder, device="cpu", select="before") as chat:
+        expected = chat.ask(str(WORLD), document["question"], budget=40, max_new_tokens=6).text
+    assert answer == expected.strip() != ""
 
 
 def test_a_judged_answer_has_no_note(plugin: Any, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from app.chat import VideoChat
 from app.page.events import build, page_options
+from app.page.handlers import Handlers
 from app.page.sessions import Sessions
 from app.page.settings import Range
 from llm_bridge.generation import Generation
@@ -103,6 +104,8 @@ def open_page(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
         page.on("request", watch)
         page.goto(served.url)
         expect(page.locator("#fluxchat-cost")).to_contain_text("Add a video", timeout=PATIENCE_MS)
+        expect(page.locator("#fluxchat-question textarea")).to_be_visible(timeout=PATIENCE_MS)
+        expect(page.locator("#fluxchat-large")).to_be_attached(timeout=PATIENCE_MS)  # page.js has run
         return page
 
     yield make
@@ -112,7 +115,8 @@ def open_page(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
 
 
 def upload(page: Any, path: Path = SHORT) -> None:
-    page.locator("#fluxchat-video input[type=file]").set_input_files(str(path))
+    page.locator("#fluxchat-file").set_input_files(str(path))
+    has(page.locator("#fluxchat-shelf"), path.name)
     has(page.locator("#fluxchat-strip"), "What the model will look at")
     has(page.locator("#fluxchat-cost"), "to first word")
 
@@ -153,6 +157,7 @@ def test_price_first_then_a_question_then_a_fast_one(open_page: Callable[..., An
     default = served.kept(budgets.near(served.chat.model.default_tokens))
     has(cost, default)
     has(strip, default)
+    page.locator("[data-settings]").click()
     slider = page.locator("#fluxchat-budget input[type=range]")
     slider.focus()
     slider.press("Home")
@@ -177,15 +182,30 @@ def test_price_first_then_a_question_then_a_fast_one(open_page: Callable[..., An
     plays_at(page, time_s - 0.1, time_s + 0.1)
 
 
-def test_auto_budget_meets_the_seconds(open_page: Callable[..., Any]) -> None:
+def test_numbers_out_of_range_count_as_the_nearest(open_page: Callable[..., Any], served: Served) -> None:
     page = open_page()
     upload(page)
+    page.locator("[data-settings]").click()
     page.get_by_label("auto, by time").check()
-    seconds = page.locator("#fluxchat-seconds input")
-    seconds.fill("600")
-    seconds.press("Tab")
-    has(page.locator("#fluxchat-cost"), "100 %")
-    expect(page.locator("#fluxchat-budget input[type=range]")).to_be_disabled()
+    seconds, cost = page.locator("#fluxchat-seconds input"), page.locator("#fluxchat-cost")
+    for typed in (
+        "600",
+        "",
+        "99999",
+    ):  # what is out of range, or no number, counts as the nearest that is one
+        seconds.fill("0.1")
+        seconds.press("Tab")
+        has(cost, "to first word")
+        seconds.fill(typed)
+        seconds.press("Tab")
+        has(cost, re.compile("(99|100) %") if typed else "to first word")
+    assert page.evaluate("document.querySelector('#fluxchat-budget').inert")
+    page.get_by_label("auto, by time").uncheck()
+    number = page.locator("#fluxchat-budget input[type=number]")
+    number.fill("999999")
+    number.press("Tab")
+    has(cost, served.kept(Range.of(served.chat.model).largest))
+    expect(page.locator(".toast-body")).to_have_count(0)
 
 
 @pytest.mark.usefixtures("steps")
@@ -227,9 +247,9 @@ def test_regenerate_edit_and_clear(open_page: Callable[..., Any]) -> None:
     answered(page, 1)
     has(chat, "Three?")
     expect(chat).not_to_contain_text("Two?")
-    page.get_by_label("Clear").last.click()
+    page.get_by_role("button", name="New conversation").click()
     expect(chat.locator(".message")).to_have_count(0)
-    has(chat, "Ask about a video")
+    expect(page.locator("#fluxchat-examples")).to_be_visible()
 
 
 def test_a_time_in_an_answer_moves_the_player(
@@ -237,8 +257,8 @@ def test_a_time_in_an_answer_moves_the_player(
 ) -> None:
     class Scripted(Generation):
         def __iter__(self) -> Iterator[str]:
-            yield "It turns at 0:03 "
-            yield "and stops."
+            yield "It turns at 0:03, from 0:01 "
+            yield "to 0:02 it stops."
 
     monkeypatch.setattr("app.chat.Generation", Scripted)
     page = open_page()
@@ -247,12 +267,18 @@ def test_a_time_in_an_answer_moves_the_player(
     answered(page)
     page.locator("#fluxchat-chat").get_by_role("link", name="0:03").click()
     plays_at(page, 2.9, 3.1)
+    page.locator("#fluxchat-chat").get_by_role("link", name="0:01 to 0:02").click()
+    page.wait_for_function("!document.querySelector('#fluxchat-video video').paused")
+    page.wait_for_function("document.querySelector('#fluxchat-video video').paused")
+    plays_at(page, 1.95, 2.05)
+    has(page.locator(".fc-piece"), "0:01 – 0:02")
 
 
 def test_two_budgets_side_by_side(open_page: Callable[..., Any], served: Served) -> None:
     budgets = Range.of(served.chat.model)
     page = open_page()
     upload(page)
+    page.locator("[data-settings]").click()
     box = page.locator("#fluxchat-compare")
     box.get_by_role("button", name="Compare two budgets").click()
     box.get_by_label("Question for both").fill("Who?")
@@ -282,6 +308,7 @@ def test_several_videos_and_images(open_page: Callable[..., Any], tmp_path: Path
     expect(page.locator("#fluxchat-chat .fc-frames")).to_have_count(2)
 
     # A frame of the video brings the video back, at its time.
+    page.locator("#fluxchat-chat summary").click()
     frame = page.locator("#fluxchat-chat [data-seek]").nth(2)
     time_s = float(frame.get_attribute("data-seek"))
     frame.click()
@@ -294,68 +321,188 @@ def test_several_videos_and_images(open_page: Callable[..., Any], tmp_path: Path
     has(page.locator("#fluxchat-cost"), "Add a video")
 
 
-def test_example_brings_video_and_question(open_page: Callable[..., Any]) -> None:
+def test_a_frame_of_another_video_shows_it_at_its_time(open_page: Callable[..., Any]) -> None:
     page = open_page()
-    page.get_by_role("button", name="Example: What turns?").click()
+    upload(page)
+    upload(page, WORLD)
+    ask(page)
+    answered(page)
+    page.locator("#fluxchat-chat summary").click()
+    frame = page.locator('#fluxchat-chat [data-medium="0"]').nth(3)
+    time_s = float(frame.get_attribute("data-seek"))
+    frame.hover()
+    expect(page.locator("#fluxchat-large")).to_be_visible()
+    frame.click()
+    has(page.locator("#fluxchat-shelf [aria-current]"), SHORT.name)
+    page.wait_for_function("document.querySelector('#fluxchat-video video').duration < 10")
+    plays_at(page, time_s - 0.15, time_s + 0.15)
+
+
+def test_an_example_starts_a_conversation_of_its_own(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    upload(page)
+    ask(page, "Something else?")
+    answered(page)
+    page.get_by_role("button", name="New conversation").click()
+    users = page.locator("#fluxchat-chat .user.message")
+    expect(users).to_have_count(0)
+    ask(page, "And this?")
+    has(users.first, "And this?")
+    page.evaluate("document.querySelector('[data-example]').click()")  # while that is answered
     has(page.locator("#fluxchat-shelf"), "world.mp4")
-    has(page.locator("#fluxchat-cost"), "to first word")
-    expect(page.get_by_label("Question", exact=True)).to_have_value("What turns?")
+    has(users.first, "What turns?")
+    answered(page)
+    expect(users).to_have_count(1)
+    expect(page.locator("#fluxchat-shelf .fc-medium")).to_have_count(1)
     page.wait_for_function("document.querySelector('#fluxchat-video video').duration > 29")
+
+
+@pytest.mark.usefixtures("steps")
+def test_questions_during_an_answer_wait_behind_it(
+    open_page: Callable[..., Any], served: Served, tiny_model: VideoLanguageModel
+) -> None:
+    page = open_page()
+    box = page.get_by_label("Question", exact=True)
+    box.fill("One?")
+    box.press("Enter")
+    expect(page.locator("#fluxchat-stop")).to_be_visible()
+    for question in ("Two,", "Three?"):
+        box.fill(question)
+        box.press("Shift+Enter")
+        box.type("more")
+        box.press("Enter")
+        expect(box).to_have_value("")
+    users = page.locator("#fluxchat-chat .user.message")
+    expect(users).to_have_count(3)
+    for number in range(3 if served.chat.model is tiny_model else 0):  # the others are not slow enough
+        expect(page.locator("#fluxchat-chat .fc-small")).to_have_count(number, timeout=PATIENCE_MS)
+        has(
+            page.locator("#fluxchat-chat .bot.message").nth(number),
+            re.compile(r"^\s*(?!Wait|Read|Look|Think)\S+ \S"),
+        )
+        expect(box).to_be_focused()
+        page.keyboard.press("Escape")  # ends the answer under way, not those that wait
+    answered(page, 3)
+    for number, question in enumerate(("One?", "Two,", "Three?")):
+        has(users.nth(number), question)
+    has(users.nth(1), re.compile("Two,\\s*more"))
+    assert "Two,\nmore" in users.nth(1).inner_text()
+
+
+def test_a_model_that_knows_only_videos_asks_for_one(
+    open_page: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Handlers, "needs_video", True)
+    page = open_page()
+    ask(page, "What is there?")
+    has(page.locator("#fluxchat-problem"), "there is none yet")
+    expect(page.get_by_label("Question", exact=True)).to_have_value("What is there?")
+    expect(page.locator("#fluxchat-chat .message")).to_have_count(0)
+    upload(page)
+    expect(page.locator("#fluxchat-problem [role=alert]")).to_have_count(0)
+    page.get_by_role("button", name="How many objects").click()  # a suggestion
+    answered(page)
 
 
 def test_webcam(open_page: Callable[..., Any]) -> None:
     page = open_page(permissions=["camera", "microphone"])
-    video = page.locator("#fluxchat-video")
-    video.get_by_label("Capture from camera").click()
-    video.get_by_text("Click to Access Webcam").click()
-    page.wait_for_function("document.querySelector('#fluxchat-video video').videoWidth > 0")
-    # Gradio sends what has arrived when it is stopped; on a busy machine that takes its time.
+    page.get_by_label("Record with the camera").click()
+    page.wait_for_function("document.querySelector('.fc-camera video').videoWidth > 0")
+    page.get_by_role("button", name="Record", exact=True).click()
+    page.wait_for_timeout(1500)
+    page.get_by_role("button", name="Stop recording").click()
+    has(page.locator("#fluxchat-shelf"), "camera-")
+    has(page.locator("#fluxchat-cost"), "to first word")
+    has(page.locator("#fluxchat-strip"), "What the model will look at")
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_refused_file_is_one_sentence_until_dismissed(
+    open_page: Callable[..., Any], tmp_path: Path, loaded: bool
+) -> None:
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"<html>not a video</html>" * 50)
+    page = open_page()
+    problem = page.locator("#fluxchat-problem [role=alert]")
+    if loaded:
+        upload(page)
+    page.locator("#fluxchat-file").set_input_files(str(bad))
+    has(problem, "Cannot read 'bad.mp4'")
+    ask(page, "   ")
+    page.wait_for_timeout(700)
+    has(problem, "Cannot read 'bad.mp4'")
+    expect(problem).to_have_count(1)
+    expect(page.locator(".toast-body")).to_have_count(0)
+    expect(page.locator("#fluxchat-chat .message")).to_have_count(0)
+    expect(page.locator("#fluxchat-shelf .fc-medium")).to_have_count(int(loaded))
+    problem.get_by_label("Dismiss").click()
+    expect(problem).to_have_count(0)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_is_accessible(open_page: Callable[..., Any], scheme: str) -> None:
+    page = open_page(color_scheme=scheme)
+    page.evaluate((Path(__file__).parent / "axe" / "axe.min.js").read_text())
+    expect(page.locator("p.loading")).to_have_count(0)  # Gradio's own, while its parts come
+    check = "axe.run().then(r => r.violations.map(v => [v.id, v.nodes.map(n => n.html.slice(0, 160))]))"
+    assert page.evaluate(check) == []
+    upload(page)
+    ask(page)
+    answered(page)
+    page.locator("#fluxchat-chat summary").click()
+    page.locator("[data-settings]").click()
+    page.wait_for_timeout(300)
+    assert page.evaluate(check) == []
+    page.locator("[data-models]").click()
+    assert page.evaluate(check) == []
+    small = page.evaluate(
+        "[...document.querySelectorAll('button, summary')].filter(e => e.checkVisibility()).filter(e =>"
+        " e.getBoundingClientRect().height < 24).map(e => e.outerHTML.slice(0, 120))"
+    )
+    assert small == []
+
+
+def test_nothing_moves_while_the_page_loads(open_page: Callable[..., Any]) -> None:
+    for width in (1440, 390):
+        page = open_page(width, 844)
+        shift = page.evaluate(
+            """() => new Promise((done) => {
+                let sum = 0;
+                new PerformanceObserver((list) => { for (const e of list.getEntries())
+                    if (!e.hadRecentInput) sum += e.value;
+                }).observe({ type: "layout-shift", buffered: true });
+                setTimeout(() => done(sum), 300);
+            })"""
+        )
+        assert shift < 0.05
+
+
+def test_files_are_pasted_and_dropped(open_page: Callable[..., Any]) -> None:
+    page = open_page()
     page.evaluate(
-        """() => {
-            const start = MediaRecorder.prototype.start;
-            window.parts = [];
-            MediaRecorder.prototype.start = function (...rest) {
-                this.addEventListener("dataavailable", (event) => window.parts.push(event.data.size));
-                return start.apply(this, rest);
-            };
+        """async () => {
+            const canvas = Object.assign(document.createElement("canvas"), { width: 64, height: 48 });
+            canvas.getContext("2d").fillRect(0, 0, 20, 20);
+            const blob = await new Promise((done) => canvas.toBlob(done));
+            const data = new DataTransfer();
+            data.items.add(new File([blob], "pasted.png", { type: "image/png" }));
+            const box = document.querySelector("#fluxchat-question textarea");
+            box.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data, bubbles: true }));
+            window.data = data;
         }"""
     )
-    video.get_by_title("start recording").click()
-    page.wait_for_function("window.parts.filter((size) => size > 0).length >= 5")
-    video.get_by_title("stop recording").click()
-    has(page.locator("#fluxchat-shelf"), ".webm")
-    has(page.locator("#fluxchat-cost"), "to first word")
-    has(page.locator("#fluxchat-strip"), "What the model will look at")
-
-
-def test_bad_file_is_one_sentence(open_page: Callable[..., Any], tmp_path: Path) -> None:
-    bad = tmp_path / "bad.mp4"
-    bad.write_bytes(b"<html>not a video</html>" * 50)
-    page = open_page()
-    page.locator("#fluxchat-video input[type=file]").set_input_files(str(bad))
-    has(page.locator("#fluxchat-problem"), "Cannot read 'bad.mp4'")
-    expect(page.locator("#fluxchat-video input[type=file]")).to_be_attached()  # the player is empty again
-    expect(page.locator("#fluxchat-problem [role=alert]")).to_have_count(1)
-    expect(page.locator("#fluxchat-shelf .fc-medium")).to_have_count(0)
-    ask(page, "   ")
-    expect(page.locator("#fluxchat-chat .message")).to_have_count(0)
-    has(page.locator("#fluxchat-problem"), "Cannot read 'bad.mp4'")
-
-
-def test_a_refused_file_beside_a_video_shows_its_error(open_page: Callable[..., Any], tmp_path: Path) -> None:
-    bad = tmp_path / "bad.mp4"
-    bad.write_bytes(b"<html>not a video</html>" * 50)
-    page = open_page()
-    upload(page)
-    with page.expect_file_chooser() as chooser:
-        page.locator("#fluxchat-add").click()
-    chooser.value.set_files(str(bad))
-    has(page.locator("#fluxchat-problem"), "Cannot read 'bad.mp4'")
-    has(page.locator("#fluxchat-cost"), "to first word")
-    has(page.locator("#fluxchat-strip"), "What the model will look at")
-    page.wait_for_timeout(500)  # the player tells of the video that it was given again
-    has(page.locator("#fluxchat-problem"), "Cannot read 'bad.mp4'")
-    expect(page.locator("#fluxchat-shelf .fc-medium")).to_have_count(1)
+    shelf = page.locator("#fluxchat-shelf .fc-medium")
+    has(shelf, "pasted.png")
+    page.evaluate(
+        """async () => {
+            const bytes = new Uint8Array(await window.data.files[0].arrayBuffer());
+            const data = new DataTransfer();
+            data.items.add(new File([bytes], "dropped.png", { type: "image/png" }));
+            document.body.dispatchEvent(new DragEvent("drop", { dataTransfer: data, bubbles: true }));
+        }"""
+    )
+    has(shelf.last, "dropped.png")
+    expect(shelf).to_have_count(2)
 
 
 def test_two_tabs_see_nothing_of_each_other(open_page: Callable[..., Any], served: Served) -> None:
@@ -380,11 +527,26 @@ def test_two_tabs_see_nothing_of_each_other(open_page: Callable[..., Any], serve
 def test_phone(open_page: Callable[..., Any], scheme: str) -> None:
     page = open_page(390, 844, color_scheme=scheme)
     upload(page)
+    expect(page.locator("#fluxchat-examples")).to_be_hidden()  # they would cover the question
+    page.get_by_role("button", name="Fast").click()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.evaluate("document.body.classList.contains('dark')") == (scheme == "dark")
     page.get_by_label("Question", exact=True).fill("What?")
     page.keyboard.press("Enter")
     answered(page)
+    page.get_by_role("button", name="New conversation").click()
+    page.get_by_label("Remove b.mp4").click()
+    page.get_by_role("button", name="Example: What turns?").click()
+    answered(page)
+    for place in ("#fluxchat-question textarea", "#fluxchat-send", "#fluxchat-video"):
+        box = page.locator(place).bounding_box()
+        assert box["y"] >= 0
+        assert box["y"] + box["height"] <= 844
+    chat, video = (
+        page.locator("#fluxchat-chat").bounding_box(),
+        page.locator("#fluxchat-video").bounding_box(),
+    )
+    assert chat["height"] > video["height"]
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     unlabelled = page.evaluate(
         "[...document.querySelectorAll('button, input, textarea')].filter(e => e.offsetParent &&"

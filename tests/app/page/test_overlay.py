@@ -104,8 +104,8 @@ def test_strip_has_a_button_per_frame_with_its_time() -> None:
         torch.zeros((2, 28, 42, 3), dtype=torch.uint8), kept((0, 5, 6)), 1, side=64, label="<seen>"
     )
     assert re.findall(r'data-seek="([\d.]+)" data-medium="1"', html) == ["0.500", "1.500"]
-    assert "Go to 0:00.5, 2 tokens kept" in html
-    assert "Go to 0:01.5, 1 tokens kept" in html
+    assert "Go to 0:00.5: 2 tokens kept" in html
+    assert "Go to 0:01.5: 1 tokens kept" in html
     assert "<seen>" not in html
 
 
@@ -159,5 +159,19 @@ def test_cost_line_adds_up_over_videos(chat: VideoChat) -> None:
     html = markup.cost_line([one, one])
     assert f"<b>{2 * one.kept_tokens}</b> of {2 * one.seen_tokens}" in html
     assert f"2 × {one.frames} × {one.width}×{one.height}" in html
-    assert f"{100 * one.share_of_full:.0f} %" in html
+    assert f"{100 * one.kept_tokens / one.seen_tokens:.0f} %" in html
     assert "takes longer" in markup.cost_line([one], seconds=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("text", "linked"),
+    [
+        ("From 0:01 to 0:02.", "From [0:01 to 0:02](#t=1,2)."),
+        ("It runs 3-5 s.", "It runs [3-5 s](#t=3,5)."),
+        ("From 3 s to 5 seconds, then at 0:06", "From [3 s to 5 seconds](#t=3,5), then at [0:06](#t=6)"),
+        ("From 0:05 to 0:02", "From [0:05](#t=5) to [0:02](#t=2)"),
+        ("From 0:05 to 9:00", "From [0:05](#t=5) to 9:00"),
+    ],
+)
+def test_an_interval_is_one_link(text: str, linked: str) -> None:
+    assert markup.link_times(text, 10.0) == linked

@@ -17,7 +17,7 @@ from PIL import Image
 from app.chat import VideoChat
 from app.page import html as markup
 from app.page.events import build, page_options
-from app.page.handlers import Handlers, conversation_messages
+from app.page.handlers import Handlers, conversation_messages, way_out
 from app.page.layout import header
 from app.page.sessions import MAX_MEDIA, Media, Session, Sessions
 from app.page.settings import CHOOSE, Range, Settings
@@ -25,6 +25,7 @@ from app.server.media.store import MediaStore
 from app.vision import Vision
 from encoder.budget import Budget
 from encoder.errors import BudgetError, ConfigError
+from llm_bridge.engines.local import LocalAnswer
 from llm_bridge.generation import Generation
 from llm_bridge.model import VideoLanguageModel
 from tests.app.conftest import SHORT, WORLD
@@ -228,7 +229,7 @@ def test_an_unexpected_exception_is_logged_but_not_shown(
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(Generation, "inputs", broken)
+    monkeypatch.setattr(LocalAnswer, "inputs", broken)
     messages = ask(handlers, session, "What?")
     assert "Something went wrong" in messages[-1]["content"][0]
     assert "secret detail" not in str(messages)
@@ -268,28 +269,93 @@ def test_bad_files_show_one_sentence(handlers: Handlers, tmp_path: Path) -> None
     bad = tmp_path / "bad.mp4"
     bad.write_bytes(b"<script>alert(1)</script>" * 40)
     session = handlers.sessions.get("bad")
-    assert "Cannot read &#x27;bad.mp4&#x27;" in handlers.show(session, str(bad))
+    assert "Cannot read &#x27;bad.mp4&#x27;" in handlers.add(session, [str(bad)])
     assert session.media == []
-    assert "Add a video" in handlers.cost(session, PLAIN)
+    assert "Add a video" in handlers.cost(session, PLAIN)[1]
     assert handlers.strip(session, PLAIN) == ""
 
 
-def test_player_and_conversation_agree(handlers: Handlers, session: Session) -> None:
-    handlers.show(session, str(WORLD))
+def test_a_medium_that_is_there_already_is_shown(handlers: Handlers, session: Session) -> None:
+    handlers.add(session, [str(WORLD)])
     assert [medium.name for medium in session.media] == ["b.mp4", "world.mp4"]
     assert session.shown == 1
-    handlers.show(session, str(SHORT))
+    handlers.add(session, [str(SHORT)])
     assert (session.shown, len(session.media)) == (0, 2)
-    handlers.show(session, None)  # cleared in the player
-    assert [medium.name for medium in session.media] == ["world.mp4"]
-    assert session.current is not None
-    assert session.current.name == "world.mp4"
+
+
+def test_a_problem_stays_until_it_is_solved_or_dismissed(handlers: Handlers, tmp_path: Path) -> None:
+    bad = tmp_path / "it's.avi"
+    bad.write_bytes(b"nothing" * 100)
+    session = handlers.sessions.get("bad")
+    handlers.add(session, [str(bad)])
+    assert "Cannot read" in session.problem
+    assert not handlers.begin(session, " ")
+    assert "Cannot read" in session.problem
+    handlers.add(session, [str(SHORT)])
+    assert session.problem == ""
+    handlers.refuse(session, "It is too large.")
+    handlers.dismiss(session)
+    assert session.problem == ""
+
+
+def test_a_refused_codec_comes_with_the_command_that_converts_it() -> None:
+    sentence = "Cannot read 'my tree.avi': the codec 'cinepak' is not allowed here; convert the file."
+    command = way_out(sentence, "my tree.avi")
+    assert command.startswith("ffmpeg -i 'my tree.avi' -c:v libx264")
+    assert command.endswith("'my tree-h264.mp4'")
+    assert way_out("Cannot read 'a.mp4': it is cut off.", "a.mp4") == ""
+
+
+@pytest.mark.usefixtures("steps")
+def test_a_question_during_an_answer_waits_behind_it(handlers: Handlers, session: Session) -> None:
+    handlers.begin(session, "One?")
+    run = handlers.run(session, PLAIN)
+    next(run)
+    next(run)
+    handlers.begin(session, "Two?")
+    handlers.begin(session, "Three?")
+    second = list(handlers.run(session, PLAIN))  # the first run answers them
+    assert len(second) == 1
+    assert "Waits" in second[0][3]["content"][0]
+    list(run)
+    assert [turn.question for turn in session.turns] == ["One?", "Two?", "Three?"]
+    assert all(turn.answer is not None and turn.text for turn in session.turns)
+    assert not session.answering
+
+
+@pytest.mark.usefixtures("steps")
+def test_asking_a_turn_again_keeps_what_waits(handlers: Handlers, session: Session) -> None:
+    handlers.begin(session, "One?")
+    run = handlers.run(session, PLAIN)
+    next(run)
+    handlers.begin(session, "Two?")
+    handlers.begin(session, "2?", at=1)  # waits still
+    handlers.begin(session, "1?", at=0)  # is under way
+    list(run)
+    assert [turn.question for turn in session.turns] == ["1?", "2?"]
+    assert all(turn.answer is not None and turn.text for turn in session.turns)
+
+
+def test_a_follow_up_costs_what_is_new(handlers: Handlers, session: Session) -> None:
+    def price() -> float:
+        return sum(e.first_token_s for e in handlers._estimates(session, PLAIN))
+
+    handlers.chat.calibration  # noqa: B018 - measured here
+    before = price()
+    ask(handlers, session, "What is there?")
+    after, decode = price(), handlers._estimates(session, PLAIN)[0]
+    assert (decode.decode_s, decode.encode_s) == (0, 0)
+    assert after < before
+    assert session.turns[0].predicted_s == pytest.approx(before)
+    assert "foretold" in session.turns[0].details
+    other = handlers._estimates(session, replace(PLAIN, tokens=32))[0]
+    assert other.encode_s > 0
 
 
 def test_every_video_counts_in_the_cost(handlers: Handlers, session: Session) -> None:
-    one = handlers.cost(session, PLAIN)
+    one = handlers.cost(session, PLAIN)[1]
     handlers.add(session, [str(WORLD)])
-    both = handlers.cost(session, PLAIN)
+    both = handlers.cost(session, PLAIN)[1]
     assert "<b>48</b> of" in one
     assert "<b>96</b> of" in both
 
@@ -393,8 +459,9 @@ def test_programs_ask_and_estimate(chat: VideoChat, tmp_path: Path) -> None:
 
 def test_theme_and_css_are_local_files() -> None:
     options = page_options()
-    assert all(path.is_file() for path in options["css_paths"])
-    assert "http" not in "".join(path.read_text() for path in options["css_paths"])
+    assert ".fc-frame" in options["head"]
+    assert "http" not in options["head"]
+    assert Path(options["favicon_path"]).is_file()
     assert not [font for font in options["theme"]._font if type(font).__name__ == "GoogleFont"]
 
 

@@ -26,6 +26,7 @@ from app.server.options import LaunchOptions
 from app.server.routes import Api, ServerSettings
 from encoder.errors import BudgetError, ConfigError, ContextError, FluxChatError, ModelError, VideoError
 from llm_bridge.model import VideoLanguageModel
+from tests.app.conftest import SHORT
 from tests.app.server.serving import answer, ask, data_url, question, running, upload
 from tests.encoder.video import video_files as vf
 
@@ -393,6 +394,29 @@ def test_which_of_several_videos_cannot_be_read(shared: Serving, clip: Path) -> 
     assert "2 of 3" in error["message"]
     alone = error_of(ask(shared[0], "What?", "data:video/mp4;base64,AAAA"))
     assert alone["param"] == "messages[0].content[0].video_url.url"
+
+
+def test_a_part_of_a_video_is_asked_about(shared: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    address, server = shared
+    looked: list[tuple[float, ...]] = []
+    encode = server.chat._vision.encode
+
+    def watched(*args: Any, **options: Any) -> Any:
+        video = encode(*args, **options)
+        looked.append(video.kept.times_s)
+        return video
+
+    monkeypatch.setattr(server.chat._vision, "encode", watched)
+    assert ask(address, "What?", data_url(SHORT), start=1, end="0:02.5").status_code == 200
+    part = {"type": "video_url", "video_url": {"url": data_url(SHORT)}, "start": 3, "region": [0, 0, 0.5, 1]}
+    question = {"role": "user", "content": [part, {"type": "text", "text": "What?"}]}
+    body = {"messages": [question], "max_tokens": 2, "start": 1, "end": 2}
+    assert httpx.post(f"{address}/v1/chat/completions", json=body).status_code == 200
+    assert all(1 <= time_s < 2.5 for time_s in looked[0])
+    assert all(time_s >= 3 for time_s in looked[1])
+    error = error_of(response := ask(address, "What?", data_url(SHORT), start=9))
+    assert (response.status_code, error["param"]) == (400, "messages[0].content[0].video_url.url")
+    assert "lasts 0:05" in error["message"]
 
 
 def test_an_upload_that_cannot_be_read_is_named(shared: Serving) -> None:

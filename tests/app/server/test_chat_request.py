@@ -14,6 +14,7 @@ from app.server.chat_request import ChatRequest, Reference, parse_chat
 from app.server.errors import ApiError
 from app.server.request_body import decode_json
 from app.server.schemas import ChatBody
+from encoder.video.part import Part
 
 
 def user(*parts: Any) -> dict[str, Any]:
@@ -429,3 +430,49 @@ def test_valid_json_is_decoded_unchanged(value: Any) -> None:
 
 def test_surrogate_pairs_are_valid() -> None:
     assert decode_json(b'"\\ud83d\\ude00"') == decode_json('"😀"'.encode()) == "😀"
+
+
+# -- parts of media -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "medium",
+    [
+        {"type": "video_url", "video_url": {"url": "u"}},
+        {"type": "image_url", "image_url": {"url": "u"}},
+        {"type": "input_video", "file_id": "f"},
+        {"type": "input_image", "file_id": "f"},
+        {"type": "file", "file": {"file_id": "f"}},
+        {"type": "input_file", "file_data": "QQ=="},
+    ],
+)
+def test_a_medium_may_be_a_part(medium: dict[str, Any]) -> None:
+    asked = parsed(user({**medium, "start": 5, "end": "1:02.5", "region": [0, 0.5, 1, 1]}, text("What?")))
+    assert asked.media[0].part == Part(5.0, 62.5, (0.0, 0.5, 1.0, 1.0))
+    assert asked.part.whole
+    asked = parse_chat({"messages": [user(medium, text("What?"))], "start": "0:05", "region": [0, 0, 1, 0.5]})
+    assert asked.part == Part(5.0, None, (0.0, 0.0, 1.0, 0.5))
+    assert asked.media[0].part.whole
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"start": -1}, "start"),
+        ({"start": "soon"}, "start"),
+        ({"end": "1:75"}, "end"),
+        ({"end": True}, "end"),
+        ({"start": 5, "end": 5}, "end"),
+        ({"region": [0, 0, 640, 360]}, "region"),
+        ({"region": [0, 0, 1]}, "region"),
+        ({"region": [0.5, 0, 0.5, 1]}, "region"),
+        ({"region": "all"}, "region"),
+        ({"begin": 5}, "begin"),
+    ],
+)
+def test_wrong_parts_name_their_field(fields: dict[str, Any], param: str) -> None:
+    medium = {"type": "video_url", "video_url": {"url": "u"}}
+    error = refused({"messages": [user({**medium, **fields}, text("What?"))]}).body["error"]
+    assert str(error["param"]).startswith(f"messages[0].content[0].{param}")
+    error = refused({"messages": [user(medium, text("What?"))], **fields}).body["error"]
+    assert str(error["param"]).startswith(param)

@@ -33,6 +33,7 @@ from llm_bridge.prompt import Message
 from tests.app.conftest import SHORT
 from tests.app.server.serving import answer, ask, data_url, question, running, upload
 from tests.encoder.video import video_files as vf
+from tests.passes import before_each_pass
 
 Serving = tuple[str, Api]
 
@@ -64,18 +65,15 @@ def client(shared: Serving) -> openai.OpenAI:
 
 @contextmanager
 def slowly(chat: VideoChat, seconds: float = 0.02) -> Iterator[list[float]]:
-    """Every forward of the language model takes longer; when they began is in the list."""
+    """Every pass of the language model takes longer; when they began is in the list."""
     times: list[float] = []
 
-    def wait(*_: Any) -> None:
+    def wait() -> None:
         times.append(time.monotonic())
         time.sleep(seconds)
 
-    handle = chat.model.llm.model.register_forward_pre_hook(wait)
-    try:
+    with before_each_pass(chat.model.llm, wait):
         yield times
-    finally:
-        handle.remove()
 
 
 def until(check: Callable[[], bool], seconds: float = 30.0) -> None:
@@ -460,15 +458,14 @@ def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(tiny_model: Video
     with VideoChat(tiny_model, trusted=False) as chat, running(chat) as (address, server):
         calls = 0
 
-        def fail(*_: Any) -> None:
+        def fail() -> None:
             nonlocal calls
             calls += 1
             if calls > 12:
                 raise RuntimeError("secret detail")
 
-        handle = chat.model.llm.model.register_forward_pre_hook(fail)
-        response = ask(address, "What?", max_tokens=60, stream=True)
-        handle.remove()
+        with before_each_pass(chat.model.llm, fail):
+            response = ask(address, "What?", max_tokens=60, stream=True)
         events = [line.removeprefix("data: ") for line in response.text.splitlines() if line]
         assert (response.status_code, events[-1]) == (200, "[DONE]")
         assert len(events) > 4

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from encoder.budget import Plan
-from encoder.errors import BudgetError, ConfigError
+from encoder.budget import Budget, Plan
+from encoder.errors import BudgetError, ConfigError, ModelError
 from encoder.selection import Selector
 from encoder.video.reader import Clip, read_clip
 from llm_bridge.chat_model import load_chat_model
 from llm_bridge.compute_worker import ComputeWorker
+from llm_bridge.engines import LocalEngine, Request
+from llm_bridge.engines.local import LocalAnswer, piece_ends
 from llm_bridge.generation import Generation
 from llm_bridge.kv_cache import PrefixCache
 from llm_bridge.prompt import PLACEHOLDER, Message, Prompt, Visual, render
@@ -79,7 +84,7 @@ def full_plan(model: StockModel, count: int = FRAMES) -> Plan:
 
 
 def kept_plan(plan: Plan, keep: int) -> Plan:
-    return Plan(plan.frames, plan.height, plan.width, keep, plan.patch_size, plan.frames_per_cell)
+    return replace(plan, keep=keep)
 
 
 def look(
@@ -110,14 +115,23 @@ def answer(model: StockModel, prompt: Prompt, rows: list[Tensor], new: int = 16,
     sampling = SamplingParams(max_new_tokens=new, logit_bias=dict.fromkeys(ends, -100.0))
     generation = Generation(model.llm, prompt, rows, sampling, **options)
     ids: list[int] = []
-    decode = generation._decode
+    engine = LocalEngine(model.llm, options.get("worker"), options.get("prefixes"))
+    start = engine.start
 
-    def recording(*args: Any) -> Any:
-        for token in decode(*args):
-            ids.append(token)
-            yield token
+    def recording(request: Request) -> Any:
+        running = start(request)
+        decode = running._decode
 
-    generation._decode = recording  # type: ignore[method-assign]
+        def recorded(*args: Any) -> Any:
+            for token in decode(*args):
+                ids.append(token)
+                yield token
+
+        running._decode = recorded  # type: ignore[method-assign]
+        return running
+
+    engine.start = recording  # type: ignore[method-assign]
+    generation.engine = engine
     for _ in generation:
         pass
     return ids
@@ -178,7 +192,7 @@ def test_all_cells_equal_the_whole_model(
         made = whole.generate(
             **inputs, do_sample=False, max_new_tokens=16, bad_words_ids=banned, pad_token_id=0
         )
-    generation = Generation(model.llm, prompt, [looked.embedding])
+    generation = LocalAnswer(model.llm, Request(prompt, [looked.embedding]))
     _, ours = generation.prefill([len(prompt)])
     assert ours is not None
     torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
@@ -344,33 +358,56 @@ def test_an_odd_number_of_wide_frames_equals_the_whole_model(
     whole = whole_model(folders[kind])
     with torch.inference_mode():
         logits = whole(**own_inputs(kind, pixels, list(prompt.ids), whole)).logits[0, -1]
-    _, ours = Generation(model.llm, prompt, [looked.embedding]).prefill([len(prompt)])
+    _, ours = LocalAnswer(model.llm, Request(prompt, [looked.embedding])).prefill([len(prompt)])
     assert ours is not None
     torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
 
 
-def test_the_prompt_of_qwen3_vl_is_its_processors(load: Any) -> None:
+def qwen3_processor(model: StockModel, plan: Plan) -> Any:
+    """transformers' own processor, run as it is but for the pixels of videos, which need torchvision."""
     from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
     from transformers.video_utils import VideoMetadata
 
-    model = load("qwen3_vl")
-    plan = full_plan(model, 5)
-    visual = look(model, plan)[1]
-    prompt = prompt_of(model, question(visual))
-    processor = Qwen3VLProcessor.__new__(Qwen3VLProcessor)  # its parts would need torchvision
-    processor.video_token = "<|video_pad|>"
+    class Videos:
+        """The grid and times that a video processor returns for frames at 0.5, 1.5, ... seconds."""
+
+        merge_size = temporal_patch_size = 2
+        model_input_names = ("pixel_values_videos", "video_grid_thw")
+
+        def __call__(self, videos: Any, **_: Any) -> dict[str, Any]:
+            size = [plan.grid.frames, 2 * plan.grid.height, 2 * plan.grid.width]
+            metadata = VideoMetadata(
+                total_num_frames=2 * plan.frames, fps=2.0, frames_indices=list(range(1, 2 * plan.frames, 2))
+            )
+            return {"video_grid_thw": torch.tensor([size]), "video_metadata": [metadata]}
+
+    processor = Qwen3VLProcessor.__new__(Qwen3VLProcessor)  # whose __init__ asks for torchvision
+    tokenizer = model.llm.tokenizer
+    processor.tokenizer, processor.video_processor, processor.chat_template = tokenizer, Videos(), None
+    processor.image_token, processor.video_token = "<|image_pad|>", "<|video_pad|>"
+    processor.image_token_id, processor.video_token_id = tokenizer.convert_tokens_to_ids(
+        ["<|image_pad|>", "<|video_pad|>"]
+    )
     processor.vision_start_token, processor.vision_end_token = "<|vision_start|>", "<|vision_end|>"
-    processor.video_processor = type("Sizes", (), {"merge_size": 2, "temporal_patch_size": 2})()
-    grid = torch.tensor([[3, 2 * plan.grid.height, 2 * plan.grid.width]])
-    # Frames at 0.5, 1.5, ... seconds.
-    metadata = VideoMetadata(total_num_frames=10, fps=2.0, frames_indices=[1, 3, 5, 7, 9])
-    inputs = {"video_grid_thw": grid, "video_metadata": [metadata]}
+    return processor
+
+
+@pytest.mark.parametrize("count", [2, 5, 8])
+def test_the_prompt_of_qwen3_vl_is_its_processors(count: int, load: Any) -> None:
+    model = load("qwen3_vl")
+    plan = full_plan(model, count)
+    prompt = prompt_of(model, question(look(model, plan)[1]))
     parts = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What is it?"}]}]
     text = model.llm.tokenizer.apply_chat_template(parts, tokenize=False, add_generation_prompt=True)
-    marks = "<|vision_start|><|video_pad|><|vision_end|>"
-    text = text.replace(marks, processor.replace_video_token(inputs, 0))
-    pad = model.llm.tokenizer.convert_tokens_to_ids("<|video_pad|>")
-    assert [pad if i == PLACEHOLDER else i for i in prompt.ids] == model.llm.tokenizer(text).input_ids
+    made = qwen3_processor(model, plan)(text=[text], videos=[frames(count).permute(0, 3, 1, 2)])
+    ids = model.llm.tokenizer.convert_tokens_to_ids
+    start, end, pad = (ids(f"<|{name}|>") for name in ("vision_start", "vision_end", "video_pad"))
+    ours = [pad if i == PLACEHOLDER else i for i in prompt.ids]
+    # The processor that came out with the model replaced the template's own marks (transformers 4.57, vLLM);
+    # that of transformers 5.24 leaves them around it all. Beyond that they are the same.
+    last = len(ours) - 1 - ours[::-1].index(end)
+    first = next(i for i in range(len(ours)) if made["input_ids"][0][i] != ours[i])
+    assert made["input_ids"][0] == [*ours[:first], start, *ours[first : last + 1], end, *ours[last + 1 :]]
 
 
 def test_the_prompt_of_qwen2_5_vl_is_its_processors(load: Any) -> None:
@@ -419,3 +456,307 @@ def test_the_price_is_the_work_that_is_done(kind: str, stage: Stage, part: int, 
     products = counted.get("aten.addmm", 0) + counted.get("aten.mm", 0)
     assert products == pytest.approx(linear, rel=0.02)  # weights of the price count biases
     assert counted["aten.bmm"] == pytest.approx(attention, rel=0.02)
+
+
+# -- several media ------------------------------------------------------------------------------------------
+
+# Turns of media and text, in the order that people give them.
+ORDERS = [
+    ("VI",),
+    ("IV",),
+    ("VIV",),
+    ("IVI",),
+    ("VVI",),
+    ("V", "I"),
+    ("I", "V"),
+    ("VI", "IV"),
+    ("V", "VI"),
+]
+
+
+def several(
+    model: StockModel, turns: tuple[str, ...]
+) -> tuple[Prompt, list[Tensor], list[Tensor], list[str]]:
+    """A conversation whose media are V and I; per medium, in order: embeddings, pixels, kind."""
+    rows, pixels, kinds = [], [], []
+    messages: list[Message[Visual]] = []
+    for number, media in enumerate(turns):
+        shown = []
+        for kind in media:
+            count = 1 if kind == "I" else 4
+            plan = full_plan(model, count)
+            video = frames(count).roll(7 * len(rows), dims=2)  # no two are the same
+            seen = model.tower.pixels(clip_of(video), plan)
+            times = TIMES[:count] if kind == "V" else ()
+            looked = model.tower.look(seen, plan, "flux", times)
+            layout = model.tower.layout(plan, looked.kept.tolist(), times, float(count))
+            shown.append(Visual(len(looked.embedding), f"{len(rows)}", float(count), times, layout))
+            rows.append(looked.embedding)
+            pixels.append(seen)
+            kinds.append(kind)
+        if number:
+            messages.append(Message.of("assistant", "It is so."))
+        first, *rest = shown
+        messages.append(Message.of("user", first, "Is it?", *rest, "What is it?"))
+    return prompt_of(model, *messages), rows, pixels, kinds
+
+
+def whole_inputs(
+    kind: str, model: StockModel, whole: Any, prompt: Prompt, pixels: list[Tensor], kinds: list[str]
+) -> dict[str, Any]:
+    """What the model's own forward takes, media of a kind in the order of their marks in the prompt."""
+    config = whole.config
+    order = sorted(range(len(kinds)), key=lambda index: prompt.spans[index][0])
+    ids = list(prompt.ids)
+    token_types = torch.zeros(1, len(ids), dtype=torch.long)
+    for index, (start, count) in enumerate(prompt.spans):
+        image = kinds[index] == "I" or kind == "smolvlm"
+        token = config.image_token_id if image and kind != "llava_onevision" else config.video_token_id
+        for place in range(start, start + count):
+            if ids[place] == PLACEHOLDER:
+                ids[place] = token
+                token_types[0, place] = 1 if image else 2
+    inputs: dict[str, Any] = {"input_ids": torch.tensor([ids])}
+    if kind == "smolvlm":
+        frames_ = torch.cat([pixels[index].transpose(0, 1) for index in order])
+        return inputs | {"pixel_values": frames_[None]}
+    if kind == "llava_onevision":  # videos of other lengths go through it one by one
+        embedded = whole.get_input_embeddings()(inputs["input_ids"])
+        parts = [pixels[index].transpose(0, 1)[None] for index in order]
+        features = torch.cat([whole.model.get_video_features(part).pooler_output[0] for part in parts])
+        places = inputs["input_ids"] == config.video_token_id
+        return {"inputs_embeds": embedded.masked_scatter(places[..., None], features)}
+    for name, rows_name, grid_name in (
+        ("I", "pixel_values", "image_grid_thw"),
+        ("V", "pixel_values_videos", "video_grid_thw"),
+    ):
+        cut = [
+            qwen_rows(pixels[index], config.vision_config.patch_size)
+            for index in order
+            if kinds[index] == name
+        ]
+        inputs |= {rows_name: torch.cat([rows for rows, _ in cut]), grid_name: torch.cat([g for _, g in cut])}
+    if kind == "qwen2_5_vl":
+        inputs["second_per_grid_ts"] = torch.full((kinds.count("V"),), 2 * (TIMES[1] - TIMES[0]))
+    return inputs | {"mm_token_type_ids": token_types}
+
+
+@pytest.mark.parametrize("turns", ORDERS, ids="/".join)
+@pytest.mark.parametrize("kind", KINDS)
+def test_media_in_any_order_equal_the_whole_model(
+    kind: str, turns: tuple[str, ...], folders: dict[str, Path], load: Any
+) -> None:
+    model = load(kind)
+    prompt, rows, pixels, kinds = several(model, turns)
+    starts = [start for start, _ in prompt.spans]
+    if kind != "llava_onevision":  # whose template writes the images of a turn first
+        assert starts == sorted(starts)
+    elif turns == ("VI",):
+        assert starts[1] < starts[0]
+    whole = whole_model(folders[kind])
+    with torch.inference_mode():
+        logits = whole(**whole_inputs(kind, model, whole, prompt, pixels, kinds)).logits[0, -1]
+    cache = PrefixCache(2**26, model.llm.kv_bytes_per_token)
+    for prefixes in (None, cache):  # computed in one go, and in pieces
+        answer = LocalAnswer(model.llm, Request(prompt, rows), prefixes=prefixes)
+        _, ours = answer.prefill(piece_ends(prompt) if prefixes else [len(prompt)])
+        assert ours is not None
+        torch.testing.assert_close(ours, logits, rtol=0, atol=2e-5 * float(logits.abs().max()))
+
+
+# -- adapters and quantisation ------------------------------------------------------------------------------
+
+LORA: dict[str, dict[str, Any]] = {
+    "plain": {"target_modules": ["q_proj", "v_proj"]},
+    "all linear": {"target_modules": "all-linear"},
+    "with magnitudes": {"target_modules": ["q_proj"], "use_dora": True},
+}
+
+
+def save_adapter(folder: Path, out: Path, **settings: Any) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, init_lora_weights=False, **settings)
+    get_peft_model(whole_model(folder), config).save_pretrained(out)
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("form", LORA)
+def test_an_adapter_answers_as_the_whole_model_with_it_merged(
+    kind: str, form: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    adapter = save_adapter(folders[kind], tmp_path / "adapter", **LORA[form])
+    model = load_chat_model(folders[kind], dtype=torch.float32, adapters=[adapter])
+    plan = full_plan(model, 4)
+    looked, visual, pixels = look(model, plan)
+    prompt = prompt_of(model, question(visual))
+    merged = PeftModel.from_pretrained(whole_model(folders[kind]), str(adapter)).merge_and_unload()
+    with torch.inference_mode():
+        logits = merged(**own_inputs(kind, pixels, list(prompt.ids), merged)).logits[0, -1]
+        plain = whole_model(folders[kind])(**own_inputs(kind, pixels, list(prompt.ids), merged)).logits[0, -1]
+    _, ours = LocalAnswer(model.llm, Request(prompt, [looked.embedding])).prefill([len(prompt)])
+    assert ours is not None
+    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
+    assert (logits - plain).abs().max() > 0.01 * logits.abs().max()
+
+
+@pytest.mark.parametrize("quantize", [None, "8bit"])
+def test_an_adapter_of_another_kind_is_refused(
+    quantize: Any, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Its layers have the names that it asks for, at other places."""
+    adapter = save_adapter(folders["smolvlm"], tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    with pytest.raises(ModelError, match="does not fit the language model"):
+        load_chat_model(folders["qwen3_vl"], dtype=torch.float32, adapters=[adapter], quantize=quantize)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("quantize", ["8bit", "4bit"])
+def test_quantised_the_tower_stays_as_it_is(
+    kind: str, quantize: Any, folders: dict[str, Path], load: Any
+) -> None:
+    model = load_chat_model(folders[kind], device="cpu", dtype=torch.bfloat16, quantize=quantize)
+    assert isinstance(model, StockModel)
+    quantised = {type(layer).__name__ for layer in model.llm.model.modules()}
+    assert quantised & {"Linear8bitLt", "Linear4bit"}
+    plan = full_plan(load(kind), 4)
+    looked, visual, _ = look(model, plan)
+    exact = load_chat_model(folders[kind], device="cpu", dtype=torch.bfloat16)
+    assert torch.equal(looked.embedding, look(exact, plan)[0].embedding)  # type: ignore[arg-type]
+    prompt = prompt_of(model, question(visual))
+    scores = []
+    for one in (model, exact):
+        _, logits = LocalAnswer(one.llm, Request(prompt, [looked.embedding])).prefill([len(prompt)])
+        assert logits is not None
+        scores.append(logits)
+    assert 0 < (scores[0] - scores[1]).norm() / scores[1].norm() < 0.8
+    assert len(answer(model, prompt, [looked.embedding], new=4)) == 4
+
+
+def test_widths_that_4_bit_cannot_run_on_a_cpu_are_refused(tmp_path: Path) -> None:
+    text = {
+        **{"model_type": "llama", "hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 1},
+        **{"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 520, "pad_token_id": 0},
+    }
+    folder = tiny_video_models.make(tmp_path / "odd", "smolvlm", text=text)
+    with pytest.raises(ModelError, match=r"96 wide, no multiple of 64. Use 8bit\.$"):
+        load_chat_model(folder, device="cpu", dtype=torch.bfloat16, quantize="4bit")
+
+
+# -- tiles of images ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SmolVLM whose processor cuts images into tiles, four along the longer side."""
+    folder = tiny_video_models.make(tmp_path_factory.mktemp("tiling"), "smolvlm")
+    settings_ = json.loads((folder / "preprocessor_config.json").read_text())
+    settings_ |= {"do_image_splitting": True, "size": {"longest_edge": 256}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings_))
+    return folder
+
+
+def image_of(height: int, width: int) -> Clip:
+    file = io.BytesIO()
+    Image.fromarray(frames(1, height, width)[0].numpy()).save(file, "png")
+    return read_clip(file.getvalue(), 1)
+
+
+def looked_at(model: StockModel, clip: Clip, plan: Plan) -> tuple[Tensor, Prompt, Looked]:
+    pixels = model.tower.pixels(clip, plan)
+    looked = model.tower.look(pixels, plan, "flux")
+    assert torch.equal(model.tower.select(pixels, plan, "flux"), looked.kept)
+    layout = model.tower.layout(plan, looked.kept.tolist(), (), 0.0)
+    return pixels, prompt_of(model, question(Visual(len(looked.embedding), "image", 0.0, (), layout))), looked
+
+
+@pytest.mark.parametrize("size", [(96, 96), (96, 130), (200, 77), (60, 400)])
+@pytest.mark.parametrize("stage", ["after", "before"])
+def test_a_full_budget_sees_the_tiles_of_the_processor(
+    size: tuple[int, int], stage: Stage, tiling: Path, load: Any
+) -> None:
+    from transformers import AutoImageProcessor
+    from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
+
+    model = load_chat_model(tiling, stage=stage, dtype=torch.float32)
+    assert isinstance(model, StockModel)
+    clip = image_of(*size)
+    plan = Budget.full().plan(clip.info, model.tower.space)
+    pixels, prompt, looked = looked_at(model, clip, plan)
+    processor = AutoImageProcessor.from_pretrained(tiling, backend="pil")
+    theirs = processor(Image.fromarray(clip.frames[0].numpy()), return_tensors="pt", return_row_col_info=True)
+    assert plan.tiles == (theirs["rows"][0][0], theirs["cols"][0][0])
+    torch.testing.assert_close(pixels.transpose(0, 1), theirs["pixel_values"][0], rtol=0, atol=1e-5)
+    token = "<image>"
+    marks = "<fake_token_around_image>", token, "<global-img>"
+    per_view = plan.whole_tokens
+    text = get_image_prompt_string(
+        *plan.tiles, per_view, marks[0], image_token=token, global_image_token=marks[2]
+    )
+    tokenizer, image = model.llm.tokenizer, model.llm.tokenizer.convert_tokens_to_ids(token)
+    whole_text = f"<|im_start|>User:{text}What is it?<end_of_utterance>\nAssistant:"
+    assert [image if i == PLACEHOLDER else i for i in prompt.ids] == tokenizer(whole_text).input_ids
+    whole = whole_model(tiling)
+    ids = torch.tensor([tokenizer(whole_text).input_ids])
+    with torch.inference_mode():
+        logits = whole(input_ids=ids, pixel_values=theirs["pixel_values"]).logits[0, -1]
+        banned = [[end] for end in sorted(model.llm.eos_ids)]
+        made = whole.generate(
+            input_ids=ids,
+            pixel_values=theirs["pixel_values"],
+            do_sample=False,
+            max_new_tokens=8,
+            bad_words_ids=banned,
+            pad_token_id=0,
+        )
+    _, ours = LocalAnswer(model.llm, Request(prompt, [looked.embedding])).prefill([len(prompt)])
+    assert ours is not None
+    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
+    assert answer(model, prompt, [looked.embedding], new=8) == made[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("stage", ["after", "before"])
+def test_a_budget_buys_tiles(stage: Stage, tiling: Path) -> None:
+    model = load_chat_model(tiling, stage=stage, dtype=torch.float32)
+    assert isinstance(model, StockModel)
+    clip, space = image_of(96, 130), model.tower.space
+    per_view = space.tokens(1, 64)
+    seen = set()
+    for tokens in (1, 4, 16, 20, 31, 32, 40, 64, 100, 200, 1000):
+        plan = Budget(tokens).plan(clip.info, space)
+        _, prompt, looked = looked_at(model, clip, plan)
+        assert len(looked.embedding) == plan.keep + plan.whole_tokens <= tokens
+        assert sum(i == PLACEHOLDER for i in prompt.ids) == len(looked.embedding)
+        assert looked.kept.tolist() == sorted(set(looked.kept.tolist()))
+        assert int(looked.kept.max()) < plan.grid.size
+        assert (plan.tile > 0) == (tokens >= 2 * per_view)  # a small budget buys one view
+        seen.add(plan.tiles)
+        # Each kept embedding stands where it stands with all of them.
+        every = kept_plan(plan, plan.grid.size)
+        _, everything, all_looked = looked_at(model, clip, every)
+        assert prompt.next_position == everything.next_position
+        if stage == "after":
+            at = dict(zip(everything_positions(everything), all_looked.embedding, strict=True))
+            mine = torch.stack([at[place] for place in everything_positions(prompt)])
+            torch.testing.assert_close(looked.embedding, mine, rtol=0, atol=1e-5)
+        assert model.tower.prompt_tokens(plan) == pytest.approx(len(prompt), rel=0.9)
+    assert {(0, 0), (2, 2)} <= seen
+
+
+def everything_positions(prompt: Prompt) -> list[int]:
+    """Positions of the embeddings of a prompt."""
+    [axis] = prompt.positions or [tuple(range(len(prompt)))]
+    return [place for place, token in zip(axis, prompt.ids, strict=True) if token == PLACEHOLDER]
+
+
+def test_a_video_of_a_tiling_model_has_none(tiling: Path, load: Any) -> None:
+    space = load_chat_model(tiling, dtype=torch.float32).tower.space
+    plain = load("smolvlm").tower.space
+    clip = clip_of(frames(4))
+    assert Budget.full().plan(clip.info, space) == Budget.full().plan(clip.info, plain)
+    with pytest.raises(BudgetError, match="multiple of 64 pixels, not 80"):
+        Budget(40, resolution=80).plan(image_of(96, 96).info, space)

@@ -8,6 +8,7 @@ from training.evaluation.answer_scoring import (
     motion_in,
     names,
     option_in,
+    option_meant,
     says_yes,
     seconds_in,
 )
@@ -139,3 +140,29 @@ def test_the_worlds_own_answers_are_right() -> None:
             )
             checked += 1
     assert checked > 500
+
+
+ITEMS = ("The door.", "The closet/cabinet.", "A red door.", "Two doors")
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "number"),
+    [
+        ("He opened the door.", ITEMS, 0),
+        ("the red door", ITEMS, 2),  # "door" stands in it too, as a part of "red door"
+        ("A closet, or a cabinet", ITEMS, 1),  # two words of one option, none of the others
+        ("2 doors", ITEMS, 3),
+        ("Three.", ("1", "2", "3"), 2),
+        ("Yes, it does.", ("yes", "no"), 0),
+        ("It is not sure: yes and no.", ("yes", "no"), None),
+        ("to the left", ("Moving left", "Moving right", "Still"), 0),
+        ("moving", ("Moving left", "Moving right", "Still"), None),
+        ("B", ("one", "two"), None),  # no options were shown, so a letter means none
+        ("", ("one", "two"), None),
+        ("two", ("Two.", "two"), None),
+    ],
+)
+def test_the_option_that_an_open_answer_means(
+    text: str, options: tuple[str, ...], number: int | None
+) -> None:
+    assert option_meant(text, options) == number

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from encoder.fluxvit import FluxViT
+from encoder.merging import Merging
 from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
 from tests.encoder.video import video_files as vf
@@ -227,7 +228,7 @@ def test_encoder_inputs_reach_the_encoder(model: VideoLanguageModel, monkeypatch
     assert seen == [
         ((3, 4, 56, 56), 8, "flux", None),
         ((3, 8, 84, 84), 16, "random", None),
-        ((3, 8, 56, 56), 32, "flux", (64, 32)),
+        ((3, 8, 56, 56), 32, "flux", Merging((64, 32))),
     ]
 
 
@@ -239,7 +240,7 @@ def test_another_adapter_does_not_continue_a_journal(model: VideoLanguageModel, 
     told = []
     for content in (b"one", b"two"):
         (tmp_path / "adapter_model.safetensors").write_bytes(content)
-        model_with = type("M", (), {"encoder": model.encoder, "projector": model.projector})()
+        model_with = type("M", (), {"tower": model.tower})()
         model_with.llm = dataclasses.replace(model.llm, adapters=(str(tmp_path),))
         told.append(about_model(model_with))
     assert told[0]["adapters"] != told[1]["adapters"]

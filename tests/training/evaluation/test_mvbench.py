@@ -91,6 +91,8 @@ def test_both_prompt_forms(tmp_path: Path) -> None:
     assert notebook.system is not None
     assert notebook.system.startswith("Carefully watch the video")
     assert notebook.prefix == "Best option:("
+    shown_nothing = ask(item, "open").question
+    assert shown_nothing == "What?\nAnswer the question using a single word or phrase."
 
 
 def test_frame_folder_shows_three_pictures_a_second(tmp_path: Path) -> None:
@@ -208,3 +210,12 @@ def test_mvbench_scores_by_hand() -> None:
     assert (result["tasks"]["x"]["empty"], result["tasks"]["y"]["missing"]) == (1, 1)
     assert (result["mean"], result["chance"], result["unreadable letters"]) == (50.0, 50.0, 1)
     assert result["missing"] == {"y/1": "gone"}
+
+
+def test_open_answers_are_scored_by_their_words() -> None:
+    item = Item("t/0", "action_count", FileMedia((Path("a.mp4"),)), "How many?", ("1", "2", "3"), 1)
+    rows = [{"answer": text} for text in ("He does it two times.", "three", "several", "")]
+    result = score_mvbench([item] * 4, rows, "open")
+    task = result["tasks"]["action_count"]
+    assert (task["percent"], task["answered"], task["empty"]) == (pytest.approx(100 / 3), 3, 1)
+    assert result["unreadable letters"] == 1
