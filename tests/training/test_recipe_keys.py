@@ -17,6 +17,7 @@ from encoder.config import MICRO
 from encoder.errors import FluxChatError
 from encoder.fluxvit import FluxViT
 from tests.llm_bridge.text_encoders import tiny_towers
+from tests.no_float64 import NoFloat64
 from tests.training import recipe_traces as traces
 from tests.training.data import clip_corpus
 from tests.training.data.test_shards import write_tar
@@ -26,6 +27,7 @@ from tests.training.recipe_traces import STAGES, Values, changed, digest, keys_o
 from training.chat_stage1 import Stage1, Stage1Recipe
 from training.clip import ClipRecipe, ClipStage
 from training.data.datasets import NEEDS
+from training.trainer.optim import parameter_groups
 from training.trainer.recipe import build, read_recipe, read_values
 
 SHAPE = {"embed_dim": 32, "depth": 4, "num_heads": 2, "pool_heads": 2, "clip_embed_dim": 16}
@@ -419,7 +421,8 @@ def clip_cases(world: World) -> Iterator[tuple[str, Case]]:
     yield "text_length", Case(3)
     yield "text_cache", Case(0)
     yield "temperature", Case(0.05)
-    yield "temperature_min", Case(1e-5, {"optim.lr": 0.5, "temperature": 0.01}, "run")
+    start = {"temperature": 0.5, "temperature_min": 0.5, "optim.lr": 0.02}
+    yield "temperature_min", Case(1e-3, start, "run")
     yield "positives", Case("text")
     yield "attribute_weight", Case(0.5, demo)
     yield "patch_weight", Case(0.5, demo)
@@ -438,7 +441,8 @@ def chat_cases(world: World, stage: str) -> Iterator[tuple[str, Case]]:
     views["inputs"] = [{"frames": 4, "resolution": 56, "num_tokens": 8}]
     for name, value in (("frames", 2), ("resolution", 84), ("num_tokens", 4)):
         yield f"inputs.0.{name}", Case(value, views)
-    yield "template", Case("plain")
+    talks = {"datasets": [{"json_path": str(world.turns), "data_root": str(world.media)}]}
+    yield "template", Case("plain", talks)  # of which one reads the first answer, the other all
     yield "max_length", Case(24)
     yield "bucket", Case(2, {"optim.batch_size": 8})
     yield "weighting", Case("square")
@@ -544,6 +548,19 @@ def trace(stage: str, key: str, case: Case, values: Values, out: Path) -> str:
         assert sentence.endswith(".")
         assert "\n" not in sentence
         return sentence
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_training_step_needs_no_float64(stage: str, world: World, tmp_path: Path) -> None:
+    recipe = build(STAGES[stage][0], changed(world.values(stage), {"loop.out": str(tmp_path)}), "test")
+    made = STAGES[stage][1](recipe)
+    groups = parameter_groups(made.model, 0.1)
+    optimizer, batch = torch.optim.AdamW(groups, lr=1e-3), made.batch(0)
+    with NoFloat64():
+        made.model.train()(batch)[0].backward()
+        parameters = [p for group in groups for p in group["params"]]
+        assert torch.nn.utils.clip_grad_norm_(parameters, 1.0) > 0
+        optimizer.step()
 
 
 def unread(key: str) -> str:
