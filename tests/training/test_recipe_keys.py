@@ -54,16 +54,11 @@ class World:
         ]
         self.records = self._json("records.json", rows)
         self.others = self._json("others.json", rows[:6][::-1])
-        talk = [
-            {"from": who, "value": text}
-            for who, text in (
-                ("human", "<image>\nWhat?"),
-                ("gpt", "Bars."),
-                ("human", "Why?"),
-                ("gpt", "So."),
-            )
-        ]
-        self.turns = self._json("turns.json", [{**rows[n], "conversations": talk} for n in range(4)])
+        words = [f"number{n}" for n in range(12)]
+        self.turns = self._json(
+            "turns.json",
+            [{**rows[n], "conversations": _talk(words[n], words[-1 - n])} for n in range(len(words))],
+        )
         labelled = [{"video": f"{n}.mp4", "label": n % 2, "caption": f"Bars to {n}."} for n in range(8)]
         self.labelled = self._json("labelled.json", labelled)
         self.csv = folder / "train.csv"
@@ -171,6 +166,11 @@ class World:
         values = {**self._chat_stage1(), "start": str(self.start), "lora": {"rank": 4, "alpha": 8}}
         del values["model"]
         return values
+
+
+def _talk(first: str, second: str) -> list[dict[str, str]]:
+    said = (("human", "<image>\nWhat?"), ("gpt", first), ("human", "And?"), ("gpt", second))
+    return [{"from": who, "value": text} for who, text in said]
 
 
 @pytest.fixture(scope="module")
@@ -421,8 +421,9 @@ def clip_cases(world: World) -> Iterator[tuple[str, Case]]:
     yield "text_length", Case(3)
     yield "text_cache", Case(0)
     yield "temperature", Case(0.05)
-    start = {"temperature": 0.5, "temperature_min": 0.5, "optim.lr": 0.02}
-    yield "temperature_min", Case(1e-3, start, "run")
+    # From a head whose temperature is 0.01.
+    start = {"align_init": str(world.alignment), "temperature": 0.5, "temperature_min": 0.5}
+    yield "temperature_min", Case(1e-3, start)
     yield "positives", Case("text")
     yield "attribute_weight", Case(0.5, demo)
     yield "patch_weight", Case(0.5, demo)
