@@ -42,6 +42,7 @@ from tests.bench.common import environment, interleave, print_json, summary
 
 RESULT = Path(__file__).parent / "results" / "gpu.json"
 GOLDEN = ROOT / "tests" / "data" / "fluxvit_golden.safetensors"
+LONGEST_S = 240  # that anything is waited for
 ENCODER_TESTS = ("fluxvit", "selection", "positions", "merging", "checkpoint", "budget", "golden")
 
 
@@ -143,7 +144,7 @@ class Bench:
         """The encoder's tests, as pytest runs them."""
         files = [f"tests/encoder/test_{name}.py" for name in ENCODER_TESTS]
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=LONGEST_S)
         last = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip()[-300:]]
         counted = re.search(r"\d+ passed.*", done.stdout)
         if done.returncode:
@@ -262,12 +263,14 @@ class Bench:
                     self._generation(llm, self.scale.visual_tokens[0], self.scale.new_tokens, worker)
                     for _ in range(rows)
                 ]
-                threads = [threading.Thread(target=_read, args=(answer,)) for answer in answers]
+                threads = [threading.Thread(target=_read, args=(answer,), daemon=True) for answer in answers]
                 steps, made, began = worker.steps, worker.made, time.perf_counter()
                 for thread in threads:
                     thread.start()
                 for thread in threads:
-                    thread.join()
+                    thread.join(timeout=LONGEST_S)
+                    if thread.is_alive():
+                        raise RuntimeError(f"An answer was not there after {LONGEST_S} seconds.")
                 self._wait()
                 seconds = time.perf_counter() - began
             worker.close()
