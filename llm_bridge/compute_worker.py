@@ -19,12 +19,13 @@ several rows may round otherwise than that of one, so that a near tie may fall e
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,10 @@ from llm_bridge.model_files.checks import free_memory
 from llm_bridge.own_kv import OwnKV
 from llm_bridge.sampling import FinishReason, Sampler, SamplingParams
 
+if TYPE_CHECKING:
+    from llm_bridge.static_kv_cache import StaticDecoder
+
+LOG = logging.getLogger("fluxchat")
 T = TypeVar("T")
 THREAD_NAME = "fluxchat-compute"
 NO_ROOM = "There was not enough memory for this question: lower the token budget, or ask again later."
@@ -133,19 +138,41 @@ class ComputeWorker:
 
     kv_limit: bytes that the KV of all answers in progress may take; default: half of what is free now.
     max_batch: answers decoded in one pass, 1 is one at a time. A model that does not batch (see
-    `LanguageModel.batches`: state spaces above all) decodes its answers in turn, a token each.
+    `LanguageModel.batches`: state spaces above all) decodes its answers in turn, a token each. static: decode
+    in buffers of fixed shape, replayed as CUDA graphs (see static_kv_cache.py); None: where the model allows
+    it and lies on a CUDA device.
     """
 
-    def __init__(self, llm: LanguageModel, max_batch: int = 8, kv_limit: int | None = None) -> None:
+    def __init__(
+        self,
+        llm: LanguageModel,
+        max_batch: int = 8,
+        kv_limit: int | None = None,
+        *,
+        static: bool | None = None,
+    ) -> None:
         self.kv_limit = int(KV_SHARE * free_memory(llm.device)) if kv_limit is None else kv_limit
         self.llm, self.max_batch, self.eos = llm, max_batch, llm.eos_ids
         self.steps = self.made = 0  # forward passes and the tokens that they made
         # Read and written in the computing thread only.
         self._sequences: list[SequenceState] = []  # by arrival
         self._batch_kv: DecodingBatch | None = None
+        self._static = self._static_decoder(llm, static, self.kv_limit)
         self._batched: list[SequenceState] = []  # the rows of _batch_kv
         self._batches = llm.batches
         self._thread, self._process = ThreadPoolExecutor(1, THREAD_NAME), os.getpid()
+
+    @staticmethod
+    def _static_decoder(llm: LanguageModel, wanted: bool | None, limit: int) -> StaticDecoder | None:
+        if wanted is False or (wanted is None and llm.device.type != "cuda"):
+            return None
+        from llm_bridge.static_kv_cache import StaticDecoder, is_static
+
+        return StaticDecoder(llm, limit) if is_static(llm) else None
+
+    @property
+    def _lean(self) -> bool:
+        return self._static is None and self.llm.lean is not None
 
     @property
     def sequences(self) -> tuple[SequenceState, ...]:
@@ -252,12 +279,13 @@ class ComputeWorker:
         with torch.inference_mode():
             try:
                 self._step_together(batch)
-            except BaseException:  # noqa: BLE001 - each is tried alone, and fails with an error of its own
-                failed = True
+            except BaseException as error:  # noqa: BLE001 - each is tried alone, and fails with its own error
+                failed = f"{type(error).__name__}: {error}".splitlines()[0]
             else:
-                failed = False
+                failed = ""
             if failed:  # outside of the handler, which holds what the failed pass had allocated
                 self._separate(batch)
+                self._leave_static(failed)
             for other, length in zip(batch, lengths, strict=True):
                 if len(other.tokens) == length and not other.ended:
                     self._step_alone(other)
@@ -265,12 +293,12 @@ class ComputeWorker:
         self._remove_ended()
 
     def _step_together(self, batch: list[SequenceState]) -> None:
-        """The next token of those that can share a pass; none when there is only one."""
+        """The next token of those that can share a pass; none where a single one gains nothing by it."""
         together = [
             sequence for sequence in batch if self._batches and not sequence.alone and self._shares(sequence)
         ]
-        least = 2 if self.llm.lean is None else 1
-        self._rebatch(together if len(together) >= least else [])
+        fewest = 1 if self._static is not None or self._lean else 2
+        self._rebatch(together if len(together) >= fewest else [])
         if self._batch_kv is None:
             return
         tokens = [sequence.tokens[-1] for sequence in self._batched]
@@ -336,7 +364,7 @@ class ComputeWorker:
     def _rebatch(self, batch: list[SequenceState]) -> None:
         """Make the batched KV cache hold exactly these sequences, with room for a step."""
         old_kv, old_batch = self._batch_kv, self._batched
-        if old_batch == batch and (old_kv is None or self.llm.lean is not None or not old_kv.full):
+        if old_batch == batch and (old_kv is None or self._lean or not old_kv.full):
             return
         if old_kv is not None:
             for row, sequence in enumerate(old_batch):
@@ -346,7 +374,8 @@ class ComputeWorker:
             layers_of(sequence.kv) if sequence.kv is not None else old_kv.views(old_batch.index(sequence))  # type: ignore[union-attr]
             for sequence in batch
         ]
-        self._batch_kv, self._batched = (self.llm.together(layers), batch) if batch else (None, [])
+        together = self.llm.together if self._static is None else self._static.begin
+        self._batch_kv, self._batched = (together(layers), batch) if batch else (None, [])
         for sequence in batch:
             sequence.kv = None
 
@@ -365,6 +394,12 @@ class ComputeWorker:
                 sequence.kv = kv_from_layers(self.llm.model.config, old_kv.views(row))
             except BaseException as error:  # noqa: BLE001 - its reader raises it
                 sequence.error = error
+
+    def _leave_static(self, why: str) -> None:
+        """Decode in growing buffers from now on, where it was in static ones."""
+        if self._static is not None:
+            self._static = None
+            LOG.warning("Answers are decoded without CUDA graphs from now on, since a step failed: %s", why)
 
     def _remove_ended(self) -> None:
         for sequence in self.sequences:

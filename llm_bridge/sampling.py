@@ -145,7 +145,7 @@ class Sampler:
         elif self._greedy and self._rules is None:
             token = int(best)
         else:
-            token = self._sample(logits.detach().double().cpu()[None])
+            token = self._sample(logits.detach().cpu()[None])
         if self._rules is not None:
             self._ids = torch.cat((self._ids, torch.tensor([[token]])), dim=1)
         self._length.count(token)
@@ -157,6 +157,7 @@ class Sampler:
         return self._length.full
 
     def _sample(self, scores: Tensor) -> int:
+        scores = scores.double()  # on the CPU: Apple's GPUs have no float64
         if self._rules is not None:
             scores = self._rules(self._ids, scores)
         top, best = scores.max(dim=-1)

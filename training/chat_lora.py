@@ -9,8 +9,9 @@ The paper stops at stage 1; this stage is the field's usual next one.
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -175,8 +176,9 @@ class LoraStage(ChatStage):
             with quiet_peft():
                 if learnt.is_dir():
                     learnt_config = peft_config(learnt)
-                    _check_same_size(learnt_config, recipe.lora)
+                    _check_same_adapter(learnt_config, recipe.lora, base)
                     learnt_config.inference_mode = False
+                    learnt_config.lora_dropout = recipe.lora.dropout
                     adapted = PeftModel.from_pretrained(
                         base, str(learnt), is_trainable=True, config=learnt_config, use_safetensors=True
                     )
@@ -193,13 +195,30 @@ class LoraStage(ChatStage):
         super().finish(out)
 
 
-def _check_same_size(learnt: Any, settings: LoraSettings) -> None:
-    """Raises ConfigError when an adapter to go on from is of another size than the recipe asks for."""
+def _check_same_adapter(learnt: Any, settings: LoraSettings, base: Any) -> None:
+    """Raises ConfigError when an adapter to go on from is of another size, or in other layers of the base
+    model, than the recipe asks for."""
     if (learnt.r, learnt.lora_alpha) != (settings.rank, settings.alpha):
         raise ConfigError(
             f"The adapter to go on from has rank {learnt.r} and alpha {learnt.lora_alpha:g}, the recipe says "
             f"{settings.rank} and {settings.alpha:g}: name the same, or start without an adapter."
         )
+    if _adapted_layers(base, learnt.target_modules) != _adapted_layers(base, settings.targets):
+        raise ConfigError(
+            f"The adapter to go on from is in other layers than lora.targets {list(settings.targets)}: name "
+            "the same, or start without an adapter."
+        )
+
+
+def _adapted_layers(base: Any, targets: str | Collection[str]) -> set[str]:
+    """Names of the linear layers that peft's target_modules mean: an expression, endings, or all of them."""
+    head = base.get_output_embeddings()
+    linear = {name for name, m in base.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    if isinstance(targets, str):
+        return {name for name in linear if re.fullmatch(targets, name)}
+    if tuple(targets) == ("all-linear",):
+        return linear
+    return {name for name in linear if any(f".{name}".endswith(f".{target}") for target in targets)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from encoder.selection import Selector
 from llm_bridge.text_encoders.text_towers import CACHED_TEXTS, open_tower
 from training.data.augment import AugmentConfig
 from training.data.clip_batches import Captioned, MixtureBatches, WorldBatches, captions_of, still_grid
-from training.data.datasets import NEEDS, DatasetConfig, open_datasets
+from training.data.datasets import NEEDS, DatasetConfig, check_read, open_datasets
 from training.data.flexible_grids import FlexibleGrid
 from training.data.synthetic_source import WorldSource
 from training.data.video_batches import VideoBatches
@@ -50,6 +50,7 @@ from training.trainer.recipe import LoopConfig, OptimConfig
 
 COMPARED: tuple[Selector, ...] = ("flux", "random")
 EVALUATED_AT_ONCE = 32
+MISSING_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class ClipRecipe:
     videos: tuple[DatasetConfig, ...] = ()
     grid: FlexibleGrid | None = None
     augment: AugmentConfig = field(default_factory=AugmentConfig)
-    max_missing: float = 0.01
+    max_missing: float = MISSING_SHARE
     threads: int | None = None
     frames: int = 8
     resolution: int = 112
@@ -127,6 +128,16 @@ class ClipRecipe:
             )
         if not mixture and self.world is None:
             object.__setattr__(self, "world", WorldSource())
+        if not mixture and (self.augment, self.max_missing) != (AugmentConfig(), MISSING_SHARE):
+            raise ConfigError("augment and max_missing go with images and videos, not with the world.")
+        if self.threads is not None and not (mixture or self.held_out):
+            raise ConfigError("threads are for reading files, not for the world.")
+        if mixture and self.loop.evaluate_every and not self.held_out:
+            raise ConfigError("loop.evaluate_every needs held_out: name clips that are not trained on.")
+        if self.held_out and not self.loop.evaluate_every:
+            raise ConfigError("held_out needs loop.evaluate_every: say after how many steps it is looked at.")
+        check_read((*self.images, *self.videos), self.stage)
+        check_read(self.held_out, self.stage, held_out=True)
         if self.siblings < 1 or self.optim.micro_batch % self.siblings:
             raise ConfigError("optim.micro_batch must be a multiple of siblings.")
         if not self.num_tokens or min(self.num_tokens) < 1:

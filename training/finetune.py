@@ -25,7 +25,7 @@ from encoder.errors import CheckpointError, ConfigError, DataError
 from encoder.fluxvit import FluxViT
 from encoder.selection import select
 from training.data.augment import AugmentConfig
-from training.data.datasets import NEEDS, DatasetConfig, open_datasets
+from training.data.datasets import NEEDS, DatasetConfig, check_read, open_datasets
 from training.data.examples import ExampleSource
 from training.data.flexible_grids import FlexibleGrid
 from training.data.video_batches import VideoBatch, VideoBatches
@@ -85,6 +85,10 @@ class FinetuneRecipe:
 
     def __post_init__(self) -> None:
         check_token_counts(self.num_tokens, pools=self.pools)
+        check_read(self.data, self.stage)
+        check_read(self.held_out, self.stage, held_out=True)
+        if self.loop.evaluate_every and not self.held_out:
+            raise ConfigError("loop.evaluate_every needs held_out: name videos that are not trained on.")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"label_smoothing must lie from 0 to below 1, not {self.label_smoothing}.")
         if self.optim.micro_batch % self.repeats:

@@ -62,6 +62,16 @@ class ProjectorWarmupRecipe(Stage1Recipe):
         super().__post_init__()
         if not self.temperature > 0:
             raise ConfigError(f"temperature must be positive, not {self.temperature}.")
+        unread = {
+            "weighting": self.weighting != "token",
+            "held_out": bool(self.held_out),
+            "model.gradient_checkpointing": self.model.gradient_checkpointing,  # no language model runs
+        }
+        if self.words == "scene":
+            unread["pull"] = self.pull != 1
+        for name, given in unread.items():
+            if given:
+                raise ConfigError(f"The projector warm-up does not read {name}: leave it out.")
 
 
 def word_loss(visual: Tensor, words: Tensor, table: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from encoder.fluxvit import FluxViT
 from encoder.selection import select
 from encoder.tokens import Grid, VisionTokens
 from training.data.augment import AugmentConfig
-from training.data.datasets import NEEDS, DatasetConfig, open_datasets
+from training.data.datasets import NEEDS, DatasetConfig, check_read, open_datasets
 from training.data.flexible_grids import FlexibleGrid
 from training.data.video_batches import VideoBatch, VideoBatches
 from training.distill.distill_heads import DecoderConfig, Decoders
@@ -40,6 +40,8 @@ from training.models.encoder_source import EncoderSource, check_token_counts, po
 from training.trainer.command import run_stage
 from training.trainer.losses import cosine_distillation, count_alignment, mean_cosine
 from training.trainer.recipe import LoopConfig, OptimConfig
+
+COUNTS = (2048, 1536, 1024)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ class UmtRecipe:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     decoders: DecoderConfig = field(default_factory=DecoderConfig)
     teacher_tokens: int = 2048
-    num_tokens: tuple[int, ...] = (2048, 1536, 1024)
+    num_tokens: tuple[int, ...] = COUNTS
     mask_ratio: float | None = None
     pools: tuple[int, ...] | None = None
     selection: Literal["student", "teacher"] = "student"
@@ -115,7 +117,14 @@ class UmtRecipe:
 
     def __post_init__(self) -> None:
         if self.mask_ratio is not None:
-            object.__setattr__(self, "num_tokens", (visible_count(self.teacher_tokens, self.mask_ratio),))
+            masked = (visible_count(self.teacher_tokens, self.mask_ratio),)
+            if self.num_tokens not in (COUNTS, masked):
+                raise ConfigError("mask_ratio stands in place of num_tokens: name one or the other.")
+            object.__setattr__(self, "num_tokens", masked)
+        if bool(self.held_out) != (self.loop.evaluate_every > 0):
+            raise ConfigError("held_out and loop.evaluate_every go together: name clips, and how often.")
+        check_read(self.data, self.stage)
+        check_read(self.held_out, self.stage, held_out=True)
         check_token_counts(self.num_tokens, pools=self.pools, count_weights=self.count_weights)
         if self.gradient_checkpointing and self.recompute_cheap:
             raise ConfigError("gradient_checkpointing and recompute_cheap exclude each other: choose one.")

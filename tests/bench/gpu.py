@@ -8,7 +8,8 @@ Needs torch, transformers, accelerate, safetensors, numpy and PyYAML (pytest for
 network, no weights, no video: clips are random tensors, models are made on the card. Parts: tests (of the
 encoder), golden (the official numbers in float32 and bfloat16), encoder (clips/s at each token count, as a
 share of the card's own large matrix product), first_token, decode (tokens/s of 1, 8 and 32 answers at a
-time), umt and stage1 (30 training steps). A part that fails says so and the others go on. Writes
+time) and decode_static (the same, replayed as CUDA graphs), umt, umt_saving (64 clips, in less memory) and
+stage1 (30 training steps). A part that fails says so and the others go on. Writes
 tests/bench/results/gpu.json, prints it as one JSON line; exit status 1 when a part failed.
 """
 
@@ -41,6 +42,7 @@ from tests.bench.common import environment, interleave, print_json, summary
 
 RESULT = Path(__file__).parent / "results" / "gpu.json"
 GOLDEN = ROOT / "tests" / "data" / "fluxvit_golden.safetensors"
+LONGEST_S = 240  # that anything is waited for
 ENCODER_TESTS = ("fluxvit", "selection", "positions", "merging", "checkpoint", "budget", "golden")
 
 
@@ -63,6 +65,7 @@ class Scale:
     teacher_tokens: int
     counts: tuple[int, ...]
     clips: int
+    more_clips: int
     steps: int
     records: int
 
@@ -93,6 +96,7 @@ FULL = Scale(
     teacher_tokens=2048,
     counts=(2048, 1536, 1024),
     clips=16,
+    more_clips=64,
     steps=30,
     records=16,
 )
@@ -121,6 +125,7 @@ TINY = Scale(
     teacher_tokens=256,
     counts=(256, 192, 128),
     clips=2,
+    more_clips=4,
     steps=2,
     records=2,
 )
@@ -139,7 +144,7 @@ class Bench:
         """The encoder's tests, as pytest runs them."""
         files = [f"tests/encoder/test_{name}.py" for name in ENCODER_TESTS]
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=LONGEST_S)
         last = done.stdout.strip().splitlines()[-1:] or [done.stderr.strip()[-300:]]
         counted = re.search(r"\d+ passed.*", done.stdout)
         if done.returncode:
@@ -188,6 +193,8 @@ class Bench:
             pixels = pixels.to(self.device, torch.bfloat16)
             seen = scale.frames * (scale.side // config.patch_size) ** 2
             found[size] = {"plain": self._rates(model, pixels, seen)}
+            # Blocks share a version for each token count and size; beyond torch's 8 they would run plain.
+            torch._dynamo.config.recompile_limit = max(8, 2 * len(scale.encoders) * len(scale.keeps))
             for block in model.blocks:
                 block.compile(dynamic=False)
             found[size]["compiled"] = self._rates(model, pixels, seen)
@@ -239,25 +246,36 @@ class Bench:
 
     def decode(self) -> dict[str, Any]:
         """Tokens per second of several answers decoded together, and each answer's own share."""
+        return self._decode(static=False)
+
+    def decode_static(self) -> dict[str, Any]:
+        """The same in buffers of fixed shape, on CUDA as graphs; fails where the model fell back."""
+        return self._decode(static=True)
+
+    def _decode(self, *, static: bool) -> dict[str, Any]:
         from llm_bridge.compute_worker import ComputeWorker
 
         llm, found = self._llm(), dict[str, Any]()
         for rows in self.scale.rows:
-            worker = ComputeWorker(llm, rows)
+            worker = ComputeWorker(llm, rows, static=static)
             for _ in range(2):  # the first round warms up
                 answers = [
                     self._generation(llm, self.scale.visual_tokens[0], self.scale.new_tokens, worker)
                     for _ in range(rows)
                 ]
-                threads = [threading.Thread(target=_read, args=(answer,)) for answer in answers]
+                threads = [threading.Thread(target=_read, args=(answer,), daemon=True) for answer in answers]
                 steps, made, began = worker.steps, worker.made, time.perf_counter()
                 for thread in threads:
                     thread.start()
                 for thread in threads:
-                    thread.join()
+                    thread.join(timeout=LONGEST_S)
+                    if thread.is_alive():
+                        raise RuntimeError(f"An answer was not there after {LONGEST_S} seconds.")
                 self._wait()
                 seconds = time.perf_counter() - began
             worker.close()
+            if (worker._static is not None) != static:
+                raise RuntimeError(f"{rows} answers were not decoded in static buffers")
             made = sum(answer.stats.completion_tokens for answer in answers)
             alone = [answer.stats.tokens_per_s for answer in answers]
             found[str(rows)] = {
@@ -300,6 +318,13 @@ class Bench:
 
     def umt(self) -> dict[str, Any]:
         """Flux-UMT steps of the smallest encoder: clips/s and memory, bfloat16 autocast, float32 weights."""
+        return self._umt(self.scale.clips)
+
+    def umt_saving(self) -> dict[str, Any]:
+        """More clips, with what is cheap computed again and token counts one after the other."""
+        return self._umt(self.scale.more_clips, recompute_cheap=True, passes_in_turn=True)
+
+    def _umt(self, clips: int, **settings: Any) -> dict[str, Any]:
         from training.data.video_batches import VideoBatch
         from training.distill.internvideo2 import (
             InternVideo2,
@@ -320,18 +345,19 @@ class Bench:
             encoder, big = FluxViT(config), InternVideo2(teacher_config)
         layers = spaced_layers(teacher_config.depth, count, 3.34 if teacher_config.depth >= 20 else 1)
         recipe = UmtRecipe(
-            optim=OptimConfig(lr=1e-3, batch_size=scale.clips, micro_batch=scale.clips),
+            optim=OptimConfig(lr=1e-3, batch_size=clips, micro_batch=clips),
             loop=LoopConfig(out="-"),
             teacher=TeacherSource(internvideo2=InternVideo2Source(weights="-")),
             data=(),
             teacher_tokens=scale.teacher_tokens,
             num_tokens=scale.counts,
+            **settings,
         )
         teacher = InternVideo2Teacher(big, layers, precision="bf16")
         model = UmtModel(encoder, teacher, recipe).to(self.device).train()
-        pixels = torch.randn(scale.clips, 3, scale.frames, scale.side, scale.side, device=self.device)
+        pixels = torch.randn(clips, 3, scale.frames, scale.side, scale.side, device=self.device)
         batch = VideoBatch(examples=(), pixels=pixels, index=0)
-        return self._train(model, lambda: model(batch)[0], scale.clips, "clips_per_s")
+        return self._train(model, lambda: model(batch)[0], clips, "clips_per_s")
 
     def stage1(self) -> dict[str, Any]:
         """Chat stage 1 steps: the projector learns, encoder and language model are frozen."""
@@ -392,7 +418,17 @@ class Bench:
         return found
 
 
-PARTS = ("tests", "golden", "encoder", "first_token", "decode", "umt", "stage1")
+PARTS = (
+    "tests",
+    "golden",
+    "encoder",
+    "first_token",
+    "decode",
+    "decode_static",
+    "umt",
+    "umt_saving",
+    "stage1",
+)
 
 
 def _read(pieces: Iterable[str]) -> None:

@@ -1,5 +1,6 @@
 """The three parts together: loss, gradients, saving and loading; and the projector alone."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -10,16 +11,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import _disable_current_modes
 
+from app.chat import VideoChat
 from encoder.errors import CheckpointError, ConfigError, FluxChatError, ModelError
 from encoder.fluxvit import FluxViT
 from encoder.tokens import Grid, VisionTokens
-from llm_bridge.model import VideoLanguageModel, part_types
+from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble, part_types
 from llm_bridge.projector import Projector, ProjectorConfig, load_llava_projector
 from llm_bridge.prompt import IGNORE
+from llm_bridge.sampling import Sampler
+from tests.encoder.video import video_files as vf
 from tests.llm_bridge.tiny_vlm import ENCODER, answered, vision_of
+from tests.no_float64 import NoFloat64
 
 
 def test_loss_equals_the_direct_computation(model: VideoLanguageModel) -> None:
@@ -81,16 +85,6 @@ def test_the_revision_tells_weights_apart(model: VideoLanguageModel) -> None:
     assert model.revision(language=False) == encoder
 
 
-class NoFloat64(TorchDispatchMode):
-    """Refuses what Apple's GPUs do not have."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        found = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, (torch.Tensor, torch.dtype))]
-        assert not any(getattr(x, "dtype", x) == torch.float64 for x in found), func
-        return out
-
-
 def test_nothing_needs_float64(model: VideoLanguageModel) -> None:
     with NoFloat64(), pytest.raises(AssertionError):
         torch.ones(2).double()
@@ -99,6 +93,55 @@ def test_nothing_needs_float64(model: VideoLanguageModel) -> None:
         model.revision()
         vision = model.encode(clips, [5, 4], [(0.0, 1.0, 2.0, 3.0), (0.0, 0.5, 1.0)])
         assert [len(one) for one in model.project(vision)] == [5, 4]
+
+
+def test_questions_need_no_float64(
+    model: VideoLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample = Sampler._sample
+
+    def on_the_cpu(self: Sampler, scores: torch.Tensor) -> int:
+        with _disable_current_modes():  # whatever the device
+            return sample(self, scores)
+
+    monkeypatch.setattr(Sampler, "_sample", on_the_cpu)
+    clip = vf.write(tmp_path / "clip.mp4", vf.steady(12), size=(64, 48))
+    with NoFloat64(), VideoChat(model, device="cpu") as chat:
+        chat._worker.run(NoFloat64().__enter__)  # whose thread computes
+        with pytest.raises(AssertionError):
+            chat._worker.run(torch.ones(2).double)
+        for sampling in ({}, {"temperature": 1.0, "top_p": 0.9, "repetition_penalty": 1.2}):
+            asked = chat.ask(clip, "What?", budget=16, max_new_tokens=4, **sampling)
+            assert asked.usage.completion_tokens > 0
+
+
+@pytest.mark.parametrize("kind", ["mlp", "merge"])
+def test_large_activations_are_finite_in_float16(llm_folder, kind: str) -> None:
+    """As on GPUs without bfloat16: all parts in float16, norms in float32."""
+    torch.manual_seed(0)
+    projector = ProjectorConfig(32, 64, kind=kind, norm=True, tokens_per_frame=2, merge_heads=2)
+    config = VLMConfig(llm=str(llm_folder("qwen2")), projector=projector, encoder=ENCODER)
+    exact = assemble(config, FluxViT(ENCODER), None, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        for block in exact.encoder.blocks:  # their sum goes to thousands, whose squares are no float16
+            block.ls1.gamma.mul_(5e5)
+            block.ls2.gamma.mul_(5e5)
+    half = copy.deepcopy(exact)
+    for part in (half.encoder, half.projector, half.language_model):
+        part.half()
+    clips = [40 * torch.randn(3, 4, 28, 28) for _ in range(2)]
+    prompts = [answered(exact, exact.projector.planned_tokens(12, 4), text) for text in ("Two birds.", "No.")]
+    losses = []
+    for model, pixels in ((exact, clips), (half, [clip.half() for clip in clips])):
+        vision = model.encode(pixels, [12, 12], [(0.0, 1.0, 2.0, 3.0)] * 2)
+        losses.append((vision, model.loss(prompts, vision).float()))
+    (wanted, loss), (found, half_loss) = losses
+    assert 1e3 < wanted.packed.abs().max() < 6e4
+    assert found.packed.dtype == torch.float16
+    assert torch.isfinite(found.packed).all()
+    assert torch.equal(torch.stack(found.kept), torch.stack(wanted.kept))
+    assert torch.cosine_similarity(found.packed.float(), wanted.packed, dim=-1).min() > 0.99
+    assert half_loss.item() == pytest.approx(loss.item(), rel=0.02)
 
 
 def test_older_gpus_compute_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:

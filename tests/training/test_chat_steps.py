@@ -219,7 +219,7 @@ def test_the_parts_go_to_the_processs_device(stage1_recipe: Path, monkeypatch: p
 def test_held_out_records_are_others(stage1_recipe: Path, llava_json: Path, tmp_path: Path) -> None:
     other = records(tmp_path / "held.json", videos=3, texts=0)
     held = f"held_out=[{{json_path: {other}, data_root: {llava_json.parent}}}]"
-    changes = [held, "evaluate_records=3", f"loop.out={tmp_path}/o"]
+    changes = [held, "evaluate_records=3", "loop.evaluate_every=1", f"loop.out={tmp_path}/o"]
     stage = Stage1(read_recipe(Stage1Recipe, stage1_recipe, changes))
     batches = list(stage.data.held_out())
     assert [len(batch.prompts) for batch in batches] == [2, 1]
@@ -227,9 +227,14 @@ def test_held_out_records_are_others(stage1_recipe: Path, llava_json: Path, tmp_
     whole = Stage1(read_recipe(Stage1Recipe, stage1_recipe, [*changes, "optim.micro_batch=4"]))
     assert stage.evaluate()["loss"] == pytest.approx(whole.evaluate()["loss"], rel=1e-4)
     for wrong in (
-        ["evaluate_records=3"],
-        [held],
-        ["evaluate_records=3", f"held_out=[{{json_path: {llava_json}, data_root: {llava_json.parent}}}]"],
+        ["evaluate_records=3", "loop.evaluate_every=1"],
+        [held, "loop.evaluate_every=1"],
+        [held, "evaluate_records=3"],
+        [
+            "evaluate_records=3",
+            "loop.evaluate_every=1",
+            f"held_out=[{{json_path: {llava_json}, data_root: {llava_json.parent}}}]",
+        ],
     ):
         with pytest.raises(ConfigError, match="held_out"):
             read_recipe(Stage1Recipe, stage1_recipe, wrong)

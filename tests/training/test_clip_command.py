@@ -99,7 +99,9 @@ def test_two_processes_train_like_one(corpus: Path, tmp_path: Path) -> None:
 
 def test_held_out_pairs_are_retrieved(corpus: Path, tmp_path: Path) -> None:
     held_out = [{"jsonl": str(corpus / "video.jsonl"), "data_root": str(corpus)}]
-    stage = ClipStage(recipe(corpus, tmp_path, held_out=held_out, frames=4, resolution=56, evaluate_clips=6))
+    often = {"out": str(tmp_path), "evaluate_every": 1}
+    sizes = {"frames": 4, "resolution": 56, "evaluate_clips": 6}
+    stage = ClipStage(recipe(corpus, tmp_path, held_out=held_out, loop=often, **sizes))
     found = stage.evaluate()
     assert set(found) == {f"{way}_r{k}_{n}" for way in ("t2v", "v2t") for k in (1, 5) for n in (16, 32)}
     assert all(value in {part / 6 for part in range(7)} for value in found.values())

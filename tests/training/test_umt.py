@@ -29,7 +29,7 @@ from training.synthetic.sprites import procedural_bank
 from training.trainer.loop import train
 from training.trainer.losses import unit
 from training.trainer.recipe import build, read_recipe
-from training.umt import TeacherSource, UmtModel, UmtRecipe, UmtStage, neighbour_accuracy
+from training.umt import COUNTS, TeacherSource, UmtModel, UmtRecipe, UmtStage, neighbour_accuracy
 
 RECIPES = ROOT / "training" / "recipes"
 STUDENT = {"embed_dim": 32, "depth": 4, "num_heads": 2, "pool_heads": 2, "clip_embed_dim": 16}
@@ -53,7 +53,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def values(data: Path, out: Path, /, **changes: Any) -> dict[str, Any]:
     source = {"csv": str(data / "train.csv"), "data_root": str(data)}
-    return {
+    made = {
         "teacher": {
             "internvideo2": {
                 "weights": str(data / "teacher.pt"),
@@ -75,6 +75,9 @@ def values(data: Path, out: Path, /, **changes: Any) -> dict[str, Any]:
         "loop": {"out": str(out), "precision": "fp32", "checkpoint_every": 1, "keep_checkpoints": 99},
         **changes,
     }
+    # Later than any of these runs ends.
+    made["loop"] = {"evaluate_every": 1000 if made["held_out"] else 0, **made["loop"]}
+    return made
 
 
 def recipe(data: Path, out: Path, /, **changes: Any) -> UmtRecipe:
@@ -314,6 +317,7 @@ def test_flux_single_and_other_teachers_run(data: Path, tmp_path: Path, shapes: 
         data,
         tmp_path / "run",
         teacher={"image_encoder": {"model": str(tmp_path / "dino"), "count": 2}},
+        num_tokens=list(COUNTS),
         mask_ratio=0.8,
         data=[shapes],
         held_out=[],

@@ -23,7 +23,7 @@ from encoder.video.reader import Clip
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.packing import Weighting, label_weights, share_beginning
 from llm_bridge.prompt import IGNORE, Message, Prompt, Visual, render_chat_turns, render_plain_training
-from training.data.datasets import NEEDS, DatasetConfig, open_datasets
+from training.data.datasets import NEEDS, DatasetConfig, check_read, open_datasets
 from training.data.examples import Conversation, Example
 from training.data.feature_cache import FeatureCache, Features, stack
 from training.data.loader import Loader
@@ -85,6 +85,17 @@ class ChatRecipe:
             raise ConfigError("inputs must have frames, resolution and num_tokens of at least 1 each.")
         if bool(self.held_out) != (self.evaluate_records > 0):
             raise ConfigError("held_out and evaluate_records go together: name other records, and how many.")
+        if self.held_out and not self.loop.evaluate_every:
+            raise ConfigError("held_out needs loop.evaluate_every: say after how many steps it is looked at.")
+        if self.loop.evaluate_every and not self.held_out:
+            raise ConfigError("loop.evaluate_every needs held_out: name records that are not trained on.")
+        check_read(self.datasets, self.stage)
+        check_read(self.held_out, self.stage, held_out=True)
+        if self.inputs and (self.frames, self.resolution, self.num_tokens) != (16, 224, (1024,)):
+            raise ConfigError(
+                "inputs stand in place of frames, resolution and num_tokens: leave these out, or at 16, 224 "
+                "and [1024]."
+            )
         if any(part in self.datasets for part in self.held_out):
             raise ConfigError("held_out names records that are trained on: choose others.")
         if self.bucket < 1:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -32,6 +32,25 @@ NEEDS: Mapping[str, Need | None] = {
     "chat_stage1": "answer",
     "chat_lora": "answer",
 }
+_ASKED = tuple(field.name for field in fields(Asking) if field.name != "independent")
+_FILES = ("csv", "json_path", "jsonl", "shards")
+# Settings that some kinds of dataset alone read, and that are read for some needs alone.
+READ_BY: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys((*_ASKED, "world_label"), ("world",)),
+    **dict.fromkeys(("data_root", "classes"), _FILES),
+    **dict.fromkeys(("index_root", "order"), ("shards",)),
+}
+READ_FOR: Mapping[str, tuple[Need | None, ...]] = {
+    **dict.fromkeys((*_ASKED, "independent"), ("answer",)),
+    "world_label": ("label", None),  # Flux-UMT's evaluation looks at labels too
+    **dict.fromkeys(("flip", "no_flip"), ("label", "caption", None)),
+}
+# What a mixture's videos may be: files, which are read by what they hold.
+READ_TYPES = (None, "decord", "gif")
+
+
+def _default(field: Any) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 @dataclass(frozen=True)
@@ -51,9 +70,8 @@ class DatasetConfig(Asking):
     from anywhere. corpus: name in corpora.yaml, so that `python -m training.data check` can compare counts.
     flip: chance of a mirror image in place of augment.flip. no_flip: parts of paths of files that are never
     mirrored, in a list of several data sets (Something-Something, whose labels name sides).
-    video_read_type: of such mixtures: "decord" and "gif" are files, which are read by what they hold; folders
-    of pictures ("img") are refused.
-    The rest: see Asking; all but `independent` is for the world.
+    The rest: see Asking; all but `independent` is for the world. A setting that this kind of dataset does not
+    read is refused.
     """
 
     csv: str | None = None
@@ -69,7 +87,6 @@ class DatasetConfig(Asking):
     index_root: str | None = None
     order: Literal["all", "shards"] = "all"
     corpus: str | None = None
-    video_read_type: str | None = None
     flip: float | None = None
     no_flip: tuple[str, ...] = ()
 
@@ -82,12 +99,20 @@ class DatasetConfig(Asking):
             raise ConfigError(f"A dataset needs exactly one of {', '.join(kinds[:-1])} and {kinds[-1]}.")
         if self.flip is not None and not 0 <= self.flip <= 1:
             raise ConfigError(f"{self.name}: flip must be a chance from 0 to 1, not {self.flip}.")
-        if self.video_read_type not in (None, "decord", "gif"):
-            raise ConfigError(
-                f"{self.name}: video_read_type {self.video_read_type!r} is not known: videos must be files "
-                "(decord, gif)."
-            )
         choose_numbers(0, self.sampling_strategy, self.name)
+        if self.order == "shards" and self.sampling_strategy.startswith("random"):
+            raise ConfigError(f"{self.name}: order shards does not go with a random sampling_strategy.")
+        kind = next(kind for kind in kinds if getattr(self, kind) is not None)
+        for name in self.changed:
+            if kind not in (readers := READ_BY.get(name, kinds)):
+                raise ConfigError(
+                    f"{self.name}: {name} is for {', '.join(readers)}, not for {kind}: leave it out."
+                )
+
+    @property
+    def changed(self) -> list[str]:
+        """Names of the settings that are not at their default."""
+        return [field.name for field in fields(self) if getattr(self, field.name) != _default(field)]
 
     @property
     def name(self) -> str:
@@ -139,14 +164,37 @@ def open_datasets(
     return sources[0] if len(sources) == 1 else Joined(sources)
 
 
+def check_read(data: Sequence[DatasetConfig], stage: str, *, held_out: bool = False) -> None:
+    """Raises ConfigError for a setting that a stage does not read; held-out clips are never mirrored."""
+    for dataset in data:
+        for name in dataset.changed:
+            unread = NEEDS[stage] not in READ_FOR.get(name, (NEEDS[stage],))
+            if unread or (held_out and name in ("flip", "no_flip")):
+                where = "held_out data" if held_out else f"the stage {stage}"
+                raise ConfigError(f"{dataset.name}: {where} does not read {name}: leave it out.")
+
+
 def read_mixture(path: Path) -> list[DatasetConfig]:
-    """Datasets of a VideoChat-Flash-style YAML file (`datasets:`, each with json_path and data_root)."""
+    """Datasets of a VideoChat-Flash-style YAML file (`datasets:`, each with json_path and data_root).
+
+    Their video_read_type may be "decord" or "gif"; folders of pictures ("img") are refused.
+    """
     try:
         rows = yaml.safe_load(path.read_text(encoding="utf-8-sig"))["datasets"]
         rows = list(rows)
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"Cannot read the mixture {path}: {reason(error)}.") from error
-    return [build(DatasetConfig, row, f"{path}, dataset {number}") for number, row in enumerate(rows)]
+    return [_of_mixture(row, f"{path}, dataset {number}") for number, row in enumerate(rows)]
+
+
+def _of_mixture(row: Any, where: str) -> DatasetConfig:
+    if isinstance(row, dict) and (kind := row.get("video_read_type")) not in READ_TYPES:
+        raise ConfigError(
+            f"{where}: video_read_type {kind!r} is not known: videos must be files (decord, gif)."
+        )
+    if isinstance(row, dict):
+        row = {name: value for name, value in row.items() if name != "video_read_type"}
+    return build(DatasetConfig, row, where)
 
 
 def choose_numbers(total: int, strategy: str, where: str) -> Sequence[int]:

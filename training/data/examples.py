@@ -103,6 +103,11 @@ class PartOf:
     def classes(self) -> tuple[str, ...]:
         return self.source.classes
 
+    @property
+    def window(self) -> int | None:
+        """Of examples that lie together: the source's, where neighbours stay neighbours."""
+        return getattr(self.source, "window", None) if isinstance(self.numbers, range) else None
+
     def __len__(self) -> int:
         return len(self.numbers)
 

@@ -35,13 +35,13 @@ class _HandOut(torch.autograd.Function):
 class InTurn:
     """shared: what all losses start from, (...), computed once; its own graph goes backward at the end.
 
-    Raises ConfigError for parameters that are shared out among processes (FSDP, ZeRO-3), which are whole in
+    Raises ConfigError for parameters that are shared out among processes (FSDP), which are whole in
     the wrapper's own forward and backward only.
     """
 
     def __init__(self, shared: Tensor, parameters: Iterable[nn.Parameter]) -> None:
         learnt: list[Tensor] = [p for p in parameters if p.requires_grad]
-        if any(hasattr(p, "to_local") or hasattr(p, "ds_id") for p in learnt):
+        if any(hasattr(p, "to_local") for p in learnt):
             raise ConfigError("passes_in_turn needs whole parameters: use it with DDP, or leave it out.")
         self.shared = shared.detach().requires_grad_(shared.requires_grad)
         self._total = torch.zeros((), device=shared.device)

@@ -76,9 +76,7 @@ def save(
         # Every rank writes its own part of the optimiser; `load` needs the same number of ranks.
         accelerator.wait_for_everyone()
         model.save_checkpoint(str(scratch), tag="deepspeed", exclude_frozen_parameters=True)
-        # Under ZeRO-3 the main rank alone gets the weights.
-        gathered, trained = accelerator.get_state_dict(model) or {}, trainable_state(plain)
-        state = {name: tensor for name, tensor in gathered.items() if name in trained}
+        state = trainable_state(plain)  # whole on every rank: ZeRO-1 shards the optimiser only
     elif writes or is_sharded(accelerator):
         state = {name: whole(p) for name, p in trainable_state(plain).items()}
         by_name = _optimizer_by_name(plain, optimizer)

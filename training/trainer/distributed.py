@@ -35,13 +35,23 @@ def open_accelerator(precision: str) -> Any:
         raise ConfigError("This GPU has no bfloat16: use loop.precision fp16 or fp32.")
     # A second run in one process may have another precision.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision="no" if precision == "fp32" else precision,
-        cpu=not has_gpu,
-        kwargs_handlers=[unused],
-    )
-    if is_deepspeed(accelerator) and precision == "fp16":
-        raise ConfigError("loop.precision fp16 does not go with DeepSpeed here: use bf16 or fp32.")
+    try:
+        accelerator = Accelerator(
+            mixed_precision="no" if precision == "fp32" else precision,
+            cpu=not has_gpu,
+            kwargs_handlers=[unused],
+        )
+    except ImportError as error:  # such as DeepSpeed
+        raise ConfigError(f"The launch settings ask for what is not installed: {error}") from error
+    if is_deepspeed(accelerator):
+        if precision == "fp16":
+            raise ConfigError("loop.precision fp16 does not go with DeepSpeed here: use bf16 or fp32.")
+        if (zero := accelerator.state.deepspeed_plugin.zero_stage) > 1:
+            # Gradients of accumulated micro-batches and weights outside `forward` must be whole.
+            raise ConfigError(
+                f"DeepSpeed's ZeRO-{zero} is not supported: use fsdp.yaml, which shards as much, or "
+                "deepspeed_zero1.yaml, both in training/recipes/accelerate."
+            )
     if is_sharded(accelerator) and not accelerator.is_fsdp2:
         raise ConfigError("FSDP needs fsdp_version: 2, as in training/recipes/accelerate/fsdp.yaml.")
     return accelerator
@@ -214,12 +224,6 @@ def gathered(model: nn.Module) -> Iterator[None]:
     """Inside, methods of the model other than `forward` can run on sharded weights; all ranks must enter."""
     from torch.distributed.fsdp import FSDPModule
 
-    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):  # sharded by ZeRO-3
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(model.parameters())):
-            yield
-        return
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.unshard()

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from encoder.errors import CheckpointError, DataError
+from encoder.errors import CheckpointError, ConfigError, DataError
 from training.trainer.checkpoints import (
     Progress,
     checkpoints,
@@ -186,6 +186,10 @@ class _Run:
             betas=optim.betas,
             eps=optim.eps,
         )
+        if optim.layer_decay != 1 and all(
+            group.get("lr_scale", 1.0) == 1 for group in optimizer.param_groups
+        ):
+            raise ConfigError("optim.layer_decay is for runs that train an encoder's blocks: leave it out.")
         choose_sharded_layers(self.accelerator, stage.model)
         self.model, self.optimizer = self.accelerator.prepare(stage.model, optimizer)
         if resume:
@@ -319,9 +323,8 @@ class _Run:
     def finish(self) -> None:
         """The stage's result, by the main process."""
         make_whole(self._plain)
-        with gathered(self._plain) if is_deepspeed(self.accelerator) else nullcontext():
-            if self.accelerator.is_main_process:
-                self.stage.finish(self.out)
+        if self.accelerator.is_main_process:
+            self.stage.finish(self.out)
         self.accelerator.wait_for_everyone()
 
 

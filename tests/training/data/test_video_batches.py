@@ -20,7 +20,7 @@ from encoder.video.reader import Clip, VideoInfo
 from tests.encoder.video import video_files as vf
 from tests.training.data.test_shards import write_tar
 from training.data.augment import AugmentConfig
-from training.data.datasets import DatasetConfig
+from training.data.datasets import DatasetConfig, read_mixture
 from training.data.examples import Example, ListExamples
 from training.data.flexible_grids import FlexibleGrid
 from training.data.loader import MissingMedia, epoch_order
@@ -104,10 +104,13 @@ def test_each_data_set_has_its_own_mirror_images(videos: Path, tmp_path: Path) -
         DatasetConfig(csv="x", flip=2.0)
 
 
-def test_folders_of_pictures_are_refused() -> None:
-    assert DatasetConfig(csv="x", video_read_type="decord").name == "x"
-    with pytest.raises(ConfigError, match="video_read_type 'img' is not known"):
-        DatasetConfig(csv="x", video_read_type="img")
+def test_folders_of_pictures_are_refused(tmp_path: Path) -> None:
+    mixture = tmp_path / "mixture.yaml"
+    mixture.write_text("datasets: [{json_path: x, video_read_type: decord}, {json_path: y}]")
+    assert [dataset.name for dataset in read_mixture(mixture)] == ["x", "y"]
+    mixture.write_text("datasets: [{json_path: x, video_read_type: img}]")
+    with pytest.raises(ConfigError, match="dataset 0: video_read_type 'img' is not known"):
+        read_mixture(mixture)
 
 
 def test_what_is_missing_is_not_written_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

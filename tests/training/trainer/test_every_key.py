@@ -58,9 +58,8 @@ def readings() -> dict[str, set[str]]:
 READ = readings()
 KINDS = {kind for stage in NEEDS for kind in tables(recipe_of(stage))}
 KEYS = sorted({(kind.__name__, f.name) for kind in KINDS for f in dataclasses.fields(kind)})
-# Refused but for values that mean what is done anyway (see the tests of datasets), or turned into another
-# key where the recipe is read (num_tokens, see the tests of Flux-UMT).
-ONLY_CHECKED = {("DatasetConfig", "video_read_type"), ("UmtRecipe", "mask_ratio")}
+# Turned into another key where the recipe is read (num_tokens, see the tests of Flux-UMT).
+ONLY_CHECKED = {("UmtRecipe", "mask_ratio")}
 
 
 @pytest.mark.parametrize(("table", "key"), KEYS, ids=lambda value: value)
