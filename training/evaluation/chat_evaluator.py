@@ -107,8 +107,9 @@ class ChatEvaluator:
         tower, encoder_input = self.model.tower, self.encoder_input
         clip, plan = self._shown(media, encoder_input)
         pixels = tower.pixels(clip, plan)
-        fixed = isinstance(encoder_input, EncoderInput)
-        merging = encoder_input.merging(plan.patch_size) if fixed else None
+        merging = None
+        if isinstance(encoder_input, EncoderInput):
+            merging = encoder_input.merging(plan.patch_size)
         if merging is not None:
             embedding, kept = tower.merge(pixels, merging, clip.times_s)
         else:
