@@ -43,6 +43,8 @@ from llm_bridge.thinking import ThinkingMarks
 
 Quantize = Literal["8bit", "4bit", "int8", "int4"]  # the latter two on CPUs
 OnDownload = Callable[[str, int], object]
+# Files that hold a tokenizer's words, without which some of transformers' classes begin with none.
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 BLOCK_4BIT = 64  # weights of a row that share a scale
 _WITHOUT_POSITIONS = {"linear_attention", "conv", "mamba", "moe", "mlp"}  # types of layers
 
@@ -451,6 +453,10 @@ def _load_tokenizer(folder: Path, gguf: str | None) -> Any:
     from transformers import AutoTokenizer
 
     options = {} if gguf is None else {"gguf_file": gguf}
+    if gguf is None and not any(any(folder.glob(name)) for name in VOCABULARIES):
+        raise ModelError(
+            f"Cannot load the tokenizer of {folder}: it has no tokenizer.json: copy the model's other files."
+        )
     with refused(f"Cannot load the tokenizer of {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True, **options
