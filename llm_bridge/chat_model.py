@@ -72,7 +72,7 @@ def load_chat_model(
             )
         return load_stock(os.fspath(name), stage=stage or "after", **options)
     if (kind := model_type(Path(name).expanduser())) is not None:  # a FluxChat model's settings name none
-        raise no_video_model(name, kind)
+        raise no_video_model(os.fspath(name), kind)
     if stage is not None:
         raise ConfigError(f"select is for stock video models: {name} always selects before its encoder.")
     return VideoLanguageModel.from_pretrained(os.fspath(name), llm=llm, encoder=encoder, **options)
