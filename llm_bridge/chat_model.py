@@ -13,7 +13,7 @@ from encoder.errors import ConfigError
 from llm_bridge.llm import LanguageModel, OnDownload, Quantize
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.model_files.hub import is_hub_id
-from llm_bridge.towers.stock import load_stock, stock_kind
+from llm_bridge.towers.stock import load_stock, model_type, no_video_model, stock_kind
 from llm_bridge.towers.tower import Stage, Tower
 
 
@@ -77,6 +77,8 @@ def load_chat_model(
                 "engine out."
             )
         return load_stock(os.fspath(name), stage=stage or "after", **options)
+    if (kind := model_type(Path(name).expanduser())) is not None:  # a FluxChat model's settings name none
+        raise no_video_model(os.fspath(name), kind)
     if stage is not None:
         raise ConfigError(f"select is for stock video models: {name} always selects before its encoder.")
     return VideoLanguageModel.from_pretrained(

@@ -3,20 +3,22 @@
     judge = Familiarity.read(folder / FAMILIARITY, encoder)      # None when it was fitted to another encoder
     judge.is_familiar(encoder, frames, "squash")
 
-A logistic regression on the mean and spread of the tokens after every block, at one small input whatever
-budget the answer has. `python -m training.familiarity` fits it. It belongs to an encoder's weights; a model
-whose encoder has none cannot tell.
+A logistic regression on the mean and spread of the tokens after every block, and a small network on the same,
+at one small input whatever budget the answer has. `python -m training.familiarity` fits both. They belong to
+an encoder's weights; a model whose encoder has none cannot tell.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu
 
 from encoder.checkpoint import read_tensors, save_tensors, weights_hash
 from encoder.errors import CheckpointError
@@ -30,12 +32,41 @@ YES = frozenset({"yes", "yeah", "yep"})
 
 
 @dataclass(frozen=True)
+class Network:
+    """One layer of GELU units on standardised statistics.
+
+    centre, spread: (F,). inner, inner_bias: (H, F) and (H,), of the units. outer: (H,), of the score.
+    """
+
+    centre: Tensor
+    spread: Tensor
+    inner: Tensor
+    inner_bias: Tensor
+    outer: Tensor
+
+    def score(self, statistics: Tensor) -> Tensor:
+        """(..., F) -> (...)."""
+        own = {name: value.to(statistics) for name, value in vars(self).items()}
+        scaled = (statistics - own["centre"]) / own["spread"]
+        return gelu(scaled @ own["inner"].T + own["inner_bias"]) @ own["outer"]
+
+    def fits(self, features: int) -> bool:
+        """Whether its shapes belong together and all numbers are finite."""
+        units = len(self.outer)
+        shapes = {"centre": (features,), "spread": (features,), "inner": (units, features)}
+        shapes |= {"inner_bias": (units,), "outer": (units,)}
+        return all(
+            value.shape == shapes[name] and bool(value.isfinite().all()) for name, value in vars(self).items()
+        )
+
+
+@dataclass(frozen=True)
 class Familiarity:
     """weight: (F,), see `statistics`; bias: of the score, which is above 0 for what is foreign.
 
     things: how many things the model knows by name. yes_penalty: taken from the score of a yes that begins an
     answer about a foreign video, where the model's own scores say nothing. encoder: `weights_hash` of the
-    encoder it was fitted to.
+    encoder it was fitted to. network: what is added to the score.
     """
 
     weight: Tensor
@@ -43,10 +74,12 @@ class Familiarity:
     things: int
     yes_penalty: float
     encoder: str
+    network: Network | None = None
 
     def score(self, statistics: Tensor) -> Tensor:
         """(..., F) -> (...): above 0 for what is foreign, familiar else."""
-        return statistics @ self.weight.to(statistics.device) + self.bias
+        linear = statistics @ self.weight.to(statistics.device) + self.bias
+        return linear if self.network is None else linear + self.network.score(statistics)
 
     def is_familiar(self, encoder: FluxViT, frames: Tensor, fit: Literal["squash", "crop"]) -> bool:
         """Frames as decoded, uint8 (T, H, W, 3), of which a few are looked at."""
@@ -70,6 +103,8 @@ class Familiarity:
             "yes_penalty": torch.tensor(self.yes_penalty),
             "encoder": torch.tensor(list(bytes.fromhex(self.encoder)), dtype=torch.uint8),
         }
+        if self.network is not None:
+            tensors |= {f"network.{name}": value for name, value in vars(self.network).items()}
         save_tensors(tensors, path)
 
     @staticmethod
@@ -86,9 +121,11 @@ class Familiarity:
                 int(tensors["things"]),
                 float(tensors["yes_penalty"]),
                 bytes(tensors["encoder"].tolist()).hex(),
+                _network(tensors),
             )
             finite = bool(found.weight.isfinite().all()) and math.isfinite(found.bias + found.yes_penalty)
             fits = found.weight.ndim == 1 and 0 < found.things <= MOST_THINGS and finite
+            fits = fits and (found.network is None or found.network.fits(len(found.weight)))
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: delete it, or copy the model again.") from error
         if not fits:
@@ -96,6 +133,13 @@ class Familiarity:
         if found.encoder != weights_hash(encoder) or len(found.weight) != num_statistics(encoder):
             return None
         return found
+
+
+def _network(tensors: Mapping[str, Tensor]) -> Network | None:
+    """Of a file's tensors; None in one that has none, as those of earlier versions."""
+    if not any(name.startswith("network.") for name in tensors):
+        return None
+    return Network(**{field.name: tensors[f"network.{field.name}"] for field in fields(Network)})
 
 
 def num_statistics(encoder: FluxViT) -> int:

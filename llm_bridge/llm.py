@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 Quantize = Literal["8bit", "4bit", "int8", "int4"]  # the latter two on CPUs
 OnDownload = Callable[[str, int], object]
+# Files that hold a tokenizer's words, without which some of transformers' classes begin with none.
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 BLOCK_4BIT = 64  # weights of a row that share a scale
 _WITHOUT_POSITIONS = {"linear_attention", "conv", "mamba", "moe", "mlp"}  # types of layers
 
@@ -496,6 +498,10 @@ def load_tokenizer(folder: Path, gguf: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     options = {} if gguf is None else {"gguf_file": gguf}
+    if gguf is None and not any(any(folder.glob(name)) for name in VOCABULARIES):
+        raise ModelError(
+            f"Cannot load the tokenizer of {folder}: it has no tokenizer.json: copy the model's other files."
+        )
     with refused(f"Cannot load the tokenizer of {folder}"):
         tokenizer = None if gguf is None else whole_tokenizer(folder / gguf)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(

@@ -8,8 +8,8 @@
     python -m training.evaluate classify --dataset ssv2 ...   by trained heads, clips x crops
     python -m training.evaluate mvbench --model DIR --annotations DIR --videos DIR
     python -m training.evaluate mvbench --model DIR --dataset world ...
-    python -m training.evaluate mvbench --model Qwen/Qwen3-VL-2B-Instruct --plan --budget 512 256 \\
-        --compare uniform --prompt words open ...        a stock video model; open answers too
+    python -m training.evaluate mvbench --model Qwen/Qwen3-VL-2B-Instruct --budget 512 256 --compare \\
+        uniform --prompt words open ...        a stock video model; open answers too
 
 Results go to --out with all they depend on, and items to a journal beside it, so that the same command goes
 on after a stop; `accelerate launch -m training.evaluate ...` shares the items over GPUs (on CPUs, torchrun).
@@ -163,7 +163,12 @@ def _chat_options(command: argparse.ArgumentParser) -> None:
         metavar="SELECTOR",
         help="further selectors, at the first budget alone",
     )
-    command.add_argument("--plan", action="store_true", help="the model's own input for each budget")
+    command.add_argument(
+        "--plan",
+        action=argparse.BooleanOptionalAction,
+        help="the frames and size that a budget buys, as VideoChat asks, in the place of the largest input; "
+        "stock video models: for each clip, and unless --no-plan is given",
+    )
     command.add_argument(
         "--no-text-only", "--no-blind", action="store_true", help="skip the run without the video"
     )

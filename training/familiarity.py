@@ -4,11 +4,11 @@
 
 Clips of the synthetic world (most of its train split, half of those over other backgrounds; some of the test
 split, for its photographs) stand against clips that it would never draw, made from photographs and of
-generated kinds; all are scaled and compressed as people do. A logistic regression on the frozen encoder's
-statistics tells them apart. Its threshold, and what a yes about a foreign clip must give up, are chosen on
-further clips. It writes familiarity.safetensors into the model's folder, measures that on clips of other
-seeds, of unseen things and of other photographs, and on real videos, of which nothing is learnt, and prints
-the figures as JSON.
+generated kinds; all are scaled and compressed as people do. A logistic regression and small networks on the
+frozen encoder's statistics tell them apart. The threshold, and what a yes about a foreign clip must give up,
+are chosen on further clips. It writes familiarity.safetensors into the model's folder, measures that on clips
+of other seeds, of unseen things and of other photographs, and on real videos, of which nothing is learnt, and
+prints the figures as JSON.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from training.command_line import command_parser, run_command
 from training.data.foreign_clips import Photos, foreign_clip
 from training.data.reencode import reencoded
 from training.data.world_clips import world_clip
+from training.models.familiarity_fit import fit_score
 from training.synthetic.dataset import Split, World
 from training.synthetic.world_config import WorldConfig
 
@@ -50,6 +51,7 @@ TEST_SPLIT = 0.3  # of the world's clips; the judge should know all of the world
 SEEDS = {"fit": 1001, "threshold": 1002, "test": 1003}  # of worlds; training used others
 SEGMENT = 12  # frames of a real video, of READ from its whole length, that are judged as a clip of their own
 READ = 96
+UNITS, NETWORKS = 32, 2
 FALSE_ALARMS = 0.02  # of the clips that the threshold is chosen on
 YES_SHARE = 0.03  # of the questions that the penalty is chosen on may be answered yes
 YES_CLIPS, YES_QUESTIONS = 24, 4
@@ -128,29 +130,6 @@ class Judged:
         return statistics(self.model.encoder, pixels, self.model.config.fit).cpu()
 
 
-def fit_logistic(features: Tensor, foreign: Tensor, strength: float) -> tuple[Tensor, float]:
-    """Weights (F,) and bias of a logistic regression of `foreign` (N,), 0 or 1, on `features` (N, F).
-
-    strength: C of scikit-learn: the larger, the less the weights of standardised features are held back.
-    """
-    mean, spread = features.mean(0), features.std(0).clamp_min(1e-6)
-    scaled = (features - mean) / spread
-    weight = torch.zeros(features.shape[1], requires_grad=True)
-    bias = torch.zeros((), requires_grad=True)
-    solver = torch.optim.LBFGS([weight, bias], max_iter=300, history_size=20, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        solver.zero_grad()
-        fit = torch.nn.functional.binary_cross_entropy_with_logits(scaled @ weight + bias, foreign)
-        total = fit + weight.square().sum() / (2 * strength * len(foreign))
-        total.backward()
-        return total
-
-    solver.step(loss)
-    weight, bias = weight.detach() / spread, bias.detach()
-    return weight, float(bias - mean @ weight)
-
-
 def segments(path: Path) -> Iterator[np.ndarray]:
     """The frames of a video as a whole and, of a longer one, piece by piece."""
     clip = read_clip(path, READ, max_side=448)
@@ -227,8 +206,11 @@ def fit(args: argparse.Namespace, judged: Judged) -> Familiarity:
     )
     strange = look(clips(), args.clips, "foreign")
     labels = torch.cat([torch.zeros(len(known)), torch.ones(len(strange))])
-    weight, bias = fit_logistic(torch.cat([known, strange]), labels, args.strength)
-    judge = Familiarity(weight, bias, len(World("train").pool), 0.0, weights_hash(model.encoder))
+    weight, bias, network = fit_score(
+        torch.cat([known, strange]), labels, strength=args.strength, units=args.units, networks=NETWORKS
+    )
+    things, encoder = len(World("train").pool), weights_hash(model.encoder)
+    judge = Familiarity(weight, bias, things, 0.0, encoder, network)
 
     held = look(Clips(other, SEEDS["threshold"], "test"), args.held_out, "world, for the threshold")
     judge = replace(judge, bias=bias - float(judge.score(held).quantile(1 - args.false_alarms)))
@@ -281,15 +263,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--held-out", type=int, default=800, help="clips of each further kind (800)")
     parser.add_argument("--strength", type=float, default=0.01, help="of the fit: C (0.01)")
     parser.add_argument(
+        "--units", type=int, default=UNITS, help=f"of each of {NETWORKS} networks, 0: none ({UNITS})"
+    )
+    parser.add_argument(
         "--false-alarms", type=float, default=FALSE_ALARMS, help=f"share accepted ({FALSE_ALARMS})"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes that make clips, 0: none (1)")
 
     def run(args: argparse.Namespace) -> None:
-        if min(args.clips, args.held_out) < 8 or not 0 < args.false_alarms < 1 or args.strength <= 0:
+        wrong = not 0 < args.false_alarms < 1 or args.strength <= 0 or args.units < 0
+        if wrong or min(args.clips, args.held_out) < 8:
             raise ConfigError(
-                "--clips and --held-out must be at least 8, --false-alarms between 0 and 1, and --strength "
-                "above 0."
+                "--clips and --held-out must be at least 8, --false-alarms between 0 and 1, --strength above "
+                "0, and --units not below 0."
             )
         folder = model_folder(args.model)
         model = VideoLanguageModel.from_pretrained(folder)

@@ -30,6 +30,13 @@ SETTINGS = {"config.json", "generation_config.json", "tokenizer_config.json", "s
 CODE_OF_ITS_OWN = (
     "it needs code of its own, which is never run: use a model that transformers knows by itself"
 )
+# What libraries say, by words of theirs, as someone who has the files should hear it.
+PLAINLY = {
+    "trust_remote_code": CODE_OF_ITS_OWN,
+    "ignore_mismatched_sizes": (
+        "its weights have other shapes than its config.json says: copy both from one model"
+    ),
+}
 # The largest dimensions of models there are, and a margin.
 LARGEST: tuple[tuple[str, int], ...] = (
     (r"layers?$|depth$|n_layer|num_blocks", 2**10),
@@ -57,9 +64,8 @@ def refused(what: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = first_line(error)
-        if "trust_remote_code" in str(error):
-            reason = CODE_OF_ITS_OWN
+        said = str(error)
+        reason = next((plain for words, plain in PLAINLY.items() if words in said), first_line(error))
         raise ModelError(f"{what}: {reason}.") from error
 
 

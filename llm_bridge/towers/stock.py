@@ -20,6 +20,7 @@ from encoder.errors import ConfigError, ModelError
 from llm_bridge.adapters import without_adapters
 from llm_bridge.batch_invariance import make_batch_invariant
 from llm_bridge.llm import LanguageModel, Quantize, cache_argument, load_pretrained
+from llm_bridge.model_files.checks import open_settings
 from llm_bridge.quantized import KINDS, quantize_linear
 from llm_bridge.towers.measured_plans import measured_plan
 from llm_bridge.towers.stock_tower import StockTower
@@ -125,13 +126,27 @@ def kinds() -> dict[str, type[StockTower]]:
     }
 
 
-def stock_kind(folder: str | Path) -> str | None:
-    """The model type of a folder that holds a stock video model, else None."""
+def model_type(folder: str | Path) -> str | None:
+    """What a folder's config.json says it is; None where there is none, or it does not say."""
     try:
         kind = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
     except (OSError, ValueError, AttributeError):
         return None
+    return kind if isinstance(kind, str) else None
+
+
+def stock_kind(folder: str | Path) -> str | None:
+    """The model type of a folder that holds a stock video model, else None."""
+    kind = model_type(folder)
     return kind if kind in kinds() else None
+
+
+def no_video_model(name: str | Path, kind: str) -> ModelError:
+    """For a model of transformers of another kind."""
+    return ModelError(
+        f"{name} is a {kind[:80]!r} model, which cannot be shown videos here: give a model of the kinds "
+        f"{', '.join(kinds())} (`fluxchat models` lists some) or a FluxChat model's folder."
+    )
 
 
 def load_stock(
@@ -151,6 +166,9 @@ def load_stock(
 
     if stage not in ("before", "after"):
         raise ConfigError(f"select must be 'before' or 'after', not {stage!r}.")
+    settings = open_settings(name)  # before gigabytes of another kind are downloaded
+    if stock_kind(settings) is None:
+        raise no_video_model(name, model_type(settings) or "nameless")
     model, tokenizer, folder = load_pretrained(
         name,
         AutoModelForImageTextToText,
@@ -160,11 +178,8 @@ def load_stock(
         not_quantised=TOWERS,
         **options,
     )
-    kind = stock_kind(folder)
-    if kind is None:
-        raise ModelError(f"{name} is no video model of a kind that is supported: {', '.join(kinds())}.")
     base = without_adapters(model)
-    tower = kinds()[kind](base, folder, stage)
+    tower = kinds()[base.config.model_type](base, folder, stage)
     tower.plan_table = measured_plan(name, stage, tower.space)
     part = TextPart(_decoder(base), base.get_output_embeddings(), getattr(base, "generation_config", None))
     if quantize in KINDS:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from encoder.checkpoint import save_tensors, weights_hash
 from encoder.errors import CheckpointError
 from encoder.fluxvit import FluxViT
-from llm_bridge.familiarity import FAMILIARITY, FRAMES, Familiarity, num_statistics, statistics
+from llm_bridge.familiarity import FAMILIARITY, FRAMES, Familiarity, Network, num_statistics, statistics
 from llm_bridge.model import VideoLanguageModel
 from tests.llm_bridge.tiny_vlm import ENCODER, tiny_vlm
 
@@ -24,9 +24,15 @@ def encoder() -> FluxViT:
     return FluxViT(ENCODER).eval()
 
 
-def judge_of(encoder: FluxViT) -> Familiarity:
-    weight = torch.randn(num_statistics(encoder), generator=torch.Generator().manual_seed(1))
-    return Familiarity(weight, 0.25, 236, 3.5, weights_hash(encoder))
+def judge_of(encoder: FluxViT, units: int = 0) -> Familiarity:
+    generator, size = torch.Generator().manual_seed(1), num_statistics(encoder)
+    weight = torch.randn(size, generator=generator)
+    network = None
+    if units:
+        parts = [torch.randn(shape, generator=generator) for shape in ((size,), (units, size), (units,))]
+        outer = torch.randn(units, generator=generator)
+        network = Network(parts[0], parts[0].abs() + 1, parts[1].half(), parts[2], outer)
+    return Familiarity(weight, 0.25, 236, 3.5, weights_hash(encoder), network)
 
 
 def clip(frames: int, seed: int = 0, side: int = 40) -> torch.Tensor:
@@ -80,6 +86,44 @@ def test_the_file_comes_back_as_it_was(encoder: FluxViT, tmp_path: Path) -> None
     video = clip(3)
     expected = bool(statistics(encoder, video, "squash") @ judge.weight + judge.bias <= 0)
     assert found.is_familiar(encoder, video, "squash") == expected
+
+
+def test_a_network_beside_the_line_comes_back_too(encoder: FluxViT, tmp_path: Path) -> None:
+    judge, path = judge_of(encoder, units=5), tmp_path / FAMILIARITY
+    judge.save(path)
+    found = Familiarity.read(path, encoder)
+    assert found is not None
+    assert found.network is not None
+    assert judge.network is not None
+    assert all(torch.equal(value, vars(judge.network)[name]) for name, value in vars(found.network).items())
+    seen = statistics(encoder, clip(3), "squash")
+    scaled = (seen - judge.network.centre) / judge.network.spread
+    units = [
+        torch.nn.functional.gelu(row.float() @ scaled + bias)
+        for row, bias in zip(judge.network.inner, judge.network.inner_bias, strict=True)
+    ]
+    expected = (
+        seen @ judge.weight + judge.bias + sum(u * o for u, o in zip(units, judge.network.outer, strict=True))
+    )
+    torch.testing.assert_close(found.score(seen), expected)
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape", "not finite"])
+def test_a_damaged_network_is_one_sentence(encoder: FluxViT, tmp_path: Path, damage: str) -> None:
+    from encoder.checkpoint import read_tensors
+
+    path = tmp_path / FAMILIARITY
+    judge_of(encoder, units=5).save(path)
+    tensors = read_tensors(path, strip=False)
+    if damage == "missing":
+        del tensors["network.outer"]
+    elif damage == "shape":
+        tensors["network.inner"] = tensors["network.inner"][:, 1:]
+    else:
+        tensors["network.centre"][0] = torch.nan
+    save_tensors(tensors, path)
+    with pytest.raises(CheckpointError, match=FAMILIARITY):
+        Familiarity.read(path, encoder)
 
 
 def test_it_belongs_to_one_encoder(encoder: FluxViT, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from training.data import foreign_clips
 from training.data.foreign_clips import SHARES, SIDE, Photos, foreign_clip
 from training.data.reencode import reencoded
 from training.data.world_clips import texture, with_other_places
-from training.familiarity import Judged, absurd_yes, fit_logistic, main, segments
+from training.familiarity import Judged, absurd_yes, main, segments
+from training.models.familiarity_fit import fit_logistic, fit_network, fit_score
 from training.synthetic.assets import open_bank
 
 PHOTOS = 60
@@ -124,6 +125,40 @@ def test_the_fit_is_that_of_a_logistic_regression() -> None:
     assert abs(float(missed.mean())) < 1e-3
 
 
+def test_a_network_sees_what_no_line_divides() -> None:
+    """Points in a ring around others; the seed decides all of it."""
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(8000, 4, generator=generator) * 3 + 7
+    far = (features[:, :2] - 7).norm(dim=1)
+    labels = (far > far.median()).float()
+    weight, bias = fit_logistic(features, labels, 1.0)
+    line = ((features @ weight + bias > 0) == labels.bool()).float().mean()
+    network = fit_network(features, labels, 32)
+    again, other = fit_network(features, labels, 32), fit_network(features, labels, 32, seed=1)
+    assert torch.equal(network.score(features), again.score(features))
+    assert not torch.equal(network.inner, other.inner)
+    told = network.score(features)
+    right = ((told > told.median()) == labels.bool()).float().mean()
+    assert line < 0.65
+    assert right > 0.85
+
+
+def test_the_score_is_the_sum_of_both_on_scales_of_their_own() -> None:
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(300, 5, generator=generator)
+    labels = (features[:, 0] > 0).float()
+    weight, bias, network = fit_score(features, labels, strength=1.0, units=4, networks=3)
+    assert network is not None
+    assert network.inner.shape == (12, 5)
+    assert float((features @ weight).std()) == pytest.approx(1)
+    alone = [fit_network(features, labels, 4, seed).score(features) for seed in range(3)]
+    expected = sum(score / score.std() / 3 for score in alone)
+    torch.testing.assert_close(network.score(features), expected)
+    judge = Familiarity(weight, bias, 9, 0.0, "00" * 12, network)
+    torch.testing.assert_close(judge.score(features), features @ weight + bias + expected)
+    assert fit_score(features, labels, strength=1.0, units=0, networks=3)[2] is None
+
+
 def test_a_yes_to_the_absurd_is_counted_and_gives_way_about_foreign_videos_alone(
     llm_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,7 +231,9 @@ def test_there_must_be_something_to_measure(
     assert "leave out --measure" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", [("--clips", "2"), ("--false-alarms", "1"), ("--strength", "0")])
+@pytest.mark.parametrize(
+    "option", [("--clips", "2"), ("--false-alarms", "1"), ("--strength", "0"), ("--units", "-1")]
+)
 def test_wrong_numbers_are_one_line(
     option: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

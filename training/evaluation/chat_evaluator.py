@@ -1,4 +1,4 @@
-"""ChatEvaluator: a chat model that answers questions about media, greedily, at a fixed encoder input."""
+"""ChatEvaluator: a chat model that answers questions about media, greedily, at an encoder input or budget."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from encoder.budget import Plan
 from encoder.video.reader import Clip
 from llm_bridge.chat_model import ChatModel
 from llm_bridge.compute_worker import ComputeWorker
@@ -15,6 +16,7 @@ from llm_bridge.kv_cache import PrefixCache
 from llm_bridge.prompt import Message, Prompt, Visual, render
 from llm_bridge.sampling import SamplingParams
 from training.data.media import Media
+from training.evaluation.budget_input import BudgetInput, shown_info
 from training.evaluation.encoder_input import EncoderInput
 
 PREFIX_BYTES = 256 * 2**20
@@ -34,10 +36,11 @@ class Query:
 
 @dataclass
 class ChatEvaluator:
-    """A model at one encoder input; with None it is text-only: it is shown no video at all."""
+    """A model at one encoder input, or at what a budget buys of each clip; with None it is text-only: it is
+    shown no video at all."""
 
     model: ChatModel
-    encoder_input: EncoderInput | None
+    encoder_input: EncoderInput | BudgetInput | None
     seed: int = 0
 
     @property
@@ -102,10 +105,11 @@ class ChatEvaluator:
         if self.encoder_input is None:
             return (), []
         tower, encoder_input = self.model.tower, self.encoder_input
-        clip = self._clip(media, encoder_input)
-        plan = encoder_input.plan(tower.space, clip.info, len(clip.frames))
+        clip, plan = self._shown(media, encoder_input)
         pixels = tower.pixels(clip, plan)
-        merging = encoder_input.merging(plan.patch_size)
+        merging = None
+        if isinstance(encoder_input, EncoderInput):
+            merging = encoder_input.merging(plan.patch_size)
         if merging is not None:
             embedding, kept = tower.merge(pixels, merging, clip.times_s)
         else:
@@ -116,10 +120,16 @@ class ChatEvaluator:
         key = f"{number}/{encoder_input}"
         return (Visual(len(embedding), key, clip.duration_s, times, layout),), [embedding]
 
+    def _shown(self, media: Media, encoder_input: EncoderInput | BudgetInput) -> tuple[Clip, Plan]:
+        if isinstance(encoder_input, BudgetInput):
+            return encoder_input.open(media, self.model.tower)
+        clip = self._clip(media, encoder_input)
+        return clip, encoder_input.plan(self.model.tower.space, clip.info, len(clip.frames))
+
     def _clip(self, media: Media, encoder_input: EncoderInput) -> Clip:
         """Its frames, no more a second than the tower samples of a video."""
         clip = media.load(encoder_input.frames, encoder_input.resolution)
         if self.model.tower.space.most_fps is None:
             return clip
-        most = self.model.tower.space.most_frames(clip.info)
+        most = self.model.tower.space.most_frames(shown_info(clip.info, media))
         return clip if most >= len(clip.frames) else media.load(most, encoder_input.resolution)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from encoder.budget import input_for
 from encoder.errors import ConfigError
 from encoder.selection import Selector
 from llm_bridge.chat_model import ChatModel
+from llm_bridge.towers.stock import StockModel
 from training.evaluation.ability_metrics import UNSEEN
+from training.evaluation.budget_input import BudgetInput
 from training.evaluation.chat_evaluator import ChatEvaluator
 from training.evaluation.cli_arguments import (
     about_data,
@@ -95,17 +97,24 @@ def _evaluators(model: ChatModel, args: argparse.Namespace) -> dict[str, ChatEva
     """Runs by name: the inputs that were named, else every selector at every budget; and text-only."""
     space = model.tower.space
     if args.setting or args.plan_table:
-        inputs = {
+        inputs: dict[str, EncoderInput | BudgetInput] = {
             str(encoder_input): encoder_input.check(space) for encoder_input in encoder_inputs(args, space)
         }
     else:
         runs = [(selector, keep) for selector in args.selector for keep in args.budget]
         runs += [(selector, args.budget[0]) for selector in args.compare]
-        inputs = {f"{selector} {keep}": input_of(model, keep, selector, args.plan) for selector, keep in runs}
+        inputs = {f"{selector} {keep}": _input(model, keep, selector, args.plan) for selector, keep in runs}
     evaluators = {
         label: ChatEvaluator(model, encoder_input, args.seed) for label, encoder_input in inputs.items()
     }
     return evaluators if args.no_text_only else {**evaluators, TEXT_ONLY: ChatEvaluator(model, None)}
+
+
+def _input(model: ChatModel, keep: int, selector: Selector, plan: bool | None) -> EncoderInput | BudgetInput:
+    """Of a stock model what the budget buys of each clip, unless declined; of others as `input_of`."""
+    if isinstance(model, StockModel) and plan is not False:
+        return BudgetInput(keep, selector)
+    return input_of(model, keep, selector, bool(plan))
 
 
 def input_of(model: ChatModel, keep: int, selector: Selector = "flux", plan: bool = True) -> EncoderInput:
@@ -120,8 +129,10 @@ def input_of(model: ChatModel, keep: int, selector: Selector = "flux", plan: boo
 
 def _metadata(model: ChatModel, args: argparse.Namespace) -> dict[str, Any]:
     """What a chat model's answers depend on."""
+    table = model.tower.plan_table if isinstance(model, StockModel) else None
     return {
         **about_model(model),
+        **({} if table is None else {"plan table": [asdict(row) for row in table.rows]}),
         "decoding": "greedy",
         "system": model.system,
         "time sentence": model.tower.time_form,

@@ -322,7 +322,7 @@ def score_mvbench(items: Sequence[Item], rows: Sequence[Row], form: Form) -> dic
     missing = {i.id: row["missing"] for i, row in zip(items, rows, strict=True) if "missing" in row}
     order = [*TASKS, *(item.task for item in items)]
     tasks = {
-        task: _task_row([item for item in items if item.task == task], scores.get(task), missing)
+        task: _task_row([item for item in items if item.task == task], scores.get(task), missing, form)
         for task in sorted({item.task for item in items}, key=order.index)
     }
     answered_tasks = [score for score in scores.values() if score.answered]
@@ -331,6 +331,7 @@ def score_mvbench(items: Sequence[Item], rows: Sequence[Row], form: Form) -> dic
         if answered_tasks
         else (0.0, 1.0)
     )
+    chances = [row["chance"] for row in tasks.values() if "chance" in row]
     return {
         "prompt": form,
         "tasks": tasks,
@@ -338,20 +339,26 @@ def score_mvbench(items: Sequence[Item], rows: Sequence[Row], form: Form) -> dic
         "low": round(100 * low, 2),
         "high": round(100 * high, 2),
         "complete": not missing and mean is not None,
-        "chance": sum(row["chance"] for row in tasks.values()) / len(tasks),
+        **({"chance": sum(chances) / len(chances)} if chances else {}),
         "unreadable letters": sum(row["letter"] is None and bool(row["answer"].strip()) for row in answered),
         "missing": missing,
     }
 
 
-def _task_row(items: Sequence[Item], score: TaskScore | None, missing: Mapping[str, str]) -> dict[str, Any]:
-    """One task's share in percent with its interval; score: None when no video of it could be read."""
+def _task_row(
+    items: Sequence[Item], score: TaskScore | None, missing: Mapping[str, str], form: Form
+) -> dict[str, Any]:
+    """One task's share in percent with its interval; score: None when no video of it could be read.
+
+    There is no chance of an open answer: whoever is not shown the options cannot guess among them.
+    """
     low, high = wilson(score.right, score.answered) if score else (0.0, 1.0)
+    chance = 100 * sum(1 / len(item.candidates) for item in items) / len(items)
     return {
         "percent": None if score is None else score.percent,
         "low": round(100 * low, 2),
         "high": round(100 * high, 2),
-        "chance": 100 * sum(1 / len(item.candidates) for item in items) / len(items),
+        **({} if form == "open" else {"chance": chance}),
         "answered": score.answered if score else 0,
         "empty": score.empty if score else 0,
         "missing": sum(item.id in missing for item in items),
@@ -360,23 +367,35 @@ def _task_row(items: Sequence[Item], score: TaskScore | None, missing: Mapping[s
 
 
 def mvbench_table(results: Mapping[str, dict[str, Any]]) -> str:
-    """Tasks down, runs across, in percent with intervals; the mean over tasks last, and what is MVBench's."""
+    """Tasks down, runs across, in percent with intervals; the mean over tasks last, and what is MVBench's.
+
+    A column says what guessing gives, where a run was shown the options.
+    """
 
     def cell(value: float | None, row: Mapping[str, Any]) -> str | None:
         return None if value is None else f"{value:.1f} [{row['low']:.0f}, {row['high']:.0f}]"
 
     runs, first = list(results), next(iter(results.values()))
+    chooses = next((run for run in results.values() if run["prompt"] != "open"), None)
+
+    def chance(task: str | None) -> list[str]:
+        if chooses is None:
+            return []
+        return [f"{(chooses if task is None else chooses['tasks'][task])['chance']:.0f}"]
+
     lines: list[list[object]] = []
     for task, row in first["tasks"].items():
         of_task = [results[run]["tasks"][task] for run in runs]
         shares = (cell(own["percent"], own) for own in of_task)
-        lines.append([task, *shares, f"{row['chance']:.0f}", str(row["questions"])])
+        lines.append([task, *shares, *chance(task), str(row["questions"])])
     questions = sum(row["questions"] for row in first["tasks"].values())
     means = (cell(results[run]["mean"], results[run]) for run in runs)
-    lines.append(["mean over tasks", *means, f"{first['chance']:.0f}", str(questions)])
+    lines.append(["mean over tasks", *means, *chance(None), str(questions)])
+    empty = [""] * (1 if chooses is None else 2)
     for name, count in (("no letter", "unreadable letters"), ("missing", "missing")):
         totals = [results[run][count] for run in runs]
-        lines.append([name, *(str(n if isinstance(n, int) else len(n)) for n in totals), "", ""])
+        lines.append([name, *(str(n if isinstance(n, int) else len(n)) for n in totals), *empty])
     common = sum(task in TASKS for task in first["tasks"])
     note = f"{common} of MVBench's {len(TASKS)} tasks, {len(first['tasks']) - common} others."
-    return f"{table(['task', *runs, 'chance', 'n'], lines)}\n{note}"
+    columns = ["task", *runs, *([] if chooses is None else ["chance"]), "n"]
+    return f"{table(columns, lines)}\n{note}"

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from app import VideoChat
-from encoder.budget import Budget
+from encoder.budget import Budget, PlanRow, PlanTable
 from llm_bridge.chat_model import load_chat_model
 from tests import tiny_video_models
+from tests.encoder.video import video_files as vf
 from tests.tiny_video_models import KINDS
-from training.data.media import WorldMedia
+from training.data.media import FileMedia, WorldMedia
 from training.data.synthetic_source import WorldSource
 from training.evaluate import main
+from training.evaluation.budget_input import BudgetInput
 from training.evaluation.chat_evaluator import ChatEvaluator, Query
 from training.evaluation.encoder_input import EncoderInput
 
@@ -36,7 +39,7 @@ def test_mvbench_by_letters_and_in_open_answers(
     kind: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "m.json"
-    arguments = ["mvbench", "--dataset", "world", "--model", str(folders[kind]), "--device", "cpu", "--plan"]
+    arguments = ["mvbench", "--dataset", "world", "--model", str(folders[kind]), "--device", "cpu"]
     arguments += ["--clips", "1", "--preset", "solo", "--budget", "40", "--compare", "uniform"]
     assert main([*arguments, "--prompt", "flash", "open", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
@@ -78,6 +81,54 @@ def test_what_is_judged_is_what_videochat_answers(kind: str, folders: dict[str, 
         said = [chat.ask(clip, q, budget=budget, max_new_tokens=24).text.strip() for q in questions]
     assert judged == said
     assert judged[0] != judged[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_by_default_a_clip_is_shown_as_videochat_would(
+    kind: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """A long video, a short one, a part of one and an image, at small and large budgets."""
+    model = load_chat_model(folders[kind], device="cpu", dtype=torch.float32)
+    long = vf.write(tmp_path / "long.mp4", vf.steady(120, fps=4), size=(96, 64))
+    short = vf.write(tmp_path / "short.mp4", vf.steady(6, fps=4), size=(96, 64))
+    image = tmp_path / "image.png"
+    Image.new("RGB", (150, 90), (200, 90, 40)).save(image)
+    cases = [(FileMedia((path,)), {}) for path in (long, short, image)]
+    cases.append((FileMedia((long,), 2.0, 5.0), {"start": 2.0, "end": 5.0}))
+    plans = set()
+    with VideoChat(model) as chat:
+        for number, (media, part) in enumerate(cases):
+            for keep in (24, 150):
+                evaluator = ChatEvaluator(model, BudgetInput(keep))
+                [judged] = evaluator.answers(media, number, [Query("What is there?", max_new_tokens=6)])
+                said = chat.ask(media.paths[0], "What is there?", budget=keep, max_new_tokens=6, **part)
+                assert judged == said.text.strip()
+                plan = BudgetInput(keep).open(media, model.tower)[1]
+                assert plan == chat.plan(media.paths[0], keep, **part)
+                plans.add(plan)
+    assert len(plans) >= 3
+
+
+def test_a_budget_buys_what_the_models_own_table_says(folders: dict[str, Path]) -> None:
+    world = WorldSource(split="test", count=1).open()
+    media = WorldMedia(world, world.sample(0), 0)
+    model = load_chat_model(folders["qwen3_vl"], device="cpu", dtype=torch.float32)
+    model.tower.plan_table = PlanTable((PlanRow(60, 4, 128),))
+    plan = BudgetInput(60).open(media, model.tower)[1]
+    assert (plan.frames, plan.height, plan.width) == (4, 128, 128)
+
+
+def test_the_largest_input_is_had_by_asking(folders: dict[str, Path], tmp_path: Path) -> None:
+    arguments = ["world", "--model", str(folders["smolvlm"]), "--device", "cpu", "--no-text-only"]
+    arguments += ["--clips", "1", "--preset", "solo", "--budget", "20", "--unseen-clips", "0"]
+    used = []
+    for more in ([], ["--no-plan"]):
+        out = tmp_path / f"{len(used)}.json"
+        assert main([*arguments, *more, "--out", str(out)]) == 0
+        used.append(json.loads(out.read_text())["inputs"]["flux 20"])
+    space = load_chat_model(folders["smolvlm"], device="cpu").tower.space
+    assert (used[0]["frames"], used[0]["K"]) == (None, 20)
+    assert (used[1]["frames"], used[1]["resolution"]) == space.full
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -219,3 +219,17 @@ def test_open_answers_are_scored_by_their_words() -> None:
     task = result["tasks"]["action_count"]
     assert (task["percent"], task["answered"], task["empty"]) == (pytest.approx(100 / 3), 3, 1)
     assert result["unreadable letters"] == 1
+
+
+def test_open_answers_have_no_chance() -> None:
+    """Whoever is not shown the options cannot guess among them: neither figures nor table say so."""
+    items = [Item("t/0", "t", FileMedia((Path("a.mp4"),)), "How many?", ("1", "2"), 1)]
+    opened = score_mvbench(items, [{"answer": "two"}], "open")
+    chosen = score_mvbench(items, [{"answer": "(B)"}], "flash")
+    assert "chance" not in json.dumps(opened)
+    both = mvbench_table({"open": opened, "flash": chosen}).splitlines()
+    assert both[0].split() == ["task", "open", "flash", "chance", "n"]
+    assert both[1].split()[-2:] == ["50", "1"]
+    alone = mvbench_table({"open": opened}).splitlines()
+    assert alone[0].split() == ["task", "open", "n"]
+    assert alone[1].split()[-1] == "1"
