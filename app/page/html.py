@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from html import escape
@@ -14,6 +15,7 @@ from app.answer import Answer, KeptTokens
 from app.estimate import Estimate
 from app.page.overlay import data_url, kept_mask, paint
 from app.page.sessions import Media
+from encoder.video.clock import clock as exact
 from encoder.video.reader import read_clip
 
 _COUNTING = (
@@ -205,14 +207,37 @@ def shelf(media: Sequence[Media], shown: int) -> str:
         name = escape(medium.name)
         length = "image" if medium.is_image else clock(medium.info.duration_s)
         current = ' aria-current="true"' if index == shown else ""
+        part = medium.part
+        chosen = escape(json.dumps({"start": part.start_s, "end": part.end_s, "region": part.region}))
         kind = "image" if medium.is_image else "video"
         items.append(
-            f'<span class="fc-medium"{current} data-kind="{kind}" data-src="{file_address(medium.path)}">'
+            f'<span class="fc-medium"{current} data-kind="{kind}" data-src="{file_address(medium.path)}" '
+            f'data-seconds="{medium.info.duration_s:g}" data-part="{chosen}">'
             f'<button type="button" data-show="{index}" title="Show {name}">'
             f"<b>{index + 1}</b> {name} <i>{length}</i></button>"
             f'<button type="button" data-remove="{index}" aria-label="Remove {name}">×</button></span>'
         )
     return f'<div class="fc-shelf" role="group" aria-label="Videos and images">{"".join(items)}</div>'
+
+
+def part_chips(media: Sequence[Media], *, clearable: bool = False) -> str:
+    """What of the videos and images a question is about, where that is not all; empty otherwise."""
+    chips = []
+    for index, medium in enumerate(media):
+        if medium.part.whole:
+            continue
+        end_s = medium.info.duration_s if medium.part.end_s is None else medium.part.end_s
+        name = [escape(medium.name)] if len(media) > 1 else []
+        times = [f"{exact(medium.part.start_s)} – {exact(end_s)}"] if medium.part.timed else []
+        box = ["a box of the picture"] if medium.part.region else []
+        button = (
+            f'<button type="button" data-whole="{index}" aria-label="Ask about all of {escape(medium.name)}">'
+            "×</button>"
+        )
+        chips.append(
+            f'<span class="fc-chip">{" · ".join(name + times + box)}{button if clearable else ""}</span>'
+        )
+    return f'<div class="fc-chips">{"".join(chips)}</div>' if chips else ""
 
 
 def suggestions(questions: Sequence[str]) -> str:

@@ -27,10 +27,11 @@ document.addEventListener("keydown", (event) => {
     if (event.isComposing) return event.stopPropagation();
     if (event.shiftKey) return event.stopPropagation(); // a new line; Gradio would send
   }
-  if (event.key !== "Escape" || find("dialog[open]")) return;
+  if (event.key !== "Escape" || find("dialog[open]") || event.target.closest?.("#fluxchat-list :is(input, li)")) return;
   const stop = find("#fluxchat-stop");
   if (stop && stop.offsetParent) stop.click();
   else if (document.body.classList.contains("fc-settings-open")) showSettings(false);
+  else if (sideCovers()) showSide(false);
   if (!event.target.closest?.("#fluxchat-chat textarea")) focusQuestion();
 }, true);
 
@@ -50,32 +51,38 @@ function say(text) {
   find("span", place).textContent = text || "";
 }
 
-function send(files) {
-  if (!files.length) return;
+const brought = new Map(); // path on the server -> the file that was sent
+
+// Send files to the server: a promise of their paths there; rejected with a sentence.
+function upload(files, name) {
   const form = new FormData(), request = new XMLHttpRequest();
   for (const file of files) form.append("files", file, file.name || "pasted.png");
-  const name = files.length > 1 ? `${files.length} files` : files[0].name || "the picture";
   request.upload.onprogress = (event) => {
     const share = event.lengthComputable ? ` ${Math.floor((100 * event.loaded) / event.total)} %` : "";
     say(event.loaded < event.total ? `Sending ${name}${share}` : `Opening ${name} …`);
   };
-  request.onload = () => {
-    let answer = null;
-    try { answer = JSON.parse(request.responseText); } catch { /* not ours */ }
-    if (request.status === 200 && Array.isArray(answer)) {
-      trigger("files", { files: answer.map((path) => ({ path })) });
-      return;
-    }
-    say("");
-    trigger("refused", { text: refusal(request.status, answer, name) });
-  };
-  request.onerror = () => {
-    say("");
-    trigger("refused", { text: `The server could not be reached: ${name} was not sent. Try again.` });
-  };
-  request.open("POST", `${api}/upload`);
   say(`Sending ${name}`);
-  request.send(form);
+  return new Promise((done, refused) => {
+    request.onload = () => {
+      let answer = null;
+      try { answer = JSON.parse(request.responseText); } catch { /* not ours */ }
+      if (request.status !== 200 || !Array.isArray(answer)) return refused(refusal(request.status, answer, name));
+      answer.forEach((path, index) => brought.set(path, files[index]));
+      done(answer);
+    };
+    request.onerror = () => refused(`The server could not be reached: ${name} was not sent. Try again.`);
+    request.open("POST", `${api}/upload`);
+    request.send(form);
+  });
+}
+
+function send(files) {
+  if (!files.length) return;
+  const name = files.length > 1 ? `${files.length} files` : files[0].name || "the picture";
+  upload(files, name).then(
+    (paths) => trigger("files", { files: paths.map((path) => ({ path })) }),
+    (text) => { say(""); trigger("refused", { text }); },
+  );
 }
 
 function refusal(status, answer, name) {
@@ -223,10 +230,12 @@ function endPiece() {
   find(".fc-piece").hidden = true;
 }
 
+// As encoder/video/clock.py writes it: "0:05", "1:02.5", "1:23:45".
 function clock(seconds) {
-  const tenths = Math.round(10 * seconds), minutes = Math.floor(tenths / 600);
-  const rest = ((tenths % 600) / 10).toFixed(tenths % 10 ? 1 : 0);
-  return `${minutes}:${rest.padStart(tenths % 10 ? 4 : 2, "0")}`;
+  const hundredths = Math.round(100 * seconds), minutes = Math.floor(hundredths / 6000) % 60, hours = Math.floor(hundredths / 360000);
+  const rest = ((hundredths % 6000) / 100).toFixed(2).replace(/\.?0+$/, "") || "0";
+  const [whole, part] = rest.split("."), tail = whole.padStart(2, "0") + (part ? `.${part}` : "");
+  return hours ? `${hours}:${String(minutes).padStart(2, "0")}:${tail}` : `${minutes}:${tail}`;
 }
 
 function seek(medium, start, end = null) {
@@ -255,10 +264,6 @@ const clicks = {
   "[data-record]": () => record(),
   "[data-camera-off]": () => { closeCamera(); focusQuestion(); },
   "[data-settings]": () => showSettings(!document.body.classList.contains("fc-settings-open")),
-  "[data-side]": (button) => {
-    const open = document.body.classList.toggle("fc-side-open");
-    button.setAttribute("aria-expanded", String(open));
-  },
   "[data-models]": () => find("#fluxchat-models").showModal(),
   "[data-models-close]": () => find("#fluxchat-models").close(),
   "[data-fresh]": () => { trigger("fresh"); focusQuestion(); },
