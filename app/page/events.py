@@ -124,6 +124,15 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
         handlers.look_at(session, event.start, event.end, event.region)
         return media_updates(session)
 
+    def on_clip(event: gr.EventData, request: gr.Request) -> list[str]:
+        session, index = session_of(request), int(event.index)
+        if not 0 <= index < len(session.media):
+            return ["", session.problem]
+        made = handlers.clip(session, index, event.start, event.end, _client_id(request))
+        return [made, session.problem]
+
+    controls.shelf.clip(on_clip, None, [controls.made, controls.problem], **quick)
+
     def cost(request: gr.Request, *values: Any) -> list[str]:
         return handlers.cost(session_of(request), Settings(*values))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import queue
 import shlex
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,9 @@ from app.server.chat_request import longest_text
 from app.server.errors import ApiError
 from app.streaming import Thought
 from encoder.errors import ConfigError, FluxChatError
+from encoder.video.clock import clock, interval
 from encoder.video.part import Part
+from encoder.video.remux import MUXERS
 
 LOG = logging.getLogger("fluxchat")
 YIELD_S = 0.05  # at most 20 updates a second
@@ -122,6 +125,22 @@ class Handlers:
         session.media[session.shown] = replace(session.current, part=part)
         session.problem = ""
         return ""
+
+    def clip(self, session: Session, index: int, start: Any, end: Any, client: str = "") -> str:
+        """A part of a video as a file of that client's: HTML that names it, empty with a problem shown."""
+        medium = session.media[index]
+        suffix = Path(medium.path).suffix.lower()
+        try:
+            start_s, end_s = interval(start, end)
+            times = "-".join(clock(time_s).replace(":", ".") for time_s in (start_s, end_s))
+            name = f"{Path(medium.name).stem[:60]}-{times}{suffix if suffix in MUXERS else '.mkv'}"
+            with tempfile.TemporaryDirectory(prefix="fluxchat-") as folder:
+                done = self.chat.cut(medium.asked, start_s, end_s, Path(folder) / name)
+                path = self.sessions.copy(Path(folder) / name, client)
+        except (FluxChatError, ApiError, OSError) as error:
+            session.problem = markup.problem(_sentence(error))
+            return ""
+        return markup.made(path, name, f"Saved {name}: {clock(done.start_s)} to {clock(done.end_s)}")
 
     # -- cost -----------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
 from collections.abc import Sequence
 from html import escape
 from urllib.parse import quote
@@ -198,6 +199,14 @@ def copy_button(text: str) -> str:
 def file_address(path: str) -> str:
     """Where the page's server has an upload, from its root; safe in an attribute."""
     return escape(f"/gradio_api/file={quote(path)}")
+
+
+def made(path: str, name: str, text: str) -> str:
+    """A file that was made for the visitor, which the page's script saves. text: what it says of it."""
+    return (
+        f'<a hidden data-made="{secrets.token_hex(4)}" data-told="{escape(text)}" '
+        f'href="{file_address(path)}" download="{escape(name)}"></a>'
+    )
 
 
 def shelf(media: Sequence[Media], shown: int) -> str:

@@ -161,6 +161,7 @@ class Controls:
             elem_id="fluxchat-shelf",
         )
         self.strip = gr.HTML(**PLAIN, elem_id="fluxchat-strip")
+        self.made = gr.HTML(**PLAIN, elem_id="fluxchat-made")
 
     def _conversation(self, chat: VideoChat, examples: Examples) -> None:
         self.chat = gr.Chatbot(

@@ -280,6 +280,7 @@ const clicks = {
   "[data-seek]": (frame) => seek(Number(frame.dataset.medium), Number(frame.dataset.seek)),
   "[data-show]": (button) => trigger("select", { index: Number(button.dataset.show) }),
   "[data-remove]": (button) => { trigger("delete", { index: Number(button.dataset.remove) }); focusQuestion(); },
+  "[data-clip]": clip,
   "[data-again]": () => piece && move(piece.start, piece.end),
   "[data-copy]": (button) => {
     navigator.clipboard?.writeText(button.dataset.copy).then(() => {
@@ -308,6 +309,45 @@ document.addEventListener("click", (event) => {
   }
   if (event.target.id === "fluxchat-models") event.target.close(); // beside the dialog
 }, true);
+
+// -- clips ---------------------------------------------------------------------------------------------------
+
+const CLIP_S = 2; // before and after a single time
+
+// Beside each time in an answer, a button that saves that piece as a file.
+function offerClips() {
+  for (const link of document.querySelectorAll('#fluxchat-chat a[href*="#t="]:not([data-clipped])')) {
+    link.dataset.clipped = "";
+    const button = document.createElement("button");
+    Object.assign(button, { type: "button", className: "fc-clip", textContent: "clip", ariaLabel: `Save ${link.textContent} as a clip`, title: "Save this piece as a file" });
+    button.dataset.clip = link.getAttribute("href").split("#t=")[1];
+    link.after(button);
+  }
+}
+
+function clip(button) {
+  const [start, end] = button.dataset.clip.split(",").map(Number), seconds = Number(current()?.dataset.seconds || 0);
+  const from = end === undefined ? start - CLIP_S : start, to = end === undefined ? start + CLIP_S : end;
+  say("Cutting …");
+  trigger("clip", { index: shown(), start: Math.max(0, from), end: seconds ? Math.min(seconds, to) : to });
+}
+
+let made = "";
+function saveMade() {
+  const link = find("#fluxchat-made [data-made]");
+  if (!link || link.dataset.made === made) return;
+  made = link.dataset.made;
+  const saved = document.createElement("a");
+  Object.assign(saved, { href: root + link.getAttribute("href"), download: link.download });
+  saved.click();
+  say(link.dataset.told);
+}
+
+new MutationObserver(() => {
+  offerClips();
+  saveMade();
+  if (find("#fluxchat-problem [role=alert]") && find(".fc-upload span")?.textContent === "Cutting …") say("");
+}).observe(document.body, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-made"] });
 
 // -- a frame under the pointer, large ------------------------------------------------------------------------
 
