@@ -285,16 +285,23 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
     )
 
     def on_compare(
-        request: gr.Request, question: str, first: int, second: int, *values: Any
+        request: gr.Request, question: str, first: int, one: Any, second: int, other: Any, *values: Any
     ) -> Iterator[Any]:
-        session = session_of(request)
-        for panels in handlers.compare(session, question, Settings(*values), [first, second]):
+        session, sides = session_of(request), [(first, one), (second, other)]
+        for panels in handlers.compare(session, question, Settings(*values), sides):
             yield [*panels, gr.update(visible=False), gr.update(visible=True)]
         yield [gr.skip(), gr.skip(), *idle]
 
     controls.go.click(
         on_compare,
-        [controls.both, controls.first, controls.second, *controls.settings],
+        [
+            controls.both,
+            controls.first,
+            controls.first_selector,
+            controls.second,
+            controls.second_selector,
+            *controls.settings,
+        ],
         [controls.left, controls.right, controls.go, controls.halt],
         **slow,
     )

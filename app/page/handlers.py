@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from app.server.chat_request import longest_text
 from app.server.errors import ApiError
 from app.streaming import Thought
 from encoder.errors import ConfigError, FluxChatError
+from encoder.selection import Selector
 from encoder.video.clock import clock, interval
 from encoder.video.part import Part
 from encoder.video.remux import MUXERS
@@ -63,6 +64,17 @@ PHASES = {"decode": "Reading the frames", "encode": "Looking", "prefill": "Think
 MAX_TURNS = 100  # that a conversation keeps, with what was looked at in each
 SHOWN = 200  # characters of a question that is too long
 UNEXPECTED_ERROR = "Something went wrong that should not have; the server's log says what."
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One answer of a comparison, as far as it is."""
+
+    text: str = ""
+    thinking: str = ""
+    phase: str = ""
+    details: str = ""
+    problem: str = ""
 
 
 class Handlers:
@@ -375,40 +387,84 @@ class Handlers:
         session.problem = ""
 
     def compare(
-        self, session: Session, question: str, settings: Settings, budgets: Sequence[int]
+        self, session: Session, question: str, settings: Settings, sides: Sequence[tuple[int, Selector]]
     ) -> Iterator[list[str]]:
-        """The same question at several budgets, one after the other: yields one piece of HTML for each."""
-        panels = ["" for _ in budgets]
+        """The same question at several budgets or with several selectors, answered at the same time: yields
+        one piece of HTML for each. At the end, words that the others did not say are marked.
+
+        sides: tokens and selector of each.
+        """
         if not question.strip():
-            yield [markup.problem("The question is empty: ask something in words.") for _ in budgets]
+            yield [markup.problem("The question is empty: ask something in words.") for _ in sides]
             return
         if not session.media:
-            yield [markup.problem("There is no video yet: add one first.") for _ in budgets]
+            yield [markup.problem("There is no video yet: add one first.") for _ in sides]
             return
         session.halt()
         stop = session.stop = threading.Event()
         media = tuple(session.media)
+        chosen = [
+            replace(settings, tokens=int(tokens), auto=False, selector=selector) for tokens, selector in sides
+        ]
+        updates: queue.Queue[tuple[int, _Side | None]] = queue.Queue()
+
+        def work(index: int) -> None:
+            side = _Side()
+            try:
+                for text, thinking, phase, answer in self._answer(
+                    session, media, question, chosen[index], stop, []
+                ):
+                    details = "" if answer is None else self._details(session, media, chosen[index], answer)
+                    side = _Side(text, thinking, phase, details)
+                    updates.put((index, side))
+            except FluxChatError as error:
+                updates.put((index, replace(side, phase="", problem=_sentence(error))))
+            finally:
+                updates.put((index, None))
+
         session.busy += 1
+        workers = [
+            threading.Thread(target=work, args=(i,), name="fluxchat-compare") for i in range(len(sides))
+        ]
+        shown, running = [_Side(phase="Waiting for its turn") for _ in sides], len(sides)
         try:
-            for index, tokens in enumerate(budgets):
-                if stop.is_set():
-                    return
-                chosen = replace(settings, tokens=int(tokens), auto=False)
-                head = f"<h3>{int(tokens)} tokens</h3>"
-                for text, thinking, phase, answer in self._answer(session, media, question, chosen, stop, []):
-                    details = "" if answer is None else self._details(session, media, chosen, answer)
-                    waiting = f'<p class="fc-phase">{phase} …</p>' if phase else ""
-                    linked = markup.link_times(escape(text), session.duration_s, html=True)
-                    thoughts = markup.thoughts(thinking)
-                    panels[index] = f"{head}{thoughts}<p>{linked}</p>{waiting}{details}"
-                    yield list(panels)
-        except FluxChatError as error:
-            panels[:] = [panel or markup.problem(_sentence(error)) for panel in panels]
-            yield list(panels)
+            for worker in workers:
+                worker.start()
+            while running:
+                index, side = updates.get()
+                if side is None:
+                    running -= 1
+                else:
+                    shown[index] = side
+                    yield self._panels(session, shown, sides)
+            yield self._panels(session, shown, sides, marked=True)
         finally:
+            stop.set()
+            for worker in workers:
+                worker.join()
             session.busy -= 1
             if session.closed:
                 self.chat.forget(session.scope)
+
+    def _panels(
+        self,
+        session: Session,
+        shown: Sequence[_Side],
+        sides: Sequence[tuple[int, Selector]],
+        *,
+        marked: bool = False,
+    ) -> list[str]:
+        panels = []
+        for side, (tokens, selector) in zip(shown, sides, strict=True):
+            others = [other.text for other in shown if other is not side] if marked else []
+            said = markup.said_alone(side.text, others, session.duration_s)
+            waiting = f'<p class="fc-phase">{side.phase} …</p>' if side.phase else ""
+            problem = markup.problem(side.problem) if side.problem else ""
+            panels.append(
+                f"<h3>{int(tokens)} tokens · {escape(selector)}</h3>{markup.thoughts(side.thinking)}"
+                f"<p>{said}</p>{waiting}{problem}{side.details}"
+            )
+        return panels
 
     def messages(self, session: Session) -> list[dict[str, Any]]:
         """The conversation for the chat display: two messages for every turn."""

@@ -6,7 +6,9 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from html import escape
+from itertools import groupby
 from urllib.parse import quote
 
 from PIL import Image
@@ -82,6 +84,27 @@ def _seconds_of(words: str) -> float:
     """ "1:02.5" and "62.5" as seconds."""
     minutes, _, seconds = words.rpartition(":")
     return 60 * int(minutes or 0) + float(seconds)
+
+
+def said_alone(text: str, others: Sequence[str], duration_s: float) -> str:
+    """An answer as HTML, its times linked; words that none of the other answers has there are marked."""
+    words = re.findall(r"\S+\s*|\s+", text)
+    bare = [_bare(word) for word in words]
+    shared = [not others] * len(words)
+    for other in others:
+        matcher = SequenceMatcher(None, bare, [_bare(word) for word in other.split()], autojunk=False)
+        for block in matcher.get_matching_blocks():
+            shared[block.a : block.a + block.size] = [True] * block.size
+    pieces = []
+    for same, group in groupby(zip(shared, words, strict=True), key=lambda pair: pair[0]):
+        piece = "".join(word for _, word in group)
+        linked = link_times(escape(piece), duration_s, html=True)
+        pieces.append(linked if same else f"<mark>{linked}</mark>")
+    return "".join(pieces)
+
+
+def _bare(word: str) -> str:
+    return word.strip().strip(".,;:!?\"'()").lower()
 
 
 def thoughts(text: str) -> str:

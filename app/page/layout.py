@@ -38,6 +38,13 @@ SIDE = (
     'aria-label="Search conversations"><ul aria-label="Conversations"></ul>'
     '<p class="fc-undo" role="status"></p><p class="fc-note" id="fluxchat-kept"></p></div>'
 )
+SELECTORS = [
+    ("flux: what changes", "flux"),
+    ("uniform: evenly", "uniform"),
+    ("random", "random"),
+    ("tube: random places", "tube"),
+    ("evs: unlike the frame before", "evs"),
+]
 HEAD = f"""\
 <meta name="description" content="{SUMMARY}">
 <meta property="og:title" content="{TITLE}">
@@ -252,13 +259,7 @@ class Controls:
                 self.frames = gr.Dropdown([CHOOSE, *frames], value=CHOOSE, label="Frames")
                 self.resolution = gr.Dropdown([CHOOSE, *sides], value=CHOOSE, label="Resolution (pixels)")
                 self.selector = gr.Dropdown(
-                    [
-                        ("flux: what changes", "flux"),
-                        ("uniform: evenly", "uniform"),
-                        ("random", "random"),
-                        ("tube: random places", "tube"),
-                        ("evs: unlike the frame before", "evs"),
-                    ],
+                    SELECTORS,
                     value="flux",
                     label="Which tokens stay",
                 )
@@ -270,22 +271,25 @@ class Controls:
             )
 
     def _compare(self, budgets: Range) -> None:
-        with gr.Accordion("Compare two budgets", open=False, elem_id="fluxchat-compare"):
+        with gr.Accordion("Compare two budgets or selectors", open=False, elem_id="fluxchat-compare"):
             with gr.Row(elem_classes="fc-tight"):
                 self.both = gr.Textbox(QUESTION, label="Question for both", scale=3)
-                low, high = budgets.near(budgets.largest // 8), budgets.largest
-                limits = (budgets.step, budgets.largest)
-                self.first = _slider(
-                    *limits, low, step=budgets.step, label="First budget", buttons=[], scale=2
-                )
-                self.second = _slider(
-                    *limits, high, step=budgets.step, label="Second budget", buttons=[], scale=2
-                )
                 self.go = gr.Button("Compare", variant="primary", scale=0, min_width=110)
                 self.halt = gr.Button("Stop", variant="stop", scale=0, min_width=110, visible=False)
             with gr.Row():
-                self.left = gr.HTML(**PLAIN, elem_classes="fc-panel", elem_id="fluxchat-first")
-                self.right = gr.HTML(**PLAIN, elem_classes="fc-panel", elem_id="fluxchat-second")
+                low, high = budgets.near(budgets.largest // 8), budgets.largest
+                with gr.Column(min_width=200):
+                    self.first, self.first_selector = self._side("First", budgets, low)
+                    self.left = gr.HTML(**PLAIN, elem_classes="fc-panel", elem_id="fluxchat-first")
+                with gr.Column(min_width=200):
+                    self.second, self.second_selector = self._side("Second", budgets, high)
+                    self.right = gr.HTML(**PLAIN, elem_classes="fc-panel", elem_id="fluxchat-second")
+
+    def _side(self, name: str, budgets: Range, tokens: int) -> tuple[Any, gr.Dropdown]:
+        """Budget and selector of one side of a comparison."""
+        limits = (budgets.step, budgets.largest)
+        budget = _slider(*limits, tokens, step=budgets.step, label=f"{name} budget", buttons=[])
+        return budget, gr.Dropdown(SELECTORS, value="flux", label=f"{name}: which tokens stay")
 
     @property
     def settings(self) -> list[gr.components.Component]:
