@@ -258,9 +258,9 @@ def part_chips(media: Sequence[Media], *, clearable: bool = False) -> str:
     for index, medium in enumerate(media):
         if medium.part.whole:
             continue
-        end_s = medium.info.duration_s if medium.part.end_s is None else medium.part.end_s
+        end = clock(medium.info.duration_s) if medium.part.end_s is None else exact(medium.part.end_s)
         name = [escape(medium.name)] if len(media) > 1 else []
-        times = [f"{exact(medium.part.start_s)} – {exact(end_s)}"] if medium.part.timed else []
+        times = [f"{exact(medium.part.start_s)} – {end}"] if medium.part.timed else []
         box = ["a box of the picture"] if medium.part.region else []
         button = (
             f'<button type="button" data-whole="{index}" aria-label="Ask about all of {escape(medium.name)}">'

@@ -35,7 +35,7 @@ function drawRange() {
   line.style.setProperty("--from", `${(100 * start) / seconds}%`);
   line.style.setProperty("--to", `${(100 * end) / seconds}%`);
   for (const name of EDGES) edge(name).setAttribute("aria-valuetext", clock(part[name] ?? seconds));
-  find(".fc-range output").textContent = start || part.end !== null ? `${clock(start)} – ${clock(end)}` : "All of it";
+  find(".fc-range output").textContent = start || part.end !== null ? `${clock(start)} – ${clock(part.end ?? Math.round(seconds))}` : "All of it";
 }
 
 function commit() {
