@@ -10,7 +10,7 @@ PY := $(VENV)/bin/python
 # Without an NVIDIA GPU the CPU build of torch is enough, and gigabytes smaller.
 CONSTRAINTS := $(if $(shell command -v nvidia-smi 2>/dev/null),,-c constraints-cpu.txt)
 
-.PHONY: setup demo test test-slow check docs lowest llamacpp vllm bench gpu real model mutants clean
+.PHONY: setup demo test test-slow check docs lowest llamacpp vllm bench gpu pictures real model mutants clean
 
 setup: $(VENV)/.complete
 
@@ -41,6 +41,10 @@ check: setup
 # Into site/, without network; a warning is an error.
 docs: setup
 	@$(PY) -m mkdocs build --strict
+
+# docs/page.webp and docs/page/, taken of the real page in Chromium; some minutes.
+pictures: setup
+	@$(PY) -m tests.pictures
 
 # Errors planted in a copy of the source, each of which some test must notice; takes minutes.
 mutants: setup

@@ -36,6 +36,7 @@ from app.vision import EncodedVideo, OpenedVideo, Preview, Vision
 from encoder.budget import Budget, Plan, PlanTable
 from encoder.errors import ConfigError, ContextError, ModelError
 from encoder.selection import Selector
+from encoder.video.cut import CutPart
 from encoder.video.part import Part
 from encoder.video.reader import DEFAULT_LIMITS, Limits, VideoInfo
 from llm_bridge.chat_model import ChatModel, load_chat_model
@@ -460,6 +461,11 @@ class VideoChat(NotCopyable):
         check_selector(selector)
         opened, plan = self._open(part_of(video, **part), self.plan_budget(budget))
         return self._vision.preview(opened, plan, selector, scope=scope)
+
+    def cut(self, video: Any, start: float | str, end: float | str, out: str | os.PathLike[str]) -> CutPart:
+        """Copy a part of a video into the file `out`, as `encoder.video.cut` does; raises VideoError."""
+        self._check_usable()
+        return self._vision.cut(as_media(video), start, end, Path(out))
 
     # -- the rest -------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from encoder.budget import Plan
 from encoder.errors import VideoError
 from encoder.preprocess import centre
 from encoder.selection import Selector
+from encoder.video.cut import CutPart, cut
 from encoder.video.digest import WHOLE_BYTES, file_digest, file_state
 from encoder.video.geometry import Crop, fit_within
 from encoder.video.in_memory import shrink
@@ -142,6 +144,12 @@ class Vision:
         """A medium's source as one that can be read more than once; raises VideoError."""
         check_source(medium, label)
         return self._sources.hold(medium.source, label)
+
+    def cut(self, medium: Media, start: float | str, end: float | str, out: str | Path) -> CutPart:
+        """Copy a part of a video into a file, read as all videos are here; raises VideoError."""
+        return cut(
+            medium.source, start, end, out, trusted=self._trusted, limits=self._limits, name=medium.label()
+        )
 
     def encode(
         self,

@@ -9,15 +9,17 @@ serves it together with the API (app/server/launch.py).
 
 from __future__ import annotations
 
+import hashlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import gradio as gr
 
 from app.chat import VideoChat
 from app.page.handlers import Handlers
-from app.page.html import notice, shelf
+from app.page.html import notice, part_chips, shelf
+from app.page.kept import record
 from app.page.layout import Controls, Examples, default_examples, page_options
 from app.page.sessions import Session, Sessions
 from app.page.settings import Settings
@@ -52,6 +54,8 @@ def build(
         _connect_events(controls, handlers, examples, workers)
         _add_api_endpoints(handlers)
         page.unload(_on_unload(sessions))
+        if login:
+            page.load(_owner, None, controls.record, api_visibility="private", queue=False)
     page.queue(max_size=16, default_concurrency_limit=workers)
     page.sessions = sessions  # type: ignore[attr-defined]
     return page
@@ -78,6 +82,7 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
             *handlers.pricing(session),
             notice("Reading the frames …") if session.media else "",
             handlers.suggestions(session),
+            part_chips(session.media, clearable=True),
         ]
 
     media_outputs = [
@@ -87,6 +92,7 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
         controls.cost,
         controls.strip,
         controls.suggestions,
+        controls.parts,
     ]
 
     def on_files(event: gr.EventData, request: gr.Request) -> list[Any]:
@@ -111,6 +117,22 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
             sessions.remove(session, int(event.index))
         return media_updates(session)
 
+    def on_part(event: gr.EventData, request: gr.Request) -> list[Any]:
+        session = session_of(request)
+        if (at := event._data.get("index")) is not None and 0 <= int(at) < len(session.media):
+            session.shown = int(at)
+        handlers.look_at(session, event.start, event.end, event.region)
+        return media_updates(session)
+
+    def on_clip(event: gr.EventData, request: gr.Request) -> list[str]:
+        session, index = session_of(request), int(event.index)
+        if not 0 <= index < len(session.media):
+            return ["", session.problem]
+        made = handlers.clip(session, index, event.start, event.end, _client_id(request))
+        return [made, session.problem]
+
+    controls.shelf.clip(on_clip, None, [controls.made, controls.problem], **quick)
+
     def cost(request: gr.Request, *values: Any) -> list[str]:
         return handlers.cost(session_of(request), Settings(*values))
 
@@ -127,6 +149,7 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
         controls.shelf.files(on_files, None, media_outputs, **quick),
         controls.shelf.select(on_medium_select, None, media_outputs, **quick),
         controls.shelf.delete(on_medium_remove, None, media_outputs, **quick),
+        controls.shelf.part(on_part, None, media_outputs, **{**quick, "trigger_mode": "always_last"}),
     ):
         refresh(event)
 
@@ -159,11 +182,15 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
         # A question can be sent at any time: it waits behind the one that is answered.
         return [gr.update(visible=True), gr.update(visible=session.waiting is not None)]
 
-    asking = [controls.question, controls.chat, controls.problem, *buttons]
+    asking = [controls.question, controls.chat, controls.problem, controls.record, *buttons]
+
+    def recorded(session: Session, fresh: Collection[str] = ()) -> str:
+        return record(session, handlers.chat.name, fresh)
 
     def asked(session: Session, begun: bool, keep: Any) -> list[Any]:
         """Updates of `asking` after a question: its box is emptied if it was taken."""
-        return ["" if begun else keep, handlers.messages(session), session.problem, *buttons_of(session)]
+        said = [handlers.messages(session), session.problem, recorded(session)]
+        return ["" if begun else keep, *said, *buttons_of(session)]
 
     def on_ask(question: str, request: gr.Request, *values: Any) -> list[Any]:
         session = session_of(request)
@@ -196,13 +223,21 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
 
     def stream_answer(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         session = session_of(request)
+        before = {turn.key for turn in session.turns if turn.done}
         for messages in handlers.run(session, Settings(*values)):
-            yield [messages, *buttons_of(session)]
-        yield [gr.skip(), *buttons_of(session)]
+            done = {turn.key for turn in session.turns if turn.done}
+            kept = gr.skip() if done <= before else recorded(session, done - before)
+            before |= done
+            yield [messages, kept, *buttons_of(session)]
+        yield [gr.skip(), gr.skip(), *buttons_of(session)]
 
     def then_answer(event: Any) -> Any:
         answer = event.then(
-            stream_answer, controls.settings, [controls.chat, *buttons], trigger_mode="multiple", **slow
+            stream_answer,
+            controls.settings,
+            [controls.chat, controls.record, *buttons],
+            trigger_mode="multiple",
+            **slow,
         )
         # What follows is cheaper, and what was foretold has been corrected.
         return answer.then(cost, controls.settings, prices, **quick)
@@ -224,7 +259,15 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
     def on_clear(request: gr.Request) -> list[Any]:
         session = session_of(request)
         handlers.clear(session)
-        return [[], session.problem, *idle]
+        return [[], session.problem, recorded(session), *idle]
+
+    def on_reopen(event: gr.EventData, request: gr.Request) -> list[Any]:
+        session = session_of(request)
+        files = event.files if isinstance(event.files, list) else []
+        paths = [next(iter(sessions.uploaded([file])), None) for file in files]
+        reopened = handlers.reopen(session, event.kept, paths)
+        said = [handlers.messages(session), recorded(session) if reopened else gr.skip()]
+        return [*said, *buttons_of(session), *media_updates(session)]
 
     def on_dismiss(request: gr.Request) -> str:
         handlers.dismiss(session_of(request))
@@ -233,20 +276,32 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
     controls.stop.click(on_stop, None, None, **at_once)
     controls.shelf.dismiss(on_dismiss, None, controls.problem, **at_once)
     for clear in (controls.chat.clear, controls.shelf.fresh):
-        event = clear(on_clear, None, [controls.chat, controls.problem, *buttons], **at_once)
+        event = clear(on_clear, None, [controls.chat, controls.problem, controls.record, *buttons], **at_once)
         event.then(cost, controls.settings, prices, **quick)
+    refresh(
+        controls.shelf.reopen(
+            on_reopen, None, [controls.chat, controls.record, *buttons, *media_outputs], **last
+        )
+    )
 
     def on_compare(
-        request: gr.Request, question: str, first: int, second: int, *values: Any
+        request: gr.Request, question: str, first: int, one: Any, second: int, other: Any, *values: Any
     ) -> Iterator[Any]:
-        session = session_of(request)
-        for panels in handlers.compare(session, question, Settings(*values), [first, second]):
+        session, sides = session_of(request), [(first, one), (second, other)]
+        for panels in handlers.compare(session, question, Settings(*values), sides):
             yield [*panels, gr.update(visible=False), gr.update(visible=True)]
         yield [gr.skip(), gr.skip(), *idle]
 
     controls.go.click(
         on_compare,
-        [controls.both, controls.first, controls.second, *controls.settings],
+        [
+            controls.both,
+            controls.first,
+            controls.first_selector,
+            controls.second,
+            controls.second_selector,
+            *controls.settings,
+        ],
         [controls.left, controls.right, controls.go, controls.halt],
         **slow,
     )
@@ -288,6 +343,12 @@ def _client_id(request: gr.Request | None) -> str:
     """The client id, the scope of caches; a random one where there is none."""
     scope = getattr(getattr(request, "request", None), "scope", {})
     return str(scope.get("fluxchat.client") or secrets.token_urlsafe(16))
+
+
+def _owner(request: gr.Request) -> str:
+    """Whose conversations the browser is to show: a name of its own for each who logs in."""
+    name = str(getattr(request.request, "scope", {}).get("fluxchat.name") or "")
+    return f'<div hidden data-owner="{hashlib.sha256(name.encode()).hexdigest()[:24]}"></div>'
 
 
 def _on_unload(sessions: Sessions) -> Any:

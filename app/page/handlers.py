@@ -8,29 +8,37 @@ from __future__ import annotations
 import logging
 import queue
 import shlex
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio.components.chatbot import ComponentMessage
+from PIL import Image
 
 from app.answer import Answer
 from app.chat import Message, VideoChat
 from app.estimate import QUESTION_TOKENS, Estimate
-from app.messages import Media as Part
+from app.messages import Media as ShownMedia
 from app.messages import question_text
 from app.page import html as markup
+from app.page.kept import Kept
+from app.page.overlay import data_url
 from app.page.sessions import Media, Session, Sessions, Turn
 from app.page.settings import Range, Settings
 from app.server.chat_request import longest_text
 from app.server.errors import ApiError
 from app.streaming import Thought
 from encoder.errors import ConfigError, FluxChatError
+from encoder.selection import Selector
+from encoder.video.clock import clock, interval
+from encoder.video.part import Part
+from encoder.video.remux import MUXERS
 
 LOG = logging.getLogger("fluxchat")
 YIELD_S = 0.05  # at most 20 updates a second
@@ -56,6 +64,17 @@ PHASES = {"decode": "Reading the frames", "encode": "Looking", "prefill": "Think
 MAX_TURNS = 100  # that a conversation keeps, with what was looked at in each
 SHOWN = 200  # characters of a question that is too long
 UNEXPECTED_ERROR = "Something went wrong that should not have; the server's log says what."
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One answer of a comparison, as far as it is."""
+
+    text: str = ""
+    thinking: str = ""
+    phase: str = ""
+    details: str = ""
+    problem: str = ""
 
 
 class Handlers:
@@ -101,10 +120,39 @@ class Handlers:
 
     def start_example(self, session: Session, path: str, question: str, client: str = "") -> bool:
         """A new conversation about one of our own files, its question asked; False with a problem shown."""
-        self.clear(session)
-        while session.media:
-            self.sessions.remove(session, 0)
+        self.empty(session)
         return not self.add_copy(session, path, client) and self.begin(session, question)
+
+    def look_at(self, session: Session, start: Any, end: Any, region: Any) -> str:
+        """The next question is about that part of the shown video or image (see `Part.of`), None for all of
+        it; returns an error as HTML, with nothing changed."""
+        if session.current is None:
+            return ""
+        try:
+            part = Part.of(start, end, region)
+            part.range_s(session.current.info)
+        except FluxChatError as error:
+            session.problem = markup.problem(_sentence(error))
+            return session.problem
+        session.media[session.shown] = replace(session.current, part=part)
+        session.problem = ""
+        return ""
+
+    def clip(self, session: Session, index: int, start: Any, end: Any, client: str = "") -> str:
+        """A part of a video as a file of that client's: HTML that names it, empty with a problem shown."""
+        medium = session.media[index]
+        suffix = Path(medium.path).suffix.lower()
+        try:
+            start_s, end_s = interval(start, end)
+            times = "-".join(clock(time_s).replace(":", ".") for time_s in (start_s, end_s))
+            name = f"{Path(medium.name).stem[:60]}-{times}{suffix if suffix in MUXERS else '.mkv'}"
+            with tempfile.TemporaryDirectory(prefix="fluxchat-") as folder:
+                done = self.chat.cut(medium.asked, start_s, end_s, Path(folder) / name)
+                path = self.sessions.copy(Path(folder) / name, client)
+        except (FluxChatError, ApiError, OSError) as error:
+            session.problem = markup.problem(_sentence(error))
+            return ""
+        return markup.made(path, name, f"Saved {name}: {clock(done.start_s)} to {clock(done.end_s)}")
 
     # -- cost -----------------------------------------------------------------------------------------------
 
@@ -143,27 +191,30 @@ class Handlers:
         except (TypeError, ValueError, OverflowError):
             return None
 
-    def _estimates(self, session: Session, settings: Settings) -> list[Estimate]:
-        """The price of each medium for the next question; raises FluxChatError.
+    def _estimates(
+        self, session: Session, settings: Settings, media: Sequence[Media] | None = None
+    ) -> list[Estimate]:
+        """The price of each medium (default: the session's) for the next question; raises FluxChatError.
 
         After an answer about the same media within the same budget, only what is new is read.
         """
+        media = session.media if media is None else media
         budget, selector = settings.budget, settings.selector
         last = session.history[-1] if session.history else None
         new: int | None = None
         if last is not None and last.answer is not None and last.settings is not None:
             before = last.settings
-            if (before.budget, before.selector, last.media) == (budget, selector, tuple(session.media)):
+            if (before.budget, before.selector, last.media) == (budget, selector, tuple(media)):
                 new = QUESTION_TOKENS + last.answer.usage.completion_tokens
         return [
             self.chat.estimate(
-                medium.path,
+                medium.asked,
                 budget,
                 selector,
                 scope=session.scope,
                 new_tokens=new if new is None or index == 0 else 0,
             )
-            for index, medium in enumerate(session.media)
+            for index, medium in enumerate(media)
         ]
 
     def strip(self, session: Session, settings: Settings) -> str:
@@ -172,7 +223,7 @@ class Handlers:
         if medium is None:
             return ""
         try:
-            seen = self.chat.preview(medium.path, settings.budget, settings.selector, scope=session.scope)
+            seen = self.chat.preview(medium.asked, settings.budget, settings.selector, scope=session.scope)
         except FluxChatError as error:
             return markup.problem(_sentence(error))
         kept, grid = len(seen.kept.indices), seen.kept.grid
@@ -200,15 +251,16 @@ class Handlers:
     ) -> bool:
         """Put a question behind those that wait, or in place of turn `at` and all that was answered after it.
 
-        Nothing that was asked is lost: an answer under way goes on, unless it is replaced. False, with
-        nothing changed but `session.problem`, if the question is empty or there is nothing to ask about.
+        Nothing that was asked is lost: an answer under way goes on, unless it is replaced, and where answers
+        would go, the conversation branches: the browser keeps the old one. False, with nothing changed but
+        `session.problem`, if the question is empty or there is nothing to ask about.
         """
         if not question.strip():
             return False
         if self.needs_video and not session.media:
             session.problem = markup.problem(NO_VIDEO)
             return False
-        turn = Turn(question.strip(), settings, phase=WAITS)
+        turn = Turn(question.strip(), settings, phase=WAITS, parts={m.path: m.part for m in session.media})
         try:
             self._check_length(turn.question)
         except ConfigError as error:  # a long text must not stay in the session
@@ -220,6 +272,8 @@ class Handlers:
             else:
                 replaced, after = session.turns[at], session.turns[at + 1 :]
                 replaced.stop.set()
+                if replaced.done and (turn.question != replaced.question or any(t.done for t in after)):
+                    session.rename(session.conversation)
                 if replaced.done or replaced is current:
                     queued = [later for later in after if not later.done and later is not current]
                     if current is not None and current in after:
@@ -255,12 +309,15 @@ class Handlers:
                 self.chat.forget(session.scope)
 
     def _run_turn(self, session: Session, turn: Turn, settings: Settings) -> Iterator[list[dict[str, Any]]]:
-        turn.media, turn.phase, turn.settings = tuple(session.media), "Waiting for its turn", settings
+        turn.media = tuple(
+            replace(medium, part=turn.parts.get(medium.path, medium.part)) for medium in session.media
+        )
+        turn.phase, turn.settings = "Waiting for its turn", settings
         history = [earlier for earlier in session.history if earlier is not turn]
         try:
-            turn.predicted_s = self._predicted_s(session, settings)
+            turn.predicted_s = self._predicted_s(session, settings, turn.media)
             for text, thinking, phase, answer in self._answer(
-                session, turn.question, settings, turn.stop, history
+                session, turn.media, turn.question, settings, turn.stop, history
             ):
                 if answer is not None:
                     turn.details = self._details(session, turn.media, settings, answer, turn.predicted_s)
@@ -273,11 +330,11 @@ class Handlers:
             if not turn.done:  # the tab was closed
                 turn.error, turn.phase = "Stopped.", ""
 
-    def _predicted_s(self, session: Session, settings: Settings) -> float | None:
+    def _predicted_s(self, session: Session, settings: Settings, media: Sequence[Media]) -> float | None:
         """Seconds to the first word that the page has foretold; None before the machine was measured."""
-        if not (session.media and self.chat.calibrated):
+        if not (media and self.chat.calibrated):
             return None
-        return sum(estimate.first_token_s for estimate in self._estimates(session, settings))
+        return sum(estimate.first_token_s for estimate in self._estimates(session, settings, media))
 
     def stop(self, session: Session) -> None:
         """End the answer under way within one token, or the comparison; what waits is answered next."""
@@ -290,53 +347,132 @@ class Handlers:
         session.halt()
         with session.lock:
             session.turns.clear()
+            session.rename()
         session.problem = ""
+
+    def empty(self, session: Session) -> None:
+        """A new conversation about nothing yet."""
+        self.clear(session)
+        while session.media:
+            self.sessions.remove(session, 0)
+
+    def reopen(self, session: Session, kept: Any, paths: Sequence[str | None]) -> bool:
+        """Go on with a conversation that the browser kept; False, with a problem shown, when it is none.
+
+        paths: where its videos and images are now, in its order; None for those that are gone.
+        """
+        try:
+            conversation = Kept.of(kept)
+        except ConfigError as error:
+            session.problem = markup.problem(_sentence(error))
+            return False
+        self.empty(session)
+        found: list[Media | None] = []
+        for path in (*paths, *[None] * len(conversation.media))[: len(conversation.media)]:
+            if path is None:
+                found.append(None)
+                continue
+            problem = self.add(session, [path])
+            found.append(None if problem else session.current)
+            if problem:
+                break
+        with session.lock:
+            session.turns[:] = conversation.turns_about(found)
+            session.conversation, session.parent = conversation.id, conversation.parent
+        session.shown = 0
+        return True
 
     def dismiss(self, session: Session) -> None:
         """Take the problem away."""
         session.problem = ""
 
     def compare(
-        self, session: Session, question: str, settings: Settings, budgets: Sequence[int]
+        self, session: Session, question: str, settings: Settings, sides: Sequence[tuple[int, Selector]]
     ) -> Iterator[list[str]]:
-        """The same question at several budgets, one after the other: yields one piece of HTML for each."""
-        panels = ["" for _ in budgets]
+        """The same question at several budgets or with several selectors, answered at the same time: yields
+        one piece of HTML for each. At the end, words that the others did not say are marked.
+
+        sides: tokens and selector of each.
+        """
         if not question.strip():
-            yield [markup.problem("The question is empty: ask something in words.") for _ in budgets]
+            yield [markup.problem("The question is empty: ask something in words.") for _ in sides]
             return
         if not session.media:
-            yield [markup.problem("There is no video yet: add one first.") for _ in budgets]
+            yield [markup.problem("There is no video yet: add one first.") for _ in sides]
             return
         session.halt()
         stop = session.stop = threading.Event()
         media = tuple(session.media)
+        chosen = [
+            replace(settings, tokens=int(tokens), auto=False, selector=selector) for tokens, selector in sides
+        ]
+        updates: queue.Queue[tuple[int, _Side | None]] = queue.Queue()
+
+        def work(index: int) -> None:
+            side = _Side()
+            try:
+                for text, thinking, phase, answer in self._answer(
+                    session, media, question, chosen[index], stop, []
+                ):
+                    details = "" if answer is None else self._details(session, media, chosen[index], answer)
+                    side = _Side(text, thinking, phase, details)
+                    updates.put((index, side))
+            except FluxChatError as error:
+                updates.put((index, replace(side, phase="", problem=_sentence(error))))
+            finally:
+                updates.put((index, None))
+
         session.busy += 1
+        workers = [
+            threading.Thread(target=work, args=(i,), name="fluxchat-compare") for i in range(len(sides))
+        ]
+        shown, running = [_Side(phase="Waiting for its turn") for _ in sides], len(sides)
         try:
-            for index, tokens in enumerate(budgets):
-                if stop.is_set():
-                    return
-                chosen = replace(settings, tokens=int(tokens), auto=False)
-                head = f"<h3>{int(tokens)} tokens</h3>"
-                for text, thinking, phase, answer in self._answer(session, question, chosen, stop, []):
-                    details = "" if answer is None else self._details(session, media, chosen, answer)
-                    waiting = f'<p class="fc-phase">{phase} …</p>' if phase else ""
-                    linked = markup.link_times(escape(text), session.duration_s, html=True)
-                    thoughts = markup.thoughts(thinking)
-                    panels[index] = f"{head}{thoughts}<p>{linked}</p>{waiting}{details}"
-                    yield list(panels)
-        except FluxChatError as error:
-            panels[:] = [panel or markup.problem(_sentence(error)) for panel in panels]
-            yield list(panels)
+            for worker in workers:
+                worker.start()
+            while running:
+                index, side = updates.get()
+                if side is None:
+                    running -= 1
+                else:
+                    shown[index] = side
+                    yield self._panels(session, shown, sides)
+            yield self._panels(session, shown, sides, marked=True)
         finally:
+            stop.set()
+            for worker in workers:
+                worker.join()
             session.busy -= 1
             if session.closed:
                 self.chat.forget(session.scope)
+
+    def _panels(
+        self,
+        session: Session,
+        shown: Sequence[_Side],
+        sides: Sequence[tuple[int, Selector]],
+        *,
+        marked: bool = False,
+    ) -> list[str]:
+        panels = []
+        for side, (tokens, selector) in zip(shown, sides, strict=True):
+            others = [other.text for other in shown if other is not side] if marked else []
+            said = markup.said_alone(side.text, others, session.duration_s)
+            waiting = f'<p class="fc-phase">{side.phase} …</p>' if side.phase else ""
+            problem = markup.problem(side.problem) if side.problem else ""
+            panels.append(
+                f"<h3>{int(tokens)} tokens · {escape(selector)}</h3>{markup.thoughts(side.thinking)}"
+                f"<p>{said}</p>{waiting}{problem}{side.details}"
+            )
+        return panels
 
     def messages(self, session: Session) -> list[dict[str, Any]]:
         """The conversation for the chat display: two messages for every turn."""
         shown: list[dict[str, Any]] = []
         for turn in session.turns:
-            shown.append({"role": "user", "content": turn.question})
+            chips = markup.part_chips([replace(m, part=turn.parts.get(m.path, m.part)) for m in turn.media])
+            asked = [self._component(chips), turn.question] if chips else turn.question
+            shown.append({"role": "user", "content": asked})
             text = markup.link_times(turn.text, session.duration_s)
             if turn.phase:
                 text = f"{text}\n\n*{turn.phase} …*" if text else f"*{turn.phase} …*"
@@ -357,6 +493,7 @@ class Handlers:
     def _answer(
         self,
         session: Session,
+        media: Sequence[Media],
         question: str,
         settings: Settings,
         stop: threading.Event,
@@ -375,7 +512,7 @@ class Handlers:
 
         options = settings.options()
         system = options.pop("system")
-        messages = conversation_messages(session.media, history, question)
+        messages = conversation_messages(media, history, question)
         if system:
             messages.insert(0, Message.of("system", system))
         stream = self.chat.stream_messages(
@@ -442,8 +579,9 @@ class Handlers:
         strips = []
         for index, (medium, kept) in enumerate(zip(media, answer.kept, strict=False)):
             frames = self.chat.preview(
-                medium.path, settings.budget, settings.selector, scope=session.scope
+                medium.asked, settings.budget, settings.selector, scope=session.scope
             ).frames
+            session.thumbnails.setdefault(medium.path, data_url(Image.fromarray(frames[0].numpy()), 96))
             if len(frames) == kept.grid.frames:
                 label = f"What it looked at in {medium.name}"
                 strips.append(markup.strip(frames, kept, index, side=THUMBNAIL, label=label))
@@ -479,14 +617,14 @@ class Handlers:
 
 def conversation_messages(
     media: Sequence[Media], history: Sequence[Turn], question: str
-) -> list[Message[Part]]:
+) -> list[Message[ShownMedia]]:
     """The messages of a question after earlier turns. Each medium stands in the turn that first asked about
     it, so that the KV cache of earlier turns stays valid when another is added; removed media are left out.
 
     Raises ConfigError for an empty question.
     """
     waiting = list(media)
-    messages: list[Message[Part]] = []
+    messages: list[Message[ShownMedia]] = []
     for turn in history:
         new = [medium for medium in waiting if medium in turn.media]
         waiting = [medium for medium in waiting if medium not in new]
@@ -504,8 +642,8 @@ def way_out(sentence: str, name: str) -> str:
     return f"ffmpeg -i {shlex.quote(name)} -c:v libx264 -pix_fmt yuv420p -c:a aac {made}"
 
 
-def _parts(media: Sequence[Media]) -> tuple[Part, ...]:
-    return tuple(Part(medium.path, medium.name) for medium in media)
+def _parts(media: Sequence[Media]) -> tuple[ShownMedia, ...]:
+    return tuple(medium.asked for medium in media)
 
 
 def _sentence(error: Exception) -> str:

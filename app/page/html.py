@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
+import secrets
 from collections.abc import Sequence
+from difflib import SequenceMatcher
 from html import escape
+from itertools import groupby
 from urllib.parse import quote
 
 from PIL import Image
@@ -14,6 +18,7 @@ from app.answer import Answer, KeptTokens
 from app.estimate import Estimate
 from app.page.overlay import data_url, kept_mask, paint
 from app.page.sessions import Media
+from encoder.video.clock import clock as exact
 from encoder.video.reader import read_clip
 
 _COUNTING = (
@@ -79,6 +84,27 @@ def _seconds_of(words: str) -> float:
     """ "1:02.5" and "62.5" as seconds."""
     minutes, _, seconds = words.rpartition(":")
     return 60 * int(minutes or 0) + float(seconds)
+
+
+def said_alone(text: str, others: Sequence[str], duration_s: float) -> str:
+    """An answer as HTML, its times linked; words that none of the other answers has there are marked."""
+    words = re.findall(r"\S+\s*|\s+", text)
+    bare = [_bare(word) for word in words]
+    shared = [not others] * len(words)
+    for other in others:
+        matcher = SequenceMatcher(None, bare, [_bare(word) for word in other.split()], autojunk=False)
+        for block in matcher.get_matching_blocks():
+            shared[block.a : block.a + block.size] = [True] * block.size
+    pieces = []
+    for same, group in groupby(zip(shared, words, strict=True), key=lambda pair: pair[0]):
+        piece = "".join(word for _, word in group)
+        linked = link_times(escape(piece), duration_s, html=True)
+        pieces.append(linked if same else f"<mark>{linked}</mark>")
+    return "".join(pieces)
+
+
+def _bare(word: str) -> str:
+    return word.strip().strip(".,;:!?\"'()").lower()
 
 
 def thoughts(text: str) -> str:
@@ -198,6 +224,14 @@ def file_address(path: str) -> str:
     return escape(f"/gradio_api/file={quote(path)}")
 
 
+def made(path: str, name: str, text: str) -> str:
+    """A file that was made for the visitor, which the page's script saves. text: what it says of it."""
+    return (
+        f'<a hidden data-made="{secrets.token_hex(4)}" data-told="{escape(text)}" '
+        f'href="{file_address(path)}" download="{escape(name)}"></a>'
+    )
+
+
 def shelf(media: Sequence[Media], shown: int) -> str:
     """The videos and images of the conversation, with buttons to show and to remove each."""
     items = []
@@ -205,14 +239,37 @@ def shelf(media: Sequence[Media], shown: int) -> str:
         name = escape(medium.name)
         length = "image" if medium.is_image else clock(medium.info.duration_s)
         current = ' aria-current="true"' if index == shown else ""
+        part = medium.part
+        chosen = escape(json.dumps({"start": part.start_s, "end": part.end_s, "region": part.region}))
         kind = "image" if medium.is_image else "video"
         items.append(
-            f'<span class="fc-medium"{current} data-kind="{kind}" data-src="{file_address(medium.path)}">'
+            f'<span class="fc-medium"{current} data-kind="{kind}" data-src="{file_address(medium.path)}" '
+            f'data-seconds="{medium.info.duration_s:g}" data-part="{chosen}">'
             f'<button type="button" data-show="{index}" title="Show {name}">'
             f"<b>{index + 1}</b> {name} <i>{length}</i></button>"
             f'<button type="button" data-remove="{index}" aria-label="Remove {name}">×</button></span>'
         )
     return f'<div class="fc-shelf" role="group" aria-label="Videos and images">{"".join(items)}</div>'
+
+
+def part_chips(media: Sequence[Media], *, clearable: bool = False) -> str:
+    """What of the videos and images a question is about, where that is not all; empty otherwise."""
+    chips = []
+    for index, medium in enumerate(media):
+        if medium.part.whole:
+            continue
+        end = clock(medium.info.duration_s) if medium.part.end_s is None else exact(medium.part.end_s)
+        name = [escape(medium.name)] if len(media) > 1 else []
+        times = [f"{exact(medium.part.start_s)} – {end}"] if medium.part.timed else []
+        box = ["a box of the picture"] if medium.part.region else []
+        button = (
+            f'<button type="button" data-whole="{index}" aria-label="Ask about all of {escape(medium.name)}">'
+            "×</button>"
+        )
+        chips.append(
+            f'<span class="fc-chip">{" · ".join(name + times + box)}{button if clearable else ""}</span>'
+        )
+    return f'<div class="fc-chips">{"".join(chips)}</div>' if chips else ""
 
 
 def suggestions(questions: Sequence[str]) -> str:

@@ -29,6 +29,22 @@ PLAIN: dict[str, Any] = {"js_on_load": None, "apply_default_css": False}
 PLACEHOLDER = "## Ask about a video"
 TITLE, SUMMARY = "FluxChat", "Ask questions about videos, and choose how closely the model looks."
 ICON = THEME / "icon.svg"
+SCRIPTS = ("page.js", "part.js", "conversations.js")  # in one scope
+# Drawn by conversations.js, from what this browser keeps.
+KEPT_VIDEO_MIB = 1024
+SIDE = (
+    f'<div class="fc-list" data-quota="{KEPT_VIDEO_MIB}">'
+    '<input type="search" id="fluxchat-search" placeholder="Search" '
+    'aria-label="Search conversations"><ul aria-label="Conversations"></ul>'
+    '<p class="fc-undo" role="status"></p><p class="fc-note" id="fluxchat-kept"></p></div>'
+)
+SELECTORS = [
+    ("flux: what changes", "flux"),
+    ("uniform: evenly", "uniform"),
+    ("random", "random"),
+    ("tube: random places", "tube"),
+    ("evs: unlike the frame before", "evs"),
+]
 HEAD = f"""\
 <meta name="description" content="{SUMMARY}">
 <meta property="og:title" content="{TITLE}">
@@ -37,6 +53,11 @@ HEAD = f"""\
 <meta name="theme-color" media="(prefers-color-scheme: light)" content="#f4f6f8">
 <meta name="theme-color" media="(prefers-color-scheme: dark)" content="#0c1116">
 """
+# Before anything is drawn, so that nothing moves.
+SIDE_OPEN = (
+    'try { document.documentElement.classList.toggle("fc-side-open", '
+    'innerWidth > 1100 && localStorage.getItem("fluxchat-side") === "true"); } catch {}'
+)
 
 
 def page_options() -> dict[str, Any]:
@@ -67,14 +88,14 @@ def page_options() -> dict[str, Any]:
         input_background_fill="#ffffff",
         input_background_fill_dark="#10171d",
         button_primary_background_fill="#0f766e",
-        button_primary_background_fill_hover="#0d9488",
+        button_primary_background_fill_hover="#115e59",
         button_primary_background_fill_dark="#0f766e",
-        button_primary_background_fill_hover_dark="#0d9488",
+        button_primary_background_fill_hover_dark="#115e59",
     )
     return {
         "theme": theme,
         # In the head the page has it before Gradio's parts are there, so that nothing moves when they come.
-        "head": f"{HEAD}<style>{(THEME / 'page.css').read_text()}</style>",
+        "head": f"{HEAD}<script>{SIDE_OPEN}</script><style>{(THEME / 'page.css').read_text()}</style>",
         "favicon_path": str(ICON),
         "footer_links": [],
         "run_history": False,
@@ -127,7 +148,8 @@ class Controls:
         gr.HTML(header(chat, login=login), **PLAIN, elem_id="fluxchat-header")
         with gr.Row(elem_id="fluxchat-main", equal_height=False):
             with gr.Column(scale=0, min_width=0, elem_id="fluxchat-side"):
-                self.side = gr.HTML(**PLAIN, elem_id="fluxchat-list")
+                gr.HTML(SIDE, **PLAIN, elem_id="fluxchat-list")
+                self.record = gr.HTML(**PLAIN, elem_id="fluxchat-record")
             with gr.Column(scale=5, min_width=0, elem_id="fluxchat-stage"):
                 self._stage()
             with gr.Column(scale=6, min_width=0, elem_id="fluxchat-talk"):
@@ -141,9 +163,12 @@ class Controls:
     def _stage(self) -> None:
         gr.HTML(player(), **PLAIN, elem_id="fluxchat-player")
         self.shelf = gr.HTML(
-            js_on_load=(THEME / "page.js").read_text(), apply_default_css=False, elem_id="fluxchat-shelf"
+            js_on_load="\n".join((THEME / name).read_text() for name in SCRIPTS),
+            apply_default_css=False,
+            elem_id="fluxchat-shelf",
         )
         self.strip = gr.HTML(**PLAIN, elem_id="fluxchat-strip")
+        self.made = gr.HTML(**PLAIN, elem_id="fluxchat-made")
 
     def _conversation(self, chat: VideoChat, examples: Examples) -> None:
         self.chat = gr.Chatbot(
@@ -162,6 +187,7 @@ class Controls:
 
     def _composer(self, chat: VideoChat, budgets: Range) -> None:
         with gr.Column(elem_id="fluxchat-ask"):
+            self.parts = gr.HTML(**PLAIN, elem_id="fluxchat-parts")
             self.question = gr.Textbox(
                 label="Question",
                 placeholder="Ask about the video",
@@ -233,13 +259,7 @@ class Controls:
                 self.frames = gr.Dropdown([CHOOSE, *frames], value=CHOOSE, label="Frames")
                 self.resolution = gr.Dropdown([CHOOSE, *sides], value=CHOOSE, label="Resolution (pixels)")
                 self.selector = gr.Dropdown(
-                    [
-                        ("flux: what changes", "flux"),
-                        ("uniform: evenly", "uniform"),
-                        ("random", "random"),
-                        ("tube: random places", "tube"),
-                        ("evs: unlike the frame before", "evs"),
-                    ],
+                    SELECTORS,
                     value="flux",
                     label="Which tokens stay",
                 )
@@ -251,22 +271,25 @@ class Controls:
             )
 
     def _compare(self, budgets: Range) -> None:
-        with gr.Accordion("Compare two budgets", open=False, elem_id="fluxchat-compare"):
+        with gr.Accordion("Compare two budgets or selectors", open=False, elem_id="fluxchat-compare"):
             with gr.Row(elem_classes="fc-tight"):
                 self.both = gr.Textbox(QUESTION, label="Question for both", scale=3)
-                low, high = budgets.near(budgets.largest // 8), budgets.largest
-                limits = (budgets.step, budgets.largest)
-                self.first = _slider(
-                    *limits, low, step=budgets.step, label="First budget", buttons=[], scale=2
-                )
-                self.second = _slider(
-                    *limits, high, step=budgets.step, label="Second budget", buttons=[], scale=2
-                )
                 self.go = gr.Button("Compare", variant="primary", scale=0, min_width=110)
                 self.halt = gr.Button("Stop", variant="stop", scale=0, min_width=110, visible=False)
             with gr.Row():
-                self.left = gr.HTML(**PLAIN, elem_classes="fc-panel", elem_id="fluxchat-first")
-                self.right = gr.HTML(**PLAIN, elem_classes="fc-panel", elem_id="fluxchat-second")
+                low, high = budgets.near(budgets.largest // 8), budgets.largest
+                with gr.Column(min_width=200):
+                    self.first, self.first_selector = self._side("First", budgets, low)
+                    self.left = gr.HTML(**PLAIN, elem_classes="fc-panel", elem_id="fluxchat-first")
+                with gr.Column(min_width=200):
+                    self.second, self.second_selector = self._side("Second", budgets, high)
+                    self.right = gr.HTML(**PLAIN, elem_classes="fc-panel", elem_id="fluxchat-second")
+
+    def _side(self, name: str, budgets: Range, tokens: int) -> tuple[Any, gr.Dropdown]:
+        """Budget and selector of one side of a comparison."""
+        limits = (budgets.step, budgets.largest)
+        budget = _slider(*limits, tokens, step=budgets.step, label=f"{name} budget", buttons=[])
+        return budget, gr.Dropdown(SELECTORS, value="flux", label=f"{name}: which tokens stay")
 
     @property
     def settings(self) -> list[gr.components.Component]:
@@ -315,6 +338,14 @@ def player() -> str:
         '<p class="fc-unplayable" hidden>This browser cannot play it; the model can look at it, though.</p>'
         '<div class="fc-piece" hidden><span></span><button type="button" data-again>Play again</button>'
         "</div>"
+        '<div class="fc-area" hidden><button type="button" class="fc-box" aria-label="Box on the picture: '
+        'arrow keys move it, with Shift they change its size, Delete removes it"></button></div>'
+        '<div class="fc-part" hidden><div class="fc-range" role="group" aria-label="Part of the video">'
+        '<div class="fc-line"><input type="range" min="0" value="0" data-edge="start" aria-label="From">'
+        '<input type="range" min="0" value="0" data-edge="end" aria-label="To"></div><output></output></div>'
+        '<button type="button" data-box aria-pressed="false" title="Ask about a box of the picture">Box'
+        "</button></div>"
+        '<div class="fc-missing" hidden></div>'
         '<p class="fc-upload" role="status" hidden><span></span></p></div>'
     )
 

@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import app.messages
 from app.answer import Answer
 from app.page.settings import Settings
 from app.server.errors import ApiError
 from app.server.media.store import MediaStore
 from encoder.errors import ConfigError
+from encoder.video.part import WHOLE, Part
 from encoder.video.reader import VideoInfo
 
 IDLE_S = 1800.0
@@ -31,28 +33,37 @@ MAX_SECONDS = 4 * 3600.0  # of video in one conversation
 
 @dataclass(frozen=True)
 class Media:
-    """A video or image of a conversation."""
+    """A video or image of a conversation. part: what of it the next question is about."""
 
     path: str
     name: str
     info: VideoInfo
+    part: Part = WHOLE
 
     @property
     def is_image(self) -> bool:
         """Shown as a picture, not in the player."""
         return self.info.kind == "image"
 
+    @property
+    def asked(self) -> app.messages.Media:
+        """What a question about it shows to the model."""
+        return app.messages.Media(self.path, self.name, self.part)
+
 
 @dataclass
 class Turn:
     """A question and its answer. thinking: what the model thought first. details: HTML under the answer.
 
-    settings: the controls as they stood when it was asked. media: all that it was about. stop: ends its
-    answer. predicted_s: seconds to the first word that were foretold, None where nobody knew.
+    settings: the controls as they stood when it was asked. parts: what of each medium, by path. media: all
+    that it was about, once it is answered. stop: ends its
+    answer. predicted_s: seconds to the first word that were foretold, None where nobody knew. reopened: it
+    was answered before, in a conversation that the browser kept. key: its name there.
     """
 
     question: str
     settings: Settings | None = None
+    parts: dict[str, Part] = field(default_factory=dict)
     media: tuple[Media, ...] = ()
     stop: threading.Event = field(default_factory=threading.Event)
     predicted_s: float | None = None
@@ -62,11 +73,18 @@ class Turn:
     phase: str = ""
     error: str = ""
     details: str = ""
+    reopened: bool = False
+    key: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    @property
+    def answered(self) -> bool:
+        """Answered, now or before; a stopped answer counts."""
+        return self.answer is not None or self.reopened
 
     @property
     def done(self) -> bool:
         """Answered, stopped or failed."""
-        return self.answer is not None or bool(self.error)
+        return self.answered or bool(self.error)
 
 
 @dataclass
@@ -75,7 +93,9 @@ class Session:
 
     scope: unguessable name of its entries in VideoChat's caches. problem: the error that is shown until it is
     dismissed or solved, as HTML. stop: ends a comparison. answering: whether its waiting questions are being
-    answered; `lock` guards that together with the end of `turns`.
+    answered; `lock` guards that together with the end of `turns`. conversation: the name under which the
+    browser keeps it. parent: of the conversation that it branched from. thumbnails: a small picture of each
+    medium by path, a data URL. records: how many were sent to the browser.
     """
 
     id: str
@@ -90,6 +110,10 @@ class Session:
     touched: float = field(default_factory=time.monotonic)
     busy: int = 0
     closed: bool = False
+    conversation: str = field(default_factory=lambda: secrets.token_urlsafe(12))
+    parent: str = ""
+    thumbnails: dict[str, str] = field(default_factory=dict)
+    records: int = 0
 
     @property
     def current(self) -> Media | None:
@@ -104,7 +128,7 @@ class Session:
     @property
     def history(self) -> list[Turn]:
         """Answered turns, for the model; a stopped answer counts as far as it got."""
-        return [turn for turn in self.turns if turn.answer is not None and turn.text]
+        return [turn for turn in self.turns if turn.answered and turn.text]
 
     @property
     def waiting(self) -> Turn | None:
@@ -123,6 +147,10 @@ class Session:
         self.stop.set()
         for turn in self.turns:
             turn.stop.set()
+
+    def rename(self, parent: str = "") -> None:
+        """What follows is another conversation, which may have branched from `parent`."""
+        self.parent, self.conversation = parent, secrets.token_urlsafe(12)
 
     def show(self, path: str) -> bool:
         """Put the medium of that path in the player; False when it is not in the conversation."""

@@ -27,10 +27,11 @@ document.addEventListener("keydown", (event) => {
     if (event.isComposing) return event.stopPropagation();
     if (event.shiftKey) return event.stopPropagation(); // a new line; Gradio would send
   }
-  if (event.key !== "Escape" || find("dialog[open]")) return;
+  if (event.key !== "Escape" || find("dialog[open]") || event.target.closest?.("#fluxchat-list :is(input, li)")) return;
   const stop = find("#fluxchat-stop");
   if (stop && stop.offsetParent) stop.click();
   else if (document.body.classList.contains("fc-settings-open")) showSettings(false);
+  else if (sideCovers()) showSide(false);
   if (!event.target.closest?.("#fluxchat-chat textarea")) focusQuestion();
 }, true);
 
@@ -50,32 +51,38 @@ function say(text) {
   find("span", place).textContent = text || "";
 }
 
-function send(files) {
-  if (!files.length) return;
+const brought = new Map(); // path on the server -> the file that was sent
+
+// Send files to the server: a promise of their paths there; rejected with a sentence.
+function upload(files, name) {
   const form = new FormData(), request = new XMLHttpRequest();
   for (const file of files) form.append("files", file, file.name || "pasted.png");
-  const name = files.length > 1 ? `${files.length} files` : files[0].name || "the picture";
   request.upload.onprogress = (event) => {
     const share = event.lengthComputable ? ` ${Math.floor((100 * event.loaded) / event.total)} %` : "";
     say(event.loaded < event.total ? `Sending ${name}${share}` : `Opening ${name} …`);
   };
-  request.onload = () => {
-    let answer = null;
-    try { answer = JSON.parse(request.responseText); } catch { /* not ours */ }
-    if (request.status === 200 && Array.isArray(answer)) {
-      trigger("files", { files: answer.map((path) => ({ path })) });
-      return;
-    }
-    say("");
-    trigger("refused", { text: refusal(request.status, answer, name) });
-  };
-  request.onerror = () => {
-    say("");
-    trigger("refused", { text: `The server could not be reached: ${name} was not sent. Try again.` });
-  };
-  request.open("POST", `${api}/upload`);
   say(`Sending ${name}`);
-  request.send(form);
+  return new Promise((done, refused) => {
+    request.onload = () => {
+      let answer = null;
+      try { answer = JSON.parse(request.responseText); } catch { /* not ours */ }
+      if (request.status !== 200 || !Array.isArray(answer)) return refused(refusal(request.status, answer, name));
+      answer.forEach((path, index) => brought.set(path, files[index]));
+      done(answer);
+    };
+    request.onerror = () => refused(`The server could not be reached: ${name} was not sent. Try again.`);
+    request.open("POST", `${api}/upload`);
+    request.send(form);
+  });
+}
+
+function send(files) {
+  if (!files.length) return;
+  const name = files.length > 1 ? `${files.length} files` : files[0].name || "the picture";
+  upload(files, name).then(
+    (paths) => trigger("files", { files: paths.map((path) => ({ path })) }),
+    (text) => { say(""); trigger("refused", { text }); },
+  );
 }
 
 function refusal(status, answer, name) {
@@ -223,10 +230,12 @@ function endPiece() {
   find(".fc-piece").hidden = true;
 }
 
+// As encoder/video/clock.py writes it: "0:05", "1:02.5", "1:23:45".
 function clock(seconds) {
-  const tenths = Math.round(10 * seconds), minutes = Math.floor(tenths / 600);
-  const rest = ((tenths % 600) / 10).toFixed(tenths % 10 ? 1 : 0);
-  return `${minutes}:${rest.padStart(tenths % 10 ? 4 : 2, "0")}`;
+  const hundredths = Math.round(100 * seconds), minutes = Math.floor(hundredths / 6000) % 60, hours = Math.floor(hundredths / 360000);
+  const rest = ((hundredths % 6000) / 100).toFixed(2).replace(/\.?0+$/, "") || "0";
+  const [whole, part] = rest.split("."), tail = whole.padStart(2, "0") + (part ? `.${part}` : "");
+  return hours ? `${hours}:${String(minutes).padStart(2, "0")}:${tail}` : `${minutes}:${tail}`;
 }
 
 function seek(medium, start, end = null) {
@@ -255,10 +264,6 @@ const clicks = {
   "[data-record]": () => record(),
   "[data-camera-off]": () => { closeCamera(); focusQuestion(); },
   "[data-settings]": () => showSettings(!document.body.classList.contains("fc-settings-open")),
-  "[data-side]": (button) => {
-    const open = document.body.classList.toggle("fc-side-open");
-    button.setAttribute("aria-expanded", String(open));
-  },
   "[data-models]": () => find("#fluxchat-models").showModal(),
   "[data-models-close]": () => find("#fluxchat-models").close(),
   "[data-fresh]": () => { trigger("fresh"); focusQuestion(); },
@@ -275,6 +280,7 @@ const clicks = {
   "[data-seek]": (frame) => seek(Number(frame.dataset.medium), Number(frame.dataset.seek)),
   "[data-show]": (button) => trigger("select", { index: Number(button.dataset.show) }),
   "[data-remove]": (button) => { trigger("delete", { index: Number(button.dataset.remove) }); focusQuestion(); },
+  "[data-clip]": clip,
   "[data-again]": () => piece && move(piece.start, piece.end),
   "[data-copy]": (button) => {
     navigator.clipboard?.writeText(button.dataset.copy).then(() => {
@@ -303,6 +309,45 @@ document.addEventListener("click", (event) => {
   }
   if (event.target.id === "fluxchat-models") event.target.close(); // beside the dialog
 }, true);
+
+// -- clips ---------------------------------------------------------------------------------------------------
+
+const CLIP_S = 2; // before and after a single time
+
+// Beside each time in an answer, a button that saves that piece as a file.
+function offerClips() {
+  for (const link of document.querySelectorAll('#fluxchat-chat a[href*="#t="]:not([data-clipped])')) {
+    link.dataset.clipped = "";
+    const button = document.createElement("button");
+    Object.assign(button, { type: "button", className: "fc-clip", textContent: "clip", ariaLabel: `Save ${link.textContent} as a clip`, title: "Save this piece as a file" });
+    button.dataset.clip = link.getAttribute("href").split("#t=")[1];
+    link.after(button);
+  }
+}
+
+function clip(button) {
+  const [start, end] = button.dataset.clip.split(",").map(Number), seconds = Number(current()?.dataset.seconds || 0);
+  const from = end === undefined ? start - CLIP_S : start, to = end === undefined ? start + CLIP_S : end;
+  say("Cutting …");
+  trigger("clip", { index: shown(), start: Math.max(0, from), end: seconds ? Math.min(seconds, to) : to });
+}
+
+let made = "";
+function saveMade() {
+  const link = find("#fluxchat-made [data-made]");
+  if (!link || link.dataset.made === made) return;
+  made = link.dataset.made;
+  const saved = document.createElement("a");
+  Object.assign(saved, { href: root + link.getAttribute("href"), download: link.download });
+  saved.click();
+  say(link.dataset.told);
+}
+
+new MutationObserver(() => {
+  offerClips();
+  saveMade();
+  if (find("#fluxchat-problem [role=alert]") && find(".fc-upload span")?.textContent === "Cutting …") say("");
+}).observe(document.body, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-made"] });
 
 // -- a frame under the pointer, large ------------------------------------------------------------------------
 

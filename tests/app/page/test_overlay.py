@@ -175,3 +175,18 @@ def test_cost_line_adds_up_over_videos(chat: VideoChat) -> None:
 )
 def test_an_interval_is_one_link(text: str, linked: str) -> None:
     assert markup.link_times(text, 10.0) == linked
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "shown"),
+    [
+        ("A cat sits.", "A dog sits.", "A <mark>cat </mark>sits."),
+        ("A cat sits.", "a cat sits", "A cat sits."),
+        ("<b> & so", "", "<mark>&lt;b&gt; &amp; so</mark>"),
+        ("It ends at 0:03", "It starts", 'It <mark>ends at <a href="#t=3">0:03</a></mark>'),
+        ("", "Words", ""),
+    ],
+)
+def test_what_one_answer_says_alone_is_marked(text: str, other: str, shown: str) -> None:
+    assert markup.said_alone(text, [other], 10.0) == shown
+    assert "<mark>" not in markup.said_alone(text, [], 10.0)

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import pytest
 from PIL import Image
 
 from app.chat import VideoChat
-from app.page import html as markup
 from app.page.events import build, page_options
 from app.page.handlers import Handlers, conversation_messages, way_out
 from app.page.layout import header
@@ -25,6 +23,7 @@ from app.server.media.store import MediaStore
 from app.vision import Vision
 from encoder.budget import Budget
 from encoder.errors import BudgetError, ConfigError
+from encoder.selection import Selector
 from llm_bridge.engines.local import LocalAnswer
 from llm_bridge.generation import Generation
 from llm_bridge.model import VideoLanguageModel
@@ -236,30 +235,50 @@ def test_an_unexpected_exception_is_logged_but_not_shown(
     assert "secret detail" in caplog.text
 
 
-def test_compare_gives_each_budget_its_answer(handlers: Handlers, session: Session) -> None:
-    first, second = list(handlers.compare(session, "What?", PLAIN, [32, 96]))[-1]
-    assert "<h3>32 tokens</h3>" in first
-    for panel, budget in ((first, 32), (second, 96)):
-        answer = handlers.chat.ask(str(SHORT), "What?", budget=budget, max_new_tokens=12)
-        assert answer.text
-        assert markup.link_times(escape(answer.text), session.duration_s, html=True) in panel
-        assert "stopped" not in panel
+def test_compare_gives_each_side_its_answer(handlers: Handlers, session: Session) -> None:
+    sides: list[tuple[int, Selector]] = [(32, "flux"), (96, "uniform")]
+    first, second = list(handlers.compare(session, "What?", PLAIN, sides))[-1]
+    assert "<h3>32 tokens · flux</h3>" in first
+    assert "<h3>96 tokens · uniform</h3>" in second
     assert "32 of" in first
     assert "96 of" in second
-    assert "data-seek" in second
+    for panel in (first, second):
+        assert "data-seek" in panel
+        assert "stopped" not in panel
+        assert "fc-phase" not in panel
     assert session.turns == []
-    errors = list(handlers.compare(handlers.sessions.get("two"), "What?", PLAIN, [32, 96]))[-1]
+    errors = list(handlers.compare(handlers.sessions.get("two"), "What?", PLAIN, sides))[-1]
     assert all("There is no video yet" in error for error in errors)
+
+
+@pytest.mark.usefixtures("steps")
+def test_both_sides_of_a_comparison_stream_together(handlers: Handlers, session: Session) -> None:
+    seen = list(handlers.compare(session, "What?", PLAIN, [(32, "flux"), (32, "uniform")]))
+    both = [index for index, panels in enumerate(seen) if not any("Waiting" in panel for panel in panels)]
+    done = [index for index, panels in enumerate(seen) if any("fc-details" in panel for panel in panels)]
+    assert both[0] < done[0]
 
 
 @pytest.mark.usefixtures("steps")
 def test_a_comparison_can_be_stopped(handlers: Handlers, session: Session) -> None:
     shown = []
-    for panels in handlers.compare(session, "What?", PLAIN, [32, 96]):
+    for panels in handlers.compare(session, "What?", PLAIN, [(32, "flux"), (96, "flux")]):
         shown.append(panels)
         handlers.stop(session)
-    assert "stopped" in shown[-1][0]
-    assert shown[-1][1] == ""
+    assert all("stopped" in panel for panel in shown[-1])
+    closing = handlers.compare(session, "What?", PLAIN, [(32, "flux"), (96, "flux")])
+    next(closing)
+    closing.close()  # type: ignore[attr-defined]
+    assert session.busy == 0
+    assert "fluxchat-compare" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_side_that_fails_leaves_the_other(handlers: Handlers, session: Session) -> None:
+    sides: list[tuple[int, Selector]] = [(32, "flux"), (96, "nothing")]  # type: ignore[list-item]
+    first, second = list(handlers.compare(session, "What?", PLAIN, sides))[-1]
+    assert "fc-problem" not in first
+    assert "fc-details" in first
+    assert "fc-problem" in second
 
 
 # -- videos and sessions --------------------------------------------------------------------------------

@@ -19,10 +19,12 @@ from app.server.routes import Api
 
 
 @contextmanager
-def running(chat: VideoChat, options: LaunchOptions | None = None) -> Iterator[tuple[str, Api]]:
-    """(address, Api) of a server that answers, without the page unless the options say so."""
+def running(
+    chat: VideoChat, options: LaunchOptions | None = None, port: int = 0
+) -> Iterator[tuple[str, Api]]:
+    """(address, Api) of a server that answers, without the page unless the options say so; port: 0 is any."""
     options = options or LaunchOptions(page=False)
-    listener = bind("127.0.0.1", 0)
+    listener = bind("127.0.0.1", port)
     server = make_server(chat, options, listener)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()

@@ -1,0 +1,343 @@
+"""Conversations that stay in the browser: a list at the side that survives reload and restart."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.chat import VideoChat
+from app.conversation_files import Frame, Record, Shown, to_dict, to_markdown
+from app.server.options import LaunchOptions
+from encoder.video.part import Part
+from llm_bridge.model import VideoLanguageModel
+from llm_bridge.prompt import Message
+from tests.app.conftest import SHORT, WORLD
+from tests.app.page.test_browser import (  # noqa: F401
+    PATIENCE_MS,
+    Served,
+    answered,
+    ask,
+    browser,
+    edit_first,
+    expect,
+    has,
+    open_page,
+    pytestmark,
+    shoot,
+    upload,
+)
+from tests.app.server.serving import running
+
+OPTIONS = LaunchOptions(examples=[(str(WORLD), "What turns?")])
+
+
+@pytest.fixture(scope="module")
+def served(tiny_model: VideoLanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """The page as `fluxchat web` serves it, behind its access control."""
+    with pytest.MonkeyPatch.context() as patch, VideoChat(tiny_model, trusted=False) as chat:
+        patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
+        with running(chat, OPTIONS) as (url, _):
+            yield Served(None, url, chat)  # type: ignore[arg-type]
+
+
+def talks(page: Any) -> Any:
+    return page.locator("#fluxchat-list [data-conversation]")
+
+
+def side(page: Any) -> None:
+    page.get_by_role("button", name="Conversations").click()
+    expect(page.locator("#fluxchat-side")).to_be_visible()
+
+
+def menu(page: Any, choice: str, number: int = 0) -> None:
+    page.locator("[data-menu]").nth(number).click()
+    page.locator(".fc-menu").get_by_role("button", name=choice).click()
+
+
+def fresh(page: Any) -> None:
+    page.get_by_role("button", name="New conversation").click()
+    expect(page.locator("#fluxchat-chat .message")).to_have_count(0, timeout=PATIENCE_MS)
+
+
+def kept(page: Any, count: int, title: str | re.Pattern[str] = "") -> None:
+    """The list holds so many, the newest of that title, with its answer."""
+    expect(talks(page)).to_have_count(count, timeout=PATIENCE_MS)
+    has(talks(page).first, title)
+    page.wait_for_function(
+        """() => new Promise((done) => {
+            const request = indexedDB.open("fluxchat");
+            request.onsuccess = () => {
+                const all = request.result.transaction("conversations").objectStore("conversations").getAll();
+                all.onsuccess = () => {
+                    request.result.close();
+                    const whole = (one) => one.turns.every((turn) => turn.details);
+                    done(all.result.length > 0 && all.result.every(whole));
+                };
+            };
+        })"""
+    )
+
+
+def test_a_reload_changes_nothing_and_the_talk_goes_on(open_page: Callable[..., Any]) -> None:  # noqa: F811
+    page = open_page()
+    upload(page)
+    ask(page, "What is <b>there</b>?")
+    answered(page)
+    kept(page, 1, "What is <b>there</b>?")
+    chat = page.locator("#fluxchat-chat")
+    before, evidence = chat.inner_text(), page.locator("#fluxchat-chat .fc-details").inner_html()
+    assert re.search(r"#c=[\w-]+$", page.url)
+    page.reload()
+    answered(page)
+    has(page.locator("#fluxchat-shelf"), SHORT.name)
+    has(page.locator("#fluxchat-cost"), "to first word")
+    assert chat.inner_text() == before
+    assert page.locator("#fluxchat-chat .fc-details").inner_html() == evidence
+    ask(page, "And then?")
+    answered(page, 2)
+    kept(page, 1)
+    side(page)
+    has(talks(page), "2 questions")
+    has(page.locator("#fluxchat-kept"), re.compile(r"1 video, 0\.\d of 1024 MiB"))
+
+
+def test_yesterdays_conversation_is_there_after_a_restart(
+    browser: Any,  # noqa: F811
+    tiny_model: VideoLanguageModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    context = browser.new_context()
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    with VideoChat(tiny_model, trusted=False) as chat, running(chat, OPTIONS) as (url, _):
+        page.goto(url)
+        upload(page)
+        ask(page, "Yesterday?")
+        answered(page)
+        kept(page, 1, "Yesterday?")
+        link = page.url
+        page.close()
+    port = int(url.rsplit(":", 1)[1])
+    with VideoChat(tiny_model, trusted=False) as chat, running(chat, OPTIONS, port) as (url, _):
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        page.goto(url)
+        side(page)
+        talks(page).get_by_role("button", name="Yesterday?").first.click()
+        answered(page)
+        has(page.locator("#fluxchat-shelf"), SHORT.name)
+        assert page.url == link
+        page.wait_for_function("document.querySelector('#fluxchat-video video').duration > 4")
+    context.close()
+
+
+def test_open_search_rename_delete_and_undo(open_page: Callable[..., Any]) -> None:  # noqa: F811
+    page = open_page(1440, 900)
+    upload(page)
+    for number, question in enumerate(("About apples?", "About pears?")):
+        fresh(page)
+        ask(page, question)
+        answered(page)
+        kept(page, number + 1, question)
+    side(page)
+    talks(page).nth(1).locator("[data-open]").click()
+    has(page.locator("#fluxchat-chat .user.message"), "About apples?")
+    has(page.locator("#fluxchat-shelf"), SHORT.name)
+    expect(page.locator("#fluxchat-list [aria-current]")).to_contain_text("About apples?")
+
+    search = page.get_by_label("Search conversations")
+    search.fill("PEARS about")
+    expect(talks(page)).to_have_count(1)
+    search.fill("nothing of the kind")
+    has(page.locator("#fluxchat-list"), "Nothing found")
+    search.fill("")
+    expect(talks(page)).to_have_count(2)
+
+    # With the keyboard alone.
+    page.locator("[data-menu]").nth(1).focus()
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.keyboard.type("Orchard")
+    page.keyboard.press("Enter")
+    has(talks(page).nth(1), "Orchard")
+    expect(page.locator("[data-menu]").nth(1)).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(page.locator(".fc-menu")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(page.locator(".fc-menu")).to_have_count(0)
+    shoot(page, "conversations")
+
+    menu(page, "Delete", 1)
+    expect(talks(page)).to_have_count(1)
+    expect(page.locator("#fluxchat-chat .message")).to_have_count(0)  # it was the open one
+    page.get_by_role("button", name="Undo").click()
+    expect(talks(page)).to_have_count(2)
+    has(talks(page).nth(1), "Orchard")
+    menu(page, "Delete", 0)
+    expect(talks(page)).to_have_count(1)
+    page.reload()
+    expect(talks(page)).to_have_count(1, timeout=PATIENCE_MS)
+    has(talks(page), "Orchard")
+
+
+def record_of(export: dict[str, Any]) -> Record:
+    """What an export in JSON holds, as a Record."""
+
+    def piece(part: dict[str, Any]) -> str | Shown:
+        if "text" in part:
+            return str(part["text"])
+        frames = tuple(Frame(f["time_s"], base64.b64decode(f["jpeg"])) for f in part["frames"])
+        return Shown(part["name"], part["duration_s"], Part(**part["part"]), frames)
+
+    messages = (Message(m["role"], tuple(map(piece, m["content"]))) for m in export["messages"])
+    return Record(export["model"], tuple(messages))
+
+
+def test_exports_have_the_form_of_the_programs_own(
+    open_page: Callable[..., Any],  # noqa: F811
+    served: Served,
+    tmp_path: Path,
+) -> None:
+    page = open_page()
+    upload(page)
+    for number, question in enumerate(("# What is *this* & <b>that</b>?", "- And\nthen?")):
+        ask(page, question)
+        answered(page, number + 1)
+    kept(page, 1)
+    side(page)
+    files = {}
+    for kind in ("JSON", "Markdown"):
+        with page.expect_download() as download:
+            menu(page, f"Export {kind}")
+        files[kind] = tmp_path / download.value.suggested_filename
+        download.value.save_as(files[kind])
+        page.keyboard.press("Escape")
+    assert (files["JSON"].suffix, files["Markdown"].suffix) == (".json", ".md")
+    export = json.loads(files["JSON"].read_text())
+    record = record_of(export)
+    assert to_dict(record) == export
+    assert record.model == served.chat.name
+    shown, question = record.messages[0].content
+    assert isinstance(shown, Shown)
+    assert (shown.name, question) == (SHORT.name, "# What is *this* & <b>that</b>?")
+    assert len(shown.frames) == served.chat.plan(SHORT, served.chat.model.default_tokens).frames
+    assert all(frame.jpeg.startswith(b"\xff\xd8") for frame in shown.frames)
+    assert [message.role for message in record.messages] == ["user", "assistant"] * 2
+    assert files["Markdown"].read_bytes().decode() == to_markdown(record)
+
+
+def test_an_edited_turn_makes_a_branch(open_page: Callable[..., Any]) -> None:  # noqa: F811
+    page = open_page()
+    for number, question in enumerate(("One?", "Two?")):
+        ask(page, question)
+        answered(page, number + 1)
+    kept(page, 1, "One?")
+    chat = page.locator("#fluxchat-chat")
+    edit_first(chat)
+    chat.locator("textarea").fill("Three?")
+    chat.get_by_label("Submit").click()
+    answered(page, 1)
+    kept(page, 2, "One? (branch)")
+    side(page)
+    talks(page).nth(1).locator("[data-open]").click()
+    answered(page, 2)
+    has(chat, "One?")
+    has(chat, "Two?")
+    expect(chat).not_to_contain_text("Three?")
+
+
+def test_a_talk_that_goes_on_in_two_tabs_loses_nothing(open_page: Callable[..., Any]) -> None:  # noqa: F811
+    first = open_page()
+    ask(first, "One?")
+    answered(first)
+    kept(first, 1)
+    second = first.context.new_page()
+    second.set_default_timeout(PATIENCE_MS)
+    second.goto(first.url)
+    answered(second)
+    ask(second, "Here?")
+    answered(second, 2)
+    kept(second, 1)
+    ask(first, "There?")
+    answered(first, 2)
+    kept(first, 2, "(branch)")
+    second.reload()
+    answered(second, 2)
+    has(second.locator("#fluxchat-chat"), "Here?")
+
+
+def test_a_video_that_is_gone_shows_its_frames_and_is_asked_for(
+    open_page: Callable[..., Any],  # noqa: F811
+) -> None:
+    page = open_page()
+    upload(page)
+    ask(page)
+    answered(page)
+    kept(page, 1)
+    page.evaluate("document.querySelector('.fc-list').dataset.quota = '0.001'")
+    ask(page, "And then?")  # after each answer, what is too much goes
+    answered(page, 2)
+    has(page.locator("#fluxchat-kept"), "0 videos, 0.0 of 0.001 MiB")
+    page.reload()
+    answered(page, 2)
+    gone = page.locator(".fc-missing")
+    has(gone, "b.mp4 is not kept any more")
+    expect(page.locator("#fluxchat-chat .fc-frames")).to_have_count(2)
+    expect(page.locator("#fluxchat-shelf .fc-medium")).to_have_count(0)
+    for file in (WORLD, SHORT):
+        with page.expect_file_chooser() as chooser:
+            gone.get_by_role("button", name="Choose the file").click()
+        chooser.value.set_files(str(file))
+        if file == WORLD:
+            has(page.locator("#fluxchat-problem"), "world.mp4 is another file than the b.mp4")
+    has(page.locator("#fluxchat-shelf"), "b.mp4")
+    expect(gone).to_be_hidden()
+    expect(page.locator("#fluxchat-problem [role=alert]")).to_have_count(0)
+    ask(page, "Again?")
+    answered(page, 3)
+
+
+def test_another_browser_has_none_of_them(open_page: Callable[..., Any]) -> None:  # noqa: F811
+    page = open_page()
+    ask(page, "A secret?")
+    answered(page)
+    kept(page, 1)
+    other = open_page()
+    expect(talks(other)).to_have_count(0)
+    other.goto(page.url)
+    has(other.locator("#fluxchat-problem"), "not kept in this browser")
+    expect(other.locator("#fluxchat-chat .message")).to_have_count(0)
+    assert "#" not in other.url
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1440, 390])
+def test_the_list_is_accessible(open_page: Callable[..., Any], scheme: str, width: int) -> None:  # noqa: F811
+    page = open_page(width, 844, color_scheme=scheme)
+    page.evaluate((Path(__file__).parent / "axe" / "axe.min.js").read_text())
+    upload(page)
+    ask(page)
+    answered(page)
+    kept(page, 1)
+    side(page)
+    page.locator("[data-menu]").click()
+    expect(page.locator("p.loading")).to_have_count(0)
+    page.wait_for_timeout(300)
+    check = "axe.run().then(r => r.violations.map(v => [v.id, v.nodes.map(n => n.html.slice(0, 160))]))"
+    assert page.evaluate(check) == []
+    small = page.evaluate(
+        "[...document.querySelectorAll('#fluxchat-side button')].filter(e => e.checkVisibility()).filter(e =>"
+        " e.getBoundingClientRect().height < 24).map(e => e.outerHTML.slice(0, 120))"
+    )
+    assert small == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    shoot(page, f"list-{width}-{scheme}")
