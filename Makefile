@@ -24,8 +24,10 @@ $(VENV)/.complete: pyproject.toml constraints-cpu.txt
 demo: setup
 	@$(PY) -m app web
 
-# A worker for each core; a file's tests stay together, since they share what is costly to make.
-PYTEST := $(PY) -m pytest -n auto --dist loadfile
+# One worker more than cores, since a third of the time is waiting; a file's tests stay together, since they share what is
+# costly to make.
+WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2) + 1 )))
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile
 
 test: setup
 	@$(PYTEST) -m "not slow"

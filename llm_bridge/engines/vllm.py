@@ -39,7 +39,7 @@ PATIENCE_S = 30.0  # how long an answer waits for a server to come (back)
 PAUSE_S = 0.5  # between two tries of all servers
 DOWN_S = 10.0  # for which a server that did not answer comes last
 BREAKS = 3  # requests in a row that may end without a token
-USAGE_S = 0.5  # how long the last token waits for what its server says of the request
+USAGE_S = 2.0  # how long the last token waits for what its server says of the request
 POLL_S = 0.02  # how soon a stop is noticed
 CONNECT_S = 3.0
 

@@ -292,7 +292,7 @@ def test_the_page(chat: VideoChat, files: dict[str, Path], tmp_path: Path, promp
         shown = list(handlers.run(session, SETTINGS))[-1]
         assert shown[-1]["content"][0].startswith(SAYS) == noted
     assert "drawn things" not in prompts[-1]
-    panels = list(handlers.compare(session, "What is it?", SETTINGS, [16, 32]))[-1]
+    panels = list(handlers.compare(session, "What is it?", SETTINGS, [(16, "flux"), (32, "flux")]))[-1]
     assert all("drawn things" in panel for panel in panels)
     sessions.close_all()
     assert "236" in banner(THINGS)

@@ -140,6 +140,7 @@ def _bytes(wanted: UmtRecipe, tokens: int) -> float:
     return peaks[1] - peaks[0]
 
 
+@pytest.mark.slow
 def test_bytes_of_a_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound is of one token: times 2048 tokens and 64 clips it must leave room on a card of 40 GiB."""
     monkeypatch.setattr("encoder.layers.attend", F.scaled_dot_product_attention)  # as on a GPU

@@ -123,7 +123,14 @@ def open_page(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
     yield make
     for context in contexts:
         context.close()
-    assert troubles == []
+    assert _unexpected(troubles) == []
+
+
+def _unexpected(troubles: list[str]) -> list[str]:
+    """Without what Gradio says of its requests when a page is left in their middle."""
+    if not any("signal is aborted" in text for text in troubles):
+        return troubles
+    return [t for t in troubles if "signal is aborted" not in t and "Connection errored out" not in t]
 
 
 def upload(page: Any, path: Path = SHORT) -> None:

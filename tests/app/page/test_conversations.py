@@ -319,8 +319,15 @@ def test_another_browser_has_none_of_them(open_page: Callable[..., Any]) -> None
     assert "#" not in other.url
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1440, 390])
+@pytest.mark.parametrize(
+    ("scheme", "width"),
+    [
+        ("light", 1440),
+        ("dark", 390),
+        pytest.param("light", 390, marks=pytest.mark.slow),
+        pytest.param("dark", 1440, marks=pytest.mark.slow),
+    ],
+)
 def test_the_list_is_accessible(open_page: Callable[..., Any], scheme: str, width: int) -> None:  # noqa: F811
     page = open_page(width, 844, color_scheme=scheme)
     page.evaluate((Path(__file__).parent / "axe" / "axe.min.js").read_text())

@@ -101,6 +101,7 @@ def ask(hub: str, home: Path, model: str, *, offline: bool = False) -> subproces
     )
 
 
+@pytest.mark.slow
 def test_a_model_is_downloaded_once_and_its_size_said_first(hub: str, tmp_path: Path) -> None:
     first = ask(hub, tmp_path, "tiny/smol")
     assert first.returncode == 0, first.stderr

@@ -109,7 +109,7 @@ def test_datasets_are_found_by_what_they_read() -> None:
         find_datasets(
             {
                 "a": [{"csv": "x"}, {"json_path": "y"}],
-                "b": {"shards": "z", "turns": 2},
+                "b": {"shards": "z"},
                 "world": {"count": 5},
                 "other": {"csvs": 1, "deep": [[{"jsonl": "q"}]]},
             }
