@@ -93,6 +93,7 @@ def test_a_journey_through_nowhere_is_one_line(options: list[str], capfd: pytest
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_a_journey_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--only", "selection"]) == 0
     measured = json.loads(capsys.readouterr().out.splitlines()[-1])["journeys"]["now"]["selection"]

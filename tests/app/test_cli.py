@@ -127,6 +127,7 @@ def test_what_is_refused_is_one_line(kind: str, shipped_example: Path, call: Cal
     assert len(done.stderr) < 500
 
 
+@pytest.mark.slow
 def test_a_video_from_standard_input(shipped_example: Path) -> None:
     command = [sys.executable, "-m", "app", "ask", "-", "What is it?", "--budget", "64", "--top-k", "0"]
     content = shipped_example.read_bytes()

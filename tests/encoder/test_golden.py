@@ -26,6 +26,7 @@ def one_case(path: Path, change: float = 0.0) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_the_command_checks_a_golden_case(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "encoder.golden", str(one_case(tmp_path / "one.safetensors"))]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -413,6 +413,7 @@ def test_what_is_wrong_is_one_sentence(
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_the_command_runs_where_there_is_no_hub() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "training.cost", str(RECIPES / "cpu" / "finetune.yaml")],

@@ -189,6 +189,7 @@ def test_segments_of_a_video(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("learned", "held_out"), [(48, 16), pytest.param(120, 40, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_from_photographs_to_a_judge_that_tells_them_from_the_world(
     learned: int,
     held_out: int,

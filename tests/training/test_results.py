@@ -186,6 +186,7 @@ def test_every_command_parses() -> None:
     assert [c[2] for c in commands(args)] == ["world", "mvbench"]
 
 
+@pytest.mark.slow
 def test_a_failing_command_stops(tmp_path: Path, capfd) -> None:
     assert main(["--model", str(tmp_path / "none"), "--results", str(tmp_path)]) == 2
     assert "is not a FluxChat model" in capfd.readouterr().err

@@ -540,7 +540,7 @@ def test_two_tabs_see_nothing_of_each_other(open_page: Callable[..., Any], serve
     assert len(sessions) < before
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_phone(open_page: Callable[..., Any], scheme: str) -> None:
     page = open_page(390, 844, color_scheme=scheme)
     upload(page)

@@ -200,7 +200,7 @@ def test_each_medium_has_its_own_part(page: Any, tmp_path: Path) -> None:
     has(page.locator(".fc-range output"), "All of it")
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_choosing_a_part_is_accessible(open_page: Callable[..., Any], scheme: str) -> None:  # noqa: F811
     page = open_page(390 if scheme == "light" else 1280, 844, color_scheme=scheme)
     page.evaluate((Path(__file__).parent / "axe" / "axe.min.js").read_text())

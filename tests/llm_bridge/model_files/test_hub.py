@@ -117,8 +117,11 @@ def test_a_model_is_downloaded_once_and_its_size_said_first(hub: str, tmp_path: 
     ("model", "offline", "words"),
     [
         ("no/model", False, "no model of that name on the hub"),
-        ("gated/model", False, "accept its terms at https://huggingface.co/gated/model"),
-        ("tiny/smol", True, "cannot be reached to download it"),
+        pytest.param(
+            *("gated/model", False, "accept its terms at https://huggingface.co/gated/model"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("tiny/smol", True, "cannot be reached to download it", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_be_had_is_one_sentence(

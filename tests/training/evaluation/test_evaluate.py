@@ -245,6 +245,7 @@ def test_softmax_before_the_mean_mean_probabilities() -> None:
 # -- the world ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_world_encoder_command(run, tower, cached_world, tmp_path) -> None:
     process = command(
         *("training.evaluate", "world", "--encoder", run / "encoder", "--alignment", run),

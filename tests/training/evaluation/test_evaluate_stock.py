@@ -14,7 +14,7 @@ from encoder.budget import Budget, PlanRow, PlanTable
 from llm_bridge.chat_model import load_chat_model
 from tests import tiny_video_models
 from tests.encoder.video import video_files as vf
-from tests.tiny_video_models import KINDS
+from tests.tiny_video_models import KINDS, ONE_QUICK
 from training.data.media import FileMedia, WorldMedia
 from training.data.synthetic_source import WorldSource
 from training.evaluate import main
@@ -34,7 +34,7 @@ def cache(cached_world: Path) -> None:
     """Every test uses the small world."""
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_QUICK)
 def test_mvbench_by_letters_and_in_open_answers(
     kind: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,7 +83,7 @@ def test_what_is_judged_is_what_videochat_answers(kind: str, folders: dict[str, 
     assert judged[0] != judged[1]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_QUICK)
 def test_by_default_a_clip_is_shown_as_videochat_would(
     kind: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
