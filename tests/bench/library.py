@@ -2,8 +2,8 @@
 
     python -m tests.bench.library [--rows N]
 
-Videos are made: 20 s of 640 x 360, ten clips of 2 s each. The rows that are searched are random unit vectors with a
-thumbnail's bytes; the text tower is left out.
+Videos are made: 20 s of 640 x 360, ten clips of 2 s each. The rows that are searched are random unit vectors
+with bytes of a thumbnail; the text tower is left out.
 """
 
 from __future__ import annotations

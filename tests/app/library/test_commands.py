@@ -11,6 +11,7 @@ import pytest
 from app import cli
 from app.library import player
 from encoder.video.reader import probe
+from llm_bridge.text_encoders import text_towers
 from tests.llm_bridge.text_encoders.tiny_towers import clip_folder
 
 
@@ -92,3 +93,11 @@ def test_wrong_inputs_are_one_line(command: Any, args: list[str], said: str) -> 
     assert status == 2
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_fetch_text_gets_the_text_tower(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(text_towers, "sentence_tower_path", lambda: tmp_path / "tower")
+    assert cli.main(["fetch", "--text"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'tower'}\n"

@@ -234,6 +234,7 @@ def test_killed_at_random_moments_it_goes_on_to_one_row_per_clip(tmp_path: Path)
         killed += 1
         grew.append(sum(rows(index).values()))
     assert grew == sorted(grew)
+    assert 0 < grew[-1] < 400  # it was killed at work
     subprocess.run(command, cwd=ROOT, check=True)
     assert rows(index) == {f"{number:03}.mp4": 1 + number % 3 for number in range(200)}
     library = Library(index, embedder=ColourEmbedder())
