@@ -93,7 +93,7 @@ model: setup
 		--alignment $(RUNS)/clip/alignment.safetensors
 
 bench: setup
-	@for name in encoder decode estimate second_turn start stage1 serve llm; do $(PY) -m tests.bench.$$name || exit 1; done
+	@for name in encoder decode estimate second_turn start stage1 serve llm library; do $(PY) -m tests.bench.$$name || exit 1; done
 
 # DEVICE=cpu takes the same paths, tiny. Runs where nothing can be installed: whatever python has torch and transformers.
 GPU_PY = $(if $(wildcard $(PY)),$(PY),$(PYTHON))

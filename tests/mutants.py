@@ -281,7 +281,7 @@ MUTANTS = (
         f"{TRAINING}data/test_clip_batches.py",
     ),
     Mutant(
-        "training/models/trained_pools.py",
+        "llm_bridge/clip_head.py",
         "key=lambda count: abs(count - wanted)",
         "key=lambda count: -abs(count - wanted)",
         f"{TRAINING}evaluation/test_encoder_input.py",

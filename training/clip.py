@@ -25,6 +25,7 @@ from encoder.checkpoint import save_tensors
 from encoder.config import ImagePositions
 from encoder.errors import ConfigError
 from encoder.selection import Selector
+from llm_bridge.clip_head import TrainedPools
 from llm_bridge.text_encoders.text_towers import CACHED_TEXTS, open_tower
 from training.data.augment import AugmentConfig
 from training.data.clip_batches import Captioned, MixtureBatches, WorldBatches, captions_of, still_grid
@@ -43,7 +44,6 @@ from training.models.clip_model import (
     set_image_positions,
 )
 from training.models.encoder_source import EncoderSource
-from training.models.trained_pools import TrainedPools
 from training.synthetic.dataset import World
 from training.trainer.command import run_stage
 from training.trainer.recipe import LoopConfig, OptimConfig

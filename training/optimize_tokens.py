@@ -32,6 +32,7 @@ from encoder.cost import time_ms
 from encoder.errors import ConfigError
 from encoder.selection import Selector
 from llm_bridge.chat_model import ChatModel, is_stock
+from llm_bridge.clip_head import read_clip_head
 from llm_bridge.model import VLMConfig
 from llm_bridge.towers.measured_plans import plan_file
 from llm_bridge.towers.tower import Stage, Tower
@@ -50,7 +51,7 @@ from training.evaluation.cli_arguments import (
 )
 from training.evaluation.encoder_input import SELECTORS, EncoderInput, VidTldr
 from training.evaluation.encoder_run import EncoderRun
-from training.evaluation.frozen_encoder import FrozenEncoder, chosen_pools, read_clip_head
+from training.evaluation.frozen_encoder import FrozenEncoder, chosen_pools
 from training.evaluation.heatmap import draw_heatmap, write_csv
 from training.evaluation.journal import Journal, Sharing
 from training.evaluation.metrics import Share

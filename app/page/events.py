@@ -121,7 +121,7 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
         session = session_of(request)
         if (at := event._data.get("index")) is not None and 0 <= int(at) < len(session.media):
             session.shown = int(at)
-        handlers.look_at(session, event.start, event.end, event.region)
+        handlers.look_at(session, event.start, event.end, event.region, int(event.turn))
         return media_updates(session)
 
     def on_clip(event: gr.EventData, request: gr.Request) -> list[str]:

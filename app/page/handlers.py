@@ -123,11 +123,12 @@ class Handlers:
         self.empty(session)
         return not self.add_copy(session, path, client) and self.begin(session, question)
 
-    def look_at(self, session: Session, start: Any, end: Any, region: Any) -> str:
+    def look_at(self, session: Session, start: Any, end: Any, region: Any, turn: int = 0) -> str:
         """The next question is about that part of the shown video or image (see `Part.of`), None for all of
-        it; returns an error as HTML, with nothing changed."""
-        if session.current is None:
+        it; returns an error as HTML, with nothing changed. turn: what was chosen before it comes too late."""
+        if session.current is None or turn < session.current.turn:
             return ""
+        session.media[session.shown] = replace(session.current, turn=turn)
         try:
             part = Part.of(start, end, region)
             part.range_s(session.current.info)

@@ -244,7 +244,7 @@ def shelf(media: Sequence[Media], shown: int) -> str:
         kind = "image" if medium.is_image else "video"
         items.append(
             f'<span class="fc-medium"{current} data-kind="{kind}" data-src="{file_address(medium.path)}" '
-            f'data-seconds="{medium.info.duration_s:g}" data-part="{chosen}">'
+            f'data-seconds="{medium.info.duration_s:g}" data-part="{chosen}" data-turn="{medium.turn}">'
             f'<button type="button" data-show="{index}" title="Show {name}">'
             f"<b>{index + 1}</b> {name} <i>{length}</i></button>"
             f'<button type="button" data-remove="{index}" aria-label="Remove {name}">×</button></span>'

@@ -33,12 +33,16 @@ MAX_SECONDS = 4 * 3600.0  # of video in one conversation
 
 @dataclass(frozen=True)
 class Media:
-    """A video or image of a conversation. part: what of it the next question is about."""
+    """A video or image of a conversation.
+
+    part: what of it the next question is about. turn: grows with each choice of it in the browser.
+    """
 
     path: str
     name: str
     info: VideoInfo
     part: Part = WHOLE
+    turn: int = 0
 
     @property
     def is_image(self) -> bool:

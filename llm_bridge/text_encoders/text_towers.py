@@ -294,6 +294,18 @@ def _tokenizer(folder: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(place, trust_remote_code=False, local_files_only=True)
 
 
+def local_sentence_tower() -> Path:
+    """Folder of the small sentence encoder; raises ModelError when it was never fetched, or is damaged."""
+    folder = cache_dir() / MINILM
+    if not folder.exists():
+        raise ModelError(f"The text tower {MINILM} is not on this machine: run `fluxchat fetch --text` once.")
+    if reason := damage(folder):
+        raise ModelError(
+            f"The text tower in {folder} is damaged ({reason}): run `fluxchat fetch --text` again."
+        )
+    return folder
+
+
 def sentence_tower_path() -> Path:
     """Folder of the small sentence encoder, fetched once into the cache, and again if it is damaged.
 

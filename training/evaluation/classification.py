@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from encoder.errors import DataError
+from llm_bridge.clip_head import ClipHead
 from llm_bridge.text_encoders.text_towers import TextTower
 from training.command_line import table
 from training.evaluation.benchmarks import Labelled, class_words
 from training.evaluation.encoder_input import EncoderInput
 from training.evaluation.encoder_run import EncoderRun
-from training.evaluation.frozen_encoder import ClipHead
 from training.evaluation.metrics import Share, top_k
 from training.evaluation.views import mean_probabilities
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from encoder.errors import DataError
+from llm_bridge.clip_head import TrainedPools
 from training.data.examples import Example
 from training.evaluation.encoder_input import EncoderInput
 from training.evaluation.frozen_encoder import FrozenEncoder
 from training.evaluation.journal import Journal, Row, run_blocks
 from training.evaluation.views import Views, load_views
-from training.models.trained_pools import TrainedPools
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 from encoder.checkpoint import weights_hash
 from encoder.config import FluxViTConfig
 from encoder.errors import ConfigError
+from llm_bridge.clip_head import ClipHead, TrainedPools, read_clip_head
 from llm_bridge.text_encoders.text_towers import MINILM, SentenceTower, Tower, open_tower
 from training.evaluation.benchmarks import CLASSIFY, RETRIEVAL, read_retrieval
 from training.evaluation.classification import accuracy_table, evaluate_action, evaluate_classify
@@ -26,13 +27,12 @@ from training.evaluation.cli_arguments import (
 )
 from training.evaluation.encoder_input import EncoderInput, unmasked
 from training.evaluation.encoder_run import EncoderRun
-from training.evaluation.frozen_encoder import ClipHead, FrozenEncoder, chosen_pools, read_clip_head
+from training.evaluation.frozen_encoder import FrozenEncoder, chosen_pools
 from training.evaluation.journal import Journal, Sharing
 from training.evaluation.provenance import about_encoder, write_result
 from training.evaluation.retrieval import evaluate_retrieval, retrieval_table
 from training.evaluation.synthetic_encoder import WorldClips, encoder_table, evaluate_encoder
 from training.evaluation.views import Views
-from training.models.trained_pools import TrainedPools
 from training.synthetic.phrases import ANSWERS
 
 

@@ -15,11 +15,11 @@ import torch
 
 from encoder.checkpoint import save_json, weights_hash
 from llm_bridge.chat_model import ChatModel
+from llm_bridge.clip_head import TrainedPools
 from training.data.synthetic_source import WorldSource
 from training.evaluation.frozen_encoder import FrozenEncoder
 from training.evaluation.journal import Sharing
 from training.evaluation.views import Views
-from training.models.trained_pools import TrainedPools
 
 DECODER = "auto (decord for trusted files, else PyAV)"
 INTERVAL = "Wilson, 95 % (means over tasks: MOVER)"

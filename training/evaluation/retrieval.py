@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from llm_bridge.clip_head import ClipHead
 from llm_bridge.text_encoders.text_towers import TextTower
 from training.command_line import table
 from training.data.examples import Example
 from training.evaluation.encoder_input import EncoderInput
 from training.evaluation.encoder_run import EncoderRun
-from training.evaluation.frozen_encoder import ClipHead
 from training.evaluation.metrics import Duplicates, retrieval
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from encoder.errors import DataError
+from llm_bridge.clip_head import ClipHead
 from llm_bridge.text_encoders.text_towers import TextTower
 from training.command_line import table
 from training.data.examples import Example
@@ -23,7 +24,6 @@ from training.data.synthetic_source import WorldSource
 from training.evaluation.classification import accuracies
 from training.evaluation.encoder_input import EncoderInput
 from training.evaluation.encoder_run import EncoderRun
-from training.evaluation.frozen_encoder import ClipHead
 from training.evaluation.metrics import top_k
 from training.evaluation.retrieval import recall_scores
 

@@ -18,8 +18,8 @@ from encoder.errors import CheckpointError, ConfigError
 from encoder.fluxvit import FluxViT
 from encoder.selection import Selector
 from encoder.tokens import VisionTokens
+from llm_bridge.clip_head import POOLS, TrainedPools
 from llm_bridge.text_encoders.text_towers import TextTower, Tower
-from training.models.trained_pools import NAME, TrainedPools
 from training.trainer.distributed import gather_rows
 from training.trainer.losses import contrastive_loss
 
@@ -169,7 +169,7 @@ class ClipModel(nn.Module):
         """Tensors of the CLIP head: all but encoder and text tower, by name; and which pools it reads."""
         outside = ("encoder.", "text_tower.")
         head = {k: v for k, v in self.state_dict().items() if not k.startswith(outside)}
-        return {**head, NAME: self.settings.pools.to_tensor()}
+        return {**head, POOLS: self.settings.pools.to_tensor()}
 
 
 def label_loss(scores: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -207,7 +207,7 @@ def load_clip_head(model: ClipModel, path: str) -> None:
     lost = [
         k
         for k in model.head_state()
-        if k not in report.loaded and not k.startswith(("attributes.", "patches.", NAME))
+        if k not in report.loaded and not k.startswith(("attributes.", "patches.", POOLS))
     ]
     if lost:
         raise CheckpointError(f"{path} does not fit the recipe's CLIP head ({lost[0]}): {report}.")

@@ -2,6 +2,7 @@
 // says what is chosen for each medium; what is changed here is sent as the event "part".
 let part = { start: 0, end: null, region: null };
 let sliding = false; // an edge is under the pointer: the shelf's answer must not move it
+let sent = null; // {source, turn}: the last change, until the shelf says that it came; older answers change nothing
 const EDGES = ["start", "end"];
 const LEAST = 0.04; // of the picture's side: the smallest box
 const edge = (name) => find(`[data-edge="${name}"]`);
@@ -19,6 +20,8 @@ function showPart() {
     return drawBox();
   }
   if (sliding) return;
+  if (sent?.source === medium.dataset.src && Number(medium.dataset.turn) < sent.turn) return sendLater(send, 1500);
+  sent = null;
   part = JSON.parse(medium.dataset.part);
   find(".fc-range").hidden = medium.dataset.kind !== "video" || !seconds;
   for (const name of EDGES) {
@@ -38,14 +41,24 @@ function drawRange() {
   find(".fc-range output").textContent = start || part.end !== null ? `${clock(start)} – ${clock(part.end ?? Math.round(seconds))}` : "All of it";
 }
 
-function commit() {
-  trigger("part", { index: shown(), ...part });
+let later = 0;
+function sendLater(act, milliseconds) {
+  clearTimeout(later);
+  later = setTimeout(act, milliseconds);
 }
 
-let later = 0; // for keys, which come one after the other
-function commitSoon() {
+function commit() {
+  sent = { source: current().dataset.src, turn: Math.max(Date.now(), (sent?.turn ?? 0) + 1) };
+  send();
+}
+
+function send() {
   clearTimeout(later);
-  later = setTimeout(commit, 300);
+  if (sent?.source === current()?.dataset.src) trigger("part", { index: shown(), turn: sent.turn, ...part });
+}
+
+function commitSoon() { // for keys, which come one after the other
+  sendLater(commit, 300);
 }
 
 document.addEventListener("input", (event) => {
@@ -161,7 +174,9 @@ Object.assign(clicks, {
     commit();
   },
   "[data-whole]": (button) => {
-    trigger("part", { index: Number(button.dataset.whole), start: 0, end: null, region: null });
+    clearTimeout(later);
+    sent = null;
+    trigger("part", { index: Number(button.dataset.whole), turn: Date.now(), start: 0, end: null, region: null });
     focusQuestion();
   },
 });

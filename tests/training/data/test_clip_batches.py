@@ -17,14 +17,13 @@ from safetensors.torch import load_file
 from encoder.config import MICRO
 from encoder.errors import CheckpointError
 from encoder.fluxvit import FluxViT
+from llm_bridge.clip_head import TrainedPools, read_clip_head
 from tests.training.data.clip_corpus import COLOURS, loop, recipe
 from training.clip import ClipStage
 from training.data.clip_batches import Alternation, as_numbers, still_grid
 from training.data.flexible_grids import FlexibleGrid
-from training.evaluation.frozen_encoder import read_clip_head
 from training.evaluation.metrics import paired_recalls
 from training.models.clip_model import ClipBatch
-from training.models.trained_pools import TrainedPools
 from training.trainer.distributed import gather_rows
 from training.trainer.loop import train
 from training.trainer.losses import contrastive_loss

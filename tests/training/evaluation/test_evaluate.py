@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from encoder.checkpoint import save_tensors, weights_hash
 from encoder.errors import CheckpointError, DataError
 from encoder.fluxvit import FluxViT
+from llm_bridge.clip_head import read_clip_head
 from tests.encoder.video import video_files as vf
 from tests.llm_bridge.text_encoders.tiny_towers import sentence_folder
 from tests.training.synthetic.tiny_world import TINY, command, make_encoder
 from training.evaluate import main
-from training.evaluation.frozen_encoder import read_clip_head
 from training.evaluation.journal import Journal, Sharing, run_blocks
 
 PROVENANCE = {

@@ -1,0 +1,219 @@
+"""The rows of a library in LanceDB: a clip each, in one folder. A file's clips appear together or not at all.
+
+    with WriteLock(folder): table.replace(path, rows)
+
+The table belongs to one embedder and is named by its fingerprint, so that vectors of two models never mix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from app.library.video_files import FileIdentity
+from encoder.errors import ConfigError, DataError
+from llm_bridge.model_files.checks import first_line
+
+try:
+    import fcntl
+except ImportError:  # no such locks on Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK = "writing.lock"
+KEPT_VERSIONS_S = 600  # a search that runs meanwhile reads an older one
+
+
+@dataclass(frozen=True)
+class ClipRow:
+    """A clip of a file. number of count: its place in it. thumbnail: JPEG. vector: unit length."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    ends: str
+    number: int
+    count: int
+    start_s: float
+    end_s: float
+    model: str
+    thumbnail: bytes
+    vector: list[float]
+
+
+@dataclass(frozen=True)
+class IndexedFile:
+    """A file as it was when it was indexed. rows: of it in the table; count: clips that it has."""
+
+    path: str
+    identity: FileIdentity
+    rows: int
+    count: int
+
+
+class WriteLock:
+    """This process alone writes into a library, until the `with` block ends or the process does.
+
+    Raises ConfigError when another one does, OSError when the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        self._handle = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if fcntl is not None:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._handle)
+            raise ConfigError(
+                f"Another process is writing into the library {self._folder}: wait for its end, or stop it."
+            ) from None
+        except OSError:  # a file system without locks
+            return
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)
+
+
+def lancedb() -> Any:
+    """The library LanceDB; raises ConfigError when it is not installed."""
+    os.environ.setdefault("LANCEDB_LOG", "error")  # its notices are for developers
+    try:
+        import lancedb as found
+        import pyarrow  # noqa: F401 - what rows are made of
+    except ImportError:
+        raise ConfigError("A library of videos needs LanceDB: pip install 'fluxchat[library]'.") from None
+    return found
+
+
+class ClipTable:
+    """The clips of one embedder. fingerprint: the embedder's. Raises DataError when it cannot be read.
+
+    A table is made with its first row; before, it is empty.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self._folder = folder
+        self._base = lancedb().connect(str(folder))
+        self._name = f"clips-{fingerprint}"
+        self._table: Any = None
+        # Killed while the table was made, a process leaves a folder without a version: no table yet.
+        if any((folder / f"{self._name}.lance" / "_versions").glob("*.manifest")):
+            try:
+                self._table = self._base.open_table(self._name)
+                self._table.count_rows()
+            except Exception as error:
+                raise DataError(
+                    f"The library {folder} is damaged: delete {self._name}.lance in it and index again."
+                ) from error
+
+    def __len__(self) -> int:
+        return 0 if self._table is None else int(self._table.count_rows())
+
+    def files(self) -> dict[str, IndexedFile]:
+        """Every file that has rows, by path."""
+        if self._table is None:
+            return {}
+        columns = ["path", "size", "mtime_ns", "ends", "count"]
+        found: dict[str, IndexedFile] = {}
+        for batch in self._table.search().select(columns).to_batches():
+            for path, size, mtime_ns, ends, count in zip(
+                *(batch.column(name).to_pylist() for name in columns), strict=True
+            ):
+                rows = found[path].rows + 1 if path in found else 1
+                found[path] = IndexedFile(path, FileIdentity(size, mtime_ns, ends), rows, count)
+        return found
+
+    def add(self, rows: Sequence[ClipRow]) -> None:
+        """Append the clips of a file that has none: one commit."""
+        with self._writing():
+            if self._table is None:
+                self._table = self._base.create_table(self._name, _arrow(rows), mode="overwrite")
+            else:
+                self._table.add(_arrow(rows))
+
+    def replace(self, path: str, rows: Sequence[ClipRow]) -> None:
+        """Put a file's clips in place of those that it had: one commit."""
+        if self._table is None:
+            self.add(rows)
+            return
+        # A row that matches is renewed, a number that the file has no more goes.
+        merge = self._table.merge_insert(["path", "number"]).when_matched_update_all()
+        merge = merge.when_not_matched_insert_all().when_not_matched_by_source_delete(_is(path))
+        with self._writing():
+            merge.execute(_arrow(rows))
+
+    def touch(self, path: str, mtime_ns: int) -> None:
+        """Note that a file's content is the same at a later time."""
+        with self._writing():
+            self._table.update(where=_is(path), values={"mtime_ns": mtime_ns})
+
+    def remove(self, path: str) -> None:
+        """Drop a file's clips."""
+        if self._table is not None:
+            with self._writing():
+                self._table.delete(_is(path))
+
+    def nearest(self, vector: Sequence[float], count: int) -> list[tuple[ClipRow, float]]:
+        """The clips nearest to a unit vector, with their cosines, best first."""
+        if self._table is None:
+            return []
+        found = self._table.search(list(vector)).distance_type("cosine").limit(count)
+        rows = []
+        for row in found.to_list():
+            distance = row.pop("_distance")
+            rows.append((ClipRow(**row), 1.0 - float(distance)))
+        return rows
+
+    def tidy(self) -> None:
+        """Join small pieces, and drop what kills and old versions left behind."""
+        if self._table is not None:
+            from datetime import timedelta
+
+            with self._writing():
+                self._table.optimize(cleanup_older_than=timedelta(seconds=KEPT_VERSIONS_S))
+
+    def drop_others(self) -> None:
+        """Drop the tables of other embedders."""
+        for name in self._tables():
+            if name != self._name:
+                self._base.drop_table(name)
+
+    def others(self) -> list[str]:
+        """Names of tables of other embedders."""
+        return [name for name in self._tables() if name != self._name]
+
+    def _tables(self) -> list[str]:
+        return [name for name in self._base.list_tables(limit=1000).tables if name.startswith("clips-")]
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what LanceDB raises into one sentence; what was committed before is whole."""
+        try:
+            yield
+        except Exception as error:
+            text = str(error)
+            why = "the disk is full" if "No space left" in text else first_line(error)
+            raise DataError(
+                f"Cannot write into the library {self._folder}: {why}; what was indexed before is kept."
+            ) from error
+
+
+def _arrow(rows: Sequence[ClipRow]) -> Any:
+    import pyarrow
+
+    kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64(), bytes: pyarrow.binary()}
+    values = [asdict(row) for row in rows]
+    fields = [(name, kinds[type(value)]) for name, value in values[0].items() if name != "vector"]
+    vector = pyarrow.list_(pyarrow.float32(), len(rows[0].vector))
+    return pyarrow.Table.from_pylist(values, schema=pyarrow.schema([*fields, ("vector", vector)]))
+
+
+def _is(path: str) -> str:
+    """The condition for a file's rows."""
+    return "path = '" + path.replace("'", "''") + "'"

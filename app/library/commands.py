@@ -1,0 +1,149 @@
+"""`fluxchat index` and `fluxchat search`: their arguments, and what they print.
+
+Exit status 0; 1 when some files could not be indexed, or `--check` finds something stale; 2 for a wrong
+input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from encoder.errors import ConfigError
+
+if TYPE_CHECKING:
+    from app.library.indexing import IndexReport
+    from app.library.library import Hit, Library
+
+EXAMPLES = """\
+examples:
+  fluxchat index ~/Videos                              all videos in a folder; again: only what is new
+  fluxchat index 'clips/**/*.mp4' list.txt --seconds 5
+  fluxchat index --check                               which files are gone, changed or could not be read
+  fluxchat index --repair                              mend what --check finds
+  fluxchat search "a dog catches a disc" --top 3
+  fluxchat search "a goal" --clip goal.mp4             cut the best hit out
+"""
+
+
+def add_library_commands(commands: Any) -> None:
+    """Add both to the subparsers of `fluxchat`."""
+    how: dict[str, Any] = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    index = commands.add_parser("index", help="a library of videos, to be searched by what they show", **how)
+    index.add_argument(
+        "sources", nargs="*", metavar="VIDEOS", help="folders, files, patterns in quotes, lists (.txt)"
+    )
+    index.add_argument("--seconds", type=float, metavar="N", help="length of a clip, of a new library (10)")
+    index.add_argument("--check", action="store_true", help="say what is stale, and change nothing")
+    index.add_argument("--repair", action="store_true", help="index anew what is stale, drop what is gone")
+    search = commands.add_parser("search", help="find clips in the library by what they show", **how)
+    search.add_argument("text", help="what to look for, in quotes")
+    search.add_argument("--top", type=int, default=10, metavar="N", help="how many clips (10)")
+    search.add_argument("--play", action="store_true", help="play the best one")
+    search.add_argument("--clip", metavar="FILE", help="cut the best one out into this file")
+    search.add_argument("--force", action="store_true", help="let --clip write over a file that exists")
+    for command in (index, search):
+        command.add_argument("--json", action="store_true", help="print as JSON")
+        command.add_argument(
+            "--library",
+            metavar="DIR",
+            help="folder of the index (default: $FLUXCHAT_LIBRARY, or one in the cache folder)",
+        )
+        command.add_argument(
+            "--embedder",
+            metavar="MODEL",
+            help="a CLIP or SigLIP (hub id or folder), or a saved model with its alignment.safetensors "
+            "(default: what the library was made with, else the shipped model)",
+        )
+        command.add_argument("--device", help="cpu, cuda, mps ... (default: the best there is)")
+
+
+def _library(args: argparse.Namespace, seconds: float | None = None) -> Library:
+    from app.library.library import Library
+
+    return Library(args.library, embedder=args.embedder, seconds=seconds, device=args.device)
+
+
+def run_index(args: argparse.Namespace) -> int:
+    """Index, check or repair."""
+    from app.ask_each import terminal
+
+    if args.check and args.repair:
+        raise ConfigError("--check changes nothing and --repair does: give one of them.")
+    if args.sources and (args.check or args.repair):
+        raise ConfigError("--check and --repair look at what is in the library: give no videos.")
+    library = _library(args, args.seconds)
+    if args.check:
+        return _check(library, args.json)
+    if args.repair:
+        report = library.repair(progress=terminal())
+    else:
+        report = library.index(args.sources, progress=terminal())
+    _tell(report, args.json)
+    return 1 if report.failed else 0
+
+
+def _check(library: Library, as_json: bool) -> int:
+    stale = library.check()
+    if as_json:
+        print(json.dumps([asdict(row) for row in stale]))
+    else:
+        for row in stale:
+            print(f"{row.what}: {row.path}" + (f" ({row.why})" if row.why else ""))
+        print(f"{len(stale)} stale; `fluxchat index --repair` mends it." if stale else "All is up to date.")
+    return 1 if stale else 0
+
+
+def _tell(report: IndexReport, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(report)))
+        return
+    for path, why in report.failed.items():
+        print(f"{path}: ! {why}")
+    parts = [f"{report.indexed} videos indexed ({report.clips} clips)", f"{report.unchanged} unchanged"]
+    parts += [f"{report.removed} dropped"] * bool(report.removed)
+    parts += [f"{len(report.failed)} could not be read"] * bool(report.failed)
+    print(", ".join(parts) + ".")
+
+
+def run_search(args: argparse.Namespace) -> int:
+    """Find, and play or cut the best."""
+    found = _library(args).search(args.text, args.top)
+    if args.json:
+        print(json.dumps({"text": args.text, **asdict(found)}))
+    else:
+        for hit in found.hits:
+            print(_line(hit))
+    if found.left_out:
+        print(
+            f"{len(found.left_out)} files were left out, which are gone or have changed: run "
+            "`fluxchat index --repair`.",
+            file=sys.stderr,
+        )
+    if (args.clip or args.play) and not found.hits:
+        raise ConfigError("Nothing was found: index some videos first.")
+    if args.clip:
+        from encoder.video.cut import cut
+
+        best = found.hits[0]
+        cut(best.path, best.start_s, best.end_s, args.clip, overwrite=args.force)
+    if args.play:
+        from app.library.player import play
+
+        play(found.hits[0].path, found.hits[0].start_s)
+    return 0
+
+
+def _line(hit: Hit) -> str:
+    from encoder.video.clock import clock
+
+    where = f"{clock(hit.start_s)}-{clock(hit.end_s)}"
+    return f"{hit.score:.3f}  {where.ljust(15)}  {hit.path}" + (
+        f"  [{hit.thumbnail}]" if hit.thumbnail else ""
+    )
+
+
+LIBRARY_COMMANDS = {"index": run_index, "search": run_search}

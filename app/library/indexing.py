@@ -1,0 +1,164 @@
+"""From files to rows: decode ahead, embed, and commit each video's clips at once.
+
+    report = index_files(table, embedder, paths, seconds=10)
+
+A file that cannot be read is a row of the report and ends nothing.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TextIO, TypeVar
+
+from PIL import Image
+from torch import Tensor
+
+from app.library.clip_reader import VideoClip, read_clips
+from app.library.clip_table import ClipRow, ClipTable
+from app.library.embedders import Embedder
+from app.library.video_files import FileIdentity
+from encoder.errors import FluxChatError, VideoError
+from encoder.video.sources import reason
+
+TIDY_EVERY = 200  # videos: each one's commit is a piece of its own until then
+THUMBNAIL, QUALITY = 192, 80  # pixels of the longer side, JPEG quality
+T = TypeVar("T")
+
+
+@dataclass
+class IndexReport:
+    """What an indexer did. indexed: new and changed files; clips: of those; failed: error by path."""
+
+    indexed: int = 0
+    unchanged: int = 0
+    removed: int = 0
+    clips: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A group of a file's clips; or its end, or what was wrong with it."""
+
+    path: str
+    identity: FileIdentity | None = None
+    clips: Sequence[VideoClip] = ()
+    error: str | None = None
+
+
+def index_files(
+    table: ClipTable,
+    embedder: Embedder,
+    paths: Sequence[str],
+    seconds: float,
+    progress: TextIO | None = None,
+) -> IndexReport:
+    """Bring the rows of these files up to date. seconds: length of a clip. progress: a terminal for a bar.
+
+    Raises DataError when the table cannot be written.
+    """
+    from tqdm import tqdm
+
+    report, known = IndexReport(), table.files()
+    wanted = []
+    for path in paths:
+        file = known.get(path)
+        if file is not None and file.rows == file.count and _same(table, path, file.identity):
+            report.unchanged += 1
+        else:
+            wanted.append(path)
+    rows: list[ClipRow] = []
+    bar = tqdm(total=len(wanted), unit="video", file=progress, disable=progress is None, dynamic_ncols=True)
+    with bar:
+        for step in _ahead(_steps(wanted, seconds, embedder.frames)):
+            if step.clips:
+                rows += _rows(step, embedder)
+                continue
+            if step.error is not None:
+                report.failed[step.path] = step.error
+            else:
+                if step.path in known:
+                    table.replace(step.path, rows)
+                else:
+                    table.add(rows)
+                report.indexed, report.clips = report.indexed + 1, report.clips + len(rows)
+                if report.indexed % TIDY_EVERY == 0:
+                    table.tidy()
+            rows = []
+            bar.update()
+    if report.indexed:
+        table.tidy()
+    return report
+
+
+def _same(table: ClipTable, path: str, identity: FileIdentity) -> bool:
+    """Whether a file is as it was indexed; one that was only touched is noted as such."""
+    if identity.unchanged(path):
+        return True
+    try:
+        now = FileIdentity.of(path)
+    except OSError:
+        return False
+    if (now.size, now.ends) != (identity.size, identity.ends):
+        return False
+    table.touch(path, now.mtime_ns)
+    return True
+
+
+def _steps(paths: Sequence[str], seconds: float, frames: int) -> Iterator[_Step]:
+    for path in paths:
+        try:
+            identity = FileIdentity.of(path)
+            for clips in read_clips(path, seconds, frames):
+                yield _Step(path, identity, clips)
+            if not identity.unchanged(path):
+                raise VideoError(f"Cannot read {path!r}: it was changed meanwhile; index it again.")
+        except FluxChatError as error:
+            yield _Step(path, error=" ".join(str(error).split()))
+        except OSError as error:
+            yield _Step(path, error=f"Cannot read {path!r}: {reason(error)}; check the path.")
+        else:
+            yield _Step(path, identity)
+
+
+def _ahead(steps: Iterator[T]) -> Iterator[T]:
+    """The same, each made in a thread while the one before it is used."""
+    end: Any = object()
+    with ThreadPoolExecutor(1, "fluxchat-decode") as thread:
+        coming = thread.submit(next, steps, end)
+        while (step := coming.result()) is not end:
+            coming = thread.submit(next, steps, end)
+            yield step
+
+
+def _rows(step: _Step, embedder: Embedder) -> list[ClipRow]:
+    assert step.identity is not None
+    vectors = embedder.embed_clips([clip.frames for clip in step.clips])
+    return [
+        ClipRow(
+            path=step.path,
+            size=step.identity.size,
+            mtime_ns=step.identity.mtime_ns,
+            ends=step.identity.ends,
+            number=clip.number,
+            count=clip.count,
+            start_s=float(clip.start_s),
+            end_s=float(clip.end_s),
+            model=embedder.fingerprint,
+            thumbnail=_thumbnail(clip.frames[len(clip.frames) // 2]),
+            vector=vector.tolist(),
+        )
+        for clip, vector in zip(step.clips, vectors, strict=True)
+    ]
+
+
+def _thumbnail(frame: Tensor) -> bytes:
+    """A frame, uint8 (H, W, 3), as a small JPEG."""
+    out = io.BytesIO()
+    picture = Image.fromarray(frame.numpy())
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    picture.save(out, "JPEG", quality=QUALITY)
+    return out.getvalue()

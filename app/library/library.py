@@ -1,0 +1,290 @@
+"""Library: many videos in one folder's index, found by what they show.
+
+library = Library("index")
+library.index(["~/Videos"])
+for hit in library.search("a dog catches a disc").hits: print(hit.path, hit.start_s, hit.score)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence, Set
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, TextIO
+
+from app.library.clip_table import ClipTable, WriteLock, lancedb
+from app.library.embedders import Embedder, open_embedder
+from app.library.indexing import IndexReport, index_files
+from app.library.video_files import FileIdentity, find_videos
+from encoder.checkpoint import atomic_path, save_json
+from encoder.errors import ConfigError, DataError
+from encoder.json_files import read_object
+from encoder.video.sources import reason
+from llm_bridge.assets.cache_dir import cache_dir
+
+SETTINGS, PROBLEMS, THUMBNAILS = "library.json", "problems.json", "thumbnails"
+FORMAT, VERSION = "fluxchat library", 1
+SECONDS, SHORTEST = 10.0, 0.5  # of a clip
+MOST_HITS = 10_000
+LARGEST_REPORT = 2**28  # bytes
+# gone, changed: since it was indexed. incomplete: rows are missing. unreadable: it could not be indexed.
+# other model: it is in the rows of another model only.
+What = Literal["gone", "changed", "incomplete", "unreadable", "other model"]
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A clip that was found. start_s, end_s: seconds. score: cosine with the text. thumbnail: a JPEG file,
+    None where the library's folder cannot be written."""
+
+    path: str
+    start_s: float
+    end_s: float
+    score: float
+    thumbnail: str | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """hits: best first. left_out: files that would have been among them, but are gone or have changed."""
+
+    hits: tuple[Hit, ...]
+    left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stale:
+    """A file whose rows are not what it is. why: a sentence where there is one."""
+
+    path: str
+    what: What
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class _Settings:
+    seconds: float
+    embedder: str
+    fingerprint: str
+
+
+def default_folder() -> Path:
+    """Where `fluxchat index` and `search` keep the library: `$FLUXCHAT_LIBRARY`, or in the cache folder."""
+    override = os.environ.get("FLUXCHAT_LIBRARY")
+    return Path(override).expanduser() if override else cache_dir() / "library"
+
+
+class Library:
+    """An index of videos in a folder of its own.
+
+    folder: of the index, not of the videos (default: `default_folder`). embedder: what makes vectors: None
+    for the one that the library was made with, or the shipped model; a saved model's folder, a CLIP or
+    SigLIP, or an Embedder. seconds: length of a clip, of a new library.
+    Raises ConfigError, DataError and ModelError: one sentence, what was wrong and what to do.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str] | None = None,
+        *,
+        embedder: str | Embedder | None = None,
+        seconds: float | None = None,
+        device: str | None = None,
+    ) -> None:
+        lancedb()
+        if seconds is not None and not SHORTEST <= seconds <= 3600:
+            raise ConfigError(f"Clips of {seconds:g} s cannot be: give {SHORTEST} to 3600 seconds.")
+        self.folder = default_folder() if folder is None else Path(folder).expanduser()
+        self._given, self._seconds, self._device = embedder, seconds, device
+        self._embedder: Embedder | None = None
+
+    def index(
+        self, sources: Sequence[str | os.PathLike[str]], *, progress: TextIO | None = None
+    ) -> IndexReport:
+        """Index the new and changed videos of folders, globs, lists (.txt) and files.
+
+        Each video appears with all its clips or not at all, so that a stopped run is simply run again.
+        """
+        paths = find_videos(sources)
+        self._make_folder()
+        with WriteLock(self.folder):
+            settings = self._settings() or self._begin()
+            return self._index(self._table(settings), paths, settings, progress)
+
+    def check(self) -> list[Stale]:
+        """What of the library is no longer so, by path. Reads no video."""
+        settings = self._existing()
+        table = ClipTable(self.folder, settings.fingerprint)
+        stale = {path: Stale(path, "unreadable", why) for path, why in self._problems().items()}
+        known = table.files()
+        for path, file in known.items():
+            if file.rows != file.count:
+                stale[path] = Stale(path, "incomplete", f"It has {file.rows} of {file.count} clips.")
+            elif (what := _changed(path, file.identity)) is not None:
+                stale[path] = Stale(path, what)
+        if self._open_embedder(settings).fingerprint != settings.fingerprint:
+            stale |= {path: Stale(path, "other model") for path in known if path not in stale}
+        for path in self._files_of_others(table):
+            if path not in known:
+                stale.setdefault(path, Stale(path, "other model"))
+        return [stale[path] for path in sorted(stale)]
+
+    def repair(self, *, progress: TextIO | None = None) -> IndexReport:
+        """Index anew what `check` finds, and drop what is gone; with the embedder as it is now."""
+        settings = self._existing()
+        with WriteLock(self.folder):
+            before = ClipTable(self.folder, settings.fingerprint)
+            paths = {*before.files(), *self._files_of_others(before), *self._problems()}
+            embedder = self._open_embedder(settings)
+            if embedder.fingerprint != settings.fingerprint:
+                settings = self._begin(settings.seconds)
+            table = ClipTable(self.folder, embedder.fingerprint)
+            gone = {path for path in paths if not os.path.exists(path)}
+            for path in gone:
+                table.remove(path)
+            report = self._index(table, sorted(paths - gone), settings, progress, forgotten=gone)
+            report.removed = len(gone)
+            table.drop_others()
+            return report
+
+    def search(self, text: str, top: int = 10) -> Found:
+        """The clips that fit a text best. Clips of files that are gone or have changed are left out."""
+        if not text.strip():
+            raise ConfigError("Say what to look for.")
+        if not 1 <= top <= MOST_HITS:
+            raise ConfigError(f"Cannot find {top} clips: ask for 1 to {MOST_HITS}.")
+        settings = self._existing()
+        table = self._table(settings)
+        assert self._embedder is not None
+        vector = self._embedder.embed_texts([text])[0].tolist()
+        fresh: dict[str, bool] = {}
+        count, total = top, len(table)
+        while True:
+            rows = table.nearest(vector, count)
+            for row, _ in rows:
+                if row.path not in fresh:
+                    known = FileIdentity(row.size, row.mtime_ns, row.ends)
+                    fresh[row.path] = _changed(row.path, known) is None
+            good = [(row, score) for row, score in rows if fresh[row.path]]
+            if len(good) >= top or count >= total:
+                break
+            count *= 4
+        hits = tuple(
+            Hit(row.path, row.start_s, row.end_s, score, self._thumbnail(row.thumbnail))
+            for row, score in good[:top]
+        )
+        return Found(hits, tuple(sorted(path for path, is_fresh in fresh.items() if not is_fresh)))
+
+    # -- its files ------------------------------------------------------------------------------------------
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot make the library {self.folder}: {reason(error)}; name another folder."
+            ) from error
+
+    def _settings(self) -> _Settings | None:
+        """What the library was made with; None where there is none yet. Raises DataError."""
+        try:
+            values = read_object(self.folder / SETTINGS)
+            if values["format"] != FORMAT or values["version"] != VERSION:
+                raise DataError(
+                    f"{self.folder} is a library of another version of FluxChat: name another one."
+                )
+            settings = _Settings(
+                float(values["seconds"]), str(values["embedder"]), str(values["fingerprint"])
+            )
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.folder / SETTINGS} is damaged: delete {self.folder}.") from error
+        if self._seconds is not None and self._seconds != settings.seconds:
+            raise ConfigError(
+                f"The library {self.folder} has clips of {settings.seconds:g} s, not {self._seconds:g}: "
+                "leave the seconds out, or name another library."
+            )
+        return settings
+
+    def _existing(self) -> _Settings:
+        settings = self._settings() if self.folder.is_dir() else None
+        if settings is None:
+            raise ConfigError(f"There is no library in {self.folder} yet: run `fluxchat index FOLDER`.")
+        return settings
+
+    def _begin(self, seconds: float | None = None) -> _Settings:
+        """Note what the library is made with from now on."""
+        embedder = self._open_embedder(None)
+        settings = _Settings(seconds or self._seconds or SECONDS, embedder.name, embedder.fingerprint)
+        save_json({"format": FORMAT, "version": VERSION, **asdict(settings)}, self.folder / SETTINGS)
+        return settings
+
+    def _open_embedder(self, settings: _Settings | None) -> Embedder:
+        if self._embedder is None:
+            given = self._given
+            if given is None or isinstance(given, str):
+                source = given if given is not None else settings.embedder if settings else None
+                given = open_embedder(source, self._device)
+            self._embedder = given
+        return self._embedder
+
+    def _table(self, settings: _Settings) -> ClipTable:
+        """The table of this embedder; raises ConfigError when the library was made with another one."""
+        if self._open_embedder(settings).fingerprint != settings.fingerprint:
+            name = settings.embedder or "the shipped model"
+            raise ConfigError(
+                f"The library {self.folder} was made with another model or version ({name}): run `fluxchat "
+                "index --repair` with this one to index it anew, or name another library."
+            )
+        return ClipTable(self.folder, settings.fingerprint)
+
+    def _files_of_others(self, table: ClipTable) -> set[str]:
+        names = [name.removeprefix("clips-") for name in table.others()]
+        return {path for name in names for path in ClipTable(self.folder, name).files()}
+
+    def _index(
+        self,
+        table: ClipTable,
+        paths: Sequence[str],
+        settings: _Settings,
+        progress: TextIO | None,
+        forgotten: Set[str] = frozenset(),
+    ) -> IndexReport:
+        report = index_files(table, self._open_embedder(settings), paths, settings.seconds, progress)
+        asked = {*paths, *forgotten}
+        others = {path: why for path, why in self._problems().items() if path not in asked}
+        save_json(others | report.failed, self.folder / PROBLEMS)
+        return report
+
+    def _problems(self) -> dict[str, str]:
+        """Why files could not be indexed, by path."""
+        try:
+            values = read_object(self.folder / PROBLEMS, limit=LARGEST_REPORT)
+        except (OSError, ValueError):  # a report, made anew by every run
+            return {}
+        return {str(path): str(why) for path, why in values.items()}
+
+    def _thumbnail(self, jpeg: bytes) -> str | None:
+        """A file with this picture."""
+        file = self.folder / THUMBNAILS / f"{hashlib.sha256(jpeg).hexdigest()[:24]}.jpg"
+        try:
+            if not file.exists():
+                with atomic_path(file) as temporary:
+                    temporary.write_bytes(jpeg)
+        except OSError:
+            return None
+        return str(file)
+
+
+def _changed(path: str, identity: FileIdentity) -> What | None:
+    """What became of a file since; None when its content is the same."""
+    if identity.unchanged(path):
+        return None
+    try:
+        now = FileIdentity.of(path)
+    except OSError:
+        return "gone"
+    return None if (now.size, now.ends) == (identity.size, identity.ends) else "changed"

@@ -1,0 +1,98 @@
+"""The video files that a person means, and what each is known by.
+
+find_videos(["~/Videos", "clips/*.mp4", "list.txt"])     # absolute paths, sorted, each once
+FileIdentity.of("a.mp4")                                 # size, time of change, hash of its ends
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from encoder.errors import ConfigError
+
+# What is taken of a folder; a file that is named itself may be called anything.
+VIDEO_SUFFIXES = {
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts"),
+    *(".mpg", ".mpeg", ".wmv", ".flv", ".ogv", ".3gp", ".gif"),
+}
+LIST_SUFFIX = ".txt"
+LONGEST_LIST = 2**30  # bytes
+END_BYTES = 2**20  # of a file's head and tail that are hashed
+
+
+@dataclass(frozen=True)
+class FileIdentity:
+    """size: bytes. mtime_ns: when its content was last changed. ends: hash of its first and last MiB."""
+
+    size: int
+    mtime_ns: int
+    ends: str
+
+    @staticmethod
+    def of(path: str) -> FileIdentity:
+        """Raises OSError."""
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            digest = hashlib.sha256(file.read(END_BYTES))
+            file.seek(max(file.tell(), status.st_size - END_BYTES))
+            digest.update(file.read(END_BYTES))
+        return FileIdentity(status.st_size, status.st_mtime_ns, digest.hexdigest()[:32])
+
+    def unchanged(self, path: str) -> bool:
+        """Whether the file's size and the time of its last change are what they were."""
+        try:
+            status = os.stat(path)
+        except OSError:
+            return False
+        return (status.st_size, status.st_mtime_ns) == (self.size, self.mtime_ns)
+
+
+def find_videos(sources: Sequence[str | os.PathLike[str]]) -> list[str]:
+    """Absolute paths of the videos in folders (searched through), globs, lists (.txt, a path a line, # begins
+    a comment, relative ones from the list's folder) and files.
+
+    Raises ConfigError for what is not there, and when nothing is found.
+    """
+    if not sources:
+        raise ConfigError("Name the videos: a folder, files, a pattern in quotes, or a list (.txt).")
+    found = {path for source in sources for path in _videos(os.path.expanduser(os.fspath(source)))}
+    if not found:
+        raise ConfigError(f"There is no video in {', '.join(map(str, sources))}: name another place.")
+    return sorted(found)
+
+
+def _videos(source: str) -> Iterator[str]:
+    if os.path.isdir(source):
+        yield from _in_folder(source)
+    elif os.path.isfile(source):
+        if source.lower().endswith(LIST_SUFFIX):
+            yield from _listed(source)
+        else:
+            yield os.path.abspath(source)
+    elif glob.has_magic(source):
+        for path in glob.iglob(source, recursive=True):
+            yield from _in_folder(path) if os.path.isdir(path) else (os.path.abspath(path),)
+    else:
+        raise ConfigError(f"There is no file or folder {source!r}: check the path.")
+
+
+def _in_folder(folder: str) -> Iterator[str]:
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not name.startswith("."):
+                yield os.path.abspath(os.path.join(place, name))
+
+
+def _listed(path: str) -> Iterator[str]:
+    """A list's files, whether they are there or not: a missing one is a row of the report."""
+    if os.path.getsize(path) > LONGEST_LIST:
+        raise ConfigError(f"{path!r} is too long for a list of files: split it.")
+    for line in Path(path).read_text("utf-8", errors="surrogateescape").splitlines():
+        if (name := line.strip()) and not name.startswith("#"):
+            yield os.path.abspath(os.path.join(os.path.dirname(path), os.path.expanduser(name)))

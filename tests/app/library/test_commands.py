@@ -1,0 +1,103 @@
+"""`fluxchat index` and `fluxchat search` on a tiny CLIP."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app import cli
+from app.library import player
+from encoder.video.reader import probe
+from llm_bridge.text_encoders import text_towers
+from tests.llm_bridge.text_encoders.tiny_towers import clip_folder
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """Runs a command; (status, standard output, standard error)."""
+    clip_folder(tmp_path / "clip")
+    monkeypatch.setenv("FLUXCHAT_LIBRARY", str(tmp_path / "index"))
+    capsys.readouterr()  # of saving the model
+
+    def run(*args: object) -> tuple[int, str, str]:
+        status = cli.main([*map(str, args)])
+        out = capsys.readouterr()
+        return status, out.out, out.err
+
+    return run
+
+
+def test_from_a_folder_to_a_clip(command: Any, videos: Path, tmp_path: Path) -> None:
+    status, out, err = command("index", videos, "--seconds", 2, "--embedder", tmp_path / "clip")
+    assert (status, err) == (0, "")
+    assert out == "4 videos indexed (5 clips), 0 unchanged.\n"
+    assert command("index", "--check")[:2] == (0, "All is up to date.\n")
+    status, out, _ = command("search", "a dog", "--top", 2, "--json", "--clip", tmp_path / "best.mp4")
+    assert status == 0
+    found = json.loads(out)
+    assert [set(hit) for hit in found["hits"]] == [{"path", "start_s", "end_s", "score", "thumbnail"}] * 2
+    assert all(Path(hit["thumbnail"]).is_file() for hit in found["hits"])
+    assert probe(str(tmp_path / "best.mp4")).duration_s >= 1
+    lines = command("search", "a dog")[1].splitlines()
+    assert len(lines) == 5
+    assert found["hits"][0]["path"] in lines[0]
+
+
+def test_what_is_stale_is_said_and_mended(command: Any, videos: Path, tmp_path: Path) -> None:
+    (videos / "broken.mp4").touch()
+    status, out, _ = command("index", videos, "--embedder", tmp_path / "clip")
+    assert status == 1
+    assert f"{videos / 'broken.mp4'}: ! " in out
+    (videos / "broken.mp4").unlink()
+    (videos / "red.mp4").unlink()
+    assert "1 files were left out" in command("search", "a dog")[2]
+    status, out, _ = command("index", "--check", "--json")
+    assert status == 1
+    assert {row["what"] for row in json.loads(out)} == {"gone", "unreadable"}
+    status, out, _ = command("index", "--repair")
+    assert status == 0
+    assert "2 dropped" in out
+    assert command("index", "--check")[0] == 0
+
+
+def test_the_best_is_played_at_its_time(
+    command: Any, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command("index", videos / "deep er", "--seconds", 2, "--embedder", tmp_path / "clip")
+    played: list[list[str]] = []
+    monkeypatch.setattr(player.shutil, "which", lambda name: f"/bin/{name}" if name == "mpv" else None)
+    monkeypatch.setattr(player.subprocess, "call", lambda words: played.append(words))
+    _, out, _ = command("search", "a dog", "--json", "--play")
+    best = json.loads(out)["hits"][0]
+    assert played == [["/bin/mpv", f"--start={best['start_s']:.2f}", best["path"]]]
+    monkeypatch.setattr(player.shutil, "which", lambda name: None)
+    status, _, err = command("search", "a dog", "--play")
+    assert status == 2
+    assert "install mpv" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["index"], "Name the videos"),
+        (["index", "--check", "--repair"], "give one of them"),
+        (["index", "a.mp4", "--check"], "give no videos"),
+        (["search", "a dog"], "no library in"),
+    ],
+)
+def test_wrong_inputs_are_one_line(command: Any, args: list[str], said: str) -> None:
+    status, _, err = command(*args)
+    assert status == 2
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_fetch_text_gets_the_text_tower(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(text_towers, "sentence_tower_path", lambda: tmp_path / "tower")
+    assert cli.main(["fetch", "--text"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'tower'}\n"

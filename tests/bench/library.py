@@ -1,0 +1,97 @@
+"""A library: clips per second to index beside bare decoding, and searching among 100,000 clips.
+
+    python -m tests.bench.library [--rows N]
+
+Videos are made: 20 s of 640 x 360, ten clips of 2 s each. The rows that are searched are random unit vectors
+with bytes of a thumbnail; the text tower is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from app.library.clip_reader import read_clips
+from app.library.clip_table import ClipRow, ClipTable
+from app.library.embedders import open_embedder
+from app.library.indexing import index_files
+from tests.bench.common import environment, interleave, print_json, summary
+from training.synthetic.export import write_video
+
+VIDEOS, SECONDS, CLIP_S, FPS, HEIGHT, WIDTH = 4, 20, 2.0, 12, 360, 640
+
+
+def make_videos(folder: Path) -> list[str]:
+    """A pattern that moves over noise."""
+    rng = np.random.default_rng(0)
+    ground = rng.integers(0, 255, (HEIGHT // 8, 2 * WIDTH // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    paths = []
+    for number in range(VIDEOS):
+        shifts = [(number + 3 * i) % WIDTH for i in range(SECONDS * FPS)]
+        path = folder / f"{number}.mp4"
+        write_video(path, np.stack([ground[:, shift : shift + WIDTH] for shift in shifts]), FPS)
+        paths.append(str(path))
+    return paths
+
+
+def indexing(folder: Path) -> dict[str, float]:
+    """Clips per second: decoded alone, and indexed."""
+    paths, embedder = make_videos(folder), open_embedder(device="cpu")
+    clips = VIDEOS * round(SECONDS / CLIP_S)
+    runs = iter(range(100))
+
+    def decode() -> None:
+        for path in paths:
+            for _ in read_clips(path, CLIP_S, embedder.frames):
+                pass
+
+    def index() -> None:
+        table = ClipTable(folder / f"index-{next(runs)}", "bench")
+        assert index_files(table, embedder, paths, CLIP_S).clips == clips
+
+    samples = interleave({"decode": decode, "index": index}, 3)
+    return {f"{name}_clips_per_s": round(clips / min(times), 1) for name, times in samples.items()}
+
+
+def searching(folder: Path, rows: int) -> dict[str, float]:
+    """Milliseconds of a search for ten clips."""
+    rng, dim, each = np.random.default_rng(0), 384, 5000
+    table = ClipTable(folder / "large", "bench")
+    thumbnail = rng.bytes(4000)
+    for first in range(0, rows, each):
+        vectors = rng.standard_normal((each, dim)).astype(np.float32)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        path = f"/videos/{first}.mp4"
+        table.add(
+            [
+                ClipRow(path, 1, 1, "", i, each, 2.0 * i, 2.0 * i + 2, "bench", thumbnail, vector.tolist())
+                for i, vector in enumerate(vectors)
+            ]
+        )
+    table.tidy()
+    query = vectors[7].tolist()
+    assert table.nearest(query, 10)[0][0].number == 7
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        table.nearest(query, 10)
+        times.append(time.perf_counter() - start)
+    return summary(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.library")
+    parser.add_argument("--rows", type=int, default=100_000)
+    rows = parser.parse_args().rows
+    with tempfile.TemporaryDirectory() as place:
+        result = {"indexing": indexing(Path(place)), "rows": rows, "search": searching(Path(place), rows)}
+    print_json({"bench": "library", **result, "cores": torch.get_num_threads(), **environment()})
+
+
+if __name__ == "__main__":
+    main()
