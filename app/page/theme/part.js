@@ -2,7 +2,7 @@
 // says what is chosen for each medium; what is changed here is sent as the event "part".
 let part = { start: 0, end: null, region: null };
 let sliding = false; // an edge is under the pointer: the shelf's answer must not move it
-let sent = null; // {source, turn}: the last change, until the shelf says that it came; older answers change nothing
+let choice = null; // {source, turn}: the last one, until the shelf says that it came; older answers change nothing
 const EDGES = ["start", "end"];
 const LEAST = 0.04; // of the picture's side: the smallest box
 const edge = (name) => find(`[data-edge="${name}"]`);
@@ -20,8 +20,13 @@ function showPart() {
     return drawBox();
   }
   if (sliding) return;
-  if (sent?.source === medium.dataset.src && Number(medium.dataset.turn) < sent.turn) return sendLater(send, 1500);
-  sent = null;
+  if (choice?.source === medium.dataset.src && Number(medium.dataset.turn) < choice.turn) {
+    if (!later) choiceLater(1500);
+    return;
+  }
+  clearTimeout(later);
+  later = 0;
+  choice = null;
   part = JSON.parse(medium.dataset.part);
   find(".fc-range").hidden = medium.dataset.kind !== "video" || !seconds;
   for (const name of EDGES) {
@@ -42,23 +47,25 @@ function drawRange() {
 }
 
 let later = 0;
-function sendLater(act, milliseconds) {
+function choiceLater(milliseconds) {
   clearTimeout(later);
-  later = setTimeout(act, milliseconds);
+  later = setTimeout(sendChoice, milliseconds);
 }
 
-function commit() {
-  sent = { source: current().dataset.src, turn: Math.max(Date.now(), (sent?.turn ?? 0) + 1) };
-  send();
+function commit(wait = 0) {
+  choice = { source: current().dataset.src, turn: Math.max(Date.now(), (choice?.turn ?? 0) + 1) };
+  if (wait) choiceLater(wait);
+  else sendChoice();
 }
 
-function send() {
+function sendChoice() {
   clearTimeout(later);
-  if (sent?.source === current()?.dataset.src) trigger("part", { index: shown(), turn: sent.turn, ...part });
+  later = 0;
+  if (choice?.source === current()?.dataset.src) trigger("part", { index: shown(), turn: choice.turn, ...part });
 }
 
 function commitSoon() { // for keys, which come one after the other
-  sendLater(commit, 300);
+  commit(300);
 }
 
 document.addEventListener("input", (event) => {
@@ -175,7 +182,8 @@ Object.assign(clicks, {
   },
   "[data-whole]": (button) => {
     clearTimeout(later);
-    sent = null;
+    later = 0;
+    choice = null;
     trigger("part", { index: Number(button.dataset.whole), turn: Date.now(), start: 0, end: null, region: null });
     focusQuestion();
   },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from PIL import Image
 
 from app.chat import VideoChat
 from app.page.handlers import Handlers, conversation_messages
-from app.page.html import part_chips
+from app.page.html import part_chips, shelf
 from app.page.sessions import Sessions
 from encoder.video.part import WHOLE, Part
 from tests.app.conftest import SHORT, WORLD
@@ -136,7 +137,7 @@ def test_a_range_is_chosen_with_keys_and_cleared(page: Any) -> None:
 
 @browsing
 def test_a_box_is_drawn_moved_and_taken_away(page: Any) -> None:
-    chip, shelf = page.locator("#fluxchat-parts .fc-chip"), page.locator("#fluxchat-shelf .fc-medium")
+    chip, medium = page.locator("#fluxchat-parts .fc-chip"), page.locator("#fluxchat-shelf .fc-medium")
     page.get_by_role("button", name="Box", exact=True).click()
     has(chip, "a box of the picture")
     area = page.locator(".fc-area").bounding_box()
@@ -176,7 +177,7 @@ def test_a_box_is_drawn_moved_and_taken_away(page: Any) -> None:
     expect(chip).to_have_count(0, timeout=PATIENCE_MS)
     expect(page.locator(".fc-area")).to_be_hidden()
     expect(page.get_by_role("button", name="Box", exact=True)).to_have_attribute("aria-pressed", "false")
-    expect(shelf).to_have_count(1)
+    expect(medium).to_have_count(1)
 
 
 @browsing
@@ -216,3 +217,38 @@ def test_choosing_a_part_is_accessible(open_page: Callable[..., Any], scheme: st
     assert page.evaluate(check) == []
     assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
     shoot(page, f"part-{scheme}")
+
+
+def test_an_earlier_choice_that_comes_late_changes_nothing(handlers: Handlers) -> None:
+    session = handlers.sessions.get("one")
+    handlers.add(session, [str(WORLD)])
+    handlers.look_at(session, 3, 5, [0, 0, 0.5, 1], turn=2)
+    chosen = session.media[0].part
+    handlers.look_at(session, 3, 5, None, turn=1)
+    assert session.media[0].part == chosen
+    handlers.look_at(session, 3, 5, None, turn=3)
+    assert session.media[0].part.region is None
+    assert 'data-turn="3"' in shelf(session.media, 0)
+
+
+def test_what_is_chosen_while_an_answer_is_late_stays(
+    open_page: Callable[..., Any],  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    page = open_page()
+    upload(page, SHORT)
+    look_at = Handlers.look_at
+
+    def late(*arguments: Any, **options: Any) -> str:
+        time.sleep(1.0)
+        return look_at(*arguments, **options)
+
+    monkeypatch.setattr(Handlers, "look_at", late)
+    page.get_by_label("From", exact=True).focus()
+    page.keyboard.press("PageUp")
+    page.wait_for_timeout(600)  # it is on its way
+    page.get_by_role("button", name="Box", exact=True).click()
+    page.wait_for_timeout(800)  # the answer to the first choice came
+    expect(page.locator(".fc-box")).to_be_visible()
+    has(page.locator("#fluxchat-parts .fc-chip"), re.compile(r"0:00.* – .*a box of the picture"))
+    expect(page.locator(".fc-box")).to_be_visible()
