@@ -81,12 +81,10 @@ class Gguf:
 
     def __init__(self, file: Path) -> None:
         from llm_bridge.engines.gguf_model import GgufModel
-        from llm_bridge.engines.llamacpp import LlamaCppEngine
 
         llm = load_llm(file, device="cpu", engine="llamacpp")
         assert isinstance(llm, GgufModel)
         self.name, self.llm = file.stem, llm
-        self.engine = LlamaCppEngine(llm, ComputeWorker(llm), context=self._context(2**15, 64))
 
     def _context(self, cells: int, sequences: int) -> LlamaContext:
         return LlamaContext(self.llm.weights, cells=cells, sequences=sequences)
@@ -126,9 +124,13 @@ class Gguf:
         return run
 
     def stepper(self, rows: int, positions: int) -> Callable[[], object]:
-        """The next token of each of several answers."""
+        """The next token of each of several answers, in an engine of their own: all of one share a pass."""
+        from llm_bridge.engines.llamacpp import LlamaCppEngine
+
+        context = self._context(rows * (positions + 1024), 2 * rows)
+        engine = LlamaCppEngine(self.llm, ComputeWorker(self.llm), context=context)
         prompts = [Prompt((*[5] * (positions - 1), row + 3), (), ()) for row in range(rows)]
-        made = [self.engine.start(Request(p, [], SamplingParams(max_new_tokens=900))) for p in prompts]
+        made = [engine.start(Request(p, [], SamplingParams(max_new_tokens=900))) for p in prompts]
         for answer in made:
             answer._eos = frozenset()  # none ends early
         answers = [iter(answer) for answer in made]
