@@ -24,14 +24,7 @@ from encoder.tokens import Grid, VisionTokens
 from llm_bridge.attention import packs
 from llm_bridge.engines.support import chosen_engine
 from llm_bridge.familiarity import FAMILIARITY, Familiarity
-from llm_bridge.llm import (
-    LanguageModel,
-    OnDownload,
-    Quantize,
-    default_device,
-    default_dtype,
-    load_llm,
-)
+from llm_bridge.llm import LanguageModel, OnDownload, Quantize, default_device, default_dtype, load_llm
 from llm_bridge.model_files.checks import first_line
 from llm_bridge.packing import Packing, Weighting, branched_attention, label_weights, without_branches
 from llm_bridge.projector import Projector, ProjectorConfig

@@ -111,28 +111,19 @@ def load_served(
         addresses = tuple(checked_address(address.strip()) for address in engine.split(","))
         return _loaded(name, str(name), dtype, adapters, addresses, **origin)
     with contextlib.ExitStack() as undo:
-        source, scratch = str(name), None
+        source = str(name)
         if adapters:
             scratch = undo.enter_context(ScratchFolder("fluxchat-merged-"))
             source = str(scratch)
             _write_merged(scratch, name, dtype=dtype, adapters=adapters, **origin)
-            origin["revision"] = None
+            origin["revision"] = None  # the copy has none
         options = shlex.split(os.environ.get(OPTIONS, ""))
         if origin["revision"]:
-            options += ["--revision", str(revision)]
+            options += ["--revision", origin["revision"]]
         kind = str(dtype).removeprefix("torch.")  # the same on both sides
         server = VllmServer(source, python=default_python(), dtype=kind, options=options)
         undo.callback(server.close)
-        loaded = _loaded(
-            source,
-            str(name),
-            dtype,
-            adapters,
-            (server.address,),
-            server,
-            revision=revision,
-            on_download=on_download,
-        )
+        loaded = _loaded(source, str(name), dtype, adapters, (server.address,), server, **origin)
         server.at_close(undo.pop_all().close)
     return loaded
 

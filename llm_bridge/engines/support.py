@@ -5,6 +5,7 @@ An engine is asked for by its name, or by the addresses of vLLM servers, with co
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,13 +14,11 @@ from llm_bridge.engines.engine import EngineName
 from llm_bridge.engines.llama_context import check_installed, installed
 from llm_bridge.engines.vllm_server import check_vllm_installed, default_python
 
-ADVICE = {
+LLAMACPP_ADVICE = {
     "adapters": "merge them into the file: fluxchat export --adapters DIR",
     "quantize": "the file has its own types, and fluxchat export --type Q4_1 writes others",
     "device_map": "leave it out",
 }
-
-
 VLLM_ADVICE = {
     "quantize": "start a server with vLLM's own --quantization, and give its address as engine",
     "device_map": "start a server with --tensor-parallel-size, and give its address as engine",
@@ -57,9 +56,7 @@ def check_vllm(name: str | Path, engine: str, **options: Any) -> None:
             f"The engine vllm runs model folders and hub ids, and {name} is a GGUF file: give the model that "
             "it was made of."
         )
-    for option, advice in VLLM_ADVICE.items():
-        if options.get(option):
-            raise ConfigError(f"The engine vllm takes no {option}: {advice}.")
+    _refuse("vllm", VLLM_ADVICE, options)
     if not is_address(engine):
         check_vllm_installed(default_python())
 
@@ -71,10 +68,18 @@ def check_llamacpp(name: str | Path, **options: Any) -> None:
             f"The engine llamacpp runs GGUF files, and {name} is none: give one with llm "
             "(fluxchat export writes one)."
         )
-    for option, advice in ADVICE.items():
-        if options.get(option):
-            raise ConfigError(f"The engine llamacpp takes no {option}: {advice}.")
+    _refuse("llamacpp", LLAMACPP_ADVICE, options)
     check_installed("The engine llamacpp")
+
+
+def _refuse(engine: EngineName, advice: Mapping[str, str], options: Mapping[str, Any]) -> None:
+    if (option := _first_given(advice, options)) is not None:
+        raise ConfigError(f"The engine {engine} takes no {option}: {advice[option]}.")
+
+
+def _first_given(advice: Mapping[str, str], options: Mapping[str, Any]) -> str | None:
+    """The first option that was given and that there is advice against."""
+    return next((option for option in advice if options.get(option)), None)
 
 
 def takes_llamacpp(name: str | Path, **options: Any) -> bool:
@@ -86,9 +91,8 @@ def why_local(name: str | Path, **options: Any) -> str | None:
     """Why a GGUF file is not run by llama.cpp, in a few words; None where it is, and for other models."""
     if not is_gguf(name):
         return None
-    for option, advice in ADVICE.items():
-        if options.get(option):
-            return f"the engine llamacpp takes no {option} ({advice})"
+    if (option := _first_given(LLAMACPP_ADVICE, options)) is not None:
+        return f"the engine llamacpp takes no {option} ({LLAMACPP_ADVICE[option]})"
     return None if installed() else "pip install 'fluxchat[gguf]' runs it as it is, by llama.cpp"
 
 

@@ -459,6 +459,7 @@ def _said(address: str, message: str) -> str:
 
 
 def checked_address(address: str) -> str:
+    """A server's address without what follows its port; raises ConfigError: one sentence."""
     try:
         url = httpx.URL(address)
         known = url.scheme in ("http", "https") and bool(url.host) and not url.query

@@ -25,7 +25,6 @@ from app.page.handlers import Handlers
 from app.page.sessions import Sessions
 from app.page.settings import Range
 from llm_bridge.chat_model import load_chat_model
-from llm_bridge.generation import Generation
 from llm_bridge.model import VideoLanguageModel
 from tests import tiny_video_models
 from tests.app.conftest import SHORT, WORLD
@@ -271,15 +270,8 @@ def test_regenerate_edit_and_clear(open_page: Callable[..., Any]) -> None:
     expect(page.locator("#fluxchat-examples")).to_be_visible()
 
 
-def test_a_time_in_an_answer_moves_the_player(
-    open_page: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Scripted(Generation):
-        def __iter__(self) -> Iterator[str]:
-            yield "It turns at 0:03, from 0:01 "
-            yield "to 0:02 it stops."
-
-    monkeypatch.setattr("app.chat.Generation", Scripted)
+@pytest.mark.usefixtures("answer_with_times")
+def test_a_time_in_an_answer_moves_the_player(open_page: Callable[..., Any]) -> None:
     page = open_page()
     upload(page)
     ask(page)

@@ -10,10 +10,8 @@ import pytest
 
 from app.chat import VideoChat
 from app.page.handlers import Handlers
-from app.page.sessions import Sessions
 from app.server.options import LaunchOptions
 from encoder.video.reader import probe
-from llm_bridge.generation import Generation
 from llm_bridge.model import VideoLanguageModel
 from tests.app.conftest import SHORT, WORLD
 from tests.app.page.test_browser import (  # noqa: F401
@@ -29,13 +27,6 @@ from tests.app.page.test_browser import (  # noqa: F401
 )
 from tests.app.page.test_browser import pytestmark as browsing
 from tests.app.server.serving import running
-
-
-@pytest.fixture
-def handlers(chat: VideoChat, tmp_path: Path) -> Iterator[Handlers]:
-    sessions = Sessions(chat.forget, uploads=tmp_path)
-    yield Handlers(chat, sessions)
-    sessions.close_all()
 
 
 def test_a_clip_is_a_file_of_the_visitors(handlers: Handlers, tmp_path: Path) -> None:
@@ -65,18 +56,12 @@ def served(tiny_model: VideoLanguageModel, tmp_path_factory: pytest.TempPathFact
             yield Served(None, url, chat)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("answer_with_times")
 @browsing
 def test_each_time_in_an_answer_is_saved_with_one_click(
     open_page: Callable[..., Any],  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    class Scripted(Generation):
-        def __iter__(self) -> Iterator[str]:
-            yield "It turns at 0:03, from 0:01 "
-            yield "to 0:02 it stops."
-
-    monkeypatch.setattr("app.chat.Generation", Scripted)
     page = open_page()
     page.evaluate((Path(__file__).parent / "axe" / "axe.min.js").read_text())
     upload(page, SHORT)

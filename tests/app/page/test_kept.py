@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from html import unescape
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.chat import VideoChat
 from app.page.handlers import Handlers
 from app.page.kept import Kept, record
-from app.page.sessions import Session, Sessions
+from app.page.sessions import Session
 from encoder.errors import ConfigError
 from tests.app.conftest import SHORT
 from tests.app.page.test_page import PLAIN, ask
@@ -28,13 +25,6 @@ JSON = st.recursive(
     ),
     max_leaves=8,
 )
-
-
-@pytest.fixture
-def handlers(chat: VideoChat, tmp_path: Path) -> Iterator[Handlers]:
-    sessions = Sessions(chat.forget, uploads=tmp_path)
-    yield Handlers(chat, sessions)
-    sessions.close_all()
 
 
 def sent(session: Session, *fresh: str) -> dict[str, Any]:

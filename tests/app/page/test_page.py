@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,6 @@ from llm_bridge.model import VideoLanguageModel
 from tests.app.conftest import SHORT, WORLD
 
 PLAIN = Settings(48, False, 2.0, "flux", CHOOSE, CHOOSE, max_new_tokens=12)
-
-
-@pytest.fixture
-def handlers(chat: VideoChat, tmp_path: Path) -> Iterator[Handlers]:
-    sessions = Sessions(chat.forget, uploads=tmp_path)
-    yield Handlers(chat, sessions)
-    sessions.close_all()
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from PIL import Image
 from app.chat import VideoChat
 from app.page.handlers import Handlers, conversation_messages
 from app.page.html import part_chips, shelf
-from app.page.sessions import Sessions
 from encoder.video.part import WHOLE, Part
 from tests.app.conftest import SHORT, WORLD
 from tests.app.page.test_browser import (  # noqa: F401
@@ -34,13 +33,6 @@ from tests.app.page.test_browser import (  # noqa: F401
 from tests.app.page.test_browser import pytestmark as browsing
 from tests.app.page.test_page import PLAIN
 from tests.app.page.test_page import ask as answer
-
-
-@pytest.fixture
-def handlers(chat: VideoChat, tmp_path: Path) -> Iterator[Handlers]:
-    sessions = Sessions(chat.forget, uploads=tmp_path)
-    yield Handlers(chat, sessions)
-    sessions.close_all()
 
 
 def test_a_part_is_asked_about_priced_and_looked_at(handlers: Handlers, chat: VideoChat) -> None:
