@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import gradio as gr
 
 from app.chat import VideoChat
 from app.page.handlers import Handlers
-from app.page.html import notice, part_chips, shelf
+from app.page.html import notice, part_chips, path_of, shelf
 from app.page.kept import record
 from app.page.layout import Controls, Examples, default_examples, page_options
 from app.page.sessions import Session, Sessions
@@ -64,7 +64,17 @@ def build(
 def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, workers: int) -> None:
     """Connect the events of the controls to the handlers."""
     sessions = handlers.sessions
-    quick: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 4, "show_progress": "hidden"}
+    # Of an event that carries data, Gradio's "once" drops the next and "always_last" sends the first again.
+    quick: dict[str, Any] = {
+        "api_visibility": "private",
+        "concurrency_limit": 4,
+        "show_progress": "hidden",
+        "trigger_mode": "multiple",
+    }
+    last: dict[str, Any] = {
+        **quick,
+        "trigger_mode": "always_last",
+    }  # of an event that only reads the controls
     slow: dict[str, Any] = {
         "api_visibility": "private",
         "concurrency_id": "model",
@@ -77,7 +87,7 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
 
     def media_updates(session: Session) -> list[Any]:
         return [
-            shelf(session.media, session.shown) if session.media else "",
+            shelf(session.media, session.shown, session.next_revision()),
             session.problem,
             *handlers.pricing(session),
             notice("Reading the frames …") if session.media else "",
@@ -107,49 +117,55 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
 
     def on_medium_select(event: gr.EventData, request: gr.Request) -> list[Any]:
         session = session_of(request)
-        if 0 <= int(event.index) < len(session.media):
-            session.shown = int(event.index)
+        session.show(path_of(event.source))
         return media_updates(session)
 
     def on_medium_remove(event: gr.EventData, request: gr.Request) -> list[Any]:
         session = session_of(request)
-        if 0 <= int(event.index) < len(session.media):
-            sessions.remove(session, int(event.index))
+        sessions.remove(session, path_of(event.source))
         return media_updates(session)
 
     def on_part(event: gr.EventData, request: gr.Request) -> list[Any]:
-        session = session_of(request)
-        if (at := event._data.get("index")) is not None and 0 <= int(at) < len(session.media):
-            session.shown = int(at)
-        handlers.look_at(session, event.start, event.end, event.region, int(event.turn))
+        session, path = session_of(request), path_of(event.source)
+        handlers.look_at(session, path, event.start, event.end, event.region, int(event.turn))
         return media_updates(session)
 
+    def on_overtaken(request: gr.Request) -> list[Any]:
+        return media_updates(session_of(request))
+
     def on_clip(event: gr.EventData, request: gr.Request) -> list[str]:
-        session, index = session_of(request), int(event.index)
-        if not 0 <= index < len(session.media):
-            return ["", session.problem]
-        made = handlers.clip(session, index, event.start, event.end, _client_id(request))
+        session = session_of(request)
+        made = handlers.clip(session, path_of(event.source), event.start, event.end, _client_id(request))
         return [made, session.problem]
 
     controls.shelf.clip(on_clip, None, [controls.made, controls.problem], **quick)
 
-    def cost(request: gr.Request, *values: Any) -> list[str]:
-        return handlers.cost(session_of(request), Settings(*values))
+    def newest(compute: Callable[[Session, Settings], Any], session: Session, values: Any) -> Any:
+        """What it computes; None if it was asked for again meanwhile: that result may be there."""
+        session.asked_for[compute.__name__] += 1
+        number = session.asked_for[compute.__name__]
+        computed = compute(session, Settings(*values))
+        return computed if number == session.asked_for[compute.__name__] else None
 
-    def strip(request: gr.Request, *values: Any) -> str:
-        return handlers.strip(session_of(request), Settings(*values))
+    def cost(request: gr.Request, *values: Any) -> list[Any]:
+        return newest(handlers.cost, session_of(request), values) or [gr.skip(), gr.skip()]
+
+    def strip(request: gr.Request, *values: Any) -> Any:
+        frames = newest(handlers.strip, session_of(request), values)
+        return gr.skip() if frames is None else frames
 
     prices = [controls.presets, controls.cost]
 
     def refresh(event: Any) -> Any:
-        priced = event.then(cost, controls.settings, prices, **quick)
-        return priced.then(strip, controls.settings, controls.strip, **quick)
+        priced = event.then(cost, controls.settings, prices, **last)
+        return priced.then(strip, controls.settings, controls.strip, **last)
 
     for event in (
         controls.shelf.files(on_files, None, media_outputs, **quick),
         controls.shelf.select(on_medium_select, None, media_outputs, **quick),
         controls.shelf.delete(on_medium_remove, None, media_outputs, **quick),
-        controls.shelf.part(on_part, None, media_outputs, **{**quick, "trigger_mode": "always_last"}),
+        controls.shelf.part(on_part, None, media_outputs, **quick),
+        controls.shelf.overtaken(on_overtaken, None, media_outputs, **quick),
     ):
         refresh(event)
 
@@ -159,7 +175,6 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
         "show_progress": "hidden",
         "trigger_mode": "multiple",
     }
-    last: dict[str, Any] = {"trigger_mode": "always_last", **quick}
 
     def on_preset(event: gr.EventData) -> list[Any]:
         return [handlers.range.near(int(event.tokens)), False]
@@ -205,7 +220,8 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
         session = session_of(request)
         path, question = examples[int(event.index) % len(examples)]
         handlers.start_example(session, path, question, _client_id(request))
-        return [*asked(session, False, gr.skip()), *media_updates(session)[:1], *media_updates(session)[2:]]
+        shelf, _, *others = media_updates(session)
+        return [*asked(session, False, gr.skip()), shelf, *others]
 
     def on_retry(request: gr.Request, event: gr.RetryData, *values: Any) -> list[Any]:
         session = session_of(request)
@@ -240,7 +256,7 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
             **slow,
         )
         # What follows is cheaper, and what was foretold has been corrected.
-        return answer.then(cost, controls.settings, prices, **quick)
+        return answer.then(cost, controls.settings, prices, **last)
 
     settings = controls.settings
     sends = [controls.question.submit, controls.send.click]
@@ -251,7 +267,7 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
     rest = [media_outputs[0], *media_outputs[2:]]
     example = controls.shelf.example(on_example, None, [*asking, *rest], **at_once)
     # Its price would come after the answer anyway, and measuring the machine would keep the answer waiting.
-    then_answer(example).then(strip, settings, controls.strip, **quick)
+    then_answer(example).then(strip, settings, controls.strip, **last)
 
     def on_stop(request: gr.Request) -> None:
         handlers.stop(session_of(request))
@@ -277,10 +293,10 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
     controls.shelf.dismiss(on_dismiss, None, controls.problem, **at_once)
     for clear in (controls.chat.clear, controls.shelf.fresh):
         event = clear(on_clear, None, [controls.chat, controls.problem, controls.record, *buttons], **at_once)
-        event.then(cost, controls.settings, prices, **quick)
+        event.then(cost, controls.settings, prices, **last)
     refresh(
         controls.shelf.reopen(
-            on_reopen, None, [controls.chat, controls.record, *buttons, *media_outputs], **last
+            on_reopen, None, [controls.chat, controls.record, *buttons, *media_outputs], **quick
         )
     )
 

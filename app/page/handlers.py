@@ -123,24 +123,29 @@ class Handlers:
         self.empty(session)
         return not self.add_copy(session, path, client) and self.begin(session, question)
 
-    def look_at(self, session: Session, start: Any, end: Any, region: Any, turn: int = 0) -> str:
-        """The next question is about that part of the shown video or image (see `Part.of`), None for all of
-        it; returns an error as HTML, with nothing changed. turn: what was chosen before it comes too late."""
-        if session.current is None or turn < session.current.turn:
-            return ""
-        session.media[session.shown] = replace(session.current, turn=turn)
-        try:
-            part = Part.of(start, end, region)
-            part.range_s(session.current.info)
-        except FluxChatError as error:
-            session.problem = markup.problem(_sentence(error))
+    def look_at(self, session: Session, path: str, start: Any, end: Any, region: Any, turn: int = 0) -> str:
+        """The next question is about that part of a video or image (see `Part.of`), None for all of it;
+        returns an error as HTML, with nothing changed. turn: what was chosen before it comes too late."""
+        with session.lock:
+            index = session.index(path)
+            if index is None or turn < session.media[index].turn:
+                return ""
+            session.media[index] = medium = replace(session.media[index], turn=turn)
+            session.problem = ""
+            try:
+                part = Part.of(start, end, region)
+                part.range_s(medium.info)
+            except FluxChatError as error:
+                session.problem = markup.problem(_sentence(error))
+            else:
+                session.media[index] = replace(medium, part=part)
             return session.problem
-        session.media[session.shown] = replace(session.current, part=part)
-        session.problem = ""
-        return ""
 
-    def clip(self, session: Session, index: int, start: Any, end: Any, client: str = "") -> str:
+    def clip(self, session: Session, path: str, start: Any, end: Any, client: str = "") -> str:
         """A part of a video as a file of that client's: HTML that names it, empty with a problem shown."""
+        index = session.index(path)
+        if index is None:
+            return ""
         medium = session.media[index]
         suffix = Path(medium.path).suffix.lower()
         try:
@@ -149,11 +154,11 @@ class Handlers:
             name = f"{Path(medium.name).stem[:60]}-{times}{suffix if suffix in MUXERS else '.mkv'}"
             with tempfile.TemporaryDirectory(prefix="fluxchat-") as folder:
                 done = self.chat.cut(medium.asked, start_s, end_s, Path(folder) / name)
-                path = self.sessions.copy(Path(folder) / name, client)
+                copy = self.sessions.copy(Path(folder) / name, client)
         except (FluxChatError, ApiError, OSError) as error:
             session.problem = markup.problem(_sentence(error))
             return ""
-        return markup.made(path, name, f"Saved {name}: {clock(done.start_s)} to {clock(done.end_s)}")
+        return markup.made(copy, name, f"Saved {name}: {clock(done.start_s)} to {clock(done.end_s)}")
 
     # -- cost -----------------------------------------------------------------------------------------------
 
@@ -355,7 +360,7 @@ class Handlers:
         """A new conversation about nothing yet."""
         self.clear(session)
         while session.media:
-            self.sessions.remove(session, 0)
+            self.sessions.remove(session, session.media[0].path)
 
     def reopen(self, session: Session, kept: Any, paths: Sequence[str | None]) -> bool:
         """Go on with a conversation that the browser kept; False, with a problem shown, when it is none.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from html import escape
 from itertools import groupby
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 from PIL import Image
 from torch import Tensor
@@ -219,9 +219,17 @@ def copy_button(text: str) -> str:
     return f'<button type="button" class="fc-copy" data-copy="{escape(text)}">Copy</button>'
 
 
+FILES = "/gradio_api/file="  # the page's server gives uploads there
+
+
 def file_address(path: str) -> str:
     """Where the page's server has an upload, from its root; safe in an attribute."""
-    return escape(f"/gradio_api/file={quote(path)}")
+    return escape(f"{FILES}{quote(path)}")
+
+
+def path_of(address: object) -> str:
+    """The path that `file_address` was made of; "" for what is no address."""
+    return unquote(address.removeprefix(FILES)) if isinstance(address, str) else ""
 
 
 def made(path: str, name: str, text: str) -> str:
@@ -232,8 +240,9 @@ def made(path: str, name: str, text: str) -> str:
     )
 
 
-def shelf(media: Sequence[Media], shown: int) -> str:
-    """The videos and images of the conversation, with buttons to show and to remove each."""
+def shelf(media: Sequence[Media], shown: int, revision: int = 0) -> str:
+    """The videos and images of the conversation, with buttons to show and to remove each. revision: grows,
+    so that the browser knows an older shelf that comes late."""
     items = []
     for index, medium in enumerate(media):
         name = escape(medium.name)
@@ -245,17 +254,21 @@ def shelf(media: Sequence[Media], shown: int) -> str:
         items.append(
             f'<span class="fc-medium"{current} data-kind="{kind}" data-src="{file_address(medium.path)}" '
             f'data-seconds="{medium.info.duration_s:g}" data-part="{chosen}" data-turn="{medium.turn}">'
-            f'<button type="button" data-show="{index}" title="Show {name}">'
+            f'<button type="button" data-show title="Show {name}">'
             f"<b>{index + 1}</b> {name} <i>{length}</i></button>"
-            f'<button type="button" data-remove="{index}" aria-label="Remove {name}">×</button></span>'
+            f'<button type="button" data-remove aria-label="Remove {name}">×</button></span>'
         )
-    return f'<div class="fc-shelf" role="group" aria-label="Videos and images">{"".join(items)}</div>'
+    hidden = "" if items else " hidden"
+    return (
+        '<div class="fc-shelf" role="group" aria-label="Videos and images" '
+        f'data-revision="{revision}"{hidden}>{"".join(items)}</div>'
+    )
 
 
 def part_chips(media: Sequence[Media], *, clearable: bool = False) -> str:
     """What of the videos and images a question is about, where that is not all; empty otherwise."""
     chips = []
-    for index, medium in enumerate(media):
+    for medium in media:
         if medium.part.whole:
             continue
         end = clock(medium.info.duration_s) if medium.part.end_s is None else exact(medium.part.end_s)
@@ -263,8 +276,8 @@ def part_chips(media: Sequence[Media], *, clearable: bool = False) -> str:
         times = [f"{exact(medium.part.start_s)} – {end}"] if medium.part.timed else []
         box = ["a box of the picture"] if medium.part.region else []
         button = (
-            f'<button type="button" data-whole="{index}" aria-label="Ask about all of {escape(medium.name)}">'
-            "×</button>"
+            f'<button type="button" data-whole="{file_address(medium.path)}" '
+            f'aria-label="Ask about all of {escape(medium.name)}">×</button>'
         )
         chips.append(
             f'<span class="fc-chip">{" · ".join(name + times + box)}{button if clearable else ""}</span>'

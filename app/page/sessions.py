@@ -99,7 +99,8 @@ class Session:
     dismissed or solved, as HTML. stop: ends a comparison. answering: whether its waiting questions are being
     answered; `lock` guards that together with the end of `turns`. conversation: the name under which the
     browser keeps it. parent: of the conversation that it branched from. thumbnails: a small picture of each
-    medium by path, a data URL. records: how many were sent to the browser.
+    medium by path, a data URL. records: how many were sent to the browser. revision: of the shelf it shows.
+    asked_for: how often the page asked for what it computes in the background.
     """
 
     id: str
@@ -118,6 +119,8 @@ class Session:
     parent: str = ""
     thumbnails: dict[str, str] = field(default_factory=dict)
     records: int = 0
+    revision: int = 0
+    asked_for: Counter[str] = field(default_factory=Counter)
 
     @property
     def current(self) -> Media | None:
@@ -156,13 +159,22 @@ class Session:
         """What follows is another conversation, which may have branched from `parent`."""
         self.parent, self.conversation = parent, secrets.token_urlsafe(12)
 
+    def next_revision(self) -> int:
+        """A number for what is shown from now on: it grows, and goes on growing after a restart."""
+        with self.lock:
+            self.revision = max(self.revision + 1, time.time_ns() // 1000)
+            return self.revision
+
+    def index(self, path: str) -> int | None:
+        """The place of the medium of that path; None when it is not in the conversation."""
+        return next((index for index, medium in enumerate(self.media) if medium.path == path), None)
+
     def show(self, path: str) -> bool:
         """Put the medium of that path in the player; False when it is not in the conversation."""
-        for index, medium in enumerate(self.media):
-            if medium.path == path:
-                self.shown = index
-                return True
-        return False
+        index = self.index(path)
+        if index is not None:
+            self.shown = index
+        return index is not None
 
     def add(self, medium: Media) -> None:
         """Another video or image, now in the player; raises ConfigError when there are too many."""
@@ -269,9 +281,12 @@ class Sessions:
             if path not in self._files and self.store is not None and self.store.hold(path):
                 self.store.release(path)
 
-    def remove(self, session: Session, index: int) -> None:
-        """Remove a video or image, and delete its upload unless another session has it."""
+    def remove(self, session: Session, path: str) -> None:
+        """Remove a video or image if it is there, and delete its upload unless another session has it."""
         with self._lock:
+            index = session.index(path)
+            if index is None:
+                return
             medium = session.media.pop(index)
             if session.shown > index or session.shown == len(session.media):
                 session.shown = max(0, session.shown - 1)

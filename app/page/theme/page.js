@@ -7,7 +7,8 @@ const stage = () => find(".fc-stage");
 const player = () => find("#fluxchat-video video");
 const question = () => find("#fluxchat-question textarea");
 const current = () => find("#fluxchat-shelf [aria-current]");
-const shown = () => Number(find("[data-show]", current() || document)?.dataset.show ?? 0);
+const media = () => [...document.querySelectorAll("#fluxchat-shelf .fc-medium")];
+const shown = () => Math.max(0, media().indexOf(current()));
 const touch = matchMedia("(pointer: coarse)").matches;
 
 // -- the question bar ----------------------------------------------------------------------------------------
@@ -182,8 +183,17 @@ function drawStage() {
   document.body.classList.toggle("fc-has-media", kind !== "");
 }
 
+// A server that does two things at once may send the older shelf last: ask what is true.
+let newest = 0;
+function overtaken() {
+  const revision = Number(find("#fluxchat-shelf [data-revision]")?.dataset.revision || 0);
+  if (revision < newest) trigger("overtaken");
+  newest = Math.max(newest, revision);
+}
+
 // The shelf has changed: show what it says is current. A player that has its file already is left alone.
 function follow() {
+  overtaken();
   say("");
   const medium = current(), video = player(), picture = find("#fluxchat-image img");
   const source = medium ? root + medium.dataset.src : "";
@@ -241,7 +251,7 @@ function clock(seconds) {
 function seek(medium, start, end = null) {
   if (medium === null || medium === shown()) return move(start, end);
   wanted = { medium, start, end };
-  trigger("select", { index: medium });
+  trigger("select", { source: media()[medium]?.dataset.src });
 }
 
 for (const name of ["timeupdate", "error"]) {
@@ -278,8 +288,8 @@ const clicks = {
   "[data-suggest]": (button) => { trigger("suggest", { text: button.dataset.suggest }); focusQuestion(); },
   "[data-example]": (button) => { trigger("example", { index: Number(button.dataset.example) }); focusQuestion(); },
   "[data-seek]": (frame) => seek(Number(frame.dataset.medium), Number(frame.dataset.seek)),
-  "[data-show]": (button) => trigger("select", { index: Number(button.dataset.show) }),
-  "[data-remove]": (button) => { trigger("delete", { index: Number(button.dataset.remove) }); focusQuestion(); },
+  "[data-show]": (button) => trigger("select", { source: button.parentElement.dataset.src }),
+  "[data-remove]": (button) => { trigger("delete", { source: button.parentElement.dataset.src }); focusQuestion(); },
   "[data-clip]": clip,
   "[data-again]": () => piece && move(piece.start, piece.end),
   "[data-copy]": (button) => {
@@ -329,7 +339,7 @@ function clip(button) {
   const [start, end] = button.dataset.clip.split(",").map(Number), seconds = Number(current()?.dataset.seconds || 0);
   const from = end === undefined ? start - CLIP_S : start, to = end === undefined ? start + CLIP_S : end;
   say("Cutting …");
-  trigger("clip", { index: shown(), start: Math.max(0, from), end: seconds ? Math.min(seconds, to) : to });
+  trigger("clip", { source: current()?.dataset.src, start: Math.max(0, from), end: seconds ? Math.min(seconds, to) : to });
 }
 
 let made = "";

@@ -2,7 +2,7 @@
 // says what is chosen for each medium; what is changed here is sent as the event "part".
 let part = { start: 0, end: null, region: null };
 let sliding = false; // an edge is under the pointer: the shelf's answer must not move it
-let choice = null; // {source, turn}: the last one, until the shelf says that it came; older answers change nothing
+const choices = new Map(); // source -> {turn, part} chosen here, until the shelf says that the server has it
 const EDGES = ["start", "end"];
 const LEAST = 0.04; // of the picture's side: the smallest box
 const edge = (name) => find(`[data-edge="${name}"]`);
@@ -19,15 +19,11 @@ function showPart() {
     part = { start: 0, end: null, region: null };
     return drawBox();
   }
-  if (sliding) return;
-  if (choice?.source === medium.dataset.src && Number(medium.dataset.turn) < choice.turn) {
-    if (!later) choiceLater(1500);
-    return;
+  for (const one of media()) {
+    if (Number(one.dataset.turn) >= choices.get(one.dataset.src)?.turn) choices.delete(one.dataset.src);
   }
-  clearTimeout(later);
-  later = 0;
-  choice = null;
-  part = JSON.parse(medium.dataset.part);
+  if (sliding) return;
+  part = { ...(choices.get(medium.dataset.src)?.part ?? JSON.parse(medium.dataset.part)) };
   find(".fc-range").hidden = medium.dataset.kind !== "video" || !seconds;
   for (const name of EDGES) {
     edge(name).max = seconds;
@@ -46,22 +42,31 @@ function drawRange() {
   find(".fc-range output").textContent = start || part.end !== null ? `${clock(start)} – ${clock(part.end ?? Math.round(seconds))}` : "All of it";
 }
 
-let later = 0;
-function choiceLater(milliseconds) {
-  clearTimeout(later);
-  later = setTimeout(sendChoice, milliseconds);
-}
-
 function commit(wait = 0) {
-  choice = { source: current().dataset.src, turn: Math.max(Date.now(), (choice?.turn ?? 0) + 1) };
-  if (wait) choiceLater(wait);
-  else sendChoice();
+  choose(current(), part, wait);
 }
 
-function sendChoice() {
+// The server's answers to what was chosen before are late: nothing is forgotten until it has this one.
+function choose(medium, chosen, wait = 0) {
+  const turn = Math.max(Date.now(), Number(medium.dataset.turn) + 1, (choices.get(medium.dataset.src)?.turn ?? 0) + 1);
+  choices.set(medium.dataset.src, { turn, part: { ...chosen } });
+  sendLater(wait);
+}
+
+let later = 0;
+function sendLater(milliseconds) {
   clearTimeout(later);
-  later = 0;
-  if (choice?.source === current()?.dataset.src) trigger("part", { index: shown(), turn: choice.turn, ...part });
+  later = setTimeout(sendChoices, milliseconds);
+}
+
+const AGAIN_MS = 5000; // for what a full queue refused
+function sendChoices() {
+  const there = new Set(media().map((medium) => medium.dataset.src));
+  for (const [source, choice] of choices) {
+    if (there.has(source)) trigger("part", { source, turn: choice.turn, ...choice.part });
+    else choices.delete(source);
+  }
+  if (choices.size) sendLater(AGAIN_MS);
 }
 
 function commitSoon() { // for keys, which come one after the other
@@ -181,10 +186,11 @@ Object.assign(clicks, {
     commit();
   },
   "[data-whole]": (button) => {
-    clearTimeout(later);
-    later = 0;
-    choice = null;
-    trigger("part", { index: Number(button.dataset.whole), turn: Date.now(), start: 0, end: null, region: null });
+    const source = button.dataset.whole, medium = media().find((one) => one.dataset.src === source);
+    if (!medium) return;
+    choose(medium, { start: 0, end: null, region: null });
+    if (medium === current()) showPart();
+    else trigger("select", { source });
     focusQuestion();
   },
 });

@@ -32,7 +32,7 @@ from tests.app.server.serving import running
 def test_a_clip_is_a_file_of_the_visitors(handlers: Handlers, tmp_path: Path) -> None:
     session = handlers.sessions.get("one")
     assert handlers.add(session, [str(WORLD)]) == ""
-    html = handlers.clip(session, 0, 3, "0:05")
+    html = handlers.clip(session, session.media[0].path, 3, "0:05")
     assert 'download="world-0.03-0.05.mp4"' in html
     (file,) = tmp_path.glob("*/world-0.03-0.05.mp4")
     assert 2 <= probe(file).duration_s < 12  # it begins at a key frame
@@ -43,7 +43,7 @@ def test_a_clip_is_a_file_of_the_visitors(handlers: Handlers, tmp_path: Path) ->
 def test_a_piece_that_is_not_there_is_one_sentence(handlers: Handlers, start: Any, end: Any) -> None:
     session = handlers.sessions.get("one")
     assert handlers.add(session, [str(WORLD)]) == ""
-    assert handlers.clip(session, 0, start, end) == ""
+    assert handlers.clip(session, session.media[0].path, start, end) == ""
     assert "fc-problem" in session.problem
 
 

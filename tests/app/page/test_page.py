@@ -189,7 +189,7 @@ def test_a_later_video_is_placed_in_its_question(handlers: Handlers, session: Se
 def test_a_removed_video_is_left_out_of_earlier_turns(handlers: Handlers, session: Session) -> None:
     handlers.add(session, [str(WORLD)])
     ask(handlers, session, "What is in both?")
-    handlers.sessions.remove(session, 0)
+    handlers.sessions.remove(session, session.media[0].path)
     ask(handlers, session, "And now?", replace(PLAIN, system="Answer briefly."))
     asked = conversation_messages(session.media, session.history, "What else?")
     assert [[part if isinstance(part, str) else part.name for part in m.content] for m in asked[::2]] == [
@@ -388,7 +388,7 @@ def test_uploads_are_deleted_with_their_last_session(handlers: Handlers, tmp_pat
         handlers.add(session, [str(upload), str(SHORT)])
     handlers.sessions.close("first")
     assert upload.exists()
-    handlers.sessions.remove(second, 0)
+    handlers.sessions.remove(second, second.media[0].path)
     assert not upload.exists()
     handlers.sessions.close("second")
     assert SHORT.exists()  # not an upload

@@ -38,7 +38,7 @@ from tests.app.page.test_page import ask as answer
 def test_a_part_is_asked_about_priced_and_looked_at(handlers: Handlers, chat: VideoChat) -> None:
     session = handlers.sessions.get("one")
     assert handlers.add(session, [str(WORLD)]) == ""
-    assert handlers.look_at(session, 10, 12.5, [0.5, 0, 1, 1]) == ""
+    assert handlers.look_at(session, str(WORLD), 10, 12.5, [0.5, 0, 1, 1]) == ""
     answer(handlers, session, "What is there?")
     answer_text = session.turns[0].text
     direct = chat.ask(
@@ -52,7 +52,7 @@ def test_a_part_is_asked_about_priced_and_looked_at(handlers: Handlers, chat: Vi
     assert "0:29" not in handlers.strip(session, PLAIN)
 
     # The whole again is another thing to look at; the first question keeps what it was about.
-    assert handlers.look_at(session, 0, None, None) == ""
+    assert handlers.look_at(session, str(WORLD), 0, None, None) == ""
     answer(handlers, session, "And in all of it?")
     assert [turn.media[0].part.whole for turn in session.turns] == [False, True]
     assert max(session.turns[1].answer.kept[0].times_s) > 25  # type: ignore[union-attr]
@@ -62,7 +62,7 @@ def test_a_part_stands_in_the_question_that_chose_it(handlers: Handlers) -> None
     session = handlers.sessions.get("one")
     assert handlers.add(session, [str(WORLD)]) == ""
     answer(handlers, session, "One?")
-    handlers.look_at(session, 3, 5, None)
+    handlers.look_at(session, str(WORLD), 3, 5, None)
     messages = conversation_messages(session.media, session.history, "Two?")
     assert messages[0].content == ("One?",)
     assert messages[-1].content[0].part == Part(3.0, 5.0)  # type: ignore[union-attr]
@@ -71,9 +71,9 @@ def test_a_part_stands_in_the_question_that_chose_it(handlers: Handlers) -> None
 def test_a_waiting_question_keeps_its_part(handlers: Handlers) -> None:
     session = handlers.sessions.get("one")
     assert handlers.add(session, [str(WORLD)]) == ""
-    handlers.look_at(session, 3, 5, None)
+    handlers.look_at(session, str(WORLD), 3, 5, None)
     handlers.begin(session, "One?")
-    handlers.look_at(session, 0, None, None)
+    handlers.look_at(session, str(WORLD), 0, None, None)
     handlers.begin(session, "Two?")
     list(handlers.run(session, PLAIN))
     assert [turn.media[0].part for turn in session.turns] == [Part(3.0, 5.0), WHOLE]
@@ -84,9 +84,9 @@ def test_a_waiting_question_keeps_its_part(handlers: Handlers) -> None:
 )
 def test_a_part_that_is_none_is_one_sentence(handlers: Handlers, chosen: Any) -> None:
     session = handlers.sessions.get("one")
-    assert handlers.look_at(session, *chosen) == ""  # there is nothing yet
+    assert handlers.look_at(session, str(WORLD), *chosen) == ""  # there is nothing yet
     assert handlers.add(session, [str(WORLD)]) == ""
-    assert "fc-problem" in handlers.look_at(session, *chosen)
+    assert "fc-problem" in handlers.look_at(session, str(WORLD), *chosen)
     assert session.media[0].part == WHOLE
     assert part_chips(session.media) == ""
 
@@ -214,33 +214,88 @@ def test_choosing_a_part_is_accessible(open_page: Callable[..., Any], scheme: st
 def test_an_earlier_choice_that_comes_late_changes_nothing(handlers: Handlers) -> None:
     session = handlers.sessions.get("one")
     handlers.add(session, [str(WORLD)])
-    handlers.look_at(session, 3, 5, [0, 0, 0.5, 1], turn=2)
+    handlers.look_at(session, str(WORLD), 3, 5, [0, 0, 0.5, 1], turn=2)
     chosen = session.media[0].part
-    handlers.look_at(session, 3, 5, None, turn=1)
+    handlers.look_at(session, str(WORLD), 3, 5, None, turn=1)
     assert session.media[0].part == chosen
-    handlers.look_at(session, 3, 5, None, turn=3)
+    handlers.look_at(session, str(WORLD), 3, 5, None, turn=3)
     assert session.media[0].part.region is None
     assert 'data-turn="3"' in shelf(session.media, 0)
 
 
+@pytest.fixture
+def slowed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[float]], None]:
+    """Makes the handler of that name wait: so many seconds at the first call, and so on; then no more."""
+
+    def slow(name: str, seconds: list[float]) -> None:
+        quick = getattr(Handlers, name)
+
+        def late(*arguments: Any, **options: Any) -> Any:
+            time.sleep(seconds.pop(0) if seconds else 0)
+            return quick(*arguments, **options)
+
+        monkeypatch.setattr(Handlers, name, late)
+
+    return slow
+
+
+BOTH = re.compile(r"0:00.* – .*a box of the picture")
+
+
+@browsing
+@pytest.mark.parametrize("waits", [[1.0, 1.0], [2.0, 0.0], [0.0, 2.0]])
 def test_what_is_chosen_while_an_answer_is_late_stays(
     open_page: Callable[..., Any],  # noqa: F811
-    monkeypatch: pytest.MonkeyPatch,
+    slowed: Callable[[str, list[float]], None],
+    waits: list[float],
 ) -> None:
     page = open_page()
     upload(page, SHORT)
-    look_at = Handlers.look_at
-
-    def late(*arguments: Any, **options: Any) -> str:
-        time.sleep(1.0)
-        return look_at(*arguments, **options)
-
-    monkeypatch.setattr(Handlers, "look_at", late)
+    slowed("look_at", waits)
     page.get_by_label("From", exact=True).focus()
     page.keyboard.press("PageUp")
-    page.wait_for_timeout(600)  # it is on its way
+    page.wait_for_timeout(500)  # it is on its way
     page.get_by_role("button", name="Box", exact=True).click()
-    page.wait_for_timeout(800)  # the answer to the first choice came
+    has(page.locator("#fluxchat-parts .fc-chip"), BOTH)
+    page.wait_for_timeout(3000 - 500)  # both answers came
     expect(page.locator(".fc-box")).to_be_visible()
-    has(page.locator("#fluxchat-parts .fc-chip"), re.compile(r"0:00.* – .*a box of the picture"))
+    has(page.locator("#fluxchat-parts .fc-chip"), BOTH)
+
+
+@browsing
+def test_an_older_shelf_that_comes_last_is_put_right(
+    open_page: Callable[..., Any],  # noqa: F811
+    slowed: Callable[[str, list[float]], None],
+) -> None:
+    page = open_page()
+    upload(page, SHORT)
+    slowed("suggestions", [2.0])  # after the shelf was drawn
+    page.get_by_label("From", exact=True).focus()
+    page.keyboard.press("PageUp")
+    page.wait_for_timeout(500)
+    page.get_by_role("button", name="Box", exact=True).click()
+    has(page.locator("#fluxchat-parts .fc-chip"), BOTH)
+    page.wait_for_timeout(2000)  # the older one came
+    has(page.locator("#fluxchat-parts .fc-chip"), BOTH)
     expect(page.locator(".fc-box")).to_be_visible()
+
+
+@browsing
+def test_a_second_file_is_not_lost_while_the_first_is_opened(
+    open_page: Callable[..., Any],  # noqa: F811
+    slowed: Callable[[str, list[float]], None],
+    tmp_path: Path,
+) -> None:
+    page, picture = open_page(), tmp_path / "red.png"
+    Image.new("RGB", (160, 120), "red").save(picture)
+    slowed("add", [1.5])
+    page.locator("#fluxchat-file").set_input_files(str(SHORT))
+    page.wait_for_timeout(500)
+    page.locator("#fluxchat-file").set_input_files(str(picture))
+    has(page.locator("#fluxchat-shelf"), SHORT.name)
+    has(page.locator("#fluxchat-shelf"), "red.png")
+    remove = page.get_by_role("button", name="Remove red.png")
+    remove.dblclick()  # the second click is not meant for the other one
+    expect(remove).to_have_count(0, timeout=PATIENCE_MS)
+    page.wait_for_timeout(500)
+    has(page.locator("#fluxchat-shelf"), SHORT.name)

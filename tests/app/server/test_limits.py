@@ -404,7 +404,7 @@ def test_a_session_keeps_its_videos_until_it_ends(
     store.sweep()
     sessions.close("first")
     assert Path(path).exists()
-    sessions.remove(second, 0)
+    sessions.remove(second, second.media[0].path)
     assert not Path(path).exists()
     assert handlers.add_copy(second, str(SHORT)) == ""
     assert store.size[0] == 1
