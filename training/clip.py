@@ -4,8 +4,9 @@
 
 Symmetric InfoNCE against a text tower, over the batches of all ranks, at flexible grids and at a number of
 kept tokens drawn anew for each step. Stage 1 trains the vision projector alone, stage 2 everything. On the
-demo world `attribute_weight` adds a classification of what the clip shows, and `patch_weight` one of what
-each kept patch shows, help for a small encoder that starts from nothing; 0, the paper's way, leaves them out.
+synthetic world `attribute_weight` adds a classification of what the clip shows, and `patch_weight` one of
+what each kept patch shows, help for a small encoder that starts from nothing; 0, the paper's way, leaves them
+out.
 """
 
 from __future__ import annotations

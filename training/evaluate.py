@@ -1,4 +1,4 @@
-"""The paper's tables, one command each; each also runs on the demo world, so that anybody can.
+"""The paper's tables, one command each; each also runs on the synthetic world, so that anybody can.
 
     python -m training.evaluate world --model app/pretrained --clips 200 --budget 128 --out runs/world.json
     python -m training.evaluate world --model app/pretrained --budget 64 32 16 --compare uniform random ...
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     top = command_parser("training.evaluate", __doc__)
     commands = top.add_subparsers(dest="command", required=True)
 
-    world = commands.add_parser("world", help="the demo world's held-out clips")
+    world = commands.add_parser("world", help="the synthetic world's held-out clips")
     add_model_options(world, required=False)
     _encoder_options(world, required=False)
     add_budget_options(world, [128])
@@ -102,7 +102,9 @@ def parser() -> argparse.ArgumentParser:
     classify.add_argument("--classes", help="file of class names")
     classify.add_argument("--clips-per-video", type=int, help="default: as published for the dataset")
     classify.add_argument("--crops", type=int, choices=[1, 3], help="default: as published for the dataset")
-    classify.add_argument("--attribute", choices=["noun", "motion"], default="noun", help="of the demo world")
+    classify.add_argument(
+        "--attribute", choices=["noun", "motion"], default="noun", help="of the synthetic world"
+    )
 
     mvbench = commands.add_parser("mvbench", help="20 tasks of multiple choice")
     mvbench.add_argument("--dataset", choices=["mvbench", "world"], default="mvbench")
@@ -132,7 +134,9 @@ def parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--plan-table", metavar="FILE", help="also one run for each of its rows")
         add_world_options(command, clips=200)
-        command.add_argument("--split", choices=["test", "unseen"], default="test", help="of the demo world")
+        command.add_argument(
+            "--split", choices=["test", "unseen"], default="test", help="of the synthetic world"
+        )
         add_run_options(command)
         command.add_argument("--out", help="JSON file for all figures; a journal lies beside it")
     return top

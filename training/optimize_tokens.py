@@ -5,8 +5,8 @@
     python -m training.optimize_tokens --encoder flux_s.pth --csv k400_val.csv --videos DIR --tokens 1024 ...
     python -m training.optimize_tokens ... --merge vid-tldr      merging beside the selector, with times
 
-Measures the full grid and the linear search on the demo world's test clips (by attribute heads, or by the
-answers of a chat model) or on a labelled csv, and writes result.json, and per count a csv and a heatmap.
+Measures the full grid and the linear search on the synthetic world's test clips (by attribute heads, or by
+the answers of a chat model) or on a labelled csv, and writes result.json, and per count a csv and a heatmap.
 plan_table.json holds the best input of each count: --install MODEL puts it where budgets find it: a saved
 model's config.json, a stock video model's folder, or for one of the hub this user's cache folder. With
 `--plan FILE` the commands of `fluxchat` take one from elsewhere. A budget between two counts takes the input
@@ -79,12 +79,12 @@ Clock = Callable[[EncoderInput], float]  # milliseconds of one clip
 
 
 def encoder_score(args: argparse.Namespace, out: Path) -> tuple[Score, FrozenEncoder, dict[str, Any]]:
-    """Accuracy of an encoder on the demo world or a csv, the encoder, and what the figures depend on."""
+    """Accuracy of an encoder on the synthetic world or a csv, the encoder, and what the figures depend on."""
     encoder = FrozenEncoder.open(args.encoder, device_of_process(args.device), args.dtype)
     if args.csv is not None:
         return _score_on_csv(args, out, encoder)
     if args.alignment is None:
-        raise ConfigError("On the demo world an encoder is judged by its attribute heads: give --alignment.")
+        raise ConfigError("The synthetic world judges an encoder by its attribute heads: give --alignment.")
     clip_head = read_clip_head(args.alignment).to(encoder.device)
     source, views = world_source(args), Views()
     clips = WorldClips.of(source)

@@ -47,7 +47,7 @@ COUNTED_BATCHES = 8
 @dataclass(frozen=True, kw_only=True)
 class ProjectorWarmupRecipe(Stage1Recipe):
     """words: those of the "answers", each the target of the token that is nearest to it, or those of the
-    "scene" (demo world only): what each token's patch shows, and for the summary tokens what happens.
+    "scene" (synthetic world only): what each token's patch shows, and for the summary tokens what happens.
     temperature: of the softmax over words. pull: weight of the distance to the nearest word of the answer.
     negatives: words of the vocabulary, drawn anew for each batch, from which the tokens are pushed away.
     """

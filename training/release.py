@@ -3,7 +3,7 @@ r"""Make the released model's folder: weights, example clips with the model's ow
     python -m training.release --model runs/box/chat_lora_answers/model --figures runs/box/world.json \
         --alignment runs/box/clip/alignment.safetensors
 
-The last step of `make model`. The clips come from the test split of the demo world; five whose questions
+The last step of `make model`. The clips come from the test split of the synthetic world; five whose questions
 the model answers rightly and one that it gets wrong, each first of its kind from number 0 on. A plan table
 that `training.optimize_tokens --install` wrote into the model goes along; so does that of the folder before,
 when the encoder it was measured on is still the same.

@@ -1,4 +1,4 @@
-"""The page of results on the demo world, and the commands that measure them for one model.
+"""The page of results on the synthetic world, and the commands that measure them for one model.
 
     python -m training.results                       training/RESULTS.md from training/result_files/, no model
     python -m training.results --model app/pretrained --clip runs/cpu/clip --results runs/results
@@ -46,8 +46,8 @@ STORE = "result_files"  # the folder beside the page
 INTRODUCTION = """\
 # Results
 
-Measured on the demo world's test clips, whose backgrounds and wordings no training saw; the tables have the
-shape of the paper's. Shares are percent; every result file holds the 95 % intervals, and the hash of the
+Measured on the synthetic world's test clips, whose backgrounds and wordings no training saw; the tables have
+the shape of the paper's. Shares are percent; every result file holds the 95 % intervals, and the hash of the
 weights, the commit, the machine and the seed. Each table names the command that measured it. This page is
 written from the files in `{store}` by
 

@@ -34,7 +34,7 @@ MICRO_BATCH = 8
 
 
 def recipe(folder: Path, samples: int, keep: int, *, ours: bool) -> Stage1Recipe:
-    """Conversations of one to four turns about the demo world."""
+    """Conversations of one to four turns about the synthetic world."""
     world = {"split": "train", "preset": "solo", "count": samples // 2}
     values = {
         "model": {"encoder": "-", "llm": "-"},

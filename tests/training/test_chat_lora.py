@@ -173,7 +173,7 @@ def test_visual_tokens_stay_near_what_they_show(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["scene_words=0.5"], "need datasets of the demo world"),
+        (["scene_words=0.5"], "need datasets of the synthetic world"),
         (["scene_words=-1"], "must not be negative"),
         (["scene_words=1", "train_projector=false"], "they need train_projector"),
     ],

@@ -1,4 +1,4 @@
-"""Fitting the judge of familiarity, from photographs and the drawn world to the file in a model's folder."""
+"""Fitting the familiarity judge, from photographs and the synthetic world to the file in a model's folder."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_words_of_scenes_need_the_world(stage1_recipe: Path, tmp_path: Path, cap
     recipe = tmp_path / "projector_warmup.yaml"
     recipe.write_text(stage1_recipe.read_text() + "words: scene\n")
     assert projector_warmup.main(["--config", str(recipe), f"loop.out={tmp_path / 'out'}"]) == 2
-    assert "need datasets of the demo world" in capsys.readouterr().err
+    assert "need datasets of the synthetic world" in capsys.readouterr().err
 
 
 def test_summary_tokens_need_a_width() -> None:

@@ -1,4 +1,4 @@
-"""What Flux-CLIP trains on: images and videos in turn, or the demo world with its attributes.
+"""What Flux-CLIP trains on: images and videos in turn, or the synthetic world with its attributes.
 
 Media types alternate by optimiser step, never inside one, so that all ranks and accumulated micro-batches of
 a step hold the same type (as InternVideo2's loader for joint training does by broadcasting its order).
@@ -113,7 +113,7 @@ def as_numbers(names: Iterable[str]) -> Tensor:
 
 
 class WorldBatches:
-    """The demo world in order, with its labels.
+    """The synthetic world in order, with its labels.
 
     siblings: clips per object that differ in motion alone, side by side.
     """

@@ -1,4 +1,4 @@
-"""Datasets of a recipe: which files or which part of the demo world, how much of it, and how it is asked.
+"""Datasets of a recipe: which files or part of the synthetic world, how much of it, and how it is asked.
 
 open_datasets([DatasetConfig(json_path="annotations/talks.json", data_root="data")], need="answer")
 """
@@ -61,7 +61,7 @@ class DatasetConfig(Asking):
     youtube_id, time_start, time_end, split). json_path, jsonl: two names for rows with {"video" or "image",
     and "caption", "captions", "label" or LLaVA-style "conversations"}, as a list or one per line. yaml_path:
     a VideoChat-Flash-style mixture of datasets. shards: webdataset tars, as a glob or with {000..123}, whose
-    samples hold a caption, a label or "conversations". world: a part of the demo world, labelled by its
+    samples hold a caption, a label or "conversations". world: a part of the synthetic world, labelled by its
     object or its motion (`world_label`).
     data_root: folder of relative paths. classes: file with one class name per line, whose numbers are the
     labels. sampling_strategy: all, first:N, first:x%, end:N, end:x%, random:N or random:x% (VideoChat-Flash's
@@ -118,7 +118,7 @@ class DatasetConfig(Asking):
     def name(self) -> str:
         """What it reads, for messages."""
         if self.world is not None:
-            return f"demo world, {self.world.split}"
+            return f"synthetic world, {self.world.split}"
         return str(self.csv or self.json_path or self.jsonl or self.yaml_path or self.shards)
 
     def open(self, need: Need | None = None, within: tuple[Path, ...] = ()) -> ExampleSource:

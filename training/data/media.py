@@ -106,7 +106,7 @@ class ShardMedia:
 
 @dataclass(frozen=True)
 class WorldMedia:
-    """A sample of the demo world."""
+    """A sample of the synthetic world."""
 
     world: World
     sample: Sample

@@ -1,4 +1,4 @@
-"""The demo world as examples: captions, labels, and conversations asked as a dataset says."""
+"""The synthetic world as examples: captions, labels, and conversations asked as a dataset says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo world as training data: samples rendered at the moment they are needed, never written to disk."""
+"""The synthetic world as training data: samples rendered when they are needed, never written to disk."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ PRESETS: tuple[str, ...] = get_args(get_type_hints(WorldSource)["preset"])
 
 def add_world_options(command: argparse.ArgumentParser, clips: int) -> None:
     """Which clips of the synthetic world; clips: how many by default."""
-    command.add_argument("--clips", type=int, default=clips, help="of the demo world")
+    command.add_argument("--clips", type=int, default=clips, help="of the synthetic world")
     command.add_argument("--first", type=int, default=0, help="number of the world's first sample")
     command.add_argument("--preset", choices=PRESETS, default="full", help="how rich the world is")
     command.add_argument("--nouns", type=int, help="nouns of the world that take part")

@@ -52,7 +52,7 @@ def scene_targets(
     words: SceneWords,
     ids_of: Callable[[str], WordIds],
 ) -> TokenTargets:
-    """What each visual token of a clip of the demo world shows, as targets.
+    """What each visual token of a clip of the synthetic world shows, as targets.
 
     Summary tokens come first: FIXED_PHRASES of them have a phrase of their own (see SceneWords.clip), the
     others share the names of what is shown; with fewer, all of them share everything. Then come the tokens of
@@ -119,7 +119,7 @@ class WordTable:
 
 
 class SceneTargets:
-    """Targets of clips of the demo world for a model's visual tokens."""
+    """Targets of clips of the synthetic world for a model's visual tokens."""
 
     def __init__(self, vlm: VideoLanguageModel) -> None:
         self._tokenizer = vlm.llm.tokenizer
@@ -131,7 +131,7 @@ class SceneTargets:
         """Those of one clip; raises DataError for media that are not of the world."""
         if not isinstance(media, WorldMedia):
             raise DataError(
-                "The words of scenes need datasets of the demo world: name such, or learn without them."
+                "The words of scenes need datasets of the synthetic world: name such, or learn without them."
             )
         if media.world not in self._scenes:
             self._scenes[media.world] = SceneWords(media.world, seconds=self._seconds)

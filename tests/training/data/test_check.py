@@ -119,7 +119,7 @@ def test_datasets_are_found_by_what_they_read() -> None:
         "a[0]": "x",
         "a[1]": "y",
         "b": "z",
-        "world": "demo world, train",
+        "world": "synthetic world, train",
         "other.deep[0][0]": "q",
     }
     with pytest.raises(ConfigError, match=r"data\[0\] has the unknown setting 'rot'"):

@@ -1,4 +1,4 @@
-"""Examples from csv, caption JSONL and the demo world; media at chosen moments."""
+"""Examples from csv, caption JSONL and the synthetic world; media at chosen moments."""
 
 from __future__ import annotations
 

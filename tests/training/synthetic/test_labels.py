@@ -1,4 +1,4 @@
-"""Labels of the demo world against what its scenes and its questions say."""
+"""Labels of the synthetic world against what its scenes and its questions say."""
 
 from __future__ import annotations
 

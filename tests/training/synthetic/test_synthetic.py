@@ -1,4 +1,4 @@
-"""The demo world: determinism, honest answers, balance, disjoint splits."""
+"""The synthetic world: determinism, honest answers, balance, disjoint splits."""
 
 from __future__ import annotations
 

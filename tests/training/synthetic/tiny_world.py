@@ -1,4 +1,4 @@
-"""A machine on which the demo world was fetched, in small: coloured shapes under the names of real nouns."""
+"""The synthetic world as fetched, in small: coloured shapes under the names of real nouns."""
 
 from __future__ import annotations
 
