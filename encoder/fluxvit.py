@@ -108,16 +108,19 @@ class FluxViT(nn.Module):
         """Patch embeddings before selection and positions: (B, 3, T, H, W) -> (B, T*L, C)."""
         return self.patch_embed(pixels).flatten(1, 2)
 
-    def position_rows(self, grid: Grid, kept: Tensor) -> Tensor:
-        """Position rows (b, K, C) of the kept tokens: interpolated, gathered, then GPE on those alone."""
+    def position_table(self, grid: Grid) -> Tensor:
+        """Positions (T*L, C) of a grid, before GPE: interpolated, and kept for the next time where frozen."""
         rows = self.pos_embed[0, 1:]
         if grid.frames == 1 and self.config.image_positions == "mean":
             still = rows.view(*self.pos_grid, -1).mean(dim=0).flatten(0, 1)
-            table = interpolate(still, self.pos_grid._replace(frames=1), grid)
-        elif self.pos_embed.requires_grad:  # it may change between two calls, without a new version
-            table = interpolate(rows, self.pos_grid, grid)
-        else:
-            table = self._position_cache.get(rows, self.pos_grid, grid)
+            return interpolate(still, self.pos_grid._replace(frames=1), grid)
+        if self.pos_embed.requires_grad:  # it may change between two calls, without a new version
+            return interpolate(rows, self.pos_grid, grid)
+        return self._position_cache.get(rows, self.pos_grid, grid)
+
+    def position_rows(self, grid: Grid, kept: Tensor) -> Tensor:
+        """Position rows (b, K, C) of the kept tokens: interpolated, gathered, then GPE on those alone."""
+        table = self.position_table(grid)
         # Interpolation weights sum to one, so a per-channel affine map commutes with them.
         return table[kept] if self.gpe_proj is None else self.gpe_proj(table[kept])
 

@@ -19,6 +19,7 @@ from encoder.checkpoint import build, load_encoder, read_tensors, save_json, sav
 from encoder.config import FluxViTConfig
 from encoder.errors import ConfigError, ModelError
 from encoder.fluxvit import FluxViT
+from encoder.graphs import EncoderGraphs
 from encoder.json_files import read_object
 from encoder.tokens import Grid, VisionTokens
 from llm_bridge.attention import packs
@@ -115,6 +116,7 @@ class VideoLanguageModel(nn.Module):
         self.language_model = llm.model
         self.llm = llm
         self.familiarity: Familiarity | None = None
+        self._graphs = EncoderGraphs(encoder)
 
     def train(self, mode: bool = True) -> VideoLanguageModel:
         """Only what learns changes its way: projector, adapters' dropout.
@@ -161,15 +163,19 @@ class VideoLanguageModel(nn.Module):
         pixels: Sequence[Tensor],
         keep: Sequence[int | None],
         times_s: Sequence[Sequence[float]] | None = None,
+        *,
+        replay: bool = False,
         **selection: Any,
     ) -> VisionTokens:
-        """Frozen encoder: clips (3, T, H, W), one K each -> the tokens the projector reads."""
+        """Frozen encoder: clips (3, T, H, W), one K each -> the tokens the projector reads.
+
+        replay: as CUDA graphs where that can be (see encoder/graphs.py); for answers, whose shapes recur.
+        """
+        encoder = self._graphs if replay else self.encoder
         with torch.no_grad():
             cls = self.encoder.cls_token
             clips = [clip.to(cls.device, cls.dtype) for clip in pixels]
-            vision = self.encoder(
-                clips, list(keep), depth=self.config.vision_depth, times_s=times_s, **selection
-            )
+            vision = encoder(clips, list(keep), depth=self.config.vision_depth, times_s=times_s, **selection)
             if self.projector.summary is None:
                 return vision
             return dataclasses.replace(vision, summary=self.encoder.pool(vision, self.config.summary_pool))

@@ -93,7 +93,7 @@ class FluxTower(Tower):
         return self._looked(pixels, None, times_s, selector="flux", merge=merging)
 
     def _looked(self, pixels: Tensor, keep: int | None, times_s: Sequence[float], **selection: Any) -> Looked:
-        tokens = self._model.encode([pixels], [keep], [tuple(times_s)], **selection)
+        tokens = self._model.encode([pixels], [keep], [tuple(times_s)], replay=True, **selection)
         return Looked(self._model.project(tokens)[0], tokens.kept[0])
 
     @torch.inference_mode()
