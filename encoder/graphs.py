@@ -11,6 +11,7 @@ passes. Elsewhere than on CUDA, and for what cannot be recorded, the encoder run
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections import OrderedDict
@@ -79,6 +80,9 @@ class EncoderGraphs:
         self._passes: OrderedDict[_Key, _Recorded | None] = OrderedDict()  # None: came once
         self._lock = threading.Lock()
         self._failed = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EncoderGraphs:
+        return EncoderGraphs(copy.deepcopy(self._encoder, memo), self._most, self._devices)
 
     @property
     def recorded(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -127,3 +128,9 @@ def test_elsewhere_than_on_cuda_nothing_is_recorded(encoder: FluxViT) -> None:
         pixels = clips()
         assert same(encode(pixels, 16), encoder(pixels, 16))
     assert encode.recorded == 0
+
+
+def test_a_copy_records_for_itself(encode: EncoderGraphs) -> None:
+    for _ in range(2):
+        encode(clips(), 16)
+    assert (encode.recorded, copy.deepcopy(encode).recorded) == (1, 0)
