@@ -328,6 +328,9 @@ def _web_options(parser: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--parallel", type=int, default=8, metavar="N", help="answers decoded together, 1: in turn (8)"
     )
+    load.add_argument(
+        "--encode-batch", type=int, metavar="N", help="videos encoded in one call (8 on a GPU, else 1)"
+    )
     load.add_argument("--queue", type=int, default=32, metavar="N", help="requests that may wait (32)")
     load.add_argument(
         "--cache-mib", type=int, default=1024, metavar="N", help="for follow-up questions (1024)"
@@ -371,6 +374,9 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--encoder", metavar="FILE", help="other encoder weights: official .pth or a folder")
     group.add_argument("--adapters", metavar="DIR", nargs="+", default=[], help="LoRA adapters for the LLM")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu ... (default: the best there is)")
+    group.add_argument(
+        "--encoder-device", metavar="DEVICE", help="where the encoder runs (default: as --device)"
+    )
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: by device")
     group.add_argument("--device-map", metavar="MAP", help="auto: spread the language model over the GPUs")
     group.add_argument(
@@ -405,6 +411,7 @@ def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -
         encoder=args.encoder,
         adapters=args.adapters,
         device=args.device,
+        encoder_device=args.encoder_device,
         dtype=args.dtype,
         device_map=args.device_map,
         quantize=args.quantize,
@@ -520,6 +527,7 @@ def run_web(args: argparse.Namespace) -> int:
     listener = bind(options.host, options.port)  # before the model, which takes seconds
     limits = replace(WEB_LIMITS, max_bytes=args.upload_mib * 2**20)
     bounds: dict[str, Any] = {"limits": limits, "batch": args.parallel, "cache_mib": args.cache_mib}
+    bounds["encode_batch"] = args.encode_batch
     with listener, open_chat(args, trusted=False, **bounds) as chat:
         serve(chat, options, listener)
     gc.freeze()  # the process ends now: a last search for garbage would take seconds

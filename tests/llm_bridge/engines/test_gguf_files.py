@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, get_args
 
@@ -113,11 +114,12 @@ def test_a_failed_write_leaves_the_old_file(
 def rows() -> list[tuple[str, str, dict[str, str]]]:
     """Tower, language model, and what the table says of each engine."""
     lines = (Path(__file__).parents[3] / "docs" / "which-engine.md").read_text().splitlines()
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    start = next(index for index, row in enumerate(table) if row[0] == "vision tower")
-    engines = [cell.strip("`") for cell in table[start][2:]]
+    start = next(index for index, line in enumerate(lines) if line.startswith("| vision tower"))
+    cells = takewhile(lambda line: line.startswith("|"), lines[start:])
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in cells]
+    engines = [cell.strip("`") for cell in table[0][2:]]
     found, tower = [], ""
-    for row in table[start + 2 :]:
+    for row in table[2:]:
         tower = row[0] or tower
         found.append((tower, row[1], dict(zip(engines, row[2:], strict=True))))
     return found
