@@ -35,7 +35,7 @@ from llm_bridge.model_files.hub import check_room, is_hub_id
 
 if TYPE_CHECKING:
     from llm_bridge.compute_worker import ComputeWorker
-    from llm_bridge.engines.engine import Engine
+    from llm_bridge.engines.engine import Engine, EngineName
     from llm_bridge.engines.vllm import VllmEngine
 
 KEY = "FLUXCHAT_ENGINE_KEY"  # of servers that ask for one
@@ -55,9 +55,9 @@ class ServedModel(LanguageModel):
     server: VllmServer | None = field(kw_only=True, default=None)
 
     @property
-    def identity(self) -> str:
-        """As of a LanguageModel; another engine rounds otherwise."""
-        return f"{super().identity}|vllm"
+    def engine_name(self) -> EngineName:
+        """The engine that computes it."""
+        return "vllm"
 
     @property
     def stored_as(self) -> str:
