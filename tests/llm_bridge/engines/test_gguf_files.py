@@ -18,6 +18,7 @@ from llm_bridge.generation import Generation
 from llm_bridge.llm import LanguageModel, load_llm, load_tokenizer
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.model_files import gguf_export
+from llm_bridge.model_files.folder_export import write_folder
 from llm_bridge.model_files.gguf_export import write_gguf
 from llm_bridge.model_files.gguf_header import gguf_values
 from llm_bridge.prompt import Message, render
@@ -257,3 +258,41 @@ def test_the_command_writes_a_file_and_says_so(
     assert main(command) == 2
     assert "--force" in capsys.readouterr().err
     assert main([*command, "--force"]) == 0
+
+
+def test_the_command_writes_a_folder_with_the_adapter_merged(
+    model: VideoLanguageModel,
+    llm_folder: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model.save_pretrained(tmp_path / "model")
+    adapter = save_adapter(llm_folder("qwen2"), tmp_path / "lora", {"target_modules": ["q_proj"]})
+    command = ["export", str(tmp_path / "merged"), "--model", str(tmp_path / "model")]
+    command += ["--adapters", str(adapter)]
+    assert main([*command, "--type", "Q8_0"]) == 2
+    assert "a name that ends in .gguf makes a GGUF file" in capsys.readouterr().err
+    assert main([*command, "--type", "f32"]) == 0
+    assert "F32" in capsys.readouterr().out
+    written = load_llm(tmp_path / "merged", device="cpu", dtype=torch.float32)
+    expected = load_llm(llm_folder("qwen2"), device="cpu", dtype=torch.float32, adapters=[adapter])
+    weights = written.model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in expected.model.state_dict().items())
+    assert written.tokenizer(TEXT).input_ids == expected.tokenizer(TEXT).input_ids
+    assert main([*command, "--force"]) == 2
+    assert "is there already: choose another name" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "merged", "model"]
+
+
+def test_a_folder_is_whole_or_not_there(
+    tiny_llm: Callable[[str], LanguageModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = tiny_llm("qwen2")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(type(llm.tokenizer), "save_pretrained", full)
+    with pytest.raises(OSError, match="full"):
+        write_folder(llm, tmp_path / "merged")
+    assert not list(tmp_path.iterdir())
