@@ -43,6 +43,9 @@ def write_into(llm: LanguageModel, folder: Path) -> None:
     """Write a language model's files into a folder."""
     llm.model.save_pretrained(folder)
     llm.tokenizer.save_pretrained(folder)
+    mode = (folder / "config.json").stat().st_mode
+    for file in folder.glob("*.safetensors"):  # which safetensors lets its owner alone read
+        file.chmod(mode)
 
 
 def check_folder_export(folder: Path, kind: str = "BF16") -> None:

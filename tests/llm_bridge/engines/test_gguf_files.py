@@ -278,6 +278,8 @@ def test_the_command_writes_a_folder_with_the_adapter_merged(
     expected = load_llm(llm_folder("qwen2"), device="cpu", dtype=torch.float32, adapters=[adapter])
     weights = written.model.state_dict()
     assert all(torch.equal(weights[name], value) for name, value in expected.model.state_dict().items())
+    modes = {file.stat().st_mode for file in (tmp_path / "merged").iterdir()}
+    assert len(modes) == 1  # a server may run as somebody else
     assert written.tokenizer(TEXT).input_ids == expected.tokenizer(TEXT).input_ids
     assert main([*command, "--force"]) == 2
     assert "is there already: choose another name" in capsys.readouterr().err
