@@ -88,6 +88,9 @@ class VideoChat(NotCopyable):
     think: whether a model that can think does so before questions that do not say (see SamplingParams).
     on_download: told a hub model's name and its bytes before they are downloaded.
     batch: most answers, each asked from a thread of its own, that are decoded in one pass.
+    encoder_device: where a FluxChat model's encoder runs, beside the language model; default: device.
+    encode_batch: most videos of one size, asked about at once, that are encoded in one call; default: 8 on a
+    GPU, 1 on CPUs, where more gain nothing and the last bits would depend on who else asks.
     It belongs to the process that made it: a forked child makes its own.
     Raises ModelError, CheckpointError or ConfigError: one sentence, what was wrong and what to do.
     """
@@ -108,6 +111,8 @@ class VideoChat(NotCopyable):
         trusted: bool = True,
         limits: Limits = DEFAULT_LIMITS,
         batch: int = 8,
+        encoder_device: str | torch.device | None = None,
+        encode_batch: int | None = None,
         select: Stage | None = None,
         plan: str | os.PathLike[str] | PlanTable | None = None,
         think: bool = False,
@@ -130,6 +135,7 @@ class VideoChat(NotCopyable):
                 device_map=device_map,
                 quantize=quantize,
                 engine=engine,
+                encoder_device=_device(encoder_device),
                 adapters=adapters,
                 on_download=on_download,
             )
@@ -139,7 +145,12 @@ class VideoChat(NotCopyable):
         self._check_think(think)
         self._worker = ComputeWorker(self.model.llm, batch)
         self._vision = Vision(
-            self.model, self._worker, cache_bytes=cache_mib * MIB // 2, trusted=trusted, limits=limits
+            self.model,
+            self._worker,
+            cache_bytes=cache_mib * MIB // 2,
+            encode_batch=encode_batch,
+            trusted=trusted,
+            limits=limits,
         )
         self._engine = self.model.llm.engine(self._worker, cache_mib * MIB // 2, batch)
         self._prices = PriceEstimator(self.model, self._worker, table)

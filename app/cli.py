@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from app.chat import VideoChat
     from app.messages import Media
     from encoder.video.part import Part
+    from llm_bridge.llm import LanguageModel
 
 EXAMPLES = """\
 examples:
@@ -202,16 +203,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser(
         "export",
-        help="write a model's language model as one GGUF file, for llama.cpp",
-        description="Adapters are merged. Ask with it: fluxchat web --llm FILE (extra: gguf).",
+        help="write a model's language model as a GGUF file for llama.cpp, or as a folder for vLLM",
+        description="Adapters are merged. Ask with a file: fluxchat web --llm FILE (extra: gguf); with a "
+        "folder: vllm serve FOLDER --enable-prompt-embeds, and fluxchat web --engine http://HOST:8000.",
     )
-    export.add_argument("out", help="the new file, NAME.gguf")
+    export.add_argument("out", help="the new file, NAME.gguf, or a new folder")
     export.add_argument(
         "--type",
-        default="Q8_0",
         metavar="TYPE",
-        help="of its weights (Q8_0): F32, F16, BF16; or by llama.cpp's own quantisation Q8_0, Q6_K, Q5_K_M, "
-        "Q4_K_M, Q4_1, Q4_0, ...",
+        help="of its weights: F32, F16, BF16 (a folder's default); of a file also, by llama.cpp's own "
+        "quantisation, Q8_0 (its default), Q6_K, Q5_K_M, Q4_K_M, Q4_1, Q4_0, ...",
     )
     export.add_argument("--force", action="store_true", help="write over a file that exists")
     export.add_argument("--model", metavar="MODEL", help="a saved model (default: the shipped one)")
@@ -328,6 +329,9 @@ def _web_options(parser: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--parallel", type=int, default=8, metavar="N", help="answers decoded together, 1: in turn (8)"
     )
+    load.add_argument(
+        "--encode-batch", type=int, metavar="N", help="videos encoded in one call (8 on a GPU, else 1)"
+    )
     load.add_argument("--queue", type=int, default=32, metavar="N", help="requests that may wait (32)")
     load.add_argument(
         "--cache-mib", type=int, default=1024, metavar="N", help="for follow-up questions (1024)"
@@ -371,6 +375,9 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--encoder", metavar="FILE", help="other encoder weights: official .pth or a folder")
     group.add_argument("--adapters", metavar="DIR", nargs="+", default=[], help="LoRA adapters for the LLM")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps, xpu ... (default: the best there is)")
+    group.add_argument(
+        "--encoder-device", metavar="DEVICE", help="where the encoder runs (default: as --device)"
+    )
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: by device")
     group.add_argument("--device-map", metavar="MAP", help="auto: spread the language model over the GPUs")
     group.add_argument(
@@ -405,6 +412,7 @@ def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -
         encoder=args.encoder,
         adapters=args.adapters,
         device=args.device,
+        encoder_device=args.encoder_device,
         dtype=args.dtype,
         device_map=args.device_map,
         quantize=args.quantize,
@@ -520,6 +528,7 @@ def run_web(args: argparse.Namespace) -> int:
     listener = bind(options.host, options.port)  # before the model, which takes seconds
     limits = replace(WEB_LIMITS, max_bytes=args.upload_mib * 2**20)
     bounds: dict[str, Any] = {"limits": limits, "batch": args.parallel, "cache_mib": args.cache_mib}
+    bounds["encode_batch"] = args.encode_batch
     with listener, open_chat(args, trusted=False, **bounds) as chat:
         serve(chat, options, listener)
     gc.freeze()  # the process ends now: a last search for garbage would take seconds
@@ -558,36 +567,44 @@ def run_fetch(args: argparse.Namespace) -> int:
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """The language model as a GGUF file."""
+    """The language model as a GGUF file or a folder."""
     from pathlib import Path
 
-    from app.chat import SHIPPED
-    from llm_bridge.model import VideoLanguageModel
+    from llm_bridge.model_files.folder_export import TYPES, check_folder_export, write_folder
     from llm_bridge.model_files.gguf_export import check_export, write_gguf
 
     out = Path(args.out).expanduser()
-    check_export(out, args.type)
-    if out.exists() and not args.force:
-        raise ConfigError(f"{out} is there already: choose another name, or --force to write over it.")
-    if args.model is None and args.llm is None:
+    as_file = out.suffix == ".gguf"
+    kind = (args.type or ("Q8_0" if as_file else "BF16")).upper()
+    if not as_file:
+        check_folder_export(out, kind)
+        write_folder(_language_model(args, dtype=TYPES[kind]), out)
+        size = sum(file.stat().st_size for file in out.iterdir())
+    else:
+        check_export(out, kind)
+        if out.exists() and not args.force:
+            raise ConfigError(f"{out} is there already: choose another name, or --force to write over it.")
+        write_gguf(_language_model(args), out, kind)
+        size = out.stat().st_size
+    print(f"{out}: {kind}, {size / 1e6:.0f} MB")
+    return 0
+
+
+def _language_model(args: argparse.Namespace, **options: Any) -> LanguageModel:
+    """That of a model, or --llm alone, adapters merged."""
+    from app.chat import SHIPPED
+    from llm_bridge.llm import load_llm
+    from llm_bridge.model import VideoLanguageModel
+
+    options |= {"device": "cpu", "adapters": args.adapters, "on_download": announce_download}
+    if args.llm is not None and args.model is None:
+        return load_llm(args.llm, **options)
+    if args.model is None:
         from llm_bridge.assets.fetch import fetch_default_llm
 
         fetch_default_llm()
-    if args.llm is not None and args.model is None:
-        from llm_bridge.llm import load_llm
-
-        llm = load_llm(args.llm, device="cpu", adapters=args.adapters, on_download=announce_download)
-    else:
-        llm = VideoLanguageModel.from_pretrained(
-            SHIPPED if args.model is None else args.model,
-            llm=args.llm,
-            device="cpu",
-            adapters=args.adapters,
-            on_download=announce_download,
-        ).llm
-    write_gguf(llm, out, args.type)
-    print(f"{out}: {args.type.upper()}, {out.stat().st_size / 1e6:.0f} MB")
-    return 0
+    model = SHIPPED if args.model is None else args.model
+    return VideoLanguageModel.from_pretrained(model, llm=args.llm, **options).llm
 
 
 def run_models(args: argparse.Namespace) -> int:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from app.answer import KeptTokens
@@ -34,10 +33,10 @@ from encoder.video.part import FRAME, Part
 from encoder.video.reader import DEFAULT_LIMITS, Clip, Limits, VideoInfo, probe, read_clip
 from encoder.video.sources import Held, HeldSources
 from llm_bridge.chat_model import ChatModel
-from llm_bridge.compute_worker import ComputeWorker
+from llm_bridge.compute_thread import ComputeThread
 from llm_bridge.kv_cache import ByteLRU, CacheStats
 from llm_bridge.prompt import Visual
-from llm_bridge.towers.tower import Looked
+from llm_bridge.towers.encoding_queue import EncodingQueue
 
 THUMBNAIL = 320  # pixels of the longer side
 MOST_INFOS = 4096
@@ -103,22 +102,26 @@ class OpenedVideo(NamedTuple):
 class Vision:
     """Looks at videos for one model and keeps the results; safe to use from many threads.
 
-    worker: computes all that runs on the model. cache_bytes: bound, half of it for decoded frames, half for
-    embeddings. trusted, limits: of reading. scope: nothing kept for one scope serves another.
+    worker: computes all that runs on the model; a tower on another device than the language model's has a
+    thread of its own. encode_batch: see EncodingQueue. cache_bytes: bound, half of it for decoded frames,
+    half for embeddings. trusted, limits: of reading. scope: nothing kept for one scope serves another.
     Every cache has its own lock, and no lock is held while anything is read or computed.
     """
 
     def __init__(
         self,
         model: ChatModel,
-        worker: ComputeWorker,
+        worker: ComputeThread,
         *,
         cache_bytes: int,
+        encode_batch: int | None = None,
         trusted: bool = True,
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         self.revision = model.revision()
-        self._tower, self._worker = model.tower, worker
+        self._tower = model.tower
+        self._own_thread = None if _same_place(model) else ComputeThread("fluxchat-encode")
+        self._encoding = EncodingQueue(self._tower, self._own_thread or worker, encode_batch)
         self._trusted, self._limits = trusted, limits
         self._sources = HeldSources(limits)
         self._infos: ByteLRU[VideoInfo] = ByteLRU(MOST_INFOS, lambda _: 1)
@@ -208,6 +211,8 @@ class Vision:
 
     def close(self) -> None:
         """Let go of held sources and of what is kept."""
+        if self._own_thread is not None:
+            self._own_thread.close()
         self._sources.close()
         self.forget()
 
@@ -266,22 +271,12 @@ class Vision:
         self, clip: Clip, plan: Plan, selector: Selector, part: Part
     ) -> tuple[Tensor, KeptTokens, bool | None]:
         """Embeddings (M, D) of a clip, the cells that they stand for, and whether it is familiar."""
-        pixels = self._tower.pixels(clip, plan)
-
-        def compute() -> tuple[Looked, bool | None]:  # one turn of the computing thread
-            looked = self._tower.look(pixels, plan, selector, clip.times_s)
-            familiar = self._tower.is_familiar(clip.frames)
-            if self._tower.device.type != "cpu":
-                torch.accelerator.synchronize(self._tower.device)
-            return looked, familiar
-
-        (embedding, indices), familiar = self._worker.run(compute)
+        (embedding, indices), familiar = self._encoding.look(clip, plan, selector)
         return embedding, self._kept_tokens(clip, plan, indices, part), familiar
 
     def _select(self, clip: Clip, plan: Plan, selector: Selector, part: Part) -> KeptTokens:
         """The cells that `_embed` would keep."""
-        pixels = self._tower.pixels(clip, plan)
-        indices = self._worker.run(self._tower.select, pixels, plan, selector)
+        indices = self._encoding.select(clip, plan, selector)
         return self._kept_tokens(clip, plan, indices, part)
 
     def _kept_tokens(self, clip: Clip, plan: Plan, indices: Tensor, part: Part) -> KeptTokens:
@@ -301,6 +296,10 @@ class Vision:
         inner = centre(clip.frames[:1], plan.height, plan.width).shape
         x, y = (1 - inner[2] / width) / 2 * (right - left), (1 - inner[1] / height) / 2 * (bottom - top)
         return left + x, top + y, right - x, bottom - y
+
+
+def _same_place(model: ChatModel) -> bool:
+    return model.tower.device == model.llm.device
 
 
 def _decoded_side(plan: Plan) -> int:

@@ -16,6 +16,7 @@ from encoder.errors import BudgetError
 from encoder.tokens import Grid
 
 Selector = Literal["flux", "random", "tube", "uniform", "evs"]
+DRAWN: tuple[Selector, ...] = ("random", "tube")  # by a generator
 
 GOLDEN = 40503  # the golden ratio's fractional part, in 1 / 2**16
 

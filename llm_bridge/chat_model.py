@@ -51,12 +51,14 @@ def load_chat_model(
     quantize: Quantize | None = None,
     adapters: Sequence[str | Path] = (),
     engine: str | None = "local",
+    encoder_device: str | torch.device | None = None,
     on_download: OnDownload | None = None,
 ) -> ChatModel:
     """A saved FluxChat model, or a stock video model (folder or hub id); which one, its config.json says.
 
     llm, encoder: replace parts of a FluxChat model. stage: when a stock model drops tokens (default: "after"
-    its encoder). The rest as `load_llm`. Raises ModelError, CheckpointError or ConfigError: one sentence.
+    its encoder). encoder_device: of a FluxChat model's encoder; default: device. The rest as
+    `load_llm`. Raises ModelError, CheckpointError or ConfigError: one sentence.
     """
     options: dict[str, Any] = {
         "device": device,
@@ -76,13 +78,18 @@ def load_chat_model(
                 f"The engine {engine} runs language models alone, and {name} has one of its own: leave "
                 "engine out."
             )
+        if encoder_device is not None:
+            raise ConfigError(
+                f"{name} is one model, encoder and language model together: leave encoder_device out, or "
+                "spread it with device_map."
+            )
         return load_stock(os.fspath(name), stage=stage or "after", **options)
     if (kind := model_type(Path(name).expanduser())) is not None:  # a FluxChat model's settings name none
         raise no_video_model(os.fspath(name), kind)
     if stage is not None:
         raise ConfigError(f"select is for stock video models: {name} always selects before its encoder.")
     return VideoLanguageModel.from_pretrained(
-        os.fspath(name), llm=llm, encoder=encoder, engine=engine, **options
+        os.fspath(name), llm=llm, encoder=encoder, engine=engine, encoder_device=encoder_device, **options
     )
 
 

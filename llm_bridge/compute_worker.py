@@ -20,17 +20,15 @@ several rows may round otherwise than that of one, so that a near tie may fall e
 from __future__ import annotations
 
 import logging
-import os
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from encoder.errors import ModelError, OutOfMemory
+from llm_bridge.compute_thread import CLOSED, ComputeThread
 from llm_bridge.kv_cache import DecodingBatch, kv_from_layers, layers_of, rewindable
 from llm_bridge.llm import LanguageModel
 from llm_bridge.model_files.checks import free_memory
@@ -41,11 +39,8 @@ if TYPE_CHECKING:
     from llm_bridge.static_kv_cache import StaticDecoder
 
 LOG = logging.getLogger("fluxchat")
-T = TypeVar("T")
-THREAD_NAME = "fluxchat-compute"
 NO_ROOM = "There was not enough memory for this question: lower the token budget, or ask again later."
 KV_SHARE = 0.5  # of the memory that is free when the model is ready, which answers in progress may take
-CLOSED = "The model was closed, so that nothing is computed any more: load it again and ask again."
 
 
 class SequenceState:
@@ -133,7 +128,7 @@ class SequenceState:
         self._worker.drop(self)
 
 
-class ComputeWorker:
+class ComputeWorker(ComputeThread):
     """The computing thread of one language model, for any number of asking threads.
 
     kv_limit: bytes that the KV of all answers in progress may take; default: half of what is free now.
@@ -151,6 +146,7 @@ class ComputeWorker:
         *,
         static: bool | None = None,
     ) -> None:
+        super().__init__()
         self.kv_limit = int(KV_SHARE * free_memory(llm.device)) if kv_limit is None else kv_limit
         self.llm, self.max_batch, self.eos = llm, max_batch, llm.eos_ids
         self.steps = self.made = 0  # forward passes and the tokens that they made
@@ -160,7 +156,6 @@ class ComputeWorker:
         self._static = self._static_decoder(llm, static, self.kv_limit)
         self._batched: list[SequenceState] = []  # the rows of _batch_kv
         self._batches = llm.batches
-        self._thread, self._process = ThreadPoolExecutor(1, THREAD_NAME), os.getpid()
 
     @staticmethod
     def _static_decoder(llm: LanguageModel, wanted: bool | None, limit: int) -> StaticDecoder | None:
@@ -183,33 +178,6 @@ class ComputeWorker:
     def active(self) -> int:
         """Number of answers being decoded now."""
         return sum(not sequence.ended for sequence in self.sequences)
-
-    def run(self, function: Callable[..., T], *args: Any) -> T:
-        """Call a function in the computing thread, after what waits already; returns what it returns.
-
-        Raises ModelError when there is no such thread any more: after `close`, and in a forked process.
-        """
-        return self._submit(function, *args).result()
-
-    def post(self, function: Callable[..., object], *args: Any) -> None:
-        """Have a function called in the computing thread, if there is one; waits for nothing."""
-        with suppress(ModelError):  # closed, or in a forked process: what is held is not for long
-            self._submit(function, *args)
-
-    def check_process(self) -> None:
-        """Raises ModelError in a forked process, where there is no computing thread and locks may be held."""
-        if os.getpid() != self._process:
-            raise ModelError(
-                "The model was loaded before this process was forked, and cannot compute here: load it in "
-                "the process that asks."
-            )
-
-    def _submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
-        self.check_process()
-        try:
-            return self._thread.submit(function, *args)
-        except RuntimeError:  # shut down, by `close` or as the interpreter ends
-            raise ModelError(CLOSED) from None
 
     def join(
         self,
@@ -242,10 +210,10 @@ class ComputeWorker:
     def close(self) -> None:
         """Answers still being made end with a ModelError; the computing thread ends once it is idle."""
         try:
-            self._submit(self._abandon)
+            self.submit(self._abandon)
         except ModelError:  # closed already, or not ours
             return
-        self._thread.shutdown(wait=False)
+        super().close()
 
     # -- in the computing thread ----------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ from llm_bridge.thinking import ThinkingMarks
 
 if TYPE_CHECKING:
     from llm_bridge.compute_worker import ComputeWorker
-    from llm_bridge.engines.engine import Engine
+    from llm_bridge.engines.engine import Engine, EngineName
 
 Quantize = Literal["8bit", "4bit", "int8", "int4"]  # the latter two on CPUs
 OnDownload = Callable[[str, int], object]
@@ -66,8 +66,19 @@ class LanguageModel:
     axes: int = 1  # of its positions: 3 with M-RoPE (time, row, column)
 
     @property
+    def engine_name(self) -> EngineName:
+        """The engine that computes it."""
+        return "local"
+
+    @property
     def identity(self) -> str:
-        """Name, quantisation, and a hash of each adapter's weights: equal ones give equal answers."""
+        """That of the weights, and the engine where another one computes: equal ones give equal answers."""
+        engine = "" if self.engine_name == "local" else f"|{self.engine_name}"
+        return self.weights_identity + engine
+
+    @property
+    def weights_identity(self) -> str:
+        """Name, quantisation, and a hash of each adapter's weights."""
         parts = [self.name, self.quantize or ""]
         for adapter in self.adapters:
             file = Path(adapter) / "adapter_model.safetensors"

@@ -314,6 +314,7 @@ class VideoLanguageModel(nn.Module):
         adapters: Sequence[str | Path] = (),
         tuned: bool = True,
         engine: str | None = "local",
+        encoder_device: str | torch.device | None = None,
         on_download: OnDownload | None = None,
     ) -> VideoLanguageModel:
         """Read what `save_pretrained` wrote and load the language model it names (or `llm`, or `encoder`).
@@ -321,6 +322,7 @@ class VideoLanguageModel(nn.Module):
         A folder with an `adapter` was tuned with LoRA, which applies unless `llm` replaces its base
         or `tuned` is False.
         dtype is the language model's; on CPUs the encoder and projector run in float32, elsewhere in dtype.
+        encoder_device: where they run; default: device.
         Raises ModelError, CheckpointError or ConfigError: one sentence, what was wrong and what to do.
         """
         folder = model_folder(folder)
@@ -355,6 +357,7 @@ class VideoLanguageModel(nn.Module):
             quantize=quantize,
             adapters=adapters,
             engine=engine,
+            encoder_device=encoder_device,
             on_download=on_download,
         )
         model.familiarity = familiarity
@@ -413,21 +416,26 @@ def assemble(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     types: PartTypes | None = None,
+    encoder_device: str | torch.device | None = None,
     **llm_options: Any,
 ) -> VideoLanguageModel:
-    """Load the language model and put the parts together on one device, frozen and in eval mode.
+    """Load the language model and put the parts together, frozen and in eval mode.
 
     projector: None makes a fresh one, to be trained. types: default, those of the device (see `part_types`).
+    encoder_device: of the encoder and the projector; default: the one device of all.
     Raises ModelError as `load_llm` does.
     """
     target = torch.device(device) if device is not None else default_device()
-    types = types or part_types(target, dtype, learns=projector is None)
+    sees = target if encoder_device is None else torch.device(encoder_device)
+    if types is None:
+        language_type = part_types(target, dtype).language
+        types = part_types(sees, language_type, learns=projector is None)
     language = _load_language(str(llm or config.llm), device=target, dtype=types.language, **llm_options)
     if projector is None:
         fitted = dataclasses.replace(config.projector, out_dim=language.hidden_size)
         config, projector = dataclasses.replace(config, projector=fitted), Projector(fitted)
     model = VideoLanguageModel(
-        config, encoder.to(target, types.encoder), projector.to(target, types.projector), language
+        config, encoder.to(sees, types.encoder), projector.to(sees, types.projector), language
     )
     return model.eval().requires_grad_(False)
 

@@ -21,7 +21,7 @@ from llm_bridge.model_files.gguf_tokenizer import CONFIG
 
 if TYPE_CHECKING:
     from llm_bridge.compute_worker import ComputeWorker
-    from llm_bridge.engines.engine import Engine
+    from llm_bridge.engines.engine import Engine, EngineName
 
 MOST_SEQUENCES = 64  # answers in progress and prompts that are kept
 KV_SHARE = 0.5  # of the memory that is free, which the KV of all of them may take
@@ -39,9 +39,9 @@ class GgufModel(LanguageModel):
     kind: str = field(kw_only=True)
 
     @property
-    def identity(self) -> str:
-        """As of a LanguageModel; another engine rounds otherwise."""
-        return f"{super().identity}|llama.cpp"
+    def engine_name(self) -> EngineName:
+        """The engine that computes it."""
+        return "llamacpp"
 
     @property
     def device(self) -> torch.device:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from encoder.errors import ConfigError, ModelError, OutOfMemory
-from llm_bridge.compute_worker import CLOSED, ComputeWorker
+from llm_bridge.compute_thread import CLOSED
+from llm_bridge.compute_worker import ComputeWorker
 from llm_bridge.engines.engine import Request
 from llm_bridge.engines.gguf_model import GgufModel
 from llm_bridge.engines.llama_context import NO_CELLS, LlamaContext

@@ -31,11 +31,12 @@ from llm_bridge.llm import (
     locate,
 )
 from llm_bridge.model_files.checks import SETTINGS_FILES, check_folder, local_folder, missing_bytes, refused
-from llm_bridge.model_files.hub import check_room, is_hub_id
+from llm_bridge.model_files.folder_export import write_into
+from llm_bridge.model_files.hub import check_room, download_bytes, is_hub_id
 
 if TYPE_CHECKING:
     from llm_bridge.compute_worker import ComputeWorker
-    from llm_bridge.engines.engine import Engine
+    from llm_bridge.engines.engine import Engine, EngineName
     from llm_bridge.engines.vllm import VllmEngine
 
 KEY = "FLUXCHAT_ENGINE_KEY"  # of servers that ask for one
@@ -55,9 +56,9 @@ class ServedModel(LanguageModel):
     server: VllmServer | None = field(kw_only=True, default=None)
 
     @property
-    def identity(self) -> str:
-        """As of a LanguageModel; another engine rounds otherwise."""
-        return f"{super().identity}|vllm"
+    def engine_name(self) -> EngineName:
+        """The engine that computes it."""
+        return "vllm"
 
     @property
     def stored_as(self) -> str:
@@ -117,6 +118,8 @@ def load_served(
             source = str(scratch)
             _write_merged(scratch, name, dtype=dtype, adapters=adapters, **origin)
             origin["revision"] = None  # the copy has none
+        elif is_hub_id(source):  # the server downloads it all, and says so to its log alone
+            _announce(source, missing_bytes(source, revision), on_download)
         options = shlex.split(os.environ.get(OPTIONS, ""))
         if origin["revision"]:
             options += ["--revision", origin["revision"]]
@@ -131,8 +134,7 @@ def load_served(
 def _write_merged(folder: Path, name: str | Path, **options: Any) -> None:
     """A language model with its adapters merged, as vLLM reads it."""
     whole = load_llm(name, device="cpu", **options)
-    whole.model.save_pretrained(folder)
-    whole.tokenizer.save_pretrained(folder)
+    write_into(whole, folder)
 
 
 def _loaded(
@@ -182,13 +184,18 @@ def _file_of_table(path: str, settings: Path, revision: str | None, on_download:
         shards = json.loads(index.read_text())["weight_map"]
         wanted = shards[_table_key(shards)]
     if is_hub_id(path) and not (settings / wanted).is_file():
-        size = missing_bytes(path, revision)
-        check_room(path, size)
-        (on_download or (lambda *_: None))(path, size)
+        _announce(path, download_bytes(path, revision, (wanted,), ()), on_download)
         return local_folder(path, revision, patterns=(wanted,)) / wanted
     if not (settings / wanted).is_file():
         raise ValueError("it has no safetensors, which the engine vllm reads the table of embeddings from")
     return settings / wanted
+
+
+def _announce(name: str, size: int, on_download: OnDownload | None) -> None:
+    """Say what is downloaded next; raises ModelError where there is no room for it."""
+    check_room(name, size)
+    if size and on_download is not None:
+        on_download(name, size)
 
 
 def _table_key(keys: Any) -> str:

@@ -1,4 +1,4 @@
-"""A vLLM server for one language model, started here and ended with the block.
+"""A vLLM server for one language model, started here and ended with the block, or with this process.
 
 with VllmServer("Qwen/Qwen2.5-7B-Instruct") as server:
     engine = VllmEngine(llm, [server.address])
@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from encoder.errors import ConfigError, ModelError
+from llm_bridge.engines import ended_with
 
 PATIENCE_S = 1800.0  # a large model is downloaded first
 ENDED_S = 20.0  # what a server may take to end
@@ -51,7 +52,8 @@ class VllmServer:
         command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype, "--enable-prompt-embeds"]
         command += ["--enable-prefix-caching", "--enable-prompt-tokens-details", *options]
         self.process = subprocess.Popen(
-            command,
+            # Through a process that looks whether this one still runs: what is killed ends nothing itself.
+            [python, "-I", ended_with.__file__, str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=subprocess.STDOUT,

@@ -14,7 +14,7 @@ from encoder.checkpoint import weights_hash
 from encoder.cost import Speed, calibrate_encoder, encoder_features, encoder_mib
 from encoder.merging import Merging
 from encoder.preprocess import preprocess
-from encoder.selection import Selector, select
+from encoder.selection import DRAWN, Selector, select
 from encoder.video.reader import Clip
 from llm_bridge.towers.tower import Looked, Tower
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 class FluxTower(Tower):
     """The encoder and projector of a VideoLanguageModel."""
+
+    shares_calls = True
 
     def __init__(self, model: VideoLanguageModel) -> None:
         self._model = model
@@ -87,6 +89,20 @@ class FluxTower(Tower):
     ) -> Looked:
         generator = torch.Generator().manual_seed(seed)
         return self._looked(pixels, plan.keep, times_s, selector=selector, generator=generator, merge=None)
+
+    @torch.inference_mode()
+    def look_together(
+        self,
+        pixels: Sequence[Tensor],
+        plan: Plan,
+        selector: Selector,
+        times_s: Sequence[Sequence[float]],
+    ) -> list[Looked]:
+        if len(pixels) == 1 or selector in DRAWN:  # each clip draws from a seed of its own
+            return super().look_together(pixels, plan, selector, times_s)
+        keep, times = [plan.keep] * len(pixels), [tuple(clip) for clip in times_s]
+        tokens = self._model.encode(pixels, keep, times, selector=selector, merge=None)
+        return [Looked(*looked) for looked in zip(self._model.project(tokens), tokens.kept, strict=True)]
 
     @torch.inference_mode()
     def merge(self, pixels: Tensor, merging: Merging, times_s: Sequence[float] = ()) -> Looked:

@@ -53,6 +53,7 @@ class Tower(ABC):
     time_form: TimeSentence = "none"
     axes: int = 1  # of the positions of its language model
     familiarity: Familiarity | None = None
+    shares_calls: bool = False  # whether several clips of one shape can be computed in one call
     # What its chat template writes for a medium of a kind; empty: media stand in the text of a message.
     marks: dict[str, str] = {}  # noqa: RUF012 - never changed
 
@@ -133,6 +134,16 @@ class Tower(ABC):
         seed: int = 0,
     ) -> Looked:
         """Embeddings of the kept cells; computes, without gradients. seed: of selectors that draw."""
+
+    def look_together(
+        self,
+        pixels: Sequence[Tensor],
+        plan: Plan,
+        selector: Selector,
+        times_s: Sequence[Sequence[float]],
+    ) -> list[Looked]:
+        """As `look` of several clips of one shape; in one call where `shares_calls`."""
+        return [self.look(clip, plan, selector, times) for clip, times in zip(pixels, times_s, strict=True)]
 
     def merge(self, pixels: Tensor, merging: Merging, times_s: Sequence[float] = ()) -> Looked:
         """Embeddings of cells that were merged, not dropped.

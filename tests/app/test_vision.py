@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from app import vision
 from app.chat import VideoChat
+from encoder.errors import ConfigError, ModelError
 from encoder.video.reader import probe
+from llm_bridge.chat_model import load_chat_model
+from llm_bridge.model import VideoLanguageModel
 from tests.app.conftest import SHORT, WORLD
 
 
@@ -71,3 +76,37 @@ def test_a_scope_sees_nothing_of_another(chat: VideoChat) -> None:
     chat.forget("a")
     assert chat.look(SHORT, 48, scope="b").encode_s == 0
     assert chat.look(SHORT, 48, scope="a").encode_s > 0
+
+
+def test_an_encoder_on_another_device_has_a_thread_of_its_own(
+    tiny_model: VideoLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+    monkeypatch.setattr("app.vision._same_place", lambda _: False)
+    with VideoChat(tiny_model, encode_batch=2) as chat:
+        look = chat._vision._tower.look
+
+        def noted(*args: Any) -> Any:
+            threads.append(threading.current_thread().name.rpartition("_")[0])
+            return look(*args)
+
+        monkeypatch.setattr(chat._vision._tower, "look", noted)
+        assert chat.ask(SHORT, "What?", budget=20, max_new_tokens=2).usage.kept_tokens == 20
+        assert threads == ["fluxchat-encode"]
+        own = chat._vision._own_thread
+    assert own is not None
+    with pytest.raises(ModelError, match="was closed"):
+        own.run(int)
+
+
+def test_an_encoder_goes_to_its_own_device(tiny_model: VideoLanguageModel, tmp_path: Path) -> None:
+    tiny_model.save_pretrained(tmp_path)
+    moved = load_chat_model(tmp_path, device="cpu", dtype=torch.bfloat16, encoder_device="meta")
+    assert moved.tower.device.type == "meta"
+    assert moved.tower.dtype == torch.bfloat16  # as everywhere but on CPUs
+    assert moved.llm.device.type == "cpu"
+
+
+def test_a_stock_model_s_encoder_stays_with_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="leave encoder_device out"):
+        load_chat_model("HuggingFaceTB/SmolVLM2-256M-Video-Instruct", encoder_device="cpu")

@@ -1,13 +1,17 @@
 """The server under load: requests/s and time to the first token, decoding together against one at a time.
 
     python -m tests.bench.serve [--n 3] [--encoder micro] [--tokens 64] [--answer 32] [--clients 1 4 8]
+                                [--ways alone together vllm]
 
 SmolLM2-135M and FluxViT with random weights (the time does not depend on them). Every client asks about a
 video of its own: first a question that finds nothing cached ("cold": decode, encode, prefill, answer), then
 another one ("follow_up"). All clients ask at once. Answers have a fixed length, so that both ways do the same
-work. alone: one answer at a time, the others wait. together: up to eight are decoded in one pass.
-The ways take turns. CPU seconds beside wall seconds tell load from work. same_answers: share of the answers
-that are the same both ways, letter by letter, over all rounds; on CPUs it is 1.
+work. alone: one answer at a time, the others wait. together: up to eight, or all, are decoded in one pass.
+vllm: by a vLLM server that is started for it, in the Python that FLUXCHAT_VLLM_PYTHON names.
+The ways take turns; speedup and same_answers (the share of answers that are the same, letter by letter, over
+all rounds) compare each with the first. CPU seconds beside wall seconds tell load from work; they are this
+process's, so that those of a vLLM server are not among them. On CPUs alone and together are the same to a
+letter.
 Prints one JSON line.
 """
 
@@ -21,6 +25,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +43,7 @@ from tests.app.server.serving import question, running
 from tests.bench.common import environment, print_json
 from tests.encoder.video import video_files as vf
 
-WAYS = {"alone": 1, "together": 8}
+WAYS = ("alone", "together", "vllm")
 QUESTIONS = {"cold": "What is shown in the video?", "follow_up": "And where does it go in the end?"}
 
 
@@ -63,7 +68,8 @@ def round_of(address: str, videos: list[str], text: str, tokens: int, answer: in
     start = threading.Barrier(len(videos) + 1)
     threads = []
     for video, place in zip(videos, found, strict=True):
-        body = question(text, video, stream=True, token_budget=tokens, max_tokens=answer)
+        length = {"max_tokens": answer, "min_tokens": answer}
+        body = question(text, video, stream=True, token_budget=tokens, **length)
         threads.append(threading.Thread(target=ask, args=(address, body, start, place)))
         threads[-1].start()
     start.wait()
@@ -79,25 +85,22 @@ def round_of(address: str, videos: list[str], text: str, tokens: int, answer: in
 
 
 def measure(
-    model: VideoLanguageModel, folder: Path, counts: list[int], n: int, tokens: int, answer: int
+    models: dict[str, VideoLanguageModel], folder: Path, counts: list[int], n: int, tokens: int, answer: int
 ) -> dict[str, Any]:
-    """Rounds by question, number of clients and way."""
+    """Rounds by question, number of clients and way, each with its model."""
     rounds: dict[tuple[str, int, str], list[dict[str, Any]]] = defaultdict(list)
     videos = [f"{index}.mp4" for index in range(max(counts))]
     for index, name in enumerate(videos):
         vf.write(folder / name, vf.steady(48 + 4 * index), size=(320 + 16 * index, 240))
-    chats = {way: VideoChat(model, trusted=False, batch=rows) for way, rows in WAYS.items()}
-    options = {
-        way: LaunchOptions(page=False, server=ServerSettings(slots=rows, media_root=folder))
-        for way, rows in WAYS.items()
-    }
-    for chat in chats.values():
-        chat._worker.eos = frozenset()  # every answer has its full length
-    with (
-        running(chats["alone"], options["alone"]) as (alone, _),
-        running(chats["together"], options["together"]) as (together, _),
-    ):
-        addresses = {"alone": alone, "together": together}
+    together = max(8, *counts)
+    rows = {way: 1 if way == "alone" else together for way in models}
+    chats = {way: VideoChat(model, trusted=False, batch=rows[way]) for way, model in models.items()}
+    with ExitStack() as servers:
+        addresses = {}
+        for way, chat in chats.items():
+            settings = ServerSettings(slots=rows[way], media_root=folder)
+            serving = running(chat, LaunchOptions(page=False, server=settings))
+            addresses[way], _ = servers.enter_context(serving)
         for repeat in range(-1, n):
             for count in counts:
                 for way, address in addresses.items():
@@ -106,22 +109,35 @@ def measure(
                         done = round_of(address, videos[:count], text, tokens, answer if repeat >= 0 else 2)
                         if repeat >= 0:
                             rounds[kind, count, way].append(done)
-        steps, made, _ = chats["together"].decoding
+        per_step = {}
+        if "together" in chats:
+            steps, made, _ = chats["together"].decoding
+            per_step["tokens_per_step"] = round(made / steps, 2)
     for chat in chats.values():
         chat.close()
-    found: dict[str, Any] = {kind: {str(count): {} for count in counts} for kind in QUESTIONS}
-    for (kind, count, way), samples in rounds.items():
-        found[kind][str(count)][way] = _figures(samples, count)
-    for kind in QUESTIONS:
-        for count in counts:
-            pair = found[kind][str(count)]
-            texts = [[text for done in rounds[kind, count, way] for text in done["texts"]] for way in WAYS]
-            pair["same_answers"] = sum(a == b for a, b in zip(*texts, strict=True)) / len(texts[0])
-            pair["speedup"] = round(pair["together"]["requests_per_s"] / pair["alone"]["requests_per_s"], 2)
-            pair["cpu_speedup"] = round(
-                pair["alone"]["cpu_s_per_request"] / pair["together"]["cpu_s_per_request"], 2
-            )
-    return {"tokens_per_step": round(made / steps, 2), **found}
+    return {**per_step, **{kind: _compared(rounds, kind, counts, list(models)) for kind in QUESTIONS}}
+
+
+def _compared(
+    rounds: dict[tuple[str, int, str], list[dict[str, Any]]], kind: str, counts: list[int], ways: list[str]
+) -> dict[str, Any]:
+    """By number of clients and way: its figures, and beside those of the first way."""
+    found: dict[str, Any] = {}
+    for count in counts:
+        figures = {way: _figures(rounds[kind, count, way], count) for way in ways}
+        texts = {way: [text for done in rounds[kind, count, way] for text in done["texts"]] for way in ways}
+        first = ways[0]
+        for way in ways[1:]:
+            same = sum(a == b for a, b in zip(texts[first], texts[way], strict=True))
+            figures[way]["same_answers"] = round(same / len(texts[first]), 3)
+            for name, key, sign in (
+                ("speedup", "requests_per_s", 1),
+                ("cpu_speedup", "cpu_s_per_request", -1),
+            ):
+                if way != "vllm" or sign == 1:
+                    figures[way][name] = round((figures[way][key] / figures[first][key]) ** sign, 2)
+        found[str(count)] = figures
+    return found
 
 
 def _figures(samples: list[dict[str, Any]], count: int) -> dict[str, float]:
@@ -141,6 +157,7 @@ def main() -> None:
     parser.add_argument("--encoder", choices=list(SIZES), default="micro")
     parser.add_argument("--tokens", type=int, default=64, help="token budget")
     parser.add_argument("--answer", type=int, default=32, help="tokens of every answer")
+    parser.add_argument("--ways", choices=WAYS, nargs="+", default=["alone", "together"])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8])
     args = parser.parse_args()
     torch.set_num_threads(
@@ -149,9 +166,15 @@ def main() -> None:
     torch.manual_seed(0)
     encoder = SIZES[args.encoder].replace(num_classes=0, num_pools=0, num_aligners=0)
     config = VLMConfig(llm=DEFAULT_LLM, projector=ProjectorConfig(encoder.embed_dim, 576), encoder=encoder)
-    model = assemble(config, FluxViT(encoder), None)
+    vision = FluxViT(encoder)
+    model = assemble(config, vision, None)
+    models = dict.fromkeys(args.ways, model)
+    if "vllm" in models:
+        served = assemble(config, vision, None, engine="vllm")
+        served.projector.load_state_dict(model.projector.state_dict())
+        models["vllm"] = served
     with tempfile.TemporaryDirectory() as folder:
-        results = measure(model, Path(folder), args.clients, args.n, args.tokens, args.answer)
+        results = measure(models, Path(folder), args.clients, args.n, args.tokens, args.answer)
     print_json(
         {
             "bench": "serve",

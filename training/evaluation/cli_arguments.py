@@ -69,12 +69,20 @@ def add_model_options(command: argparse.ArgumentParser, *, required: bool = True
     )
     command.add_argument("--adapters", metavar="DIR", nargs="+", default=[], help="LoRA adapters")
     command.add_argument("--quantize", choices=get_args(Quantize), help="of the language model")
+    command.add_argument("--llm", help="another language model in its place: hub id, folder or GGUF file")
+    command.add_argument(
+        "--engine",
+        default="local",
+        help="what runs the language model: local (default), llamacpp, vllm, or addresses of vLLM servers",
+    )
 
 
 def open_model(args: argparse.Namespace) -> ChatModel:
     """The chat model that the options name; raises ModelError, CheckpointError or ConfigError."""
     return load_chat_model(
         args.model,
+        llm=args.llm,
+        engine=args.engine,
         stage=args.select,
         device=device_of_process(args.device),
         quantize=args.quantize,

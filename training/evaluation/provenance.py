@@ -41,14 +41,16 @@ def about_encoder(
 
 
 def about_model(model: ChatModel) -> dict[str, Any]:
-    """A chat model's weights: a hash of its tower, the language model, hashes of its adapters."""
-    quantize, *adapters = model.llm.identity.removeprefix(model.llm.name + "|").split("|")
+    """A chat model's weights: a hash of its tower, the language model, hashes of its adapters; its engine
+    where it is not the local one."""
+    quantize, *adapters = model.llm.weights_identity.removeprefix(model.llm.name + "|").split("|")
     return {
         "weights": model.tower.digest(),
         "llm": Path(model.llm.name).name,
         "quantize": quantize or None,
         "adapters": [adapter[:24] for adapter in adapters],
         "dtype": str(model.llm.dtype).removeprefix("torch."),
+        **({} if model.llm.engine_name == "local" else {"engine": model.llm.engine_name}),
     }
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +18,7 @@ from llm_bridge.generation import Generation
 from llm_bridge.llm import LanguageModel, load_llm, load_tokenizer
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.model_files import gguf_export
+from llm_bridge.model_files.folder_export import write_folder
 from llm_bridge.model_files.gguf_export import write_gguf
 from llm_bridge.model_files.gguf_header import gguf_values
 from llm_bridge.prompt import Message, render
@@ -113,11 +115,12 @@ def test_a_failed_write_leaves_the_old_file(
 def rows() -> list[tuple[str, str, dict[str, str]]]:
     """Tower, language model, and what the table says of each engine."""
     lines = (Path(__file__).parents[3] / "docs" / "which-engine.md").read_text().splitlines()
-    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
-    start = next(index for index, row in enumerate(table) if row[0] == "vision tower")
-    engines = [cell.strip("`") for cell in table[start][2:]]
+    start = next(index for index, line in enumerate(lines) if line.startswith("| vision tower"))
+    cells = takewhile(lambda line: line.startswith("|"), lines[start:])
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in cells]
+    engines = [cell.strip("`") for cell in table[0][2:]]
     found, tower = [], ""
-    for row in table[start + 2 :]:
+    for row in table[2:]:
         tower = row[0] or tower
         found.append((tower, row[1], dict(zip(engines, row[2:], strict=True))))
     return found
@@ -255,3 +258,43 @@ def test_the_command_writes_a_file_and_says_so(
     assert main(command) == 2
     assert "--force" in capsys.readouterr().err
     assert main([*command, "--force"]) == 0
+
+
+def test_the_command_writes_a_folder_with_the_adapter_merged(
+    model: VideoLanguageModel,
+    llm_folder: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model.save_pretrained(tmp_path / "model")
+    adapter = save_adapter(llm_folder("qwen2"), tmp_path / "lora", {"target_modules": ["q_proj"]})
+    command = ["export", str(tmp_path / "merged"), "--model", str(tmp_path / "model")]
+    command += ["--adapters", str(adapter)]
+    assert main([*command, "--type", "Q8_0"]) == 2
+    assert "a name that ends in .gguf makes a GGUF file" in capsys.readouterr().err
+    assert main([*command, "--type", "f32"]) == 0
+    assert "F32" in capsys.readouterr().out
+    written = load_llm(tmp_path / "merged", device="cpu", dtype=torch.float32)
+    expected = load_llm(llm_folder("qwen2"), device="cpu", dtype=torch.float32, adapters=[adapter])
+    weights = written.model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in expected.model.state_dict().items())
+    modes = {file.stat().st_mode for file in (tmp_path / "merged").iterdir()}
+    assert len(modes) == 1  # a server may run as somebody else
+    assert written.tokenizer(TEXT).input_ids == expected.tokenizer(TEXT).input_ids
+    assert main([*command, "--force"]) == 2
+    assert "is there already: choose another name" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "merged", "model"]
+
+
+def test_a_folder_is_whole_or_not_there(
+    tiny_llm: Callable[[str], LanguageModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = tiny_llm("qwen2")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(type(llm.tokenizer), "save_pretrained", full)
+    with pytest.raises(OSError, match="full"):
+        write_folder(llm, tmp_path / "merged")
+    assert not list(tmp_path.iterdir())

@@ -160,3 +160,16 @@ def test_a_copy_with_adapters_goes_with_its_server(
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
     served.own_engine.close()
     assert not served.server.source.exists()
+
+
+def test_the_size_is_said_before_a_server_downloads_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def started(*_: Any, **__: Any) -> None:
+        raise ModelError("vLLM did not start")
+
+    monkeypatch.setattr("llm_bridge.engines.support.check_vllm_installed", lambda python: None)
+    monkeypatch.setattr("llm_bridge.engines.served_model.missing_bytes", lambda *_: 123)
+    monkeypatch.setattr("llm_bridge.engines.served_model.VllmServer", started)
+    told: list[tuple[str, int]] = []
+    with pytest.raises(ModelError, match="did not start"):
+        load_llm("some/model", engine="vllm", on_download=lambda *size: told.append(size))
+    assert told == [("some/model", 123)]

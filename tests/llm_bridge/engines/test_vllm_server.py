@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import torch
 
@@ -139,3 +141,86 @@ def test_without_vllm_it_is_one_sentence(folder: Path) -> None:
         VllmServer(folder, python=sys.executable)
     with pytest.raises(ConfigError, match="Cannot run"):
         VllmServer(folder, python="/nowhere/python")
+
+
+FAKE = """
+import os, subprocess, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+computing = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+with open(os.environ["FAKE_PIDS"], "w") as file:
+    file.write(f"{os.getpid()} {computing.pid}")
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+STARTER = """
+import sys, time
+from llm_bridge.engines.vllm_server import VllmServer
+server = VllmServer("any", python=sys.executable)
+print(server.address, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The file in which a stand-in for vLLM writes its process id and that of one which it starts."""
+    package = tmp_path / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parent.parent):
+        (folder / "__init__.py").touch()
+    (package / "api_server.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("FAKE_PIDS", str(tmp_path / "pids"))
+    yield tmp_path / "pids"
+    for pid in map(int, (tmp_path / "pids").read_text().split() if (tmp_path / "pids").exists() else ()):
+        if running(pid):  # a test has failed
+            os.kill(pid, signal.SIGKILL)
+
+
+def running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_for_end(pids: list[int]) -> bool:
+    for _ in range(300):
+        if not any(running(pid) for pid in pids):
+            return True
+        threading.Event().wait(0.1)
+    return False
+
+
+def test_a_server_ends_when_it_is_closed(fake: Path) -> None:
+    with VllmServer("any", python=sys.executable) as server:
+        pids = [int(pid) for pid in fake.read_text().split()]
+        assert all(running(pid) for pid in pids)
+        assert httpx.get(f"{server.address}/health").status_code == 200
+    assert wait_for_end(pids)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_a_server_ends_with_the_process_that_started_it(fake: Path, sign: signal.Signals) -> None:
+    starter = subprocess.Popen([sys.executable, "-c", STARTER], stdout=subprocess.PIPE)
+    assert starter.stdout is not None
+    assert starter.stdout.readline().startswith(b"http://")
+    pids = [int(pid) for pid in fake.read_text().split()]
+    assert all(running(pid) for pid in pids)
+    starter.send_signal(sign)
+    starter.communicate()
+    assert wait_for_end(pids)
+
+
+def test_what_a_server_said_is_told_where_it_does_not_start(fake: Path, tmp_path: Path) -> None:
+    (tmp_path / "vllm" / "entrypoints" / "openai" / "api_server.py").write_text("raise OSError('no room')")
+    with pytest.raises(ModelError, match="did not start for any: OSError: no room"):
+        VllmServer("any", python=sys.executable)

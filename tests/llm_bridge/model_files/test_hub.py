@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests import ROOT, tiny_video_models
 
@@ -83,20 +85,23 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     server.server_close()
 
 
-def ask(hub: str, home: Path, model: str, *, offline: bool = False) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
+def environment_of(hub: str, home: Path, *, offline: bool = False) -> dict[str, str]:
+    return os.environ | {
         "HF_ENDPOINT": hub,
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "1" if offline else "0",
         "HF_HUB_DISABLE_XET": "1",
         "NO_PROXY": "127.0.0.1",
     }
+
+
+def ask(hub: str, home: Path, model: str, *, offline: bool = False) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "app", "ask", str(CLIP), "What is it?", "--model", model]
     return subprocess.run(
         [*command, "--budget", "32", "--max-new-tokens", "4"],
         capture_output=True,
         text=True,
-        env=environment,
+        env=environment_of(hub, home, offline=offline),
         cwd=ROOT,
     )
 
@@ -131,3 +136,38 @@ def test_what_cannot_be_had_is_one_sentence(
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+SERVED = """
+from llm_bridge.llm import load_llm
+loaded = load_llm("tiny/smol", engine="http://127.0.0.1:9", on_download=lambda *told: print(*told))
+print(tuple(loaded.model.get_input_embeddings().weight.shape))
+"""
+
+
+def test_for_a_server_elsewhere_the_file_of_the_table_is_downloaded_and_no_other(
+    hub: str, llm_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llm_folder("qwen2"), folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    shards = {name: "b" if name == "model.embed_tokens.weight" else "a" for name in weights}
+    for shard in "ab":
+        own = {name: value for name, value in weights.items() if shards[name] == shard}
+        save_file(own, folder / f"{shard}.safetensors")
+    index = {"metadata": {}, "weight_map": {name: f"{shard}.safetensors" for name, shard in shards.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(Hub, "folder", folder)
+    done = subprocess.run(
+        [sys.executable, "-c", SERVED],
+        capture_output=True,
+        text=True,
+        env=environment_of(hub, tmp_path / "home"),
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    size = (folder / "b.safetensors").stat().st_size
+    shape = tuple(weights["model.embed_tokens.weight"].shape)
+    assert done.stdout.splitlines() == [f"tiny/smol {size}", str(shape)]
+    assert not list((tmp_path / "home").rglob("a.safetensors"))

@@ -11,9 +11,11 @@ import torch
 
 from encoder.fluxvit import FluxViT
 from encoder.merging import Merging
+from llm_bridge.llm import load_llm
 from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
 from tests.encoder.video import video_files as vf
+from tests.llm_bridge.engines.vllm_protocol import serving
 from tests.training.synthetic.tiny_world import TINY
 from training.data.media import WorldMedia
 from training.data.synthetic_source import WorldSource
@@ -75,6 +77,20 @@ def test_world_command(saved: Path, tmp_path: Path, capsys) -> None:
     assert main(arguments) == 0
     assert (tmp_path / "w.journal" / "0.jsonl").read_text() == journal
     assert json.loads((tmp_path / "w.json").read_text())["runs"] == result["runs"]
+
+
+def test_another_engine_answers_the_same(model: VideoLanguageModel, saved: Path, tmp_path: Path) -> None:
+    with serving(load_llm(model.llm.name, device="cpu")) as (address, _):
+        results = {}
+        for name, engine in (("local", "local"), ("vllm", address)):
+            arguments = ["world", "--model", str(saved), "--device", "cpu", "--clips", "1", "--budget", "8"]
+            arguments += ["--preset", "solo", "--no-text-only", "--unseen-clips", "0", "--engine", engine]
+            assert main([*arguments, "--out", str(tmp_path / f"{name}.json")]) == 0
+            results[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    assert results["vllm"]["runs"] == results["local"]["runs"]
+    assert results["vllm"]["engine"] == "vllm"
+    assert "engine" not in results["local"]
+    assert results["vllm"]["adapters"] == []
 
 
 @pytest.mark.slow
