@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from encoder.fluxvit import FluxViT, Keep
+from encoder.selection import DRAWN
 from encoder.tokens import VisionTokens
 
 LOG = logging.getLogger("fluxchat")
 KEPT = 8  # shapes recorded at most; the least recently used goes
 WARM_UP = 2  # passes before one is recorded, in which libraries set themselves up
-DRAWS = ("random", "tube")  # selectors that draw numbers on the CPU
 
 _Key = tuple[torch.Size, int | None, str, int | None]
 
@@ -113,7 +113,7 @@ class EncoderGraphs:
 
     def _records(self, pixels: Any, keep: Keep, selector: str, selection: dict[str, Any]) -> bool:
         """Whether every shape of that pass is known beforehand, and its clips share it."""
-        if self._failed or self._encoder.cls_token.device.type not in self._devices or selector in DRAWS:
+        if self._failed or self._encoder.cls_token.device.type not in self._devices or selector in DRAWN:
             return False
         if selection.get("merge") is not None or selection.get("compat_truncation"):
             return False
