@@ -200,7 +200,8 @@ class VideoChat(NotCopyable):
         answer when set.
         hedge: about a video that is nothing the model knows, say so first, once, and doubt its yes; without
         effect where the model cannot tell.
-        sampling: fields of `SamplingParams`: max_new_tokens, temperature (0 is greedy), top_p, think, ...
+        sampling: fields of `SamplingParams`: max_new_tokens, temperature (0 is greedy), top_p, think, schema
+        (a JSON Schema that the answer follows: read `Answer.json()`), ...
         Raises BudgetError or ConfigError for what is wrong with the arguments; on iteration VideoError,
         ContextError when all is longer than the model's context, and ModelError when it cannot answer.
         """
@@ -216,8 +217,10 @@ class VideoChat(NotCopyable):
         checked = without_notes(with_part(check_messages(messages), part))
         if (system := self.model.system) and all(message.role != "system" for message in checked):
             checked = (Message.of("system", system), *checked)
-        chosen = SamplingParams(**{"think": self.think, **sampling})
+        chosen = SamplingParams(**{"think": self.think and sampling.get("schema") is None, **sampling})
         self._check_think(chosen.think)
+        if chosen.schema is not None:
+            self.model.llm.check_schema()
         query = Query(
             checked,
             self.plan_budget(budget),
@@ -299,7 +302,8 @@ class VideoChat(NotCopyable):
         self._check_context(prompt, text_tokens, query)
         query.progress("prefill", 0, 1)
         familiarity = self.model.tower.familiarity
-        doubted = query.hedge and familiarity is not None and all_familiar(videos) is False
+        hedged = query.hedge and query.sampling.schema is None  # JSON has no room for a sentence
+        doubted = hedged and familiarity is not None and all_familiar(videos) is False
         generation = Generation(
             self.model.llm,
             prompt,

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from app.chat import VideoChat
     from app.messages import Media
     from encoder.video.part import Part
+    from llm_bridge.structured import AnswerSchema
 
 EXAMPLES = """\
 examples:
@@ -146,6 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="print text, usage, timings and kept tokens as JSON; with --each one line per file: file, "
         "question, answer, price (predicted), actual; or error",
     )
+    _schema_option(ask)
     _generation_options(ask)
 
     models = commands.add_parser(
@@ -264,6 +266,14 @@ def _part_options(parser: argparse.ArgumentParser) -> None:
         "--region",
         metavar="X0,Y0,X1,Y1",
         help="this box of the upright picture: left, top, right, bottom as fractions from 0 to 1",
+    )
+
+
+def _schema_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--schema",
+        metavar="FILE",
+        help="a JSON Schema that the answer follows (extra: json); an answer that is cut off is an error",
     )
 
 
@@ -438,8 +448,24 @@ def _generation(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of the answer that were given."""
-    return {name: getattr(args, name) for name in (*(name for name, *_ in SAMPLING), "think") if name in args}
+    """The options of the answer that were given; raises ConfigError for a file that is no schema."""
+    names = (*(name for name, *_ in SAMPLING), "think")
+    given = {name: getattr(args, name) for name in names if name in args}
+    if getattr(args, "schema", None) is not None:
+        given["schema"] = _read_schema(args.schema)
+    return given
+
+
+def _read_schema(path: str) -> AnswerSchema:
+    from encoder.json_files import read_object
+    from llm_bridge.structured import AnswerSchema
+
+    try:
+        values = read_object(path)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"Cannot read the schema {path}: {why}; give a file with a JSON Schema.") from None
+    return AnswerSchema.of(values)
 
 
 def run_ask(args: argparse.Namespace) -> int:
@@ -451,6 +477,8 @@ def run_ask(args: argparse.Namespace) -> int:
 
     with open_chat(args) as chat:
         answer = chat.ask(Videos(args.videos), args.question, **_generation(args))
+    if args.schema is not None:
+        answer.json()  # cut off, it is no answer
     print(json.dumps(answer.to_dict()) if args.json else answer.text)
     return 0
 
