@@ -506,6 +506,13 @@ class VideoChat(NotCopyable):
         )
 
     @property
+    def fingerprint(self) -> tuple[str, str, str, int]:
+        """What answers depend on beside question, video and options: equal ones give equal greedy answers."""
+        self._check_usable()
+        model = self.model
+        return self.name, model.llm.identity, self._vision.revision, model.default_tokens
+
+    @property
     def caches(self) -> dict[str, CacheStats]:
         """What is kept for follow-up questions, by kind."""
         self._check_process()

@@ -1,7 +1,8 @@
-"""The `fluxchat` command: ask, chat, web, models, estimate, clip, index, search, export, info, fetch, train.
+"""The `fluxchat` command: ask, map, chat, web, models, estimate, clip, index, search, export,
+info, fetch, train.
 
 Exit status 0 when answered, 2 for a wrong input with one line on stderr, 1 when some files of `ask --each`
-failed, 130 when interrupted.
+or `map` failed, 130 when interrupted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from app.library.commands import LIBRARY_COMMANDS, add_library_commands
+from app.library.map_command import add_map_command
 from encoder.errors import ConfigError, FluxChatError
 from fluxchat import __version__
 
@@ -43,6 +45,7 @@ examples:
   fluxchat estimate clip.mp4 --budget 512                           the price, before anything runs
   fluxchat index ~/Videos                                           a library of videos, to be searched
   fluxchat search "a dog catches a disc"                            where in them that is
+  fluxchat map "Describe it." ~/Videos --out answers.jsonl          one question about all of them
   fluxchat clip film.mp4 1:02 1:10 scene.mp4                        cut a part out, without coding it again
   fluxchat ask clip.mp4 "..." --model my/model --llm Qwen/Qwen2.5-7B-Instruct --quantize 4bit
 """
@@ -193,6 +196,7 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (ask, chat, estimate, web, info):
         _model_options(command)
     add_library_commands(commands)
+    add_map_command(commands, _schema_option, _generation_options, _model_options)
 
     fetch = commands.add_parser(
         "fetch", help="get the shipped model's language model (98-270 MB), or check and repair it"
@@ -504,6 +508,13 @@ def _ask_each(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def run_map(args: argparse.Namespace) -> int:
+    """The question about every video of folders, globs and lists."""
+    from app.library import map_command
+
+    return map_command.run_map(args, open_chat, _generation)
+
+
 def run_chat(args: argparse.Namespace) -> int:
     """A conversation until /quit or end of input."""
     from app.terminal import converse
@@ -745,6 +756,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     run = {
         "ask": run_ask,
+        "map": run_map,
         "chat": run_chat,
         "estimate": run_estimate,
         "clip": run_clip,

@@ -14,16 +14,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, TextIO
 
-from app.library.clip_table import ClipTable, WriteLock, lancedb
+from app.library.clip_table import ClipTable, lancedb
 from app.library.embedders import Embedder, open_embedder
 from app.library.indexing import IndexReport, index_files
 from app.library.video_files import FileIdentity, find_videos
+from app.library.write_lock import WriteLock
 from encoder.checkpoint import atomic_path, save_json
 from encoder.errors import ConfigError, DataError
 from encoder.json_files import read_object
 from encoder.video.sources import reason
 from llm_bridge.assets.cache_dir import cache_dir
 
+LOCK = "writing.lock"
 SETTINGS, PROBLEMS, THUMBNAILS = "library.json", "problems.json", "thumbnails"
 FORMAT, VERSION = "fluxchat library", 1
 SECONDS, SHORTEST = 10.0, 0.5  # of a clip
@@ -109,7 +111,7 @@ class Library:
         """
         paths = find_videos(sources)
         self._make_folder()
-        with WriteLock(self.folder):
+        with self._alone():
             settings = self._settings() or self._begin()
             return self._index(self._table(settings), paths, settings, progress)
 
@@ -134,7 +136,7 @@ class Library:
     def repair(self, *, progress: TextIO | None = None) -> IndexReport:
         """Index anew what `check` finds, and drop what is gone; with the embedder as it is now."""
         settings = self._existing()
-        with WriteLock(self.folder):
+        with self._alone():
             before = ClipTable(self.folder, settings.fingerprint)
             paths = {*before.files(), *self._files_of_others(before), *self._problems()}
             embedder = self._open_embedder(settings)
@@ -178,6 +180,9 @@ class Library:
         return Found(hits, tuple(sorted(path for path, is_fresh in fresh.items() if not is_fresh)))
 
     # -- its files ------------------------------------------------------------------------------------------
+
+    def _alone(self) -> WriteLock:
+        return WriteLock(self.folder / LOCK, f"the library {self.folder}")
 
     def _make_folder(self) -> None:
         try:
