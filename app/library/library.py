@@ -17,8 +17,12 @@ from typing import Literal, TextIO
 from app.library.clip_table import ClipTable, lancedb
 from app.library.embedders import Embedder, open_embedder
 from app.library.indexing import IndexReport, index_files
+from app.library.listening import HeardReport, listen_to
+from app.library.said_table import NAME as SAID
+from app.library.said_table import SaidTable
 from app.library.video_files import FileIdentity, find_videos
 from app.library.write_lock import WriteLock
+from app.speech.listener import Listener
 from encoder.checkpoint import atomic_path, save_json
 from encoder.errors import ConfigError, DataError
 from encoder.json_files import read_object
@@ -39,13 +43,14 @@ What = Literal["gone", "changed", "incomplete", "unreadable", "other model"]
 @dataclass(frozen=True)
 class Hit:
     """A clip that was found. start_s, end_s: seconds. score: cosine with the text. thumbnail: a JPEG file,
-    None where the library's folder cannot be written."""
+    None where the library's folder cannot be written. said: the line that was found, of `search_said`."""
 
     path: str
     start_s: float
     end_s: float
     score: float
     thumbnail: str | None
+    said: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,40 @@ class Library:
             settings = self._settings() or self._begin()
             return self._index(self._table(settings), paths, settings, progress)
 
+    def listen(
+        self,
+        sources: Sequence[str | os.PathLike[str]],
+        listener: Listener,
+        *,
+        language: str | None = None,
+        progress: TextIO | None = None,
+    ) -> HeardReport:
+        """Listen to the new and changed videos of these places, for `search_said`; sources as in `index`."""
+        paths = find_videos(sources)
+        self._make_folder()
+        with self._alone():
+            table = SaidTable(self.folder)
+            return listen_to(table, listener, paths, language=language, progress=progress)
+
+    def search_said(self, text: str, top: int = 10) -> Found:
+        """The lines with most words of a text; score: the share of its words. Stale files are left out."""
+        if not text.strip():
+            raise ConfigError("Say what to look for.")
+        if not 1 <= top <= MOST_HITS:
+            raise ConfigError(f"Cannot find {top} lines: ask for 1 to {MOST_HITS}.")
+        if not (self.folder / f"{SAID}.lance").is_dir():
+            raise ConfigError(
+                f"The videos of {self.folder} were not listened to yet: run `fluxchat index FOLDER --speech`."
+            )
+        fresh: dict[str, bool] = {}
+        hits: list[Hit] = []
+        for row, score in SaidTable(self.folder).find(text, MOST_HITS):
+            if row.path not in fresh:
+                fresh[row.path] = _changed(row.path, row.identity) is None
+            if fresh[row.path] and len(hits) < top:
+                hits.append(Hit(row.path, row.start_s, row.end_s, score, None, row.text))
+        return Found(tuple(hits), tuple(sorted(path for path, is_fresh in fresh.items() if not is_fresh)))
+
     def check(self) -> list[Stale]:
         """What of the library is no longer so, by path. Reads no video."""
         settings = self._existing()
@@ -144,6 +183,10 @@ class Library:
                 settings = self._begin(settings.seconds)
             table = ClipTable(self.folder, embedder.fingerprint)
             gone = {path for path in paths if not os.path.exists(path)}
+            said = SaidTable(self.folder)
+            for path in said.files():
+                if not os.path.exists(path):
+                    said.remove(path)
             for path in gone:
                 table.remove(path)
             report = self._index(table, sorted(paths - gone), settings, progress, forgotten=gone)
