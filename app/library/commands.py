@@ -7,6 +7,7 @@ input.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from dataclasses import asdict
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from app.library.indexing import IndexReport
     from app.library.library import Hit, Library
     from app.library.listening import HeardReport
+    from app.library.ray_pool import RayPool
     from app.speech.listener import Listener
 
 EXAMPLES = """\
@@ -44,6 +46,7 @@ def add_library_commands(commands: Any) -> None:
     index.add_argument("--repair", action="store_true", help="index anew what is stale, drop what is gone")
     index.add_argument("--speech", action="store_true", help="listen too, for `search --speech`")
     speech_options(index)
+    ray_options(index)
     search = commands.add_parser("search", help="find clips in the library by what they show", **how)
     search.add_argument("text", help="what to look for, in quotes")
     search.add_argument("--top", type=int, default=10, metavar="N", help="how many clips (10)")
@@ -67,23 +70,53 @@ def add_library_commands(commands: Any) -> None:
         command.add_argument("--device", help="cpu, cuda, mps ... (default: the best there is)")
 
 
-def _library(args: argparse.Namespace, seconds: float | None = None) -> Library:
+def ray_options(command: argparse.ArgumentParser) -> None:
+    """Add what says on which machines it is done."""
+    group = command.add_argument_group("more than one machine (extra: ray)")
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="by Ray: of a running cluster (auto, ray://host:10001); without one, several processes here",
+    )
+    group.add_argument(
+        "--workers", type=int, metavar="N", help="actors (one per GPU, or per two CPU cores of the cluster)"
+    )
+
+
+def ray_pool(args: argparse.Namespace) -> contextlib.AbstractContextManager[RayPool | None]:
+    """The workers that were asked for."""
+    if args.ray is None:
+        if args.workers is not None:
+            raise ConfigError("--workers goes with --ray.")
+        return contextlib.nullcontext()
+    from app.library.ray_pool import RayPool
+
+    return RayPool(args.ray or None, args.workers)
+
+
+def _library(args: argparse.Namespace, seconds: float | None = None, pool: RayPool | None = None) -> Library:
     from app.library.library import Library
 
-    return Library(args.library, embedder=args.embedder, seconds=seconds, device=args.device)
+    return Library(args.library, embedder=args.embedder, seconds=seconds, device=args.device, pool=pool)
 
 
 def run_index(args: argparse.Namespace) -> int:
     """Index, check or repair."""
-    from app.ask_each import terminal
-
     if args.check and args.repair:
         raise ConfigError("--check changes nothing and --repair does: give one of them.")
     if args.speech and not args.sources:
         raise ConfigError("--speech listens to the videos that are named: name them.")
     if args.sources and (args.check or args.repair):
         raise ConfigError("--check and --repair look at what is in the library: give no videos.")
-    library = _library(args, args.seconds)
+    with ray_pool(args) as pool:
+        return _index(args, _library(args, args.seconds, pool))
+
+
+def _index(args: argparse.Namespace, library: Library) -> int:
+    from app.ask_each import terminal
+
     listener = _listener(args) if args.speech else None
     if args.check:
         return _check(library, args.json)

@@ -11,12 +11,13 @@ import hashlib
 import os
 from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from app.library.clip_table import ClipTable, lancedb
 from app.library.embedders import Embedder, open_embedder
-from app.library.indexing import IndexReport, index_files
+from app.library.indexing import Indexer, IndexReport, LocalIndexer, index_files
 from app.library.listening import HeardReport, listen_to
 from app.library.said_table import NAME as SAID
 from app.library.said_table import SaidTable
@@ -28,6 +29,9 @@ from encoder.errors import ConfigError, DataError
 from encoder.json_files import read_object
 from encoder.video.sources import reason
 from llm_bridge.assets.cache_dir import cache_dir
+
+if TYPE_CHECKING:
+    from app.library.ray_pool import RayPool
 
 LOCK = "writing.lock"
 SETTINGS, PROBLEMS, THUMBNAILS = "library.json", "problems.json", "thumbnails"
@@ -88,7 +92,7 @@ class Library:
 
     folder: of the index, not of the videos (default: `default_folder`). embedder: what makes vectors: None
     for the one that the library was made with, or the shipped model; a saved model's folder, a CLIP or
-    SigLIP, or an Embedder. seconds: length of a clip, of a new library.
+    SigLIP, or an Embedder. seconds: length of a clip, of a new library. pool: workers that index.
     Raises ConfigError, DataError and ModelError: one sentence, what was wrong and what to do.
     """
 
@@ -99,12 +103,14 @@ class Library:
         embedder: str | Embedder | None = None,
         seconds: float | None = None,
         device: str | None = None,
+        pool: RayPool | None = None,
     ) -> None:
         lancedb()
         if seconds is not None and not SHORTEST <= seconds <= 3600:
             raise ConfigError(f"Clips of {seconds:g} s cannot be: give {SHORTEST} to 3600 seconds.")
         self.folder = default_folder() if folder is None else Path(folder).expanduser()
         self._given, self._seconds, self._device = embedder, seconds, device
+        self._pool = pool
         self._embedder: Embedder | None = None
 
     def index(
@@ -301,11 +307,22 @@ class Library:
         progress: TextIO | None,
         forgotten: Set[str] = frozenset(),
     ) -> IndexReport:
-        report = index_files(table, self._open_embedder(settings), paths, settings.seconds, progress)
+        report = index_files(table, self._indexer(settings), paths, progress)
         asked = {*paths, *forgotten}
         others = {path: why for path, why in self._problems().items() if path not in asked}
         save_json(others | report.failed, self.folder / PROBLEMS)
         return report
+
+    def _indexer(self, settings: _Settings) -> Indexer:
+        embedder = self._open_embedder(settings)
+        if self._pool is None:
+            return LocalIndexer(embedder, settings.seconds)
+        from app.library.ray_work import RayIndexer
+
+        given = self._given
+        source = given if given is not None else settings.embedder or None
+        again = partial(open_embedder, source, self._device) if isinstance(source, str | None) else source
+        return RayIndexer(self._pool, partial(_opened, again), settings.seconds)
 
     def _problems(self) -> dict[str, str]:
         """Why files could not be indexed, by path."""
@@ -325,6 +342,11 @@ class Library:
         except OSError:
             return None
         return str(file)
+
+
+def _opened(embedder: Any) -> Any:
+    """An embedder, in a worker: made there, or one that travelled."""
+    return embedder() if isinstance(embedder, partial) else embedder
 
 
 def _changed(path: str, identity: FileIdentity) -> What | None:

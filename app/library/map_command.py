@@ -6,12 +6,15 @@ Exit status 0; 1 when some videos could not be answered; 2 for a wrong input.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from app.library.commands import ray_options, ray_pool
 from encoder.errors import ConfigError
 
 NOT_SAMPLING = ("budget", "system", "speech", "language")
@@ -39,6 +42,7 @@ def add_map_command(commands: Any, *options: Callable[[argparse.ArgumentParser],
     command.add_argument("--force", action="store_true", help="drop answers to another question in FILE")
     command.add_argument("--at-once", type=int, default=4, metavar="N", help="videos in work (4)")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
+    ray_options(command)
     for add in options:
         add(command)
 
@@ -51,7 +55,7 @@ def run_map(
     """Ask about every video. open_chat, generation: make the model and the options that were given."""
     from app.ask_each import terminal
     from app.library.answers import AnswerFile, check_out
-    from app.library.ask_all import LocalAsker, ask_all
+    from app.library.ask_all import Asker, LocalAsker, ask_all
     from app.library.video_files import find_videos
     from app.messages import question_text
     from encoder.budget import Budget
@@ -68,11 +72,18 @@ def run_map(
     if args.budget is not None:
         Budget.of(args.budget)
     part, paths = Part.of(args.start, args.end, args.region), find_videos(args.sources)
-    with (
-        AnswerFile(out, as_values=options.get("schema") is not None) as answers,
-        open_chat(args, batch=args.at_once, cache_mib=64) as chat,
-    ):
-        asker = LocalAsker(chat, args.question, options, part=part, at_once=args.at_once)
+    opened = partial(open_chat, args, batch=args.at_once, cache_mib=64)
+    how: dict[str, Any] = {"part": part, "at_once": args.at_once}
+    with contextlib.ExitStack() as stack:
+        answers = stack.enter_context(AnswerFile(out, as_values=options.get("schema") is not None))
+        pool = stack.enter_context(ray_pool(args))
+        if pool is None:
+            chat = stack.enter_context(opened())
+            asker: Asker = LocalAsker(chat, args.question, options, **how)
+        else:
+            from app.library.ray_work import RayAsker
+
+            asker = RayAsker(pool, opened, args.question, options, **how)
         report = ask_all(asker, paths, answers, force=args.force, progress=terminal())
     if args.json:
         print(json.dumps(asdict(report)))

@@ -283,6 +283,7 @@ with AnswerFile(Path(out), as_values=True) as answers, VideoChat(tiny_vlm(Path(l
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_killed_at_random_moments_it_goes_on_to_200_valid_lines(
     tmp_path: Path, llm_folder: Any, kind: str
