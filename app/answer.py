@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from encoder.errors import ModelError
 from encoder.tokens import Grid
 from llm_bridge.sampling import FinishReason
+
+CUT = (
+    "The answer was cut off before its JSON was complete: raise max_new_tokens, or bound the texts and lists "
+    "of the schema (maxLength, maxItems)."
+)
+STOPPED = "The answer was stopped before its JSON was complete: ask again."
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,18 @@ class Answer:
 
     def __str__(self) -> str:
         return self.text
+
+    def json(self) -> Any:
+        """What an answer that was asked for with a schema says, as plain values.
+
+        Raises ModelError for one that was cut off or stopped before its JSON was complete, and for no JSON.
+        """
+        if self.finish != "stop":
+            raise ModelError(CUT if self.finish == "length" else STOPPED)
+        try:
+            return json.loads(self.text)
+        except ValueError:
+            raise ModelError("The answer is not JSON: ask with a schema.") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""

@@ -2,7 +2,8 @@
 
     failed = ask_each(chat, ["a.mp4", "b.mp4"], "What moves?", print, budget=64)
 
-An outcome is plain values: file, question, answer, price (predicted) and actual, or file, question and error.
+An outcome is plain values: file, question, answer (with a schema, its value), price (predicted) and actual,
+or file, question and error.
 """
 
 from __future__ import annotations
@@ -51,10 +52,11 @@ def _outcome(chat: VideoChat, medium: Media, question: str, options: dict[str, A
     try:
         price = chat.estimate(medium, options.get("budget"))
         answer = chat.ask(medium, question, **options)
+        said = answer.text if options.get("schema") is None else answer.json()
     except FluxChatError as error:
         return {"error": " ".join(str(error).split())}
     actual = {**asdict(answer.usage), **asdict(answer.timings)}
-    return {"answer": answer.text, "price": asdict(price), "actual": actual}
+    return {"answer": said, "price": asdict(price), "actual": actual}
 
 
 @contextmanager

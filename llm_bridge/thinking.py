@@ -168,6 +168,11 @@ class AnswerLength:
         return sum(self._thoughts[:count])
 
     @property
+    def answering(self) -> bool:
+        """Whether the next token is the answer's, and not of the thoughts or their end."""
+        return self._reader is None or not (self._reader.thinking or self._forced)
+
+    @property
     def full(self) -> bool:
         """Whether the answer has all of its tokens."""
         return self._answered >= self._most

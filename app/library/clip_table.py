@@ -1,6 +1,7 @@
 """The rows of a library in LanceDB: a clip each, in one folder. A file's clips appear together or not at all.
 
-    with WriteLock(folder): table.replace(path, rows)
+    table = ClipTable(folder, fingerprint)        # by one process at a time: see write_lock
+    table.replace(path, rows)
 
 The table belongs to one embedder and is named by its fingerprint, so that vectors of two models never mix.
 """
@@ -18,12 +19,6 @@ from app.library.video_files import FileIdentity
 from encoder.errors import ConfigError, DataError
 from llm_bridge.model_files.checks import first_line
 
-try:
-    import fcntl
-except ImportError:  # no such locks on Windows
-    fcntl = None  # type: ignore[assignment]
-
-LOCK = "writing.lock"
 KEPT_VERSIONS_S = 600  # a search that runs meanwhile reads an older one
 
 
@@ -52,32 +47,6 @@ class IndexedFile:
     identity: FileIdentity
     rows: int
     count: int
-
-
-class WriteLock:
-    """This process alone writes into a library, until the `with` block ends or the process does.
-
-    Raises ConfigError when another one does, OSError when the folder cannot be written.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        self._handle = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            if fcntl is not None:
-                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._handle)
-            raise ConfigError(
-                f"Another process is writing into the library {self._folder}: wait for its end, or stop it."
-            ) from None
-        except OSError:  # a file system without locks
-            return
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._handle)
 
 
 def lancedb() -> Any:

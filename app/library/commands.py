@@ -7,16 +7,21 @@ input.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from app.speech.command import speech_options
 from encoder.errors import ConfigError
 
 if TYPE_CHECKING:
     from app.library.indexing import IndexReport
     from app.library.library import Hit, Library
+    from app.library.listening import HeardReport
+    from app.library.ray_pool import RayPool
+    from app.speech.listener import Listener
 
 EXAMPLES = """\
 examples:
@@ -39,9 +44,13 @@ def add_library_commands(commands: Any) -> None:
     index.add_argument("--seconds", type=float, metavar="N", help="length of a clip, of a new library (10)")
     index.add_argument("--check", action="store_true", help="say what is stale, and change nothing")
     index.add_argument("--repair", action="store_true", help="index anew what is stale, drop what is gone")
+    index.add_argument("--speech", action="store_true", help="listen too, for `search --speech`")
+    speech_options(index)
+    ray_options(index)
     search = commands.add_parser("search", help="find clips in the library by what they show", **how)
     search.add_argument("text", help="what to look for, in quotes")
     search.add_argument("--top", type=int, default=10, metavar="N", help="how many clips (10)")
+    search.add_argument("--speech", action="store_true", help="find lines by what is said in them")
     search.add_argument("--play", action="store_true", help="play the best one")
     search.add_argument("--clip", metavar="FILE", help="cut the best one out into this file")
     search.add_argument("--force", action="store_true", help="let --clip write over a file that exists")
@@ -61,29 +70,78 @@ def add_library_commands(commands: Any) -> None:
         command.add_argument("--device", help="cpu, cuda, mps ... (default: the best there is)")
 
 
-def _library(args: argparse.Namespace, seconds: float | None = None) -> Library:
+def ray_options(command: argparse.ArgumentParser) -> None:
+    """Add what says on which machines it is done."""
+    group = command.add_argument_group("more than one machine (extra: ray)")
+    group.add_argument(
+        "--ray",
+        nargs="?",
+        const="",
+        metavar="ADDRESS",
+        help="by Ray: of a running cluster (auto, ray://host:10001); without one, several processes here",
+    )
+    group.add_argument(
+        "--workers", type=int, metavar="N", help="actors (one per GPU, or per two CPU cores of the cluster)"
+    )
+
+
+def ray_pool(args: argparse.Namespace) -> contextlib.AbstractContextManager[RayPool | None]:
+    """The workers that were asked for."""
+    if args.ray is None:
+        if args.workers is not None:
+            raise ConfigError("--workers goes with --ray.")
+        return contextlib.nullcontext()
+    from app.library.ray_pool import RayPool
+
+    return RayPool(args.ray or None, args.workers)
+
+
+def _library(args: argparse.Namespace, seconds: float | None = None, pool: RayPool | None = None) -> Library:
     from app.library.library import Library
 
-    return Library(args.library, embedder=args.embedder, seconds=seconds, device=args.device)
+    return Library(args.library, embedder=args.embedder, seconds=seconds, device=args.device, pool=pool)
 
 
 def run_index(args: argparse.Namespace) -> int:
     """Index, check or repair."""
-    from app.ask_each import terminal
-
     if args.check and args.repair:
         raise ConfigError("--check changes nothing and --repair does: give one of them.")
+    if args.speech and not args.sources:
+        raise ConfigError("--speech listens to the videos that are named: name them.")
     if args.sources and (args.check or args.repair):
         raise ConfigError("--check and --repair look at what is in the library: give no videos.")
-    library = _library(args, args.seconds)
+    with ray_pool(args) as pool:
+        return _index(args, _library(args, args.seconds, pool))
+
+
+def _index(args: argparse.Namespace, library: Library) -> int:
+    from app.ask_each import terminal
+
+    listener = _listener(args) if args.speech else None
     if args.check:
         return _check(library, args.json)
     if args.repair:
         report = library.repair(progress=terminal())
     else:
         report = library.index(args.sources, progress=terminal())
-    _tell(report, args.json)
-    return 1 if report.failed else 0
+    heard = None if listener is None else _listen(library, listener, args)
+    _tell(report, args.json, heard)
+    return 1 if report.failed or (heard is not None and heard.failed) else 0
+
+
+def _listener(args: argparse.Namespace) -> Listener:
+    """Who listens; raises ConfigError or ModelError where that cannot be."""
+    from app.speech.listener import Listener
+
+    listener = Listener(args.speech_model)
+    listener.ready()
+    return listener
+
+
+def _listen(library: Library, listener: Listener, args: argparse.Namespace) -> HeardReport:
+    from app.ask_each import terminal
+
+    return library.listen(args.sources, listener, language=args.language, progress=terminal())
 
 
 def _check(library: Library, as_json: bool) -> int:
@@ -97,21 +155,24 @@ def _check(library: Library, as_json: bool) -> int:
     return 1 if stale else 0
 
 
-def _tell(report: IndexReport, as_json: bool) -> None:
+def _tell(report: IndexReport, as_json: bool, heard: HeardReport | None) -> None:
     if as_json:
-        print(json.dumps(asdict(report)))
+        print(json.dumps(asdict(report) | ({} if heard is None else {"speech": asdict(heard)})))
         return
-    for path, why in report.failed.items():
+    for path, why in {**report.failed, **({} if heard is None else heard.failed)}.items():
         print(f"{path}: ! {why}")
     parts = [f"{report.indexed} videos indexed ({report.clips} clips)", f"{report.unchanged} unchanged"]
     parts += [f"{report.removed} dropped"] * bool(report.removed)
     parts += [f"{len(report.failed)} could not be read"] * bool(report.failed)
     print(", ".join(parts) + ".")
+    if heard is not None:
+        print(f"{heard.heard} videos listened to ({heard.lines} lines), {heard.unchanged} unchanged.")
 
 
 def run_search(args: argparse.Namespace) -> int:
     """Find, and play or cut the best."""
-    found = _library(args).search(args.text, args.top)
+    library = _library(args)
+    found = (library.search_said if args.speech else library.search)(args.text, args.top)
     if args.json:
         print(json.dumps({"text": args.text, **asdict(found)}))
     else:
@@ -141,9 +202,8 @@ def _line(hit: Hit) -> str:
     from encoder.video.clock import clock
 
     where = f"{clock(hit.start_s)}-{clock(hit.end_s)}"
-    return f"{hit.score:.3f}  {where.ljust(15)}  {hit.path}" + (
-        f"  [{hit.thumbnail}]" if hit.thumbnail else ""
-    )
+    beside = f"  [{hit.thumbnail}]" if hit.thumbnail else ""
+    return f"{hit.score:.3f}  {where.ljust(15)}  {hit.path}{beside}" + (f"  {hit.said}" if hit.said else "")
 
 
 LIBRARY_COMMANDS = {"index": run_index, "search": run_search}

@@ -1,17 +1,19 @@
 """From files to rows: decode ahead, embed, and commit each video's clips at once.
 
-    report = index_files(table, embedder, paths, seconds=10)
+    report = index_files(table, LocalIndexer(embedder, seconds=10), paths)
 
 A file that cannot be read is a row of the report and ends nothing.
 """
 
 from __future__ import annotations
 
+import base64
 import io
+import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, TextIO, TypeVar
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol, TextIO, TypeVar
 
 from PIL import Image
 from torch import Tensor
@@ -49,14 +51,58 @@ class _Step:
     error: str | None = None
 
 
+@dataclass(frozen=True)
+class IndexedVideo:
+    """A video's rows, or what was wrong with it."""
+
+    path: str
+    rows: Sequence[ClipRow] = ()
+    error: str | None = None
+
+    @property
+    def line(self) -> str:
+        """As a line of JSON."""
+        rows = [
+            asdict(row) | {"path": self.path, "thumbnail": base64.b64encode(row.thumbnail).decode()}
+            for row in self.rows
+        ]
+        return json.dumps({"path": self.path, "rows": rows, "error": self.error})
+
+    @staticmethod
+    def of(line: str) -> IndexedVideo:
+        """The reverse of `line`."""
+        values = json.loads(line)
+        rows = [ClipRow(**row | {"thumbnail": base64.b64decode(row["thumbnail"])}) for row in values["rows"]]
+        return IndexedVideo(values["path"], rows, values["error"])
+
+
+class Indexer(Protocol):
+    """Makes the rows of videos, each of them once, in any order."""
+
+    def videos(self, paths: Sequence[str]) -> Iterator[IndexedVideo]: ...
+
+
+class LocalIndexer:
+    """Decodes and embeds in this process. seconds: length of a clip."""
+
+    def __init__(self, embedder: Embedder, seconds: float) -> None:
+        self._embedder, self._seconds = embedder, seconds
+
+    def videos(self, paths: Sequence[str]) -> Iterator[IndexedVideo]:
+        """Each video's rows, in order; the next clips are decoded meanwhile."""
+        rows: list[ClipRow] = []
+        for step in _ahead(_steps(paths, self._seconds, self._embedder.frames)):
+            if step.clips:
+                rows += _rows(step, self._embedder)
+                continue
+            yield IndexedVideo(step.path, rows if step.error is None else (), step.error)
+            rows = []
+
+
 def index_files(
-    table: ClipTable,
-    embedder: Embedder,
-    paths: Sequence[str],
-    seconds: float,
-    progress: TextIO | None = None,
+    table: ClipTable, indexer: Indexer, paths: Sequence[str], progress: TextIO | None = None
 ) -> IndexReport:
-    """Bring the rows of these files up to date. seconds: length of a clip. progress: a terminal for a bar.
+    """Bring the rows of these files up to date. progress: a terminal for a bar.
 
     Raises DataError when the table cannot be written.
     """
@@ -70,24 +116,19 @@ def index_files(
             report.unchanged += 1
         else:
             wanted.append(path)
-    rows: list[ClipRow] = []
     bar = tqdm(total=len(wanted), unit="video", file=progress, disable=progress is None, dynamic_ncols=True)
     with bar:
-        for step in _ahead(_steps(wanted, seconds, embedder.frames)):
-            if step.clips:
-                rows += _rows(step, embedder)
-                continue
-            if step.error is not None:
-                report.failed[step.path] = step.error
+        for video in indexer.videos(wanted):
+            if video.error is not None:
+                report.failed[video.path] = video.error
             else:
-                if step.path in known:
-                    table.replace(step.path, rows)
+                if video.path in known:
+                    table.replace(video.path, video.rows)
                 else:
-                    table.add(rows)
-                report.indexed, report.clips = report.indexed + 1, report.clips + len(rows)
+                    table.add(video.rows)
+                report.indexed, report.clips = report.indexed + 1, report.clips + len(video.rows)
                 if report.indexed % TIDY_EVERY == 0:
                     table.tidy()
-            rows = []
             bar.update()
     if report.indexed:
         table.tidy()

@@ -11,19 +11,29 @@ import hashlib
 import os
 from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from app.library.clip_table import ClipTable, WriteLock, lancedb
+from app.library.clip_table import ClipTable, lancedb
 from app.library.embedders import Embedder, open_embedder
-from app.library.indexing import IndexReport, index_files
+from app.library.indexing import Indexer, IndexReport, LocalIndexer, index_files
+from app.library.listening import HeardReport, listen_to
+from app.library.said_table import NAME as SAID
+from app.library.said_table import SaidTable
 from app.library.video_files import FileIdentity, find_videos
+from app.library.write_lock import WriteLock
+from app.speech.listener import Listener
 from encoder.checkpoint import atomic_path, save_json
 from encoder.errors import ConfigError, DataError
 from encoder.json_files import read_object
 from encoder.video.sources import reason
 from llm_bridge.assets.cache_dir import cache_dir
 
+if TYPE_CHECKING:
+    from app.library.ray_pool import RayPool
+
+LOCK = "writing.lock"
 SETTINGS, PROBLEMS, THUMBNAILS = "library.json", "problems.json", "thumbnails"
 FORMAT, VERSION = "fluxchat library", 1
 SECONDS, SHORTEST = 10.0, 0.5  # of a clip
@@ -37,13 +47,14 @@ What = Literal["gone", "changed", "incomplete", "unreadable", "other model"]
 @dataclass(frozen=True)
 class Hit:
     """A clip that was found. start_s, end_s: seconds. score: cosine with the text. thumbnail: a JPEG file,
-    None where the library's folder cannot be written."""
+    None where the library's folder cannot be written. said: the line that was found, of `search_said`."""
 
     path: str
     start_s: float
     end_s: float
     score: float
     thumbnail: str | None
+    said: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ class Library:
 
     folder: of the index, not of the videos (default: `default_folder`). embedder: what makes vectors: None
     for the one that the library was made with, or the shipped model; a saved model's folder, a CLIP or
-    SigLIP, or an Embedder. seconds: length of a clip, of a new library.
+    SigLIP, or an Embedder. seconds: length of a clip, of a new library. pool: workers that index.
     Raises ConfigError, DataError and ModelError: one sentence, what was wrong and what to do.
     """
 
@@ -92,12 +103,14 @@ class Library:
         embedder: str | Embedder | None = None,
         seconds: float | None = None,
         device: str | None = None,
+        pool: RayPool | None = None,
     ) -> None:
         lancedb()
         if seconds is not None and not SHORTEST <= seconds <= 3600:
             raise ConfigError(f"Clips of {seconds:g} s cannot be: give {SHORTEST} to 3600 seconds.")
         self.folder = default_folder() if folder is None else Path(folder).expanduser()
         self._given, self._seconds, self._device = embedder, seconds, device
+        self._pool = pool
         self._embedder: Embedder | None = None
 
     def index(
@@ -109,9 +122,43 @@ class Library:
         """
         paths = find_videos(sources)
         self._make_folder()
-        with WriteLock(self.folder):
+        with self._alone():
             settings = self._settings() or self._begin()
             return self._index(self._table(settings), paths, settings, progress)
+
+    def listen(
+        self,
+        sources: Sequence[str | os.PathLike[str]],
+        listener: Listener,
+        *,
+        language: str | None = None,
+        progress: TextIO | None = None,
+    ) -> HeardReport:
+        """Listen to the new and changed videos of these places, for `search_said`; sources as in `index`."""
+        paths = find_videos(sources)
+        self._make_folder()
+        with self._alone():
+            table = SaidTable(self.folder)
+            return listen_to(table, listener, paths, language=language, progress=progress)
+
+    def search_said(self, text: str, top: int = 10) -> Found:
+        """The lines with most words of a text; score: the share of its words. Stale files are left out."""
+        if not text.strip():
+            raise ConfigError("Say what to look for.")
+        if not 1 <= top <= MOST_HITS:
+            raise ConfigError(f"Cannot find {top} lines: ask for 1 to {MOST_HITS}.")
+        if not (self.folder / f"{SAID}.lance").is_dir():
+            raise ConfigError(
+                f"The videos of {self.folder} were not listened to yet: run `fluxchat index FOLDER --speech`."
+            )
+        fresh: dict[str, bool] = {}
+        hits: list[Hit] = []
+        for row, score in SaidTable(self.folder).find(text, MOST_HITS):
+            if row.path not in fresh:
+                fresh[row.path] = _changed(row.path, row.identity) is None
+            if fresh[row.path] and len(hits) < top:
+                hits.append(Hit(row.path, row.start_s, row.end_s, score, None, row.text))
+        return Found(tuple(hits), tuple(sorted(path for path, is_fresh in fresh.items() if not is_fresh)))
 
     def check(self) -> list[Stale]:
         """What of the library is no longer so, by path. Reads no video."""
@@ -134,7 +181,7 @@ class Library:
     def repair(self, *, progress: TextIO | None = None) -> IndexReport:
         """Index anew what `check` finds, and drop what is gone; with the embedder as it is now."""
         settings = self._existing()
-        with WriteLock(self.folder):
+        with self._alone():
             before = ClipTable(self.folder, settings.fingerprint)
             paths = {*before.files(), *self._files_of_others(before), *self._problems()}
             embedder = self._open_embedder(settings)
@@ -142,6 +189,10 @@ class Library:
                 settings = self._begin(settings.seconds)
             table = ClipTable(self.folder, embedder.fingerprint)
             gone = {path for path in paths if not os.path.exists(path)}
+            said = SaidTable(self.folder)
+            for path in said.files():
+                if not os.path.exists(path):
+                    said.remove(path)
             for path in gone:
                 table.remove(path)
             report = self._index(table, sorted(paths - gone), settings, progress, forgotten=gone)
@@ -178,6 +229,9 @@ class Library:
         return Found(hits, tuple(sorted(path for path, is_fresh in fresh.items() if not is_fresh)))
 
     # -- its files ------------------------------------------------------------------------------------------
+
+    def _alone(self) -> WriteLock:
+        return WriteLock(self.folder / LOCK, f"the library {self.folder}")
 
     def _make_folder(self) -> None:
         try:
@@ -253,11 +307,22 @@ class Library:
         progress: TextIO | None,
         forgotten: Set[str] = frozenset(),
     ) -> IndexReport:
-        report = index_files(table, self._open_embedder(settings), paths, settings.seconds, progress)
+        report = index_files(table, self._indexer(settings), paths, progress)
         asked = {*paths, *forgotten}
         others = {path: why for path, why in self._problems().items() if path not in asked}
         save_json(others | report.failed, self.folder / PROBLEMS)
         return report
+
+    def _indexer(self, settings: _Settings) -> Indexer:
+        embedder = self._open_embedder(settings)
+        if self._pool is None:
+            return LocalIndexer(embedder, settings.seconds)
+        from app.library.ray_work import RayIndexer
+
+        given = self._given
+        source = given if given is not None else settings.embedder or None
+        again = partial(open_embedder, source, self._device) if isinstance(source, str | None) else source
+        return RayIndexer(self._pool, partial(_opened, again), settings.seconds)
 
     def _problems(self) -> dict[str, str]:
         """Why files could not be indexed, by path."""
@@ -277,6 +342,11 @@ class Library:
         except OSError:
             return None
         return str(file)
+
+
+def _opened(embedder: Any) -> Any:
+    """An embedder, in a worker: made there, or one that travelled."""
+    return embedder() if isinstance(embedder, partial) else embedder
 
 
 def _changed(path: str, identity: FileIdentity) -> What | None:

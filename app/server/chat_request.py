@@ -21,18 +21,21 @@ from app.server.schemas import (
     ALTERNATIVE,
     MAX_MEDIA,
     MODEL,
+    AnyText,
     ChatBody,
     File,
     FilePart,
     RefusalPart,
+    SchemaJson,
     Strict,
     TextPart,
     Url,
 )
-from encoder.errors import VideoError
+from encoder.errors import ConfigError, VideoError
 from encoder.selection import Selector
 from encoder.video.part import WHOLE, Part
 from llm_bridge.prompt import Message, Role
+from llm_bridge.structured import AnswerSchema
 
 if TYPE_CHECKING:
     from app.chat import VideoChat
@@ -116,6 +119,7 @@ def parse_chat(data: Any) -> ChatRequest:
             "seed": body.seed,
             "stop_token_ids": tuple(body.stop_token_ids or ()),
             **_thinking(body),
+            **_schema(body),
             "logit_bias": {int(token): bias for token, bias in (body.logit_bias or {}).items()} or None,
         },
         stop=tuple(body.stop or ()),
@@ -137,6 +141,27 @@ def _thinking(body: ChatBody) -> dict[str, Any]:
     if body.thinking_token_budget is not None:
         chosen["max_thinking_tokens"] = body.thinking_token_budget
     return chosen
+
+
+def _schema(body: ChatBody) -> dict[str, Any]:
+    """The schema of the answer, if one was given; raises ApiError for one that cannot be enforced."""
+    form = body.response_format
+    if form is None or isinstance(form, AnyText):
+        return {}
+    for name in ("stop", "stop_token_ids", "min_tokens"):
+        if getattr(body, name):
+            raise ApiError(400, f"{name} does not go with JSON: leave one of them out.", param=name)
+    if _thinking(body).get("think"):
+        message = "An answer in JSON is made without thinking: leave one of them out."
+        raise ApiError(400, message, param="chat_template_kwargs")
+    named = isinstance(form, SchemaJson)
+    wanted = form.json_schema.schema_ if isinstance(form, SchemaJson) else {"type": "object"}
+    try:
+        schema = AnswerSchema.of(wanted)
+    except ConfigError as error:
+        param = "response_format.json_schema.schema" if named else "response_format"
+        raise ApiError(400, str(error), param=param) from None
+    return {"schema": schema, "think": False}
 
 
 def _longest(body: ChatBody) -> int | None:
@@ -368,7 +393,7 @@ def _fields(model: type[BaseModel], loc: Sequence[str | int]) -> list[str]:
             continue
         inner = [kind.model_fields[step] for kind in models if step in kind.model_fields]
         models = [kind for info in inner for kind in _models(info.annotation)]
-    return sorted({name for kind in models for name in kind.model_fields})
+    return sorted({info.alias or name for kind in models for name, info in kind.model_fields.items()})
 
 
 def _stands_for(model: type[BaseModel], tag: str) -> bool:

@@ -288,6 +288,42 @@ class StreamOptions(Strict):
     continuous_usage_stats: Any = _only(False)
 
 
+class AnyText(Strict):
+    """Words, as the model likes."""
+
+    type: Literal["text"]
+
+
+class AnyJson(Strict):
+    """An object of JSON."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(Strict):
+    """A JSON Schema. It is always enforced, whatever strict says."""
+
+    name: Annotated[str, Field(max_length=256)] | None = None
+    description: Annotated[str, Field(max_length=4096)] | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: Flag = None
+
+
+class SchemaJson(Strict):
+    """JSON that follows a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[
+    Annotated[AnyText, Tag("=text")]
+    | Annotated[AnyJson, Tag("=json_object")]
+    | Annotated[SchemaJson, Tag("=json_schema")],
+    _by("type"),
+]
+
+
 def _top_k(value: Any) -> Any:
     return 0 if value == -1 and _same(value, -1) else value  # vLLM's "off"
 
@@ -356,6 +392,12 @@ class ChatBody(Strict):
     ] = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_IDS)] | None = None
 
+    # What form it has.
+    response_format: Annotated[
+        ResponseFormat | None,
+        Field(description="text, json_object, or json_schema: JSON by a schema, unless it is cut off."),
+    ] = None
+
     # How it is sent.
     stream: Flag = False
     stream_options: StreamOptions | None = None
@@ -382,7 +424,6 @@ class ChatBody(Strict):
     tool_choice: Any = _only("none", "auto")
     functions: Any = _only([])
     function_call: Any = _only("none", "auto")
-    response_format: Any = _only({"type": "text"})
     modalities: Any = _only(["text"])
     audio: Any = _only()
     prediction: Any = _only()

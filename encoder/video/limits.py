@@ -11,6 +11,10 @@ UNTRUSTED_CODECS = (
     *("gif", "png", "jpeg", "webp", "bmp"),
     "rawvideo",  # y4m
 )
+UNTRUSTED_SOUND = (
+    *("aac", "mp3", "mp2", "opus", "vorbis", "flac", "ac3", "eac3", "alac"),
+    *("pcm_s16le", "pcm_s16be", "pcm_s24le", "pcm_u8", "pcm_f32le"),
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,11 @@ class Rules:
         if self.codecs is not None and codec not in self.codecs:
             allowed = ", ".join(self.codecs)
             raise VideoError(f"the codec {codec!r} is not allowed here; convert the file to one of {allowed}")
+
+    def check_sound(self, codec: str) -> None:
+        """Raises VideoError, naming the codec of a stranger's sound, when it is not allowed."""
+        if not self.trusted and codec not in UNTRUSTED_SOUND:
+            raise VideoError(f"its sound's codec {codec!r} is not allowed here; convert the sound to aac")
 
     def check_pixels(self, width: int, height: int) -> None:
         """Raises VideoError, naming size and limit, when frames are too large."""

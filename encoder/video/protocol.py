@@ -40,8 +40,9 @@ class Request:
     path: the file's name, for its suffix; where descriptors cannot travel, its path. frames: 0 asks for the
     header alone. at_s, moments, start_s, end_s, region: as in `read_clip`. memory_mib: address space of the
     child and size of all frames. cut: FFmpeg's name of a container; asks for a copy of the packets from
-    start_s to end_s in it, instead of frames. contained: refuse where the child cannot confine itself.
-    load_all: import every module that any file may need. parent: process number of the asking process.
+    start_s to end_s in it, instead of frames. sound: asks for the sound of that span instead. contained:
+    refuse where the child cannot confine itself. load_all: import every module that any file may need.
+    parent: process number of the asking process.
     """
 
     path: str
@@ -59,6 +60,7 @@ class Request:
     contained: bool = False
     load_all: bool = False
     cut: str = ""
+    sound: bool = False
     parent: int = 0
 
     @property
@@ -160,6 +162,11 @@ def read_part(message: dict[str, Any], request: Request) -> tuple[Header, CutPar
     if not 0 < size <= request.max_bytes or not 0 <= part.start_s <= part.end_s:
         raise ProtocolError
     return header, part, size
+
+
+def read_samples(message: dict[str, Any]) -> int:
+    """How many samples of sound follow; 0 ends them. Raises ProtocolError."""
+    return _whole(message.get("samples"))
 
 
 def read_time(message: dict[str, Any]) -> float:

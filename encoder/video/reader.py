@@ -239,6 +239,19 @@ def cut_file(
         raise VideoError(f"Cannot cut {name}: {error}.") from error.__cause__
 
 
+def sound_of(
+    file: OpenFile, start_s: float, end_s: float | None, trusted: bool, limits: Limits, name: str
+) -> bytearray:
+    """The samples of an open file's sound; `read_sound` (sound.py) is for callers. Raises VideoError."""
+    request = replace(_request(file, trusted, limits), start_s=start_s, end_s=end_s, sound=True)
+    try:
+        return _pool.listen(request, file.descriptor, keep=trusted)
+    except DecodeTimeout:
+        raise VideoError(_too_long(request, name)) from None
+    except VideoError as error:
+        raise VideoError(f"Cannot listen to {name}: {error}.") from error.__cause__
+
+
 def _read(request: Request, file: OpenFile, name: str) -> tuple[Decoded, str]:
     """Decode an open file and hash it meanwhile; what is hashed is what was decoded."""
     until = time.monotonic() + request.seconds

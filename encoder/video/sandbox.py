@@ -38,8 +38,10 @@ from encoder.video.protocol import (
     read_part,
     read_reply,
     read_rotation,
+    read_samples,
     read_time,
 )
+from encoder.video.sound_decoder import SAMPLE_BYTES
 from encoder.video.worker import IDLE_S
 
 T = TypeVar("T")
@@ -162,6 +164,20 @@ class Worker:
         self.reusable = True
         return part
 
+    def listen(self, request: Request, file: int) -> bytearray:
+        """Send one request for the sound of an open file; its samples of 16 bits. Raises VideoError."""
+        self.reusable = False
+        self._send(request.to_line(), file)
+        sound = bytearray()
+        while samples := read_samples(self._message()):
+            if len(sound) + samples * SAMPLE_BYTES > request.max_bytes:
+                raise ProtocolError
+            piece = torch.empty(samples * SAMPLE_BYTES, dtype=torch.uint8)
+            self._fill(piece)
+            sound += piece.numpy().data
+        self.reusable = True
+        return sound
+
     def _send(self, line: bytes, file: int) -> None:
         if self.process.stdin is None:
             sent = socket.send_fds(self._channel, [line], [file])
@@ -224,6 +240,10 @@ class WorkerPool:
     def cut(self, request: Request, file: int, out: BinaryIO, *, keep: bool) -> CutPart:
         """The part of a video that a request asks for, written to `out`; raises as `decode`."""
         return self._serve(request, keep, lambda worker, asked: worker.cut(asked, file, out))
+
+    def listen(self, request: Request, file: int, *, keep: bool) -> bytearray:
+        """The samples of the sound that a request asks for; raises as `decode`."""
+        return self._serve(request, keep, lambda worker, asked: worker.listen(asked, file))
 
     def _serve(self, request: Request, keep: bool, ask: Callable[[Worker, Request], T]) -> T:
         started = time.monotonic()

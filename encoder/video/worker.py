@@ -5,6 +5,7 @@ Protocol (protocol.py), all lengths known beforehand, nothing pickled:
   reply    one JSON line {"header": ..., "count", "height", "width"} or {"error": "one sentence"},
            then `count` times: one JSON line {"time": seconds, ...} and height x width x 3 bytes,
            or {"error": ...} where the frames stop; "known" there says that only the file is at fault.
+  of sound: as often as it takes {"samples": n} and n samples of 16 bits; 0 of them are its end.
   of a part to cut: {"header": ..., "start_s", "end_s", "sound", "size"}, then `size` bytes: its file.
 
 Imports come first, then the request, then this process confines itself for good, then the file is read. After
@@ -37,6 +38,7 @@ from encoder.video.frame_times import requested_times
 from encoder.video.geometry import cut_to, fit_within
 from encoder.video.protocol import Request, write_message
 from encoder.video.remux import copy_part
+from encoder.video.sound_decoder import SAMPLE_BYTES, decode_sound
 
 try:  # here, since nothing can be loaded when the limits are set
     import resource
@@ -71,6 +73,9 @@ def answer(request: Request, out: BinaryIO) -> None:
         header = (images.inspect_image if images.is_image_file(path) else inspect)(path, rules)
         if request.cut:
             _answer_part(request, header, out)
+            return
+        if request.sound:
+            _answer_sound(request, header, out)
             return
         shown = header if request.region is None else cut_to(header, request.region)
         size = fit_within(shown.width, shown.height, request.max_side)
@@ -108,6 +113,15 @@ def _answer_part(request: Request, header: Header, out: BinaryIO) -> None:
     )
     write_message(out, {"header": asdict(header), **asdict(part), "size": len(content)})
     out.write(content)
+
+
+def _answer_sound(request: Request, header: Header, out: BinaryIO) -> None:
+    """Send the samples as they are decoded; a piece of none ends them."""
+    start_s, end_s = request.start_s or 0.0, header.duration_s if request.end_s is None else request.end_s
+    for piece in decode_sound(request.path, header, start_s, min(end_s, header.duration_s), request.rules):
+        write_message(out, {"samples": len(piece) // SAMPLE_BYTES})
+        out.write(piece)
+    write_message(out, {"samples": 0})
 
 
 def _sentence(error: Exception) -> str:

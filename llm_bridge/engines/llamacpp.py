@@ -273,7 +273,8 @@ class LlamaAnswer:
         self.done = False
         ends = engine.llm.eos_ids | frozenset(request.sampling.stop_token_ids)
         text = [token for token in request.prompt.ids if token != PLACEHOLDER]
-        self._eos, self._sampler = ends, Sampler(request.sampling, text, ends, request.length)
+        guide = engine.llm.guide(request.sampling)
+        self._eos, self._sampler = ends, Sampler(request.sampling, text, ends, request.length, guide)
 
     @property
     def ended(self) -> bool:
@@ -302,8 +303,8 @@ class LlamaAnswer:
                 self.finish, self.done = "stop", True
                 return
             self.tokens.append(token)
-            if self._sampler.full:
-                self.finish, self.done = "length", True
+            if (finish := self._sampler.finish) is not None:
+                self.finish, self.done = finish, True
         except BaseException as error:  # noqa: BLE001 - its reader raises it
             self.error = error
 

@@ -238,7 +238,8 @@ class LocalAnswer:
 
     def _sampler(self, end_ids: Collection[int]) -> Sampler:
         text = [token for token in self.prompt.ids if token != PLACEHOLDER]
-        return Sampler(self._request.sampling, text, end_ids, self._request.length)
+        sampling = self._request.sampling
+        return Sampler(sampling, text, end_ids, self._request.length, self.llm.guide(sampling))
 
     def _decode(self, kv: Any, logits: Tensor | None) -> Generator[int, None, None]:
         """New tokens until the end of the turn, the length limit, or a stop; none without logits."""
@@ -259,8 +260,8 @@ class LocalAnswer:
                 self.finish = "stop"
                 return
             yield token
-            if sampler.full:
-                self.finish = "length"
+            if (finish := sampler.finish) is not None:
+                self.finish = finish
                 return
             if self.stop.is_set():
                 return

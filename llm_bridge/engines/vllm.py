@@ -33,6 +33,7 @@ from llm_bridge.engines.vllm_server import VllmServer
 from llm_bridge.kv_cache import CacheStats
 from llm_bridge.llm import LanguageModel
 from llm_bridge.sampling import FinishReason, SamplingParams
+from llm_bridge.structured import AnswerSchema
 from llm_bridge.thinking import AnswerLength
 
 PATIENCE_S = 30.0  # how long an answer waits for a server to come (back)
@@ -332,8 +333,10 @@ class VllmAnswer:
             sent.cancel()
 
     def _body(self) -> dict[str, Any]:
-        """The request for what is still to come, as /v1/completions of vLLM takes it."""
+        """The request for what is still to come, as /v1/completions of vLLM takes it; raises ModelError."""
         sampling, made = self._request.sampling, len(self._tokens)
+        if made and sampling.schema is not None:  # the server would begin the JSON anew
+            raise ModelError("The vLLM server broke off in the middle of an answer with a schema: ask again.")
         bias = dict(sampling.logit_bias or {})
         most = sampling.max_new_tokens - made
         if self._request.length is not None:
@@ -354,6 +357,8 @@ class VllmAnswer:
             "stream_options": {"include_usage": True},
             "return_token_ids": True,
         }
+        if sampling.schema is not None:
+            body["structured_outputs"] = {"json": AnswerSchema.of(sampling.schema).value}
         if (salt := self._engine.salt(self._request.scope)) is not None:
             body["cache_salt"] = salt
         return body
@@ -389,6 +394,12 @@ def check_request(llm: LanguageModel, request: Request) -> None:
         raise ConfigError(
             "The vLLM engine sends embeddings, in which the server sees no words to penalise: leave "
             "repetition_penalty out, or use the local engine."
+        )
+    thinks = request.length is not None and not request.length.answering
+    if request.sampling.schema is not None and thinks:
+        raise ConfigError(
+            "The vLLM engine cannot hold the answer of a model that always thinks to a schema: leave the "
+            "schema out, or use the local engine."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +102,24 @@ def test_a_bar_on_a_terminal_leaves_no_trace(chat: VideoChat) -> None:
     assert screen.getvalue().endswith("\r")
     assert terminal(screen) is screen
     assert terminal(io.StringIO()) is None
+
+
+def test_with_a_schema_the_answer_is_its_value_or_an_error(
+    chat: VideoChat, command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llguidance", reason="the extra json is not installed")
+    monkeypatch.setattr(cli, "open_chat", lambda args: nullcontext(chat))
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": [[true, false]]}')
+    status, out, _ = command("ask", SHORT, "What?", "--each", "--json", "--schema", schema)
+    assert (status, "cut off" in json.loads(out)["error"]) == (1, True)  # three tokens
+    status, _, err = command("ask", SHORT, "What?", "--json", "--schema", schema)
+    assert (status, "cut off" in err) == (2, True)
+    schema.write_text('{"const": 7}')
+    _, out, _ = command("ask", SHORT, "What?", "--each", "--json", "--schema", schema)
+    assert json.loads(out)["answer"] == 7
+    assert command("ask", SHORT, "What?", "--schema", schema)[1] == "7\n"
+    for wrong, said in (("[1]", "Cannot read the schema"), ('{"not": {}}', "cannot be enforced")):
+        schema.write_text(wrong)
+        status, _, err = command("ask", SHORT, "What?", "--schema", schema)
+        assert (status, said in err, err.count("\n")) == (2, True, 1)

@@ -4,6 +4,7 @@ import io
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,32 @@ def test_several_videos_in_one_question(chat: VideoChat) -> None:
     )
     assert [len(kept.indices) for kept in answer.kept] == [20, 20, 20]
     assert answer.usage.visual_tokens == 60
+
+
+SEEN = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 6}, "count": {"type": "integer", "maximum": 99}},
+    "required": ["name", "count"],
+    "additionalProperties": False,
+}
+
+
+def test_an_answer_that_follows_a_schema(chat: VideoChat) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    pytest.importorskip("llguidance", reason="the extra json is not installed")
+    answer = chat.ask(SHORT, "What?", budget=32, schema=SEEN)
+    jsonschema.validate(answer.json(), SEEN)
+    assert answer.finish == "stop"
+    cut = chat.ask(SHORT, "What?", budget=32, schema=SEEN, max_new_tokens=3)
+    assert cut.finish == "length"
+    with pytest.raises(ModelError, match="cut off before its JSON was complete"):
+        cut.json()
+    with pytest.raises(ConfigError, match="cannot be enforced"):
+        chat.stream(SHORT, "What?", schema={"not": {}})  # at once
+    with pytest.raises(ModelError, match="not JSON"):
+        replace(answer, text="a dog").json()
+    with pytest.raises(ModelError, match="stopped before"):
+        replace(answer, finish="cancelled").json()
 
 
 def test_conversation_remembers(chat: VideoChat) -> None:

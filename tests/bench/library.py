@@ -19,7 +19,7 @@ import torch
 from app.library.clip_reader import read_clips
 from app.library.clip_table import ClipRow, ClipTable
 from app.library.embedders import open_embedder
-from app.library.indexing import index_files
+from app.library.indexing import LocalIndexer, index_files
 from tests.bench.common import environment, interleave, print_json, summary
 from training.synthetic.export import write_video
 
@@ -52,7 +52,7 @@ def indexing(folder: Path) -> dict[str, float]:
 
     def index() -> None:
         table = ClipTable(folder / f"index-{next(runs)}", "bench")
-        assert index_files(table, embedder, paths, CLIP_S).clips == clips
+        assert index_files(table, LocalIndexer(embedder, CLIP_S), paths).clips == clips
 
     samples = interleave({"decode": decode, "index": index}, 3)
     return {f"{name}_clips_per_s": round(clips / min(times), 1) for name, times in samples.items()}

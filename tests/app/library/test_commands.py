@@ -38,7 +38,9 @@ def test_from_a_folder_to_a_clip(command: Any, videos: Path, tmp_path: Path) -> 
     status, out, _ = command("search", "a dog", "--top", 2, "--json", "--clip", tmp_path / "best.mp4")
     assert status == 0
     found = json.loads(out)
-    assert [set(hit) for hit in found["hits"]] == [{"path", "start_s", "end_s", "score", "thumbnail"}] * 2
+    assert [set(hit) for hit in found["hits"]] == [
+        {"path", "start_s", "end_s", "score", "thumbnail", "said"}
+    ] * 2
     assert all(Path(hit["thumbnail"]).is_file() for hit in found["hits"])
     assert probe(str(tmp_path / "best.mp4")).duration_s >= 1
     lines = command("search", "a dog")[1].splitlines()

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from app.library.clip_table import ClipTable, WriteLock
+from app.library.clip_table import ClipTable
 from app.library.library import Library
 from encoder.errors import ConfigError, DataError, ModelError
 from llm_bridge.assets.cache_dir import cache_dir
@@ -141,7 +141,7 @@ def test_a_repair_that_was_stopped_is_finished_by_the_next(tmp_path: Path, video
 def test_two_indexers_at_once_end_in_a_sentence(tmp_path: Path, videos: Path) -> None:
     library = opened(tmp_path)
     library.index([videos])
-    with WriteLock(library.folder), pytest.raises(ConfigError, match="Another process is writing"):
+    with library._alone(), pytest.raises(ConfigError, match="Another process is writing"):
         library.index([videos])
     assert library.index([videos]).unchanged == 4
 

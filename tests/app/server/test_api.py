@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import openai
+import pydantic
 import pytest
 
 from app.chat import VideoChat
@@ -504,6 +505,35 @@ def test_openai_client_messages_can_be_sent_back(client: openai.OpenAI) -> None:
         done = client.chat.completions.create(model="fluxchat", messages=messages, max_tokens=5)
         messages += [done.choices[0].message.model_dump(), {"role": "user", "content": "And why?"}]
     parse_chat({"messages": messages})
+
+
+class Seen(pydantic.BaseModel):
+    """What a client asks for."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+    name: Annotated[str, pydantic.Field(max_length=8)]
+    moves: bool
+
+
+def test_openai_client_parses_what_follows_its_schema(client: openai.OpenAI, clip: Path) -> None:
+    pytest.importorskip("llguidance", reason="the extra json is not installed")
+    body: Any = question("What is it?", data_url(clip), max_tokens=60)
+    parsed = client.chat.completions.parse(**body, response_format=Seen).choices[0]
+    assert isinstance(parsed.message.parsed, Seen)
+    assert parsed.finish_reason == "stop"
+    body["max_tokens"] = 3
+    with pytest.raises(openai.LengthFinishReasonError):  # what was cut is no JSON, and says so
+        client.chat.completions.parse(**body, response_format=Seen)
+    with client.chat.completions.stream(**body | {"max_tokens": 60}, response_format=Seen) as events:
+        assert events.get_final_completion().choices[0].message.parsed == parsed.message.parsed
+
+
+def test_any_json_object(client: openai.OpenAI) -> None:
+    pytest.importorskip("llguidance", reason="the extra json is not installed")
+    body: Any = question("What is it?", max_tokens=5)
+    reply = client.chat.completions.create(**body, response_format={"type": "json_object"}).choices[0]
+    assert str(reply.message.content).startswith("{")
+    assert reply.finish_reason in ("stop", "length")
 
 
 def test_langchain_asks_about_videos(shared: Serving, clip: Path) -> None:

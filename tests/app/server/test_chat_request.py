@@ -16,6 +16,8 @@ from app.server.request_body import decode_json
 from app.server.schemas import ChatBody
 from encoder.video.part import Part
 
+NAMES = {"type": "object", "properties": {"name": {"type": "string"}}}
+
 
 def user(*parts: Any) -> dict[str, Any]:
     return {"role": "user", "content": list(parts)}
@@ -179,7 +181,7 @@ CHANGING: dict[str, Any] = {
     "service_tier": "priority",
     "reasoning_effort": "high",
     "verbosity": "low",
-    "response_format": {"type": "json_object"},
+    "response_format": {"type": "grammar"},
     "tools": [{"type": "function"}],
     "tool_choice": "required",
     "modalities": ["audio"],
@@ -476,3 +478,45 @@ def test_wrong_parts_name_their_field(fields: dict[str, Any], param: str) -> Non
     assert str(error["param"]).startswith(f"messages[0].content[0].{param}")
     error = refused({"messages": [user(medium, text("What?"))], **fields}).body["error"]
     assert str(error["param"]).startswith(param)
+
+
+@pytest.mark.parametrize(
+    ("form", "schema"),
+    [
+        ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": NAMES}}, NAMES),
+    ],
+)
+def test_a_response_format_is_a_schema(form: dict[str, Any], schema: dict[str, Any]) -> None:
+    pytest.importorskip("llguidance", reason="the extra json is not installed")
+    asked = parsed(response_format=form)
+    assert asked.sampling["schema"].value == schema
+    assert asked.sampling["think"] is False
+    assert "schema" not in parsed(response_format={"type": "text"}).sampling
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {}}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"response_format": {"type": "json_object"}, "stop": "}"}, "stop"),
+        ({"response_format": {"type": "json_object"}, "min_tokens": 3}, "min_tokens"),
+        (
+            {"response_format": {"type": "json_object"}, "chat_template_kwargs": {"enable_thinking": True}},
+            "chat_template_kwargs",
+        ),
+    ],
+    ids=str,
+)
+def test_a_wrong_response_format_is_named(fields: dict[str, Any], param: str) -> None:
+    pytest.importorskip("llguidance", reason="the extra json is not installed")
+    error = refused({"messages": [user(text("x"))], **fields})
+    assert (error.status, error.body["error"]["param"]) == (400, param)

@@ -245,7 +245,7 @@ def test_stop_texts(shared: Serving) -> None:
         ({"model": "other"}, 404, "model"),
         ({"n": 2}, 400, "n"),
         ({"tools": [{"type": "function"}]}, 400, "tools"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"response_format": {"type": "grammar"}}, 400, "response_format"),
         ({"logprobs": True}, 400, "logprobs"),
         ({"temperature": "hot"}, 400, "temperature"),
         ({"temperature": 99}, 400, "temperature"),

@@ -252,6 +252,28 @@ def test_a_conversation_stays_with_its_server_and_goes_on_without_it(llm: Langua
         engine.close()
 
 
+def test_a_schema_is_the_servers_to_hold_to(
+    llm: LanguageModel, engine: VllmEngine, server: tuple[str, Behaviour]
+) -> None:
+    pytest.importorskip("llguidance", reason="the extra json is not installed")
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    list(engine.start(asked(llm, schema=schema)))
+    list(engine.start(asked(llm)))
+    assert server[1].requests[0]["structured_outputs"] == {"json": schema}
+    assert "structured_outputs" not in server[1].requests[1]
+    server[1].breaks += [2]  # JSON that was begun cannot go on on a server
+    with pytest.raises(ModelError, match=r"broke off in the middle .* ask again"):
+        list(engine.start(asked(llm, schema=schema)))
+    assert len(server[1].requests) == 3
+
+    class Thinks:
+        thinking = True
+
+    length = AnswerLength(9, Thinks(), 4)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="always thinks"):
+        engine.start(replace(asked(llm, schema=schema), length=length))
+
+
 def test_what_a_server_cannot_be_told_is_refused(llm: LanguageModel, engine: VllmEngine) -> None:
     with pytest.raises(ConfigError, match="repetition_penalty"):
         engine.start(asked(llm, repetition_penalty=1.1))

@@ -1,0 +1,135 @@
+"""What is said in the videos of a library: a row per line, found by its words.
+
+    table = SaidTable(folder)
+    table.put(path, identity, transcript)
+    table.find("rain in the city", count=10)     # lines with the share of these words that are in them
+
+A file's lines appear together or not at all; one in which nothing is said has a row without words.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from app.library.clip_table import lancedb
+from app.library.video_files import FileIdentity
+from app.speech.transcript import Line, Transcript
+from encoder.errors import DataError
+from llm_bridge.model_files.checks import first_line
+
+NAME = "said"
+MOST_WORDS = 32  # of a search
+
+
+@dataclass(frozen=True)
+class SaidRow:
+    """A line of a file; number: its place in it."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    ends: str
+    language: str
+    number: int
+    start_s: float
+    end_s: float
+    text: str
+
+    @property
+    def identity(self) -> FileIdentity:
+        """The file as it was."""
+        return FileIdentity(self.size, self.mtime_ns, self.ends)
+
+
+class SaidTable:
+    """The lines of a library's folder. Raises DataError when they cannot be read or written."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._base = folder, lancedb().connect(str(folder))
+        self._table: Any = None
+        if any((folder / f"{NAME}.lance" / "_versions").glob("*.manifest")):
+            try:
+                self._table = self._base.open_table(NAME)
+                self._table.count_rows()
+            except Exception as error:
+                raise DataError(
+                    f"The library {folder} is damaged: delete {NAME}.lance in it and index again."
+                ) from error
+
+    def files(self) -> dict[str, FileIdentity]:
+        """Every file that was listened to, as it was then."""
+        if self._table is None:
+            return {}
+        columns = ["path", "size", "mtime_ns", "ends"]
+        return {
+            path: FileIdentity(size, mtime_ns, ends)
+            for batch in self._table.search().select(columns).to_batches()
+            for path, size, mtime_ns, ends in zip(
+                *(batch.column(name).to_pylist() for name in columns), strict=True
+            )
+        }
+
+    def put(self, path: str, identity: FileIdentity, transcript: Transcript) -> None:
+        """Put a file's lines in place of those that it had."""
+        lines = transcript.lines or (Line(0.0, 0.0, ""),)
+        rows = [
+            asdict(
+                SaidRow(
+                    path=path,
+                    size=identity.size,
+                    mtime_ns=identity.mtime_ns,
+                    ends=identity.ends,
+                    language=transcript.language,
+                    number=number,
+                    start_s=float(line.start_s),
+                    end_s=float(line.end_s),
+                    text=line.text,
+                )
+            )
+            for number, line in enumerate(lines)
+        ]
+        try:
+            if self._table is None:
+                self._table = self._base.create_table(NAME, rows, mode="overwrite")
+                return
+            # Killed in between, it leaves none of the file, which is listened to again.
+            self._table.delete(_is(path))
+            self._table.add(rows)
+        except Exception as error:
+            raise DataError(
+                f"Cannot write into the library {self._folder}: {first_line(error)}; what was heard before "
+                "is kept."
+            ) from error
+
+    def find(self, text: str, count: int) -> list[tuple[SaidRow, float]]:
+        """Lines with words of a text, and the share of its words that they have; best first, then by time."""
+        wanted = list(dict.fromkeys(_words(text)))[:MOST_WORDS]
+        if self._table is None or not wanted:
+            return []
+        where = " OR ".join(f"lower(text) LIKE '%{word}%'" for word in wanted)
+        found: list[tuple[SaidRow, float]] = []
+        for batch in self._table.search().where(where).to_batches():
+            for values in batch.to_pylist():
+                row = SaidRow(**{name: values[name] for name in SaidRow.__dataclass_fields__})
+                said = set(_words(row.text))
+                if share := sum(word in said for word in wanted) / len(wanted):
+                    found.append((row, share))
+        found.sort(key=lambda one: (-one[1], one[0].path, one[0].start_s))
+        return found[:count]
+
+    def remove(self, path: str) -> None:
+        """Drop a file's lines."""
+        if self._table is not None:
+            self._table.delete(_is(path))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _is(path: str) -> str:
+    """The condition for a file's rows."""
+    return "path = '" + path.replace("'", "''") + "'"

@@ -1,0 +1,52 @@
+"""What is said in a library's videos is found by its words, and is never stale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from app.library.library import Library
+from app.speech.listener import Listener
+from app.speech.transcript import Line
+from encoder.errors import ConfigError
+from encoder.video.sound import RATE
+from tests.app.library.conftest import ColourEmbedder, film
+from tests.app.speech.conftest import ToldModel, with_sound
+
+pytest.importorskip("lancedb", reason="the extra library is not installed")
+LINES = [Line(0.5, 1.5, "It's a rainy day"), Line(2.0, 3.0, "rain falls in 100% of the city")]
+
+
+def test_lines_are_found_by_their_words(tmp_path: Path) -> None:
+    talk = with_sound(tmp_path / "it's a talk.mp4", np.zeros(4 * RATE))
+    film(tmp_path / "silent.mp4", ["red"])
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    model = ToldModel(LINES)
+    library = Library(tmp_path / "index", embedder=ColourEmbedder(), seconds=2)
+    with pytest.raises(ConfigError, match="index FOLDER --speech"):
+        library.search_said("rain")
+    report = library.listen([tmp_path], Listener(model=model))
+    assert (report.heard, report.lines, report.unchanged) == (2, 2, 0)
+    assert [Path(path).name for path in report.failed] == ["broken.mp4"]
+    (hit,) = library.search_said("Rain, city!").hits  # whole words: "rainy" is another
+    assert (hit.path, hit.start_s, hit.end_s, hit.score) == (str(talk), 2.0, 3.0, 1.0)
+    assert hit.said == LINES[1].text
+    assert [hit.score for hit in library.search_said("rain snow").hits] == [0.5]
+    assert library.search_said("snow").hits == ()
+    assert library.search_said("it s a' OR 1=1").hits[0].said == LINES[0].text
+    heard = len(model.heard)
+    assert library.listen([tmp_path], Listener(model=model)).unchanged == 2
+    assert len(model.heard) == heard
+    model.told = [Line(0.0, 1.0, "now it snows")]
+    with_sound(talk, np.zeros(3 * RATE))
+    found = library.search_said("rain")
+    assert (found.hits, found.left_out) == ((), (str(talk),))
+    assert library.listen([tmp_path], Listener(model=model)).heard == 1
+    assert [hit.said for hit in library.search_said("snows").hits] == ["now it snows"]
+    assert library.search_said("rain").hits == ()
+    library.index([tmp_path])
+    talk.unlink()
+    library.repair()
+    assert library.search_said("snows") == library.search_said("rain")
