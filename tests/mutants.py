@@ -96,8 +96,8 @@ MUTANTS = (
     ),
     Mutant(
         "encoder/fluxvit.py",
-        "elif self.pos_embed.requires_grad:",
-        "elif torch.is_grad_enabled() and self.pos_embed.requires_grad:",
+        "if self.pos_embed.requires_grad:",
+        "if torch.is_grad_enabled() and self.pos_embed.requires_grad:",
         f"{ENCODER}test_fluxvit.py",
     ),
     Mutant(

@@ -18,7 +18,7 @@ from llm_bridge.llm import LanguageModel
 from llm_bridge.static_kv_cache import StaticDecoder, is_static
 from tests.llm_bridge.test_compute_worker import QUESTIONS, generation, prefilled, read
 
-LAYOUTS = ("llama", "qwen2", "qwen3")
+LAYOUTS = ("qwen2", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("llama", "qwen3")))
 LIMIT = 2**30
 
 

@@ -32,12 +32,15 @@ from llm_bridge.towers.number_words import in_words
 from llm_bridge.towers.stock import StockModel
 from llm_bridge.towers.tower import Looked, Stage
 from tests import tiny_video_models
-from tests.tiny_video_models import KINDS
+from tests.tiny_video_models import KINDS, ONE_QUICK
 
 FRAMES = 8
 BEFORE = ["smolvlm", "qwen3_vl"]
 ALWAYS = {"llava_onevision": 1}  # embeddings beside those of the cells
 STAGES = [(kind, "after") for kind in KINDS] + [(kind, "before") for kind in BEFORE]
+QUICK_STAGES = [
+    cell if cell[0] == KINDS[0] else pytest.param(*cell, marks=pytest.mark.slow) for cell in STAGES
+]
 TIMES = tuple(0.5 + index for index in range(FRAMES))
 
 
@@ -250,7 +253,7 @@ def test_rows_of_a_batch_equal_each_alone(kind: str, load: Any) -> None:
     assert [found[index] for index in range(len(asked))] == alone
 
 
-@pytest.mark.parametrize(("kind", "stage"), STAGES)
+@pytest.mark.parametrize(("kind", "stage"), QUICK_STAGES)
 @settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_k_tokens_are_k_at_their_own_positions(
@@ -542,7 +545,7 @@ def whole_inputs(
 
 
 @pytest.mark.parametrize("turns", ORDERS, ids="/".join)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_QUICK)
 def test_media_in_any_order_equal_the_whole_model(
     kind: str, turns: tuple[str, ...], folders: dict[str, Path], load: Any
 ) -> None:
@@ -582,7 +585,7 @@ def save_adapter(folder: Path, out: Path, **settings: Any) -> Path:
     return out
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_QUICK)
 @pytest.mark.parametrize("form", LORA)
 def test_an_adapter_answers_as_the_whole_model_with_it_merged(
     kind: str, form: str, folders: dict[str, Path], tmp_path: Path
@@ -614,7 +617,7 @@ def test_an_adapter_of_another_kind_is_refused(
         load_chat_model(folders["qwen3_vl"], dtype=torch.float32, adapters=[adapter], quantize=quantize)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ONE_QUICK)
 @pytest.mark.parametrize("quantize", ["8bit", "4bit"])
 def test_quantised_the_tower_stays_as_it_is(
     kind: str, quantize: Any, folders: dict[str, Path], load: Any
