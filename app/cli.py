@@ -14,7 +14,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -578,6 +578,7 @@ def run_web(args: argparse.Namespace) -> int:
     """The page and the API until SIGTERM or Ctrl-C."""
     from dataclasses import replace
 
+    from app.model_slot import ModelSlot
     from app.server.launch import bind, serve
     from app.server.options import WEB_LIMITS, options_from_args
 
@@ -585,11 +586,22 @@ def run_web(args: argparse.Namespace) -> int:
     listener = bind(options.host, options.port)  # before the model, which takes seconds
     limits = replace(WEB_LIMITS, max_bytes=args.upload_mib * 2**20)
     bounds: dict[str, Any] = {"limits": limits, "batch": args.parallel, "cache_mib": args.cache_mib}
-    bounds["encode_batch"] = args.encode_batch
-    with listener, open_chat(args, trusted=False, **bounds) as chat:
-        serve(chat, options, listener)
+    bounds |= {"encode_batch": args.encode_batch, "trusted": False}
+    with listener, ModelSlot(open_chat(args, **bounds), _opener(args, bounds)) as slot:
+        serve(slot, options, listener)
     gc.freeze()  # the process ends now: a last search for garbage would take seconds
     return 0
+
+
+def _opener(args: argparse.Namespace, bounds: dict[str, Any]) -> Callable[[str, str | None], VideoChat]:
+    """Opens another model as `args` say, without what belongs to their model; "" is theirs."""
+    own: dict[str, Any] = dict.fromkeys(("llm", "encoder", "plan", "engine", "select"), None)
+
+    def open_model(name: str, quantize: str | None) -> VideoChat:
+        changes = {**own, "adapters": [], "model": name, "quantize": args.quantize or quantize}
+        return open_chat(argparse.Namespace(**{**vars(args), **(changes if name else {})}), **bounds)
+
+    return open_model
 
 
 def run_info(args: argparse.Namespace) -> int:

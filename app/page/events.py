@@ -17,10 +17,12 @@ from typing import Any
 import gradio as gr
 
 from app.chat import VideoChat
+from app.model_slot import ModelSlot
 from app.page.handlers import Handlers
 from app.page.html import notice, part_chips, path_of, shelf
 from app.page.kept import record
-from app.page.layout import Controls, Examples, default_examples, page_options
+from app.page.layout import SAME, Controls, Examples, default_examples, page_options
+from app.page.model_events import connect_models
 from app.page.sessions import Session, Sessions
 from app.page.settings import Settings
 from app.server.media.store import MediaStore
@@ -30,28 +32,34 @@ __all__ = ["build", "page_options"]
 
 
 def build(
-    chat: VideoChat,
+    chat: VideoChat | ModelSlot,
     examples: Examples | None = None,
     *,
     workers: int = 1,
     store: MediaStore | None = None,
     login: bool = False,
+    loads: bool = False,
 ) -> gr.Blocks:
     """The page around one model, not launched.
 
     examples: (file, question) pairs to start from; None takes those that ship with the model. workers:
     answers computed at the same time. store: where uploads are, when a server receives them. login: whether
-    visitors have logged in, so that the page offers to log out. The page's attribute `sessions` holds the
+    visitors have logged in, so that the page offers to log out. loads: whether they may load another model
+    in this one's place, where `chat` is a slot that can. The page's attribute `sessions` holds the
     visitors' sessions.
     """
-    sessions = Sessions(chat.forget, store=store)
-    handlers = Handlers(chat, sessions)
+    slot = ModelSlot.of(chat)
+    loads = loads and slot.can_load
+    sessions = Sessions(slot.forget, store=store)
+    handlers = Handlers(slot, sessions)
     # Gradio deletes files by age, also those in use: the sessions delete them instead.
     page = gr.Blocks(title="FluxChat", analytics_enabled=False, delete_cache=None, fill_width=True)
     with page:
         examples = default_examples() if examples is None else examples
-        controls = Controls(chat, examples, login=login)
-        _connect_events(controls, handlers, examples, workers)
+        controls = Controls(slot, examples, login=login, loads=loads)
+        refresh = _connect_events(controls, handlers, examples, workers)
+        if loads:
+            connect_models(page, controls, handlers, examples, refresh)
         _add_api_endpoints(handlers)
         page.unload(_on_unload(sessions))
         if login:
@@ -61,8 +69,10 @@ def build(
     return page
 
 
-def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, workers: int) -> None:
-    """Connect the events of the controls to the handlers."""
+def _connect_events(
+    controls: Controls, handlers: Handlers, examples: Examples, workers: int
+) -> Callable[[Any], Any]:
+    """Connect the events of the controls to the handlers; what makes the price anew after another event."""
     sessions = handlers.sessions
     # Of an event that carries data, Gradio's "once" drops the next and "always_last" sends the first again.
     quick: dict[str, Any] = {
@@ -301,10 +311,18 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
     )
 
     def on_compare(
-        request: gr.Request, question: str, first: int, one: Any, second: int, other: Any, *values: Any
+        request: gr.Request,
+        question: str,
+        first: int,
+        one: Any,
+        second: int,
+        two: Any,
+        model: str,
+        *values: Any,
     ) -> Iterator[Any]:
-        session, sides = session_of(request), [(first, one), (second, other)]
-        for panels in handlers.compare(session, question, Settings(*values), sides):
+        session, sides = session_of(request), [(first, one), (second, two)]
+        other = None if model == SAME else model
+        for panels in handlers.compare(session, question, Settings(*values), sides, other):
             yield [*panels, gr.update(visible=False), gr.update(visible=True)]
         yield [gr.skip(), gr.skip(), *idle]
 
@@ -316,12 +334,14 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
             controls.first_selector,
             controls.second,
             controls.second_selector,
+            controls.other,
             *controls.settings,
         ],
         [controls.left, controls.right, controls.go, controls.halt],
         **slow,
     )
     controls.halt.click(on_stop, None, None, **at_once)
+    return refresh
 
 
 def _turn_of(index: Any) -> int:

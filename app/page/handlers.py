@@ -26,6 +26,7 @@ from app.chat import Message, VideoChat
 from app.estimate import QUESTION_TOKENS, Estimate
 from app.messages import Media as ShownMedia
 from app.messages import question_text
+from app.model_slot import Beside, ModelSlot
 from app.page import html as markup
 from app.page.kept import Kept
 from app.page.overlay import data_url
@@ -80,11 +81,23 @@ class _Side:
 class Handlers:
     """The event handlers around one VideoChat."""
 
-    def __init__(self, chat: VideoChat, sessions: Sessions) -> None:
-        self.chat, self.sessions = chat, sessions
-        self.range = Range.of(chat.model)
+    def __init__(self, chat: VideoChat | ModelSlot, sessions: Sessions) -> None:
+        self.slot, self.sessions = ModelSlot.of(chat), sessions
+        self._range: tuple[int, Range] | None = None  # of which exchange of the model
         # Made here, since inside an event a Gradio component is only an update.
         self._html = gr.HTML("", js_on_load=None, apply_default_css=False, render=False).get_config()
+
+    @property
+    def chat(self) -> VideoChat:
+        """The model in use."""
+        return self.slot.chat
+
+    @property
+    def range(self) -> Range:
+        """The budgets of the model in use."""
+        if self._range is None or self._range[0] != self.slot.exchanges:
+            self._range = self.slot.exchanges, Range.of(self.chat.model)
+        return self._range[1]
 
     # -- videos ---------------------------------------------------------------------------------------------
 
@@ -96,7 +109,8 @@ class Handlers:
             if session.show(path):
                 continue
             try:
-                medium = Media(path, Path(path).name, self.chat.probe(path))
+                with self.slot.using() as chat:
+                    medium = Media(path, Path(path).name, chat.probe(path))
                 self.sessions.add(session, medium)
             except FluxChatError as error:
                 self.sessions.discard(path)
@@ -152,8 +166,8 @@ class Handlers:
             start_s, end_s = interval(start, end)
             times = "-".join(clock(time_s).replace(":", ".") for time_s in (start_s, end_s))
             name = f"{Path(medium.name).stem[:60]}-{times}{suffix if suffix in MUXERS else '.mkv'}"
-            with tempfile.TemporaryDirectory(prefix="fluxchat-") as folder:
-                done = self.chat.cut(medium.asked, start_s, end_s, Path(folder) / name)
+            with tempfile.TemporaryDirectory(prefix="fluxchat-") as folder, self.slot.using() as chat:
+                done = chat.cut(medium.asked, start_s, end_s, Path(folder) / name)
                 copy = self.sessions.copy(Path(folder) / name, client)
         except (FluxChatError, ApiError, OSError) as error:
             session.problem = markup.problem(_sentence(error))
@@ -178,11 +192,16 @@ class Handlers:
             return [markup.presets(self._presets(), chosen), markup.notice(EMPTY_COST)]
         try:
             budget = settings.budget
-            choices = [
-                (name, tokens, self._estimates(session, replace(settings, tokens=tokens, auto=False)))
-                for name, tokens, _ in self._presets()
-            ]
-            estimates = self._estimates(session, settings)
+            with self.slot.using() as chat:
+                choices = [
+                    (
+                        name,
+                        tokens,
+                        self._estimates(chat, session, replace(settings, tokens=tokens, auto=False)),
+                    )
+                    for name, tokens, _ in self._presets()
+                ]
+                estimates = self._estimates(chat, session, settings)
         except FluxChatError as error:
             return [markup.presets(self._presets(), chosen), markup.problem(_sentence(error))]
         return [markup.presets(choices, chosen), markup.cost_line(estimates, budget.seconds)]
@@ -198,7 +217,7 @@ class Handlers:
             return None
 
     def _estimates(
-        self, session: Session, settings: Settings, media: Sequence[Media] | None = None
+        self, chat: VideoChat, session: Session, settings: Settings, media: Sequence[Media] | None = None
     ) -> list[Estimate]:
         """The price of each medium (default: the session's) for the next question; raises FluxChatError.
 
@@ -213,7 +232,7 @@ class Handlers:
             if (before.budget, before.selector, last.media) == (budget, selector, tuple(media)):
                 new = QUESTION_TOKENS + last.answer.usage.completion_tokens
         return [
-            self.chat.estimate(
+            chat.estimate(
                 medium.asked,
                 budget,
                 selector,
@@ -229,7 +248,8 @@ class Handlers:
         if medium is None:
             return ""
         try:
-            seen = self.chat.preview(medium.asked, settings.budget, settings.selector, scope=session.scope)
+            with self.slot.using() as chat:
+                seen = chat.preview(medium.asked, settings.budget, settings.selector, scope=session.scope)
         except FluxChatError as error:
             return markup.problem(_sentence(error))
         kept, grid = len(seen.kept.indices), seen.kept.grid
@@ -318,15 +338,27 @@ class Handlers:
         turn.media = tuple(
             replace(medium, part=turn.parts.get(medium.path, medium.part)) for medium in session.media
         )
-        turn.phase, turn.settings = "Waiting for its turn", settings
+        turn.settings = settings
+        if (loading := self.slot.loading) is not None:
+            turn.phase = f"Waiting for {loading.choice.title} to load"
+            yield self.messages(session)
+        with self.slot.using(turn.stop, after_loading=True) as chat:
+            yield from self._answer_turn(chat, session, turn, settings)
+
+    def _answer_turn(
+        self, chat: VideoChat, session: Session, turn: Turn, settings: Settings
+    ) -> Iterator[list[dict[str, Any]]]:
+        turn.phase = "Waiting for its turn"
         history = [earlier for earlier in session.history if earlier is not turn]
         try:
-            turn.predicted_s = self._predicted_s(session, settings, turn.media)
+            turn.predicted_s = self._predicted_s(chat, session, settings, turn.media)
             for text, thinking, phase, answer in self._answer(
-                session, turn.media, turn.question, settings, turn.stop, history
+                chat, session, turn.media, turn.question, settings, turn.stop, history
             ):
                 if answer is not None:
-                    turn.details = self._details(session, turn.media, settings, answer, turn.predicted_s)
+                    turn.details = self._details(
+                        chat, session, turn.media, settings, answer, turn.predicted_s
+                    )
                 turn.text, turn.thinking, turn.phase, turn.answer = text, thinking, phase, answer
                 yield self.messages(session)
         except FluxChatError as error:
@@ -336,11 +368,13 @@ class Handlers:
             if not turn.done:  # the tab was closed
                 turn.error, turn.phase = "Stopped.", ""
 
-    def _predicted_s(self, session: Session, settings: Settings, media: Sequence[Media]) -> float | None:
+    def _predicted_s(
+        self, chat: VideoChat, session: Session, settings: Settings, media: Sequence[Media]
+    ) -> float | None:
         """Seconds to the first word that the page has foretold; None before the machine was measured."""
-        if not (media and self.chat.calibrated):
+        if not (media and chat.calibrated):
             return None
-        return sum(estimate.first_token_s for estimate in self._estimates(session, settings, media))
+        return sum(estimate.first_token_s for estimate in self._estimates(chat, session, settings, media))
 
     def stop(self, session: Session) -> None:
         """End the answer under way within one token, or the comparison; what waits is answered next."""
@@ -393,12 +427,18 @@ class Handlers:
         session.problem = ""
 
     def compare(
-        self, session: Session, question: str, settings: Settings, sides: Sequence[tuple[int, Selector]]
+        self,
+        session: Session,
+        question: str,
+        settings: Settings,
+        sides: Sequence[tuple[int, Selector]],
+        other: str | None = None,
     ) -> Iterator[list[str]]:
-        """The same question at several budgets or with several selectors, answered at the same time: yields
-        one piece of HTML for each. At the end, words that the others did not say are marked.
+        """The same question at several budgets, with several selectors or models, answered at the same time:
+        yields one piece of HTML for each. At the end, words that the others did not say are marked.
 
-        sides: tokens and selector of each.
+        sides: tokens and selector of each. other: the model that answers the last, by the name of its choice;
+        it is loaded for this comparison.
         """
         if not question.strip():
             yield [markup.problem("The question is empty: ask something in words.") for _ in sides]
@@ -408,7 +448,52 @@ class Handlers:
             return
         session.halt()
         stop = session.stop = threading.Event()
-        media = tuple(session.media)
+        with self.slot.using(stop, after_loading=True) as chat:
+            if other is None:
+                yield from self._compare(session, question, settings, sides, [chat] * len(sides))
+            else:
+                yield from self._compare_beside(session, question, settings, sides, chat, other)
+
+    def _compare_beside(
+        self,
+        session: Session,
+        question: str,
+        settings: Settings,
+        sides: Sequence[tuple[int, Selector]],
+        chat: VideoChat,
+        other: str,
+    ) -> Iterator[list[str]]:
+        """A comparison whose last side another model answers, which is loaded first and freed at the end."""
+        stop, begun = session.stop, time.monotonic()
+        try:
+            choice = self.slot.choice(other)
+            with Beside(self.slot, choice) as beside:
+                while not beside.ready(YIELD_S * 10):
+                    if stop.is_set():
+                        return
+                    waiting = f"Loading {choice.title}, {time.monotonic() - begun:.0f} s"
+                    yield [f'<p class="fc-phase">{escape(waiting)} …</p>'] * len(sides)
+                chats = [*[chat] * (len(sides) - 1), beside.chat]
+                yield from self._compare(session, question, settings, sides, chats)
+                chats.clear()
+        except FluxChatError as error:
+            yield [*[""] * (len(sides) - 1), markup.problem(_sentence(error))]
+
+    def _compare(
+        self,
+        session: Session,
+        question: str,
+        settings: Settings,
+        sides: Sequence[tuple[int, Selector]],
+        chats: Sequence[VideoChat],
+    ) -> Iterator[list[str]]:
+        """chats: the model of each side."""
+        stop, media = session.stop, tuple(session.media)
+        names = [chat.name if len({id(c) for c in chats}) > 1 else "" for chat in chats]
+        sides = [
+            (tokens if chat is self.chat else Range.of(chat.model).near(int(tokens)), selector)
+            for (tokens, selector), chat in zip(sides, chats, strict=True)
+        ]
         chosen = [
             replace(settings, tokens=int(tokens), auto=False, selector=selector) for tokens, selector in sides
         ]
@@ -417,10 +502,13 @@ class Handlers:
         def work(index: int) -> None:
             side = _Side()
             try:
+                chat = chats[index]
                 for text, thinking, phase, answer in self._answer(
-                    session, media, question, chosen[index], stop, []
+                    chat, session, media, question, chosen[index], stop, []
                 ):
-                    details = "" if answer is None else self._details(session, media, chosen[index], answer)
+                    details = (
+                        "" if answer is None else self._details(chat, session, media, chosen[index], answer)
+                    )
                     side = _Side(text, thinking, phase, details)
                     updates.put((index, side))
             except FluxChatError as error:
@@ -442,8 +530,8 @@ class Handlers:
                     running -= 1
                 else:
                     shown[index] = side
-                    yield self._panels(session, shown, sides)
-            yield self._panels(session, shown, sides, marked=True)
+                    yield self._panels(session, shown, sides, names)
+            yield self._panels(session, shown, sides, names, marked=True)
         finally:
             stop.set()
             for worker in workers:
@@ -457,17 +545,19 @@ class Handlers:
         session: Session,
         shown: Sequence[_Side],
         sides: Sequence[tuple[int, Selector]],
+        names: Sequence[str],
         *,
         marked: bool = False,
     ) -> list[str]:
         panels = []
-        for side, (tokens, selector) in zip(shown, sides, strict=True):
+        for side, (tokens, selector), name in zip(shown, sides, names, strict=True):
             others = [other.text for other in shown if other is not side] if marked else []
             said = markup.said_alone(side.text, others, session.duration_s)
+            head = " · ".join(filter(None, (name, f"{int(tokens)} tokens", selector)))
             waiting = f'<p class="fc-phase">{side.phase} …</p>' if side.phase else ""
             problem = markup.problem(side.problem) if side.problem else ""
             panels.append(
-                f"<h3>{int(tokens)} tokens · {escape(selector)}</h3>{markup.thoughts(side.thinking)}"
+                f"<h3>{escape(head)}</h3>{markup.thoughts(side.thinking)}"
                 f"<p>{said}</p>{waiting}{problem}{side.details}"
             )
         return panels
@@ -498,6 +588,7 @@ class Handlers:
 
     def _answer(
         self,
+        chat: VideoChat,
         session: Session,
         media: Sequence[Media],
         question: str,
@@ -507,7 +598,7 @@ class Handlers:
     ) -> Iterator[tuple[str, str, str, Answer | None]]:
         """Yields (text so far, thoughts so far, current phase, the answer at the end), at most every YIELD_S
         seconds."""
-        self._check_length(question, settings.system)
+        self._check_length(question, settings.system, chat=chat)
         updates: queue.Queue[str | None] = queue.Queue()
         phase = ""
 
@@ -521,9 +612,7 @@ class Handlers:
         messages = conversation_messages(media, history, question)
         if system:
             messages.insert(0, Message.of("system", system))
-        stream = self.chat.stream_messages(
-            messages, scope=session.scope, progress=report, stop=stop, **options
-        )
+        stream = chat.stream_messages(messages, scope=session.scope, progress=report, stop=stop, **options)
         failed: list[BaseException] = []
 
         def work() -> None:
@@ -567,14 +656,15 @@ class Handlers:
             raise FluxChatError(UNEXPECTED_ERROR)
         yield stream.answer.text, stream.answer.thinking, "", stream.answer
 
-    def _check_length(self, *texts: str) -> None:
+    def _check_length(self, *texts: str, chat: VideoChat | None = None) -> None:
         """Raises ConfigError for texts too long for the model, before they are tokenised."""
-        limit = longest_text(self.chat)
+        limit = longest_text(chat or self.chat)
         if sum(map(len, texts)) > limit:
             raise ConfigError(f"That is too long: a question has at most {limit} characters.")
 
     def _details(
         self,
+        chat: VideoChat,
         session: Session,
         media: Sequence[Media],
         settings: Settings,
@@ -584,7 +674,7 @@ class Handlers:
         """HTML under an answer, folded into one line: strips of frames with kept patches, tokens, times."""
         strips = []
         for index, (medium, kept) in enumerate(zip(media, answer.kept, strict=False)):
-            frames = self.chat.preview(
+            frames = chat.preview(
                 medium.asked, settings.budget, settings.selector, scope=session.scope
             ).frames
             session.thumbnails.setdefault(medium.path, data_url(Image.fromarray(frames[0].numpy()), 96))
@@ -606,7 +696,8 @@ class Handlers:
             budget: tokens to keep: a number, "full", "auto" or "auto:SECONDS"; empty: the model's own
         """
         self._check_length(question)
-        answer = self.chat.ask(video, question, budget=budget.strip() or None, scope=scope)
+        with self.slot.using(after_loading=True) as chat:
+            answer = chat.ask(video, question, budget=budget.strip() or None, scope=scope)
         return answer.text, answer.to_dict()
 
     def api_estimate(self, video: str | None, budget: str = "") -> dict[str, Any]:
@@ -618,7 +709,8 @@ class Handlers:
         """
         if video is None:
             raise ConfigError("An estimate needs a video: give one.")
-        return asdict(self.chat.estimate(video, budget.strip() or None))
+        with self.slot.using() as chat:
+            return asdict(chat.estimate(video, budget.strip() or None))
 
 
 def conversation_messages(

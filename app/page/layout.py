@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABCMeta
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -10,16 +11,15 @@ from typing import Any
 
 import gradio as gr
 
-from app.about import device_gib
 from app.chat import SHIPPED, VideoChat
 from app.estimate import Estimate
+from app.model_slot import ModelSlot
 from app.note import REAL_MODEL
 from app.page.handlers import EMPTY_COST
-from app.page.html import copy_button, notice, presets
 from app.page.html import examples as examples_html
+from app.page.html import notice, presets
+from app.page.model_dialog import dialog
 from app.page.settings import CHOOSE, Range
-from llm_bridge.towers.catalog import CATALOG
-from llm_bridge.towers.stock import kinds
 
 THEME = Path(__file__).parent / "theme"
 MEDIA = ["video", "image"]
@@ -27,6 +27,7 @@ QUESTION = "What happens in the video?"
 Examples = Sequence[tuple[str, str]]
 PLAIN: dict[str, Any] = {"js_on_load": None, "apply_default_css": False}
 PLACEHOLDER = "## Ask about a video"
+SAME = "="  # as the second model of a comparison: the one in use
 TITLE, SUMMARY = "FluxChat", "Ask questions about videos, and choose how closely the model looks."
 ICON = THEME / "icon.svg"
 SCRIPTS = ("page.js", "part.js", "conversations.js")  # in one scope
@@ -112,40 +113,37 @@ def default_examples() -> Examples:
     return [(str(folder / row["file"]), row["question"]) for row in rows if row.get("right", True)]
 
 
-def _lenient(field: gr.Slider | gr.Number) -> Any:
-    """The field, taking whatever is typed: the nearest allowed number counts, its first where it is none.
+def _lenient(kind: Any) -> Any:
+    """The component, taking whatever is typed: the nearest allowed number counts, its first where it is none.
 
-    Gradio would refuse it, once in each event that reads the field. A subclass would make Gradio write a stub
-    file beside this one.
+    Gradio would refuse it, once in each event that reads the field. Made without `class`, for which Gradio
+    would write a stub file beside this one.
     """
-    limits: Any = field
-    least, most, first = float(limits.minimum), float(limits.maximum), float(limits.value)
 
-    def preprocess(payload: Any) -> float:
+    def preprocess(self: Any, payload: Any) -> float:
+        least, most = float(self.minimum), float(self.maximum)
+        first = least if self.value is None else float(self.value)
         try:
             value = float(payload)
         except (TypeError, ValueError):
             return first
         return min(most, max(least, value)) if value == value else first
 
-    limits.preprocess = preprocess
-    return field
+    return ABCMeta.__new__(type(kind), kind.__name__, (kind,), {"preprocess": preprocess})
 
 
-def _lenient_number(first: float, **options: Any) -> Any:
-    return _lenient(gr.Number(first, **options))
-
-
-def _slider(*limits: float, **options: Any) -> Any:
-    return _lenient(gr.Slider(*limits, **options))
+_lenient_number, _slider = _lenient(gr.Number), _lenient(gr.Slider)
 
 
 class Controls:
     """All controls of the page: a place for a list at the side, the stage with the video, the talk."""
 
-    def __init__(self, chat: VideoChat, examples: Examples, *, login: bool = False) -> None:
+    def __init__(
+        self, slot: ModelSlot, examples: Examples, *, login: bool = False, loads: bool = False
+    ) -> None:
+        chat = slot.chat
         budgets = Range.of(chat.model)
-        gr.HTML(header(chat, login=login), **PLAIN, elem_id="fluxchat-header")
+        self.header = gr.HTML(header(slot, login=login, loads=loads), **PLAIN, elem_id="fluxchat-header")
         with gr.Row(elem_id="fluxchat-main", equal_height=False):
             with gr.Column(scale=0, min_width=0, elem_id="fluxchat-side"):
                 gr.HTML(SIDE, **PLAIN, elem_id="fluxchat-list")
@@ -157,7 +155,7 @@ class Controls:
                 with gr.Column(elem_id="fluxchat-settings"):
                     self._price(budgets, chat)
                     self._advanced(chat)
-                    self._compare(budgets)
+                    self._compare(budgets, slot if loads else None)
                 self._composer(chat, budgets)
 
     def _stage(self) -> None:
@@ -181,8 +179,9 @@ class Controls:
             placeholder=PLACEHOLDER,
             elem_id="fluxchat-chat",
         )
-        gr.HTML(welcome(chat, examples), **PLAIN, elem_id="fluxchat-welcome")
+        self.welcome = gr.HTML(welcome(chat, examples), **PLAIN, elem_id="fluxchat-welcome")
         self.problem = gr.HTML(**PLAIN, elem_id="fluxchat-problem")
+        self.loading = gr.HTML(**PLAIN, elem_id="fluxchat-loading")
         self.suggestions = gr.HTML(**PLAIN, elem_id="fluxchat-suggestions")
 
     def _composer(self, chat: VideoChat, budgets: Range) -> None:
@@ -263,15 +262,13 @@ class Controls:
                     value="flux",
                     label="Which tokens stay",
                 )
-            llm = chat.model.llm
-            dtype = str(llm.dtype).removeprefix("torch.")
-            gr.Markdown(
-                f"Language model: {Path(llm.name).name}, {dtype}, quantised: {llm.quantize or 'no'}; "
-                f"on {chat.device}."
-            )
+            self.about = gr.Markdown(about(chat))
 
-    def _compare(self, budgets: Range) -> None:
-        with gr.Accordion("Compare two budgets or selectors", open=False, elem_id="fluxchat-compare"):
+    def _compare(self, budgets: Range, slot: ModelSlot | None) -> None:
+        what = (
+            "Compare two budgets or selectors" if slot is None else "Compare two budgets, selectors or models"
+        )
+        with gr.Accordion(what, open=False, elem_id="fluxchat-compare"):
             with gr.Row(elem_classes="fc-tight"):
                 self.both = gr.Textbox(QUESTION, label="Question for both", scale=3)
                 self.go = gr.Button("Compare", variant="primary", scale=0, min_width=110)
@@ -283,6 +280,10 @@ class Controls:
                     self.left = gr.HTML(**PLAIN, elem_classes="fc-panel", elem_id="fluxchat-first")
                 with gr.Column(min_width=200):
                     self.second, self.second_selector = self._side("Second", budgets, high)
+                    self.other = gr.Dropdown(
+                        others(slot), value=SAME, label="Second: model", visible=slot is not None
+                    )
+                    self.other_price = gr.HTML(**PLAIN)
                     self.right = gr.HTML(**PLAIN, elem_classes="fc-panel", elem_id="fluxchat-second")
 
     def _side(self, name: str, budgets: Range, tokens: int) -> tuple[Any, gr.Dropdown]:
@@ -369,8 +370,26 @@ def _icon(path: str) -> str:
     return f'<svg viewBox="0 0 24 24" aria-hidden="true"><path d="{path}"/></svg>'
 
 
-def header(chat: VideoChat, *, login: bool = False) -> str:
-    """Name of the page and of the model, which opens the list of models. login: with a way to log out."""
+def about(chat: VideoChat) -> str:
+    """What is computed with."""
+    llm = chat.model.llm
+    dtype = str(llm.dtype).removeprefix("torch.")
+    name, quantised = Path(llm.name).name, llm.quantize or "no"
+    return f"Language model: {name}, {dtype}, quantised: {quantised}; on {chat.device}."
+
+
+def others(slot: ModelSlot | None) -> list[tuple[str, str]]:
+    """The second models of a comparison: the one in use, as SAME, and the others on disk."""
+    same = [("the same", SAME)]
+    if slot is None:
+        return same
+    return same + [(c.title, c.name) for c in slot.choices() if c.on_disk and c.name != slot.name]
+
+
+def header(slot: ModelSlot, *, login: bool = False, loads: bool = False) -> str:
+    """Name of the page and of the model, which opens the list of models. login: with a way to log out.
+    loads: another model can be loaded from the list."""
+    chat = slot.chat
     out = '<a href="/logout">Log out</a>' if login else ""
     return (
         '<header><button type="button" data-side aria-label="Conversations" aria-expanded="false">☰</button>'
@@ -379,39 +398,5 @@ def header(chat: VideoChat, *, login: bool = False) -> str:
         f"<small> · {chat.device}</small> ▾</button>"
         '<button type="button" id="fluxchat-clear" data-fresh>New conversation</button>'
         f'{out}<button type="button" id="fluxchat-dark" aria-label="Light or dark">◐</button></header>'
-        f"{models(chat)}"
-    )
-
-
-def models(chat: VideoChat) -> str:
-    """The dialog with the model in use, those that can be had, and the commands that load them."""
-    device, memory = device_gib()
-    familiarity = chat.model.tower.familiarity
-    good_for = (
-        "Answers questions about real videos and images, and chats without one."
-        if familiarity is None
-        else f"Knows {familiarity.things} drawn things and how they move; it guesses about real videos."
-    )
-    rows = []
-    for entry in CATALOG:
-        if entry.kind not in kinds():
-            continue
-        best = entry.fits(memory)
-        command = f"fluxchat web --model {entry.name}"
-        if best not in (None, "bf16"):
-            command += f" --quantize {best}"
-        fits = {None: "too large here", "bf16": "fits"}.get(best, f"fits in {best}")
-        tail = f"<code>{escape(command)}</code>{copy_button(command)}" if best else ""
-        rows.append(
-            f"<li{'' if best else ' class=fc-off'}><b>{escape(entry.name.split('/')[-1])}</b> "
-            f"<small>{entry.parameters / 1e3:.1f} B · {entry.download_gb:.1f} GB to download · "
-            f"{escape(entry.licence)} · {fits}</small>{tail}</li>"
-        )
-    return (
-        '<dialog id="fluxchat-models" aria-labelledby="fluxchat-models-title">'
-        '<h2 id="fluxchat-models-title">Models</h2>'
-        f"<p><b>{escape(chat.name)}</b> is loaded, on {chat.device}. {good_for}</p>"
-        f"<p>This machine: {escape(device)}, {memory:.0f} GiB. To load another, start the page again with "
-        f"its command.</p><ul>{''.join(rows)}</ul>"
-        '<button type="button" class="fc-close" data-models-close aria-label="Close">×</button></dialog>'
+        f"{dialog(slot, loads=loads)}"
     )

@@ -25,7 +25,8 @@ from fastapi import FastAPI, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.chat import SHIPPED, VideoChat
+from app.chat import SHIPPED
+from app.model_slot import ModelSlot
 from app.server.errors import ApiError, ClientDisconnected
 from app.server.media.download import download
 from app.server.media.store import MediaStore
@@ -51,7 +52,7 @@ MCP_ROUTES = re.compile(r"/gradio_api/mcp(/.*)?")
 FILE_PREFIX = "/gradio_api/file="
 
 
-def mount_page(app: FastAPI, chat: VideoChat, api: Api, options: LaunchOptions) -> FastAPI:
+def mount_page(app: FastAPI, slot: ModelSlot, api: Api, options: LaunchOptions) -> FastAPI:
     """The application with the page at its root; its uploads go to the server's store."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio
@@ -61,11 +62,12 @@ def mount_page(app: FastAPI, chat: VideoChat, api: Api, options: LaunchOptions) 
 
     folder, limit = get_upload_folder(), options.server.upload_mib * 2**20
     page = build(
-        chat,
+        slot,
         options.examples,
         workers=options.server.slots,
         store=api.store,
         login=options.credentials.needed,
+        loads=options.for_one,
     )
     uploads = PageUploads(api.store, folder, limit)
     app.router.add_route("/gradio_api/upload", uploads.upload, ["POST"])

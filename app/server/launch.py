@@ -25,6 +25,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from app.chat import VideoChat
+from app.model_slot import ModelSlot
 from app.server.gradio_mount import mount_page
 from app.server.limits import BodyLimits, Connections
 from app.server.options import LaunchOptions, access_summary
@@ -42,14 +43,16 @@ SWITCH_S = 1e-3  # thread switch interval: computing threads delay the event loo
 FILES, SPARE_FILES = 4096, 200  # limit of open files to ask for; those that are not connections
 
 
-def make_app(chat: VideoChat, options: LaunchOptions) -> FastAPI:
+def make_app(chat: VideoChat | ModelSlot, options: LaunchOptions) -> FastAPI:
     """Page and API as one ASGI application; `app.state.api` is its Api.
 
-    Raises ConfigError.
+    chat: in a slot that can, the page offers to load another model where one person alone uses it. Raises
+    ConfigError.
     """
     options.check()
     authenticator = Authenticator(options.credentials)
-    api = Api(chat, options.server)
+    slot = ModelSlot.of(chat)
+    api = Api(slot, options.server)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -65,7 +68,7 @@ def make_app(chat: VideoChat, options: LaunchOptions) -> FastAPI:
     app.state.api, app.state.sessions = api, None
     api.install(app)
     if options.page:
-        app = mount_page(app, chat, api, options)
+        app = mount_page(app, slot, api, options)
     hosts = (*LOCAL, *options.hosts) if options.local else options.hosts or None
     app.add_middleware(BodyLimits, limit=options.server.bodies_mib * 2**20, uploads=options.server.uploads)
     app.add_middleware(
@@ -100,7 +103,7 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(chat: VideoChat, options: LaunchOptions, listener: socket.socket | None = None) -> None:
+def serve(chat: VideoChat | ModelSlot, options: LaunchOptions, listener: socket.socket | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C; a second one ends the process within 2 s, whatever its threads do.
 
     listener: a socket of `bind`, to reserve the port before the model is loaded. Raises
@@ -157,9 +160,10 @@ def _raise_file_limit() -> int | None:
     return int(wanted)
 
 
-def make_server(chat: VideoChat, options: LaunchOptions, listener: socket.socket) -> WebServer:
+def make_server(chat: VideoChat | ModelSlot, options: LaunchOptions, listener: socket.socket) -> WebServer:
     """What `serve` runs; its `run([listener])` may be called in another thread, and `should_exit` ends it."""
-    app = make_app(chat, options)
+    slot = ModelSlot.of(chat)
+    app = make_app(slot, options)
     connections = Connections(options.connections, options.proxies)
     app.state.api.metrics.gauge("fluxchat_connections", "Open connections.", lambda: len(connections))
     config = uvicorn.Config(
@@ -172,7 +176,7 @@ def make_server(chat: VideoChat, options: LaunchOptions, listener: socket.socket
         ws="none",
         forwarded_allow_ips=",".join(options.proxies),
     )
-    return WebServer(config, app, chat, options, listener, connections)
+    return WebServer(config, app, slot, options, listener, connections)
 
 
 class WebServer(uvicorn.Server):
@@ -185,13 +189,13 @@ class WebServer(uvicorn.Server):
         self,
         config: uvicorn.Config,
         app: FastAPI,
-        chat: VideoChat,
+        slot: ModelSlot,
         options: LaunchOptions,
         listener: socket.socket,
         connections: Connections,
     ) -> None:
         super().__init__(config)
-        self._app, self._chat, self._options, self._listener = app, chat, options, listener
+        self._app, self._slot, self._options, self._listener = app, slot, options, listener
         self.api: Api = app.state.api
         self._connections = connections
         self.before_exit: Callable[[], None] | None = None
@@ -243,12 +247,12 @@ class WebServer(uvicorn.Server):
         loop = asyncio.get_running_loop()
         end = loop.time() + self._options.drain_s
         await self.api.scheduler.drain(self._options.drain_s)
-        while self._chat.decoding[2] and loop.time() < end:  # the page's answers
+        while self._slot.chat.decoding[2] and loop.time() < end:  # the page's answers
             await asyncio.sleep(0.05)
 
     @property
     def _busy(self) -> bool:
-        return self.api.scheduler.running > 0 or self._chat.decoding[2] > 0
+        return self.api.scheduler.running > 0 or self._slot.chat.decoding[2] > 0
 
     def _end_in(self, seconds: float, status: int) -> None:
         """End the process after so many seconds, if it is the server's own."""

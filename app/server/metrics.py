@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
     from app.answer import Answer
-    from app.chat import VideoChat
+    from app.model_slot import ModelSlot
     from app.server.media.store import MediaStore
     from app.server.scheduler import Scheduler
 
@@ -24,7 +24,7 @@ Values = float | Mapping[str, float]  # one value, or one for each value of a la
 class Metrics:
     """The metrics of one server, in a registry of its own. Thread-safe."""
 
-    def __init__(self, chat: VideoChat, scheduler: Scheduler, store: MediaStore) -> None:
+    def __init__(self, slot: ModelSlot, scheduler: Scheduler, store: MediaStore) -> None:
         self._registry = own = CollectorRegistry()
         self.requests = Counter(
             "fluxchat_requests_total", "Requests by route and status.", ["route", "status"], registry=own
@@ -55,16 +55,16 @@ class Metrics:
         self.gauge("fluxchat_files", "Files that clients sent.", lambda: store.size[0])
         self.gauge("fluxchat_file_bytes", "Bytes of the files that clients sent.", lambda: store.size[1])
         self.counter(
-            "fluxchat_decode_steps_total", "Forward passes that made tokens.", lambda: chat.decoding[0]
+            "fluxchat_decode_steps_total", "Forward passes that made tokens.", lambda: slot.chat.decoding[0]
         )
         self.counter(
             "fluxchat_decoded_tokens_total",
             "Tokens made; over the steps: how many answers shared one.",
-            lambda: chat.decoding[1],
+            lambda: slot.chat.decoding[1],
         )
 
         def by_cache(name: str) -> Callable[[], Mapping[str, float]]:
-            return lambda: {cache: getattr(stats, name) for cache, stats in chat.caches.items()}
+            return lambda: {cache: getattr(stats, name) for cache, stats in slot.chat.caches.items()}
 
         self.gauge("fluxchat_cache_bytes", "Bytes kept for follow-up questions.", by_cache("bytes"), "cache")
         self.gauge("fluxchat_cache_entries", "Entries kept.", by_cache("entries"), "cache")

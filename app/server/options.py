@@ -61,6 +61,11 @@ class LaunchOptions:
             raise ConfigError("--mcp needs the mcp extra: pip install 'fluxchat[mcp]'.")
 
     @property
+    def for_one(self) -> bool:
+        """Whether it serves the person at this machine alone: nobody logs in, no other name leads here."""
+        return self.local and not (self.credentials.needed or self.public or self.hosts)
+
+    @property
     def local(self) -> bool:
         """Whether only this machine can connect."""
         if self.host in LOCAL:

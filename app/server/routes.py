@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from starlette.types import Receive, Scope, Send
 
 from app.chat import SHIPPED, VideoChat
 from app.messages import Media, with_part
+from app.model_slot import ModelSlot
 from app.note import Note
 from app.server.chat_request import (
     ChatRequest,
@@ -100,18 +101,15 @@ class ServerSettings:
     uploads: int = 64
 
 
-@dataclass
 class Api:
     """The HTTP API around one VideoChat. Belongs to one event loop; `close` it at the end."""
 
-    chat: VideoChat
-    settings: ServerSettings = field(default_factory=ServerSettings)
-
-    def __post_init__(self) -> None:
-        settings = self.settings
+    def __init__(self, chat: VideoChat | ModelSlot, settings: ServerSettings | None = None) -> None:
+        self.slot = ModelSlot.of(chat)
+        self.settings = settings = settings or ServerSettings()
         self.store = MediaStore(settings.store_mib * MIB, settings.keep_s)
         self.scheduler = Scheduler(settings.slots, settings.queue)
-        self.metrics = Metrics(self.chat, self.scheduler, self.store)
+        self.metrics = Metrics(self.slot, self.scheduler, self.store)
         self._resolver = Resolver(
             self.store, settings.media_root, settings.url_hosts, settings.upload_mib * MIB
         )
@@ -121,6 +119,11 @@ class Api:
         self._redact = PathRedactor(own, [self.store.folder, settings.media_root])
         self._operations = self._routes()
         self._document = openapi_document(list(self._operations), "FluxChat", _version())
+
+    @property
+    def chat(self) -> VideoChat:
+        """The model in use."""
+        return self.slot.chat
 
     def _routes(self) -> dict[Operation, Handler]:
         """The operations of the API and their handlers."""
@@ -394,9 +397,12 @@ class Api:
     ) -> Iterator[AnswerStream]:
         """The answer's stream, entered in the job's thread; the media stay open until it ends."""
         references = chat_request.media
-        with self._resolver.open(references, client, stop) as media:
+        with (
+            self._resolver.open(references, client, stop) as media,
+            self.slot.using(stop, after_loading=True) as chat,
+        ):
             try:
-                yield self.chat.stream_messages(
+                yield chat.stream_messages(
                     with_part(_resolved(chat_request.messages, media), chat_request.part),
                     budget=chat_request.token_budget,
                     selector=chat_request.selector,

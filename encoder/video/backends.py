@@ -108,8 +108,16 @@ def decode_decord(
 
 
 def decord_suits(path: str, header: Header, times_s: Sequence[float], rules: Rules) -> bool:
-    """Whether decord is installed, may be used, and is likely to be as fast as PyAV for these times."""
-    if not rules.trusted or not _decord_supports(header) or not importlib.util.find_spec("decord"):
+    """Whether decord is installed, may be used, and is likely to be as fast as PyAV for these times.
+
+    In one thread it never is: it needs more CPU time (tests/bench/load.py), and a list of all packets.
+    """
+    if (
+        rules.threads < 2
+        or not rules.trusted
+        or not _decord_supports(header)
+        or not importlib.util.find_spec("decord")
+    ):
         return False
     with open_container(path, rules) as container:
         return not _sparse(video_stream(container, rules), header, times_s)

@@ -14,6 +14,7 @@ import atexit
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -208,8 +209,20 @@ def _request(file: OpenFile, trusted: bool, limits: Limits) -> Request:
     )
 
 
+_shared = threading.local()
+
+
+def share_cores() -> None:
+    """From now on this thread reads beside others: what it reads is decoded in one thread, which costs the
+    least CPU time."""
+    _shared.on = True
+
+
 def _threads() -> int:
-    """Decoding threads: all cores up to 4, but one in a DataLoader worker, which shares the cores."""
+    """Decoding threads: all cores up to 4, but one where others share the cores (`share_cores`, or a
+    DataLoader worker)."""
+    if getattr(_shared, "on", False):
+        return 1
     data = sys.modules.get("torch.utils.data")
     if data is not None and data.get_worker_info() is not None:
         return 1

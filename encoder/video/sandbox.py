@@ -46,7 +46,7 @@ from encoder.video.worker import IDLE_S
 
 T = TypeVar("T")
 
-MAX_IDLE = max(2, min(16, os.cpu_count() or 2))  # children kept between calls: one per parallel reader
+MAX_IDLE = max(2, min(64, os.cpu_count() or 2))  # children kept between calls: one per parallel reader
 PIPE_BYTES = 1 << 20  # frames are megabytes: fewer switches between the processes
 # What the system's loader may need to start Python at all; no secret is ever in these.
 _LOADER_ENV = ("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT")

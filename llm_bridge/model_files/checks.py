@@ -4,6 +4,7 @@ outside of its folder, or take more memory than its weights need."""
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import stat
@@ -256,11 +257,28 @@ def weight_bytes(folder: Path) -> int:
     return total
 
 
+def weight_numbers(folder: Path) -> int:
+    """How many numbers the weights of a folder are, by the tables of its safetensors; raises ModelError."""
+    total = 0
+    for file in sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors")):
+        with _refusing(folder, file.name):
+            table = _tensor_table(file)[0]
+            total += sum(math.prod(entry["shape"]) for name, entry in table.items() if name != "__metadata__")
+    if not total:
+        raise ModelError(f"Cannot load the model in {folder}: it has no model.safetensors.")
+    return total
+
+
 def stored_bytes(file: Path) -> int:
     """Bytes of all tensors of a safetensors file, which must be as long as its table says.
 
     Raises OSError or ValueError.
     """
+    return _tensor_table(file)[1]
+
+
+def _tensor_table(file: Path) -> tuple[dict[str, Any], int]:
+    """The table of a safetensors file, checked, and the bytes of all its tensors."""
     size = file.stat().st_size
     with open(file, "rb") as opened:
         head = opened.read(8)
@@ -275,12 +293,15 @@ def stored_bytes(file: Path) -> int:
         offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
         if not (isinstance(offsets, list) and len(offsets) == 2 and all(isinstance(x, int) for x in offsets)):
             raise ValueError("its table of tensors is damaged")
+        shape = entry.get("shape")
+        if not (isinstance(shape, list) and all(type(x) is int and x >= 0 for x in shape)):
+            raise ValueError("its table of tensors is damaged")
         end = max(end, *offsets)
     if 8 + length + end != size:
         raise ValueError(
             f"it has {size} bytes, its table tells of {8 + length + end}: it is cut off or damaged"
         )
-    return end
+    return table, end
 
 
 def check_fits(

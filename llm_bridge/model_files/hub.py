@@ -79,16 +79,51 @@ def download_bytes(name: str, revision: str | None, patterns: Sequence[str], ign
     return sum(file.file_size or 0 for file in files if file.will_download)
 
 
-def check_room(name: str, size: int) -> None:
-    """Raises ModelError where the hub's cache has no room for a download of so many bytes."""
+def _cache_place() -> Path:
+    """The hub's cache, or where it will be made."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     place = Path(HF_HUB_CACHE)
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
+    return place
+
+
+def free_disk() -> int:
+    """Bytes that are free on the disk of the hub's cache."""
+    return shutil.disk_usage(_cache_place()).free
+
+
+def check_room(name: str, size: int) -> None:
+    """Raises ModelError where the hub's cache has no room for a download of so many bytes."""
+    place, free = _cache_place(), free_disk()
     if size > free:
         raise ModelError(
             f"{name} takes {size / GIB:.1f} GiB on disk and {place} has {free / GIB:.1f} left: make room, or "
             "set HF_HOME to a folder on another disk."
         )
+
+
+def cached_models() -> Iterator[tuple[str, Path]]:
+    """The models in the hub's cache, by name, each with the folder of its newest snapshot, whole or not."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    for place in sorted(Path(HF_HUB_CACHE).glob("models--*--*")):
+        name = place.name.removeprefix("models--").replace("--", "/", 1)
+        try:
+            yield name, Path(snapshot_download(name, revision=None, local_files_only=True))
+        except (LocalEntryNotFoundError, ValueError, OSError):
+            continue
+
+
+def cached_bytes(name: str) -> int:
+    """Bytes of a model's files in the hub's cache, those that are still coming included."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    total = 0
+    for file in (Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}" / "blobs").glob("*"):
+        with contextlib.suppress(OSError):  # renamed meanwhile
+            total += file.stat().st_size
+    return total

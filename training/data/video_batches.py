@@ -23,6 +23,7 @@ from torch import Tensor
 
 from encoder.errors import ConfigError, DataError
 from encoder.preprocess import preprocess
+from encoder.video.reader import share_cores
 from training.data.augment import AugmentConfig, augment, segment_moments
 from training.data.examples import Example, ExampleSource, Need
 from training.data.flexible_grids import FlexibleGrid
@@ -55,7 +56,7 @@ class VideoBatches:
     `get(index)` depends on its number, the seed and which files can be read, on nothing else: ranks, threads
     and a resumed run agree. Each epoch has an order of its own. sampling: "segments" takes a random moment
     inside each of F equal segments (TSN), "middle" their middles. window: see `epoch_order`; None asks the
-    source. threads: clips of a batch that are decoded at a time, None for one per core up to 8. repeats:
+    source. threads: clips of a batch that are decoded at a time, None for one per core. repeats:
     clips of each example in a batch, drawn differently ("repeated augmentation"). Images become F equal
     frames. need: see `Loader`.
     """
@@ -86,7 +87,7 @@ class VideoBatches:
         self.loader = Loader(
             source, seed, out=out, stride=stride, max_missing=max_missing, window=window, need=need
         )
-        self.threads = threads or min(8, micro_batch, usable_cores())
+        self.threads = threads or min(micro_batch, own_cores())
         self._pool: ThreadPoolExecutor | None = None
 
     @property
@@ -112,13 +113,9 @@ class VideoBatches:
             rng = random.Random(f"{self.seed}/{index}/{slot}/clip")
             return self._load(epoch, position, frames, resolution, rng)
 
-        slots = range(self.micro_batch)
-        if self.threads > 1:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="clips")
-            loaded = list(self._pool.map(load, slots))
-        else:
-            loaded = [load(slot) for slot in slots]
+        if self._pool is None:  # also for one thread: every clip is decoded in the same way
+            self._pool = ThreadPoolExecutor(self.threads, "clips", initializer=share_cores)
+        loaded = list(self._pool.map(load, range(self.micro_batch)))
         pixels = torch.stack([clip for _, clip in loaded])
         return VideoBatch(tuple(example for example, _ in loaded), pixels, index)
 
@@ -149,6 +146,15 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def own_cores() -> int:
+    """This process's share of the cores, where a launcher started several on this machine."""
+    try:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    except ValueError:
+        processes = 1
+    return max(1, usable_cores() // max(1, processes))
 
 
 def spread(have: int, want: int) -> Sequence[int]:

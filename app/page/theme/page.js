@@ -276,6 +276,12 @@ const clicks = {
   "[data-settings]": () => showSettings(!document.body.classList.contains("fc-settings-open")),
   "[data-models]": () => find("#fluxchat-models").showModal(),
   "[data-models-close]": () => find("#fluxchat-models").close(),
+  "[data-load]": (button) => {
+    find("#fluxchat-models").close();
+    trigger("model", { name: button.dataset.load, bytes: Number(button.dataset.bytes || 0) });
+    focusQuestion();
+  },
+  "[data-load-not]": () => { trigger("model_not"); focusQuestion(); },
   "[data-fresh]": () => { trigger("fresh"); focusQuestion(); },
   "[data-dismiss]": () => { trigger("dismiss"); focusQuestion(); },
   "[data-preset]": (button) => {

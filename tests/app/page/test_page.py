@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from app.chat import VideoChat
+from app.model_slot import ModelSlot
 from app.page.events import build, page_options
 from app.page.handlers import Handlers, conversation_messages, way_out
 from app.page.layout import header
@@ -350,17 +351,17 @@ def test_asking_a_turn_again_keeps_what_waits(handlers: Handlers, session: Sessi
 
 def test_a_follow_up_costs_what_is_new(handlers: Handlers, session: Session) -> None:
     def price() -> float:
-        return sum(e.first_token_s for e in handlers._estimates(session, PLAIN))
+        return sum(e.first_token_s for e in handlers._estimates(handlers.chat, session, PLAIN))
 
     handlers.chat.calibration  # noqa: B018 - measured here
     before = price()
     ask(handlers, session, "What is there?")
-    after, decode = price(), handlers._estimates(session, PLAIN)[0]
+    after, decode = price(), handlers._estimates(handlers.chat, session, PLAIN)[0]
     assert (decode.decode_s, decode.encode_s) == (0, 0)
     assert after < before
     assert session.turns[0].predicted_s == pytest.approx(before)
     assert "foretold" in session.turns[0].details
-    other = handlers._estimates(session, replace(PLAIN, tokens=32))[0]
+    other = handlers._estimates(handlers.chat, session, replace(PLAIN, tokens=32))[0]
     assert other.encode_s > 0
 
 
@@ -407,8 +408,8 @@ def test_an_example_belongs_to_its_client(chat: VideoChat, tmp_path: Path) -> No
 
 
 def test_log_out_is_shown_after_a_login(chat: VideoChat) -> None:
-    assert 'href="/logout"' in header(chat, login=True)
-    assert "logout" not in header(chat)
+    assert 'href="/logout"' in header(ModelSlot(chat), login=True)
+    assert "logout" not in header(ModelSlot(chat))
 
 
 def test_caches_do_not_cross_sessions(handlers: Handlers, session: Session) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 
 from app.chat import VideoChat
+from app.model_slot import ModelSlot
 from app.server.launch import bind, make_server
 from app.server.options import LaunchOptions
 from app.server.routes import Api
@@ -20,7 +21,7 @@ from app.server.routes import Api
 
 @contextmanager
 def running(
-    chat: VideoChat, options: LaunchOptions | None = None, port: int = 0
+    chat: VideoChat | ModelSlot, options: LaunchOptions | None = None, port: int = 0
 ) -> Iterator[tuple[str, Api]]:
     """(address, Api) of a server that answers, without the page unless the options say so; port: 0 is any."""
     options = options or LaunchOptions(page=False)

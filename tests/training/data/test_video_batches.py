@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,9 +18,11 @@ from hypothesis import strategies as st
 
 from encoder.errors import ConfigError, DataError, VideoError
 from encoder.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from encoder.video import reader
 from encoder.video.reader import Clip, VideoInfo
 from tests.encoder.video import video_files as vf
 from tests.training.data.test_shards import write_tar
+from training.data import video_batches
 from training.data.augment import AugmentConfig
 from training.data.datasets import DatasetConfig, read_mixture
 from training.data.examples import Example, ListExamples
@@ -292,3 +296,35 @@ def test_spread(have: int, want: int) -> None:
     assert 0 <= chosen[0] <= chosen[-1] < have
     if want >= have:
         assert set(chosen) == set(range(have))
+
+
+def test_clips_that_are_read_side_by_side_are_decoded_in_one_thread_each(
+    videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    decode = reader._decode
+
+    def spy(request: Any, file: int, name: str) -> Any:
+        asked.append(request.rules.threads)
+        return decode(request, file, name)
+
+    monkeypatch.setattr(reader, "_decode", spy)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    source = DatasetConfig(csv=str(videos / "list.csv"), data_root=str(videos)).open()
+    for threads in (1, 2):
+        make(source, tmp_path, threads=threads).get(0)
+    assert set(asked) == {1}
+    asked.clear()
+    source[0].media.load(4, 56)
+    assert asked == [4]
+
+
+@pytest.mark.parametrize(("processes", "cores"), [(None, 8), ("2", 4), ("100", 1), ("many", 8)])
+def test_processes_of_one_machine_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, processes: str | None, cores: int
+) -> None:
+    monkeypatch.setattr(video_batches, "usable_cores", lambda: 8)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert video_batches.own_cores() == cores
