@@ -293,6 +293,11 @@ def _web_options(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--port", type=int, default=7860, metavar="N", help="0: any free one (7860)")
     where.add_argument("--no-browser", dest="browser", action="store_false", help="do not open the page")
     where.add_argument("--mcp", action="store_true", help="offer ask and estimate as MCP tools (extra: mcp)")
+    where.add_argument(
+        "--library",
+        metavar="DIR",
+        help="search this library of `fluxchat index` on the page; every visitor may open its videos",
+    )
     who = parser.add_argument_group("who may use it")
     who.add_argument("--auth", metavar="USER:PASSWORD", help="what people log in with")
     who.add_argument(

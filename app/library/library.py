@@ -113,6 +113,12 @@ class Library:
             settings = self._settings() or self._begin()
             return self._index(self._table(settings), paths, settings, progress)
 
+    def ready(self) -> None:
+        """Load what searching needs, so that the first search is fast; raises what `search` would."""
+        self._table(self._existing())
+        assert self._embedder is not None
+        self._embedder.embed_texts(["a video"])
+
     def check(self) -> list[Stale]:
         """What of the library is no longer so, by path. Reads no video."""
         settings = self._existing()

@@ -17,10 +17,12 @@ from typing import Any
 import gradio as gr
 
 from app.chat import VideoChat
+from app.library.library import Library
 from app.page.handlers import Handlers
 from app.page.html import notice, part_chips, shelf
 from app.page.kept import record
 from app.page.layout import Controls, Examples, default_examples, page_options
+from app.page.library_search import LibrarySearch
 from app.page.sessions import Session, Sessions
 from app.page.settings import Settings
 from app.server.media.store import MediaStore
@@ -36,21 +38,22 @@ def build(
     workers: int = 1,
     store: MediaStore | None = None,
     login: bool = False,
+    library: Library | None = None,
 ) -> gr.Blocks:
     """The page around one model, not launched.
 
     examples: (file, question) pairs to start from; None takes those that ship with the model. workers:
     answers computed at the same time. store: where uploads are, when a server receives them. login: whether
-    visitors have logged in, so that the page offers to log out. The page's attribute `sessions` holds the
-    visitors' sessions.
+    visitors have logged in, so that the page offers to log out. library: may be searched, and its videos be
+    opened, by every visitor. The page's attribute `sessions` holds the visitors' sessions.
     """
     sessions = Sessions(chat.forget, store=store)
-    handlers = Handlers(chat, sessions)
+    handlers = Handlers(chat, sessions, None if library is None else LibrarySearch(library))
     # Gradio deletes files by age, also those in use: the sessions delete them instead.
     page = gr.Blocks(title="FluxChat", analytics_enabled=False, delete_cache=None, fill_width=True)
     with page:
         examples = default_examples() if examples is None else examples
-        controls = Controls(chat, examples, login=login)
+        controls = Controls(chat, examples, login=login, library=library is not None)
         _connect_events(controls, handlers, examples, workers)
         _add_api_endpoints(handlers)
         page.unload(_on_unload(sessions))
@@ -124,6 +127,14 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
         handlers.look_at(session, event.start, event.end, event.region, int(event.turn))
         return media_updates(session)
 
+    def on_search(event: gr.EventData, request: gr.Request) -> str:
+        return handlers.search(session_of(request), str(event.text), int(event.turn))
+
+    def on_hit(event: gr.EventData, request: gr.Request) -> list[Any]:
+        session, where = session_of(request), (int(event.index), int(event.search), int(event.turn))
+        handlers.open_hit(session, *where, _client_id(request))
+        return media_updates(session)
+
     def on_clip(event: gr.EventData, request: gr.Request) -> list[str]:
         session, index = session_of(request), int(event.index)
         if not 0 <= index < len(session.media):
@@ -152,6 +163,11 @@ def _connect_events(controls: Controls, handlers: Handlers, examples: Examples, 
         controls.shelf.part(on_part, None, media_outputs, **{**quick, "trigger_mode": "always_last"}),
     ):
         refresh(event)
+
+    if controls.found is not None:
+        every: dict[str, Any] = {**quick, "trigger_mode": "multiple"}
+        controls.shelf.search(on_search, None, controls.found, **every)
+        refresh(controls.shelf.hit(on_hit, None, media_outputs, **every))
 
     at_once: dict[str, Any] = {
         "queue": False,

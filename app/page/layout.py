@@ -14,6 +14,7 @@ from app.about import device_gib
 from app.chat import SHIPPED, VideoChat
 from app.estimate import Estimate
 from app.note import REAL_MODEL
+from app.page import library_search
 from app.page.handlers import EMPTY_COST
 from app.page.html import copy_button, notice, presets
 from app.page.html import examples as examples_html
@@ -29,7 +30,7 @@ PLAIN: dict[str, Any] = {"js_on_load": None, "apply_default_css": False}
 PLACEHOLDER = "## Ask about a video"
 TITLE, SUMMARY = "FluxChat", "Ask questions about videos, and choose how closely the model looks."
 ICON = THEME / "icon.svg"
-SCRIPTS = ("page.js", "part.js", "conversations.js")  # in one scope
+SCRIPTS = ("page.js", "part.js", "conversations.js", "library.js")  # in one scope
 # Drawn by conversations.js, from what this browser keeps.
 KEPT_VIDEO_MIB = 1024
 SIDE = (
@@ -143,9 +144,12 @@ def _slider(*limits: float, **options: Any) -> Any:
 class Controls:
     """All controls of the page: a place for a list at the side, the stage with the video, the talk."""
 
-    def __init__(self, chat: VideoChat, examples: Examples, *, login: bool = False) -> None:
+    def __init__(
+        self, chat: VideoChat, examples: Examples, *, login: bool = False, library: bool = False
+    ) -> None:
         budgets = Range.of(chat.model)
-        gr.HTML(header(chat, login=login), **PLAIN, elem_id="fluxchat-header")
+        gr.HTML(header(chat, login=login, library=library), **PLAIN, elem_id="fluxchat-header")
+        self.found = gr.HTML(**PLAIN, elem_id="fluxchat-found") if library else None
         with gr.Row(elem_id="fluxchat-main", equal_height=False):
             with gr.Column(scale=0, min_width=0, elem_id="fluxchat-side"):
                 gr.HTML(SIDE, **PLAIN, elem_id="fluxchat-list")
@@ -369,17 +373,18 @@ def _icon(path: str) -> str:
     return f'<svg viewBox="0 0 24 24" aria-hidden="true"><path d="{path}"/></svg>'
 
 
-def header(chat: VideoChat, *, login: bool = False) -> str:
-    """Name of the page and of the model, which opens the list of models. login: with a way to log out."""
+def header(chat: VideoChat, *, login: bool = False, library: bool = False) -> str:
+    """Name of the page and of the model, which opens the list of models. login: with a way to log out.
+    library: with a search of it."""
     out = '<a href="/logout">Log out</a>' if login else ""
     return (
         '<header><button type="button" data-side aria-label="Conversations" aria-expanded="false">☰</button>'
         "<h1>Flux<b>Chat</b></h1>"
         f'<button type="button" data-models aria-haspopup="dialog"><span>{escape(chat.name)}</span>'
-        f"<small> · {chat.device}</small> ▾</button>"
+        f"<small> · {chat.device}</small> ▾</button>{library_search.opener() if library else ''}"
         '<button type="button" id="fluxchat-clear" data-fresh>New conversation</button>'
         f'{out}<button type="button" id="fluxchat-dark" aria-label="Light or dark">◐</button></header>'
-        f"{models(chat)}"
+        f"{models(chat)}{library_search.dialog() if library else ''}"
     )
 
 

@@ -66,6 +66,7 @@ def mount_page(app: FastAPI, chat: VideoChat, api: Api, options: LaunchOptions) 
         workers=options.server.slots,
         store=api.store,
         login=options.credentials.needed,
+        library=options.library,
     )
     uploads = PageUploads(api.store, folder, limit)
     app.router.add_route("/gradio_api/upload", uploads.upload, ["POST"])
