@@ -1,4 +1,5 @@
-"""The `fluxchat` command: ask, chat, web, models, estimate, clip, index, search, export, info, fetch, train.
+"""The `fluxchat` command: ask, chat, web, mcp, models, estimate, clip, index, search, export, info, fetch and
+train.
 
 Exit status 0 when answered, 2 for a wrong input with one line on stderr, 1 when some files of `ask --each`
 failed, 130 when interrupted.
@@ -185,10 +186,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _web_options(web)
 
+    mcp = commands.add_parser(
+        "mcp",
+        help="search_videos and ask_video as MCP tools, for programs that start it (extra: mcp)",
+        description="Talks through standard input and output; reads videos of --library and --folder only.",
+    )
+    mcp.add_argument(
+        "--library", metavar="DIR", help="a library of `fluxchat index`, to search and ask about"
+    )
+    mcp.add_argument(
+        "--folder",
+        metavar="DIR",
+        nargs="+",
+        default=[],
+        help="folders whose videos may be asked about by path",
+    )
+
     info = commands.add_parser("info", help="the model in use, the machine, the versions")
     info.add_argument("--json", action="store_true", help="print as JSON")
 
-    for command in (ask, chat, estimate, web, info):
+    for command in (ask, chat, estimate, web, mcp, info):
         _model_options(command)
     add_library_commands(commands)
 
@@ -531,6 +548,22 @@ def run_web(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_mcp(args: argparse.Namespace) -> int:
+    """MCP tools until standard input ends."""
+    from app.library.library import Library
+    from app.mcp_server import VideoTools, check_folders, make_server
+
+    if args.library is None and not args.folder:
+        raise ConfigError("Say which videos may be read: --library DIR, --folder DIR or both.")
+    folders = check_folders(args.folder)
+    library = None if args.library is None else Library(args.library, device=args.device)
+    if library is not None:
+        library.ready()
+    with open_chat(args, trusted=False) as chat:
+        make_server(VideoTools(chat, library, folders)).run("stdio")
+    return 0
+
+
 def run_info(args: argparse.Namespace) -> int:
     """The model, the machine, the versions; without the model where it cannot be loaded."""
     from app.about import machine_info
@@ -726,6 +759,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "estimate": run_estimate,
         "clip": run_clip,
         "web": run_web,
+        "mcp": run_mcp,
         "info": run_info,
         "models": run_models,
         "fetch": run_fetch,

@@ -117,11 +117,20 @@ class ClipTable:
 
     def files(self) -> dict[str, IndexedFile]:
         """Every file that has rows, by path."""
+        return self._files(None)
+
+    def file(self, path: str) -> IndexedFile | None:
+        """The file of that path; None when it has no rows."""
+        return self._files(_is(path)).get(path)
+
+    def _files(self, where: str | None) -> dict[str, IndexedFile]:
+        """The files of the rows for which a condition holds."""
         if self._table is None:
             return {}
         columns = ["path", "size", "mtime_ns", "ends", "count"]
         found: dict[str, IndexedFile] = {}
-        for batch in self._table.search().select(columns).to_batches():
+        chosen = self._table.search().select(columns)
+        for batch in (chosen if where is None else chosen.where(where)).to_batches():
             for path, size, mtime_ns, ends, count in zip(
                 *(batch.column(name).to_pylist() for name in columns), strict=True
             ):

@@ -119,6 +119,11 @@ class Library:
         assert self._embedder is not None
         self._embedder.embed_texts(["a video"])
 
+    def holds(self, path: str) -> bool:
+        """Whether that is the path of a video of the library, whose content is what was indexed."""
+        file = self._table(self._existing()).file(path)
+        return file is not None and _changed(path, file.identity) is None
+
     def check(self) -> list[Stale]:
         """What of the library is no longer so, by path. Reads no video."""
         settings = self._existing()
