@@ -74,11 +74,11 @@ class VideoTools:
             return
         for folder in self.folders:
             try:
-                file = open_beneath(folder, path)
+                beneath = open_beneath(folder, path)
             except (OSError, ValueError):
                 continue
-            with file:
-                yield Media(file, name)
+            with beneath:
+                yield Media(beneath, name)
             return
         raise ConfigError(f"{path[:200]!r} is no video of the library or of a folder that may be read.")
 

@@ -151,10 +151,10 @@ class ClipTable:
         if self._table is None:
             self.add(rows)
             return
-        # A row that matches is renewed, a number that the file has no more goes.
-        merge = self._table.merge_insert(["path", "number"]).when_matched_update_all()
-        merge = merge.when_not_matched_insert_all().when_not_matched_by_source_delete(_is(path))
         with self._writing():
+            # A row that matches is renewed, a number that the file has no more goes.
+            merge = self._table.merge_insert(["path", "number"]).when_matched_update_all()
+            merge = merge.when_not_matched_insert_all().when_not_matched_by_source_delete(_is(path))
             merge.execute(_arrow(rows))
 
     def touch(self, path: str, mtime_ns: int) -> None:
@@ -206,11 +206,13 @@ class ClipTable:
         try:
             yield
         except Exception as error:
-            text = str(error)
-            why = "the disk is full" if "No space left" in text else first_line(error)
-            raise DataError(
-                f"Cannot write into the library {self._folder}: {why}; what was indexed before is kept."
-            ) from error
+            raise cannot_write(self._folder, error) from error
+
+
+def cannot_write(folder: Path, error: Exception) -> DataError:
+    """What a failed writing into a library is told as."""
+    why = "the disk is full" if "No space left" in str(error) else first_line(error)
+    return DataError(f"Cannot write into the library {folder}: {why}; what was indexed before is kept.")
 
 
 def _arrow(rows: Sequence[ClipRow]) -> Any:

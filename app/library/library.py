@@ -12,9 +12,9 @@ import os
 from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, TextIO
+from typing import Any, Literal, TextIO
 
-from app.library.clip_table import ClipTable, WriteLock, lancedb
+from app.library.clip_table import ClipTable, WriteLock, cannot_write, lancedb
 from app.library.embedders import Embedder, open_embedder
 from app.library.indexing import IndexReport, index_files
 from app.library.video_files import FileIdentity, find_videos
@@ -115,9 +115,13 @@ class Library:
 
     def ready(self) -> None:
         """Load what searching needs, so that the first search is fast; raises what `search` would."""
+        self.embedder().embed_texts(["a video"])
+
+    def embedder(self) -> Embedder:
+        """What its clips were made with; raises ConfigError where that is another one now."""
         self._table(self._existing())
         assert self._embedder is not None
-        self._embedder.embed_texts(["a video"])
+        return self._embedder
 
     def holds(self, path: str) -> bool:
         """Whether that is the path of a video of the library, whose content is what was indexed."""
@@ -230,7 +234,7 @@ class Library:
         """Note what the library is made with from now on."""
         embedder = self._open_embedder(None)
         settings = _Settings(seconds or self._seconds or SECONDS, embedder.name, embedder.fingerprint)
-        save_json({"format": FORMAT, "version": VERSION, **asdict(settings)}, self.folder / SETTINGS)
+        self._save({"format": FORMAT, "version": VERSION, **asdict(settings)}, SETTINGS)
         return settings
 
     def _open_embedder(self, settings: _Settings | None) -> Embedder:
@@ -267,8 +271,14 @@ class Library:
         report = index_files(table, self._open_embedder(settings), paths, settings.seconds, progress)
         asked = {*paths, *forgotten}
         others = {path: why for path, why in self._problems().items() if path not in asked}
-        save_json(others | report.failed, self.folder / PROBLEMS)
+        self._save(others | report.failed, PROBLEMS)
         return report
+
+    def _save(self, values: Any, name: str) -> None:
+        try:
+            save_json(values, self.folder / name)
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
 
     def _problems(self) -> dict[str, str]:
         """Why files could not be indexed, by path."""

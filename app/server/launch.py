@@ -49,7 +49,7 @@ def make_app(chat: VideoChat, options: LaunchOptions) -> FastAPI:
     """
     options.check()
     authenticator = Authenticator(options.credentials)
-    api = Api(chat, options.server)
+    api = Api(chat, options.server, options.library)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from app.library.library import Library
-from app.server.limits import ConnectionLimits
+from app.server.limits import WEB_LIMITS, ConnectionLimits
 from app.server.routes import ServerSettings
 from app.server.security.access_control import LOCAL
 from app.server.security.authentication import Authenticator, Credentials
 from encoder.errors import ConfigError
-from encoder.video.reader import Limits
 
-# Limits on decoding an upload.
-WEB_LIMITS = Limits(
-    seconds=20.0, max_pixels=8192 * 4320, max_duration_s=3600.0, max_bytes=200 * 2**20, memory_mib=2048
-)
+__all__ = ["WEB_LIMITS", "LaunchOptions", "access_summary", "options_from_args", "parse_login"]
 
 
 @dataclass(frozen=True)

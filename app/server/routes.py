@@ -30,6 +30,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from app.chat import SHIPPED, VideoChat
+from app.library.library import Library
 from app.messages import Media, with_part
 from app.note import Note
 from app.server.chat_request import (
@@ -40,6 +41,7 @@ from app.server.chat_request import (
     parse_chat,
     validation_error,
 )
+from app.server.embeddings import ClipEmbedder, parse_embeddings
 from app.server.errors import ApiError, ClientDisconnected, PathRedactor, error_response
 from app.server.media.resolver import Resolver
 from app.server.media.store import MediaStore, StoredFile
@@ -54,6 +56,8 @@ from app.server.schemas import (
     ChatBody,
     ChatCompletion,
     DeletedFile,
+    EmbeddingList,
+    EmbeddingsBody,
     FileList,
     FileObject,
     FilesQuery,
@@ -102,10 +106,14 @@ class ServerSettings:
 
 @dataclass
 class Api:
-    """The HTTP API around one VideoChat. Belongs to one event loop; `close` it at the end."""
+    """The HTTP API around one VideoChat. Belongs to one event loop; `close` it at the end.
+
+    library: its features are those of /v1/embeddings, in place of the shipped encoder's.
+    """
 
     chat: VideoChat
     settings: ServerSettings = field(default_factory=ServerSettings)
+    library: Library | None = None
 
     def __post_init__(self) -> None:
         settings = self.settings
@@ -115,6 +123,8 @@ class Api:
         self._resolver = Resolver(
             self.store, settings.media_root, settings.url_hosts, settings.upload_mib * MIB
         )
+        self._embedder = ClipEmbedder(self.library, self._resolver)
+        self._embedding = asyncio.Semaphore(1)
         self._probing = asyncio.Semaphore(settings.probes)
         self._started = int(time.time())
         own = {str(SHIPPED): "the model", str(self.chat.model.llm.name): "the model"}
@@ -134,6 +144,14 @@ class Api:
                 body=ChatBody,
                 errors=(*usual, 404),
             ): self.chat_completions,
+            Operation(
+                "POST",
+                "/v1/embeddings",
+                "Features of texts and clips in one space, as a library has them.",
+                answer=EmbeddingList,
+                body=EmbeddingsBody,
+                errors=(*usual, 404),
+            ): self.embeddings,
             Operation(
                 "POST",
                 "/v1/files",
@@ -328,6 +346,25 @@ class Api:
         name = request.path_params["id"]
         self.store.delete(name, client_of(request))
         return JSONResponse({"id": name, "object": "file", "deleted": True})
+
+    # -- features -------------------------------------------------------------------------------------------
+
+    async def embeddings(self, request: Request) -> Response:
+        """Unit vectors of texts and clips."""
+        self.scheduler.check()
+        body = await read_json(request, self.settings.body_mib * MIB)
+        wanted = parse_embeddings(body)
+        stop = threading.Event()
+
+        async def compute() -> dict[str, Any]:
+            async with self._embedding:
+                return await asyncio.to_thread(self._embedder.answer, wanted, client_of(request), stop)
+
+        try:
+            return JSONResponse(await until_disconnected(request, compute()))
+        except BaseException:
+            stop.set()
+            raise
 
     # -- chat -----------------------------------------------------------------------------------------------
 
