@@ -1,5 +1,5 @@
-"""The `fluxchat` command: ask, chat, web, mcp, models, estimate, clip, index, search, export, info, fetch and
-train.
+"""The `fluxchat` command: ask, chat, web, mcp, models, estimate, chapters, clip, index, search, export, info,
+fetch and train.
 
 Exit status 0 when answered, 2 for a wrong input with one line on stderr, 1 when some files of `ask --each`
 failed, 130 when interrupted.
@@ -24,6 +24,7 @@ from fluxchat import __version__
 
 if TYPE_CHECKING:
     from app.chat import VideoChat
+    from app.long_video import LongVideo
     from app.messages import Media
     from encoder.video.part import Part
 
@@ -40,6 +41,7 @@ examples:
   yt-dlp -o - URL | fluxchat ask - "What is it about?"              a video from another program
   fluxchat chat clip.mp4                                            many questions, streaming answers
   fluxchat web                                                      the page and the API, on this machine
+  fluxchat chapters film.mp4                                        where what begins in a long video
   fluxchat estimate clip.mp4 --budget 512                           the price, before anything runs
   fluxchat index ~/Videos                                           a library of videos, to be searched
   fluxchat search "a dog catches a disc"                            where in them that is
@@ -166,6 +168,19 @@ def build_parser() -> argparse.ArgumentParser:
     _budget_option(estimate)
     _part_options(estimate)
 
+    chapters = commands.add_parser(
+        "chapters",
+        help="the chapters of a long video: times, and a sentence about each",
+        description="Chapters begin where the picture changes most.",
+    )
+    chapters.add_argument("video", help="a video file; - reads it from standard input")
+    chapters.add_argument(
+        "--count", type=int, metavar="N", help="how many (one for five minutes, from 2 to 12)"
+    )
+    chapters.add_argument("--json", action="store_true", help="print a JSON line a chapter")
+    _budget_option(chapters)
+    _part_options(chapters)
+
     clip = commands.add_parser(
         "clip",
         help="cut a part out of a video, without coding it again",
@@ -205,7 +220,7 @@ def build_parser() -> argparse.ArgumentParser:
     info = commands.add_parser("info", help="the model in use, the machine, the versions")
     info.add_argument("--json", action="store_true", help="print as JSON")
 
-    for command in (ask, chat, estimate, web, mcp, info):
+    for command in (ask, chat, estimate, chapters, web, mcp, info):
         _model_options(command)
     add_library_commands(commands)
 
@@ -472,8 +487,32 @@ def run_ask(args: argparse.Namespace) -> int:
     from app.messages import Videos
 
     with open_chat(args) as chat:
-        answer = chat.ask(Videos(args.videos), args.question, **_generation(args))
+        if (film := _long_video(chat, args.videos)) is not None:
+            answer = film.ask(args.question, **_generation(args))
+        else:
+            answer = chat.ask(Videos(args.videos), args.question, **_generation(args))
     print(json.dumps(answer.to_dict()) if args.json else answer.text)
+    return 0
+
+
+def _long_video(chat: VideoChat, videos: Sequence[Media]) -> LongVideo | None:
+    """The one video that is asked about, where it is so long that it is looked at in parts."""
+    from app.long_video import LongVideo
+
+    if len(videos) != 1 or chat.probe(videos[0]).kind != "video":
+        return None
+    film = LongVideo(chat, videos[0])
+    return film if film.is_long else None
+
+
+def run_chapters(args: argparse.Namespace) -> int:
+    """The chapters, as they come."""
+    from app.long_video import LongVideo
+
+    _check_inputs(args)
+    with open_chat(args) as chat:
+        for chapter in LongVideo(chat, args.video).chapters(args.count, args.budget):
+            print(json.dumps(asdict(chapter)) if args.json else chapter, flush=True)
     return 0
 
 
@@ -511,7 +550,8 @@ def run_estimate(args: argparse.Namespace) -> int:
     """The price of a budget."""
     _check_inputs(args)
     with open_chat(args) as chat:
-        estimate = chat.estimate(args.video, args.budget)
+        film = _long_video(chat, [args.video])
+        estimate = chat.estimate(args.video, args.budget) if film is None else film.price(args.budget)
     print(json.dumps(asdict(estimate)) if args.json else estimate)
     return 0
 
@@ -757,6 +797,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "ask": run_ask,
         "chat": run_chat,
         "estimate": run_estimate,
+        "chapters": run_chapters,
         "clip": run_clip,
         "web": run_web,
         "mcp": run_mcp,
