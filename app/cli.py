@@ -24,7 +24,6 @@ from fluxchat import __version__
 
 if TYPE_CHECKING:
     from app.chat import VideoChat
-    from app.long_video import LongVideo
     from app.messages import Media
     from encoder.video.part import Part
 
@@ -484,25 +483,17 @@ def run_ask(args: argparse.Namespace) -> int:
     _check_inputs(args)
     if args.each:
         return _ask_each(args)
+    from app.long_video import long_video
     from app.messages import Videos
 
     with open_chat(args) as chat:
-        if (film := _long_video(chat, args.videos)) is not None:
+        film = long_video(chat, args.videos[0]) if len(args.videos) == 1 else None
+        if film is not None:
             answer = film.ask(args.question, **_generation(args))
         else:
             answer = chat.ask(Videos(args.videos), args.question, **_generation(args))
     print(json.dumps(answer.to_dict()) if args.json else answer.text)
     return 0
-
-
-def _long_video(chat: VideoChat, videos: Sequence[Media]) -> LongVideo | None:
-    """The one video that is asked about, where it is so long that it is looked at in parts."""
-    from app.long_video import LongVideo
-
-    if len(videos) != 1 or chat.probe(videos[0]).kind != "video":
-        return None
-    film = LongVideo(chat, videos[0])
-    return film if film.is_long else None
 
 
 def run_chapters(args: argparse.Namespace) -> int:
@@ -548,9 +539,11 @@ def run_chat(args: argparse.Namespace) -> int:
 
 def run_estimate(args: argparse.Namespace) -> int:
     """The price of a budget."""
+    from app.long_video import long_video
+
     _check_inputs(args)
     with open_chat(args) as chat:
-        film = _long_video(chat, [args.video])
+        film = long_video(chat, args.video)
         estimate = chat.estimate(args.video, args.budget) if film is None else film.price(args.budget)
     print(json.dumps(asdict(estimate)) if args.json else estimate)
     return 0

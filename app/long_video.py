@@ -36,12 +36,12 @@ MOST_PARTS = 8
 TOKENS_PER_PART = 2 * MIN_TOKENS  # at least
 SAMPLES_PER_PART = 8  # frames of the survey
 SURVEY_SIDE = 64  # pixels
-AT_ONCE = 8  # frames of the survey that are read, and held, together
+AT_ONCE = 16  # frames of the survey that are read, and held, together: each reading opens the file
 STILL = 0.5  # of the mean change: what a stretch of time counts though nothing changes in it
 AROUND_S = 15.0  # before and after a time that is asked about
 CHAPTER_S, LEAST_CHAPTERS, MOST_CHAPTERS = 300.0, 2, 12
 SHORTEST_CHAPTER = 0.25  # of the mean one
-ROUNDS = 2  # of looking closer at where a chapter begins
+ROUNDS, CLOSER = 2, 8  # of looking closer at where a chapter begins, and frames of each
 DESCRIBE = "Describe in one sentence what happens."
 _TIME = re.compile(r"(?<![\w:.])\d{1,2}:[0-5]\d(?::[0-5]\d)?(?:\.\d+)?(?![\w:])")
 
@@ -197,8 +197,8 @@ class LongVideo:
     def _closer(self, start_s: float, end_s: float) -> float:
         """When between two times the picture changes most."""
         for _ in range(ROUNDS):
-            step = (end_s - start_s) / (AT_ONCE - 1)
-            times = [start_s + step * index for index in range(AT_ONCE)]
+            step = (end_s - start_s) / (CLOSER - 1)
+            times = [start_s + step * index for index in range(CLOSER)]
             index = int(_differences(self._glance(times)).argmax())
             start_s, end_s = times[index], times[index + 1]
         return (start_s + end_s) / 2
@@ -220,6 +220,15 @@ class LongVideo:
     def _glance(self, times: list[float]) -> Tensor:
         """Small frames at these times, float (T, H, W, 3)."""
         return self._chat.frames_at(self._medium, times, SURVEY_SIDE).float()
+
+
+def long_video(chat: VideoChat, video: Any) -> LongVideo | None:
+    """The video where it is so long that it is asked about in parts, else None; raises VideoError."""
+    medium = as_media(video)
+    if chat.probe(medium).kind != "video":
+        return None
+    film = LongVideo(chat, medium)
+    return film if film.is_long else None
 
 
 def _differences(frames: Tensor) -> Tensor:

@@ -151,6 +151,9 @@ def test_the_command_asks_in_parts_and_lists_chapters(
     assert len(json.loads(capsys.readouterr().out)["kept"]) == 2
     assert main(["ask", str(film), "What is there?", "--end", "1:00", "--budget", "64", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["kept"]) == 1
+    assert main(["ask", str(film), str(WORLD), "What is there?", "--each", "--budget", "64", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["price"].get("parts") for row in rows] == [2, None]
     assert main(["estimate", str(film), "--budget", "64", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parts"] == 2
     assert main(["chapters", str(film), "--count", "2", "--budget", "16", "--json"]) == 0
