@@ -124,7 +124,7 @@ class Api:
             self.store, settings.media_root, settings.url_hosts, settings.upload_mib * MIB
         )
         self._embedder = ClipEmbedder(self.library, self._resolver)
-        self._embedding = asyncio.Semaphore(1)
+        self._embedding, self._to_embed = asyncio.Semaphore(1), 0  # one at a time, so many wait
         self._probing = asyncio.Semaphore(settings.probes)
         self._started = int(time.time())
         own = {str(SHIPPED): "the model", str(self.chat.model.llm.name): "the model"}
@@ -356,9 +356,25 @@ class Api:
         wanted = parse_embeddings(body)
         stop = threading.Event()
 
+        if self._embedding.locked() and self._to_embed >= self.settings.queue:
+            raise ApiError(
+                429,
+                f"{self._to_embed} requests for features are waiting already: try again later.",
+                kind="rate_limit_error",
+                code="queue_full",
+                headers={"Retry-After": "5"},
+            )
+
         async def compute() -> dict[str, Any]:
-            async with self._embedding:
+            self._to_embed += 1
+            try:
+                await self._embedding.acquire()
+            finally:
+                self._to_embed -= 1
+            try:
                 return await asyncio.to_thread(self._embedder.answer, wanted, client_of(request), stop)
+            finally:
+                self._embedding.release()
 
         try:
             return JSONResponse(await until_disconnected(request, compute()))

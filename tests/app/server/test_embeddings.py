@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from app.library.clip_table import ClipTable
 from app.library.embedders import FluxEmbedder
 from app.library.library import Library
 from app.server.options import LaunchOptions
+from app.server.routes import ServerSettings
 from llm_bridge.assets.cache_dir import cache_dir
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.text_encoders.text_towers import MINILM
@@ -139,6 +142,33 @@ def test_a_part_beyond_the_end_is_a_sentence(address: str) -> None:
     response = post(address, [clip(data_url(SHORT), start=900, end=901)])
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "input[0].video_url.url"
+
+
+@needs_lancedb
+def test_too_many_at_once_are_refused(
+    tiny_model: VideoLanguageModel, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on, embed = threading.Event(), threading.Event(), ColourEmbedder.embed_texts
+
+    def slow(self: ColourEmbedder, texts: Any) -> Any:
+        begun.set()
+        assert go_on.wait(60)
+        return embed(self, texts)
+
+    monkeypatch.setattr(ColourEmbedder, "embed_texts", slow)
+    options = LaunchOptions(page=False, library=library, server=ServerSettings(queue=0))
+    with (
+        VideoChat(tiny_model, trusted=False) as chat,
+        running(chat, options) as (address, _),
+        ThreadPoolExecutor(1) as thread,
+    ):
+        first = thread.submit(post, address, "red")
+        assert begun.wait(60)
+        second = post(address, "red")
+        go_on.set()
+        assert (second.status_code, second.json()["error"]["code"]) == (429, "queue_full")
+        assert first.result().status_code == 200
+        assert post(address, "red").status_code == 200
 
 
 @pytest.mark.slow
