@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from app.answer import Answer
 from app.conversation import Conversation
@@ -435,6 +436,14 @@ class VideoChat(NotCopyable):
         """Size, duration and codec of a video or image; raises VideoError when it cannot be used."""
         self._check_usable()
         return self._vision.open(as_media(video)).info
+
+    def frames_at(self, video: Any, times_s: Sequence[float], max_side: int) -> Tensor:
+        """Frames of a video at ascending times (seconds), uint8 (T, H, W, 3), `max_side` pixels at most.
+
+        Each is sought by itself, however long the video is. Raises VideoError.
+        """
+        self._check_usable()
+        return self._vision.frames_at(as_media(video), times_s, max_side)
 
     def plan(self, video: Any, budget: Budget | int | str | None = None, **part: Any) -> Plan:
         """Frames, resolution and kept tokens that the budget buys on this video; part: as in `estimate`."""

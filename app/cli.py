@@ -1,5 +1,5 @@
-"""The `fluxchat` command: ask, map, chat, web, models, estimate, clip, transcribe, index, search,
-export, info, fetch, train.
+"""The `fluxchat` command: ask, map, chat, web, mcp, models, estimate, chapters, clip, transcribe, index,
+search, export, info, fetch and train.
 
 Exit status 0 when answered, 2 for a wrong input with one line on stderr, 1 when some files of `ask --each`
 or `map` failed, 130 when interrupted.
@@ -44,6 +44,7 @@ examples:
   yt-dlp -o - URL | fluxchat ask - "What is it about?"              a video from another program
   fluxchat chat clip.mp4                                            many questions, streaming answers
   fluxchat web                                                      the page and the API, on this machine
+  fluxchat chapters film.mp4                                        where what begins in a long video
   fluxchat estimate clip.mp4 --budget 512                           the price, before anything runs
   fluxchat index ~/Videos                                           a library of videos, to be searched
   fluxchat search "a dog catches a disc"                            where in them that is
@@ -172,6 +173,19 @@ def build_parser() -> argparse.ArgumentParser:
     _budget_option(estimate)
     _part_options(estimate)
 
+    chapters = commands.add_parser(
+        "chapters",
+        help="the chapters of a long video: times, and a sentence about each",
+        description="Chapters begin where the picture changes most.",
+    )
+    chapters.add_argument("video", help="a video file; - reads it from standard input")
+    chapters.add_argument(
+        "--count", type=int, metavar="N", help="how many (one for five minutes, from 2 to 12)"
+    )
+    chapters.add_argument("--json", action="store_true", help="print a JSON line a chapter")
+    _budget_option(chapters)
+    _part_options(chapters)
+
     clip = commands.add_parser(
         "clip",
         help="cut a part out of a video, without coding it again",
@@ -192,10 +206,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _web_options(web)
 
+    mcp = commands.add_parser(
+        "mcp",
+        help="search_videos and ask_video as MCP tools, for programs that start it (extra: mcp)",
+        description="Talks through standard input and output; reads videos of --library and --folder only.",
+    )
+    mcp.add_argument(
+        "--library", metavar="DIR", help="a library of `fluxchat index`, to search and ask about"
+    )
+    mcp.add_argument(
+        "--folder",
+        metavar="DIR",
+        nargs="+",
+        default=[],
+        help="folders whose videos may be asked about by path",
+    )
+
     info = commands.add_parser("info", help="the model in use, the machine, the versions")
     info.add_argument("--json", action="store_true", help="print as JSON")
 
-    for command in (ask, chat, estimate, web, info):
+    for command in (ask, chat, estimate, chapters, web, mcp, info):
         _model_options(command)
     add_library_commands(commands)
     add_transcribe_command(commands)
@@ -324,6 +354,11 @@ def _web_options(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--port", type=int, default=7860, metavar="N", help="0: any free one (7860)")
     where.add_argument("--no-browser", dest="browser", action="store_false", help="do not open the page")
     where.add_argument("--mcp", action="store_true", help="offer ask and estimate as MCP tools (extra: mcp)")
+    where.add_argument(
+        "--library",
+        metavar="DIR",
+        help="search this library of `fluxchat index` on the page; every visitor may open its videos",
+    )
     who = parser.add_argument_group("who may use it")
     who.add_argument("--auth", metavar="USER:PASSWORD", help="what people log in with")
     who.add_argument(
@@ -503,13 +538,29 @@ def run_ask(args: argparse.Namespace) -> int:
     _check_inputs(args)
     if args.each:
         return _ask_each(args)
+    from app.long_video import long_video
     from app.messages import Videos
 
     with open_chat(args) as chat:
-        answer = chat.ask(Videos(args.videos), args.question, **_generation(args))
+        film = long_video(chat, args.videos[0]) if len(args.videos) == 1 else None
+        if film is not None:
+            answer = film.ask(args.question, **_generation(args))
+        else:
+            answer = chat.ask(Videos(args.videos), args.question, **_generation(args))
     if args.schema is not None:
         answer.json()  # cut off, it is no answer
     print(json.dumps(answer.to_dict()) if args.json else answer.text)
+    return 0
+
+
+def run_chapters(args: argparse.Namespace) -> int:
+    """The chapters, as they come."""
+    from app.long_video import LongVideo
+
+    _check_inputs(args)
+    with open_chat(args) as chat:
+        for chapter in LongVideo(chat, args.video).chapters(args.count, args.budget):
+            print(json.dumps(asdict(chapter)) if args.json else chapter, flush=True)
     return 0
 
 
@@ -552,9 +603,12 @@ def run_chat(args: argparse.Namespace) -> int:
 
 def run_estimate(args: argparse.Namespace) -> int:
     """The price of a budget."""
+    from app.long_video import long_video
+
     _check_inputs(args)
     with open_chat(args) as chat:
-        estimate = chat.estimate(args.video, args.budget)
+        film = long_video(chat, args.video)
+        estimate = chat.estimate(args.video, args.budget) if film is None else film.price(args.budget)
     print(json.dumps(asdict(estimate)) if args.json else estimate)
     return 0
 
@@ -602,6 +656,22 @@ def _opener(args: argparse.Namespace, bounds: dict[str, Any]) -> Callable[[str, 
         return open_chat(argparse.Namespace(**{**vars(args), **(changes if name else {})}), **bounds)
 
     return open_model
+
+
+def run_mcp(args: argparse.Namespace) -> int:
+    """MCP tools until standard input ends."""
+    from app.library.library import Library
+    from app.mcp_server import VideoTools, check_folders, make_server
+
+    if args.library is None and not args.folder:
+        raise ConfigError("Say which videos may be read: --library DIR, --folder DIR or both.")
+    folders = check_folders(args.folder)
+    library = None if args.library is None else Library(args.library, device=args.device)
+    if library is not None:
+        library.ready()
+    with open_chat(args, trusted=False) as chat:
+        make_server(VideoTools(chat, library, folders)).run("stdio")
+    return 0
 
 
 def run_info(args: argparse.Namespace) -> int:
@@ -812,8 +882,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "transcribe": run_transcribe,
         "chat": run_chat,
         "estimate": run_estimate,
+        "chapters": run_chapters,
         "clip": run_clip,
         "web": run_web,
+        "mcp": run_mcp,
         "info": run_info,
         "models": run_models,
         "fetch": run_fetch,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -180,6 +180,20 @@ class Vision:
         )
         self._transcripts.put(key, said)
         return said
+
+    def frames_at(self, medium: Media, times_s: Sequence[float], max_side: int) -> Tensor:
+        """Frames at ascending times, sought one by one, uint8 (T, H, W, 3); keeps none."""
+        label = medium.label()
+        return read_clip(
+            self.hold(medium, label).source,
+            at_s=times_s,
+            region=medium.part.region,
+            max_side=max_side,
+            decoder="pyav",  # decord reads a file from its beginning
+            trusted=self._trusted,
+            limits=self._limits,
+            name=label,
+        ).frames
 
     def encode(
         self,

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from encoder.video.frame_times import middle_times
+from encoder.video.part import Part
 from encoder.video.reader import Decoder, probe, read_clip
 
 WINDOWS_AT_ONCE = 16
@@ -36,6 +38,23 @@ def windows(duration_s: float, seconds: float) -> list[tuple[float, float]]:
     count = max(1, math.floor(duration_s / seconds + 0.5))
     edges = [seconds * number for number in range(count)]
     return list(zip(edges, [*edges[1:], duration_s], strict=True))
+
+
+def read_one(source: Any, part: Part, frames: int, **how: Any) -> Tensor:
+    """The frames of one clip, uint8 (frames, H, W, 3): all of a video, or a part; a picture stands still.
+
+    source, how: as `read_clip` takes them. Raises VideoError.
+    """
+    found = read_clip(
+        source,
+        frames,
+        start_s=part.start_s if part.timed else None,
+        end_s=part.end_s,
+        region=part.region,
+        max_side=DECODED_SIDE,
+        **how,
+    ).frames
+    return found if len(found) == frames else found[:1].expand(frames, -1, -1, -1)
 
 
 def read_clips(path: str, seconds: float, frames: int) -> Iterator[list[VideoClip]]:

@@ -86,11 +86,20 @@ class ClipTable:
 
     def files(self) -> dict[str, IndexedFile]:
         """Every file that has rows, by path."""
+        return self._files(None)
+
+    def file(self, path: str) -> IndexedFile | None:
+        """The file of that path; None when it has no rows."""
+        return self._files(_is(path)).get(path)
+
+    def _files(self, where: str | None) -> dict[str, IndexedFile]:
+        """The files of the rows for which a condition holds."""
         if self._table is None:
             return {}
         columns = ["path", "size", "mtime_ns", "ends", "count"]
         found: dict[str, IndexedFile] = {}
-        for batch in self._table.search().select(columns).to_batches():
+        chosen = self._table.search().select(columns)
+        for batch in (chosen if where is None else chosen.where(where)).to_batches():
             for path, size, mtime_ns, ends, count in zip(
                 *(batch.column(name).to_pylist() for name in columns), strict=True
             ):
@@ -111,10 +120,10 @@ class ClipTable:
         if self._table is None:
             self.add(rows)
             return
-        # A row that matches is renewed, a number that the file has no more goes.
-        merge = self._table.merge_insert(["path", "number"]).when_matched_update_all()
-        merge = merge.when_not_matched_insert_all().when_not_matched_by_source_delete(_is(path))
         with self._writing():
+            # A row that matches is renewed, a number that the file has no more goes.
+            merge = self._table.merge_insert(["path", "number"]).when_matched_update_all()
+            merge = merge.when_not_matched_insert_all().when_not_matched_by_source_delete(_is(path))
             merge.execute(_arrow(rows))
 
     def touch(self, path: str, mtime_ns: int) -> None:
@@ -166,11 +175,13 @@ class ClipTable:
         try:
             yield
         except Exception as error:
-            text = str(error)
-            why = "the disk is full" if "No space left" in text else first_line(error)
-            raise DataError(
-                f"Cannot write into the library {self._folder}: {why}; what was indexed before is kept."
-            ) from error
+            raise cannot_write(self._folder, error) from error
+
+
+def cannot_write(folder: Path, error: Exception) -> DataError:
+    """What a failed writing into a library is told as."""
+    why = "the disk is full" if "No space left" in str(error) else first_line(error)
+    return DataError(f"Cannot write into the library {folder}: {why}; what was indexed before is kept.")
 
 
 def _arrow(rows: Sequence[ClipRow]) -> Any:

@@ -59,6 +59,10 @@ class Embedder(Protocol):
         """(B, dim) unit vectors, float32, on the CPU."""
         ...
 
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        """How many tokens these texts have, all together."""
+        ...
+
 
 class FluxEmbedder:
     """Pooled Flux-CLIP features of a saved model with its alignment; texts go through MiniLM.
@@ -106,6 +110,9 @@ class FluxEmbedder:
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         return self._tower.embed(texts).cpu()
+
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        return _count(self._tower.tokenizer, texts)
 
 
 class StockEmbedder:
@@ -182,6 +189,9 @@ class StockEmbedder:
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         return self._tower.embed(texts).cpu()
 
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        return _count(self._tower.tokenizer, texts)
+
 
 def open_embedder(source: str | None = None, device: str | None = None) -> Embedder:
     """The embedder that `source` is: nothing for the shipped model, a saved model's folder with its
@@ -193,6 +203,10 @@ def open_embedder(source: str | None = None, device: str | None = None) -> Embed
             raise CheckpointError(f"{source} has no {ALIGNMENT}: copy it there from its training.clip run.")
         return FluxEmbedder(source, device)
     return StockEmbedder(source, device)
+
+
+def _count(tokenizer: Any, texts: Sequence[str]) -> int:
+    return sum(map(len, tokenizer(list(texts))["input_ids"])) if texts else 0
 
 
 def _fingerprint(folder: Path, files: Sequence[str], *settings: object) -> str:

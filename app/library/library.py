@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from app.library.clip_table import ClipTable, lancedb
+from app.library.clip_table import ClipTable, cannot_write, lancedb
 from app.library.embedders import Embedder, open_embedder
 from app.library.indexing import Indexer, IndexReport, LocalIndexer, index_files
 from app.library.listening import HeardReport, listen_to
@@ -160,6 +160,21 @@ class Library:
                 hits.append(Hit(row.path, row.start_s, row.end_s, score, None, row.text))
         return Found(tuple(hits), tuple(sorted(path for path, is_fresh in fresh.items() if not is_fresh)))
 
+    def ready(self) -> None:
+        """Load what searching needs, so that the first search is fast; raises what `search` would."""
+        self.embedder().embed_texts(["a video"])
+
+    def embedder(self) -> Embedder:
+        """What its clips were made with; raises ConfigError where that is another one now."""
+        self._table(self._existing())
+        assert self._embedder is not None
+        return self._embedder
+
+    def holds(self, path: str) -> bool:
+        """Whether that is the path of a video of the library, whose content is what was indexed."""
+        file = self._table(self._existing()).file(path)
+        return file is not None and _changed(path, file.identity) is None
+
     def check(self) -> list[Stale]:
         """What of the library is no longer so, by path. Reads no video."""
         settings = self._existing()
@@ -273,7 +288,7 @@ class Library:
         """Note what the library is made with from now on."""
         embedder = self._open_embedder(None)
         settings = _Settings(seconds or self._seconds or SECONDS, embedder.name, embedder.fingerprint)
-        save_json({"format": FORMAT, "version": VERSION, **asdict(settings)}, self.folder / SETTINGS)
+        self._save({"format": FORMAT, "version": VERSION, **asdict(settings)}, SETTINGS)
         return settings
 
     def _open_embedder(self, settings: _Settings | None) -> Embedder:
@@ -310,7 +325,7 @@ class Library:
         report = index_files(table, self._indexer(settings), paths, progress)
         asked = {*paths, *forgotten}
         others = {path: why for path, why in self._problems().items() if path not in asked}
-        save_json(others | report.failed, self.folder / PROBLEMS)
+        self._save(others | report.failed, PROBLEMS)
         return report
 
     def _indexer(self, settings: _Settings) -> Indexer:
@@ -323,6 +338,12 @@ class Library:
         source = given if given is not None else settings.embedder or None
         again = partial(open_embedder, source, self._device) if isinstance(source, str | None) else source
         return RayIndexer(self._pool, partial(_opened, again), settings.seconds)
+
+    def _save(self, values: Any, name: str) -> None:
+        try:
+            save_json(values, self.folder / name)
+        except OSError as error:
+            raise cannot_write(self.folder, error) from error
 
     def _problems(self) -> dict[str, str]:
         """Why files could not be indexed, by path."""

@@ -17,11 +17,13 @@ from typing import Any
 import gradio as gr
 
 from app.chat import VideoChat
+from app.library.library import Library
 from app.model_slot import ModelSlot
 from app.page.handlers import Handlers
 from app.page.html import notice, part_chips, path_of, shelf
 from app.page.kept import record
 from app.page.layout import SAME, Controls, Examples, default_examples, page_options
+from app.page.library_search import LibrarySearch
 from app.page.model_events import connect_models
 from app.page.sessions import Session, Sessions
 from app.page.settings import Settings
@@ -39,24 +41,25 @@ def build(
     store: MediaStore | None = None,
     login: bool = False,
     loads: bool = False,
+    library: Library | None = None,
 ) -> gr.Blocks:
     """The page around one model, not launched.
 
     examples: (file, question) pairs to start from; None takes those that ship with the model. workers:
     answers computed at the same time. store: where uploads are, when a server receives them. login: whether
     visitors have logged in, so that the page offers to log out. loads: whether they may load another model
-    in this one's place, where `chat` is a slot that can. The page's attribute `sessions` holds the
-    visitors' sessions.
+    in this one's place, where `chat` is a slot that can. library: may be searched, and its videos be opened,
+    by every visitor. The page's attribute `sessions` holds the visitors' sessions.
     """
     slot = ModelSlot.of(chat)
     loads = loads and slot.can_load
     sessions = Sessions(slot.forget, store=store)
-    handlers = Handlers(slot, sessions)
+    handlers = Handlers(slot, sessions, None if library is None else LibrarySearch(library))
     # Gradio deletes files by age, also those in use: the sessions delete them instead.
     page = gr.Blocks(title="FluxChat", analytics_enabled=False, delete_cache=None, fill_width=True)
     with page:
         examples = default_examples() if examples is None else examples
-        controls = Controls(slot, examples, login=login, loads=loads)
+        controls = Controls(slot, examples, login=login, loads=loads, library=library is not None)
         refresh = _connect_events(controls, handlers, examples, workers)
         if loads:
             connect_models(page, controls, handlers, examples, refresh)
@@ -143,6 +146,14 @@ def _connect_events(
     def on_overtaken(request: gr.Request) -> list[Any]:
         return media_updates(session_of(request))
 
+    def on_search(event: gr.EventData, request: gr.Request) -> str:
+        return handlers.search(session_of(request), str(event.text), int(event.turn))
+
+    def on_hit(event: gr.EventData, request: gr.Request) -> list[Any]:
+        session, where = session_of(request), (int(event.index), int(event.search), int(event.turn))
+        handlers.open_hit(session, *where, _client_id(request))
+        return media_updates(session)
+
     def on_clip(event: gr.EventData, request: gr.Request) -> list[str]:
         session = session_of(request)
         made = handlers.clip(session, path_of(event.source), event.start, event.end, _client_id(request))
@@ -178,6 +189,11 @@ def _connect_events(
         controls.shelf.overtaken(on_overtaken, None, media_outputs, **quick),
     ):
         refresh(event)
+
+    if controls.found is not None:
+        every: dict[str, Any] = {**quick, "trigger_mode": "multiple"}
+        controls.shelf.search(on_search, None, controls.found, **every)
+        refresh(controls.shelf.hit(on_hit, None, media_outputs, **every))
 
     at_once: dict[str, Any] = {
         "queue": False,

@@ -28,12 +28,15 @@ from app.messages import Media as ShownMedia
 from app.messages import question_text
 from app.model_slot import Beside, ModelSlot
 from app.page import html as markup
+from app.page import library_search
 from app.page.kept import Kept
+from app.page.library_search import LibrarySearch
 from app.page.overlay import data_url
 from app.page.sessions import Media, Session, Sessions, Turn
 from app.page.settings import Range, Settings
 from app.server.chat_request import longest_text
 from app.server.errors import ApiError
+from app.server.media.uploads import file_name
 from app.streaming import Thought
 from encoder.errors import ConfigError, FluxChatError
 from encoder.selection import Selector
@@ -79,10 +82,12 @@ class _Side:
 
 
 class Handlers:
-    """The event handlers around one VideoChat."""
+    """The event handlers around one VideoChat. library: what visitors may search, and open videos of."""
 
-    def __init__(self, chat: VideoChat | ModelSlot, sessions: Sessions) -> None:
-        self.slot, self.sessions = ModelSlot.of(chat), sessions
+    def __init__(
+        self, chat: VideoChat | ModelSlot, sessions: Sessions, library: LibrarySearch | None = None
+    ) -> None:
+        self.slot, self.sessions, self.library = ModelSlot.of(chat), sessions, library
         self._range: tuple[int, Range] | None = None  # of which exchange of the model
         # Made here, since inside an event a Gradio component is only an update.
         self._html = gr.HTML("", js_on_load=None, apply_default_css=False, render=False).get_config()
@@ -173,6 +178,52 @@ class Handlers:
             session.problem = markup.problem(_sentence(error))
             return ""
         return markup.made(copy, name, f"Saved {name}: {clock(done.start_s)} to {clock(done.end_s)}")
+
+    # -- the library ----------------------------------------------------------------------------------------
+
+    def search(self, session: Session, text: str, turn: int) -> str:
+        """What in the library fits a text, as HTML. turn: grows with each search in the browser."""
+        if self.library is None:
+            return ""
+        try:
+            found = self.library.find(text)
+        except FluxChatError as error:
+            return library_search.failed(_sentence(error), turn)
+        if turn >= session.found[0]:
+            session.found = turn, found.hits
+        return library_search.results(found, turn)
+
+    def open_hit(self, session: Session, index: int, search: int, turn: int, client: str = "") -> str:
+        """Show a hit of the session's last search: its video, that part of it chosen; an error as HTML.
+
+        The visitor gets a copy, a file like those that are uploaded. search: that the hit is one of. turn: of
+        the choice of a part (see `look_at`).
+        """
+        number, hits = session.found
+        if number != search or not 0 <= index < len(hits):
+            session.problem = markup.problem("That search is over: search again.")
+            return session.problem
+        hit = hits[index]
+        if not session.show(session.opened.get(hit.path, "")):
+            name = file_name(Path(hit.path).name)
+            try:
+                with self.slot.using() as chat:
+                    chat.probe(ShownMedia(hit.path, name))  # too large or too long: before it is copied
+                copy = self.sessions.copy(hit.path, client)
+            except OSError:
+                session.problem = markup.problem(f"{name} is not there any more: search again.")
+                return session.problem
+            except (FluxChatError, ApiError) as error:
+                session.problem = markup.problem(_sentence(error))
+                return session.problem
+            if problem := self.add(session, [copy]):
+                return problem
+            session.opened[hit.path] = copy
+        assert session.current is not None
+        if session.current.is_image:
+            return self.look_at(session, session.current.path, 0, None, None, turn)
+        end = None if hit.end_s >= session.current.info.duration_s else hit.end_s
+        return self.look_at(session, session.current.path, hit.start_s, end, None, turn)
 
     # -- cost -----------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from app.chat import SHIPPED, VideoChat
 from app.estimate import Estimate
 from app.model_slot import ModelSlot
 from app.note import REAL_MODEL
+from app.page import library_search
 from app.page.handlers import EMPTY_COST
 from app.page.html import examples as examples_html
 from app.page.html import notice, presets
@@ -30,7 +31,7 @@ PLACEHOLDER = "## Ask about a video"
 SAME = "="  # as the second model of a comparison: the one in use
 TITLE, SUMMARY = "FluxChat", "Ask questions about videos, and choose how closely the model looks."
 ICON = THEME / "icon.svg"
-SCRIPTS = ("page.js", "part.js", "conversations.js")  # in one scope
+SCRIPTS = ("page.js", "part.js", "conversations.js", "library.js")  # in one scope
 # Drawn by conversations.js, from what this browser keeps.
 KEPT_VIDEO_MIB = 1024
 SIDE = (
@@ -139,11 +140,20 @@ class Controls:
     """All controls of the page: a place for a list at the side, the stage with the video, the talk."""
 
     def __init__(
-        self, slot: ModelSlot, examples: Examples, *, login: bool = False, loads: bool = False
+        self,
+        slot: ModelSlot,
+        examples: Examples,
+        *,
+        login: bool = False,
+        loads: bool = False,
+        library: bool = False,
     ) -> None:
         chat = slot.chat
         budgets = Range.of(chat.model)
-        self.header = gr.HTML(header(slot, login=login, loads=loads), **PLAIN, elem_id="fluxchat-header")
+        self.header = gr.HTML(
+            header(slot, login=login, loads=loads, library=library), **PLAIN, elem_id="fluxchat-header"
+        )
+        self.found = gr.HTML(**PLAIN, elem_id="fluxchat-found") if library else None
         with gr.Row(elem_id="fluxchat-main", equal_height=False):
             with gr.Column(scale=0, min_width=0, elem_id="fluxchat-side"):
                 gr.HTML(SIDE, **PLAIN, elem_id="fluxchat-list")
@@ -386,17 +396,17 @@ def others(slot: ModelSlot | None) -> list[tuple[str, str]]:
     return same + [(c.title, c.name) for c in slot.choices() if c.on_disk and c.name != slot.name]
 
 
-def header(slot: ModelSlot, *, login: bool = False, loads: bool = False) -> str:
+def header(slot: ModelSlot, *, login: bool = False, loads: bool = False, library: bool = False) -> str:
     """Name of the page and of the model, which opens the list of models. login: with a way to log out.
-    loads: another model can be loaded from the list."""
+    loads: another model can be loaded from the list. library: with a search of it."""
     chat = slot.chat
     out = '<a href="/logout">Log out</a>' if login else ""
     return (
         '<header><button type="button" data-side aria-label="Conversations" aria-expanded="false">☰</button>'
         "<h1>Flux<b>Chat</b></h1>"
         f'<button type="button" data-models aria-haspopup="dialog"><span>{escape(chat.name)}</span>'
-        f"<small> · {chat.device}</small> ▾</button>"
+        f"<small> · {chat.device}</small> ▾</button>{library_search.opener() if library else ''}"
         '<button type="button" id="fluxchat-clear" data-fresh>New conversation</button>'
         f'{out}<button type="button" id="fluxchat-dark" aria-label="Light or dark">◐</button></header>'
-        f"{dialog(slot, loads=loads)}"
+        f"{dialog(slot, loads=loads)}{library_search.dialog() if library else ''}"
     )

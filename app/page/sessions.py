@@ -17,9 +17,11 @@ from typing import Any
 
 import app.messages
 from app.answer import Answer
+from app.library.library import Hit
 from app.page.settings import Settings
 from app.server.errors import ApiError
 from app.server.media.store import MediaStore
+from app.server.media.uploads import file_name
 from encoder.errors import ConfigError
 from encoder.video.part import WHOLE, Part
 from encoder.video.reader import VideoInfo
@@ -100,7 +102,8 @@ class Session:
     answered; `lock` guards that together with the end of `turns`. conversation: the name under which the
     browser keeps it. parent: of the conversation that it branched from. thumbnails: a small picture of each
     medium by path, a data URL. records: how many were sent to the browser. revision: of the shelf it shows.
-    asked_for: how often the page asked for what it computes in the background.
+    asked_for: how often the page asked for what it computes in the background. found: a search of the library
+    by its number, and its hits. opened: copies of the library's videos that it got, by their paths there.
     """
 
     id: str
@@ -121,6 +124,8 @@ class Session:
     records: int = 0
     revision: int = 0
     asked_for: Counter[str] = field(default_factory=Counter)
+    found: tuple[int, tuple[Hit, ...]] = (0, ())
+    opened: dict[str, str] = field(default_factory=dict)
 
     @property
     def current(self) -> Media | None:
@@ -254,11 +259,12 @@ class Sessions:
 
     def copy(self, path: str | Path, client: str = "") -> str:
         """A copy of one of our own files, as if that client had uploaded it."""
+        name = file_name(Path(path).name)
         if self.store is not None:
             with open(path, "rb") as source:
-                return self.store.add(source, Path(path).name, client, page=self.uploads).path
+                return self.store.add(source, name, client, page=self.uploads).path
         self.uploads.mkdir(parents=True, exist_ok=True)
-        return shutil.copy(path, tempfile.mkdtemp(dir=self.uploads))
+        return str(shutil.copy(path, Path(tempfile.mkdtemp(dir=self.uploads)) / name))
 
     def add(self, session: Session, medium: Media) -> None:
         """Add a video or image; raises ConfigError when the session has too many."""

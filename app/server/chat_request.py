@@ -91,10 +91,7 @@ def parse_chat(data: Any) -> ChatRequest:
     """A decoded JSON body as a ChatRequest; raises ApiError naming the field that is wrong."""
     if not isinstance(data, dict):
         raise ApiError(400, "The body must be a JSON object.")
-    model = data.get("model", MODEL)
-    if isinstance(model, str) and model != MODEL:
-        message = f"There is no model {model[:80]!r} here: use {MODEL!r}."
-        raise ApiError(404, message, code="model_not_found", param="model")
+    check_model(data)
     try:
         body = ChatBody.model_validate(data)
     except ValidationError as error:
@@ -129,6 +126,14 @@ def parse_chat(data: Any) -> ChatRequest:
         part=_part(body, ""),
         label=hashlib.blake2b(repr(labels).encode(), digest_size=12).hexdigest() if any(labels) else "",
     )
+
+
+def check_model(data: Mapping[str, Any]) -> None:
+    """Raises ApiError 404 for a body that names another model."""
+    model = data.get("model", MODEL)
+    if isinstance(model, str) and model != MODEL:
+        message = f"There is no model {model[:80]!r} here: use {MODEL!r}."
+        raise ApiError(404, message, code="model_not_found", param="model")
 
 
 def _thinking(body: ChatBody) -> dict[str, Any]:
@@ -218,19 +223,19 @@ def _parts(content: Any, path: str, role: Role) -> Iterator[str | Reference]:
     """The texts that are not empty, and the media, of a message's content."""
     if isinstance(content, str):
         if content:
-            yield _without_nul(content, path, role)
+            yield without_nul(content, path, role)
         return
     for index, part in enumerate(content):
         if isinstance(part, (TextPart, RefusalPart)):
             key = "text" if isinstance(part, TextPart) else "refusal"
-            item: str | Reference = _without_nul(getattr(part, key), f"{path}[{index}].{key}", role)
+            item: str | Reference = without_nul(getattr(part, key), f"{path}[{index}].{key}", role)
         else:
-            item = _reference(part, f"{path}[{index}]")
+            item = reference(part, f"{path}[{index}]")
         if item != "":
             yield item
 
 
-def _without_nul(text: str, path: str, role: Role) -> str:
+def without_nul(text: str, path: str, role: Role = "user") -> str:
     """A text without NUL, which tokenizers cannot read: dropped from answers, refused in other messages."""
     if "\0" not in text:
         return text
@@ -239,7 +244,7 @@ def _without_nul(text: str, path: str, role: Role) -> str:
     raise ApiError(400, f"{path} has a NUL character: take it out.", param=path)
 
 
-def _reference(part: Strict, path: str) -> Reference:
+def reference(part: Strict, path: str) -> Reference:
     """The reference of a message part; exactly one of its fields must name the content."""
     name = ""
     looked = _part(part, path)

@@ -68,6 +68,7 @@ def mount_page(app: FastAPI, slot: ModelSlot, api: Api, options: LaunchOptions) 
         store=api.store,
         login=options.credentials.needed,
         loads=options.for_one,
+        library=options.library,
     )
     uploads = PageUploads(api.store, folder, limit)
     app.router.add_route("/gradio_api/upload", uploads.upload, ["POST"])

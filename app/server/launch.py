@@ -52,7 +52,7 @@ def make_app(chat: VideoChat | ModelSlot, options: LaunchOptions) -> FastAPI:
     options.check()
     authenticator = Authenticator(options.credentials)
     slot = ModelSlot.of(chat)
-    api = Api(slot, options.server)
+    api = Api(slot, options.server, options.library)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

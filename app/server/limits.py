@@ -27,11 +27,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from app.server.errors import ApiError, error_response
+from encoder.video.limits import Limits
 
 LINGER_S = 10.0  # for the rest of an answer when the connection is to be closed
 RESERVED = 64  # connections beyond the limit, for /healthz
 SMALL_BODY = 1 << 20
 UPLOAD_PATHS = ("/v1/files", "/gradio_api/upload")
+# On decoding an upload.
+WEB_LIMITS = Limits(
+    seconds=20.0, max_pixels=8192 * 4320, max_duration_s=3600.0, max_bytes=200 * 2**20, memory_mib=2048
+)
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.server.limits import ConnectionLimits
+from app.library.library import Library
+from app.server.limits import WEB_LIMITS, ConnectionLimits
 from app.server.routes import ServerSettings
 from app.server.security.access_control import LOCAL
 from app.server.security.authentication import Authenticator, Credentials
 from encoder.errors import ConfigError
-from encoder.video.reader import Limits
 
-# Limits on decoding an upload.
-WEB_LIMITS = Limits(
-    seconds=20.0, max_pixels=8192 * 4320, max_duration_s=3600.0, max_bytes=200 * 2**20, memory_mib=2048
-)
+__all__ = ["WEB_LIMITS", "LaunchOptions", "access_summary", "options_from_args", "parse_login"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,8 @@ class LaunchOptions:
     X-Forwarded-For is trusted. connections: limits on them. public: bind to other addresses without
     credentials, and allow framing, where another system controls access. examples: (file, question) pairs
     of the page, None for the shipped ones. mcp: offer ask and estimate as MCP tools. page: serve the
-    page too. browser: open it. drain_s: how long answers may go on after SIGTERM.
+    page too. library: every visitor may search it on the page. browser: open the page. drain_s: how long
+    answers may go on after SIGTERM.
     """
 
     host: str = "127.0.0.1"
@@ -45,6 +43,7 @@ class LaunchOptions:
     examples: Sequence[tuple[str, str]] | None = None
     mcp: bool = False
     page: bool = True
+    library: Library | None = None
     browser: bool = False
     drain_s: float = 30.0
 
@@ -119,10 +118,14 @@ def options_from_args(args: Any) -> LaunchOptions:
         proxies=tuple(args.proxy),
         connections=ConnectionLimits(args.max_connections, args.connections_per_address),
         mcp=args.mcp,
+        library=None if args.library is None else Library(args.library, device=args.device),
         browser=args.browser,
     )
     options.check()
-    Authenticator(options.credentials)  # reports a wrong keys file before the model is loaded
+    # These report what is wrong before the model is loaded.
+    Authenticator(options.credentials)
+    if options.library is not None:
+        options.library.ready()
     return options
 
 

@@ -30,6 +30,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from app.chat import SHIPPED, VideoChat
+from app.library.library import Library
 from app.messages import Media, with_part
 from app.model_slot import ModelSlot
 from app.note import Note
@@ -41,6 +42,7 @@ from app.server.chat_request import (
     parse_chat,
     validation_error,
 )
+from app.server.embeddings import ClipEmbedder, parse_embeddings
 from app.server.errors import ApiError, ClientDisconnected, PathRedactor, error_response
 from app.server.media.resolver import Resolver
 from app.server.media.store import MediaStore, StoredFile
@@ -55,6 +57,8 @@ from app.server.schemas import (
     ChatBody,
     ChatCompletion,
     DeletedFile,
+    EmbeddingList,
+    EmbeddingsBody,
     FileList,
     FileObject,
     FilesQuery,
@@ -102,10 +106,18 @@ class ServerSettings:
 
 
 class Api:
-    """The HTTP API around one VideoChat. Belongs to one event loop; `close` it at the end."""
+    """The HTTP API around one VideoChat. Belongs to one event loop; `close` it at the end.
 
-    def __init__(self, chat: VideoChat | ModelSlot, settings: ServerSettings | None = None) -> None:
-        self.slot = ModelSlot.of(chat)
+    library: its features are those of /v1/embeddings, in place of the shipped encoder's.
+    """
+
+    def __init__(
+        self,
+        chat: VideoChat | ModelSlot,
+        settings: ServerSettings | None = None,
+        library: Library | None = None,
+    ) -> None:
+        self.slot, self.library = ModelSlot.of(chat), library
         self.settings = settings = settings or ServerSettings()
         self.store = MediaStore(settings.store_mib * MIB, settings.keep_s)
         self.scheduler = Scheduler(settings.slots, settings.queue)
@@ -113,6 +125,8 @@ class Api:
         self._resolver = Resolver(
             self.store, settings.media_root, settings.url_hosts, settings.upload_mib * MIB
         )
+        self._embedder = ClipEmbedder(self.library, self._resolver)
+        self._embedding, self._to_embed = asyncio.Semaphore(1), 0  # one at a time, so many wait
         self._probing = asyncio.Semaphore(settings.probes)
         self._started = int(time.time())
         own = {str(SHIPPED): "the model", str(self.chat.model.llm.name): "the model"}
@@ -137,6 +151,14 @@ class Api:
                 body=ChatBody,
                 errors=(*usual, 404),
             ): self.chat_completions,
+            Operation(
+                "POST",
+                "/v1/embeddings",
+                "Features of texts and clips in one space, as a library has them.",
+                answer=EmbeddingList,
+                body=EmbeddingsBody,
+                errors=(*usual, 404),
+            ): self.embeddings,
             Operation(
                 "POST",
                 "/v1/files",
@@ -331,6 +353,41 @@ class Api:
         name = request.path_params["id"]
         self.store.delete(name, client_of(request))
         return JSONResponse({"id": name, "object": "file", "deleted": True})
+
+    # -- features -------------------------------------------------------------------------------------------
+
+    async def embeddings(self, request: Request) -> Response:
+        """Unit vectors of texts and clips."""
+        self.scheduler.check()
+        body = await read_json(request, self.settings.body_mib * MIB)
+        wanted = parse_embeddings(body)
+        stop = threading.Event()
+
+        if self._embedding.locked() and self._to_embed >= self.settings.queue:
+            raise ApiError(
+                429,
+                f"{self._to_embed} requests for features are waiting already: try again later.",
+                kind="rate_limit_error",
+                code="queue_full",
+                headers={"Retry-After": "5"},
+            )
+
+        async def compute() -> dict[str, Any]:
+            self._to_embed += 1
+            try:
+                await self._embedding.acquire()
+            finally:
+                self._to_embed -= 1
+            try:
+                return await asyncio.to_thread(self._embedder.answer, wanted, client_of(request), stop)
+            finally:
+                self._embedding.release()
+
+        try:
+            return JSONResponse(await until_disconnected(request, compute()))
+        except BaseException:
+            stop.set()
+            raise
 
     # -- chat -----------------------------------------------------------------------------------------------
 

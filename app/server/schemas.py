@@ -26,6 +26,7 @@ from encoder.selection import Selector
 MODEL = "fluxchat"
 MAX_MEDIA = 16  # videos and images in one request
 MAX_MESSAGES = 1024
+MAX_EMBEDDED = 1024  # texts and clips in one request for features
 MAX_STOPS = 4
 MAX_IDS = 1024  # of stop_token_ids and logit_bias
 # Prefix of the tags of union alternatives, which distinguishes them from fields in the path of an error.
@@ -457,6 +458,36 @@ class ChatBody(Strict):
     priority: Any = _only(0)
 
 
+_Input = Annotated[
+    Annotated[str, Field(min_length=1, max_length=1 << 20), Tag("=text")]
+    | Annotated[UserPart, Tag("=object")],
+    Discriminator(_kind),
+]
+
+
+def _list_of_item(value: Any) -> Any:
+    """A text or a part as the list that it stands for."""
+    return [value] if isinstance(value, (str, dict)) else value
+
+
+class EmbeddingsBody(Strict):
+    """A request for features of texts and clips, in one space: their cosine says how well they fit."""
+
+    model: str = MODEL
+    input: Annotated[
+        list[_Input],
+        Field(
+            min_length=1,
+            max_length=MAX_EMBEDDED,
+            description="Texts, and parts as a message has them: {'type': 'video_url', ...}, start and end.",
+        ),
+        BeforeValidator(_list_of_item),
+    ]
+    encoding_format: Literal["float", "base64"] | None = "float"
+    dimensions: Any = _only()
+    user: Hint = None
+
+
 class FilesQuery(BaseModel):
     """The query of GET /v1/files: which of the caller's files, newest first."""
 
@@ -551,6 +582,23 @@ class Choice(BaseModel):
     message: AnswerMessage
     logprobs: None = None
     finish_reason: Literal["stop", "length"]
+
+
+class Embedding(BaseModel):
+    """A unit vector: numbers, or base64 of them as little-endian float32."""
+
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingList(BaseModel):
+    """The features in the order of the input. usage: prompt_tokens counts those of the texts."""
+
+    object: Literal["list"] = "list"
+    model: str
+    data: list[Embedding]
+    usage: dict[str, int]
 
 
 class ChatCompletion(BaseModel):

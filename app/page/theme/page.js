@@ -362,7 +362,7 @@ function saveMade() {
 new MutationObserver(() => {
   offerClips();
   saveMade();
-  if (find("#fluxchat-problem [role=alert]") && find(".fc-upload span")?.textContent === "Cutting …") say("");
+  if (find("#fluxchat-problem [role=alert]") && ["Cutting …", "Opening …"].includes(find(".fc-upload span")?.textContent)) say("");
 }).observe(document.body, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-made"] });
 
 // -- a frame under the pointer, large ------------------------------------------------------------------------

@@ -35,6 +35,9 @@ class ColourEmbedder:
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         return F.normalize(torch.tensor([COLOURS[text] for text in texts]).float() - 100, dim=-1)
 
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        return len(texts)
+
 
 def film(path: Path, colours: Iterable[str]) -> Path:
     """Two seconds of each colour."""

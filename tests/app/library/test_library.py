@@ -5,16 +5,19 @@ from __future__ import annotations
 import io
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
+from app.library import indexing
 from app.library.clip_table import ClipTable
 from app.library.library import Library
 from encoder.errors import ConfigError, DataError, ModelError
@@ -203,6 +206,121 @@ def test_a_bar_goes_where_it_is_told(tmp_path: Path, videos: Path) -> None:
     out = io.StringIO()
     opened(tmp_path).index([videos], progress=out)
     assert "4/4" in out.getvalue()
+
+
+def test_a_video_that_is_changed_or_deleted_while_it_is_read_is_no_row(
+    tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = indexing.read_clips
+
+    def meanwhile(path: str, *how: Any) -> Any:
+        for clips in read(path, *how):
+            yield clips
+            if path.endswith("red.mp4"):
+                film(Path(path), ["blue", "blue"])
+            elif path.endswith("green.mp4"):
+                Path(path).unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing, "read_clips", meanwhile)
+        library = opened(tmp_path)
+        report = library.index([videos])
+    assert {Path(path).name for path in report.failed} == {"red.mp4", "green.mp4"}
+    assert all("was changed meanwhile" in why for why in report.failed.values())
+    assert rows(library.folder) == {"blue.mp4": 1, "it's two.mp4": 2}
+    assert {Path(row.path).name for row in library.check()} == {"red.mp4", "green.mp4"}
+    assert (library.repair().indexed, library.check()) == (1, [])
+
+
+def test_a_disk_that_is_full_is_one_sentence_and_what_was_there_stays(
+    tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = opened(tmp_path)
+    library.index([videos / "red.mp4"])
+    film(videos / "red.mp4", ["blue"])
+    full = OSError(28, "No space left on device")
+
+    class Full:
+        """The table of LanceDB on a disk where nothing more can be written."""
+
+        def __init__(self, table: Any) -> None:
+            self._whole = table
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("add", "merge_insert", "update", "delete", "optimize"):
+                return self._fail
+            return getattr(self._whole, name)
+
+        def _fail(self, *_: Any, **__: Any) -> Any:
+            raise full
+
+    made = ClipTable.__init__
+
+    def filled(self: ClipTable, *arguments: Any) -> None:
+        made(self, *arguments)
+        self._table = Full(self._table)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClipTable, "__init__", filled)
+        for what in (lambda: library.index([videos]), library.repair):
+            with pytest.raises(DataError, match=r"the disk is full; what was indexed before is kept\.$"):
+                what()
+    assert rows(library.folder) == {"red.mp4": 1}
+    report = library.repair()
+    assert (report.indexed, report.failed) == (1, {})
+    assert library.index([videos]).indexed == 3
+
+    def no_room(*_: Any) -> None:
+        raise full
+
+    monkeypatch.setattr("app.library.library.save_json", no_room)
+    film(videos / "more.mp4", ["red"])
+    for place in (tmp_path / "index", tmp_path / "another"):
+        with pytest.raises(DataError, match="the disk is full"):
+            Library(place, embedder=ColourEmbedder(), seconds=2).index([videos])
+    assert rows(library.folder)["more.mp4"] == 1  # only the report of it was lost
+
+
+FILL = """
+import sys
+from pathlib import Path
+from app.library.library import Library
+from encoder.errors import DataError
+from tests.app.library.conftest import ColourEmbedder
+from tests.app.library.test_library import rows
+def library():
+    return Library(sys.argv[1], embedder=ColourEmbedder(), seconds=2)
+try:
+    library().index([sys.argv[2]])
+    sys.exit("the disk was never full")
+except DataError as error:
+    print(error)
+before = rows(Path(sys.argv[1]))
+for path in sorted(Path(sys.argv[1]).glob("ballast*")):
+    path.unlink()
+report = library().index([sys.argv[2]])
+after = rows(Path(sys.argv[1]))
+print(sum(before.values()), report.unchanged, sum(after.values()), set(after.values()), library().check())
+"""
+
+
+def test_a_disk_that_runs_full_while_indexing_leaves_whole_videos(tmp_path: Path) -> None:
+    index = tmp_path / "index"
+    index.mkdir()
+    for number in range(12):
+        film(tmp_path / "videos" / f"{number:02}.mp4", ["red", "green"])
+    mount = f"mount -t tmpfs -o size=2m tmpfs {index} && head -c 1930000 /dev/zero > {index}/ballast"
+    script = f'{mount} && exec "{sys.executable}" -c "$1" {index} {tmp_path / "videos"}'
+    command = ["unshare", "--mount", "--map-root-user", "sh", "-c", script, "sh", FILL]
+    if shutil.which("unshare") is None or subprocess.run([*command[:-3], mount], check=False).returncode:
+        pytest.skip("no small disk can be made here")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    sentence, counts = done.stdout.splitlines()
+    assert "the disk is full; what was indexed before is kept." in sentence
+    before, unchanged, after, clips, stale = counts.split(" ", 4)
+    assert int(before) == 2 * int(unchanged)
+    assert (after, clips, stale) == ("24", "{2}", "[]")
 
 
 INDEX = """

@@ -1,0 +1,244 @@
+"""Questions about videos of hours: shown in parts, each with its share of one budget by how much changes.
+
+    film = LongVideo(chat, "film.mp4")
+    print(film.price(512))                       # before anything is decoded
+    print(film.ask("What happens?", 512).text)   # or "What happens at 1:23:45?": decoded only around there
+    for chapter in film.chapters(): print(chapter)
+
+A survey of small frames says where the picture changes; parts with as much change each are looked at with the
+same number of tokens, so that a part where much happens is short and one where little does is long. Frames
+are sought, never decoded from the beginning, and few are held at a time: memory does not grow with length.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from app.answer import Answer
+from app.messages import Media, Videos, as_media
+from encoder.budget import MIN_TOKENS
+from encoder.errors import ConfigError
+from encoder.video.clock import clock, seconds
+from encoder.video.part import Part
+
+if TYPE_CHECKING:
+    from app.chat import VideoChat
+
+LONG_S = 600.0  # from here on a video is shown in parts
+MOST_PARTS = 8
+TOKENS_PER_PART = 2 * MIN_TOKENS  # at least
+SAMPLES_PER_PART = 8  # frames of the survey
+SURVEY_SIDE = 64  # pixels
+AT_ONCE = 16  # frames of the survey that are read, and held, together: each reading opens the file
+STILL = 0.5  # of the mean change: what a stretch of time counts though nothing changes in it
+AROUND_S = 15.0  # before and after a time that is asked about
+CHAPTER_S, LEAST_CHAPTERS, MOST_CHAPTERS = 300.0, 2, 12
+SHORTEST_CHAPTER = 0.25  # of the mean one
+ROUNDS, CLOSER = 2, 8  # of looking closer at where a chapter begins, and frames of each
+DESCRIBE = "Describe in one sentence what happens."
+_TIME = re.compile(r"(?<![\w:.])\d{1,2}:[0-5]\d(?::[0-5]\d)?(?:\.\d+)?(?![\w:])")
+
+
+@dataclass(frozen=True)
+class LongPrice:
+    """What a question about a long video costs: parts and their tokens, seconds to the first word, of which
+    survey_s before the first part is looked at, and MiB it adds at most."""
+
+    parts: int
+    frames: int
+    kept_tokens: int
+    llm_tokens: int
+    survey_s: float
+    first_token_s: float
+    peak_mib: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.parts} parts, {self.frames} frames, {self.kept_tokens} tokens kept, {self.llm_tokens} "
+            f"into the language model, about {self.first_token_s:.2f} s to the first word "
+            f"({self.survey_s:.2f} s to find the parts), {self.peak_mib:.0f} MiB"
+        )
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A stretch of a video between two changes, and what is seen in it."""
+
+    start_s: float
+    end_s: float
+    text: str
+
+    def __str__(self) -> str:
+        return f"{clock(self.start_s)}-{clock(self.end_s)}  {self.text}"
+
+
+class LongVideo:
+    """A video, or a part of one, that is asked about in parts. Raises VideoError when it cannot be read."""
+
+    def __init__(self, chat: VideoChat, video: Any) -> None:
+        self._chat, self._medium = chat, as_media(video)
+        self.info = chat.probe(self._medium)
+        if self.info.kind != "video":
+            raise ConfigError(f"{self._medium.label()} is no video: ask about it as it is.")
+        self.start_s, self.end_s = self._medium.part.range_s(self.info)
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it is long enough to be asked about in parts."""
+        return self.end_s - self.start_s >= LONG_S
+
+    # -- questions ------------------------------------------------------------------------------------------
+
+    def price(self, budget: int | str | None = None) -> LongPrice:
+        """What `ask` costs; decodes nothing. The parts' bounds do not change it."""
+        count, share = self._shares(budget)
+        length = (self.end_s - self.start_s) / count
+        one = self._chat.estimate(self._part(self.start_s, self.start_s + length), share)
+        survey_s = one.decode_s / one.frames * count * SAMPLES_PER_PART
+        return LongPrice(
+            count,
+            count * one.frames,
+            count * one.kept_tokens,
+            count * one.llm_tokens,
+            survey_s,
+            survey_s + count * one.first_token_s,
+            one.peak_mib,
+        )
+
+    def ask(self, question: str, budget: int | str | None = None, **options: Any) -> Answer:
+        """An answer: about the time that the question names, else about all of it, in parts.
+
+        budget: tokens of all parts together. options: as in `VideoChat.ask`. Raises as that does.
+        """
+        if (named := self._named(question)) is not None:
+            return self._chat.ask(named, question, budget=budget, **options)
+        count, share = self._shares(budget)
+        return self._chat.ask(Videos(self.parts(count)), question, budget=share, **options)
+
+    def parts(self, count: int) -> list[Media]:
+        """The video in so many parts, in each of which about as much changes."""
+        times, changes = self._survey(count * SAMPLES_PER_PART)
+        weights = changes + max(STILL * float(changes.mean()), 1e-6)
+        mass = torch.cat([torch.zeros(1, dtype=torch.float64), weights.cumsum(0)]) / weights.sum()
+        marks = torch.tensor([self.start_s, *times[1:-1], self.end_s], dtype=torch.float64)
+        edges = [
+            self.start_s,
+            *(_crossing(mass, marks, part / count) for part in range(1, count)),
+            self.end_s,
+        ]
+        return [self._part(start, end) for start, end in pairwise(edges)]
+
+    def _shares(self, budget: int | str | None) -> tuple[int, int]:
+        """How many parts, and tokens of each: of what the budget buys of the whole."""
+        total = self._chat.plan(self._medium, budget).keep
+        count = max(1, min(MOST_PARTS, total // TOKENS_PER_PART))
+        return count, max(1, total // count)
+
+    def _named(self, question: str) -> Media | None:
+        """The part around the time that a question names, or between its two times; None without one."""
+        times = [seconds(text) for text in _TIME.findall(question)]
+        if not times or len(times) > 2:
+            return None
+        first, last = min(times), max(times)
+        if len(times) == 1 or last - first < 1:
+            first, last = first - AROUND_S, last + AROUND_S
+        elif last - first >= LONG_S:
+            return None
+        for time_s in times:
+            if not self.start_s <= time_s <= self.end_s:
+                raise ConfigError(
+                    f"There is nothing at {clock(time_s)}: it goes from {clock(self.start_s)} to "
+                    f"{clock(self.end_s)}."
+                )
+        return self._part(max(self.start_s, first), min(self.end_s, last))
+
+    def _part(self, start_s: float, end_s: float) -> Media:
+        return replace(self._medium, part=Part(start_s, end_s, self._medium.part.region))
+
+    # -- chapters -------------------------------------------------------------------------------------------
+
+    def chapters(
+        self, count: int | None = None, budget: int | str | None = None, **options: Any
+    ) -> Iterator[Chapter]:
+        """Stretches between the largest changes, each described as it comes.
+
+        count: how many (default: one for each five minutes, 2 to 12). budget: tokens of each.
+        """
+        length = self.end_s - self.start_s
+        if count is None:
+            count = min(MOST_CHAPTERS, max(LEAST_CHAPTERS, round(length / CHAPTER_S)))
+        if not 1 <= count <= 100:
+            raise ConfigError(f"There cannot be {count} chapters: ask for 1 to 100.")
+        edges = [self.start_s, *self._cuts(count), self.end_s]
+        for start, end in pairwise(edges):
+            text = self._chat.ask(self._part(start, end), DESCRIBE, budget=budget, **options).text
+            yield Chapter(start, end, " ".join(text.split()))
+
+    def _cuts(self, count: int) -> list[float]:
+        """Times of the largest changes that are not too near to each other, at most count - 1."""
+        times, changes = self._survey(count * SAMPLES_PER_PART)
+        apart = SHORTEST_CHAPTER * (self.end_s - self.start_s) / count
+        chosen: list[float] = []
+        for index in changes.argsort(descending=True).tolist():
+            if len(chosen) + 1 >= count:
+                break
+            middle = (times[index] + times[index + 1]) / 2
+            if all(abs(middle - other) >= apart for other in (*chosen, self.start_s, self.end_s)):
+                chosen.append(self._closer(times[index], times[index + 1]))
+        return sorted(chosen)
+
+    def _closer(self, start_s: float, end_s: float) -> float:
+        """When between two times the picture changes most."""
+        for _ in range(ROUNDS):
+            step = (end_s - start_s) / (CLOSER - 1)
+            times = [start_s + step * index for index in range(CLOSER)]
+            index = int(_differences(self._glance(times)).argmax())
+            start_s, end_s = times[index], times[index + 1]
+        return (start_s + end_s) / 2
+
+    # -- the survey -----------------------------------------------------------------------------------------
+
+    def _survey(self, samples: int) -> tuple[list[float], Tensor]:
+        """(samples,) times from the beginning to the end, and (samples - 1,) how much changes between."""
+        step = (self.end_s - self.start_s) / samples
+        times = [self.start_s + step * (index + 0.5) for index in range(samples)]
+        changes, last = [], None
+        for first in range(0, samples, AT_ONCE):
+            frames = self._glance(times[first : first + AT_ONCE])
+            frames = frames if last is None else torch.cat([last, frames])
+            changes.append(_differences(frames))
+            last = frames[-1:]
+        return times, torch.cat(changes)
+
+    def _glance(self, times: list[float]) -> Tensor:
+        """Small frames at these times, float (T, H, W, 3)."""
+        return self._chat.frames_at(self._medium, times, SURVEY_SIDE).float()
+
+
+def long_video(chat: VideoChat, video: Any) -> LongVideo | None:
+    """The video where it is so long that it is asked about in parts, else None; raises VideoError."""
+    medium = as_media(video)
+    if chat.probe(medium).kind != "video":
+        return None
+    film = LongVideo(chat, medium)
+    return film if film.is_long else None
+
+
+def _differences(frames: Tensor) -> Tensor:
+    """Mean absolute difference of each frame (T, H, W, 3) from the one before, (T - 1,), float64."""
+    return (frames[1:] - frames[:-1]).abs().mean((1, 2, 3)).double()
+
+
+def _crossing(mass: Tensor, marks: Tensor, share: float) -> float:
+    """The time at which that share of all change has happened. mass: ascending, at the marks, from 0 to 1."""
+    index = min(int(torch.searchsorted(mass, share)), len(mass) - 1)
+    low, high = float(mass[index - 1]), float(mass[index])
+    part = (share - low) / (high - low) if high > low else 0.0
+    return float(marks[index - 1]) + part * float(marks[index] - marks[index - 1])
