@@ -84,10 +84,8 @@ def _connect_events(
         "show_progress": "hidden",
         "trigger_mode": "multiple",
     }
-    last: dict[str, Any] = {
-        **quick,
-        "trigger_mode": "always_last",
-    }  # of an event that only reads the controls
+    # Of one that only reads the controls.
+    last: dict[str, Any] = {**quick, "trigger_mode": "always_last"}
     slow: dict[str, Any] = {
         "api_visibility": "private",
         "concurrency_id": "model",
@@ -191,9 +189,8 @@ def _connect_events(
         refresh(event)
 
     if controls.found is not None:
-        every: dict[str, Any] = {**quick, "trigger_mode": "multiple"}
-        controls.shelf.search(on_search, None, controls.found, **every)
-        refresh(controls.shelf.hit(on_hit, None, media_outputs, **every))
+        controls.shelf.search(on_search, None, controls.found, **quick)
+        refresh(controls.shelf.hit(on_hit, None, media_outputs, **quick))
 
     at_once: dict[str, Any] = {
         "queue": False,
