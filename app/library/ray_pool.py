@@ -68,7 +68,7 @@ class RayPool:
         """What a function gives on a worker's machine; raises what it raises."""
         options = {"num_gpus": 1} if self._gpus else {"num_cpus": self._cores}
         try:
-            return self._ray.get(self._ray.remote(**options)(function).remote())
+            return self._ray.get(self._ray.remote(**options)(_call).remote(function))
         except self._ray.exceptions.RayTaskError as error:
             cause = error.cause
             raise cause if isinstance(cause, FluxChatError) else ModelError(_died(error)) from None
@@ -106,6 +106,10 @@ class RayPool:
             if isinstance(error, FluxChatError):
                 raise
             raise ModelError(_died(error)) from error
+
+
+def _call(function: Callable[[], Any]) -> Any:
+    return function()
 
 
 class _Actor:

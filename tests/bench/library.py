@@ -1,4 +1,5 @@
-"""A library: clips per second to index beside bare decoding, and searching among 100,000 clips.
+"""A library: clips per second to index and videos per second to ask beside bare decoding, and searching among
+100,000 clips.
 
     python -m tests.bench.library [--rows N]
 
@@ -16,10 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from app.chat import VideoChat
+from app.library.ask_all import LocalAsker
 from app.library.clip_reader import read_clips
 from app.library.clip_table import ClipRow, ClipTable
 from app.library.embedders import open_embedder
 from app.library.indexing import LocalIndexer, index_files
+from encoder.video.reader import read_clip
 from tests.bench.common import environment, interleave, print_json, summary
 from training.synthetic.export import write_video
 
@@ -58,6 +62,26 @@ def indexing(folder: Path) -> dict[str, float]:
     return {f"{name}_clips_per_s": round(clips / min(times), 1) for name, times in samples.items()}
 
 
+def asking(folder: Path) -> dict[str, float]:
+    """Videos per second of one question about each, and of their bare decoding at the same frames."""
+    paths = make_videos(folder)
+    options = {"budget": 64, "max_new_tokens": 32}
+    with VideoChat(device="cpu", cache_mib=0) as chat:
+        frames = chat.plan(paths[0], 64).frames
+
+        def decode() -> None:
+            for path in paths:
+                read_clip(path, frames)
+
+        def ask() -> None:
+            rows = list(LocalAsker(chat, "What is in the video?", options).rows(paths))
+            assert len(rows) == VIDEOS
+            assert not any(row.error for row in rows)
+
+        samples = interleave({"decode": decode, "ask": ask}, 3)
+    return {f"{name}_videos_per_s": round(VIDEOS / min(times), 2) for name, times in samples.items()}
+
+
 def searching(folder: Path, rows: int) -> dict[str, float]:
     """Milliseconds of a search for ten clips."""
     rng, dim, each = np.random.default_rng(0), 384, 5000
@@ -89,7 +113,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=100_000)
     rows = parser.parse_args().rows
     with tempfile.TemporaryDirectory() as place:
-        result = {"indexing": indexing(Path(place)), "rows": rows, "search": searching(Path(place), rows)}
+        result = {
+            "indexing": indexing(Path(place)),
+            "asking": asking(Path(place)),
+            "rows": rows,
+            "search": searching(Path(place), rows),
+        }
     print_json({"bench": "library", **result, "cores": torch.get_num_threads(), **environment()})
 
 
