@@ -146,10 +146,12 @@ def _grids(groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _signed_grids(groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Around zero, from about a group's weight of the greatest size."""
+    """Around zero, from a group's weight of the greatest size, as GGUF's Q4_0 has it.
+
+    Only one: the nearest of several would often be the one near the grid of before.
+    """
     peak = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
-    for share in CLIPS:
-        yield peak * share / -8, torch.zeros_like(peak)
+    yield peak / -8, torch.zeros_like(peak)
 
 
 def _nearest(weight: Tensor, grids: Grids) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,7 @@ def test_what_adapters_change_is_not_rounded_away() -> None:
         rounded = Int4Linear.of(before + change, None, merged=merged)(torch.eye(512)).T
         kept[merged] = float(((rounded - before) * change).sum() / change.square().sum())
     assert kept[False] < 0.5
-    assert kept[True] > 0.75
+    assert kept[True] > 0.8
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
