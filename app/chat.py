@@ -97,7 +97,7 @@ class VideoChat(NotCopyable):
     batch: most answers, each asked from a thread of its own, that are decoded in one pass.
     encoder_device: where a FluxChat model's encoder runs, beside the language model; default: device.
     encode_batch: most videos of one size, asked about at once, that are encoded in one call; default: 8 on a
-    GPU, 1 on CPUs, where more gain nothing and the last bits would depend on who else asks.
+    GPU, 1 on CPUs, where the last bits would depend on who else asks.
     It belongs to the process that made it: a forked child makes its own.
     Raises ModelError, CheckpointError or ConfigError: one sentence, what was wrong and what to do.
     """

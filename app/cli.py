@@ -253,7 +253,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--type",
         metavar="TYPE",
         help="of its weights: F32, F16, BF16 (a folder's default); of a file also, by llama.cpp's own "
-        "quantisation, Q8_0 (its default), Q6_K, Q5_K_M, Q4_K_M, Q4_1, Q4_0, ...",
+        "quantisation, Q8_0 (its default), Q6_K, Q5_K_M, Q4_K_M, Q4_0, ...",
     )
     export.add_argument("--force", action="store_true", help="write over a file that exists")
     export.add_argument("--model", metavar="MODEL", help="a saved model (default: the shipped one)")

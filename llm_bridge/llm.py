@@ -379,7 +379,7 @@ def load_llm(
         on_download=on_download,
     )
     if quantize in KINDS:
-        quantize_linear(model, quantize)
+        quantize_linear(model, quantize, merged=bool(adapters))
     make_batch_invariant(model)
     with refused(f"Cannot load the language model {name}"):
         if family_of(model.config) is None:

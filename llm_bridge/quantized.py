@@ -2,11 +2,15 @@
 
 int8 has a scale for each output; int4 has a scale and an offset for each 32 inputs of an output, and a head
 of 8 bits. Products that the kernels do not take stay as they are. Each row is summed by itself, in one order.
+
+A model that adapters were merged into has no offsets in int4. Its weights before may have come from a file of
+4 bits with such offsets; then what adapters change, less than half of a step, is rounded away on the same
+grid, while on another one it is kept on average.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -98,9 +102,13 @@ class Int4Linear(QuantizedLinear):
         self.register_buffer("bias", bias)
 
     @staticmethod
-    def of(weight: Tensor, bias: Tensor | None) -> Int4Linear:
-        """The nearest to weights (out, in), of a few ranges for each group the one with the least error."""
-        parts = [_nearest(part) for part in weight.split(max(1, CACHED // weight.shape[1]))]
+    def of(weight: Tensor, bias: Tensor | None, *, merged: bool = False) -> Int4Linear:
+        """The nearest to weights (out, in), of a few ranges for each group the one with the least error.
+
+        merged: adapters were merged into them.
+        """
+        grids = _signed_grids if merged else _grids
+        parts = [_nearest(part, grids) for part in weight.split(max(1, CACHED // weight.shape[1]))]
         whole, scales = (torch.cat(part) for part in zip(*parts, strict=True))
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)
         scales = scales.transpose(0, 1).contiguous().to(weight.dtype)
@@ -124,16 +132,36 @@ class Int4Linear(QuantizedLinear):
         return whole
 
 
-def _nearest(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Whole numbers (out, in) of 0 to 15, and scale and offset (out, in / GROUP, 2), nearest to weights."""
-    groups = weight.float().unflatten(1, (-1, GROUP))
+# For groups of weights (out, in / GROUP, GROUP), the step and what stands for 8, of each range that is tried.
+Grids = Callable[[Tensor], Iterator[tuple[Tensor, Tensor]]]
+
+
+def _grids(groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """From about a group's least weight to its greatest."""
     low, high = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)
-    least = torch.full_like(low, torch.inf)
-    whole, scale, offset = torch.zeros_like(groups), torch.zeros_like(low), torch.zeros_like(low)
     for share in CLIPS:
         span = (high - low) * share
-        step = (span / 15).clamp_min_(1e-8).to(weight.dtype).float()
-        start = ((high + low - span) / 2 + 8 * step).to(weight.dtype).float()  # what stands for 8
+        step = span / 15
+        yield step, (high + low - span) / 2 + 8 * step
+
+
+def _signed_grids(groups: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Around zero, from a group's weight of the greatest size, as GGUF's Q4_0 has it.
+
+    Only one: the nearest of several would often be the one near the grid of before.
+    """
+    peak = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
+    yield peak / -8, torch.zeros_like(peak)
+
+
+def _nearest(weight: Tensor, grids: Grids) -> tuple[Tensor, Tensor]:
+    """Whole numbers (out, in) of 0 to 15, and scale and offset (out, in / GROUP, 2), nearest to weights."""
+    groups = weight.float().unflatten(1, (-1, GROUP))
+    least = torch.full_like(groups[..., :1], torch.inf)
+    whole, scale, offset = torch.zeros_like(groups), torch.zeros_like(least), torch.zeros_like(least)
+    for wanted, middle in grids(groups):
+        step = torch.where(wanted.abs() < 1e-8, 1e-8, wanted).to(weight.dtype).float()
+        start = middle.to(weight.dtype).float()
         found = ((groups - start) / step).round_().add_(8).clamp_(0, 15)
         error = ((found - 8) * step + start - groups).square_().sum(dim=2, keepdim=True)
         better = error < least
@@ -165,10 +193,11 @@ def _share(layers: Sequence[QuantizedLinear], weight: Tensor) -> None:
 
 
 @torch.no_grad()
-def quantize_linear(model: Any, kind: str) -> None:
+def quantize_linear(model: Any, kind: str, *, merged: bool = False) -> None:
     """Replace the linear layers of a causal language model on a CPU, one by one.
 
-    Raises ModelError where there is no such kernel, and when the model has been quantised already.
+    merged: adapters were merged into it. Raises ModelError where there is no such kernel, and when the model
+    has been quantised already.
     """
     device = model.get_input_embeddings().weight.device
     if device.type != "cpu":
@@ -181,10 +210,10 @@ def quantize_linear(model: Any, kind: str) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) in (nn.Linear, RowInvariantLinear):
-                setattr(parent, name, _quantized(child, "int8" if child is head else kind))
+                setattr(parent, name, _quantized(child, "int8" if child is head else kind, merged))
 
 
-def _quantized(layer: Any, kind: str) -> nn.Module:
+def _quantized(layer: Any, kind: str, merged: bool) -> nn.Module:
     """A layer with few bits, or itself where the kernels do not take its shape."""
     weight, bias = layer.weight.detach(), None if layer.bias is None else layer.bias.detach()
     outputs, inputs = weight.shape
@@ -193,5 +222,5 @@ def _quantized(layer: Any, kind: str) -> nn.Module:
     elif kind == "int8":
         found = Int8Linear.of(weight, bias)
     else:
-        found = Int4Linear.of(weight, bias)
+        found = Int4Linear.of(weight, bias, merged=merged)
     return found.eval()

@@ -16,7 +16,7 @@ from llm_bridge.engines.vllm_server import check_vllm_installed, default_python
 
 LLAMACPP_ADVICE = {
     "adapters": "merge them into the file: fluxchat export --adapters DIR",
-    "quantize": "the file has its own types, and fluxchat export --type Q4_1 writes others",
+    "quantize": "the file has its own types, and fluxchat export --type Q4_0 writes others",
     "device_map": "leave it out",
 }
 VLLM_ADVICE = {

@@ -1,6 +1,6 @@
 """Writes a language model of transformers as one GGUF file, adapters merged.
 
-    write_gguf(load_llm(...), "model.gguf", "Q4_1")
+    write_gguf(load_llm(...), "model.gguf", "Q4_0")
 
 Layers of the kinds in ARCHITECTURES, byte-level BPE. The tokenizer goes along twice: in llama.cpp's own
 form, and as the whole of tokenizer.json under TOKENIZER, from which it is read back as it was. Types of 16

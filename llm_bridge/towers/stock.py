@@ -183,7 +183,7 @@ def load_stock(
     tower.plan_table = measured_plan(name, stage, tower.space)
     part = TextPart(_decoder(base), base.get_output_embeddings(), getattr(base, "generation_config", None))
     if quantize in KINDS:
-        quantize_linear(part, quantize)
+        quantize_linear(part, quantize, merged=bool(adapters))
     make_batch_invariant(part)
     llm = LanguageModel(part.eval(), tokenizer, str(name), quantize, tuple(map(str, adapters)), tower.axes)
     llm.check()

@@ -53,6 +53,19 @@ def test_whole_numbers_are_kept_exactly(kind: type[QuantizedLinear]) -> None:
     torch.testing.assert_close(few(torch.eye(2 * GROUP)), values.T.contiguous(), atol=1e-4, rtol=1e-5)
 
 
+def test_what_adapters_change_is_not_rounded_away() -> None:
+    """Of weights that lie on a grid of 4 bits already, as those of many files do."""
+    torch.manual_seed(0)
+    before = Int4Linear.of(torch.randn(256, 512), None)(torch.eye(512)).T
+    change = 0.03 * torch.randn(256, 512)
+    kept = {}
+    for merged in (False, True):
+        rounded = Int4Linear.of(before + change, None, merged=merged)(torch.eye(512)).T
+        kept[merged] = float(((rounded - before) * change).sum() / change.square().sum())
+    assert kept[False] < 0.5
+    assert kept[True] > 0.8
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_do_not_depend_on_their_number(kind: type[QuantizedLinear], dtype: torch.dtype) -> None:
