@@ -2,6 +2,7 @@
 
     python -m training.data check training/recipes/chat_stage1.yaml
     python -m training.data check RECIPE datasets.0.data_root=/mnt/data --sample 200
+    python -m training.data check RECIPE --speed
     python -m training.data corpora [NAME]
 
 `check` looks for every file that a recipe's datasets name, decodes a sample of them, and prints what is
@@ -20,6 +21,7 @@ from encoder.errors import ConfigError
 from training.command_line import command_parser, run_command
 from training.data.check import check_dataset, find_datasets, report, verdict
 from training.data.corpora import corpora
+from training.data.speed import report_speed
 from training.trainer.recipe import check_stage, read_values
 
 ALLOWED = 0.01  # as the stages' own default
@@ -34,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     check.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
     check.add_argument("--sample", type=int, default=32, metavar="N", help="files to decode per dataset (32)")
     check.add_argument("--files", type=int, metavar="N", help="look for at most N files per dataset (all)")
+    check.add_argument(
+        "--speed", action="store_true", help="measure clips a second, against what an H100 would train on"
+    )
     listing = commands.add_parser("corpora", help="the paper's corpora and how to obtain them")
     listing.add_argument("name", nargs="?", help="one of them, in full")
     return run_command(parser, run, argv)
@@ -43,10 +48,12 @@ def run(args: argparse.Namespace) -> int:
     """The subcommand; returns the exit status."""
     if args.command == "corpora":
         return list_corpora(args.name)
-    return check_recipe(args.recipe, args.overrides, args.sample, args.files)
+    return check_recipe(args.recipe, args.overrides, args.sample, args.files, speed=args.speed)
 
 
-def check_recipe(recipe: str, overrides: Sequence[str], sample: int, most: int | None) -> int:
+def check_recipe(
+    recipe: str, overrides: Sequence[str], sample: int, most: int | None, *, speed: bool = False
+) -> int:
     """Check all datasets of a recipe and print the table; returns the exit status."""
     from tqdm.auto import tqdm
 
@@ -73,6 +80,8 @@ def check_recipe(recipe: str, overrides: Sequence[str], sample: int, most: int |
     print(report(findings, allowed))
     if stage is None:
         print("\nThe recipe names no stage: labels, captions and answers were not looked for.")
+    if speed:
+        print("\n".join(report_speed(recipe, overrides, values, datasets, max(1, sample))))
     verdicts = [verdict(found, allowed) for found in findings]
     wrong = sum(word not in ("ok", "tolerable") for word in verdicts)
     print(

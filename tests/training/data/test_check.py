@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from training.data import synthetic_source as world_data
 from training.data.__main__ import main
 from training.data.check import find_datasets
 from training.data.corpora import compare, corpora
+from training.data.datasets import DatasetConfig
+from training.data.speed import measure
 from training.synthetic.dataset import World
 from training.synthetic.sprites import procedural_bank
 from training.trainer.recipe import read_values
@@ -172,3 +175,38 @@ def test_the_real_command(folder: Path) -> None:
     assert done.returncode == 2
     assert "2 of 5" in done.stdout
     assert "Traceback" not in done.stderr
+
+
+def test_speed_says_what_was_measured_and_what_a_card_needs(
+    folder: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = read_values(str(ROOT / "training" / "recipes" / "cpu" / "umt.yaml"))
+    values["data"] = [{"csv": str(folder / "bad.csv"), "data_root": str(folder)}]
+    path = recipe(folder, **values)
+    assert main(["check", path, "max_missing=0.9", "--speed", "--sample", "6"]) == 0
+    text = capsys.readouterr().out
+    each = [float(ms) for ms in re.findall(r"clips/s on \d+ cores, ([\d.]+) CPU-ms each", text)]
+    assert "data[0]: " in text
+    need = re.search(
+        r"An H100 at 35% of 989 TFLOPS trains on ([\d.]+) samples/s .*computed, not measured", text
+    )
+    cores = re.search(r"That takes ([\d.]+) cores", text)
+    assert need is not None
+    assert cores is not None
+    expected = float(need[1]) * sum(each) / len(each) / 1e3
+    assert float(cores[1]) == pytest.approx(expected, rel=0.02)
+
+
+def test_speed_counts_the_clips_that_could_be_read(folder: Path) -> None:
+    dataset = DatasetConfig(csv=str(folder / "bad.csv"), data_root=str(folder))
+    speed = measure(dataset, None, (2, 28), 20)
+    assert speed is not None
+    draw = random.Random(0)
+    numbers = [draw.randrange(5) for _ in range(20)]
+    assert speed.clips == sum(number in (0, 4) for number in numbers)
+    assert speed.clips_per_s > 0
+    assert speed.cpu_s >= 0
+    (folder / "lost.csv").write_text("lost.mp4 1\n")
+    assert (
+        measure(DatasetConfig(csv=str(folder / "lost.csv"), data_root=str(folder)), None, (2, 28), 3) is None
+    )
