@@ -188,9 +188,9 @@ def test_the_answer_is_held_to_it_only_when_the_thoughts_have_ended() -> None:
         ({"$ref": "http://localhost/schema"}, "cannot be enforced"),
         ({"enum": []}, "Unsatisfiable"),
         ({"default": float("nan")}, "is no JSON"),
-        ({"default": object()}, "is no JSON"),
+        pytest.param({"default": object()}, "is no JSON", id="an object"),
         ("{}", "must be a JSON object"),
-        ({"description": "x" * LONGEST_SCHEMA}, "shorten it"),
+        pytest.param({"description": "x" * LONGEST_SCHEMA}, "shorten it", id="too long"),
     ],
     ids=str,
 )
