@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -156,8 +157,16 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(
 ) -> None:
     terminal = Terminal(chat, str(SHORT), {**OPTIONS, "max_new_tokens": 200, "min_tokens": 200})
     before = signal.getsignal(signal.SIGINT)
-    threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    def press() -> None:  # never before the answer has begun, nor after it
+        while len(steps) < 5:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    presses = threading.Thread(target=press, daemon=True)
+    presses.start()
     terminal.ask("What is it?")
+    presses.join()
     ((_, answer),) = terminal.conversation.turns
     assert answer
     assert len(steps) < 150
