@@ -43,10 +43,11 @@ class TextFilter:
         text = self._held + piece
         if not self._begun:
             text = text.lstrip()
-        positions = [at for stop in self.stops if (at := text.find(stop)) >= 0]
-        if positions:
+        # The one that is complete first, else the answer would depend on how the pieces are cut.
+        ends = [(at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0]
+        if ends:
             self.done, self._held = True, ""
-            return text[: min(positions)].rstrip()
+            return text[: min(ends)[1]].rstrip()
         keep = len(text.rstrip())
         for stop in self.stops:
             keep = min(keep, self._begins(text, stop))

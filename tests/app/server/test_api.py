@@ -465,7 +465,7 @@ def test_no_error_contains_a_path_of_the_server(
         ("but {model} has 1024", "but the model has 1024"),
         ("{temp}", A_FILE),
         ("file://{temp}/x", A_FILE),
-        ("<_io.BytesIO object at 0x7f00aa> is bad", "it is bad"),
+        pytest.param("<_io.BytesIO object at 0x7f00aa> is bad", "it is bad", id="an object"),
         ("3/4 of /v1/chat/completions", "3/4 of /v1/chat/completions"),
     ],
 )

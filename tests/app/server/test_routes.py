@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
@@ -477,17 +477,19 @@ def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(tiny_model: Video
 # -- parts --------------------------------------------------------------------------------------------------
 
 
+@example(pieces=["b ", "b"], stops=[" ", "b b"])
+@example(pieces=["b b"], stops=[" ", "b b"])
 @given(
     pieces=st.lists(st.text(alphabet="ab \n", max_size=4), max_size=8),
     stops=st.lists(st.text(alphabet="ab \n", min_size=1, max_size=3), max_size=2),
 )
 def test_text_filter_equals_cutting_the_whole_text(pieces: list[str], stops: list[str]) -> None:
     whole = "".join(pieces).lstrip()
-    cuts = [whole.index(stop) for stop in stops if stop in whole]
-    expected = whole[: min(cuts)].rstrip() if cuts else whole.rstrip()
+    ends = [(whole.index(stop) + len(stop), whole.index(stop)) for stop in stops if stop in whole]
+    expected = whole[: min(ends)[1]].rstrip() if ends else whole.rstrip()
     text = TextFilter(tuple(stops))
     assert "".join([*map(text.push, pieces), text.flush()]) == expected
-    assert text.done == bool(cuts)
+    assert text.done == bool(ends)
 
 
 def store_with(tmp: Path, size: int, **options: Any) -> tuple[MediaStore, Path]:
