@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from app.answer import Answer
-from app.messages import Media, Videos, as_media
+from app.messages import Media, Videos, as_media, part_of
 from encoder.budget import MIN_TOKENS
 from encoder.errors import ConfigError
 from encoder.video.clock import clock, seconds
@@ -30,6 +30,7 @@ from encoder.video.part import Part
 
 if TYPE_CHECKING:
     from app.chat import VideoChat
+    from app.estimate import Estimate
 
 LONG_S = 600.0  # from here on a video is shown in parts
 MOST_PARTS = 8
@@ -229,6 +230,32 @@ def long_video(chat: VideoChat, video: Any) -> LongVideo | None:
         return None
     film = LongVideo(chat, medium)
     return film if film.is_long else None
+
+
+def ask(chat: VideoChat, video: Any, question: str, **options: Any) -> Answer:
+    """An answer about one video or image, by `LongVideo.ask` where it is long, else by `VideoChat.ask`.
+
+    options: as in `VideoChat.ask`, start, end and region among them. Raises as that does.
+    """
+    medium = chat.keep(_medium(video, options))
+    film = long_video(chat, medium)
+    if film is None:
+        return chat.ask(medium, question, **options)
+    return film.ask(question, **options)
+
+
+def price(chat: VideoChat, video: Any, budget: int | str | None = None, **part: Any) -> LongPrice | Estimate:
+    """What `ask` costs, before anything is decoded. part: as in `VideoChat.estimate`. Raises VideoError."""
+    medium = chat.keep(_medium(video, part))
+    film = long_video(chat, medium)
+    return chat.estimate(medium, budget) if film is None else film.price(budget)
+
+
+def _medium(video: Any, options: dict[str, Any]) -> Media:
+    """The medium with the part that the options name, which are taken from them, unless it has one."""
+    part = {name: options.pop(name, None) for name in ("start", "end", "region")}
+    named, medium = part_of(video, **part), as_media(video)
+    return named if medium.part.whole else medium
 
 
 def _differences(frames: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from app.chat import VideoChat
 from app.library.library import Library
+from app.long_video import ask
 from app.messages import Media
 from app.server.media.path_confinement import open_beneath
 from encoder.errors import ConfigError, FluxChatError
@@ -62,7 +63,7 @@ class VideoTools:
         """An answer about a video that may be read; raises FluxChatError."""
         with self._open(path) as medium:
             part = {"start": start.strip() or None, "end": end.strip() or None}
-            return self.chat.ask(medium, question, budget=budget.strip() or None, **part).text
+            return ask(self.chat, medium, question, budget=budget.strip() or None, **part).text
 
     @contextmanager
     def _open(self, path: str) -> Iterator[Media]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from app.library.answers import AnswerFile, AnswerRow
 from app.library.video_files import FileIdentity
+from app.long_video import ask
 from app.messages import Media
 from encoder.errors import ConfigError, FluxChatError, OutOfMemory, VideoError
 from encoder.video.part import WHOLE, Part
@@ -72,7 +73,8 @@ class LocalAsker:
         identity, answer, error = NOBODY, None, None
         try:
             identity = FileIdentity.of(path)
-            made = self.chat.ask(Media(path, part=self._part), self.question, stop=stop, **self._options)
+            medium = Media(path, part=self._part)
+            made = ask(self.chat, medium, self.question, stop=stop, **self._options)
             if made.finish == "cancelled":
                 return None
             answer = made.text if self._options.get("schema") is None else made.json()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -11,9 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.ask_each import ask_each
 from app.chat import VideoChat
 from app.cli import main
-from app.long_video import LONG_S, MOST_PARTS, LongVideo
+from app.library.ask_all import LocalAsker
+from app.long_video import LONG_S, MOST_PARTS, LongVideo, ask, price
+from app.mcp_server import VideoTools
+from app.messages import Media
 from encoder.errors import ConfigError
 from encoder.video.part import Part
 from tests.app.conftest import WORLD
@@ -110,8 +116,6 @@ def test_chapters_begin_where_the_picture_changes(chat: VideoChat, tmp_path: Pat
 
 
 def test_a_part_of_a_long_video_is_asked_about_in_parts_too(chat: VideoChat, film: Path) -> None:
-    from app.messages import Media
-
     video = LongVideo(chat, Media(str(film), part=Part(50, 700, (0, 0, 0.5, 1))))
     parts = [medium.part for medium in video.parts(2)]
     assert (parts[0].start_s, parts[-1].end_s, parts[0].region) == (50, 700, (0, 0, 0.5, 1))
@@ -160,3 +164,74 @@ def test_the_command_asks_in_parts_and_lists_chapters(
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["start_s"] for row in rows] == pytest.approx([0, rows[0]["end_s"]])
     assert rows[-1]["end_s"] == 800
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collects of each answer how many videos, or parts of one, it looked at."""
+    counts: list[int] = []
+    answering = VideoChat.ask
+
+    def counting(self: VideoChat, *arguments: Any, **options: Any) -> Any:
+        answer = answering(self, *arguments, **options)
+        counts.append(len(answer.kept))
+        return answer
+
+    monkeypatch.setattr(VideoChat, "ask", counting)
+    return counts
+
+
+def test_every_caller_asks_in_parts(chat: VideoChat, film: Path, asked: list[int]) -> None:
+    options: dict[str, Any] = {"budget": 64, "max_new_tokens": 4}
+    expected = LongVideo(chat, film).ask("What is there?", **options).text
+    assert ask(chat, film, "What is there?", **options).text == expected
+    row = LocalAsker(chat, "What is there?", options).row(str(film))
+    assert row is not None
+    assert (row.answer, row.error) == (expected, None)
+    assert VideoTools(chat, folders=(film.parent,)).ask(film.name, "What is there?", "64")
+    assert asked == [2, 2, 2, 2]
+    assert LocalAsker(chat, "What is there?", options, part=Part(0, 60)).row(str(film)) is not None
+    assert VideoTools(chat, folders=(film.parent,)).ask(film.name, "What?", "64", end="1:00")
+    ask(chat, film, "What is there?", start=10, end=60, **options)
+    ask(chat, Media(str(film), part=Part(0, 60)), "What is there?", end=700, **options)  # its own part stays
+    ask(chat, WORLD, "What is there?", **options)
+    assert asked[4:] == [1] * 5
+
+
+def test_what_is_priced_is_what_is_asked(chat: VideoChat, film: Path) -> None:
+    assert price(chat, film, 64) == LongVideo(chat, film).price(64)
+    assert price(chat, film, 64, end="1:00") == chat.estimate(film, 64, end="1:00")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+def test_a_pipe_is_read_once(chat: VideoChat, film: Path, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.mp4"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(film.read_bytes(),), daemon=True)
+    writer.start()
+    answer = ask(chat, pipe, "What is there?", budget=64, max_new_tokens=2)
+    writer.join()
+    assert len(answer.kept) == 2
+
+
+def test_a_long_video_that_fails_is_a_line_and_ends_nothing(
+    chat: VideoChat, film: Path, tmp_path: Path
+) -> None:
+    content = bytearray(film.read_bytes())
+    start = content.index(b"mdat")
+    end = start - 4 + int.from_bytes(content[start - 4 : start], "big")
+    begin = start + (end - start) // 4
+    content[begin:end] = bytes(end - begin)  # only the first pictures are there
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(content)
+    assert LongVideo(chat, broken).is_long
+    outcomes: list[dict[str, Any]] = []
+    files = [str(broken), str(film), str(WORLD)]
+    options: dict[str, Any] = {"budget": 64, "max_new_tokens": 2}
+    assert ask_each(chat, files, "What is there?", outcomes.append, **options) == 1
+    assert [outcome["file"] for outcome in outcomes] == files
+    assert ["error" in outcome for outcome in outcomes] == [True, False, False]
+    assert "broken.mp4" in outcomes[0]["error"]
+    assert ask_each(chat, files[1:], "And at 1:23:45?", outcomes.append, **options) == 1
+    assert "nothing at 1:23:45" in outcomes[3]["error"]
+    assert "answer" in outcomes[4]  # short: a time in the question is not sought
