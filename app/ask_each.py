@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
-from app.long_video import ask, price
+from app.long_video import price
 from app.messages import Media
 from encoder.errors import FluxChatError
 from encoder.video.part import WHOLE, Part
@@ -52,7 +52,7 @@ def ask_each(
 def _outcome(chat: VideoChat, medium: Media, question: str, options: dict[str, Any]) -> Outcome:
     try:
         priced = price(chat, medium, options.get("budget"))
-        answer = ask(chat, medium, question, **options)
+        answer = chat.ask(medium, question, parts=True, **options)
         said = answer.text if options.get("schema") is None else answer.json()
     except FluxChatError as error:
         return {"error": " ".join(str(error).split())}

@@ -538,14 +538,10 @@ def run_ask(args: argparse.Namespace) -> int:
     _check_inputs(args)
     if args.each:
         return _ask_each(args)
-    from app.long_video import ask
     from app.messages import Videos
 
     with open_chat(args) as chat:
-        if len(args.videos) == 1:
-            answer = ask(chat, args.videos[0], args.question, **_generation(args))
-        else:
-            answer = chat.ask(Videos(args.videos), args.question, **_generation(args))
+        answer = chat.ask(Videos(args.videos), args.question, parts=True, **_generation(args))
     if args.schema is not None:
         answer.json()  # cut off, it is no answer
     print(json.dumps(answer.to_dict()) if args.json else answer.text)

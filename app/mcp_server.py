@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from app.chat import VideoChat
 from app.library.library import Library
-from app.long_video import ask
 from app.messages import Media
 from app.server.media.path_confinement import open_beneath
 from encoder.errors import ConfigError, FluxChatError
@@ -63,7 +62,8 @@ class VideoTools:
         """An answer about a video that may be read; raises FluxChatError."""
         with self._open(path) as medium:
             part = {"start": start.strip() or None, "end": end.strip() or None}
-            return ask(self.chat, medium, question, budget=budget.strip() or None, **part).text
+            answer = self.chat.ask(medium, question, budget=budget.strip() or None, parts=True, **part)
+            return answer.text
 
     @contextmanager
     def _open(self, path: str) -> Iterator[Media]:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from app.library.answers import AnswerFile, AnswerRow
 from app.library.video_files import FileIdentity
-from app.long_video import ask
 from app.messages import Media
 from encoder.errors import ConfigError, FluxChatError, OutOfMemory, VideoError
 from encoder.video.part import WHOLE, Part
@@ -74,7 +73,7 @@ class LocalAsker:
         try:
             identity = FileIdentity.of(path)
             medium = Media(path, part=self._part)
-            made = ask(self.chat, medium, self.question, stop=stop, **self._options)
+            made = self.chat.ask(medium, self.question, parts=True, stop=stop, **self._options)
             if made.finish == "cancelled":
                 return None
             answer = made.text if self._options.get("schema") is None else made.json()
