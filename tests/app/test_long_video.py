@@ -28,7 +28,7 @@ from encoder.video.reader import read_clip
 from llm_bridge.prompt import Message
 from tests.app.conftest import WORLD
 from tests.app.server.serving import ask, data_url, question, running
-from tests.bench.long_video import loop
+from tests.bench.long_video import loop, per_hour
 from training.synthetic.export import write_video
 
 COLOURS = [(220, 30, 30), (30, 220, 30), (30, 30, 220), (220, 220, 30)]
@@ -348,3 +348,10 @@ def test_a_long_video_that_fails_is_a_line_and_ends_nothing(
     assert ask_each(chat, files[1:], "And at 1:23:45?", outcomes.append, **options) == 1
     assert "nothing at 1:23:45" in outcomes[3]["error"]
     assert "answer" in outcomes[4]  # short: a time in the question is not sought
+
+
+def test_the_benchmark_says_seconds_per_hour() -> None:
+    ten = {"parts": {"first_token_s": 2.0}, "decode": {"decode_s": 1.0}}
+    assert per_hour({10: ten}) == {"parts": 12.0, "decode": 6.0}
+    figures = per_hour({130: {"parts": {"first_token_s": 6.5}}, 10: ten})
+    assert figures == {"parts": 3.0, "decode": 6.0, "parts_each_hour_more": 2.25}
