@@ -4,7 +4,7 @@
 
 Without `--hours` they last ten minutes and one hour. The videos are one minute of film, repeated packet by
 packet. Each case runs in a process of its own, with the shipped model; memory is the most that the process
-had beyond what it had with the model loaded. Seconds per hour are those to the first word, or of decoding all.
+had beyond what it had with the model loaded. Seconds per hour count up to the first word (of "decode": all).
 """
 
 from __future__ import annotations
