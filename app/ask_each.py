@@ -14,8 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
-from app.estimate import Estimate
-from app.long_video import LongPrice, long_video
+from app.long_video import price
 from app.messages import Media
 from encoder.errors import FluxChatError
 from encoder.video.part import WHOLE, Part
@@ -52,19 +51,13 @@ def ask_each(
 
 def _outcome(chat: VideoChat, medium: Media, question: str, options: dict[str, Any]) -> Outcome:
     try:
-        price: Estimate | LongPrice
-        if (film := long_video(chat, medium)) is not None:
-            price, answer = film.price(options.get("budget")), film.ask(question, **options)
-        else:
-            price, answer = (
-                chat.estimate(medium, options.get("budget")),
-                chat.ask(medium, question, **options),
-            )
+        priced = price(chat, medium, options.get("budget"))
+        answer = chat.ask(medium, question, parts=True, **options)
         said = answer.text if options.get("schema") is None else answer.json()
     except FluxChatError as error:
         return {"error": " ".join(str(error).split())}
     actual = {**asdict(answer.usage), **asdict(answer.timings)}
-    return {"answer": said, "price": asdict(price), "actual": actual}
+    return {"answer": said, "price": asdict(priced), "actual": actual}
 
 
 @contextmanager

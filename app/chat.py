@@ -21,6 +21,7 @@ from torch import Tensor
 from app.answer import Answer
 from app.conversation import Conversation
 from app.estimate import Calibration, Estimate, PriceEstimator
+from app.long_video import Showing, showings
 from app.messages import (
     Media,
     Videos,
@@ -45,7 +46,7 @@ from encoder.video.reader import DEFAULT_LIMITS, Limits, VideoInfo
 from llm_bridge.chat_model import ChatModel, load_chat_model
 from llm_bridge.compute_worker import ComputeWorker
 from llm_bridge.generation import Generation, GenerationStats
-from llm_bridge.kv_cache import CacheStats
+from llm_bridge.kv_cache import ByteLRU, CacheStats
 from llm_bridge.llm import OnDownload, Quantize
 from llm_bridge.prompt import Message, Prompt, TextBound, Visual, count_text, render
 from llm_bridge.sampling import SamplingParams
@@ -55,6 +56,7 @@ __all__ = ["Answer", "Estimate", "Media", "Message", "SamplingParams", "VideoCha
 
 SHIPPED = Path(__file__).parent / "pretrained"
 MIB = 2**20
+MOST_SURVEYS = 256
 SPEECH_TOKENS = 256  # most of what is said in a video, by default
 _PROCESS = os.getpid()  # where torch was loaded
 # What begins ("decode", "encode", "prefill"), of which video, of how many.
@@ -74,6 +76,7 @@ class Query:
     hedge: bool
     speech: int  # most tokens of what is said in a video; 0: nobody listens
     language: str | None
+    parts: bool  # of a long video
 
 
 class VideoChat(NotCopyable):
@@ -161,6 +164,7 @@ class VideoChat(NotCopyable):
             trusted=trusted,
             limits=limits,
         )
+        self.surveys: ByteLRU[Tensor] = ByteLRU(MOST_SURVEYS, lambda _: 1)  # how much changes in long videos
         self._engine = self.model.llm.engine(self._worker, cache_mib * MIB // 2, batch)
         self._prices = PriceEstimator(self.model, self._worker, table)
 
@@ -208,6 +212,7 @@ class VideoChat(NotCopyable):
         hedge: bool = True,
         speech: bool | int = False,
         language: str | None = None,
+        parts: bool = False,
         **sampling: Any,
     ) -> AnswerStream:
         """The answer to the last of several messages; media stand where the messages put them.
@@ -224,6 +229,8 @@ class VideoChat(NotCopyable):
         effect where the model cannot tell.
         speech: put what is said in each video beside its frames, with times: most tokens of it, True for 256
         (extra `speech`). language: what is spoken, as "de"; None recognises it.
+        parts: show a video of ten minutes or more that comes first and alone in parts, at most eight, which
+        share its budget, or around the time that a question names (see `app.long_video`).
         sampling: fields of `SamplingParams`: max_new_tokens, temperature (0 is greedy), top_p, think, schema
         (a JSON Schema that the answer follows: read `Answer.json()`), ...
         Raises BudgetError or ConfigError for what is wrong with the arguments; on iteration VideoError,
@@ -255,6 +262,7 @@ class VideoChat(NotCopyable):
             bool(hedge),
             _speech_budget(speech),
             language,
+            bool(parts),
         )
         stops = [self._closed] if stop is None else [self._closed, stop]
         plans: list[tuple[VideoInfo, Plan]] = []
@@ -295,20 +303,19 @@ class VideoChat(NotCopyable):
         """
         self._check_usable()
         text_tokens = self._count_text(query)
-        media = [part for message in query.messages for part in message.content if isinstance(part, Media)]
+        messages = showings(self, query.messages, query.budget, parts=query.parts, scope=query.scope)
+        media = [part for message in messages for part in message.content if isinstance(part, Showing)]
+        count = len({showing.index for showing in media})
         # All are opened before one is encoded: a question about one that cannot be read costs nothing.
-        opened = [
-            self._open(medium, query.budget, medium.label(index, len(media)))
-            for index, medium in enumerate(media)
-        ]
+        opened = [self._open(one.medium, one.budget, one.medium.label(one.index, count)) for one in media]
         if self._prices.calibrated:  # else what follows may wait for the measurement
             plans += [(video.seen, plan) for video, plan in opened]
-        said = [self._said(video, query) for video, _ in opened]
+        said = [self._said(video, query, one.shares) for one, (video, _) in zip(media, opened, strict=True)]
         videos = []
-        for index, (video, plan) in enumerate(opened):
+        for one, (video, plan) in zip(media, opened, strict=True):
 
-            def progress(part: str, index: int = index) -> None:
-                query.progress(part, index, len(opened))
+            def progress(part: str, index: int = one.index) -> None:
+                query.progress(part, index, count)
 
             videos.append(
                 self._vision.encode(video, plan, query.selector, scope=query.scope, progress=progress)
@@ -317,10 +324,7 @@ class VideoChat(NotCopyable):
         shown = iter(zip(videos, said, strict=True))
         prompt = render(
             self.model.llm.tokenizer,
-            [
-                Message(m.role, tuple(x for p in m.content for x in _rendered(p, shown)))
-                for m in query.messages
-            ],
+            [Message(m.role, tuple(x for p in m.content for x in _rendered(p, shown))) for m in messages],
             time_form=self.model.tower.time_form,
             marks=self.model.tower.marks,
             axes=self.model.llm.axes,
@@ -341,17 +345,19 @@ class VideoChat(NotCopyable):
             engine=self._engine,
             first_bias=familiarity.yes_bias(self.model.llm.tokenizer) if familiarity and doubted else {},
         )
-        shows_new = familiarity and doubted and _shows_new(query.messages, videos)
+        asked_new = any(isinstance(part, Media) for part in query.messages[-1].content)
+        shows_new = familiarity and doubted and asked_new and _shows_new(messages, videos)
         return videos, generation, note_for(familiarity.things) if familiarity and shows_new else Note()
 
-    def _said(self, video: OpenedVideo, query: Query) -> str:
-        """What is said in a video, as text within the query's budget that stands on lines of its own."""
+    def _said(self, video: OpenedVideo, query: Query, shares: int = 1) -> str:
+        """What is said in a video, as text on lines of its own, within its share of the query's budget."""
         if not query.speech:
             return ""
         transcript = self._vision.listen(video, self._listener, query.language)
         tokenizer = self.model.llm.tokenizer
         text = transcript.text(
-            lambda text: len(tokenizer(text, add_special_tokens=False).input_ids), query.speech
+            lambda text: len(tokenizer(text, add_special_tokens=False).input_ids),
+            max(1, query.speech // shares),
         )
         return text and f"\n{text}\n"
 
@@ -582,6 +588,7 @@ class VideoChat(NotCopyable):
         """Drop everything kept for follow-up questions, or what was kept for one scope."""
         self._check_process()
         self._vision.forget(scope)
+        self.surveys.discard(lambda key: scope is None or str(key).startswith(f"{scope}|"))
         self._engine.forget(scope)
 
     def close(self) -> None:
@@ -600,16 +607,16 @@ class VideoChat(NotCopyable):
         self.close()
 
 
-def _shows_new(messages: Sequence[Message[Media]], videos: Sequence[EncodedVideo]) -> bool:
+def _shows_new(messages: Sequence[Message[Showing]], videos: Sequence[EncodedVideo]) -> bool:
     """Whether the last message brings an unfamiliar video that no earlier one had. videos: of all of them."""
-    count = sum(isinstance(part, Media) for part in messages[-1].content)
+    count = sum(isinstance(part, Showing) for part in messages[-1].content)
     earlier = {video.visual.key for video in videos[: len(videos) - count]}
     return any(
         video.familiar is False and video.visual.key not in earlier for video in videos[len(videos) - count :]
     )
 
 
-def _rendered(part: str | Media, shown: Iterator[tuple[EncodedVideo, str]]) -> tuple[str | Visual, ...]:
+def _rendered(part: str | Showing, shown: Iterator[tuple[EncodedVideo, str]]) -> tuple[str | Visual, ...]:
     """A part of a message as the prompt has it: of a medium its visual, and what is said in it."""
     if isinstance(part, str):
         return (part,)

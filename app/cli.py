@@ -538,15 +538,10 @@ def run_ask(args: argparse.Namespace) -> int:
     _check_inputs(args)
     if args.each:
         return _ask_each(args)
-    from app.long_video import long_video
     from app.messages import Videos
 
     with open_chat(args) as chat:
-        film = long_video(chat, args.videos[0]) if len(args.videos) == 1 else None
-        if film is not None:
-            answer = film.ask(args.question, **_generation(args))
-        else:
-            answer = chat.ask(Videos(args.videos), args.question, **_generation(args))
+        answer = chat.ask(Videos(args.videos), args.question, parts=True, **_generation(args))
     if args.schema is not None:
         answer.json()  # cut off, it is no answer
     print(json.dumps(answer.to_dict()) if args.json else answer.text)
@@ -603,12 +598,11 @@ def run_chat(args: argparse.Namespace) -> int:
 
 def run_estimate(args: argparse.Namespace) -> int:
     """The price of a budget."""
-    from app.long_video import long_video
+    from app.long_video import price
 
     _check_inputs(args)
     with open_chat(args) as chat:
-        film = long_video(chat, args.video)
-        estimate = chat.estimate(args.video, args.budget) if film is None else film.price(args.budget)
+        estimate = price(chat, args.video, args.budget)
     print(json.dumps(asdict(estimate)) if args.json else estimate)
     return 0
 

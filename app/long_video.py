@@ -5,6 +5,8 @@
     print(film.ask("What happens?", 512).text)   # or "What happens at 1:23:45?": decoded only around there
     for chapter in film.chapters(): print(chapter)
 
+`VideoChat.ask(..., parts=True)` is `ask` for a long video and changes nothing for others.
+
 A survey of small frames says where the picture changes; parts with as much change each are looked at with the
 same number of tokens, so that a part where much happens is short and one where little does is long. Frames
 are sought, never decoded from the beginning, and few are held at a time: memory does not grow with length.
@@ -12,8 +14,9 @@ are sought, never decoded from the beginning, and few are held at a time: memory
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -22,14 +25,17 @@ import torch
 from torch import Tensor
 
 from app.answer import Answer
-from app.messages import Media, Videos, as_media
-from encoder.budget import MIN_TOKENS
-from encoder.errors import ConfigError
+from app.messages import Media, as_media, part_of
+from encoder.budget import MIN_TOKENS, Budget
+from encoder.errors import ConfigError, VideoError
 from encoder.video.clock import clock, seconds
 from encoder.video.part import Part
+from encoder.video.reader import Clip
+from llm_bridge.prompt import Message
 
 if TYPE_CHECKING:
     from app.chat import VideoChat
+    from app.estimate import Estimate
 
 LONG_S = 600.0  # from here on a video is shown in parts
 MOST_PARTS = 8
@@ -68,6 +74,20 @@ class LongPrice:
 
 
 @dataclass(frozen=True)
+class Showing:
+    """A medium, or a part of one, where a prompt shows it.
+
+    index: of the medium among those asked about. budget: tokens of this alone. shares: parts that it was
+    divided into.
+    """
+
+    medium: Media
+    index: int
+    budget: Budget
+    shares: int = 1
+
+
+@dataclass(frozen=True)
 class Chapter:
     """A stretch of a video between two changes, and what is seen in it."""
 
@@ -80,10 +100,13 @@ class Chapter:
 
 
 class LongVideo:
-    """A video, or a part of one, that is asked about in parts. Raises VideoError when it cannot be read."""
+    """A video, or a part of one, that is asked about in parts. Raises VideoError when it cannot be read.
 
-    def __init__(self, chat: VideoChat, video: Any) -> None:
-        self._chat, self._medium = chat, as_media(video)
+    scope: what the survey finds is kept for it alone.
+    """
+
+    def __init__(self, chat: VideoChat, video: Any, scope: str = "") -> None:
+        self._chat, self._medium, self._scope = chat, as_media(video), scope
         self.info = chat.probe(self._medium)
         if self.info.kind != "video":
             raise ConfigError(f"{self._medium.label()} is no video: ask about it as it is.")
@@ -113,14 +136,23 @@ class LongVideo:
         )
 
     def ask(self, question: str, budget: int | str | None = None, **options: Any) -> Answer:
-        """An answer: about the time that the question names, else about all of it, in parts.
+        """An answer: about the time that the question names, else about all of it, in parts where it is long.
 
         budget: tokens of all parts together. options: as in `VideoChat.ask`. Raises as that does.
         """
-        if (named := self._named(question)) is not None:
-            return self._chat.ask(named, question, budget=budget, **options)
+        options = {"parts": True, "scope": self._scope, **options}
+        return self._chat.ask(self._medium, question, budget=budget, **options)
+
+    def shown(self, budget: Budget | int | str | None = None) -> list[Showing]:
+        """All of it as a prompt shows it. Raises VideoError or BudgetError."""
         count, share = self._shares(budget)
-        return self._chat.ask(Videos(self.parts(count)), question, budget=share, **options)
+        return [Showing(part, 0, Budget(share), count) for part in self.parts(count)]
+
+    def around(self, question: str, budget: Budget) -> list[Showing]:
+        """What the question names of it; nothing where it names no time. Raises ConfigError for a time that
+        is not there."""
+        named = self._named(question)
+        return [] if named is None else [Showing(named, 0, budget)]
 
     def parts(self, count: int) -> list[Media]:
         """The video in so many parts, in each of which about as much changes."""
@@ -135,7 +167,7 @@ class LongVideo:
         ]
         return [self._part(start, end) for start, end in pairwise(edges)]
 
-    def _shares(self, budget: int | str | None) -> tuple[int, int]:
+    def _shares(self, budget: Budget | int | str | None) -> tuple[int, int]:
         """How many parts, and tokens of each: of what the budget buys of the whole."""
         total = self._chat.plan(self._medium, budget).keep
         count = max(1, min(MOST_PARTS, total // TOKENS_PER_PART))
@@ -209,26 +241,94 @@ class LongVideo:
         """(samples,) times from the beginning to the end, and (samples - 1,) how much changes between."""
         step = (self.end_s - self.start_s) / samples
         times = [self.start_s + step * (index + 0.5) for index in range(samples)]
+        key = f"{self._scope}|{self._medium.part.seen(self.info).digest}|{samples}"
+        if (changes := self._chat.surveys.get(key)) is None:
+            changes = self._changes(times)
+            self._chat.surveys.put(key, changes)
+        return times, changes
+
+    def _changes(self, times: list[float]) -> Tensor:
+        """How much changes from each of the times to the next, (len(times) - 1,)."""
         changes, last = [], None
-        for first in range(0, samples, AT_ONCE):
+        for first in range(0, len(times), AT_ONCE):
             frames = self._glance(times[first : first + AT_ONCE])
             frames = frames if last is None else torch.cat([last, frames])
             changes.append(_differences(frames))
             last = frames[-1:]
-        return times, torch.cat(changes)
+        return torch.cat(changes)
 
     def _glance(self, times: list[float]) -> Tensor:
         """Small frames at these times, float (T, H, W, 3)."""
         return self._chat.frames_at(self._medium, times, SURVEY_SIDE).float()
 
 
-def long_video(chat: VideoChat, video: Any) -> LongVideo | None:
+def long_video(chat: VideoChat, video: Any, scope: str = "") -> LongVideo | None:
     """The video where it is so long that it is asked about in parts, else None; raises VideoError."""
     medium = as_media(video)
-    if chat.probe(medium).kind != "video":
-        return None
-    film = LongVideo(chat, medium)
+    if isinstance(medium.source, Clip) or chat.probe(medium).kind != "video":
+        return None  # of a clip in memory there is nothing more to look at
+    film = LongVideo(chat, medium, scope)
     return film if film.is_long else None
+
+
+def price(chat: VideoChat, video: Any, budget: int | str | None = None, **part: Any) -> LongPrice | Estimate:
+    """What a question with `parts=True` costs, before anything is decoded. part: start, end and region.
+
+    Raises VideoError.
+    """
+    medium = as_media(video)
+    medium = chat.keep(part_of(medium, **part) if medium.part.whole else medium)
+    film = long_video(chat, medium)
+    return chat.estimate(medium, budget) if film is None else film.price(budget)
+
+
+def showings(
+    chat: VideoChat, messages: Sequence[Message[Media]], budget: Budget, *, parts: bool, scope: str = ""
+) -> tuple[Message[Showing], ...]:
+    """The messages with their media as a prompt shows them.
+
+    parts: a long video that comes first and alone is shown in parts. A question that names a time in it is
+    shown what is around that instead, also later, and the next one that names none all of it. What a message
+    shows depends on it and those before it, so that a follow-up question finds their prefix in the cache.
+    Raises VideoError, BudgetError, and ConfigError for a time in the last message that is not there.
+    """
+    made: list[Message[Showing]] = []
+    film: LongVideo | None = None
+    index, whole_shown = 0, False
+    for message in messages:
+        media = [piece for piece in message.content if isinstance(piece, Media)]
+        if parts and index == 0 and len(media) == 1 and message.role == "user":
+            media = [chat.keep(media[0])]  # what can be read only once is read here
+            with contextlib.suppress(VideoError):  # said when it is opened, with its place among the others
+                film = long_video(chat, media[0], scope)
+        elif media:
+            film = None
+        views: list[Showing] = []
+        if film is not None and message.role == "user":
+            views = _named_views(film, message.text, budget, strict=message is messages[-1])
+            if not views and not whole_shown:
+                views, whole_shown = film.shown(budget), True
+        content: list[str | Showing] = [] if media else [*views]
+        waiting = iter(media)
+        for piece in message.content:
+            if isinstance(piece, str):
+                content.append(piece)
+                continue
+            medium = next(waiting)
+            content += [Showing(medium, index, budget)] if film is None else views
+            index += 1
+        made.append(Message(message.role, tuple(content)))
+    return tuple(made)
+
+
+def _named_views(film: LongVideo, question: str, budget: Budget, *, strict: bool) -> list[Showing]:
+    """What a question names of a film. strict: a time that is not there is an error, else it names none."""
+    try:
+        return film.around(question, budget)
+    except ConfigError:
+        if strict:
+            raise
+        return []
 
 
 def _differences(frames: Tensor) -> Tensor:

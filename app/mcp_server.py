@@ -62,7 +62,8 @@ class VideoTools:
         """An answer about a video that may be read; raises FluxChatError."""
         with self._open(path) as medium:
             part = {"start": start.strip() or None, "end": end.strip() or None}
-            return self.chat.ask(medium, question, budget=budget.strip() or None, **part).text
+            answer = self.chat.ask(medium, question, budget=budget.strip() or None, parts=True, **part)
+            return answer.text
 
     @contextmanager
     def _open(self, path: str) -> Iterator[Media]:

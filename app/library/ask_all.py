@@ -72,7 +72,8 @@ class LocalAsker:
         identity, answer, error = NOBODY, None, None
         try:
             identity = FileIdentity.of(path)
-            made = self.chat.ask(Media(path, part=self._part), self.question, stop=stop, **self._options)
+            medium = Media(path, part=self._part)
+            made = self.chat.ask(medium, self.question, parts=True, stop=stop, **self._options)
             if made.finish == "cancelled":
                 return None
             answer = made.text if self._options.get("schema") is None else made.json()

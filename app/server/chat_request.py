@@ -66,7 +66,8 @@ class ChatRequest:
 
     max_tokens None: the server's default. sampling: options of `VideoChat.stream_messages`. stop: texts that
     end the answer. include_reasoning: whether thoughts are sent. label: a hash of user and cache_salt;
-    answers with different labels share no cache. part: of the media that are no parts already.
+    answers with different labels share no cache. part: of the media that are no parts already. parts: whether
+    a long video is looked at in parts.
     """
 
     messages: tuple[Message[Reference], ...]
@@ -80,6 +81,7 @@ class ChatRequest:
     label: str
     include_reasoning: bool = True
     part: Part = WHOLE
+    parts: bool = True
 
     @property
     def media(self) -> list[Reference]:
@@ -124,6 +126,7 @@ def parse_chat(data: Any) -> ChatRequest:
         selector=body.selector or "flux",
         include_reasoning=body.include_reasoning is not False,
         part=_part(body, ""),
+        parts=body.parts is not False,
         label=hashlib.blake2b(repr(labels).encode(), digest_size=12).hexdigest() if any(labels) else "",
     )
 

@@ -463,6 +463,7 @@ class Api:
                     with_part(_resolved(chat_request.messages, media), chat_request.part),
                     budget=chat_request.token_budget,
                     selector=chat_request.selector,
+                    parts=chat_request.parts,
                     max_new_tokens=self._longest(chat_request),
                     scope=" ".join(filter(None, ("api", client, chat_request.label))),
                     stop=stop,

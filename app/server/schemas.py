@@ -357,6 +357,9 @@ class ChatBody(Strict):
     ] = None
     end: Annotated[Moment, Field(description="Of every video without one of its own.")] = None
     region: Region = None
+    parts: Annotated[
+        Flag, Field(description="false: a video of ten minutes or more is looked at as one, not in parts.")
+    ] = None
 
     # How the answer is drawn. temperature 0 (the default) is greedy.
     temperature: Annotated[float, Field(ge=0, le=10)] | None = None

@@ -1,9 +1,10 @@
-"""Videos of 10 minutes, 1 hour and 10 hours: memory, and seconds to an answer, beside bare decoding.
+"""Long videos: seconds per hour of video, seconds to the first word and memory, beside bare decoding.
 
-    python -m tests.bench.long_video [--minutes 10 60 600]
+    python -m tests.bench.long_video [--hours 0.17 1 10]
 
-The videos are one minute of film, repeated packet by packet. Each case runs in a process of its own, with the
-shipped model; memory is the most that the process had beyond what it had with the model loaded.
+Without `--hours` they last ten minutes and one hour. The videos are one minute of film, repeated packet by
+packet. Each case runs in a process of its own, with the shipped model; memory is the most that the process
+had beyond what it had with the model loaded. Seconds per hour count up to the first word (of "decode": all).
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from typing import Any
 
 import numpy as np
 
+from app.long_video import LONG_S, LongVideo
 from tests.bench.common import environment, print_json
 from training.synthetic.export import write_video
 
 FPS, HEIGHT, WIDTH, SHOTS = 12, 180, 320, 6
+MOST_DECODED = 60  # minutes: bare decoding of all frames is measured up to here
 QUESTION = "What happens in the video?"
 
 
@@ -77,12 +80,10 @@ def case(name: str, path: str) -> dict[str, Any]:
                 count += 1
         return {"decode_s": round(time.perf_counter() - start, 2), "frames": count}
     from app.chat import VideoChat
-    from app.long_video import LongVideo
 
     with VideoChat(device="cpu") as chat:
         chat.ask(None, "Hello.", max_new_tokens=1)
         before, start = peak_mib(), time.perf_counter()
-        result: dict[str, Any] = {}
         if name == "whole":
             answer = chat.ask(path, QUESTION, max_new_tokens=16)
         else:
@@ -94,7 +95,6 @@ def case(name: str, path: str) -> dict[str, Any]:
         seconds = time.perf_counter() - start
         first_s = seconds - answer.timings.total_s + answer.timings.first_token_s
         return {
-            **result,
             "first_token_s": round(first_s, 2),
             "kept_tokens": answer.usage.kept_tokens,
             "frames": sum(kept.grid.frames for kept in answer.kept),
@@ -102,27 +102,46 @@ def case(name: str, path: str) -> dict[str, Any]:
         }
 
 
+def per_hour(rows: dict[int, dict[str, dict[str, Any]]]) -> dict[str, float]:
+    """Seconds per hour of video, of each case at its longest video; and what an hour more adds to "parts".
+
+    rows: cases by minutes.
+    """
+    figures: dict[str, float] = {}
+    for minutes, cases in sorted(rows.items()):
+        for name, row in cases.items():
+            figures[name] = round(60 * row.get("first_token_s", row.get("decode_s")) / minutes, 2)
+    if len(rows) > 1:
+        low, high = min(rows), max(rows)
+        added = rows[high]["parts"]["first_token_s"] - rows[low]["parts"]["first_token_s"]
+        figures["parts_each_hour_more"] = round(60 * added / (high - low), 2)
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.long_video")
-    parser.add_argument("--minutes", type=int, nargs="+", default=[10, 60, 600])
+    parser.add_argument("--hours", type=float, nargs="+", default=[1 / 6, 1], help="at least 10 minutes each")
     parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         print(json.dumps(case(*args.case)))
         return
-    result: dict[str, Any] = {}
+    lengths = [round(60 * hours) for hours in args.hours]
+    if min(lengths) < LONG_S / 60:
+        parser.error("a video is long from ten minutes on: say --hours 0.17 or more.")
+    rows: dict[int, dict[str, dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as place:
         minute(Path(place) / "minute.mp4")
-        for minutes in args.minutes:
+        for minutes in lengths:
             path = Path(place) / f"{minutes}.mp4"
             loop(Path(place) / "minute.mp4", path, minutes)
-            rows = {}
-            for name in ("whole", "parts", "moment", *(["decode"] if minutes <= 60 else [])):
+            rows[minutes] = {}
+            for name in ("whole", "parts", "moment", *(["decode"] if minutes <= MOST_DECODED else [])):
                 command = [sys.executable, "-m", "tests.bench.long_video", "--case", name, str(path)]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
-                rows[name] = json.loads(done.stdout.splitlines()[-1])
-            result[f"{minutes}_min"] = rows
-    print_json({"bench": "long_video", **result, **environment()})
+                rows[minutes][name] = json.loads(done.stdout.splitlines()[-1])
+    cases = {f"{minutes}_min": row for minutes, row in rows.items()}
+    print_json({"bench": "long_video", "s_per_hour": per_hour(rows), **cases, **environment()})
 
 
 if __name__ == "__main__":
