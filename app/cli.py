@@ -698,11 +698,11 @@ def run_fetch(args: argparse.Namespace) -> int:
         from llm_bridge.text_encoders.text_towers import sentence_tower_path
 
         print(sentence_tower_path())
-        return 0
     if args.speech:
         from app.speech.weights import fetch_speech_model
 
         print(fetch_speech_model())
+    if args.text or args.speech:
         return 0
     from llm_bridge.assets.fetch import fetch_default_llm
 

@@ -122,8 +122,14 @@ def test_what_goes_wrong_is_a_sentence_without_folders(chat: VideoChat, tmp_path
     assert str(tmp_path) not in problem
     assert session.media == []
     assert "1 file was left out" in handlers.search(session, "blue", 4)
+    handlers.search(session, "red", 5)
+    red = tmp_path / "videos" / "red.mp4"
+    red.unlink()
+    red.symlink_to(film(tmp_path / "secret.mp4", ["green", "white"]))
+    assert "red.mp4 is gone or has changed" in handlers.open_hit(session, 0, 5, 3)
+    assert session.media == []
     (library.folder / "library.json").unlink()
-    problem = handlers.search(session, "blue", 5)
+    problem = handlers.search(session, "blue", 6)
     assert "fc-failed" in problem
     assert str(tmp_path) not in problem
     handlers.sessions.close_all()
