@@ -895,7 +895,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     try:
         status = run[args.command](args)
-        if sys.stdout is not None:
+        if sys.stdout is not None and not sys.stdout.closed:  # an MCP server closes it at its end
             sys.stdout.flush()
         return status
     except FluxChatError as error:
