@@ -47,7 +47,7 @@ from llm_bridge.chat_model import ChatModel, load_chat_model
 from llm_bridge.compute_worker import ComputeWorker
 from llm_bridge.generation import Generation, GenerationStats
 from llm_bridge.kv_cache import ByteLRU, CacheStats
-from llm_bridge.llm import OnDownload, Quantize
+from llm_bridge.llm import OnDownload, Quantize, usable_device
 from llm_bridge.prompt import Message, Prompt, TextBound, Visual, count_text, render
 from llm_bridge.sampling import SamplingParams
 from llm_bridge.towers.tower import Stage
@@ -141,12 +141,12 @@ class VideoChat(NotCopyable):
                 llm=llm,
                 encoder=encoder,
                 stage=select,
-                device=_device(device),
+                device=usable_device(device),
                 dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
                 device_map=device_map,
                 quantize=quantize,
                 engine=engine,
-                encoder_device=_device(encoder_device),
+                encoder_device=usable_device(encoder_device),
                 adapters=adapters,
                 on_download=on_download,
             )
@@ -637,20 +637,6 @@ def _speech_budget(speech: bool | int) -> int:
     if not isinstance(speech, int) or speech < 0:
         raise ConfigError(f"speech must be True, False or a number of tokens, not {speech!r:.40}.")
     return speech
-
-
-def _device(device: str | torch.device | None) -> torch.device | None:
-    if device is None:
-        return None
-    try:
-        usable = torch.device(device)
-        torch.empty(1, device=usable)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"There is no device {device!s} here ({reason}); leave it out to use the best one."
-        ) from error
-    return usable
 
 
 def _too_long(limit: int, text: int, media: int, answer: int, turns: int) -> ContextError:

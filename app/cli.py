@@ -692,11 +692,11 @@ def run_fetch(args: argparse.Namespace) -> int:
         from llm_bridge.text_encoders.text_towers import sentence_tower_path
 
         print(sentence_tower_path())
-        return 0
     if args.speech:
         from app.speech.weights import fetch_speech_model
 
         print(fetch_speech_model())
+    if args.text or args.speech:
         return 0
     from llm_bridge.assets.fetch import fetch_default_llm
 
@@ -889,7 +889,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     try:
         status = run[args.command](args)
-        if sys.stdout is not None:
+        if sys.stdout is not None and not sys.stdout.closed:  # an MCP server closes it at its end
             sys.stdout.flush()
         return status
     except FluxChatError as error:

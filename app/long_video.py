@@ -26,6 +26,7 @@ from torch import Tensor
 
 from app.answer import Answer
 from app.messages import Media, as_media, part_of
+from app.note import without_note
 from encoder.budget import MIN_TOKENS, Budget
 from encoder.errors import ConfigError, VideoError
 from encoder.video.clock import clock, seconds
@@ -208,9 +209,11 @@ class LongVideo:
             count = min(MOST_CHAPTERS, max(LEAST_CHAPTERS, round(length / CHAPTER_S)))
         if not 1 <= count <= 100:
             raise ConfigError(f"There cannot be {count} chapters: ask for 1 to 100.")
-        edges = [self.start_s, *self._cuts(count), self.end_s]
+        edges, noted = [self.start_s, *self._cuts(count), self.end_s], False
         for start, end in pairwise(edges):
-            text = self._chat.ask(self._part(start, end), DESCRIBE, budget=budget, **options).text
+            answer = self._chat.ask(self._part(start, end), DESCRIBE, budget=budget, **options)
+            text = without_note(answer.text) if noted else answer.text  # said once, as in a conversation
+            noted = noted or bool(answer.note)
             yield Chapter(start, end, " ".join(text.split()))
 
     def _cuts(self, count: int) -> list[float]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from encoder.errors import ModelError
+from encoder.errors import ConfigError, ModelError
 from llm_bridge.adapters import apply_adapter, quiet_peft, without_adapters
 from llm_bridge.batch_invariance import make_batch_invariant
 from llm_bridge.families import Memory, check_embeddings, check_family, family_of
@@ -314,6 +314,21 @@ def default_device() -> torch.device:
         if accelerator is not None:
             return accelerator
     return torch.device("cpu")
+
+
+def usable_device(device: str | torch.device | None) -> torch.device | None:
+    """A device that can compute, from its name; None for None. Raises ConfigError."""
+    if device is None:
+        return None
+    try:
+        usable = torch.device(device)
+        torch.empty(1, device=usable).tolist()  # the device "meta" holds nothing
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"There is no device {device!s} here ({reason}); leave it out to use the best one."
+        ) from error
+    return usable
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -21,6 +21,7 @@ from torch import Tensor
 from encoder.errors import ConfigError
 
 LONGEST_SCHEMA = 2**16  # characters
+UNANSWERABLE = "no answer can follow it"
 # One line as `json.dumps` writes it: free blanks would let an answer run on in them. Nothing in a schema may
 # weaken what is enforced.
 _RULES = {
@@ -72,7 +73,8 @@ class AnswerSchema:
 
 
 def _refused(why: object) -> ConfigError:
-    text = " ".join(str(why).split())
+    text = " ".join(str(why).partition("<state>")[0].split())  # then its inner state is listed
+    text = UNANSWERABLE if text == "NoExtensionBias" else text
     return ConfigError(f"This schema cannot be enforced ({text[:200]}): change it, or leave it out.")
 
 

@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
-from app.library.video_files import FileIdentity
+from app.library.video_files import FileIdentity, is_unicode
 from app.library.write_lock import WriteLock
 from encoder.checkpoint import atomic_path
 from encoder.errors import ConfigError, DataError
@@ -59,12 +59,12 @@ class AnswerRow:
         """As a line of JSON, with its end."""
         line = json.dumps(asdict(self), ensure_ascii=False)
         # A name that is no UTF-8, as Linux allows, is written with escapes.
-        return (line if _is_unicode(line) else json.dumps(asdict(self))) + "\n"
+        return (line if is_unicode(line) else json.dumps(asdict(self))) + "\n"
 
     @staticmethod
     def of(line: str) -> AnswerRow:
         """Raises ValueError for a line that is none."""
-        values = json.loads(line)
+        values = _value(line)
         if not isinstance(values, dict) or set(values) != set(AnswerRow.__dataclass_fields__):
             raise ValueError("other fields")
         known = all(isinstance(values[name], str) for name in ("file", "question", "ends", "asked"))
@@ -74,19 +74,20 @@ class AnswerRow:
         return AnswerRow(**values)
 
 
-def _is_unicode(text: str) -> bool:
+def _value(text: str) -> Any:
+    """Of JSON; raises ValueError."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def check_out(out: Path) -> None:
     """Raises ConfigError for a file that answers cannot be written to, before anything is computed."""
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"Answers go into a file {' or '.join(SUFFIXES)}, not {out.name!r}.")
-    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+    other = out.exists() and not out.is_file()  # a folder, a pipe
+    if other or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
         raise ConfigError(f"Cannot write {out}: name a file in a folder that is there and can be written.")
     if out.suffix == ".parquet":
         _pyarrow()
@@ -224,7 +225,7 @@ def _from_parquet(out: Path) -> Iterator[AnswerRow]:
             for batch in file.iter_batches(BATCH):
                 for values in batch.to_pylist():
                     if as_values and values["answer"] is not None:
-                        values["answer"] = json.loads(values["answer"])
+                        values["answer"] = _value(values["answer"])
                     yield AnswerRow(**values)
     except (OSError, ValueError, arrow.ArrowException) as error:
         raise DataError(f"Cannot read {out} ({error}): name another output.") from error

@@ -73,16 +73,13 @@ class ClipTable:
         self._table: Any = None
         # Killed while the table was made, a process leaves a folder without a version: no table yet.
         if any((folder / f"{self._name}.lance" / "_versions").glob("*.manifest")):
-            try:
+            with reading(folder, self._name):
                 self._table = self._base.open_table(self._name)
                 self._table.count_rows()
-            except Exception as error:
-                raise DataError(
-                    f"The library {folder} is damaged: delete {self._name}.lance in it and index again."
-                ) from error
 
     def __len__(self) -> int:
-        return 0 if self._table is None else int(self._table.count_rows())
+        with reading(self._folder, self._name):
+            return 0 if self._table is None else int(self._table.count_rows())
 
     def files(self) -> dict[str, IndexedFile]:
         """Every file that has rows, by path."""
@@ -99,7 +96,9 @@ class ClipTable:
         columns = ["path", "size", "mtime_ns", "ends", "count"]
         found: dict[str, IndexedFile] = {}
         chosen = self._table.search().select(columns)
-        for batch in (chosen if where is None else chosen.where(where)).to_batches():
+        with reading(self._folder, self._name):
+            batches = list((chosen if where is None else chosen.where(where)).to_batches())
+        for batch in batches:
             for path, size, mtime_ns, ends, count in zip(
                 *(batch.column(name).to_pylist() for name in columns), strict=True
             ):
@@ -141,9 +140,10 @@ class ClipTable:
         """The clips nearest to a unit vector, with their cosines, best first."""
         if self._table is None:
             return []
-        found = self._table.search(list(vector)).distance_type("cosine").limit(count)
+        with reading(self._folder, self._name):
+            found = self._table.search(list(vector)).distance_type("cosine").limit(count).to_list()
         rows = []
-        for row in found.to_list():
+        for row in found:
             distance = row.pop("_distance")
             rows.append((ClipRow(**row), 1.0 - float(distance)))
         return rows
@@ -176,6 +176,17 @@ class ClipTable:
             yield
         except Exception as error:
             raise cannot_write(self._folder, error) from error
+
+
+@contextlib.contextmanager
+def reading(folder: Path, name: str) -> Iterator[None]:
+    """Turns what LanceDB raises while a library's table is read into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise DataError(
+            f"The library {folder} is damaged: delete {name}.lance in it and index again."
+        ) from error
 
 
 def cannot_write(folder: Path, error: Exception) -> DataError:

@@ -28,7 +28,7 @@ from encoder.fluxvit import FluxViT
 from encoder.json_files import read_object
 from encoder.preprocess import centre, preprocess
 from llm_bridge.clip_head import ALIGNMENT, ClipHead, read_clip_head
-from llm_bridge.llm import default_device
+from llm_bridge.llm import default_device, usable_device
 from llm_bridge.model_files.checks import open_folder, open_settings, refused
 from llm_bridge.text_encoders.text_towers import ContrastiveTower, SentenceTower, local_sentence_tower
 from llm_bridge.towers.pixels import HALF, PixelSettings, to_pixels
@@ -75,7 +75,7 @@ class FluxEmbedder:
     def __init__(self, folder: str | Path | None = None, device: str | None = None) -> None:
         self.name = "" if folder is None else os.path.abspath(folder)
         self._folder = SHIPPED if folder is None else Path(folder)
-        self._device = torch.device(device) if device else default_device()
+        self._device = usable_device(device) or default_device()
         self.fingerprint = _fingerprint(
             self._folder, ["config.json", ENCODER, ALIGNMENT], FRAMES, TOKENS_SHARE
         )
@@ -125,7 +125,7 @@ class StockEmbedder:
 
     def __init__(self, source: str, device: str | None = None) -> None:
         self.name = os.path.abspath(source) if os.path.isdir(source) else source
-        self._device = torch.device(device) if device else default_device()
+        self._device = usable_device(device) or default_device()
         with refused(f"Cannot load an embedder from {source}"):
             settings = Path(open_settings(source))
             self._config = read_object(settings / "config.json")

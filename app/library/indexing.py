@@ -21,7 +21,7 @@ from torch import Tensor
 from app.library.clip_reader import VideoClip, read_clips
 from app.library.clip_table import ClipRow, ClipTable
 from app.library.embedders import Embedder
-from app.library.video_files import FileIdentity
+from app.library.video_files import FileIdentity, check_name
 from encoder.errors import FluxChatError, VideoError
 from encoder.video.sources import reason
 
@@ -152,6 +152,7 @@ def _same(table: ClipTable, path: str, identity: FileIdentity) -> bool:
 def _steps(paths: Sequence[str], seconds: float, frames: int) -> Iterator[_Step]:
     for path in paths:
         try:
+            check_name(path)
             identity = FileIdentity.of(path)
             for clips in read_clips(path, seconds, frames):
                 yield _Step(path, identity, clips)

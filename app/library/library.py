@@ -21,7 +21,7 @@ from app.library.indexing import Indexer, IndexReport, LocalIndexer, index_files
 from app.library.listening import HeardReport, listen_to
 from app.library.said_table import NAME as SAID
 from app.library.said_table import SaidTable
-from app.library.video_files import FileIdentity, find_videos
+from app.library.video_files import FileIdentity, find_videos, is_unicode
 from app.library.write_lock import WriteLock
 from app.speech.listener import Listener
 from encoder.checkpoint import atomic_path, save_json
@@ -29,6 +29,7 @@ from encoder.errors import ConfigError, DataError
 from encoder.json_files import read_object
 from encoder.video.sources import reason
 from llm_bridge.assets.cache_dir import cache_dir
+from llm_bridge.prompt import check_text
 
 if TYPE_CHECKING:
     from app.library.ray_pool import RayPool
@@ -143,7 +144,7 @@ class Library:
 
     def search_said(self, text: str, top: int = 10) -> Found:
         """The lines with most words of a text; score: the share of its words. Stale files are left out."""
-        if not text.strip():
+        if not check_text(text, "The search").strip():
             raise ConfigError("Say what to look for.")
         if not 1 <= top <= MOST_HITS:
             raise ConfigError(f"Cannot find {top} lines: ask for 1 to {MOST_HITS}.")
@@ -172,7 +173,7 @@ class Library:
 
     def holds(self, path: str) -> bool:
         """Whether that is the path of a video of the library, whose content is what was indexed."""
-        file = self._table(self._existing()).file(path)
+        file = self._table(self._existing()).file(path) if is_unicode(path) else None
         return file is not None and _changed(path, file.identity) is None
 
     def check(self) -> list[Stale]:
@@ -208,7 +209,7 @@ class Library:
             for path in said.files():
                 if not os.path.exists(path):
                     said.remove(path)
-            for path in gone:
+            for path in gone.intersection(table.files()):
                 table.remove(path)
             report = self._index(table, sorted(paths - gone), settings, progress, forgotten=gone)
             report.removed = len(gone)
@@ -217,7 +218,7 @@ class Library:
 
     def search(self, text: str, top: int = 10) -> Found:
         """The clips that fit a text best. Clips of files that are gone or have changed are left out."""
-        if not text.strip():
+        if not check_text(text, "The search").strip():
             raise ConfigError("Say what to look for.")
         if not 1 <= top <= MOST_HITS:
             raise ConfigError(f"Cannot find {top} clips: ask for 1 to {MOST_HITS}.")

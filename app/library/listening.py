@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TextIO
 
 from app.library.said_table import SaidTable
-from app.library.video_files import FileIdentity
+from app.library.video_files import FileIdentity, check_name
 from app.speech.listener import Listener
 from encoder.errors import VideoError
 from encoder.video.sources import reason
@@ -53,6 +53,7 @@ def listen_to(
     with bar:
         for path in wanted:
             try:
+                check_name(path)
                 identity = FileIdentity.of(path)
                 transcript = listener.listen(path, language=language)
                 if not identity.unchanged(path):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from app.library.clip_table import lancedb
+from app.library.clip_table import cannot_write, lancedb, reading
 from app.library.video_files import FileIdentity
 from app.speech.transcript import Line, Transcript
 from encoder.errors import DataError
@@ -51,22 +51,20 @@ class SaidTable:
         self._folder, self._base = folder, lancedb().connect(str(folder))
         self._table: Any = None
         if any((folder / f"{NAME}.lance" / "_versions").glob("*.manifest")):
-            try:
+            with reading(folder, NAME):
                 self._table = self._base.open_table(NAME)
                 self._table.count_rows()
-            except Exception as error:
-                raise DataError(
-                    f"The library {folder} is damaged: delete {NAME}.lance in it and index again."
-                ) from error
 
     def files(self) -> dict[str, FileIdentity]:
         """Every file that was listened to, as it was then."""
         if self._table is None:
             return {}
         columns = ["path", "size", "mtime_ns", "ends"]
+        with reading(self._folder, NAME):
+            batches = list(self._table.search().select(columns).to_batches())
         return {
             path: FileIdentity(size, mtime_ns, ends)
-            for batch in self._table.search().select(columns).to_batches()
+            for batch in batches
             for path, size, mtime_ns, ends in zip(
                 *(batch.column(name).to_pylist() for name in columns), strict=True
             )
@@ -111,7 +109,9 @@ class SaidTable:
             return []
         where = " OR ".join(f"lower(text) LIKE '%{word}%'" for word in wanted)
         found: list[tuple[SaidRow, float]] = []
-        for batch in self._table.search().where(where).to_batches():
+        with reading(self._folder, NAME):
+            batches = list(self._table.search().where(where).to_batches())
+        for batch in batches:
             for values in batch.to_pylist():
                 row = SaidRow(**{name: values[name] for name in SaidRow.__dataclass_fields__})
                 said = set(_words(row.text))
@@ -122,8 +122,12 @@ class SaidTable:
 
     def remove(self, path: str) -> None:
         """Drop a file's lines."""
-        if self._table is not None:
+        if self._table is None:
+            return
+        try:
             self._table.delete(_is(path))
+        except Exception as error:
+            raise cannot_write(self._folder, error) from error
 
 
 def _words(text: str) -> list[str]:

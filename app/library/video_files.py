@@ -6,14 +6,16 @@ FileIdentity.of("a.mp4")                                 # size, time of change,
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from encoder.errors import ConfigError
+from encoder.errors import ConfigError, VideoError
 
 # What is taken of a folder; a file that is named itself may be called anything.
 VIDEO_SUFFIXES = {
@@ -23,6 +25,8 @@ VIDEO_SUFFIXES = {
 LIST_SUFFIX = ".txt"
 LONGEST_LIST = 2**30  # bytes
 END_BYTES = 2**20  # of a file's head and tail that are hashed
+# Opening must not wait for a pipe's other end.
+_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,11 @@ class FileIdentity:
 
     @staticmethod
     def of(path: str) -> FileIdentity:
-        """Raises OSError."""
-        with open(path, "rb") as file:
+        """Raises OSError, also for what is no regular file."""
+        with open(_opened(path), "rb") as file:
             status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file", path)
             digest = hashlib.sha256(file.read(END_BYTES))
             file.seek(max(file.tell(), status.st_size - END_BYTES))
             digest.update(file.read(END_BYTES))
@@ -47,9 +53,31 @@ class FileIdentity:
         """Whether the file's size and the time of its last change are what they were."""
         try:
             status = os.stat(path)
-        except OSError:
+        except (OSError, ValueError):
             return False
         return (status.st_size, status.st_mtime_ns) == (self.size, self.mtime_ns)
+
+
+def _opened(path: str) -> int:
+    try:
+        return os.open(path, _FLAGS)
+    except ValueError:  # a line of a list may hold anything
+        raise OSError(errno.EINVAL, "its path has a NUL character", path) from None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text, or a file's name, can be written as UTF-8; Linux allows names that cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_name(path: str) -> None:
+    """Raises VideoError for a file whose name a library cannot hold."""
+    if not is_unicode(path):
+        raise VideoError(f"Cannot index {path!r}: its name is no UTF-8 text; rename it.")
 
 
 def find_videos(sources: Sequence[str | os.PathLike[str]]) -> list[str]:

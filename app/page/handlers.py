@@ -206,6 +206,9 @@ class Handlers:
         hit = hits[index]
         if not session.show(session.opened.get(hit.path, "")):
             name = file_name(Path(hit.path).name)
+            if self.library is None or not self.library.has(hit):
+                session.problem = markup.problem(f"{name} is gone or has changed: search again.")
+                return session.problem
             try:
                 with self.slot.using() as chat:
                     chat.probe(ShownMedia(hit.path, name))  # too large or too long: before it is copied

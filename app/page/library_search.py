@@ -26,6 +26,14 @@ class LibrarySearch:
     def __init__(self, library: Library) -> None:
         self._library, self._lock = library, threading.Lock()
 
+    def has(self, hit: Hit) -> bool:
+        """Whether a hit's file is still what was indexed; no link that has taken its place is."""
+        try:
+            with self._lock:
+                return self._library.holds(hit.path)
+        except FluxChatError:
+            return False
+
     def find(self, text: str) -> Found:
         """What fits a text best; raises FluxChatError."""
         if len(text) > LONGEST:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,10 @@ def run_transcribe(args: argparse.Namespace) -> int:
             raise ConfigError(f"Subtitles go into a file {' or '.join(SUFFIXES)}, not {out.name!r}.")
         if out.exists() and not args.force:
             raise ConfigError(f"{out} is there already: choose another name, or --force to write over it.")
-        if not out.parent.is_dir():
-            raise ConfigError(f"Cannot write {out}: there is no such folder.")
+        if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+            raise ConfigError(
+                f"Cannot write {out}: name a file in a folder that is there and can be written."
+            )
     transcript = Listener(args.speech_model).listen(args.video, language=args.language)
     if out is not None:
         with atomic_path(out) as temporary:

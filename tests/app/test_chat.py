@@ -273,6 +273,8 @@ def test_closed_and_missing_models(tiny_model: VideoLanguageModel, tmp_path: Pat
         VideoChat(tmp_path)
     with pytest.raises(ConfigError, match="no device abacus"):
         VideoChat(tmp_path, device="abacus")
+    with pytest.raises(ConfigError, match="no device meta"):
+        VideoChat(tmp_path, encoder_device="meta")
 
 
 def test_memory_of_the_caches_is_bounded(tiny_model: VideoLanguageModel) -> None:

@@ -226,6 +226,13 @@ def test_the_version_is_the_package_s(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == f"fluxchat {fluxchat.__version__}\n"
 
 
+def test_a_command_may_close_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As an MCP server does when its client has left."""
+    monkeypatch.setattr(sys, "stdout", open(os.devnull, "w"))  # noqa: SIM115 - closed by the command
+    monkeypatch.setattr("app.cli.run_models", lambda args: sys.stdout.close() or 0)
+    assert main(["models"]) == 0
+
+
 def test_train_is_the_stage_s_own_command(monkeypatch: pytest.MonkeyPatch) -> None:
     began: list[list[str]] = []
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 import torch
@@ -15,6 +16,7 @@ from PIL import Image
 
 from app.chat import Media, Message, VideoChat, Videos
 from app.cli import main
+from app.long_video import LongVideo
 from app.note import Note, note_for, without_note
 from app.page.handlers import Handlers
 from app.page.layout import banner
@@ -25,6 +27,7 @@ from llm_bridge.familiarity import Familiarity, num_statistics, statistics
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import render
 from tests.app.server.serving import answer, ask, data_url, question, running
+from training.synthetic.export import write_video
 
 THINGS = 236
 NOTE = note_for(THINGS)
@@ -108,6 +111,14 @@ def test_the_note_comes_first_and_only_about_what_is_not_known(
     mixed = chat.ask(Videos([files["known"], files["noise"]]), "Which?", **SHORT_ANSWER)
     assert (mixed.familiar, mixed.note) == (False, SAYS)
     assert chat.ask(None, "Hello?", **SHORT_ANSWER).familiar is None
+
+
+def test_chapters_say_it_once(chat: VideoChat, tmp_path: Path) -> None:
+    film = tmp_path / "noise.mp4"
+    write_video(film, np.stack([np.asarray(noise(seed)) for seed in range(20)]), 1)
+    first, second = LongVideo(chat, film).chapters(2, 16, max_new_tokens=6)
+    assert first.text.startswith(SAYS)
+    assert SAYS not in second.text
 
 
 def test_the_note_costs_no_tokens(chat: VideoChat, files: dict[str, Path]) -> None:

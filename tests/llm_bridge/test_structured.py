@@ -19,7 +19,13 @@ from llm_bridge.generation import Generation
 from llm_bridge.llm import LanguageModel
 from llm_bridge.prompt import Message, Visual, render
 from llm_bridge.sampling import Sampler, SamplingParams
-from llm_bridge.structured import LONGEST_SCHEMA, AnswerSchema, SchemaVocabulary, check_tokenizer
+from llm_bridge.structured import (
+    LONGEST_SCHEMA,
+    UNANSWERABLE,
+    AnswerSchema,
+    SchemaVocabulary,
+    check_tokenizer,
+)
 from llm_bridge.thinking import AnswerLength
 from tests.tiny_llms import byte_level
 
@@ -205,6 +211,17 @@ def test_what_cannot_be_enforced_is_one_sentence(schema: Any, said: str) -> None
 def test_what_would_break_the_json_goes_not_with_it(beside: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"goes without {next(iter(beside))}"):
         SamplingParams(schema=THING, **beside)
+
+
+def test_what_only_shows_at_the_first_token_is_a_sentence_too(
+    tiny_llm: Callable[[str], LanguageModel],
+) -> None:
+    """A schema that refers to itself alone, and one with more fields than are followed."""
+    many = {"type": "object", "properties": {f"p{index}": {"type": "string"} for index in range(1500)}}
+    for schema, said in (({"$ref": "#"}, UNANSWERABLE), (many, "items")):
+        with pytest.raises(ConfigError, match=said) as raised:
+            "".join(generation(tiny_llm("qwen2"), schema=schema))
+        assert "<state>" not in str(raised.value)
 
 
 def test_without_llguidance_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

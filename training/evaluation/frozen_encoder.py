@@ -17,7 +17,7 @@ from encoder.errors import CheckpointError, ConfigError
 from encoder.fluxvit import FluxViT
 from encoder.tokens import VisionTokens
 from llm_bridge.clip_head import ClipHead, TrainedPools
-from llm_bridge.llm import default_device
+from llm_bridge.llm import default_device, usable_device
 from training.evaluation.encoder_input import EncoderInput
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,7 +46,7 @@ class FrozenEncoder:
     def open(path: str | Path, device: str | None = None, dtype: str = "fp32") -> FrozenEncoder:
         """From a folder or official file of an encoder, or a folder of a whole model, of which the encoder is
         taken. Raises CheckpointError or ConfigError."""
-        target = torch.device(device) if device else default_device()
+        target = usable_device(device) or default_device()
         return FrozenEncoder(open_encoder(Path(path)).to(target, DTYPES[dtype]).eval().requires_grad_(False))
 
     @property

@@ -160,7 +160,7 @@ def test_another_question_is_refused_unless_forced(chat: VideoChat, videos: Path
     assert {row["question"] for row in rows(out)} == {"Why?"}
 
 
-@pytest.mark.parametrize("text", ["notes of mine\n", '{"file": "a", "answer": 1}\n', "mine"])
+@pytest.mark.parametrize("text", ["notes of mine\n", '{"file": "a", "answer": 1}\n', "mine", "[" * 100_000])
 def test_a_file_of_others_is_never_written(chat: VideoChat, videos: Path, tmp_path: Path, text: str) -> None:
     out = tmp_path / "answers.jsonl"
     out.write_text(text)
@@ -235,6 +235,21 @@ def test_outputs_are_checked_first(tmp_path: Path) -> None:
     for wrong in (tmp_path / "a.csv", tmp_path / "none" / "a.jsonl"):
         with pytest.raises(ConfigError):
             check_out(wrong)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_pipes_are_waited_for_by_nobody(chat: VideoChat, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.mp4"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(ConfigError, match="name a file"):
+        check_out(tmp_path / "a.jsonl")
+    (tmp_path / "list.txt").write_bytes(b"a.mp4\nb\0.mp4\n")
+    report = mapped(chat, tmp_path / "b.jsonl", tmp_path / "list.txt")
+    assert report.answered == 0
+    assert sorted(why.split("': ")[1] for why in report.failed.values()) == [
+        "it is no regular file; check the path.",
+        "its path has a nul character; check the path.",
+    ]
 
 
 def test_the_command(

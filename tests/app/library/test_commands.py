@@ -10,8 +10,10 @@ import pytest
 
 from app import cli
 from app.library import player
+from app.speech import weights
 from encoder.video.reader import probe
 from llm_bridge.text_encoders import text_towers
+from tests import ROOT
 from tests.llm_bridge.text_encoders.tiny_towers import clip_folder
 
 
@@ -88,6 +90,7 @@ def test_the_best_is_played_at_its_time(
         (["index", "--check", "--repair"], "give one of them"),
         (["index", "a.mp4", "--check"], "give no videos"),
         (["search", "a dog"], "no library in"),
+        (["index", str(ROOT / "app" / "pretrained" / "examples"), "--device", "abacus"], "no device abacus"),
     ],
 )
 def test_wrong_inputs_are_one_line(command: Any, args: list[str], said: str) -> None:
@@ -103,3 +106,6 @@ def test_fetch_text_gets_the_text_tower(
     monkeypatch.setattr(text_towers, "sentence_tower_path", lambda: tmp_path / "tower")
     assert cli.main(["fetch", "--text"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'tower'}\n"
+    monkeypatch.setattr(weights, "fetch_speech_model", lambda: tmp_path / "speech")
+    assert cli.main(["fetch", "--text", "--speech"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'tower'}\n{tmp_path / 'speech'}\n"

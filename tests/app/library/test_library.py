@@ -154,13 +154,40 @@ def test_a_table_that_was_never_finished_is_none(tmp_path: Path, videos: Path) -
     assert opened(tmp_path).index([videos]).clips == 5
 
 
-def test_a_table_that_is_damaged_is_one_sentence(tmp_path: Path, videos: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes, and pipes")
+def test_what_is_no_plain_file_with_a_plain_name_ends_nothing(tmp_path: Path, videos: Path) -> None:
+    strange = Path(os.fsdecode(bytes(videos) + b"/\xff.mp4"))
+    shutil.copy(videos / "red.mp4", strange)
+    os.mkfifo(videos / "pipe.mp4")  # nobody writes into it
+    (tmp_path / "list.txt").write_bytes(b"videos/re\0d.mp4\n")
+    library = opened(tmp_path)
+    report = library.index([videos, tmp_path / "list.txt"])
+    assert report.indexed == 4
+    said = " ".join(report.failed.values())
+    assert len(report.failed) == 3
+    assert "no UTF-8 text; rename it" in said
+    assert "no regular file" in said
+    assert "nul character" in said
+    assert not library.holds(str(strange))
+    assert str(strange) in [row.path for row in library.check()]
+    strange.unlink()
+    assert library.repair().removed == 2
+    assert [row.path for row in library.check()] == [str(videos / "pipe.mp4")]
+
+
+@pytest.mark.parametrize("part", ["_versions", "data"])
+def test_a_table_that_is_damaged_is_one_sentence(tmp_path: Path, videos: Path, part: str) -> None:
     library = opened(tmp_path)
     library.index([videos])
-    for version in (library.folder / "clips-c0.lance" / "_versions").iterdir():
-        version.write_bytes(b"nonsense")
+    for file in (library.folder / "clips-c0.lance" / part).iterdir():
+        file.write_bytes(b"nonsense")
+    damaged = opened(tmp_path)
+    red = str(videos / "red.mp4")
+    for use in (lambda: damaged.search("red"), damaged.check, damaged.repair, lambda: damaged.holds(red)):
+        with pytest.raises(DataError, match="is damaged: delete"):
+            use()
     with pytest.raises(DataError, match="is damaged: delete"):
-        opened(tmp_path).search("red")
+        damaged.index([videos])
 
 
 def test_wrong_inputs_are_sentences(tmp_path: Path, videos: Path) -> None:
@@ -177,6 +204,9 @@ def test_wrong_inputs_are_sentences(tmp_path: Path, videos: Path) -> None:
         opened(tmp_path, seconds=5).index([videos])
     with pytest.raises(ConfigError, match="Say what"):
         library.search("  ")
+    for search in (library.search, library.search_said):
+        with pytest.raises(ConfigError, match="not UTF-8"):
+            search(os.fsdecode(b"\xff"))
     with pytest.raises(ConfigError, match="Cannot find 0"):
         library.search("red", top=0)
     with pytest.raises(ConfigError, match="cannot be"):

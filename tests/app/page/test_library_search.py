@@ -86,7 +86,7 @@ def test_a_hit_opens_a_copy_of_its_video_with_its_part_chosen(searching: Handler
     hits = [(Path(hit.path).name, hit.start_s) for hit in session.found[1]]
     assert searching.open_hit(session, hits.index(("three <b>.mp4", 4.0)), 3, 4, "ann") == ""
     assert [m.part for m in session.media] == [Part(4.0, None)]
-    searching.sessions.remove(session, 0)
+    searching.sessions.remove(session, medium.path)
     assert not Path(medium.path).exists()
     assert searching.open_hit(session, hits.index(("green.mp4", 0.0)), 3, 5, "ann") == ""
     assert [(m.name, m.part) for m in session.media] == [("green.mp4", WHOLE)]
@@ -122,8 +122,14 @@ def test_what_goes_wrong_is_a_sentence_without_folders(chat: VideoChat, tmp_path
     assert str(tmp_path) not in problem
     assert session.media == []
     assert "1 file was left out" in handlers.search(session, "blue", 4)
+    handlers.search(session, "red", 5)
+    red = tmp_path / "videos" / "red.mp4"
+    red.unlink()
+    red.symlink_to(film(tmp_path / "secret.mp4", ["green", "white"]))
+    assert "red.mp4 is gone or has changed" in handlers.open_hit(session, 0, 5, 3)
+    assert session.media == []
     (library.folder / "library.json").unlink()
-    problem = handlers.search(session, "blue", 5)
+    problem = handlers.search(session, "blue", 6)
     assert "fc-failed" in problem
     assert str(tmp_path) not in problem
     handlers.sessions.close_all()

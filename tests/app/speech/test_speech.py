@@ -219,9 +219,11 @@ def test_the_command(
     assert "dogs" in out.read_text()
     assert cli.main(["transcribe", str(humming)]) == 0
     assert capsys.readouterr().out == "Nothing is said in it.\n"
+    (tmp_path / "folder.srt").mkdir()
     for wrong, said in (
         ([str(talk), "--out", str(out)], "is there already"),
         ([str(talk), "--out", "a.txt"], ".srt"),
+        ([str(talk), "--out", str(tmp_path / "folder.srt"), "--force"], "name a file"),
     ):
         assert cli.main(["transcribe", *wrong]) == 2
         err = capsys.readouterr().err
