@@ -1,5 +1,5 @@
-"""The models that can be loaded on this machine: the one that was there first, the shipped one, those on disk,
-those of the catalog that fit."""
+"""The models that can be loaded on this machine: the one that was there first, the shipped one, those on
+disk, those of the catalog that fit."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ SHIPPED_TITLE = "The shipped model"
 class Choice:
     """A model that can be loaded.
 
-    name: what --model takes; "" for the one that was there first, SHIPPED_NAME for the shipped one. memory_bytes: of its weights, as they are
-    loaded here. quantize: to what, so that it fits; None to leave them. on_disk: nothing is to be downloaded.
-    entry: of the catalog, if it is in it.
+    name: what --model takes; "" for the one that was there first, SHIPPED_NAME for the shipped one.
+    memory_bytes: of its weights, as they are loaded here. quantize: to what, so that it fits; None to leave
+    them. on_disk: nothing is to be downloaded. entry: of the catalog, if it is in it.
     """
 
     name: str
@@ -65,8 +65,8 @@ def weights_bytes(model: ChatModel) -> int:
 
 
 def find_choices(first: Choice, device: torch.device, *, shipped: bool = False) -> list[Choice]:
-    """All that can be loaded: `first`, the shipped one if asked for and fetched, the video models in the hub's
-    cache, and the catalog."""
+    """All that can be loaded: `first`, the shipped one where asked for and fetched, the video models in the
+    hub's cache, and the catalog."""
     from app.about import device_gib
     from llm_bridge.llm import default_dtype
 

@@ -34,7 +34,7 @@ LOG = logging.getLogger("fluxchat")
 GIB = 2**30
 MEMORY_SHARE = 0.8  # of the free memory, that the weights of one more model may take
 POLL_S = 0.1
-# Opens a model by its name ("": the one that was there first; SHIPPED_NAME) and what its weights are quantised to.
+# Opens a model by a choice's name, and what its weights are quantised to.
 Opener = Callable[[str, str | None], "VideoChat"]
 
 
