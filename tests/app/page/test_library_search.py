@@ -86,7 +86,7 @@ def test_a_hit_opens_a_copy_of_its_video_with_its_part_chosen(searching: Handler
     hits = [(Path(hit.path).name, hit.start_s) for hit in session.found[1]]
     assert searching.open_hit(session, hits.index(("three <b>.mp4", 4.0)), 3, 4, "ann") == ""
     assert [m.part for m in session.media] == [Part(4.0, None)]
-    searching.sessions.remove(session, 0)
+    searching.sessions.remove(session, medium.path)
     assert not Path(medium.path).exists()
     assert searching.open_hit(session, hits.index(("green.mp4", 0.0)), 3, 5, "ann") == ""
     assert [(m.name, m.part) for m in session.media] == [("green.mp4", WHOLE)]
