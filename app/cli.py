@@ -635,7 +635,9 @@ def run_web(args: argparse.Namespace) -> int:
     limits = replace(WEB_LIMITS, max_bytes=args.upload_mib * 2**20)
     bounds: dict[str, Any] = {"limits": limits, "batch": args.parallel, "cache_mib": args.cache_mib}
     bounds |= {"encode_batch": args.encode_batch, "trusted": False}
-    with listener, ModelSlot(open_chat(args, **bounds), _opener(args, bounds)) as slot:
+    own = any((args.model, args.llm, args.encoder, args.adapters))
+    chat = open_chat(args, **bounds)
+    with listener, ModelSlot(chat, _opener(args, bounds), offers_shipped=own) as slot:
         serve(slot, options, listener)
     gc.freeze()  # the process ends now: a last search for garbage would take seconds
     return 0
@@ -643,10 +645,13 @@ def run_web(args: argparse.Namespace) -> int:
 
 def _opener(args: argparse.Namespace, bounds: dict[str, Any]) -> Callable[[str, str | None], VideoChat]:
     """Opens another model as `args` say, without what belongs to their model; "" is theirs."""
+    from app.model_choices import SHIPPED_NAME
+
     own: dict[str, Any] = dict.fromkeys(("llm", "encoder", "plan", "engine", "select"), None)
 
     def open_model(name: str, quantize: str | None) -> VideoChat:
-        changes = {**own, "adapters": [], "model": name, "quantize": args.quantize or quantize}
+        model = None if name == SHIPPED_NAME else name
+        changes = {**own, "adapters": [], "model": model, "quantize": args.quantize or quantize}
         return open_chat(argparse.Namespace(**{**vars(args), **(changes if name else {})}), **bounds)
 
     return open_model

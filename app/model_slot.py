@@ -34,7 +34,7 @@ LOG = logging.getLogger("fluxchat")
 GIB = 2**30
 MEMORY_SHARE = 0.8  # of the free memory, that the weights of one more model may take
 POLL_S = 0.1
-# Opens a model by its name ("": the one that was there first) and what its weights are quantised to.
+# Opens a model by a choice's name, and what its weights are quantised to.
 Opener = Callable[[str, str | None], "VideoChat"]
 
 
@@ -64,10 +64,15 @@ class Loading:
 
 
 class ModelSlot:
-    """Holds one VideoChat; `open_model`, where it is given, opens another one. Thread-safe."""
+    """Holds one VideoChat; `open_model`, where it is given, opens another one. Thread-safe.
 
-    def __init__(self, chat: VideoChat, open_model: Opener | None = None) -> None:
-        self._chat, self._open = chat, open_model
+    offers_shipped: the first one is another than the shipped model, which is then one of the choices.
+    """
+
+    def __init__(
+        self, chat: VideoChat, open_model: Opener | None = None, *, offers_shipped: bool = False
+    ) -> None:
+        self._chat, self._open, self.offers_shipped = chat, open_model, offers_shipped
         self._first = Choice.of(chat)
         self._changed = threading.Condition()
         self._users: Counter[int] = Counter()
@@ -120,7 +125,9 @@ class ModelSlot:
 
     def choices(self) -> list[Choice]:
         """What can be loaded, the one in use included; empty where nothing can."""
-        return find_choices(self._first, self._chat.device) if self.can_load else []
+        if not self.can_load:
+            return []
+        return find_choices(self._first, self._chat.device, shipped=self.offers_shipped)
 
     def choice(self, name: str) -> Choice:
         """The choice of that name; raises ConfigError."""
@@ -134,11 +141,10 @@ class ModelSlot:
         device = self._chat.device
         free = free_memory(device)
         if choice.memory_bytes > MEMORY_SHARE * free:
-            command = f"fluxchat web --model {choice.name}" if choice.name else "fluxchat web"
             need, used = gib(choice.memory_bytes), gib(weights_bytes(self._chat.model))
             raise ModelError(
                 f"{choice.title} needs {need} GiB of memory beside the {used} of the model in use, and "
-                f"{gib(free)} GiB are free: end this page and start `{command}`."
+                f"{gib(free)} GiB are free: end this page and start {choice.start}."
             )
 
     def load(self, choice: Choice, size: int = 0) -> Loading:

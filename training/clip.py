@@ -11,6 +11,7 @@ out.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import sys
@@ -52,6 +53,7 @@ from training.trainer.recipe import LoopConfig, OptimConfig
 COMPARED: tuple[Selector, ...] = ("flux", "random")
 EVALUATED_AT_ONCE = 32
 MISSING_SHARE = 0.01
+TEMPERATURE = 0.07  # where a run starts that has no other
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class ClipRecipe:
     train_text: the text tower too; UNVERIFIED whether stage 2 does, InternVideo2's code keeps it frozen.
     align_norm: a LayerNorm in front of the CLIP head's linear map to the text space, as in the released code.
     align_init: the CLIP head of an earlier run, its `alignment.safetensors`.
-    temperature: where it starts; temperature_min: it cannot fall below. positives: pairs that are equally
+    temperature: where it starts (None: where align_init's head ended, 0.07 without one); temperature_min: it
+    cannot fall below. positives: pairs that are equally
     right: equal "text", or the same media file ("id", as in the released code).
     text_tower: see `open_tower`; text_tokenizer: of a MobileCLIP file; text_length: most tokens per text;
     text_cache: texts whose embeddings are remembered; with 0, for captions that hardly repeat, a CPU embeds
@@ -108,7 +111,7 @@ class ClipRecipe:
     text_tokenizer: str | None = None
     text_length: int | None = None
     text_cache: int = CACHED_TEXTS
-    temperature: float = 0.07
+    temperature: float | None = None
     temperature_min: float = 0.01
     positives: Literal["text", "id"] = "text"
     attribute_weight: float = 0.0
@@ -145,7 +148,8 @@ class ClipRecipe:
             raise ConfigError("num_tokens must name at least one token count.")
         if self.pools is not None and len(self.pools) != len(self.num_tokens):
             raise ConfigError(f"pools must hold one head for each of {len(self.num_tokens)} token counts.")
-        if not 0 < self.temperature_min <= self.temperature:
+        start = TEMPERATURE if self.temperature is None and self.align_init is None else self.temperature
+        if not 0 < self.temperature_min <= (math.inf if start is None else start):
             raise ConfigError("temperature_min must lie above 0, and temperature not below it.")
         if not 0 < self.patch_background <= 1:
             raise ConfigError("patch_background must lie above 0 and be at most 1.")
@@ -164,7 +168,7 @@ class ClipRecipe:
             train=self.train,
             pools=TrainedPools(self.pool, by_count),
             align_norm=self.align_norm,
-            temperature=self.temperature,
+            temperature=TEMPERATURE if self.temperature is None else self.temperature,
             temperature_min=self.temperature_min,
             attribute_weight=self.attribute_weight,
             patch_weight=self.patch_weight,
@@ -201,6 +205,8 @@ class ClipStage:
         self.model = ClipModel(encoder, self.text, attributes, recipe.settings(), patches)
         if recipe.align_init is not None:
             load_clip_head(self.model, recipe.align_init)
+            if recipe.temperature is not None:
+                self.model.set_temperature(recipe.temperature)
 
     def _open_data(self) -> WorldBatches | MixtureBatches:
         recipe, size, seed = self.recipe, self.recipe.optim.micro_batch, self.recipe.loop.seed

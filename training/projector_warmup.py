@@ -46,7 +46,9 @@ COUNTED_BATCHES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorWarmupRecipe(Stage1Recipe):
-    """words: those of the "answers", each the target of the token that is nearest to it, or those of the
+    """What the warm-up reads beside the keys of stage 1; a key that it would not read is refused.
+
+    words: those of the "answers", each the target of the token that is nearest to it, or those of the
     "scene" (synthetic world only): what each token's patch shows, and for the summary tokens what happens.
     temperature: of the softmax over words. pull: weight of the distance to the nearest word of the answer.
     negatives: words of the vocabulary, drawn anew for each batch, from which the tokens are pushed away.
@@ -67,11 +69,15 @@ class ProjectorWarmupRecipe(Stage1Recipe):
             "held_out": bool(self.held_out),
             "model.gradient_checkpointing": self.model.gradient_checkpointing,  # no language model runs
         }
-        if self.words == "scene":
-            unread["pull"] = self.pull != 1
         for name, given in unread.items():
             if given:
                 raise ConfigError(f"The projector warm-up does not read {name}: leave it out.")
+        if self.words == "scene":  # no text is made of the answers
+            for name in ("pull", "template", "max_length"):
+                if getattr(self, name) != getattr(ProjectorWarmupRecipe, name):
+                    raise ConfigError(
+                        f"The projector warm-up with words: scene does not read {name}: leave it out."
+                    )
 
 
 def word_loss(visual: Tensor, words: Tensor, table: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from app.chat import VideoChat
 from app.library.library import Library
 from app.model_slot import ModelSlot
 from app.page.handlers import Handlers
-from app.page.html import notice, part_chips, path_of, shelf
+from app.page.html import notice, part_chips, path_of, shelf, taken
 from app.page.kept import record
 from app.page.layout import SAME, Controls, Examples, default_examples, page_options
 from app.page.library_search import LibrarySearch
@@ -142,7 +142,9 @@ def _connect_events(
         return media_updates(session)
 
     def on_overtaken(request: gr.Request) -> list[Any]:
-        return media_updates(session_of(request))
+        session = session_of(request)
+        updates = media_updates(session)  # first: what is read after its number is drawn is no older than it
+        return [*updates, handlers.messages(session)]
 
     def on_search(event: gr.EventData, request: gr.Request) -> str:
         return handlers.search(session_of(request), str(event.text), int(event.turn))
@@ -184,7 +186,7 @@ def _connect_events(
         controls.shelf.select(on_medium_select, None, media_outputs, **quick),
         controls.shelf.delete(on_medium_remove, None, media_outputs, **quick),
         controls.shelf.part(on_part, None, media_outputs, **quick),
-        controls.shelf.overtaken(on_overtaken, None, media_outputs, **quick),
+        controls.shelf.overtaken(on_overtaken, None, [*media_outputs, controls.chat], **quick),
     ):
         refresh(event)
 
@@ -199,10 +201,6 @@ def _connect_events(
         "trigger_mode": "multiple",
     }
 
-    def on_preset(event: gr.EventData) -> list[Any]:
-        return [handlers.range.near(int(event.tokens)), False]
-
-    refresh(controls.shelf.preset(on_preset, None, [controls.budget, controls.auto], **at_once))
     controls.budget.input(cost, controls.settings, prices, **last)
     controls.budget.release(strip, controls.settings, controls.strip, **last)
     # An update of a component's properties would make it anew, with Gradio's own reading of numbers.
@@ -220,45 +218,47 @@ def _connect_events(
         # A question can be sent at any time: it waits behind the one that is answered.
         return [gr.update(visible=True), gr.update(visible=session.waiting is not None)]
 
-    asking = [controls.question, controls.chat, controls.problem, controls.record, *buttons]
+    asking = [controls.taken, controls.chat, controls.problem, controls.record, *buttons]
 
     def recorded(session: Session, fresh: Collection[str] = ()) -> str:
         return record(session, handlers.chat.name, fresh)
 
-    def asked(session: Session, begun: bool, keep: Any) -> list[Any]:
-        """Updates of `asking` after a question: its box is emptied if it was taken."""
+    def asked(session: Session, question: str = "") -> list[Any]:
+        """Updates of `asking` after a question. question: as its box held it, which the page then empties."""
         said = [handlers.messages(session), session.problem, recorded(session)]
-        return ["" if begun else keep, *said, *buttons_of(session)]
+        done = taken(question, session.next_revision()) if question else gr.skip()
+        return [done, *said, *buttons_of(session)]
 
     def on_ask(question: str, request: gr.Request, *values: Any) -> list[Any]:
         session = session_of(request)
-        return asked(session, handlers.begin(session, question, Settings(*values)), gr.skip())
+        begun = handlers.begin(session, question, Settings(*values))
+        return asked(session, question if begun else "")
 
     def on_suggestion(event: gr.EventData, request: gr.Request, *values: Any) -> list[Any]:
         session = session_of(request)
         handlers.begin(session, str(event.text), Settings(*values))
-        return asked(session, False, gr.skip())
+        return asked(session)
 
     def on_example(event: gr.EventData, request: gr.Request) -> list[Any]:
         session = session_of(request)
         path, question = examples[int(event.index) % len(examples)]
         handlers.start_example(session, path, question, _client_id(request))
         shelf, _, *others = media_updates(session)
-        return [*asked(session, False, gr.skip()), shelf, *others]
+        return [*asked(session), shelf, *others]
 
     def on_retry(request: gr.Request, event: gr.RetryData, *values: Any) -> list[Any]:
         session = session_of(request)
         turn = min(_turn_of(event.index), len(session.turns) - 1)
         if turn >= 0:
             handlers.begin(session, session.turns[turn].question, Settings(*values), turn)
-        return asked(session, False, gr.skip())
+        return asked(session)
 
     def on_edit(request: gr.Request, event: gr.EditData, *values: Any) -> list[Any]:
         session = session_of(request)
         turn = _turn_of(event.index)
         if turn < len(session.turns):
             handlers.begin(session, str(event.value), Settings(*values), turn)
-        return asked(session, False, gr.skip())
+        return asked(session)
 
     def stream_answer(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         session = session_of(request)
@@ -304,9 +304,12 @@ def _connect_events(
         session = session_of(request)
         files = event.files if isinstance(event.files, list) else []
         paths = [next(iter(sessions.uploaded([file])), None) for file in files]
-        reopened = handlers.reopen(session, event.kept, paths)
+        reopened = handlers.reopen(session, event.kept, paths, int(event.turn))
+        if int(event.turn) < session.opening:  # what is there now is half of another one
+            return [gr.skip()] * (2 + len(buttons) + len(media_outputs))
+        updates = media_updates(session)  # first, as in on_overtaken
         said = [handlers.messages(session), recorded(session) if reopened else gr.skip()]
-        return [*said, *buttons_of(session), *media_updates(session)]
+        return [*said, *buttons_of(session), *updates]
 
     def on_dismiss(request: gr.Request) -> str:
         handlers.dismiss(session_of(request))

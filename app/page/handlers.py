@@ -438,6 +438,10 @@ class Handlers:
 
     def clear(self, session: Session) -> None:
         """A new conversation about the same videos."""
+        session.cleared += 1
+        self._clear(session)
+
+    def _clear(self, session: Session) -> None:
         session.halt()
         with session.lock:
             session.turns.clear()
@@ -447,22 +451,41 @@ class Handlers:
     def empty(self, session: Session) -> None:
         """A new conversation about nothing yet."""
         self.clear(session)
+        self._remove_media(session)
+
+    def _remove_media(self, session: Session) -> None:
         while session.media:
             self.sessions.remove(session, session.media[0].path)
 
-    def reopen(self, session: Session, kept: Any, paths: Sequence[str | None]) -> bool:
+    def reopen(self, session: Session, kept: Any, paths: Sequence[str | None], turn: int = 0) -> bool:
         """Go on with a conversation that the browser kept; False, with a problem shown, when it is none.
 
-        paths: where its videos and images are now, in its order; None for those that are gone.
+        paths: where its videos and images are now, in its order; None for those that are gone. turn: grows
+        with each conversation that the browser asks for; one that was asked for before another gives way to
+        it, and False is returned. One that is begun anew meanwhile stays without its turns.
         """
         try:
             conversation = Kept.of(kept)
         except ConfigError as error:
             session.problem = markup.problem(_sentence(error))
             return False
-        self.empty(session)
+        with session.lock:
+            session.opening = max(session.opening, turn)
+            cleared = session.cleared
+        with session.reopening:
+            return self._reopen(session, conversation, paths, turn, cleared)
+
+    def _reopen(
+        self, session: Session, conversation: Kept, paths: Sequence[str | None], turn: int, cleared: int
+    ) -> bool:
+        if turn < session.opening:
+            return False
+        self._clear(session)
+        self._remove_media(session)
         found: list[Media | None] = []
         for path in (*paths, *[None] * len(conversation.media))[: len(conversation.media)]:
+            if turn < session.opening:
+                return False
             if path is None:
                 found.append(None)
                 continue
@@ -471,6 +494,8 @@ class Handlers:
             if problem:
                 break
         with session.lock:
+            if turn < session.opening or cleared != session.cleared:
+                return False
             session.turns[:] = conversation.turns_about(found)
             session.conversation, session.parent = conversation.id, conversation.parent
         session.shown = 0

@@ -240,6 +240,11 @@ def made(path: str, name: str, text: str) -> str:
     )
 
 
+def taken(question: str, number: int) -> str:
+    """Tells the page's script that a question was taken, as its box held it. number: grows."""
+    return f'<div hidden data-taken="{escape(question)}" data-number="{number}"></div>'
+
+
 def shelf(media: Sequence[Media], shown: int, revision: int = 0) -> str:
     """The videos and images of the conversation, with buttons to show and to remove each. revision: grows,
     so that the browser knows an older shelf that comes late."""

@@ -30,13 +30,14 @@ def record(session: Session, model: str, fresh: Collection[str] = ()) -> str:
     """
     with session.lock:
         session.records += 1
-        turns = list(session.turns)
+        number, turns = session.records, list(session.turns)
+        conversation, parent = session.conversation, session.parent
     media = list({medium.path: medium for medium in (*_of_turns(turns), *session.media)}.values())
     places = {medium.path: index for index, medium in enumerate(media)}
     values = {
-        "id": session.conversation,
-        "parent": session.parent,
-        "number": session.records,
+        "id": conversation,
+        "parent": parent,
+        "number": number,
         "model": model,
         "media": [
             {

@@ -158,6 +158,7 @@ class Controls:
             with gr.Column(scale=0, min_width=0, elem_id="fluxchat-side"):
                 gr.HTML(SIDE, **PLAIN, elem_id="fluxchat-list")
                 self.record = gr.HTML(**PLAIN, elem_id="fluxchat-record")
+                self.taken = gr.HTML(**PLAIN, elem_id="fluxchat-taken")
             with gr.Column(scale=5, min_width=0, elem_id="fluxchat-stage"):
                 self._stage()
             with gr.Column(scale=6, min_width=0, elem_id="fluxchat-talk"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from app.about import device_gib
-from app.model_choices import Choice
+from app.model_choices import SHIPPED_NAME, SHIPPED_TITLE, Choice
 from app.model_slot import Loading, ModelSlot, gib
 from app.page.html import copy_button
 from llm_bridge.model_files.hub import free_disk
@@ -25,6 +25,8 @@ def dialog(slot: ModelSlot, *, loads: bool) -> str:
     )
     choices = {choice.name: choice for choice in slot.choices()} if loads else {}
     rows = [_own(choice) for choice in choices.values() if choice.name != slot.name and choice.entry is None]
+    if slot.offers_shipped and slot.name != SHIPPED_NAME and SHIPPED_NAME not in choices:
+        rows.append(_shipped(fetched=not loads))
     catalog = [entry for entry in CATALOG if entry.kind in kinds() and entry.name != slot.name]
     rows += [_entry(entry, choices.get(entry.name), memory) for entry in catalog]
     how = (
@@ -46,6 +48,15 @@ def _own(choice: Choice) -> str:
     return (
         f"<li><b>{escape(choice.title)}</b> <small>{gib(choice.memory_bytes)} GiB of memory · on this disk"
         f"</small>{_button(choice)}</li>"
+    )
+
+
+def _shipped(*, fetched: bool) -> str:
+    """The shipped model where it cannot be loaded from here: the command that starts or fetches it."""
+    command = "fluxchat web" if fetched else "fluxchat fetch"
+    facts = "comes with FluxChat" if fetched else "its language model is not on this disk yet"
+    return (
+        f"<li><b>{SHIPPED_TITLE}</b> <small>{facts}</small><code>{command}</code>{copy_button(command)}</li>"
     )
 
 

@@ -104,6 +104,8 @@ class Session:
     medium by path, a data URL. records: how many were sent to the browser. revision: of the shelf it shows.
     asked_for: how often the page asked for what it computes in the background. found: a search of the library
     by its number, and its hits. opened: copies of the library's videos that it got, by their paths there.
+    opening: the last conversation that the browser asked for, by its number there; `reopening` lets one at a
+    time be opened. cleared: how often a new one was begun.
     """
 
     id: str
@@ -126,6 +128,9 @@ class Session:
     asked_for: Counter[str] = field(default_factory=Counter)
     found: tuple[int, tuple[Hit, ...]] = (0, ())
     opened: dict[str, str] = field(default_factory=dict)
+    opening: int = 0
+    reopening: threading.Lock = field(default_factory=threading.Lock)
+    cleared: int = 0
 
     @property
     def current(self) -> Media | None:

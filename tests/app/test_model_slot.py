@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import threading
 import weakref
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from app.chat import VideoChat
-from app.model_choices import Choice
+from app.model_choices import SHIPPED_NAME, Choice
 from app.model_slot import Beside, Loading, ModelSlot
 from encoder.errors import ConfigError, ModelError
 from tests import tiny_video_models
@@ -64,6 +65,57 @@ def test_what_is_on_disk_can_be_loaded_and_nothing_else(slot: ModelSlot, cache: 
     with pytest.raises(ConfigError, match="choose one of the list"):
         slot.choice("/etc")
     assert ModelSlot(slot.chat).choices() == []
+
+
+def test_beside_another_first_model_the_shipped_one_is_offered(
+    slot: ModelSlot, llm_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from app.page.model_dialog import dialog
+
+    assert SHIPPED_NAME not in {choice.name for choice in slot.choices()}  # `slot` could have it first
+    opened: list[str] = []
+
+    def open_model(name: str, quantize: str | None) -> VideoChat:
+        opened.append(name)
+        return open_tiny("tiny/two")
+
+    def missing() -> Path:
+        raise ModelError("It was not fetched.")
+
+    with ModelSlot(open_tiny("tiny/one"), open_model, offers_shipped=True) as other:
+        monkeypatch.setattr("app.model_choices.default_llm_path", missing)
+        assert SHIPPED_NAME not in {choice.name for choice in other.choices()}
+        assert "<code>fluxchat fetch</code>" in dialog(other, loads=True)
+        assert "<code>fluxchat web</code>" in dialog(other, loads=False)
+        monkeypatch.setattr("app.model_choices.default_llm_path", lambda: llm_folder("llama"))
+        choice = other.choice(SHIPPED_NAME)
+        assert choice.on_disk
+        assert choice.memory_bytes > 2 * 10**6
+        assert f'data-load="{SHIPPED_NAME}"' in dialog(other, loads=True)
+        with pytest.raises(ModelError, match="end this page and start `fluxchat web`"):
+            other.check_room(replace(choice, memory_bytes=2**50))
+        with pytest.raises(ModelError, match="end this page and start it again as before"):
+            other.check_room(replace(other.choice(""), memory_bytes=2**50))
+        assert arrived(other.load(choice)).problem == ""
+        assert (opened, other.name) == ([SHIPPED_NAME], SHIPPED_NAME)
+        assert 'data-load=""' in dialog(other, loads=True)
+        assert f'data-load="{SHIPPED_NAME}"' not in dialog(other, loads=True)
+
+
+def test_the_page_of_another_model_opens_the_shipped_one_without_its_options(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from app import cli
+
+    opened: list[argparse.Namespace] = []
+    monkeypatch.setattr(cli, "open_chat", lambda args, **_: opened.append(args))
+    args = cli.build_parser().parse_args(["web", "--model", "tiny/one", "--llm", "x", "--select", "before"])
+    open_model = cli._opener(args, {})
+    for name in (SHIPPED_NAME, ""):
+        open_model(name, None)
+    shipped, first = opened
+    assert (shipped.model, shipped.llm, shipped.select) == (None, None, None)
+    assert (first.model, first.llm, first.select) == ("tiny/one", "x", "before")
 
 
 def test_another_model_takes_the_place_and_the_first_is_freed(slot: ModelSlot) -> None:

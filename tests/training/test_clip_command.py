@@ -153,7 +153,7 @@ def test_the_papers_values(stage: int, size: str) -> None:
     assert len(found.video_grid.pairs()) == 18
     assert found.augment.crop == "multiscale"
     assert (max(found.augment.scales), min(found.augment.scales)) == (1.0, 0.5)
-    assert (found.temperature, found.temperature_min) == (0.01, 0.01)
+    assert (found.temperature, found.temperature_min) == (0.01 if stage == 1 else None, 0.01)
     assert (found.train, optim.lr, optim.epochs, optim.epochs * optim.warmup_ratio) == (
         ("projector", 4e-4, 3, pytest.approx(0.6)) if stage == 1 else ("all", 2e-5, 1, 0)
     )

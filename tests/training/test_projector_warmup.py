@@ -69,7 +69,8 @@ def test_tokens_learn_the_words_of_scenes_and_stage_one_asks_in_branches(
     monkeypatch.setenv("FLUXCHAT_CACHE", str(make_cache(tmp_path / "cache")))
     recipe = tmp_path / "projector_warmup.yaml"
     text = stage1_recipe.read_text().replace("projector: {norm: true}", "projector: {summary_tokens: 8}")
-    recipe.write_text(text + "negatives: 16\nwords: scene\n")
+    scenes = text.replace("template: chat\n", "") + "negatives: 16\nwords: scene\n"
+    recipe.write_text(scenes)
     out = tmp_path / "warm"
     assert (
         projector_warmup.main(["--config", str(recipe), f"loop.out={out}", WORLD, "loop.max_steps=12"]) == 0
@@ -88,9 +89,18 @@ def test_tokens_learn_the_words_of_scenes_and_stage_one_asks_in_branches(
 
 def test_words_of_scenes_need_the_world(stage1_recipe: Path, tmp_path: Path, capsys) -> None:
     recipe = tmp_path / "projector_warmup.yaml"
-    recipe.write_text(stage1_recipe.read_text() + "words: scene\n")
+    recipe.write_text(stage1_recipe.read_text().replace("template: chat\n", "") + "words: scene\n")
     assert projector_warmup.main(["--config", str(recipe), f"loop.out={tmp_path / 'out'}"]) == 2
     assert "need datasets of the synthetic world" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["template=chat", "max_length=256", "pull=2.0"])
+def test_words_of_scenes_refuse_what_shapes_text(stage1_recipe: Path, tmp_path: Path, given: str) -> None:
+    recipe = tmp_path / "projector_warmup.yaml"
+    recipe.write_text(stage1_recipe.read_text().replace("template: chat\n", "") + "words: scene\n")
+    read_recipe(projector_warmup.ProjectorWarmupRecipe, recipe)
+    with pytest.raises(ConfigError, match=f"does not read {given.split('=')[0]}: leave it out"):
+        read_recipe(projector_warmup.ProjectorWarmupRecipe, recipe, [given])
 
 
 def test_summary_tokens_need_a_width() -> None:

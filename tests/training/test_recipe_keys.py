@@ -420,9 +420,9 @@ def clip_cases(world: World) -> Iterator[tuple[str, Case]]:
     yield "text_tokenizer", Case("x")
     yield "text_length", Case(3)
     yield "text_cache", Case(0)
-    yield "temperature", Case(0.05)
+    yield "temperature", Case(0.05, {"align_init": str(world.alignment)})
     # From a head whose temperature is 0.01.
-    start = {"align_init": str(world.alignment), "temperature": 0.5, "temperature_min": 0.5}
+    start = {"align_init": str(world.alignment), "temperature": None, "temperature_min": 0.5}
     yield "temperature_min", Case(1e-3, start)
     yield "positives", Case("text")
     yield "attribute_weight", Case(0.5, demo)
@@ -480,7 +480,7 @@ def model_cases(world: World) -> Iterator[tuple[str, Case]]:
 def warmup_cases(world: World) -> Iterator[tuple[str, Case]]:
     yield from chat_cases(world, "projector_warmup")
     yield from model_cases(world)
-    yield "words", Case("scene")
+    yield "words", Case("scene", {"datasets": [{"world": {"count": 8}}], "frames": 4, "template": "plain"})
     yield "negatives", Case(8)
     yield "temperature", Case(0.5)
     yield "pull", Case(3.0)

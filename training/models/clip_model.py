@@ -95,6 +95,10 @@ class ClipModel(nn.Module):
             for pool in used:
                 encoder.clip_projector[pool].requires_grad_(True)
 
+    def set_temperature(self, value: float) -> None:
+        """Go on from that temperature, of the softmax over texts."""
+        self.log_scale.data.fill_(math.log(1 / value))
+
     def train(self, mode: bool = True) -> ClipModel:
         """A frozen encoder stays as it is in evaluation."""
         super().train(mode)

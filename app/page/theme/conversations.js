@@ -8,6 +8,7 @@ const known = new Set(); // keys of turns that this tab has seen
 const renamed = new Map(); // name of a conversation that another tab has gone on with -> ours
 const keys = new Map(); // path on the server -> key in the store of videos
 let open = null; // the conversation on the page: as it was kept last
+let asked = 0; // grows with each click that leads to another conversation: only the last one counts
 let number = 0; // of the last record
 let saving = Promise.resolve(); // one after the other
 
@@ -45,6 +46,22 @@ async function stored(name, mode, act) {
 const get = (name, key) => stored(name, "readonly", (all) => all.get(key));
 const put = (name, value) => stored(name, "readwrite", (all) => all.put(value));
 const drop = (name, key) => stored(name, "readwrite", (all) => all.delete(key));
+
+// Change what is kept of a conversation in one step: what another tab or an answer kept meanwhile stays.
+// act: gives the new value for the one that is kept now, or nothing to leave it.
+async function change(id, act) {
+  const transaction = (await database()).transaction("conversations", "readwrite");
+  const all = transaction.objectStore("conversations");
+  return new Promise((done, failed) => {
+    let changed;
+    all.get(id).onsuccess = (event) => {
+      changed = act(event.target.result);
+      if (changed) all.put(changed);
+    };
+    transaction.oncomplete = () => done(changed);
+    transaction.onabort = transaction.onerror = () => failed(transaction.error);
+  });
+}
 
 async function conversations() {
   const all = await stored("conversations", "readonly", (place) => place.getAll());
@@ -137,12 +154,13 @@ async function save(record) {
     return { ...turn, media: about, details: evidence.get(turn.key) || "" };
   });
   const branch = from && !before ? `${titleOf(from).replace(/ \(branch\)$/, "")} (branch)` : "";
-  open = {
-    id, parent: before?.parent ?? parent, model: record.model, media, turns, title: before?.title ?? branch,
+  const values = {
+    id, parent: before?.parent ?? parent, model: record.model, media, turns,
     created: before?.created ?? Date.now(),
     updated: same(before, turns) ? before.updated : Date.now(),
   };
-  await put("conversations", open);
+  // It may have been renamed or deleted while its videos were fetched.
+  open = await change(id, (now) => ({ ...values, title: now?.title ?? branch, ...(now?.deleted && { deleted: true }) }));
   address(id);
   await draw();
   await tidy();
@@ -166,8 +184,10 @@ const titleOf = (talk) => talk.title || talk.turns[0]?.question.slice(0, 80) || 
 
 // -- reopening -----------------------------------------------------------------------------------------------
 
-async function reopen(id) {
+async function reopen(id, turn = ++asked) {
+  const late = () => turn !== asked;
   const talk = await get("conversations", id).catch(() => null);
+  if (late()) return;
   if (!talk || talk.deleted) {
     address(open?.id || "");
     return trigger("refused", { text: "That conversation is not kept in this browser: open the link where it was made." });
@@ -176,16 +196,19 @@ async function reopen(id) {
   try {
     for (const medium of talk.media) {
       const kept = medium.key && await get("videos", medium.key);
+      if (late()) return;
       if (!kept) { files.push(null); continue; }
-      const [path] = await upload([new File([kept.blob], medium.name, { type: kept.blob.type })], medium.name);
+      const [path] = await upload([new File([kept.blob], medium.name, { type: kept.blob.type })], medium.name, late);
       keys.set(path, medium.key);
       brought.delete(path);
       files.push({ path });
     }
   } catch (reason) {
+    if (late()) return;
     say("");
     return trigger("refused", { text: String(reason) });
   }
+  if (late()) return;
   say("");
   for (const turn of talk.turns) {
     known.add(turn.key);
@@ -193,9 +216,9 @@ async function reopen(id) {
   }
   open = talk;
   address(id);
-  await draw();
+  draw().catch(unkept);
   trigger("reopen", {
-    files,
+    files, turn,
     kept: {
       id, parent: talk.parent, media: talk.media.map((medium) => medium.name),
       turns: talk.turns.map(({ details, ...turn }) => turn),
@@ -206,16 +229,17 @@ async function reopen(id) {
 
 // Videos of the open conversation that are kept no more: their frames show, and the page asks for the files.
 async function missing() {
-  const place = find(".fc-missing"), gone = [];
-  for (const medium of open?.media || []) {
-    const used = open.turns.some((turn) => turn.media.some((one) => open.media[one.medium] === medium));
+  const place = find(".fc-missing"), talk = open, gone = [];
+  for (const medium of talk?.media || []) {
+    const used = talk.turns.some((turn) => turn.media.some((one) => talk.media[one.medium] === medium));
     if (used && !(medium.key && await get("videos", medium.key))) gone.push(medium);
   }
+  if (talk !== open) return; // the one that is open now is looked at by itself
   place.hidden = !gone.length;
   place.replaceChildren(...gone.map((medium) => {
     const row = make("p"), picture = make("img", { alt: "", src: medium.thumbnail });
     const button = make("button", { type: "button", textContent: "Choose the file" });
-    button.dataset.bring = open.media.indexOf(medium);
+    button.dataset.bring = talk.media.indexOf(medium);
     row.append(...(medium.thumbnail ? [picture] : []), make("span", { textContent: `${medium.name} is not kept any more: its frames are.` }), button);
     return row;
   }));
@@ -225,15 +249,15 @@ function bring(button) {
   const medium = open.media[Number(button.dataset.bring)], talk = open;
   const field = make("input", { type: "file", accept: "video/*,image/*" });
   field.onchange = async () => {
-    const [blob] = field.files;
+    const [blob] = field.files, turn = ++asked;
     const key = await keyOf(blob);
     if (medium.key && medium.key.length === 64 && key !== medium.key) {
       return trigger("refused", { text: `${blob.name} is another file than the ${medium.name} of this conversation: choose that one, or start a new conversation.` });
     }
-    for (const one of talk.media) if (one === medium) one.key = key;
     await put("videos", { key, blob, size: blob.size });
-    await put("conversations", talk);
-    await reopen(talk.id);
+    const found = (one) => (one.name === medium.name && one.key === medium.key ? { ...one, key } : one);
+    await change(talk.id, (now) => now && { ...now, media: now.media.map(found) });
+    await reopen(talk.id, turn);
   };
   field.id = "fluxchat-bring";
   field.hidden = true;
@@ -269,12 +293,21 @@ function matches(talk, words) {
 }
 
 let deleted = null; // {id, title}: what can be brought back
-async function draw() {
+let drawing = Promise.resolve(); // one after the other: the last to be drawn is the last that was read
+function draw() {
+  drawing = drawing.catch(() => {}).then(drawNow);
+  return drawing;
+}
+
+async function drawNow() {
   const words = find("#fluxchat-search").value.toLowerCase().split(/\s+/).filter(Boolean);
   const every = (await conversations()).filter((talk) => !talk.deleted);
   const all = every.filter((talk) => matches(talk, words));
   const menu = find("[data-menu][aria-expanded=true]")?.dataset.menu, focus = document.activeElement?.dataset?.focus;
+  moving = true; // the field that is typed into is moved, not left
   list().replaceChildren(...all.map(item));
+  if (renaming) showField();
+  moving = false;
   if (!all.length) list().append(make("li", { className: "fc-note", textContent: every.length ? "Nothing found." : "What you ask appears here, and stays." }));
   if (menu) showMenu(menu, true);
   if (focus) find(`[data-focus="${CSS.escape(focus)}"]`)?.focus();
@@ -321,22 +354,34 @@ function showMenu(id, show) {
   button.closest("li").append(menu);
 }
 
-function rename(id) {
-  const row = find(`[data-conversation="${CSS.escape(id)}"]`);
-  const field = make("input", { value: find("[data-open]", row).title, ariaLabel: "Name of the conversation", maxLength: 120 });
-  showMenu(id, false);
+let renaming = null; // {id, field}: a name that is being typed
+let moving = false;
+
+function showField() {
+  const { id, field } = renaming, row = find(`[data-conversation="${CSS.escape(id)}"]`), { selectionStart, selectionEnd } = field;
+  if (!row) return void (renaming = null);
   find("[data-open]", row).hidden = true;
   row.prepend(field);
+  field.focus();
+  field.setSelectionRange(selectionStart, selectionEnd);
+}
+
+function rename(id) {
+  const value = find(`[data-open="${CSS.escape(id)}"]`).title;
+  const field = make("input", { value, ariaLabel: "Name of the conversation", maxLength: 120 });
+  showMenu(id, false);
+  renaming = { id, field };
+  showField();
   field.select();
   let ended = false;
   const end = async (keep) => {
-    if (ended) return;
+    if (ended || moving) return;
     ended = true;
+    renaming = null;
     if (keep && field.value.trim()) {
-      const talk = await get("conversations", id);
-      talk.title = field.value.trim();
-      await put("conversations", talk);
-      if (open?.id === id) open.title = talk.title;
+      const title = field.value.trim();
+      await change(id, (now) => now && { ...now, title });
+      if (open?.id === id) open.title = title;
     }
     await draw();
     find(`[data-focus="menu-${CSS.escape(id)}"]`)?.focus();
@@ -358,9 +403,8 @@ const act = {
   json: async (id) => download(await get("conversations", id), "json", (talk) => JSON.stringify(asExport(talk), null, 1), "application/json"),
   delete: async (id) => {
     await purge();
-    const talk = await get("conversations", id);
-    await put("conversations", { ...talk, deleted: true });
-    deleted = { id, title: titleOf(talk) };
+    const talk = await change(id, (now) => now && { ...now, deleted: true });
+    if (talk) deleted = { id, title: titleOf(talk) };
     if (open?.id === id) trigger("fresh");
     await draw();
     find("[data-undo]")?.focus();
@@ -368,9 +412,11 @@ const act = {
 };
 
 async function undo(id) {
-  const { deleted: _, ...talk } = await get("conversations", id);
-  await put("conversations", talk);
-  deleted = null;
+  await change(id, (now) => {
+    const { deleted: _, ...talk } = now ?? {};
+    return now && talk;
+  });
+  if (deleted?.id === id) deleted = null;
   await draw();
   find(`[data-focus="open-${CSS.escape(id)}"]`)?.focus();
 }
@@ -490,5 +536,5 @@ new MutationObserver(fillEvidence).observe(document.body, { childList: true, sub
 find("[data-side]").setAttribute("aria-expanded", String(sideOpen()));
 purge().then(draw).then(tidy).then(() => {
   const id = location.hash.match(/^#c=([\w-]+)$/)?.[1];
-  if (id) reopen(id);
+  if (id && !asked) reopen(id);
 }).catch(unkept);

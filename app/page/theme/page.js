@@ -36,6 +36,26 @@ document.addEventListener("keydown", (event) => {
   if (!event.target.closest?.("#fluxchat-chat textarea")) focusQuestion();
 }, true);
 
+// Set here, not by the server: its answer could come after the next move of the slider.
+function setBudget(tokens) {
+  const slider = find('#fluxchat-budget input[type="range"]'), auto = find('#fluxchat-auto input[type="checkbox"]');
+  if (auto?.checked) auto.click();
+  slider.value = tokens;
+  slider.dispatchEvent(new Event("input", { bubbles: true }));
+  slider.dispatchEvent(new PointerEvent("pointerup", { bubbles: true }));
+}
+
+// A question that was taken leaves its box, unless something else was typed meanwhile.
+let taken = 0;
+new MutationObserver(() => {
+  const place = find("#fluxchat-taken [data-taken]"), field = question();
+  if (!place || Number(place.dataset.number) <= taken) return;
+  taken = Number(place.dataset.number);
+  if (field.value !== place.dataset.taken) return;
+  field.value = "";
+  field.dispatchEvent(new Event("input", { bubbles: true }));
+}).observe(find("#fluxchat-taken"), { childList: true, subtree: true, attributes: true });
+
 // Gradio tells of a slider's release by pointer only; the keyboard counts as well.
 document.addEventListener("keyup", (event) => {
   const slider = event.target;
@@ -54,11 +74,13 @@ function say(text) {
 
 const brought = new Map(); // path on the server -> the file that was sent
 
-// Send files to the server: a promise of their paths there; rejected with a sentence.
-function upload(files, name) {
+// Send files to the server: a promise of their paths there; rejected with a sentence. late: whether nobody waits
+// for them any more.
+function upload(files, name, late = () => false) {
   const form = new FormData(), request = new XMLHttpRequest();
   for (const file of files) form.append("files", file, file.name || "pasted.png");
   request.upload.onprogress = (event) => {
+    if (late()) return request.abort();
     const share = event.lengthComputable ? ` ${Math.floor((100 * event.loaded) / event.total)} %` : "";
     say(event.loaded < event.total ? `Sending ${name}${share}` : `Opening ${name} …`);
   };
@@ -71,6 +93,7 @@ function upload(files, name) {
       answer.forEach((path, index) => brought.set(path, files[index]));
       done(answer);
     };
+    request.onabort = () => refused("");
     request.onerror = () => refused(`The server could not be reached: ${name} was not sent. Try again.`);
     request.open("POST", `${api}/upload`);
     request.send(form);
@@ -282,17 +305,17 @@ const clicks = {
     focusQuestion();
   },
   "[data-load-not]": () => { trigger("model_not"); focusQuestion(); },
-  "[data-fresh]": () => { trigger("fresh"); focusQuestion(); },
+  "[data-fresh]": () => { asked += 1; trigger("fresh"); focusQuestion(); },
   "[data-dismiss]": () => { trigger("dismiss"); focusQuestion(); },
   "[data-preset]": (button) => {
     for (const other of document.querySelectorAll("[data-preset]")) {
       other.setAttribute("aria-pressed", String(other === button));
     }
-    trigger("preset", { tokens: Number(button.dataset.preset) });
+    setBudget(button.dataset.preset);
     focusQuestion();
   },
   "[data-suggest]": (button) => { trigger("suggest", { text: button.dataset.suggest }); focusQuestion(); },
-  "[data-example]": (button) => { trigger("example", { index: Number(button.dataset.example) }); focusQuestion(); },
+  "[data-example]": (button) => { asked += 1; trigger("example", { index: Number(button.dataset.example) }); focusQuestion(); },
   "[data-seek]": (frame) => seek(Number(frame.dataset.medium), Number(frame.dataset.seek)),
   "[data-show]": (button) => trigger("select", { source: button.parentElement.dataset.src }),
   "[data-remove]": (button) => { trigger("delete", { source: button.parentElement.dataset.src }); focusQuestion(); },

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.server.errors import ApiError, error_response, shutting_down
 from app.server.security.authentication import Authenticator, is_anonymous
-from app.server.security.login import login_page
+from app.server.security.login import POLICY, login_page
 
 LOG = logging.getLogger("fluxchat")
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -198,9 +198,8 @@ class AccessControl:
             action=f"/login?next={quote(target)}",
             problem=problem,
         )
-        policy = "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'"
         return HTMLResponse(
-            html, status, {"Content-Security-Policy": policy, "Cache-Control": "no-store", **(headers or {})}
+            html, status, {"Content-Security-Policy": POLICY, "Cache-Control": "no-store", **(headers or {})}
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import math
 import secrets
@@ -27,8 +28,14 @@ min-height:90vh;margin:0}}form{{display:grid;gap:.75rem;width:min(20rem,90vw)}}h
 input,button{{font:inherit;padding:.55rem .7rem;border:1px solid #8886;border-radius:.5rem}}
 button{{background:#0f766e;color:#fff;border:0;cursor:pointer}}p{{margin:0;color:#b91c1c}}label{{display:grid}}
 </style></head><body><form method="post" action="{action}"><h1>FluxChat</h1>{problem}{fields}
-<button>Log in</button></form></body></html>
+<button>Log in</button></form><script>{script}</script></body></html>
 """
+# What a link names behind its "#" never reaches a server: the form takes it along, and the redirect keeps it.
+SCRIPT = "document.forms[0].action += location.hash"
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; "
+    f"script-src 'sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}'"
+)
 USER = '<label>User<input name="username" autocomplete="username" required{focus}></label>'
 PASSWORD = (
     '<label>{label}<input name="password" type="password" autocomplete="current-password" required{focus}>'
@@ -37,14 +44,14 @@ PASSWORD = (
 
 
 def login_page(*, user: bool, keys: bool, action: str, problem: str = "") -> str:
-    """The form as HTML. user: ask for a name too; keys: an API key does as a password."""
+    """The form as HTML, for POLICY. user: ask for a name too; keys: an API key does as a password."""
     label = "API key" if not user else "Password, or an API key" if keys else "Password"
     focus = " autofocus"
     fields = (USER.format(focus=focus) if user else "") + PASSWORD.format(
         label=label, focus="" if user else focus
     )
     shown = f'<p role="alert">{escape(problem)}</p>' if problem else ""
-    return PAGE.format(action=escape(action, quote=True), problem=shown, fields=fields)
+    return PAGE.format(action=escape(action, quote=True), problem=shown, fields=fields, script=SCRIPT)
 
 
 class SessionCookies:

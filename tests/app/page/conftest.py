@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,3 +32,19 @@ def answer_with_times(monkeypatch: pytest.MonkeyPatch) -> None:
             yield "to 0:02 it stops."
 
     monkeypatch.setattr("app.chat.Generation", Scripted)
+
+
+@pytest.fixture
+def slowed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[float]], None]:
+    """Makes the handler of that name wait: so many seconds at the first call, and so on; then no more."""
+
+    def slow(name: str, seconds: list[float]) -> None:
+        quick = getattr(Handlers, name)
+
+        def late(*arguments: Any, **options: Any) -> Any:
+            time.sleep(seconds.pop(0) if seconds else 0)
+            return quick(*arguments, **options)
+
+        monkeypatch.setattr(Handlers, name, late)
+
+    return slow

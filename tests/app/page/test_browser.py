@@ -226,6 +226,61 @@ def test_numbers_out_of_range_count_as_the_nearest(open_page: Callable[..., Any]
     expect(page.locator(".toast-body")).to_have_count(0)
 
 
+def test_what_is_typed_while_a_question_is_taken_stays(
+    open_page: Callable[..., Any], slowed: Callable[[str, list[float]], None]
+) -> None:
+    page = open_page()
+    slowed("begin", [2.0, 0.0])
+    box = page.get_by_label("Question", exact=True)
+    ask(page, "One?")
+    page.wait_for_timeout(500)
+    box.fill("Two?")
+    answered(page)
+    expect(box).to_have_value("Two?")
+    for number in (2, 3):  # the same one twice is taken twice
+        ask(page, "Two?")
+        answered(page, number)
+        expect(box).to_have_value("")
+    ask(page, "   ")
+    page.wait_for_timeout(500)
+    expect(box).to_have_value("   ")
+    box.fill("")
+    page.locator("#fluxchat-send").click()
+    page.wait_for_timeout(500)
+    expect(page.locator("#fluxchat-chat .user.message")).to_have_count(3)
+
+
+def test_the_slider_keeps_where_it_was_moved_after_a_preset(
+    open_page: Callable[..., Any], served: Served
+) -> None:
+    budgets, page = Range.of(served.chat.model), open_page()
+    upload(page)
+    page.locator("[data-settings]").click()
+    page.get_by_label("auto, by time").check()
+    held: list[Any] = []
+
+    def slow(route: Any) -> None:  # what the page sends to the server for a preset, if it does
+        if not held:
+            held.append(route)
+            page.wait_for_timeout(1000)
+        route.continue_()
+
+    page.route("**/gradio_api/run/**", slow)
+    slider, cost = page.locator("#fluxchat-budget input[type=range]"), page.locator("#fluxchat-cost")
+    page.get_by_role("button", name="Thorough").click()
+    slider.focus()
+    slider.press("Home")
+    page.wait_for_timeout(2000)
+    expect(slider).to_have_value(str(budgets.step))
+    least = re.compile(rf"\b{served.kept(budgets.step)}")
+    has(cost, least)
+    expect(page.get_by_label("auto, by time")).not_to_be_checked()
+    page.get_by_role("button", name="Thorough").click()
+    has(cost, served.kept(budgets.largest))
+    has(page.locator("#fluxchat-strip"), served.kept(budgets.largest))
+    expect(page.get_by_role("button", name="Thorough")).to_have_attribute("aria-pressed", "true")
+
+
 @pytest.mark.usefixtures("slow_answers")
 def test_stop_keeps_the_text_so_far(open_page: Callable[..., Any]) -> None:
     page = open_page()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from tests.app.page.test_browser import (  # noqa: F401
     upload,
 )
 from tests.app.server.serving import running
+from tests.passes import before_each_pass
 
 OPTIONS = LaunchOptions(examples=[(str(WORLD), "What turns?")])
 
@@ -348,3 +350,131 @@ def test_the_list_is_accessible(open_page: Callable[..., Any], scheme: str, widt
     assert small == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     shoot(page, f"list-{width}-{scheme}")
+
+
+def two_talks(page: Any) -> None:
+    """Two kept conversations about a video, "One?" the older, with the list open."""
+    upload(page)
+    for number, question in enumerate(("One?", "Two?")):
+        fresh(page)
+        ask(page, question)
+        answered(page)
+        kept(page, number + 1, question)
+    side(page)
+
+
+def test_of_two_clicks_the_last_one_opens(open_page: Callable[..., Any]) -> None:  # noqa: F811
+    page = open_page(1440, 900)
+    two_talks(page)
+    fresh(page)
+    held: list[Any] = []
+
+    def hold_first(route: Any) -> None:
+        if held:
+            route.continue_()
+        else:
+            held.append(route)
+
+    page.route("**/gradio_api/upload*", hold_first)
+    chat = page.locator("#fluxchat-chat")
+    talks(page).nth(1).locator("[data-open]").click()
+    page.wait_for_timeout(500)  # its video is on its way
+    assert held
+    talks(page).nth(0).locator("[data-open]").click()
+    has(chat, "Two?")
+    held[0].continue_()
+    page.wait_for_timeout(1500)
+    has(chat, "Two?")
+    expect(chat).not_to_contain_text("One?")
+    has(page.locator("#fluxchat-list [aria-current]"), "Two?")
+    expect(page.locator("#fluxchat-shelf .fc-medium")).to_have_count(1)
+    expect(page.locator("#fluxchat-problem [role=alert]")).to_have_count(0)
+
+
+def test_a_conversation_that_opens_late_does_not_come_over_a_new_one(
+    open_page: Callable[..., Any],  # noqa: F811
+) -> None:
+    page = open_page(1440, 900)
+    two_talks(page)
+    held: list[Any] = []
+    page.route("**/gradio_api/upload*", lambda route: held.append(route))
+    talks(page).nth(1).locator("[data-open]").click()
+    page.wait_for_timeout(500)
+    fresh(page)
+    held[0].continue_()
+    page.wait_for_timeout(1500)
+    expect(page.locator("#fluxchat-chat .message")).to_have_count(0)
+
+
+def test_an_opening_that_the_server_ends_late_gives_way(
+    open_page: Callable[..., Any],  # noqa: F811
+    slowed: Callable[[str, list[float]], None],
+) -> None:
+    page = open_page(1440, 900)
+    two_talks(page)
+    fresh(page)
+    slowed("add", [2.0])
+    chat = page.locator("#fluxchat-chat")
+    talks(page).nth(1).locator("[data-open]").click()
+    page.wait_for_timeout(800)  # the server opens its video
+    talks(page).nth(0).locator("[data-open]").click()
+    has(chat, "Two?")
+    page.wait_for_timeout(2500)
+    has(chat, "Two?")
+    expect(chat).not_to_contain_text("One?")
+    has(page.locator("#fluxchat-list [aria-current]"), "Two?")
+    expect(page.locator("#fluxchat-shelf .fc-medium")).to_have_count(1)
+
+
+def test_a_name_that_is_being_typed_outlives_a_new_list(
+    open_page: Callable[..., Any],  # noqa: F811
+    served: Served,
+) -> None:
+    page = open_page(1440, 900)
+    side(page)
+    ask(page, "One?")
+    answered(page)
+    kept(page, 1)
+    with before_each_pass(served.chat.model.llm, lambda: time.sleep(0.1)):
+        ask(page, "Two?")
+        menu(page, "Rename")
+        field = page.get_by_label("Name of the conversation")
+        field.fill("Orch")
+        answered(page, 2)
+    kept(page, 1)
+    page.wait_for_timeout(500)  # the list was drawn anew
+    expect(field).to_be_focused()
+    page.keyboard.type("ard")
+    page.keyboard.press("Enter")
+    has(talks(page), "Orchard")
+
+
+SLOW_DIGEST = """() => {
+    const digest = crypto.subtle.digest.bind(crypto.subtle);
+    crypto.subtle.digest = async (...all) => {
+        await new Promise((done) => setTimeout(done, 3000));
+        return digest(...all);
+    };
+}"""
+
+
+def test_a_name_that_is_given_while_a_video_is_kept_stays(open_page: Callable[..., Any]) -> None:  # noqa: F811
+    page = open_page(1440, 900)
+    side(page)
+    ask(page, "One?")
+    answered(page)
+    kept(page, 1)
+    page.evaluate(SLOW_DIGEST)  # as for a large video
+    upload(page)
+    ask(page, "Two?")
+    page.wait_for_timeout(500)
+    menu(page, "Rename")
+    page.get_by_label("Name of the conversation").fill("Orchard")
+    page.keyboard.press("Enter")
+    has(talks(page), "Orchard")
+    answered(page, 2)
+    has(page.locator("#fluxchat-kept"), "1 video")
+    has(talks(page), "2 questions")
+    has(talks(page), "Orchard")
+    page.reload()
+    has(talks(page), "Orchard")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,22 +220,6 @@ def test_an_earlier_choice_that_comes_late_changes_nothing(handlers: Handlers) -
     handlers.look_at(session, str(WORLD), 3, 5, None, turn=3)
     assert session.media[0].part.region is None
     assert 'data-turn="3"' in shelf(session.media, 0)
-
-
-@pytest.fixture
-def slowed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[float]], None]:
-    """Makes the handler of that name wait: so many seconds at the first call, and so on; then no more."""
-
-    def slow(name: str, seconds: list[float]) -> None:
-        quick = getattr(Handlers, name)
-
-        def late(*arguments: Any, **options: Any) -> Any:
-            time.sleep(seconds.pop(0) if seconds else 0)
-            return quick(*arguments, **options)
-
-        monkeypatch.setattr(Handlers, name, late)
-
-    return slow
 
 
 BOTH = re.compile(r"0:00.* – .*a box of the picture")

@@ -199,12 +199,15 @@ def test_stage_two_continues_stage_one_with_everything(corpus: Path, tmp_path: P
         "encoder": {"init": str(tmp_path / "one" / "encoder")},
         "align_init": str(tmp_path / "one" / "alignment.safetensors"),
         "gradient_checkpointing": True,
+        "temperature": None,
     }
     second = ClipStage(recipe(corpus, tmp_path / "two", **changes))
     assert all(p.requires_grad for p in second.model.parameters())
     assert not any("tower" in name for name, _ in second.model.named_parameters())
     for name, tensor in first.model.state_dict().items():
         assert torch.equal(second.model.state_dict()[name], tensor), name
+    warmer = ClipStage(recipe(corpus, tmp_path / "two", **{**changes, "temperature": 0.2}))
+    assert warmer.model.log_scale.exp().item() == pytest.approx(5.0)
     assert second.model.encoder.config.image_positions == "mean"
     with pytest.raises(CheckpointError, match=r"does not fit the recipe's CLIP head \(align.weight\)"):
         ClipStage(recipe(corpus, tmp_path / "two", **changes, align_norm=False))

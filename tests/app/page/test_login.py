@@ -1,0 +1,109 @@
+"""Conversations that stay in the browser, behind a login: their links, and a store for each who logs in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from app.chat import VideoChat
+from app.server.options import LaunchOptions
+from app.server.security.authentication import Credentials
+from llm_bridge.model import VideoLanguageModel
+from tests.app.page.test_browser import (  # noqa: F401
+    PATIENCE_MS,
+    answered,
+    ask,
+    browser,
+    expect,
+    has,
+    pytestmark,
+)
+from tests.app.page.test_conversations import side, talks
+from tests.app.server.serving import running
+
+LOGIN = ("ann", "secret")
+KEY = "a-long-random-text"
+
+
+@pytest.fixture(scope="module")
+def locked(tiny_model: VideoLanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a page behind a login and a key of another name."""
+    keys = tmp_path_factory.mktemp("keys") / "keys.txt"
+    keys.write_text(f"ben {KEY}\n")
+    options = LaunchOptions(credentials=Credentials(None, LOGIN, keys), examples=[])
+    with VideoChat(tiny_model, trusted=False) as chat, running(chat, options) as (address, _):
+        yield address
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:  # noqa: F811
+    """A tab of a browser that nobody has used; what its pages complain of fails the test."""
+    context, troubles = browser.new_context(), []
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("console", lambda m: troubles.append(m.text) if "Security Policy" in m.text else None)
+    yield page
+    context.close()
+    assert troubles == []
+
+
+def log_in(page: Any, user: str, password: str) -> None:
+    page.get_by_label("User").fill(user)
+    page.get_by_label(re.compile("^Password")).fill(password)
+    page.get_by_role("button", name="Log in").click()
+
+
+def entered(page: Any) -> None:
+    expect(page.locator("#fluxchat-large")).to_be_attached(timeout=PATIENCE_MS)
+    has(page.locator("#fluxchat-kept"), "Kept in this browser only")  # the list was drawn
+
+
+def log_out(page: Any) -> None:
+    page.get_by_role("link", name="Log out").click()
+    expect(page.get_by_label("User")).to_be_visible()
+
+
+def test_the_link_of_a_conversation_survives_the_login(page: Any, locked: str) -> None:
+    page.goto(locked)
+    log_in(page, *LOGIN)
+    entered(page)
+    assert "#" not in page.url
+    ask(page, "What was it?")
+    answered(page)
+    page.wait_for_function("location.hash.startsWith('#c=')")
+    link = page.url
+    log_out(page)
+    page.goto(link)
+    log_in(page, LOGIN[0], "wrong")
+    has(page.get_by_role("alert"), "That is not right")
+    log_in(page, *LOGIN)
+    entered(page)
+    answered(page)
+    has(page.locator("#fluxchat-chat"), "What was it?")
+    assert page.url == link
+
+
+def test_two_logins_on_one_browser_have_a_store_each(page: Any, locked: str) -> None:
+    page.goto(locked)
+    for user, password in (LOGIN, ("ben", KEY)):
+        log_in(page, user, password)
+        entered(page)
+        expect(talks(page)).to_have_count(0)
+        ask(page, f"A secret of {user}?")
+        answered(page)
+        expect(talks(page)).to_have_count(1, timeout=PATIENCE_MS)
+        page.wait_for_function("location.hash.startsWith('#c=')")
+        link = page.url
+        log_out(page)
+    page.goto(link)
+    log_in(page, *LOGIN)  # with the other's link
+    entered(page)
+    has(page.locator("#fluxchat-problem"), "not kept in this browser")
+    side(page)
+    expect(talks(page)).to_have_count(1, timeout=PATIENCE_MS)
+    has(talks(page), "A secret of ann?")
+    expect(page.locator("#fluxchat-chat .message")).to_have_count(0)
