@@ -27,7 +27,7 @@ demo: setup
 # One worker more than cores, since a third of the time is waiting; a file's tests stay together, since they share what is
 # costly to make.
 WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2) + 1 )))
-PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: setup
 	@$(PYTEST) -m "not slow"

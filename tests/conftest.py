@@ -12,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.leftovers import pytest_sessionfinish, pytest_sessionstart  # noqa: F401 - hooks of every run
 
+LONG = ("tests/app/page/", "tests/app/test_", "tests/app/server/", "tests/llm_bridge/")
 # Libraries must not try the network, and tests share the machine's cores. Torch must not be imported yet: it
 # reads its number of threads once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,11 +32,20 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 
 
+# The same examples in every run, however slow the machine is; others: --hypothesis-profile default.
+settings.register_profile(
+    "same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("same")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A name with an address in it is another one in each worker, which then refuse to start."""
+    """Refuse names with an address, which differ from worker to worker. What takes longest goes first, so
+    that no worker is left alone with it."""
     named = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if named:
         raise pytest.UsageError(f"Give this test's parameters ids of their own: {named[0]}")
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 def pytest_collection_finish() -> None:

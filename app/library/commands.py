@@ -178,6 +178,8 @@ def run_search(args: argparse.Namespace) -> int:
     else:
         for hit in found.hits:
             print(_line(hit))
+        if not found.hits:
+            print("Nothing was found.", file=sys.stderr)
     if found.left_out:
         print(
             f"{len(found.left_out)} files were left out, which are gone or have changed: run "

@@ -100,9 +100,9 @@ def test_questions_need_no_float64(
 ) -> None:
     sample = Sampler._sample
 
-    def on_the_cpu(self: Sampler, scores: torch.Tensor) -> int:
+    def on_the_cpu(self: Sampler, *scores: torch.Tensor) -> int:
         with _disable_current_modes():  # whatever the device
-            return sample(self, scores)
+            return sample(self, *scores)
 
     monkeypatch.setattr(Sampler, "_sample", on_the_cpu)
     clip = vf.write(tmp_path / "clip.mp4", vf.steady(12), size=(64, 48))

@@ -346,7 +346,10 @@ def maker_of(result: str, path: Path, heirs: Sequence[Path] = ()) -> Path | None
     for other in dict.fromkeys(chain.from_iterable(beside)):
         if other == path or other in heirs:
             continue
-        loop = read_values(other).get("loop")
+        try:
+            loop = read_values(other).get("loop")
+        except ConfigError:  # a neighbour that is no recipe
+            continue
         if isinstance(loop, dict) and Path(result).parent == Path(str(loop.get("out"))):
             return other
     return None

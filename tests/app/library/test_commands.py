@@ -109,3 +109,11 @@ def test_fetch_text_gets_the_text_tower(
     monkeypatch.setattr(weights, "fetch_speech_model", lambda: tmp_path / "speech")
     assert cli.main(["fetch", "--text", "--speech"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'tower'}\n{tmp_path / 'speech'}\n"
+
+
+def test_nothing_found_is_said(command: Any, videos: Path, tmp_path: Path) -> None:
+    command("index", videos / "red.mp4", "--embedder", tmp_path / "clip")
+    (videos / "red.mp4").unlink()
+    status, out, err = command("search", "a dog")
+    assert (status, out) == (0, "")
+    assert err.startswith("Nothing was found.\n1 files were left out")

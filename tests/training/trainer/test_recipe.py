@@ -24,6 +24,7 @@ from training.trainer.recipe import (
     STAGES,
     OptimConfig,
     build,
+    maker_of,
     read_recipe,
     read_values,
     to_yaml,
@@ -274,3 +275,10 @@ def test_what_is_never_decayed() -> None:
     assert "gpe_proj.depthwise_conv.weight" in {names[id(p)] for p in decayed["params"]}
     assert not any(names[id(p)].startswith("blocks.0.") for p in decayed["params"] + plain["params"])
     assert parameter_groups(nn.Linear(2, 2, bias=False), 0.1)[0]["weight_decay"] == 0.1
+
+
+def test_who_made_a_result_is_found_among_files_that_are_no_recipes(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: nowhere.yaml\n")
+    (tmp_path / "b.yaml").write_text("stage: umt\nloop: {out: runs/umt}\n")
+    assert maker_of("runs/umt/last", tmp_path / "mine.yaml") == tmp_path / "b.yaml"
+    assert maker_of("runs/other/last", tmp_path / "mine.yaml") is None
