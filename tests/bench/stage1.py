@@ -1,22 +1,26 @@
-"""Samples per second of chat stage 1 against a plain loop; the last line is JSON.
+"""Samples per second of chat stage 1 against a plain loop, and whether both learn the same; one JSON line.
 
-    python -m tests.bench.stage1 [--model app/pretrained] [--samples 48]
+    python -m tests.bench.stage1 [--model app/pretrained] [--samples 32] [--seeds 5]
 
-Same records, same model, same optimiser. The plain loop does what LLaVA-style trainers do: it encodes every
-clip each time, pads a random batch to its longest, and lets the language model score every position. Ours
-keeps features, sorts by length, packs prompts behind their common beginning, scores labelled positions only,
-and multiplies attention in groups. Both see the records several times (one epoch fills the cache, the others
-read it), in turns. What each has learned is the loss per label over the same records, measured in the same
-plain way; half of them apart, for the noise.
+Same records, same steps, same model, same optimiser. The plain loop does what LLaVA-style trainers do: it
+encodes every clip each time, pads each micro-batch to its longest, and lets the language model score every
+position. Ours keeps features, sorts a step's records by length into micro-batches, packs prompts behind
+their common beginning, scores labelled positions only, and multiplies attention in groups. Both divide a
+step's loss by the labels of the whole step, and see the records several times (one epoch fills the cache,
+the others read it), in turns. A seed draws the projector and the order of the records. What each has learned
+is the loss per label over the same records, measured in the same plain way; of the differences between both,
+one for each seed, the mean and its 95 % interval (Student's t).
 """
 
 from __future__ import annotations
 
 import argparse
 import resource
+import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +34,10 @@ from training.chat_stage1 import Stage1Recipe
 from training.data.chat_batches import ChatBatch, ChatData
 from training.trainer.recipe import build
 
-MICRO_BATCH = 8
+MICRO_BATCH, MICRO_BATCHES = 8, 2  # of a step
 
 
-def recipe(folder: Path, samples: int, keep: int, *, ours: bool) -> Stage1Recipe:
+def recipe(folder: Path, samples: int, keep: int, seed: int, *, ours: bool) -> Stage1Recipe:
     """Conversations of one to four turns about the synthetic world."""
     world = {"split": "train", "preset": "solo", "count": samples // 2}
     values = {
@@ -46,10 +50,10 @@ def recipe(folder: Path, samples: int, keep: int, *, ours: bool) -> Stage1Recipe
         "resolution": 112,
         "num_tokens": [keep],
         "template": "chat",
-        "bucket": samples // MICRO_BATCH if ours else 1,
+        "bucket": MICRO_BATCHES if ours else 1,
         "feature_cache": str(folder / "features") if ours else None,
-        "optim": {"lr": 1e-3, "batch_size": MICRO_BATCH, "micro_batch": MICRO_BATCH},
-        "loop": {"out": str(folder), "seed": 0},
+        "optim": {"lr": 1e-3, "batch_size": MICRO_BATCH * MICRO_BATCHES, "micro_batch": MICRO_BATCH},
+        "loop": {"out": str(folder), "seed": seed},
     }
     return build(Stage1Recipe, values, "bench")
 
@@ -77,9 +81,9 @@ def _row(vlm: VideoLanguageModel, prompt: Prompt, visual: Tensor) -> Tensor:
 class Run:
     """One way of training, an epoch at a time, with its own model."""
 
-    def __init__(self, model: str, folder: Path, samples: int, keep: int, *, ours: bool) -> None:
+    def __init__(self, model: str, folder: Path, samples: int, keep: int, seed: int, *, ours: bool) -> None:
         self.vlm = VideoLanguageModel.from_pretrained(model, device="cpu")
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         for layer in self.vlm.projector.modules():
             if isinstance(layer, torch.nn.Linear):
                 layer.reset_parameters()
@@ -87,38 +91,60 @@ class Run:
         self.ours = ours
         if ours:
             use_for_training(self.vlm.language_model)
-        self.data = ChatData(recipe(folder, samples, keep, ours=ours), self.vlm)
+        self.data = ChatData(recipe(folder, samples, keep, seed, ours=ours), self.vlm)
         self.optimizer = torch.optim.AdamW(self.vlm.projector.parameters(), lr=1e-3, weight_decay=0.0)
         self.done, self.seconds = 0, list[float]()
 
     def epoch(self) -> None:
         start = time.perf_counter()
-        for _ in range(self.data.micro_batches):
-            batch = self.data.batch(self.done)
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = (
-                    self.vlm.loss(batch.prompts, batch.vision) if self.ours else plain_loss(self.vlm, batch)
-                )
-            loss.backward()
+        for _ in range(self.data.micro_batches // MICRO_BATCHES):
+            step = [self.data.batch(self.done + part) for part in range(MICRO_BATCHES)]
+            labels = sum(batch.weight for batch in step)
+            for batch in step:
+                with torch.autocast("cpu", dtype=torch.bfloat16):
+                    loss = self._loss(batch)
+                (loss * batch.weight / labels).backward()
             torch.nn.utils.clip_grad_norm_(self.vlm.projector.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()
-            self.done += 1
+            self.done += MICRO_BATCHES
         self.seconds.append(time.perf_counter() - start)
 
+    def _loss(self, batch: ChatBatch) -> Tensor:
+        return self.vlm.loss(batch.prompts, batch.vision) if self.ours else plain_loss(self.vlm, batch)
+
     @torch.no_grad()
-    def learned(self) -> list[float]:
-        """The loss per label of either half of the records, as the plain loop scores them."""
-        batch = self.data.held_out(self.data.micro_batches * MICRO_BATCH)
-        assert batch.vision is not None
-        sums = [[0.0, 0.0], [0.0, 0.0]]
-        for number, prompt in enumerate(batch.prompts):
-            labels = sum(label != IGNORE for label in prompt.labels)
+    def learned(self) -> float:
+        """The loss per label of all records, as the plain loop scores them."""
+        total, labels = 0.0, 0.0
+        for index in range(self.data.micro_batches):
+            batch = self.data.batch(index)
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = plain_loss(self.vlm, ChatBatch([prompt], batch.vision.select(number)))
-            half = sums[number % 2]
-            half[0], half[1] = half[0] + loss.item() * labels, half[1] + labels
-        return [loss / labels for loss, labels in sums]
+                total += plain_loss(self.vlm, batch).item() * batch.weight
+            labels += batch.weight
+        return total / labels
+
+
+def interval(values: list[float]) -> list[float]:
+    """Of the mean of independent values, with 95 % confidence: lower and upper end."""
+    from scipy import stats
+
+    middle, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+    wide = float(stats.t.ppf(0.975, len(values) - 1)) * error
+    return [round(middle - wide, 4), round(middle + wide, 4)]
+
+
+def compare(args: argparse.Namespace, seed: int) -> dict[str, Run]:
+    """Both ways, trained in turns."""
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = {
+            name: Run(args.model, Path(scratch) / name, args.samples, args.keep, seed, ours=name == "ours")
+            for name in ("plain", "ours")
+        }
+        for _ in range(args.epochs):
+            for run in runs.values():
+                run.epoch()
+    return runs
 
 
 def main() -> None:
@@ -126,33 +152,35 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="app/pretrained")
-    parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--keep", type=int, default=64)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        runs = {
-            name: Run(args.model, Path(scratch) / name, args.samples, args.keep, ours=name == "ours")
-            for name in ("plain", "ours")
-        }
-        for _ in range(args.epochs):
-            for run in runs.values():
-                run.epoch()
-        learned = {name: run.learned() for name, run in runs.items()}
-    rate = {name: args.samples * args.epochs / sum(run.seconds) for name, run in runs.items()}
-    print_json(
-        {
-            "bench": "stage1",
-            **environment("bfloat16"),
-            "n": args.samples * args.epochs,
-            "samples_per_s": {name: round(value, 3) for name, value in rate.items()},
-            "seconds_per_epoch": {name: [round(s, 1) for s in run.seconds] for name, run in runs.items()},
-            "speedup": round(rate["ours"] / rate["plain"], 2),
-            "loss_after": {name: round(sum(halves) / 2, 3) for name, halves in learned.items()},
-            "loss_of_halves": {name: [round(v, 3) for v in halves] for name, halves in learned.items()},
-            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        }
-    )
+    rates: dict[str, list[float]] = {"plain": [], "ours": []}
+    losses: dict[str, list[float]] = {"plain": [], "ours": []}
+    for seed in range(args.seeds):
+        print(f"seed {seed} ...", flush=True)
+        for name, run in compare(args, seed).items():
+            rates[name].append(args.samples * args.epochs / sum(run.seconds))
+            losses[name].append(run.learned())
+    differences = [ours - plain for ours, plain in zip(losses["ours"], losses["plain"], strict=True)]
+    result: dict[str, Any] = {
+        "bench": "stage1",
+        **environment("bfloat16"),
+        "n": args.seeds,
+        "samples": args.samples * args.epochs,
+        "samples_per_s": {name: [round(value, 3) for value in values] for name, values in rates.items()},
+        "speedup": round(
+            statistics.median(o / p for o, p in zip(rates["ours"], rates["plain"], strict=True)), 2
+        ),
+        "loss_after": {name: [round(value, 4) for value in values] for name, values in losses.items()},
+        "loss_difference": round(statistics.mean(differences), 4),
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+    if len(differences) > 1:
+        result["loss_difference_95"] = interval(differences)
+    print_json(result)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,17 @@ def children() -> list[psutil.Process]:
     return psutil.Process().children(recursive=True)
 
 
-def left_running() -> list[psutil.Process]:
+@pytest.fixture(scope="module", autouse=True)
+def others() -> set[psutil.Process]:
+    """Children that were there before, of other tests in this process."""
+    close_idle_workers()
+    return set(children())
+
+
+def left_running(others: set[psutil.Process]) -> list[psutil.Process]:
     """Children that are not idle ones, which wait for the next file."""
     close_idle_workers()
-    return children()
+    return [child for child in children() if child not in others]
 
 
 def png_header(side: int) -> bytes:
@@ -104,12 +111,12 @@ WORDS = {
 
 @pytest.mark.parametrize("trusted", [True, False])
 @pytest.mark.parametrize("kind", sorted(WORDS))
-def test_bad_files_end_in_one_sentence(bad, kind, trusted):
+def test_bad_files_end_in_one_sentence(bad, kind, trusted, others):
     with pytest.raises(VideoError, match=WORDS[kind]) as caught:  # not that the time limit was reached
         read_clip(bad[kind], 8, trusted=trusted)
     assert "\n" not in str(caught.value)
     assert str(caught.value).endswith(".")
-    assert not left_running()
+    assert not left_running(others)
 
 
 def test_the_codec_is_named(bad):
@@ -125,18 +132,18 @@ def test_the_readable_part_of_a_truncated_file_can_be_read(bad):
         assert vf.numbers_in(clip) == [int((i + 0.5) * end / 4 / 0.04 + 1e-6) for i in range(4)]
 
 
-def test_out_of_memory_is_an_error(tmp_path):
+def test_out_of_memory_is_an_error(tmp_path, others):
     path = vf.write(tmp_path / "v.mp4", vf.steady(4), size=(1280, 720))
     for mib in (20, 60, 100):
         with pytest.raises(VideoError, match=r"more memory than allowed|more than .* MiB"):
             read_clip(path, trusted=False, limits=Limits(memory_mib=mib))
     with pytest.raises(VideoError, match="set max_side"):
         read_clip(path, 2000, limits=Limits(memory_mib=1000))
-    assert not left_running()
+    assert not left_running(others)
 
 
 @pytest.mark.parametrize("trusted", [True, False])
-def test_a_hung_decoder_is_ended_at_the_time_limit(tmp_path, trusted):
+def test_a_hung_decoder_is_ended_at_the_time_limit(tmp_path, trusted, others):
     """The child is suspended while it works and never goes on: only its parent's clock can end it."""
     path = vf.write(tmp_path / "v.mp4", vf.steady(200), size=(640, 360), gop=200)
     read_clip(path, 1)  # warm: an idle child exists
@@ -159,7 +166,7 @@ def test_a_hung_decoder_is_ended_at_the_time_limit(tmp_path, trusted):
     finally:
         stop.set()
         thread.join()
-    assert not left_running()
+    assert not left_running(others)
 
 
 @pytest.mark.parametrize(
