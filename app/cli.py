@@ -636,8 +636,8 @@ def run_web(args: argparse.Namespace) -> int:
     bounds: dict[str, Any] = {"limits": limits, "batch": args.parallel, "cache_mib": args.cache_mib}
     bounds |= {"encode_batch": args.encode_batch, "trusted": False}
     own = any((args.model, args.llm, args.encoder, args.adapters))
-    chat = open_chat(args, **bounds)
-    with listener, ModelSlot(chat, _opener(args, bounds), offers_shipped=own) as slot:
+    opener = _opener(args, bounds)
+    with listener, ModelSlot(open_chat(args, **bounds), opener, offers_shipped=own) as slot:
         serve(slot, options, listener)
     gc.freeze()  # the process ends now: a last search for garbage would take seconds
     return 0

@@ -191,4 +191,4 @@ def _same(row: AnswerRow) -> bool:
         return True
     except OSError:
         return False
-    return (now.size, now.ends) == (row.size, row.ends)
+    return now.same_content(row.identity)

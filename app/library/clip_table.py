@@ -87,7 +87,7 @@ class ClipTable:
 
     def file(self, path: str) -> IndexedFile | None:
         """The file of that path; None when it has no rows."""
-        return self._files(_is(path)).get(path)
+        return self._files(rows_of(path)).get(path)
 
     def _files(self, where: str | None) -> dict[str, IndexedFile]:
         """The files of the rows for which a condition holds."""
@@ -122,19 +122,19 @@ class ClipTable:
         with self._writing():
             # A row that matches is renewed, a number that the file has no more goes.
             merge = self._table.merge_insert(["path", "number"]).when_matched_update_all()
-            merge = merge.when_not_matched_insert_all().when_not_matched_by_source_delete(_is(path))
+            merge = merge.when_not_matched_insert_all().when_not_matched_by_source_delete(rows_of(path))
             merge.execute(_arrow(rows))
 
     def touch(self, path: str, mtime_ns: int) -> None:
         """Note that a file's content is the same at a later time."""
         with self._writing():
-            self._table.update(where=_is(path), values={"mtime_ns": mtime_ns})
+            self._table.update(where=rows_of(path), values={"mtime_ns": mtime_ns})
 
     def remove(self, path: str) -> None:
         """Drop a file's clips."""
         if self._table is not None:
             with self._writing():
-                self._table.delete(_is(path))
+                self._table.delete(rows_of(path))
 
     def nearest(self, vector: Sequence[float], count: int) -> list[tuple[ClipRow, float]]:
         """The clips nearest to a unit vector, with their cosines, best first."""
@@ -189,10 +189,10 @@ def reading(folder: Path, name: str) -> Iterator[None]:
         ) from error
 
 
-def cannot_write(folder: Path, error: Exception) -> DataError:
-    """What a failed writing into a library is told as."""
+def cannot_write(folder: Path, error: Exception, done: str = "indexed") -> DataError:
+    """What a failed writing into a library is told as. done: what was done to the videos before."""
     why = "the disk is full" if "No space left" in str(error) else first_line(error)
-    return DataError(f"Cannot write into the library {folder}: {why}; what was indexed before is kept.")
+    return DataError(f"Cannot write into the library {folder}: {why}; what was {done} before is kept.")
 
 
 def _arrow(rows: Sequence[ClipRow]) -> Any:
@@ -205,6 +205,6 @@ def _arrow(rows: Sequence[ClipRow]) -> Any:
     return pyarrow.Table.from_pylist(values, schema=pyarrow.schema([*fields, ("vector", vector)]))
 
 
-def _is(path: str) -> str:
+def rows_of(path: str) -> str:
     """The condition for a file's rows."""
     return "path = '" + path.replace("'", "''") + "'"

@@ -143,7 +143,7 @@ def _same(table: ClipTable, path: str, identity: FileIdentity) -> bool:
         now = FileIdentity.of(path)
     except OSError:
         return False
-    if (now.size, now.ends) != (identity.size, identity.ends):
+    if not now.same_content(identity):
         return False
     table.touch(path, now.mtime_ns)
     return True

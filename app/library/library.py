@@ -144,10 +144,7 @@ class Library:
 
     def search_said(self, text: str, top: int = 10) -> Found:
         """The lines with most words of a text; score: the share of its words. Stale files are left out."""
-        if not check_text(text, "The search").strip():
-            raise ConfigError("Say what to look for.")
-        if not 1 <= top <= MOST_HITS:
-            raise ConfigError(f"Cannot find {top} lines: ask for 1 to {MOST_HITS}.")
+        _check_search(text, top, "lines")
         if not (self.folder / f"{SAID}.lance").is_dir():
             raise ConfigError(
                 f"The videos of {self.folder} were not listened to yet: run `fluxchat index FOLDER --speech`."
@@ -218,10 +215,7 @@ class Library:
 
     def search(self, text: str, top: int = 10) -> Found:
         """The clips that fit a text best. Clips of files that are gone or have changed are left out."""
-        if not check_text(text, "The search").strip():
-            raise ConfigError("Say what to look for.")
-        if not 1 <= top <= MOST_HITS:
-            raise ConfigError(f"Cannot find {top} clips: ask for 1 to {MOST_HITS}.")
+        _check_search(text, top, "clips")
         settings = self._existing()
         table = self._table(settings)
         assert self._embedder is not None
@@ -371,6 +365,14 @@ def _opened(embedder: Any) -> Any:
     return embedder() if isinstance(embedder, partial) else embedder
 
 
+def _check_search(text: str, top: int, what: str) -> None:
+    """Raises ConfigError for a search that can find nothing. what: is looked for."""
+    if not check_text(text, "The search").strip():
+        raise ConfigError("Say what to look for.")
+    if not 1 <= top <= MOST_HITS:
+        raise ConfigError(f"Cannot find {top} {what}: ask for 1 to {MOST_HITS}.")
+
+
 def _changed(path: str, identity: FileIdentity) -> What | None:
     """What became of a file since; None when its content is the same."""
     if identity.unchanged(path):
@@ -379,4 +381,4 @@ def _changed(path: str, identity: FileIdentity) -> What | None:
         now = FileIdentity.of(path)
     except OSError:
         return "gone"
-    return None if (now.size, now.ends) == (identity.size, identity.ends) else "changed"
+    return None if now.same_content(identity) else "changed"

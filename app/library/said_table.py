@@ -14,11 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from app.library.clip_table import cannot_write, lancedb, reading
+from app.library.clip_table import cannot_write, lancedb, reading, rows_of
 from app.library.video_files import FileIdentity
 from app.speech.transcript import Line, Transcript
-from encoder.errors import DataError
-from llm_bridge.model_files.checks import first_line
 
 NAME = "said"
 MOST_WORDS = 32  # of a search
@@ -94,13 +92,10 @@ class SaidTable:
                 self._table = self._base.create_table(NAME, rows, mode="overwrite")
                 return
             # Killed in between, it leaves none of the file, which is listened to again.
-            self._table.delete(_is(path))
+            self._table.delete(rows_of(path))
             self._table.add(rows)
         except Exception as error:
-            raise DataError(
-                f"Cannot write into the library {self._folder}: {first_line(error)}; what was heard before "
-                "is kept."
-            ) from error
+            raise cannot_write(self._folder, error, "heard") from error
 
     def find(self, text: str, count: int) -> list[tuple[SaidRow, float]]:
         """Lines with words of a text, and the share of its words that they have; best first, then by time."""
@@ -125,15 +120,10 @@ class SaidTable:
         if self._table is None:
             return
         try:
-            self._table.delete(_is(path))
+            self._table.delete(rows_of(path))
         except Exception as error:
             raise cannot_write(self._folder, error) from error
 
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
-
-
-def _is(path: str) -> str:
-    """The condition for a file's rows."""
-    return "path = '" + path.replace("'", "''") + "'"

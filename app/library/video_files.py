@@ -57,6 +57,10 @@ class FileIdentity:
             return False
         return (status.st_size, status.st_mtime_ns) == (self.size, self.mtime_ns)
 
+    def same_content(self, other: FileIdentity) -> bool:
+        """Whether it is the same content, whenever it was last written."""
+        return (self.size, self.ends) == (other.size, other.ends)
+
 
 def _opened(path: str) -> int:
     try:

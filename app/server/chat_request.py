@@ -12,7 +12,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 # Fields of a message part that do not say where its content is.
 _NOT_CONTENT = ("type", "detail", "filename", "start", "end", "region")
 MAX_COMPARED = 16  # unknown fields that are compared with the known ones
+
+
+Body = TypeVar("Body", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -91,13 +94,7 @@ class ChatRequest:
 
 def parse_chat(data: Any) -> ChatRequest:
     """A decoded JSON body as a ChatRequest; raises ApiError naming the field that is wrong."""
-    if not isinstance(data, dict):
-        raise ApiError(400, "The body must be a JSON object.")
-    check_model(data)
-    try:
-        body = ChatBody.model_validate(data)
-    except ValidationError as error:
-        raise validation_error(error, ChatBody) from None
+    body = validated(data, ChatBody)
     longest = _longest(body)
     if body.min_tokens is not None and longest is not None and body.min_tokens > longest:
         raise ApiError(400, "min_tokens must not be more than max_tokens.", param="min_tokens")
@@ -280,6 +277,17 @@ def _part(body: Any, path: str) -> Part:
 
 
 # -- validation errors ---------------------------------------------------------------------------------------
+
+
+def validated(data: Any, kind: type[Body]) -> Body:
+    """A decoded JSON body as the schema's object; raises ApiError naming the field that is wrong."""
+    if not isinstance(data, dict):
+        raise ApiError(400, "The body must be a JSON object.")
+    check_model(data)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise validation_error(error, kind) from None
 
 
 def validation_error(error: ValidationError, model: type[BaseModel]) -> ApiError:

@@ -13,14 +13,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from app.library.clip_reader import read_one
 from app.library.embedders import Embedder, open_embedder
 from app.library.library import Library
 from app.messages import Media
-from app.server.chat_request import Reference, check_model, reference, validation_error, without_nul
+from app.server.chat_request import Reference, reference, validated, without_nul
 from app.server.errors import ApiError
 from app.server.limits import WEB_LIMITS
 from app.server.media.resolver import Resolver
@@ -48,13 +47,7 @@ class EmbeddingsRequest:
 
 def parse_embeddings(data: Any) -> EmbeddingsRequest:
     """A decoded JSON body; raises ApiError naming the field that is wrong."""
-    if not isinstance(data, dict):
-        raise ApiError(400, "The body must be a JSON object.")
-    check_model(data)
-    try:
-        body = EmbeddingsBody.model_validate(data)
-    except ValidationError as error:
-        raise validation_error(error, EmbeddingsBody) from None
+    body = validated(data, EmbeddingsBody)
     items = tuple(_item(item, f"input[{index}]") for index, item in enumerate(body.input))
     wanted = EmbeddingsRequest(items, body.encoding_format == "base64")
     if len(wanted.media) > MAX_MEDIA:

@@ -56,6 +56,14 @@ def test_tokens_are_those_of_the_plain_encoder(
     assert encode.recorded == 1
 
 
+def test_clips_of_inference_mode_are_taken(encoder: FluxViT, encode: EncoderGraphs) -> None:
+    with torch.inference_mode():
+        for _ in range(3):
+            pixels = clips()
+            assert same(encode(list(pixels), [16]), encoder(pixels, 16))
+    assert encode.recorded == 1
+
+
 def test_earlier_tokens_outlive_later_passes(encoder: FluxViT, encode: EncoderGraphs) -> None:
     given = [clips() for _ in range(4)]
     tokens = [encode(pixels, 12) for pixels in given]

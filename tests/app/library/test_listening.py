@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,3 +67,19 @@ def test_damaged_lines_are_one_sentence(tmp_path: Path) -> None:
     for use in (lambda: library.search_said("rain"), lambda: library.listen([tmp_path], listener)):
         with pytest.raises(DataError, match=r"is damaged: delete said\.lance"):
             use()
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lancedb.table import LanceTable
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("lance error: No space left on device (os error 28)")
+
+    with_sound(tmp_path / "talk.mp4", np.zeros(4 * RATE))
+    listener = Listener(model=ToldModel(LINES))
+    library = Library(tmp_path / "index", embedder=ColourEmbedder(), seconds=2)
+    library.listen([tmp_path], listener)
+    with_sound(tmp_path / "other.mp4", np.zeros(4 * RATE))
+    monkeypatch.setattr(LanceTable, "add", full)
+    with pytest.raises(DataError, match="the disk is full; what was heard before is kept"):
+        library.listen([tmp_path], listener)
