@@ -1,4 +1,4 @@
-"""What the page's tests share: its handlers without a browser, and an answer that is known beforehand."""
+"""What the page's tests share: the page in a browser, its handlers without one, and answers known before."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import pytest
+import torch
 
 from app.chat import VideoChat
+from app.page.events import build, page_options
 from app.page.handlers import Handlers
 from app.page.sessions import Sessions
+from llm_bridge.chat_model import load_chat_model
 from llm_bridge.generation import Generation
+from llm_bridge.model import VideoLanguageModel
+from tests import tiny_video_models
+from tests.app.conftest import WORLD
+from tests.app.page.in_browser import ARGUMENTS, CHROMIUM, PATIENCE_MS, STOCK, Served, expect, unexpected
+from tests.passes import before_each_pass, never_ends
 
 
 @pytest.fixture
@@ -48,3 +57,69 @@ def slowed(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, list[float]], None
         monkeypatch.setattr(Handlers, name, late)
 
     return slow
+
+
+@pytest.fixture(
+    scope="module", params=["flux", *(pytest.param(kind, marks=pytest.mark.slow) for kind in STOCK)]
+)
+def served(
+    request: pytest.FixtureRequest, tiny_model: VideoLanguageModel, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    """The page on a free port, with one example; around each kind of model."""
+    model: Any = tiny_model
+    if request.param != "flux":
+        folder = tiny_video_models.make(tmp_path_factory.mktemp("stock") / request.param, request.param)
+        model = load_chat_model(folder, device="cpu", dtype=torch.float32)
+        never_ends(model.llm)
+    with VideoChat(model, trusted=False, dtype="float32") as chat:
+        page = build(chat, [(str(WORLD), "What turns?")], workers=2)
+        _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, max_file_size="5mb", **page_options())
+        yield Served(page, url, chat)
+        page.close()
+
+
+@pytest.fixture
+def slow_answers(served: Served) -> Iterator[None]:
+    """Every pass of the language model takes at least 0.1 s."""
+    with before_each_pass(served.chat.model.llm, lambda: time.sleep(0.1)):
+        yield
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def open_page(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
+    """Opens a tab of its own; at the end nothing may have been logged as an error or asked of elsewhere."""
+    contexts, troubles = [], []
+
+    def watch(request: Any) -> None:
+        address = urlparse(request.url)
+        if address.scheme not in ("data", "blob") and address.hostname not in ("127.0.0.1", "localhost"):
+            troubles.append(f"asked {request.url}")
+
+    def make(width: int = 1280, height: int = 800, **options: Any) -> Any:
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        page.on("console", lambda m: troubles.append(m.text) if m.type == "error" else None)
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.on("request", watch)
+        page.goto(served.url)
+        expect(page.locator("#fluxchat-cost")).to_contain_text("Add a video", timeout=PATIENCE_MS)
+        expect(page.locator("#fluxchat-question textarea")).to_be_visible(timeout=PATIENCE_MS)
+        expect(page.locator("#fluxchat-large")).to_be_attached(timeout=PATIENCE_MS)  # page.js has run
+        return page
+
+    yield make
+    for context in contexts:
+        context.close()
+    assert unexpected(troubles) == []

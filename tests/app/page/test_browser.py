@@ -1,171 +1,35 @@
-"""The page in a real browser (Debian's Chromium, driven by Playwright), around a tiny model.
-
-Screenshots go to $FLUXCHAT_SCREENSHOTS, or nowhere without it.
-"""
+"""The page in a real browser (Debian's Chromium, driven by Playwright), around a tiny model."""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import urlparse
+from typing import Any
 
-import gradio as gr
 import pytest
-import torch
 from PIL import Image
 
-from app.chat import VideoChat
-from app.page.events import build, page_options
 from app.page.handlers import Handlers
 from app.page.sessions import Sessions
 from app.page.settings import Range
-from llm_bridge.chat_model import load_chat_model
-from llm_bridge.model import VideoLanguageModel
-from tests import tiny_video_models
 from tests.app.conftest import SHORT, WORLD
-from tests.passes import before_each_pass, never_ends
-
-playwright = pytest.importorskip("playwright.sync_api")
-expect = playwright.expect
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
-pytestmark = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason="there is no Chromium here")
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--use-fake-device-for-media-stream",
-    "--use-fake-ui-for-media-stream",
-]
-PATIENCE_MS = 40_000
-STOCK = ("smolvlm", "qwen3_vl")  # kinds of stock models that the page is tried with
-
-
-class Served(NamedTuple):
-    """A page, its address and the chat behind it."""
-
-    page: gr.Blocks
-    url: str
-    chat: VideoChat
-
-    def kept(self, budget: int) -> str:
-        """What the page says of a budget spent on SHORT."""
-        return f"{self.chat.plan(SHORT, budget).keep} of"
-
-
-@pytest.fixture(
-    scope="module", params=["flux", *(pytest.param(kind, marks=pytest.mark.slow) for kind in STOCK)]
+from tests.app.page.in_browser import (
+    PATIENCE_MS,
+    Served,
+    answered,
+    ask,
+    browsing,
+    edit_first,
+    expect,
+    has,
+    plays_at,
+    shoot,
+    upload,
 )
-def served(
-    request: pytest.FixtureRequest, tiny_model: VideoLanguageModel, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Served]:
-    """The page on a free port, with one example; around each kind of model."""
-    model: Any = tiny_model
-    if request.param != "flux":
-        folder = tiny_video_models.make(tmp_path_factory.mktemp("stock") / request.param, request.param)
-        model = load_chat_model(folder, device="cpu", dtype=torch.float32)
-        never_ends(model.llm)
-    with VideoChat(model, trusted=False, dtype="float32") as chat:
-        page = build(chat, [(str(WORLD), "What turns?")], workers=2)
-        _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, max_file_size="5mb", **page_options())
-        yield Served(page, url, chat)
-        page.close()
 
-
-@pytest.fixture
-def slow_answers(served: Served) -> Iterator[None]:
-    """Every pass of the language model takes at least 0.1 s."""
-    with before_each_pass(served.chat.model.llm, lambda: time.sleep(0.1)):
-        yield
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def open_page(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
-    """Opens a tab of its own; at the end nothing may have been logged as an error or asked of elsewhere."""
-    contexts, troubles = [], []
-
-    def watch(request: Any) -> None:
-        address = urlparse(request.url)
-        if address.scheme not in ("data", "blob") and address.hostname not in ("127.0.0.1", "localhost"):
-            troubles.append(f"asked {request.url}")
-
-    def make(width: int = 1280, height: int = 800, **options: Any) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(PATIENCE_MS)
-        page.on("console", lambda m: troubles.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda error: troubles.append(str(error)))
-        page.on("request", watch)
-        page.goto(served.url)
-        expect(page.locator("#fluxchat-cost")).to_contain_text("Add a video", timeout=PATIENCE_MS)
-        expect(page.locator("#fluxchat-question textarea")).to_be_visible(timeout=PATIENCE_MS)
-        expect(page.locator("#fluxchat-large")).to_be_attached(timeout=PATIENCE_MS)  # page.js has run
-        return page
-
-    yield make
-    for context in contexts:
-        context.close()
-    assert _unexpected(troubles) == []
-
-
-def _unexpected(troubles: list[str]) -> list[str]:
-    """Without what Gradio says of its requests when a page is left in their middle."""
-    if not any("signal is aborted" in text for text in troubles):
-        return troubles
-    return [t for t in troubles if "signal is aborted" not in t and "Connection errored out" not in t]
-
-
-def upload(page: Any, path: Path = SHORT) -> None:
-    page.locator("#fluxchat-file").set_input_files(str(path))
-    has(page.locator("#fluxchat-shelf"), path.name)
-    has(page.locator("#fluxchat-strip"), "What the model will look at")
-    has(page.locator("#fluxchat-cost"), "to first word")
-
-
-def ask(page: Any, question: str = "What is there?") -> None:
-    page.get_by_label("Question", exact=True).fill(question)
-    page.locator("#fluxchat-send").click()
-
-
-def answered(page: Any, count: int = 1) -> None:
-    expect(page.locator("#fluxchat-chat .fc-small")).to_have_count(count, timeout=PATIENCE_MS)
-    expect(page.locator("#fluxchat-send")).to_be_visible(timeout=PATIENCE_MS)
-    expect(page.locator("#fluxchat-stop")).to_be_hidden(timeout=PATIENCE_MS)
-
-
-def has(place: Any, text: str | re.Pattern[str]) -> None:
-    expect(place).to_contain_text(text, timeout=PATIENCE_MS)
-
-
-def plays_at(page: Any, low: float, high: float) -> None:
-    page.wait_for_function(
-        "([low, high]) => { const v = document.querySelector('#fluxchat-video video');"
-        " return v && v.currentTime >= low && v.currentTime <= high; }",
-        arg=[low, high],
-    )
-
-
-def shoot(page: Any, name: str) -> None:
-    if folder := os.environ.get("FLUXCHAT_SCREENSHOTS"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=Path(folder) / f"{name}.png")
+pytestmark = browsing
 
 
 def test_price_first_then_a_question_then_a_fast_one(open_page: Callable[..., Any], served: Served) -> None:
@@ -292,14 +156,6 @@ def test_stop_keeps_the_text_so_far(open_page: Callable[..., Any]) -> None:
     answered(page)
     has(page.locator("#fluxchat-chat .fc-small"), "stopped")
     has(bot, re.compile(r"\w+ \w+"))
-
-
-def edit_first(chat: Any) -> None:
-    """Open the editor of the first message; a late update of the chat closes it again, so more than once."""
-    deadline = time.monotonic() + PATIENCE_MS / 1e3
-    while not chat.locator("textarea").is_visible() and time.monotonic() < deadline:
-        chat.get_by_label("Edit").first.click()
-        chat.page.wait_for_timeout(500)
 
 
 def test_regenerate_edit_and_clear(open_page: Callable[..., Any]) -> None:

@@ -14,18 +14,16 @@ from app.server.options import LaunchOptions
 from encoder.video.reader import probe
 from llm_bridge.model import VideoLanguageModel
 from tests.app.conftest import SHORT, WORLD
-from tests.app.page.test_browser import (  # noqa: F401
+from tests.app.page.in_browser import (
     Served,
     answered,
     ask,
-    browser,
+    browsing,
     expect,
     has,
-    open_page,
     shoot,
     upload,
 )
-from tests.app.page.test_browser import pytestmark as browsing
 from tests.app.server.serving import running
 
 
@@ -59,7 +57,7 @@ def served(tiny_model: VideoLanguageModel, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.usefixtures("answer_with_times")
 @browsing
 def test_each_time_in_an_answer_is_saved_with_one_click(
-    open_page: Callable[..., Any],  # noqa: F811
+    open_page: Callable[..., Any],
     tmp_path: Path,
 ) -> None:
     page = open_page()

@@ -8,21 +8,19 @@ from typing import Any
 import pytest
 
 from llm_bridge.generation import Generation
-from tests.app.page.test_browser import (  # noqa: F401
-    Served,
-    browser,
+from tests.app.page.in_browser import (
+    browsing,
     expect,
     has,
-    open_page,
-    pytestmark,
-    served,
     shoot,
     upload,
 )
 
+pytestmark = browsing
+
 
 def test_two_selectors_side_by_side_with_what_differs_marked(
-    open_page: Callable[..., Any],  # noqa: F811
+    open_page: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     animals = iter(("cat", "dog"))

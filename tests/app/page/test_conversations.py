@@ -19,22 +19,22 @@ from encoder.video.part import Part
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import Message
 from tests.app.conftest import SHORT, WORLD
-from tests.app.page.test_browser import (  # noqa: F401
+from tests.app.page.in_browser import (
     PATIENCE_MS,
     Served,
     answered,
     ask,
-    browser,
+    browsing,
     edit_first,
     expect,
     has,
-    open_page,
-    pytestmark,
     shoot,
     upload,
 )
 from tests.app.server.serving import running
 from tests.passes import before_each_pass
+
+pytestmark = browsing
 
 OPTIONS = LaunchOptions(examples=[(str(WORLD), "What turns?")])
 
@@ -86,7 +86,7 @@ def kept(page: Any, count: int, title: str | re.Pattern[str] = "") -> None:
     )
 
 
-def test_a_reload_changes_nothing_and_the_talk_goes_on(open_page: Callable[..., Any]) -> None:  # noqa: F811
+def test_a_reload_changes_nothing_and_the_talk_goes_on(open_page: Callable[..., Any]) -> None:
     page = open_page()
     upload(page)
     ask(page, "What is <b>there</b>?")
@@ -110,7 +110,7 @@ def test_a_reload_changes_nothing_and_the_talk_goes_on(open_page: Callable[..., 
 
 
 def test_yesterdays_conversation_is_there_after_a_restart(
-    browser: Any,  # noqa: F811
+    browser: Any,
     tiny_model: VideoLanguageModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -141,7 +141,7 @@ def test_yesterdays_conversation_is_there_after_a_restart(
     context.close()
 
 
-def test_open_search_rename_delete_and_undo(open_page: Callable[..., Any]) -> None:  # noqa: F811
+def test_open_search_rename_delete_and_undo(open_page: Callable[..., Any]) -> None:
     page = open_page(1440, 900)
     upload(page)
     for number, question in enumerate(("About apples?", "About pears?")):
@@ -205,7 +205,7 @@ def record_of(export: dict[str, Any]) -> Record:
 
 
 def test_exports_have_the_form_of_the_programs_own(
-    open_page: Callable[..., Any],  # noqa: F811
+    open_page: Callable[..., Any],
     served: Served,
     tmp_path: Path,
 ) -> None:
@@ -237,7 +237,7 @@ def test_exports_have_the_form_of_the_programs_own(
     assert files["Markdown"].read_bytes().decode() == to_markdown(record)
 
 
-def test_an_edited_turn_makes_a_branch(open_page: Callable[..., Any]) -> None:  # noqa: F811
+def test_an_edited_turn_makes_a_branch(open_page: Callable[..., Any]) -> None:
     page = open_page()
     for number, question in enumerate(("One?", "Two?")):
         ask(page, question)
@@ -257,7 +257,7 @@ def test_an_edited_turn_makes_a_branch(open_page: Callable[..., Any]) -> None:  
     expect(chat).not_to_contain_text("Three?")
 
 
-def test_a_talk_that_goes_on_in_two_tabs_loses_nothing(open_page: Callable[..., Any]) -> None:  # noqa: F811
+def test_a_talk_that_goes_on_in_two_tabs_loses_nothing(open_page: Callable[..., Any]) -> None:
     first = open_page()
     ask(first, "One?")
     answered(first)
@@ -278,7 +278,7 @@ def test_a_talk_that_goes_on_in_two_tabs_loses_nothing(open_page: Callable[..., 
 
 
 def test_a_video_that_is_gone_shows_its_frames_and_is_asked_for(
-    open_page: Callable[..., Any],  # noqa: F811
+    open_page: Callable[..., Any],
 ) -> None:
     page = open_page()
     upload(page)
@@ -308,7 +308,7 @@ def test_a_video_that_is_gone_shows_its_frames_and_is_asked_for(
     answered(page, 3)
 
 
-def test_another_browser_has_none_of_them(open_page: Callable[..., Any]) -> None:  # noqa: F811
+def test_another_browser_has_none_of_them(open_page: Callable[..., Any]) -> None:
     page = open_page()
     ask(page, "A secret?")
     answered(page)
@@ -330,7 +330,7 @@ def test_another_browser_has_none_of_them(open_page: Callable[..., Any]) -> None
         pytest.param("dark", 1440, marks=pytest.mark.slow),
     ],
 )
-def test_the_list_is_accessible(open_page: Callable[..., Any], scheme: str, width: int) -> None:  # noqa: F811
+def test_the_list_is_accessible(open_page: Callable[..., Any], scheme: str, width: int) -> None:
     page = open_page(width, 844, color_scheme=scheme)
     page.evaluate((Path(__file__).parent / "axe" / "axe.min.js").read_text())
     upload(page)
@@ -363,7 +363,7 @@ def two_talks(page: Any) -> None:
     side(page)
 
 
-def test_of_two_clicks_the_last_one_opens(open_page: Callable[..., Any]) -> None:  # noqa: F811
+def test_of_two_clicks_the_last_one_opens(open_page: Callable[..., Any]) -> None:
     page = open_page(1440, 900)
     two_talks(page)
     fresh(page)
@@ -392,7 +392,7 @@ def test_of_two_clicks_the_last_one_opens(open_page: Callable[..., Any]) -> None
 
 
 def test_a_conversation_that_opens_late_does_not_come_over_a_new_one(
-    open_page: Callable[..., Any],  # noqa: F811
+    open_page: Callable[..., Any],
 ) -> None:
     page = open_page(1440, 900)
     two_talks(page)
@@ -407,7 +407,7 @@ def test_a_conversation_that_opens_late_does_not_come_over_a_new_one(
 
 
 def test_an_opening_that_the_server_ends_late_gives_way(
-    open_page: Callable[..., Any],  # noqa: F811
+    open_page: Callable[..., Any],
     slowed: Callable[[str, list[float]], None],
 ) -> None:
     page = open_page(1440, 900)
@@ -427,7 +427,7 @@ def test_an_opening_that_the_server_ends_late_gives_way(
 
 
 def test_a_name_that_is_being_typed_outlives_a_new_list(
-    open_page: Callable[..., Any],  # noqa: F811
+    open_page: Callable[..., Any],
     served: Served,
 ) -> None:
     page = open_page(1440, 900)
@@ -458,7 +458,7 @@ SLOW_DIGEST = """() => {
 }"""
 
 
-def test_a_name_that_is_given_while_a_video_is_kept_stays(open_page: Callable[..., Any]) -> None:  # noqa: F811
+def test_a_name_that_is_given_while_a_video_is_kept_stays(open_page: Callable[..., Any]) -> None:
     page = open_page(1440, 900)
     side(page)
     ask(page, "One?")

@@ -23,19 +23,17 @@ from app.server.security.authentication import Credentials
 from encoder.video.part import WHOLE, Part
 from llm_bridge.model import VideoLanguageModel
 from tests.app.library.conftest import ColourEmbedder, film
-from tests.app.page.test_browser import (  # noqa: F401
+from tests.app.page.in_browser import (
     PATIENCE_MS,
     Served,
     answered,
     ask,
-    browser,
+    browsing,
     expect,
     has,
-    open_page,
     plays_at,
     shoot,
 )
-from tests.app.page.test_browser import pytestmark as browsing
 from tests.app.server.serving import running
 
 pytestmark = pytest.mark.skipif(find_spec("lancedb") is None, reason="LanceDB is not installed")
@@ -177,7 +175,7 @@ def look_for(page: Any, text: str) -> Any:
 
 
 @browsing
-def test_search_click_and_ask_about_the_hit(open_page: Callable[..., Any]) -> None:  # noqa: F811
+def test_search_click_and_ask_about_the_hit(open_page: Callable[..., Any]) -> None:
     page = open_page(1440, 900)
     hits = look_for(page, "red")
     has(hits.first, re.compile(r"red\.mp4.*1\.000|three.*1\.000"))
@@ -204,7 +202,7 @@ def test_search_click_and_ask_about_the_hit(open_page: Callable[..., Any]) -> No
 
 
 @browsing
-def test_a_search_that_fails_says_so(open_page: Callable[..., Any], library: Library) -> None:  # noqa: F811
+def test_a_search_that_fails_says_so(open_page: Callable[..., Any], library: Library) -> None:
     page = open_page()
     page.get_by_role("button", name="Search the library").click()
     settings = library.folder / "library.json"
@@ -222,7 +220,7 @@ def test_a_search_that_fails_says_so(open_page: Callable[..., Any], library: Lib
 
 @browsing
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
-def test_searching_is_accessible(open_page: Callable[..., Any], scheme: str) -> None:  # noqa: F811
+def test_searching_is_accessible(open_page: Callable[..., Any], scheme: str) -> None:
     page = open_page(390, 844, color_scheme=scheme)
     page.evaluate((Path(__file__).parent / "axe" / "axe.min.js").read_text())
     look_for(page, "white")

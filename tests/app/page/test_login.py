@@ -12,17 +12,18 @@ from app.chat import VideoChat
 from app.server.options import LaunchOptions
 from app.server.security.authentication import Credentials
 from llm_bridge.model import VideoLanguageModel
-from tests.app.page.test_browser import (  # noqa: F401
+from tests.app.page.in_browser import (
     PATIENCE_MS,
     answered,
     ask,
-    browser,
+    browsing,
     expect,
     has,
-    pytestmark,
 )
 from tests.app.page.test_conversations import side, talks
 from tests.app.server.serving import running
+
+pytestmark = browsing
 
 LOGIN = ("ann", "secret")
 KEY = "a-long-random-text"
@@ -39,7 +40,7 @@ def locked(tiny_model: VideoLanguageModel, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture
-def page(browser: Any) -> Iterator[Any]:  # noqa: F811
+def page(browser: Any) -> Iterator[Any]:
     """A tab of a browser that nobody has used; what its pages complain of fails the test."""
     context, troubles = browser.new_context(), []
     page = context.new_page()

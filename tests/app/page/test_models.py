@@ -17,20 +17,20 @@ from app.server.options import LaunchOptions
 from llm_bridge.model import VideoLanguageModel
 from tests import tiny_video_models
 from tests.app.hub_cache import put
-from tests.app.page.test_browser import (  # noqa: F401
+from tests.app.page.in_browser import (
     PATIENCE_MS,
     answered,
     ask,
-    browser,
+    browsing,
     expect,
     has,
-    open_page,
-    pytestmark,
     shoot,
     upload,
 )
 from tests.app.server.serving import running
 from tests.passes import never_ends
+
+pytestmark = browsing
 
 
 class Page:
@@ -74,7 +74,7 @@ def choose(page: Any, name: str) -> None:
 
 
 def test_a_model_on_disk_is_loaded_and_the_conversation_goes_on(
-    open_page: Callable[..., Any],  # noqa: F811
+    open_page: Callable[..., Any],
     served: Page,
 ) -> None:
     page = open_page(1280, 800)
@@ -117,7 +117,7 @@ def test_a_model_on_disk_is_loaded_and_the_conversation_goes_on(
 
 
 def test_where_it_cannot_be_loaded_the_old_one_stays(
-    open_page: Callable[..., Any],  # noqa: F811
+    open_page: Callable[..., Any],
     served: Page,
 ) -> None:
     page = open_page(1280, 800)
@@ -134,7 +134,7 @@ def test_where_it_cannot_be_loaded_the_old_one_stays(
 
 
 def test_a_download_is_asked_for_and_followed(
-    open_page: Callable[..., Any],  # noqa: F811
+    open_page: Callable[..., Any],
     served: Page,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -167,7 +167,7 @@ def test_a_download_is_asked_for_and_followed(
 
 
 def test_without_the_hub_a_download_is_one_sentence(
-    open_page: Callable[..., Any],  # noqa: F811
+    open_page: Callable[..., Any],
     served: Page,
 ) -> None:
     page = open_page(1280, 800)
@@ -176,7 +176,7 @@ def test_without_the_hub_a_download_is_one_sentence(
 
 
 def test_two_models_side_by_side(
-    open_page: Callable[..., Any],  # noqa: F811
+    open_page: Callable[..., Any],
     served: Page,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -15,21 +15,17 @@ from app.page.handlers import Handlers, conversation_messages
 from app.page.html import part_chips, shelf
 from encoder.video.part import WHOLE, Part
 from tests.app.conftest import SHORT, WORLD
-from tests.app.page.test_browser import (  # noqa: F401
+from tests.app.page.in_browser import (
     PATIENCE_MS,
-    Served,
     answered,
     ask,
-    browser,
+    browsing,
     expect,
     has,
-    open_page,
     plays_at,
-    served,
     shoot,
     upload,
 )
-from tests.app.page.test_browser import pytestmark as browsing
 from tests.app.page.test_page import PLAIN
 from tests.app.page.test_page import ask as answer
 
@@ -91,7 +87,7 @@ def test_a_part_that_is_none_is_one_sentence(handlers: Handlers, chosen: Any) ->
 
 
 @pytest.fixture
-def page(open_page: Callable[..., Any]) -> Any:  # noqa: F811
+def page(open_page: Callable[..., Any]) -> Any:
     page = open_page()
     upload(page, WORLD)
     return page
@@ -193,7 +189,7 @@ def test_each_medium_has_its_own_part(page: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
-def test_choosing_a_part_is_accessible(open_page: Callable[..., Any], scheme: str) -> None:  # noqa: F811
+def test_choosing_a_part_is_accessible(open_page: Callable[..., Any], scheme: str) -> None:
     page = open_page(390 if scheme == "light" else 1280, 844, color_scheme=scheme)
     page.evaluate((Path(__file__).parent / "axe" / "axe.min.js").read_text())
     upload(page, SHORT)
@@ -228,7 +224,7 @@ BOTH = re.compile(r"0:00.* – .*a box of the picture")
 @browsing
 @pytest.mark.parametrize("waits", [[1.0, 1.0], [2.0, 0.0], [0.0, 2.0]])
 def test_what_is_chosen_while_an_answer_is_late_stays(
-    open_page: Callable[..., Any],  # noqa: F811
+    open_page: Callable[..., Any],
     slowed: Callable[[str, list[float]], None],
     waits: list[float],
 ) -> None:
@@ -247,7 +243,7 @@ def test_what_is_chosen_while_an_answer_is_late_stays(
 
 @browsing
 def test_an_older_shelf_that_comes_last_is_put_right(
-    open_page: Callable[..., Any],  # noqa: F811
+    open_page: Callable[..., Any],
     slowed: Callable[[str, list[float]], None],
 ) -> None:
     page = open_page()
@@ -265,7 +261,7 @@ def test_an_older_shelf_that_comes_last_is_put_right(
 
 @browsing
 def test_a_second_file_is_not_lost_while_the_first_is_opened(
-    open_page: Callable[..., Any],  # noqa: F811
+    open_page: Callable[..., Any],
     slowed: Callable[[str, list[float]], None],
     tmp_path: Path,
 ) -> None:
