@@ -39,15 +39,19 @@ def sin_cos_3d(dim: int, grid: Grid) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _resampling(source: int, target: int, mode: str) -> Tensor:
-    """(target, source) matrix of one axis of `F.interpolate` (align_corners False, no antialias)."""
-    # A plain CPU constant, also when the model itself is built on another device or in inference mode.
+def _resampling(source: int, target: int, mode: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(target, source) matrix of one axis of `F.interpolate` (align_corners False, no antialias).
+
+    Kept on its device, since a copy in each step would wait for it and cannot be recorded in a CUDA graph.
+    """
+    # Made on the CPU, also when the model itself is built on another device or in inference mode.
     with torch.inference_mode(False), torch.device("cpu"):
         identity = torch.eye(source)
         if mode == "linear":
-            return F.interpolate(identity[None], size=target, mode="linear")[0].T.contiguous()
-        columns = F.interpolate(identity[None, ..., None], size=(target, 1), mode="bicubic")
-        return columns[0, :, :, 0].T.contiguous()
+            weights = F.interpolate(identity[None], size=target, mode="linear")[0].T
+        else:
+            weights = F.interpolate(identity[None, ..., None], size=(target, 1), mode="bicubic")[0, :, :, 0].T
+        return weights.contiguous().to(device, dtype)
 
 
 def interpolate(table: Tensor, source: Grid, target: Grid) -> Tensor:
@@ -61,7 +65,7 @@ def interpolate(table: Tensor, source: Grid, target: Grid) -> Tensor:
     x = table.view(*source, -1)
 
     def matrix(before: int, after: int, mode: str) -> Tensor:
-        return _resampling(before, after, mode).to(table)
+        return _resampling(before, after, mode, table.device, table.dtype)
 
     if source.frames != target.frames:
         x = torch.einsum("ts,shwc->thwc", matrix(source.frames, target.frames, "linear"), x)

@@ -33,7 +33,7 @@ from llm_bridge.kv_cache import DecodingBatch, kv_from_layers, layers_of, rewind
 from llm_bridge.llm import LanguageModel
 from llm_bridge.model_files.checks import free_memory
 from llm_bridge.own_kv import OwnKV
-from llm_bridge.sampling import FinishReason, Sampler, SamplingParams
+from llm_bridge.sampling import FinishReason, Leading, Sampler, SamplingParams, leading
 
 if TYPE_CHECKING:
     from llm_bridge.static_kv_cache import StaticDecoder
@@ -69,6 +69,7 @@ class SequenceState:
         self.alone = False
         self._worker, self._stop = worker, stop
         self.own: OwnKV | None = None  # once it is decoded by itself
+        self.came = threading.Event()  # what its reader waits for
         self._prompt = int(kv.get_seq_length())
         self._stop_ids = frozenset(sampling.stop_token_ids)
 
@@ -82,10 +83,13 @@ class SequenceState:
         """Whether no more tokens come."""
         return self.finish is not None or self.error is not None
 
-    def append(self, logits: Tensor) -> None:
-        """Sample the next token from its logits (V,); whatever that raises becomes this sequence's error."""
+    def append(self, logits: Tensor, first: Leading | None = None) -> None:
+        """Sample the next token from its logits (V,); whatever that raises becomes this sequence's error.
+
+        first: what `leading` gave for them, if it was called for several sequences at once.
+        """
         try:
-            token = self.sampler(logits)
+            token = self.sampler(logits, first)
             if token in self._worker.eos or token in self._stop_ids:
                 self.finish = "stop"
                 return
@@ -117,7 +121,7 @@ class SequenceState:
             elif self.finish is not None:
                 return
             else:
-                self._worker.run(self._worker.advance, self, count)
+                self._worker.wait_for_token(self, count)
 
     def leave(self) -> None:
         """Stop taking part; waits for nothing, since a garbage collector may call it in any thread."""
@@ -148,6 +152,9 @@ class ComputeWorker(ComputeThread):
         self.kv_limit = int(KV_SHARE * free_memory(llm.device)) if kv_limit is None else kv_limit
         self.llm, self.max_batch, self.eos = llm, max_batch, llm.eos_ids
         self.steps = self.made = 0  # forward passes and the tokens that they made
+        self._waiting: dict[SequenceState, int] = {}  # whose readers wait, and how many tokens they have
+        self._stepping = False  # whether the computing thread will look at them
+        self._lock = threading.Lock()  # of these two
         # Read and written in the computing thread only.
         self._sequences: list[SequenceState] = []  # by arrival
         self._batch_kv: DecodingBatch | None = None
@@ -201,6 +208,22 @@ class ComputeWorker(ComputeThread):
             raise
         return sequence
 
+    def wait_for_token(self, sequence: SequenceState, count: int) -> None:
+        """Wait until a sequence has more than `count` tokens or has ended; all others get theirs meanwhile.
+
+        Raises ModelError when nothing is computed any more.
+        """
+        self.check_process()
+        with self._lock:
+            if len(sequence.tokens) > count or sequence.ended:
+                return
+            sequence.came.clear()
+            self._waiting[sequence] = count
+            begins, self._stepping = not self._stepping, True
+        if begins:
+            self._go_on()
+        sequence.came.wait()
+
     def drop(self, sequence: SequenceState) -> None:
         """Have an answer that has ended taken out soon."""
         self.post(self.remove, sequence)
@@ -219,6 +242,7 @@ class ComputeWorker(ComputeThread):
         for sequence in self.sequences:
             sequence.error = ModelError(CLOSED)
             self.remove(sequence)
+        self._wake()
 
     def remove(self, sequence: SequenceState) -> None:
         """Take an answer out (computing thread only); does nothing when it is out."""
@@ -228,13 +252,45 @@ class ComputeWorker(ComputeThread):
         if not any(other in self._sequences for other in self._batched):
             self._batch_kv, self._batched = None, []
 
-    def advance(self, sequence: SequenceState, count: int) -> None:
-        """One step for all (computing thread only), unless this sequence has token `count` already."""
-        if len(sequence.tokens) > count or sequence.ended:
-            return
-        if sequence not in self._sequences:  # or its reader would wait for ever
-            sequence.error = ModelError("The answer was given up: ask again.")
-            return
+    def _go_on(self) -> None:
+        """Have the next step made after what waits already (from any thread)."""
+        try:
+            self.submit(self._step_for_readers)
+        except ModelError as error:
+            with self._lock:
+                waiting = list(self._waiting)
+            for sequence in waiting:
+                sequence.error = sequence.error or ModelError(str(error))
+            self._wake()
+
+    def _step_for_readers(self) -> None:
+        """One step for all, if a reader waits for one, and again in turn with what else is to be computed."""
+        with self._lock:
+            waiting = list(self._waiting)
+        try:
+            for sequence in waiting:
+                if sequence not in self._sequences and not sequence.ended:  # or its reader waits for ever
+                    sequence.error = ModelError("The answer was given up: ask again.")
+            if any(not sequence.ended for sequence in waiting):
+                self._advance()
+        except BaseException as error:  # noqa: BLE001 - the readers raise it
+            for sequence in waiting:
+                sequence.error = sequence.error or error
+        if self._wake():
+            self._go_on()
+
+    def _wake(self) -> bool:
+        """Wake the readers that have what they wait for; returns whether others wait on, for another step."""
+        with self._lock:
+            for sequence, count in list(self._waiting.items()):
+                if len(sequence.tokens) > count or sequence.ended:
+                    del self._waiting[sequence]
+                    sequence.came.set()
+            self._stepping = bool(self._waiting)
+            return self._stepping
+
+    def _advance(self) -> None:
+        """One step for all."""
         for other in self._sequences:
             other.check_stop()
         self._remove_ended()
@@ -270,8 +326,9 @@ class ComputeWorker(ComputeThread):
         tokens = [sequence.tokens[-1] for sequence in self._batched]
         logits = self._batch_kv.step(tokens, [sequence.shift or 0 for sequence in self._batched])
         self.steps += 1
-        for sequence, row in zip(self._batched, logits, strict=True):
-            sequence.append(row)
+        firsts = leading(logits, [sequence.sampler for sequence in self._batched])
+        for sequence, row, first in zip(self._batched, logits, firsts, strict=True):
+            sequence.append(row, first)
 
     @staticmethod
     def _shares(sequence: SequenceState) -> bool:

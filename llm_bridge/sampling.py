@@ -6,13 +6,17 @@
 The rules are transformers' own, in its order for generation, except that logit_bias comes behind the
 repetition penalty, so that its numbers mean the same with one. The temperature divides float64 scores whose
 greatest is 0, where none overflows.
+
+A vocabulary has 50 to 250 thousand tokens and a draw is among few of them: the greatest logits are taken on
+the device, of all rows of a batch at once (`leading`), and a whole row is sorted only where they do not
+decide.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -24,6 +28,8 @@ from llm_bridge.structured import AnswerSchema, Guide
 from llm_bridge.thinking import AnswerLength
 
 FinishReason = Literal["stop", "length", "cancelled"]  # how an answer ended: its end token, its limit, a stop
+LEADING = 256  # logits of a row that are looked at before all of it is
+COLDEST = 1e-30  # a float32 is not divided by less
 
 
 class LogitBias(Mapping[int, float]):
@@ -111,6 +117,54 @@ class SamplingParams:
                 raise ConfigError(f"{name} must be token ids below {size}, not {greatest}.")
 
 
+@dataclass(frozen=True)
+class Greatest:
+    """Some of a row's logits, on the host: the greatest (M,) float64, descending, and their tokens.
+
+    total: the sum over all tokens of exp((logit - greatest) / temperature). whole: whether they are all.
+    """
+
+    values: Tensor
+    ids: Tensor
+    total: float
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Leading:
+    """What of a row of logits is looked at first: the greatest one and its token, and more where one of
+    several is drawn."""
+
+    top: float
+    best: int
+    greatest: Greatest | None = None
+
+
+def leading(logits: Tensor, samplers: Sequence[Sampler]) -> list[Leading]:
+    """That of each row of logits (B, V) on any device, for its sampler; the device is waited for a few times
+    in all and not for every row."""
+    tops, bests = logits.max(dim=-1)
+    found = [Leading(top, best) for top, best in zip(tops.tolist(), bests.tolist(), strict=True)]
+    drawn = [row for row, sampler in enumerate(samplers) if sampler.draws]
+    if not drawn:
+        return found
+    rows = logits if len(drawn) == len(samplers) else logits[drawn]
+    values, ids = rows.topk(min(LEADING, rows.shape[-1]), dim=-1)
+    # Row by row: a CPU sums one row in another order than several.
+    totals = torch.stack(
+        [
+            ((row.float() - found[number].top) / max(samplers[number].temperature, COLDEST)).exp().sum()
+            for number, row in zip(drawn, rows, strict=True)
+        ]
+    )
+    whole = values.shape[-1] == rows.shape[-1]
+    for number, *greatest in zip(
+        drawn, values.float().cpu().double(), ids.cpu(), totals.tolist(), strict=True
+    ):
+        found[number] = replace(found[number], greatest=Greatest(*greatest, whole=whole))
+    return found
+
+
 class Sampler:
     """Samples the tokens of one answer, one after the other.
 
@@ -129,9 +183,8 @@ class Sampler:
     ) -> None:
         self._guide = guide
         self._length = length or AnswerLength(sampling.max_new_tokens)
-        self._greedy, self._temperature = sampling.temperature == 0, sampling.temperature
+        self._sampling, self.temperature = sampling, sampling.temperature
         self._rules = _rules(sampling, len(prompt_ids), {*end_ids, *sampling.stop_token_ids})
-        self._warpers = _warpers(sampling)
         self._ids = torch.tensor([list(prompt_ids)], dtype=torch.long)
         self._random = torch.Generator()  # on the CPU: the same draws on every device
         if sampling.seed is None:
@@ -139,13 +192,23 @@ class Sampler:
         else:
             self._random.manual_seed(sampling.seed)
 
-    def __call__(self, logits: Tensor) -> int:
-        """Logits (V,), on any device -> token id.
+    @property
+    def _truncates(self) -> bool:
+        sampling = self._sampling
+        return bool(sampling.top_k or sampling.top_p < 1 or sampling.min_p)
+
+    @property
+    def draws(self) -> bool:
+        """Whether the next token is drawn from among the greatest logits as they are."""
+        return bool(self.temperature) and self._truncates and self._rules is None and self._guide is None
+
+    def __call__(self, logits: Tensor, first: Leading | None = None) -> int:
+        """Logits (V,), on any device -> token id. first: what `leading` gave for them, if it was called.
 
         Raises ModelError when the logits are not finite, ConfigError when the rules leave no token.
         """
-        top, best = logits.max(dim=-1)
-        if not math.isfinite(float(top)):
+        first = first or leading(logits[None], [self])[0]
+        if not math.isfinite(first.top):
             raise ModelError(
                 "The language model's scores are not finite numbers: load it with dtype float32, or check "
                 "its weights."
@@ -153,10 +216,11 @@ class Sampler:
         guide = self._guide if self._length.answering else None
         if (forced := self._length.forced()) is not None:
             token, guide = forced, None
-        elif self._greedy and self._rules is None and guide is None:
-            token = int(best)
+        elif not self.temperature and self._rules is None and guide is None:
+            token = first.best
         else:
-            token = self._sample(logits.detach().cpu(), guide)
+            drawn = None if first.greatest is None else self._draw(first.greatest)
+            token = self._sample(logits.detach().cpu(), guide) if drawn is None else drawn
         if guide is not None:
             guide.accept(token)
         if self._rules is not None:
@@ -172,21 +236,58 @@ class Sampler:
         return "length" if self._length.full else None
 
     def _sample(self, logits: Tensor, guide: Guide | None) -> int:
+        """From a whole row (V,) on the CPU."""
         if guide is not None:
             logits = guide.masked(logits)
-        scores = logits[None].double()  # on the CPU: Apple's GPUs have no float64
+        scores = logits.double()  # on the CPU: Apple's GPUs have no float64
         if self._rules is not None:
-            scores = self._rules(self._ids, scores)
+            scores = self._rules(self._ids, scores[None])[0]
         top, best = scores.max(dim=-1)
         if not math.isfinite(float(top)):
             if guide is not None:
                 raise ConfigError("The schema leaves no token to choose: change it, or leave it out.")
             raise ConfigError("min_tokens and stop_token_ids leave no token to choose: lower min_tokens.")
-        if self._greedy:
+        if not self.temperature:
             return int(best)
-        scores = ((scores - top) / self._temperature).float()
-        scores = self._warpers(self._ids, scores)
-        return int(torch.multinomial(scores.softmax(dim=-1)[0], 1, generator=self._random))
+        chances = ((scores - top) / self.temperature).exp()
+        if not self._truncates:
+            return self._one_of(chances)
+        token, total = None, float(chances.sum())
+        for count in (min(LEADING, len(scores)), len(scores)):
+            values, ids = scores.topk(count)
+            token = self._draw(Greatest(values, ids, total, whole=count == len(scores)))
+            if token is not None:
+                break
+        assert token is not None
+        return token
+
+    def _draw(self, greatest: Greatest) -> int | None:
+        """One of the tokens that top_k, top_p and min_p leave; None where more of them must be looked at."""
+        sampling, values, ids = self._sampling, greatest.values, greatest.ids
+        by_id = ids.argsort()  # of equal logits the lower token is first, whatever the device says
+        order = by_id[values[by_id].argsort(descending=True, stable=True)]
+        values, total = values[order], greatest.total
+        chances = ((values - values[0]) / self.temperature).exp()
+        count = len(chances)
+        if sampling.top_k and sampling.top_k < count:
+            count = sampling.top_k
+            total = float(chances[:count].sum())
+        chances = chances[:count]
+        if sampling.top_p < 1:
+            before = chances.cumsum(dim=0) - chances
+            count = min(count, int((before < sampling.top_p * total).sum()))
+        if sampling.min_p:
+            count = min(count, int((chances >= sampling.min_p).sum()))
+        count = max(count, 1)
+        if not greatest.whole and values[count - 1] <= values[-1]:
+            return None
+        return int(ids[order[self._one_of(chances[:count])]])
+
+    def _one_of(self, chances: Tensor) -> int:
+        """An index drawn with these chances (N,), which need not sum to 1."""
+        sums = chances.cumsum(dim=0)
+        drawn = torch.rand(1, dtype=torch.float64, generator=self._random) * sums[-1]
+        return min(int(torch.searchsorted(sums, drawn, right=True)), int((chances > 0).nonzero()[-1]))
 
 
 def _rules(sampling: SamplingParams, prompt_length: int, end_ids: Collection[int]) -> Any:
@@ -207,20 +308,6 @@ def _rules(sampling: SamplingParams, prompt_length: int, end_ids: Collection[int
     if sampling.min_tokens and end_ids:
         rules.append(MinNewTokensLengthLogitsProcessor(prompt_length, sampling.min_tokens, sorted(end_ids)))
     return LogitsProcessorList(rules) if rules else None
-
-
-def _warpers(sampling: SamplingParams) -> Any:
-    """What leaves only the likeliest tokens, once the temperature has scaled the scores."""
-    from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    warpers: list[Any] = []
-    if sampling.top_k:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p < 1:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    if sampling.min_p:
-        warpers.append(MinPLogitsWarper(sampling.min_p))
-    return LogitsProcessorList(warpers)
 
 
 def _flag(name: str, value: Any) -> bool:

@@ -22,7 +22,7 @@ from llm_bridge.kv_cache import PrefixCache, kv_from_layers, layers_of
 from llm_bridge.lean.step import LeanLayer
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.prompt import Message, Visual, render
-from llm_bridge.sampling import SamplingParams
+from llm_bridge.sampling import Leading, Sampler, SamplingParams
 from llm_bridge.text_decoder import StreamingDecoder
 from tests import tiny_llms
 from tests.llm_bridge.conftest import ONE_QUICK
@@ -341,11 +341,15 @@ def test_a_failing_choice_ends_one_answer_and_no_other(
     texts = [next(stream) for stream in streams]
     sequence = worker.sequences[0]
     stop.broken = what == "stop"
-    if what == "scores":
-        sampler = sequence.sampler
-        monkeypatch.setattr(sequence, "sampler", lambda logits: sampler(logits * float("nan")))
-    if what == "choice":
-        monkeypatch.setattr(sequence, "sampler", lambda _: 1 // 0)
+    sampler, choose = sequence.sampler, Sampler.__call__
+
+    def fail(self: Sampler, logits: torch.Tensor, first: Leading | None = None) -> int:
+        if self is not sampler:
+            return choose(self, logits, first)
+        return choose(self, logits * float("nan")) if what == "scores" else 1 // 0
+
+    if what != "stop":
+        monkeypatch.setattr(Sampler, "__call__", fail)
     for index in (1, 2):
         texts[index] += "".join(streams[index])
     error = {"stop": ValueError, "scores": ModelError, "choice": ZeroDivisionError}[what]
