@@ -7,11 +7,14 @@ layers see one long sequence; attention runs once per segment, so no clip pays f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
 
 class RMSNorm(nn.Module):
@@ -130,6 +133,39 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat([(chunk @ keys).softmax(dim=-1) @ v for chunk in q.split(QUERY_CHUNK, dim=-2)], dim=-2)
 
 
+def attend_in_turn(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """`attend` for packed heads (N, H, d): clips of one length together, lengths one after the other."""
+    sizes, out = [clips * length for clips, length in segments], []
+    for segment, *parts in zip(segments, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
+        heads = [part.unflatten(0, segment).transpose(1, 2) for part in parts]  # [clips, H, length, d]
+        out.append(attend(*heads).transpose(1, 2).flatten(0, 1))
+    return out[0] if len(out) == 1 else torch.cat(out)
+
+
+@lru_cache(maxsize=64)
+def _offsets(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
+    """(1 + clips,) int32: where the clips begin in the packed sequence, and its end."""
+    lengths = [length for clips, length in segments for _ in range(clips)]
+    with torch.inference_mode(False):  # training may use it later
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def attends_packed(q: Tensor) -> bool:
+    """Whether there is a kernel that attends within clips of any lengths in one call: torch's of flash
+    attention, on CUDA from Ampere on, in half precision, of heads up to 256 wide."""
+    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > 256:
+        return False
+    return torch.cuda.get_device_capability(q.device) >= (8, 0)
+
+
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """The same in one call for all lengths."""
+    offsets, longest = _offsets(tuple(segments), q.device), max(length for _, length in segments)
+    attended = varlen_attn(q, k, v, offsets, offsets, longest, longest)
+    assert isinstance(attended, Tensor)  # a pair only where more is asked for
+    return attended
+
+
 class Attention(nn.Module):
     """softmax(Q K^T / sqrt(d)) V + LPE(V), queries and keys RMS-normalised over all heads together.
 
@@ -156,14 +192,10 @@ class Attention(nn.Module):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment]) -> Tensor:
         """What `qkv_of` gave -> (N, C)."""
-        out, start = [], 0
-        for clips, length in segments:
-            rows = slice(start, start + clips * length)
-            heads = [part[rows].view(clips, length, self.heads, -1).transpose(1, 2) for part in (q, k, v)]
-            attended = attend(*heads)  # [clips, H, length, d]
-            out.append(attended.transpose(1, 2).reshape(clips * length, -1))
-            start += clips * length
-        mixed = out[0] if len(out) == 1 else torch.cat(out)
+        heads = [part.unflatten(1, (self.heads, -1)) for part in (q, k, v)]
+        together = len(segments) > 1 and attends_packed(heads[0])
+        attended = (attend_packed if together else attend_in_turn)(heads[0], heads[1], heads[2], segments)
+        mixed = attended.flatten(1)
         return self.proj(mixed if self.lpe is None else mixed + self.lpe(v))
 
 
@@ -204,10 +236,13 @@ class DropPath(nn.Module):
         """(N, C) -> (N, C)."""
         if not self.training or self.rate == 0:
             return y
-        lengths = torch.tensor([length for clips, length in segments for _ in range(clips)], device=y.device)
-        stays = torch.rand(len(lengths), device=y.device) >= self.rate
-        factor = (stays.to(y.dtype) / (1 - self.rate)).repeat_interleave(lengths, output_size=y.shape[0])
-        return y * factor[:, None]
+        stays = torch.rand(sum(clips for clips, _ in segments), device=y.device) >= self.rate
+        factors = (stays.to(y.dtype) / (1 - self.rate)).split([clips for clips, _ in segments])
+        rows = [
+            factor[:, None].expand(clips, length).flatten()
+            for factor, (clips, length) in zip(factors, segments, strict=True)
+        ]
+        return y * torch.cat(rows)[:, None]
 
 
 class Block(nn.Module):

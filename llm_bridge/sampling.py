@@ -158,10 +158,9 @@ def leading(logits: Tensor, samplers: Sequence[Sampler]) -> list[Leading]:
         ]
     )
     whole = values.shape[-1] == rows.shape[-1]
-    for number, *greatest in zip(
-        drawn, values.float().cpu().double(), ids.cpu(), totals.tolist(), strict=True
-    ):
-        found[number] = replace(found[number], greatest=Greatest(*greatest, whole=whole))
+    values, ids = values.float().cpu().double(), ids.cpu()
+    for place, (number, total) in enumerate(zip(drawn, totals.tolist(), strict=True)):
+        found[number] = replace(found[number], greatest=Greatest(values[place], ids[place], total, whole))
     return found
 
 

@@ -34,10 +34,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from encoder import layers
 from encoder.config import BASE, MICRO, SMALL, FluxViTConfig
 from encoder.cost import encoder_macs
 from encoder.fluxvit import FluxViT
 from encoder.graphs import EncoderGraphs
+from encoder.tokens import VisionTokens
 from tests import ROOT
 from tests.bench.common import environment, interleave, print_json, summary
 
@@ -190,7 +192,7 @@ class Bench:
         also replayed as CUDA graphs, which must give the same tokens."""
         scale, found = self.scale, dict[str, Any]()
         for size, config in scale.encoders.items():
-            model = FluxViT(config).eval().to(self.device, torch.bfloat16)
+            model = FluxViT(config).eval().requires_grad_(False).to(self.device, torch.bfloat16)
             pixels = torch.randn(scale.batch, 3, scale.frames, scale.side, scale.side)
             pixels = pixels.to(self.device, torch.bfloat16)
             seen = scale.frames * (scale.side // config.patch_size) ** 2
@@ -198,6 +200,7 @@ class Bench:
             found[size]["replayed"] = self._rates(self._replayed(model, pixels), config, pixels, seen)
             # Blocks share a version for each token count and size; beyond torch's 8 they would run plain.
             torch._dynamo.config.recompile_limit = max(8, 2 * len(scale.encoders) * len(scale.keeps))
+            found[size]["mixed"] = self._mixed(model, pixels)
             for block in model.blocks:
                 block.compile(dynamic=False)
             found[size]["compiled"] = self._rates(model, config, pixels, seen)
@@ -206,6 +209,35 @@ class Bench:
             most, least = (str(keep) for keep in (max(scale.keeps), min(scale.keeps)))
             found[size]["speedup"] = round(both[least]["clips_per_s"] / both[most]["clips_per_s"], 2)
         return found
+
+    def _mixed(self, model: FluxViT, pixels: Tensor) -> dict[str, Any]:
+        """Clips that keep other counts in one batch: attended all at once, and one count after the other,
+        beside one batch for each count; raises RuntimeError where a clip's tokens are others."""
+        keeps = [self.scale.keeps[clip % len(self.scale.keeps)] - clip for clip in range(len(pixels))]
+        packs = layers.attends_packed
+
+        def in_turn() -> VisionTokens:
+            layers.attends_packed = lambda q: False
+            try:
+                return model(pixels, keeps)
+            finally:
+                layers.attends_packed = packs
+
+        cases: dict[str, Callable[[], object]] = {
+            "packed": lambda: model(pixels, keeps),
+            "in_turn": in_turn,
+            "alone": lambda: [model(pixels[clip : clip + 1], keep) for clip, keep in enumerate(keeps)],
+        }
+        for clip, tokens in enumerate(model(pixels, keeps).split()):
+            alone = model(pixels[clip : clip + 1], keeps[clip]).packed
+            cosine = torch.cosine_similarity(tokens.float(), alone.float(), dim=-1).min()
+            if cosine < 0.99:
+                raise RuntimeError(f"{keeps[clip]} tokens among others: cosine {cosine:.4f} to those alone")
+        samples = interleave(
+            {name: self._waited(case) for name, case in cases.items()}, self.scale.n, warmup=2
+        )
+        rates = {name: summary(seconds) for name, seconds in samples.items()}
+        return {"keeps": keeps, **rates}
 
     def _replayed(self, model: FluxViT, pixels: Tensor) -> EncoderGraphs:
         """The model in fixed buffers, on CUDA as graphs; raises RuntimeError where the tokens differ."""

@@ -2,22 +2,26 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from encoder import layers
 from encoder.checkpoint import infer_config, read_tensors, save_tensors
 from encoder.config import BASE, LARGE, MICRO, SIZES, SMALL, FluxViTConfig
 from encoder.errors import BudgetError, ConfigError
 from encoder.fluxvit import FluxViT
 from encoder.golden import rule_weights
-from encoder.layers import DropPath, Mlp, RMSNorm, Segment
+from encoder.layers import DropPath, Mlp, RMSNorm, Segment, attend
 from encoder.positions import interpolate
 from encoder.tokens import Grid, VisionTokens
+from tests.host_copies import host_copies
 
 TINY = MICRO.replace(embed_dim=32, depth=2, num_heads=2, pool_heads=2, clip_embed_dim=16, num_classes=5)
 
@@ -145,6 +149,55 @@ def test_mixed_batch_takes_the_flops_of_its_clips_alone() -> None:
 
     flops([large, small])  # interpolates the positions of both grids, once
     assert flops([large, *[small] * 15]) == flops([large]) + 15 * flops([small])
+
+
+@pytest.mark.parametrize("keep", [None, 12, [12, 20]])
+@pytest.mark.parametrize("frames", [1, 4])
+@pytest.mark.parametrize("how", [{}, {"selector": "evs"}, {"selector": "tube"}, {"merge": [10, 8]}])
+def test_a_pass_waits_for_no_copy_from_main_memory(
+    frames: int, keep: int | list[int] | None, how: dict[str, Any]
+) -> None:
+    """Neither in training nor where a CUDA graph is recorded, which allows none; the first pass may make its
+    constants."""
+    with torch.device("meta"):
+        model = FluxViT(TINY.replace(drop_path=0.1)).train()
+        clips = torch.empty(2, 3, frames, 70, 70)
+    model(clips, keep, **how)
+    with host_copies() as found:
+        model(clips, keep, **how)
+    assert not found
+
+
+def test_copies_from_main_memory_are_seen() -> None:
+    with host_copies() as found:
+        torch.eye(2).to("meta")
+        torch.tensor([1, 2], device="meta")
+        torch.ones(2, device="meta") * 2
+    assert found == ["aten._to_copy.default", "tensor([1, 2])"]
+
+
+def test_lengths_attend_together_as_in_turn(tiny: FluxViT, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the kernel for packed lengths, which only CUDA has, replaced by its definition."""
+    calls = []
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, begins: Tensor, ends: Tensor, *longest: int) -> Tensor:
+        assert torch.equal(begins, ends)
+        assert set(longest) == {int(begins.diff().max())}
+        calls.append(len(begins) - 1)
+        parts = [part.split(begins.diff().tolist()) for part in (q, k, v)]
+        clips = [attend(*(x.transpose(0, 1)[None] for x in clip))[0] for clip in zip(*parts, strict=True)]
+        return torch.cat([clip.transpose(0, 1) for clip in clips])
+
+    clips = [pixels(3, 4, 70, 70), pixels(3, 2, 56, 84), pixels(3, 4, 70, 70, seed=1)]
+    keep = [20, None, 11]
+    expected = tiny(clips, keep)
+    monkeypatch.setattr(layers, "attends_packed", lambda q: True)
+    monkeypatch.setattr(layers, "varlen_attn", varlen)
+    found = tiny(clips, keep)
+    assert calls == [3] * TINY.depth
+    torch.testing.assert_close(found.packed, expected.packed, atol=1e-5, rtol=1e-5)
+    tiny(clips[:1] * 3, 20)
+    assert len(calls) == TINY.depth  # one length has its own kernel
 
 
 def test_static_clip_breaks_ties_in_raster_order(tiny: FluxViT) -> None:
