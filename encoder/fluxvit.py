@@ -21,7 +21,7 @@ from encoder.errors import BudgetError
 from encoder.layers import Aligner, AttentionPool, Block, ChannelAffine, PatchEmbed, Segment
 from encoder.merging import NO_MERGING, Merging, in_raster_order, merging_block
 from encoder.positions import PositionCache, interpolate, sin_cos_3d
-from encoder.selection import Selector, select
+from encoder.selection import Importance, Selector, importance, select
 from encoder.tokens import Grid, VisionTokens
 
 Keep = int | None | Sequence[int | None]
@@ -53,6 +53,7 @@ class FluxViT(nn.Module):
         dim = config.embed_dim
         self.pos_grid = Grid(config.pos_frames, config.pos_height, config.pos_width)
         self.recompute: Recompute = "nothing"
+        self.importance: Importance = importance
         self._position_cache = PositionCache()
 
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -190,6 +191,7 @@ class FluxViT(nn.Module):
                     selector=selector,
                     generator=generator,
                     compat_truncation=compat_truncation,
+                    scores_of=self.importance,
                 )
             )
         sharing = list(groups.values())

@@ -35,6 +35,9 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight.to(x.dtype)
 
 
+ALIGNED = 8  # numbers of 16 bits to a row's multiple of 16 bytes, which fast products want: 588 is none
+
+
 class PatchEmbed(nn.Module):
     """Non-overlapping 1 x P x P patches, normalised before and after their projection (paper: DPN).
 
@@ -71,6 +74,8 @@ class PatchEmbed(nn.Module):
             return F.linear(patches, weight, self.proj.bias)
         weight = weight * self.norm_before.weight
         scale = self.norm_before.scale(patches)
+        if patches.device.type == "cuda" and (lacking := -patches.shape[-1] % ALIGNED):
+            patches, weight = F.pad(patches, (0, lacking)), F.pad(weight, (0, lacking))
         return self.norm(torch.addcmul(self.proj.bias, F.linear(patches, weight), scale))  # type: ignore[arg-type]
 
 
@@ -142,6 +147,10 @@ def attend_in_turn(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment])
     return out[0] if len(out) == 1 else torch.cat(out)
 
 
+# Of attention for each length more; above, one call for each length is faster (tests/bench/gpu.py, H100).
+MACS_A_LENGTH = 1.5e10
+
+
 @lru_cache(maxsize=64)
 def _offsets(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
     """(1 + clips,) int32: where the clips begin in the packed sequence, and its end."""
@@ -150,12 +159,17 @@ def _offsets(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
         return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
-def attends_packed(q: Tensor) -> bool:
-    """Whether there is a kernel that attends within clips of any lengths in one call: torch's of flash
-    attention, on CUDA from Ampere on, in half precision, of heads up to 256 wide."""
+def attends_packed(q: Tensor, segments: Sequence[Segment]) -> bool:
+    """Whether clips of several lengths are better attended to in one call.
+
+    torch has a kernel for it on CUDA from Ampere on, in half precision, for heads (N, H, d) up to 256 wide.
+    It is slower than that for one length, and spares the launches of all but one.
+    """
     if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > 256:
         return False
-    return torch.cuda.get_device_capability(q.device) >= (8, 0)
+    macs = sum(2 * clips * length**2 for clips, length in segments) * q.shape[1] * q.shape[2]
+    few = macs < MACS_A_LENGTH * (len(segments) - 1)
+    return few and torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment]) -> Tensor:
@@ -193,7 +207,7 @@ class Attention(nn.Module):
     def mix(self, q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment]) -> Tensor:
         """What `qkv_of` gave -> (N, C)."""
         heads = [part.unflatten(1, (self.heads, -1)) for part in (q, k, v)]
-        together = len(segments) > 1 and attends_packed(heads[0])
+        together = len(segments) > 1 and attends_packed(heads[0], segments)
         attended = (attend_packed if together else attend_in_turn)(heads[0], heads[1], heads[2], segments)
         mixed = attended.flatten(1)
         return self.proj(mixed if self.lpe is None else mixed + self.lpe(v))
@@ -210,6 +224,9 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C) -> (N, C)."""
+        if self.approximate == "tanh" and x.device.type == "cuda" and not torch.is_grad_enabled():
+            # In the product's own kernel; on CUDA alone this is the tanh form.
+            return self.fc2(torch._addmm_activation(self.fc1.bias, x, self.fc1.weight.t(), use_gelu=True))
         return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 

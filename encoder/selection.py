@@ -6,6 +6,7 @@ Nothing here carries gradients.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal, get_args
 
@@ -16,6 +17,7 @@ from encoder.errors import BudgetError
 from encoder.tokens import Grid
 
 Selector = Literal["flux", "random", "tube", "uniform", "evs"]
+Importance = Callable[[Tensor, list[int], float], Tensor]
 DRAWN: tuple[Selector, ...] = ("random", "tube")  # by a generator
 
 GOLDEN = 40503  # the golden ratio's fractional part, in 1 / 2**16
@@ -71,20 +73,26 @@ def importance(patches: Tensor, groups: list[int], p: float = 2.0) -> Tensor:
 
 
 def select_flux(
-    patches: Tensor, grid: Grid, keep: int, *, p: float = 2.0, compat_truncation: bool = False
+    patches: Tensor,
+    grid: Grid,
+    keep: int,
+    *,
+    p: float = 2.0,
+    compat_truncation: bool = False,
+    scores_of: Importance = importance,
 ) -> Tensor:
     """Group-dynamic selection: in each group of frames, the patches that changed most.
 
-    patches: (B, T*L, C). Returns (B, keep). Ties (always between the first two frames of a group, and
-    everywhere in a static clip) go to the lower raster index, on every device. A single frame has no
-    change to rank by and is sampled uniformly instead.
+    patches: (B, T*L, C). scores_of: `importance`, or a compiled one. Returns (B, keep). Ties (always between
+    the first two frames of a group, and everywhere in a static clip) go to the lower raster index, on every
+    device. A single frame has no change to rank by and is sampled uniformly instead.
     """
     if grid.frames == 1:
         return select_uniform(patches.shape[0], grid, keep, patches.device)
     groups = group_frames(grid.frames)
     per_frame = grid.height * grid.width
     counts = quotas(keep, groups, per_frame, compat_truncation=compat_truncation)
-    scores = importance(patches.unflatten(1, (grid.frames, per_frame)), groups, p)
+    scores = scores_of(patches.unflatten(1, (grid.frames, per_frame)), groups, p)
     kept, offset = [], 0
     for group, count in zip(scores.split(groups, dim=1), counts, strict=True):
         order = group.flatten(1).sort(dim=1, descending=True, stable=True).indices
@@ -149,10 +157,12 @@ def select(
     selector: Selector = "flux",
     generator: torch.Generator | None = None,
     compat_truncation: bool = False,
+    scores_of: Importance = importance,
 ) -> Tensor:
     """Kept raster indices (B, K), ascending; all of them when `keep` is None or not below the grid's size.
 
-    patches: (B, T*L, C). Raises BudgetError for `keep` < 1 or an unknown selector.
+    patches: (B, T*L, C). scores_of: see `select_flux`. Raises BudgetError for `keep` < 1 or an unknown
+    selector.
     """
     batch, device = patches.shape[0], patches.device
     if keep is not None and keep < 1:
@@ -161,7 +171,7 @@ def select(
         return torch.arange(grid.size, device=device).expand(batch, grid.size)
     with torch.no_grad():
         if selector == "flux":
-            return select_flux(patches, grid, keep, compat_truncation=compat_truncation)
+            return select_flux(patches, grid, keep, compat_truncation=compat_truncation, scores_of=scores_of)
         if selector == "random":
             return select_random(batch, grid, keep, device, generator)
         if selector == "tube":

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from llm_bridge import batch_invariance
+from llm_bridge import batch_invariance, grouped_attention
 from llm_bridge.kv_cache import Layers
 from llm_bridge.lean.build import ROTARY
 from llm_bridge.llm import LanguageModel
@@ -31,7 +31,7 @@ from llm_bridge.llm import LanguageModel
 POSITIONS = 256  # buffers hold a multiple of it
 GROWTH = 64  # of which so many are free at least when a batch begins
 KEPT = 3  # most sets of buffers, each with its graph, that stay for later batches
-ATTENTIONS = ("sdpa", batch_invariance.NAME)  # which take a mask of one's own
+ATTENTIONS = ("sdpa", batch_invariance.NAME, grouped_attention.NAME)  # which take a mask of one's own
 WARM_UP = 2  # runs before a graph is recorded, in which libraries set themselves up
 
 
@@ -137,6 +137,8 @@ class StaticDecoder:
 
     def __init__(self, llm: LanguageModel, limit: int) -> None:
         self._llm, self._limit = llm, limit
+        if llm.device.type != "cpu":
+            grouped_attention.group_heads(llm.model)
         self._kept: OrderedDict[tuple[int, int], _Buffers] = OrderedDict()  # those in use are the last
 
     def begin(self, sequences: Sequence[Layers]) -> StaticBatch:

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from encoder import layers
+from encoder.compiling import compile_encoder
 from encoder.config import BASE, MICRO, SMALL, FluxViTConfig
 from encoder.cost import encoder_macs
 from encoder.fluxvit import FluxViT
@@ -198,11 +199,8 @@ class Bench:
             seen = scale.frames * (scale.side // config.patch_size) ** 2
             found[size] = {"plain": self._rates(model, config, pixels, seen)}
             found[size]["replayed"] = self._rates(self._replayed(model, pixels), config, pixels, seen)
-            # Blocks share a version for each token count and size; beyond torch's 8 they would run plain.
-            torch._dynamo.config.recompile_limit = max(8, 2 * len(scale.encoders) * len(scale.keeps))
             found[size]["mixed"] = self._mixed(model, pixels)
-            for block in model.blocks:
-                block.compile(dynamic=False)
+            compile_encoder(model)
             found[size]["compiled"] = self._rates(model, config, pixels, seen)
             both = self._rates(self._replayed(model, pixels), config, pixels, seen)
             found[size]["compiled_replayed"] = both
@@ -211,33 +209,41 @@ class Bench:
         return found
 
     def _mixed(self, model: FluxViT, pixels: Tensor) -> dict[str, Any]:
-        """Clips that keep other counts in one batch: attended all at once, and one count after the other,
-        beside one batch for each count; raises RuntimeError where a clip's tokens are others."""
-        keeps = [self.scale.keeps[clip % len(self.scale.keeps)] - clip for clip in range(len(pixels))]
-        packs = layers.attends_packed
+        """Clips that keep other counts in one batch, each its own or one in four: attention in one call, in
+        one for each count, and as the model chooses, beside clips alone.
 
-        def in_turn() -> VisionTokens:
-            layers.attends_packed = lambda q: False
-            try:
-                return model(pixels, keeps)
-            finally:
-                layers.attends_packed = packs
+        Raises RuntimeError where a clip's tokens are others than alone.
+        """
+        keeps, found = self.scale.keeps, dict[str, Any]()
+        chooses = layers.attends_packed
 
-        cases: dict[str, Callable[[], object]] = {
-            "packed": lambda: model(pixels, keeps),
-            "in_turn": in_turn,
-            "alone": lambda: [model(pixels[clip : clip + 1], keep) for clip, keep in enumerate(keeps)],
-        }
-        for clip, tokens in enumerate(model(pixels, keeps).split()):
-            alone = model(pixels[clip : clip + 1], keeps[clip]).packed
-            cosine = torch.cosine_similarity(tokens.float(), alone.float(), dim=-1).min()
-            if cosine < 0.99:
-                raise RuntimeError(f"{keeps[clip]} tokens among others: cosine {cosine:.4f} to those alone")
-        samples = interleave(
-            {name: self._waited(case) for name, case in cases.items()}, self.scale.n, warmup=2
-        )
-        rates = {name: summary(seconds) for name, seconds in samples.items()}
-        return {"keeps": keeps, **rates}
+        def attending(choice: Callable[..., bool], counts: list[int]) -> Callable[[], VisionTokens]:
+            def run() -> VisionTokens:
+                layers.attends_packed = choice
+                try:
+                    return model(pixels, counts)
+                finally:
+                    layers.attends_packed = chooses
+
+            return run
+
+        for name, step in (("each_its_own", 1), ("four_counts", 0)):
+            counts = [keeps[clip % len(keeps)] - clip * step for clip in range(len(pixels))]
+            cases: dict[str, Callable[[], object]] = {
+                "in_one_call": attending(lambda q, _: q.device.type == "cuda", counts),
+                "one_for_each": attending(lambda *_: False, counts),
+                "chosen": attending(chooses, counts),
+            }
+            for clip, tokens in enumerate(attending(lambda q, _: q.device.type == "cuda", counts)().split()):
+                alone = model(pixels[clip : clip + 1], counts[clip]).packed
+                cosine = torch.cosine_similarity(tokens.float(), alone.float(), dim=-1).min()
+                if cosine < 0.99:
+                    raise RuntimeError(f"{counts[clip]} tokens among others: cosine {cosine:.4f} to alone")
+            samples = interleave(
+                {key: self._waited(case) for key, case in cases.items()}, self.scale.n, warmup=2
+            )
+            found[name] = {key: summary(seconds) for key, seconds in samples.items()}
+        return found
 
     def _replayed(self, model: FluxViT, pixels: Tensor) -> EncoderGraphs:
         """The model in fixed buffers, on CUDA as graphs; raises RuntimeError where the tokens differ."""

@@ -191,7 +191,7 @@ def test_lengths_attend_together_as_in_turn(tiny: FluxViT, monkeypatch: pytest.M
     clips = [pixels(3, 4, 70, 70), pixels(3, 2, 56, 84), pixels(3, 4, 70, 70, seed=1)]
     keep = [20, None, 11]
     expected = tiny(clips, keep)
-    monkeypatch.setattr(layers, "attends_packed", lambda q: True)
+    monkeypatch.setattr(layers, "attends_packed", lambda *_: True)
     monkeypatch.setattr(layers, "varlen_attn", varlen)
     found = tiny(clips, keep)
     assert calls == [3] * TINY.depth

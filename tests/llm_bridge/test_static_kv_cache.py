@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from llm_bridge import static_kv_cache
 from llm_bridge.compute_worker import ComputeWorker
 from llm_bridge.generation import Generation
+from llm_bridge.grouped_attention import NAME, attention_by_group, group_heads
 from llm_bridge.kv_cache import layers_of
-from llm_bridge.llm import LanguageModel
+from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.static_kv_cache import StaticDecoder, is_static
 from tests.llm_bridge.test_compute_worker import QUESTIONS, generation, prefilled, read
 
@@ -210,4 +212,32 @@ def test_a_model_that_cannot_be_recorded_goes_on_without(
         "RuntimeError: operation not permitted when stream is capturing"
     ]
     assert read_all([generation(llm, 1, worker)]) == [expected]
+    worker.close()
+
+
+@pytest.mark.parametrize("groups", [1, 3, 9])
+def test_heads_of_a_group_attend_as_if_keys_were_repeated(groups: int) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 9, 1, 8), torch.randn(2, groups, 7, 8), torch.randn(2, groups, 7, 8)
+    seen = torch.arange(7) < torch.tensor([[4], [7]])
+    repeat = 9 // groups
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1), seen[:, None, None], scale=0.3
+    )
+    found, _ = attention_by_group(torch.nn.Identity(), q, k, v, seen[:, None, None], scaling=0.3)
+    torch.testing.assert_close(found.transpose(1, 2), expected)
+
+
+def test_a_model_that_attends_by_group_says_the_same(llm_folder: Callable[[str], Path]) -> None:
+    llm = load_llm(llm_folder("qwen2"), device="cpu", dtype=torch.float32)
+    config = llm.model.config
+    assert config.num_key_value_heads < config.num_attention_heads
+    expected = [read(generation(llm, index, None))[0] for index in (1, 3, 5)]
+    llm.model.set_attn_implementation("sdpa")
+    assert group_heads(llm.model)
+    assert config._attn_implementation == NAME
+    assert is_static(llm)
+    worker = ComputeWorker(llm, max_batch=4, static=True)
+    assert read_all([generation(llm, index, worker) for index in (1, 3, 5)]) == expected
+    assert worker._static is not None  # no step failed
     worker.close()

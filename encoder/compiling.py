@@ -1,0 +1,46 @@
+"""torch.compile for an encoder: what lies between the matrix products becomes a few kernels.
+
+On an H100 in bfloat16 that is half of an encoder's time. Each new size of input or token count is compiled
+when it first comes, which takes seconds; after two sizes torch writes one version for all.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import torch
+
+from encoder.errors import ConfigError
+from encoder.fluxvit import FluxViT
+from encoder.selection import importance
+
+VERSIONS = 64  # of a function that torch keeps; beyond, it runs as written
+
+
+def compile_encoder(encoder: FluxViT) -> FluxViT:
+    """The same encoder, whose patch embedding, scores and blocks are compiled from now on.
+
+    Raises ConfigError where torch has no compiler to do it with.
+    """
+    if (lacking := lacking_compiler(encoder.cls_token.device)) is not None:
+        raise ConfigError(
+            f"The encoder cannot be compiled, since {lacking}: install it, or leave compile out."
+        )
+    torch._dynamo.config.recompile_limit = max(VERSIONS, torch._dynamo.config.recompile_limit)
+    encoder.patch_embed.compile()
+    encoder.importance = torch.compile(importance)
+    for block in encoder.blocks:
+        block.compile()
+    return encoder
+
+
+def lacking_compiler(device: torch.device) -> str | None:
+    """What torch.compile would need for a device and does not find, None where nothing is lacking."""
+    from torch.utils._triton import has_triton
+
+    if not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++", "cl")):
+        return "there is no C++ compiler"
+    if device.type == "cuda" and not has_triton():
+        return "the package triton is not there"
+    return None

@@ -1,0 +1,40 @@
+"""A compiled encoder gives the same tokens, or says what it lacks."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from encoder import compiling
+from encoder.compiling import compile_encoder
+from encoder.config import MICRO
+from encoder.errors import ConfigError
+from encoder.fluxvit import FluxViT
+
+TINY = MICRO.replace(embed_dim=32, depth=2, num_heads=2, pool_heads=2, clip_embed_dim=16, num_classes=0)
+
+
+@pytest.mark.slow  # a compiler runs for some ten seconds
+def test_tokens_are_those_of_the_encoder_as_written() -> None:
+    torch.manual_seed(0)
+    plain = FluxViT(TINY).eval().requires_grad_(False)
+    compiled = compile_encoder(copy.deepcopy(plain))
+    for frames, keep in ((4, 20), (4, 20), (2, None), (4, [20, 11])):
+        clips = torch.randn(2, 3, frames, 56, 56)
+        expected, found = plain(clips, keep), compiled(clips, keep)
+        for one, other in zip(expected.kept, found.kept, strict=True):
+            assert torch.equal(one, other)
+        torch.testing.assert_close(found.packed, expected.packed, atol=1e-4, rtol=1e-4)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    copy.deepcopy(compiled)(clips, 9)
+
+
+def test_what_is_lacking_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"no C\+\+ compiler: install it, or leave compile out\.$"):
+        compile_encoder(FluxViT(TINY))
+    monkeypatch.undo()
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    assert compiling.lacking_compiler(torch.device("cuda")) == "the package triton is not there"
