@@ -118,7 +118,7 @@ class TargetModel(ChatModel):
         super().__init__(model, weighting)
         self._scene_words, self._table = scene_words, WordTable(model.llm)
 
-    def forward(self, batch: ChatBatch) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: ChatBatch) -> tuple[Tensor, dict[str, float | Tensor]]:
         """(loss, figures)."""
         loss, figures = super().forward(batch)
         if not isinstance(batch, TargetBatch) or batch.vision is None:
@@ -129,8 +129,8 @@ class TargetModel(ChatModel):
         shared = [batch.shares.get(name, 1.0) * value for name, value in words.items()]
         return loss + self._scene_words * torch.stack(shared).sum(), {
             **figures,
-            "answers": loss.item(),
-            **{name: value.item() for name, value in words.items()},
+            "answers": loss.detach(),
+            **{name: value.detach() for name, value in words.items()},
         }
 
 

@@ -141,10 +141,10 @@ class ChatModel(nn.Module):
         self.vlm.train(mode)
         return self
 
-    def forward(self, batch: ChatBatch) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: ChatBatch) -> tuple[Tensor, dict[str, float | Tensor]]:
         """(loss, figures); the loss is multiplied by the batch's share of its step."""
         loss = scored_loss(self.vlm, batch.prompts, batch.vision, self.weighting)
-        return batch.share * loss, batch.figures
+        return batch.share * loss, {**batch.figures}
 
 
 class ChatStage:

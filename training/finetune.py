@@ -133,7 +133,7 @@ class FinetuneModel(nn.Module):
         self.encoder = encoder
         self.recipe = recipe
 
-    def forward(self, batch: VideoBatch) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: VideoBatch) -> tuple[Tensor, dict[str, float | Tensor]]:
         """(loss, figures) of a batch: the sum over counts of cross-entropy and alignment."""
         recipe, encoder = self.recipe, self.encoder
         device = encoder.cls_token.device
@@ -142,24 +142,25 @@ class FinetuneModel(nn.Module):
         # One embedding serves every pass: the selector sees the same patches each time.
         patches = encoder.embed(pixels)
         loss = torch.zeros((), device=device)
-        figures = {"tokens": 0.0}
+        figures: dict[str, float | Tensor] = {}
         reference: Tensor | None = None
+        seen = 0
         for number, (count, head) in enumerate(zip(recipe.num_tokens, recipe.pool_heads, strict=True)):
             kept = select(patches.detach(), grid, count)
             pooled = encoder.pool(encoder.encode(patches, grid, kept), head)
             logits = encoder.head[head](encoder.fc_norm(pooled)).float()
             wrong = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
             loss = loss + wrong
-            figures["tokens"] += float(kept.numel())
-            figures[f"cross_entropy_{count}"] = wrong.item()
-            figures[f"accuracy_{count}"] = (logits.argmax(dim=1) == labels).float().mean().item()
+            seen += kept.numel()
+            figures[f"cross_entropy_{count}"] = wrong.detach()
+            figures[f"accuracy_{count}"] = (logits.argmax(dim=1) == labels).float().mean()
             if reference is None:
                 reference = pooled.detach()
             elif recipe.align_weight:
                 apart = count_alignment(encoder.align(pooled, number - 1), reference)
                 loss = loss + recipe.align_weight * apart
-                figures[f"align_{count}"] = apart.item()
-        return loss, figures
+                figures[f"align_{count}"] = apart.detach()
+        return loss, {"tokens": float(seen), **figures}
 
     @torch.no_grad()
     def classify(self, pixels: Tensor, counts: Sequence[int]) -> dict[int, Tensor]:

@@ -110,7 +110,7 @@ class ProjectorWarmupModel(nn.Module):
         self.vlm = nn.ModuleDict({"projector": vlm.projector})
         self._table = WordTable(vlm.llm, recipe.negatives)
 
-    def forward(self, batch: WordBatch) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: WordBatch) -> tuple[Tensor, dict[str, float | Tensor]]:
         """(loss, figures) over the clips of a batch."""
         visuals = self._vlm[0].project(batch.vision)
         if batch.targets:
@@ -120,7 +120,7 @@ class ProjectorWarmupModel(nn.Module):
         length = torch.cat(visuals).float().norm(dim=-1) / self._table.norm - 1
         weights = {"distance": self.recipe.pull}
         loss = length.square().mean() + sum(weights.get(name, 1.0) * value for name, value in means.items())
-        return loss, {name: value.item() for name, value in means.items()}
+        return loss, {name: value.detach() for name, value in means.items()}
 
     def _answer_losses(self, visuals: Sequence[Tensor], words: Sequence[list[int]]) -> dict[str, Tensor]:
         """Means of `word_loss`; nothing when no clip has any but common words."""

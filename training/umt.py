@@ -33,7 +33,7 @@ from training.distill.distill_heads import DecoderConfig, Decoders
 from training.distill.efficientnet import EfficientNetLiteSource
 from training.distill.image_teachers import ImageEncoderSource
 from training.distill.in_turn import InTurn
-from training.distill.internvideo2 import InternVideo2Source
+from training.distill.internvideo2 import InternVideo2Source, InternVideo2Teacher
 from training.distill.teachers import TargetCache, Teacher, TeacherTargets, spaced_layers
 from training.distill.token_masking import StudentChoice, student_choices, take, visible_count
 from training.models.encoder_source import EncoderSource, check_token_counts, pool_heads
@@ -128,6 +128,10 @@ class UmtRecipe:
         check_token_counts(self.num_tokens, pools=self.pools, count_weights=self.count_weights)
         if self.gradient_checkpointing and self.recompute_cheap:
             raise ConfigError("gradient_checkpointing and recompute_cheap exclude each other: choose one.")
+        if self.loop.compile and self.recompute_cheap:
+            raise ConfigError(
+                "loop.compile computes what is cheap again by itself: leave recompute_cheap out."
+            )
         if self.passes_in_turn and self.loop.precision == "fp16":
             raise ConfigError("passes_in_turn needs loop.precision bf16 or fp32, not fp16.")
         if self.num_tokens[0] > self.teacher_tokens:
@@ -191,7 +195,7 @@ class UmtModel(nn.Module):
         source = self._cache[0] if self._cache else teacher
         return chosen, teacher.targets(source.observe(pixels, grid, chosen), grid, chosen)
 
-    def forward(self, batch: VideoBatch) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: VideoBatch) -> tuple[Tensor, dict[str, float | Tensor]]:
         """(loss, figures) of a batch."""
         recipe, encoder = self.recipe, self.encoder
         pixels = batch.pixels.to(encoder.cls_token.device)
@@ -206,7 +210,7 @@ class UmtModel(nn.Module):
             turns = InTurn(patches, self.parameters())
             patches = turns.shared
         loss = torch.zeros((), device=pixels.device)
-        figures: dict[str, float] = {"tokens": float(len(pixels) * sum(c.shape[1] for c in choices))}
+        figures: dict[str, float | Tensor] = {"tokens": float(len(pixels) * sum(c.shape[1] for c in choices))}
         pooled: list[Tensor] = []
         weights = recipe.count_weights or (1.0,) * len(choices)
         for number, (places, weight) in enumerate(zip(choices, weights, strict=True)):
@@ -219,7 +223,7 @@ class UmtModel(nn.Module):
             own = weight * (recipe.middle_weight * middle + recipe.final_weight * final)
             if recipe.count_alignment and number:
                 aligned = count_alignment(encoder.align(pooled[number], number - 1), pooled[0])
-                figures["count_alignment"] = figures.get("count_alignment", 0.0) + aligned.item()
+                figures["count_alignment"] = figures.get("count_alignment", 0.0) + aligned.detach()
                 own = own + recipe.count_alignment * aligned
             if turns is None:
                 loss = loss + own
@@ -227,7 +231,7 @@ class UmtModel(nn.Module):
                 turns.add(own)
                 pooled[number] = pooled[number].detach()
             name = recipe.num_tokens[number]
-            figures |= {f"middle_{name}": middle.item(), f"final_{name}": final.item()}
+            figures |= {f"middle_{name}": middle.detach(), f"final_{name}": final.detach()}
             if not self.training:
                 figures[f"cosine_{name}"] = mean_cosine(decoded, targets.final)
         return (loss if turns is None else turns.loss()), figures
@@ -273,7 +277,10 @@ class UmtStage:
         torch.manual_seed(recipe.loop.seed)
         encoder = recipe.encoder.build()
         recipe.grid.check_patch(encoder.config.patch_size)
-        self.model = UmtModel(encoder, recipe.teacher.open(), recipe)
+        teacher = recipe.teacher.open()
+        if recipe.loop.compile and isinstance(teacher, InternVideo2Teacher):
+            teacher.compile()
+        self.model = UmtModel(encoder, teacher, recipe)
 
     def _batches(
         self,
@@ -319,7 +326,7 @@ class UmtStage:
             batch = self.held_out.get(index)
             for name, value in self.model(batch)[1].items():
                 if name != "tokens":
-                    figures[name] = figures.get(name, 0.0) + value / total
+                    figures[name] = figures.get(name, 0.0) + float(value) / total
             labels += [example.label for example in batch.examples]
             for count, head in zip(self.recipe.num_tokens, self.recipe.pool_heads, strict=True):
                 tokens = self.model.encoder(batch.pixels.to(device), count)

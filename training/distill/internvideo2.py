@@ -265,6 +265,11 @@ class InternVideo2Teacher:
         self.model.to(device)
         return self
 
+    def compile(self) -> None:
+        """Have torch.compile make the kernels of its blocks."""
+        for block in self.model.blocks:
+            block.compile()
+
     @torch.no_grad()
     def patches(self, pixels: Tensor, grid: Grid) -> Tensor:
         """Patch embeddings before positions, (B, T*h*w, C)."""

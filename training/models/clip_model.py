@@ -124,7 +124,7 @@ class ClipModel(nn.Module):
     def _pool(self, tokens: VisionTokens, num_tokens: int | None) -> Tensor:
         return self.encoder.pool(tokens, self.settings.pools.of(num_tokens))
 
-    def forward(self, batch: ClipBatch) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: ClipBatch) -> tuple[Tensor, dict[str, float | Tensor]]:
         """(loss, figures) of a batch."""
         device = self.log_scale.device
         tokens = self._tokens(batch.pixels.to(device), batch.num_tokens, "flux")
@@ -138,14 +138,14 @@ class ClipModel(nn.Module):
             ids = None if batch.ids is None else gather_rows(batch.ids.to(device))
             loss = contrastive_loss(video, gather_rows(text.float()), self.log_scale.exp(), ids)
             name = "contrastive" if batch.kind is None else f"contrastive_{batch.kind}"
-            figures = {
-                name: loss.item(),
-                "scale": self.log_scale.exp().item(),
+            figures: dict[str, float | Tensor] = {
+                name: loss.detach(),
+                "scale": self.log_scale.exp().detach(),
                 "tokens": float(sum(tokens.lengths)),
             }
             for name, head in self.attributes.items():
                 wrong = label_loss(head(pooled), batch.labels[name].to(device))
-                figures[name] = wrong.item()
+                figures[name] = wrong.detach()
                 loss = loss + self.settings.attribute_weight * wrong
             for name, head in self.patches.items():
                 patch_labels = [
@@ -156,7 +156,7 @@ class ClipModel(nn.Module):
                 share = torch.ones(scores.shape[1], device=device)
                 share[BACKGROUND] = self.settings.patch_background
                 wrong = label_loss(scores, torch.cat(patch_labels).to(device), share)
-                figures[f"patch_{name}"] = wrong.item()
+                figures[f"patch_{name}"] = wrong.detach()
                 loss = loss + self.settings.patch_weight * wrong
         return loss, figures
 

@@ -20,7 +20,9 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from encoder.compiling import compile_encoder
 from encoder.errors import CheckpointError, ConfigError, DataError
+from encoder.fluxvit import FluxViT
 from training.trainer.checkpoints import (
     Progress,
     checkpoints,
@@ -164,6 +166,15 @@ def train(stage: Stage, optim: OptimConfig, loop: LoopConfig, *, resume: bool = 
     return result
 
 
+def encoders_of(stage: Stage) -> list[FluxViT]:
+    """Those that a stage trains, or whose features it trains on (of its `vlm`)."""
+    parts: list[nn.Module] = [stage.model]
+    if (vlm := getattr(stage, "vlm", None)) is not None:
+        parts.append(vlm)
+    found = {module for part in parts for module in part.modules() if isinstance(module, FluxViT)}
+    return list(found)
+
+
 class _Run:
     """Model, optimiser and position of a run on this rank."""
 
@@ -176,6 +187,9 @@ class _Run:
         if self.accelerator.is_main_process:
             _claim(self.out, resume)
         learn_in_float32(stage.model)
+        if loop.compile:
+            for encoder in encoders_of(stage):
+                compile_encoder(encoder)
         self.done = load_weights(stage.model, self.out, optim, loop) if resume else Progress()
         groups = getattr(stage, "parameter_groups", None)
         optimizer = torch.optim.AdamW(
@@ -260,6 +274,7 @@ class _Run:
                 backward(self.accelerator, loss, self.share, last=last)
             total += loss.detach() / self.share
             figures.add(part_figures)
+        figures.settle()
         figures.merge(merged_on_ranks(figures))
         return float(self.accelerator.reduce(total, reduction="mean")), figures
 

@@ -32,10 +32,10 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x.float(), dim=-1)
 
 
-def mean_cosine(student: Tensor, teacher: Tensor) -> float:
+def mean_cosine(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean cosine of unit vectors (..., D), as a figure."""
     with torch.no_grad():
-        return (student.float() * teacher.float()).sum(dim=-1).mean().item()
+        return (student.float() * teacher.float()).sum(dim=-1).mean()
 
 
 def contrastive_loss(video: Tensor, text: Tensor, scale: Tensor, ids: Tensor | None = None) -> Tensor:

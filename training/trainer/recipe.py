@@ -84,12 +84,14 @@ class LoopConfig:
     """Where a run writes, how it computes, and when it saves, logs and stops.
 
     modules: dotted names whose gradient norms are logged besides those of the top-level parts.
-    trackers: where figures go besides metrics.jsonl and TensorBoard.
+    trackers: where figures go besides metrics.jsonl and TensorBoard. compile: have torch.compile make the
+    encoder's kernels, and those of an InternVideo2 teacher, which takes a minute for the first sizes.
     """
 
     out: str
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    compile: bool = False
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     log_every: int = 10

@@ -8,6 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from encoder.checkpoint import atomic_path
 from encoder.errors import ConfigError
 
@@ -15,16 +18,36 @@ PROJECT = "fluxchat"
 
 
 class Figures:
-    """Named figures of one step: each is the mean over the micro-batches, of all ranks, that reported it."""
+    """Named figures of one step: each is the mean over the micro-batches, of all ranks, that reported it.
+
+    Those that lie on a device stay there until `settle`, which waits for it once.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, int]] = {}
+        self._counts: dict[str, int] = {}
+        self._there: dict[str, Tensor] = {}
 
-    def add(self, figures: Mapping[str, Any]) -> None:
-        """The figures of one micro-batch."""
+    def add(self, figures: Mapping[str, float | Tensor]) -> None:
+        """The figures of one micro-batch: numbers, or tensors of one."""
         for name, value in figures.items():
+            if isinstance(value, Tensor):
+                value = value.detach().float()
+                self._there[name] = self._there[name] + value if name in self._there else value
+                self._counts[name] = self._counts.get(name, 0) + 1
+                continue
             total, count = self._sums.get(name, (0.0, 0))
             self._sums[name] = (total + float(value), count + 1)
+
+    def settle(self) -> None:
+        """Bring all figures here."""
+        if not self._there:
+            return
+        totals = torch.stack(list(self._there.values())).tolist()
+        for name, total in zip(self._there, totals, strict=True):
+            before, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = (before + total, count + self._counts[name])
+        self._there, self._counts = {}, {}
 
     def merge(self, others: Sequence[Figures]) -> None:
         """Replace by what several ranks found together."""
