@@ -214,7 +214,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, Linear."""
+    """Linear, GELU, Linear, of rows (..., C)."""
 
     def __init__(self, dim: int, hidden: int, gelu: str) -> None:
         super().__init__()
@@ -223,10 +223,12 @@ class Mlp(nn.Module):
         self.approximate = "tanh" if gelu == "tanh" else "none"
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C) -> (N, C)."""
+        """(..., C) -> (..., C)."""
         if self.approximate == "tanh" and x.device.type == "cuda" and not torch.is_grad_enabled():
             # In the product's own kernel; on CUDA alone this is the tanh form.
-            return self.fc2(torch._addmm_activation(self.fc1.bias, x, self.fc1.weight.t(), use_gelu=True))
+            rows, weight = x.reshape(-1, x.shape[-1]), self.fc1.weight.t()
+            hidden = torch._addmm_activation(self.fc1.bias, rows, weight, use_gelu=True)
+            return self.fc2(hidden).view(*x.shape[:-1], -1)
         return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
 
 

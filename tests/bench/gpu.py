@@ -11,7 +11,7 @@ share of the card's own large matrix product: plain, compiled, and both replayed
 decode (tokens/s of 1, 8 and 32 answers at a time) and decode_static (the same, replayed as CUDA graphs), umt,
 umt_compiled, umt_saving (64 clips, in less memory) and stage1 (training steps). A part that fails says so and
 the others go on. Writes tests/bench/results/gpu.json, prints it as one JSON line; exit status 1 when a part
-failed.
+failed. With --only the file keeps what it held of the others; each part names its commit.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Scale:
 
 
 FULL = Scale(
-    encoders={"small": SMALL, "base": BASE},
+    encoders={"small": SMALL.replace(gelu="tanh"), "base": BASE.replace(gelu="tanh")},  # as released weights
     frames=16,
     side=224,
     keeps=(3072, 2048, 1024, 512),
@@ -518,20 +518,21 @@ def _freed(device: torch.device) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def run(parts: Sequence[str], device: torch.device, scale: Scale) -> dict[str, Any]:
-    """The figures of every part; a part that failed holds its error."""
-    bench, found = Bench(device, scale), dict[str, Any]()
+def run(
+    parts: Sequence[str], device: torch.device, scale: Scale, keep: Callable[[str, dict[str, Any]], None]
+) -> None:
+    """Measure the parts; `keep` is told the figures of each, or its error."""
+    bench = Bench(device, scale)
     for part in parts:
         began = time.perf_counter()
         print(f"{part} ...", file=sys.stderr, flush=True)
         with _freed(device):
             try:
-                found[part] = getattr(bench, part)()
+                found = getattr(bench, part)()
             except Exception as error:  # noqa: BLE001 - the other parts go on
-                found[part] = {"error": f"{type(error).__name__}: {error}"[:2000]}
+                found = {"error": f"{type(error).__name__}: {error}"[:2000]}
                 traceback.print_exc()
-        found[part]["seconds"] = round(time.perf_counter() - began, 1)
-    return found
+        keep(part, {**found, "seconds": round(time.perf_counter() - began, 1)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -539,7 +540,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        default=list(PARTS),
+        metavar="PART",
+        help="the others stay as they are",
+    )
     parser.add_argument("--device", help="cpu runs everything tiny (default: the accelerator)")
     parser.add_argument("--out", type=Path, help="the JSON file (default: tests/bench/results/gpu.json)")
     args = parser.parse_args(argv)
@@ -548,18 +556,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     device = torch.device(args.device or torch.accelerator.current_accelerator())  # type: ignore[arg-type]
     tiny = device.type == "cpu"
-    began = time.perf_counter()
-    found = run(args.only, device, TINY if tiny else FULL)
-    result: dict[str, Any] = {"bench": "gpu", **environment("bfloat16"), "tiny": tiny}
-    if device.type == "cuda":
-        result["card"] = torch.cuda.get_device_name(device)
-    result |= {**found, "seconds": round(time.perf_counter() - began, 1)}
     out = args.out or (None if tiny else RESULT)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n")
-    print_json(result)
-    return 1 if any("error" in found[part] for part in args.only) else 0
+    where: dict[str, Any] = {"bench": "gpu", **environment("bfloat16"), "tiny": tiny}
+    if device.type == "cuda":
+        where["card"] = torch.cuda.get_device_name(device)
+    before = json.loads(out.read_text()) if out is not None and out.exists() else {}
+    parts = {name: before[name] for name in PARTS if name in before}
+    measured: dict[str, dict[str, Any]] = {}
+
+    def keep(part: str, figures: dict[str, Any]) -> None:
+        measured[part] = parts[part] = {"commit": where["commit"], **figures}
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            ordered = {name: parts[name] for name in PARTS if name in parts}
+            out.write_text(json.dumps({**where, **ordered}, indent=1) + "\n")
+
+    run(args.only, device, TINY if tiny else FULL, keep)
+    print_json({**where, **measured})
+    return 1 if any("error" in figures for figures in measured.values()) else 0
 
 
 if __name__ == "__main__":

@@ -158,7 +158,8 @@ def test_patch_labels_are_learned_from_the_kept_tokens(tmp_path: Path) -> None:
     batch = stage.batch(0)
     assert batch.patches["noun"].shape == (8, 4, 4, 4)
     stage.model.settings = replace(stage.model.settings, patch_weight=0.0)
-    loss, figures = stage.model(batch)
+    loss, found = stage.model(batch)
+    figures = {name: float(value) for name, value in found.items()}
     assert {"patch_noun", "patch_motion", "count", "first", "change", "event"} <= set(figures)
     stage.model.settings = replace(stage.model.settings, patch_weight=1.0)
     assert stage.model(batch)[0].item() == pytest.approx(
