@@ -46,3 +46,15 @@ def host_copies() -> Iterator[list[str]]:
     found: list[str] = []
     with _Operations(found), _Constructions(found):
         yield found
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the numbers that Python reads from tensors, each of which waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))

@@ -17,6 +17,7 @@ from encoder import compiling
 from encoder.config import MICRO
 from encoder.errors import FluxChatError
 from encoder.fluxvit import FluxViT
+from tests.host_copies import HostReads
 from tests.llm_bridge.text_encoders import tiny_towers
 from tests.no_float64 import NoFloat64
 from tests.training import recipe_traces as traces
@@ -30,6 +31,7 @@ from training.clip import ClipRecipe, ClipStage
 from training.data.datasets import NEEDS
 from training.trainer.optim import parameter_groups
 from training.trainer.recipe import build, read_recipe, read_values
+from training.trainer.run_log import Figures
 
 SHAPE = {"embed_dim": 32, "depth": 4, "num_heads": 2, "pool_heads": 2, "clip_embed_dim": 16}
 
@@ -564,6 +566,21 @@ def test_a_training_step_needs_no_float64(stage: str, world: World, tmp_path: Pa
         parameters = [p for group in groups for p in group["params"]]
         assert torch.nn.utils.clip_grad_norm_(parameters, 1.0) > 0
         optimizer.step()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_training_step_waits_for_no_number(stage: str, world: World, tmp_path: Path) -> None:
+    recipe = build(STAGES[stage][0], changed(world.values(stage), {"loop.out": str(tmp_path)}), "test")
+    made = STAGES[stage][1](recipe)
+    batch, figures = made.batch(0), Figures()
+    with HostReads() as reads:
+        loss, found = made.model.train()(batch)
+        loss.backward()
+        figures.add(found)
+        figures.add(found)
+        assert reads.count == 0
+        figures.settle()
+    assert figures.means() == {name: pytest.approx(float(value)) for name, value in found.items()}
 
 
 def unread(key: str) -> str:
