@@ -99,6 +99,7 @@ class VideoChat(NotCopyable):
     speech_model: a folder of faster-whisper's, or one of its names; default: the one that is fetched.
     batch: most answers, each asked from a thread of its own, that are decoded in one pass.
     encoder_device: where a FluxChat model's encoder runs, beside the language model; default: device.
+    compiled: whether torch.compile makes a FluxChat model's encoder, which takes seconds for each new size.
     encode_batch: most videos of one size, asked about at once, that are encoded in one call; default: 8 on a
     GPU, 1 on CPUs, where the last bits would depend on who else asks.
     It belongs to the process that made it: a forked child makes its own.
@@ -122,6 +123,7 @@ class VideoChat(NotCopyable):
         limits: Limits = DEFAULT_LIMITS,
         batch: int = 8,
         encoder_device: str | torch.device | None = None,
+        compiled: bool = False,
         encode_batch: int | None = None,
         select: Stage | None = None,
         plan: str | os.PathLike[str] | PlanTable | None = None,
@@ -150,6 +152,8 @@ class VideoChat(NotCopyable):
                 adapters=adapters,
                 on_download=on_download,
             )
+        if compiled:
+            _compile(self.model)
         table = _plan_table(plan, self.model)
         self.name = self.model.tower.name_with(Path(self.model.llm.name).name)
         self._listener = Listener(None if speech_model is None else os.fspath(speech_model))
@@ -622,6 +626,16 @@ def _rendered(part: str | Showing, shown: Iterator[tuple[EncodedVideo, str]]) ->
         return (part,)
     video, said = next(shown)
     return (video.visual, said) if said else (video.visual,)
+
+
+def _compile(model: ChatModel) -> None:
+    """Raises ConfigError for a stock model, and where nothing can compile."""
+    from encoder.compiling import compile_encoder
+    from llm_bridge.model import VideoLanguageModel
+
+    if not isinstance(model, VideoLanguageModel):
+        raise ConfigError("A stock video model's encoder is not compiled here: leave compile out.")
+    compile_encoder(model.encoder)
 
 
 def _plan_table(plan: str | os.PathLike[str] | PlanTable | None, model: ChatModel) -> PlanTable | None:

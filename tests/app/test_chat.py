@@ -13,6 +13,7 @@ from PIL import Image
 
 from app.chat import VideoChat, Videos
 from app.estimate import Calibration
+from encoder import compiling
 from encoder.budget import Budget
 from encoder.cost import Speed
 from encoder.errors import BudgetError, ConfigError, FluxChatError, ModelError, OutOfMemory, VideoError
@@ -275,6 +276,21 @@ def test_closed_and_missing_models(tiny_model: VideoLanguageModel, tmp_path: Pat
         VideoChat(tmp_path, device="abacus")
     with pytest.raises(ConfigError, match="no device meta"):
         VideoChat(tmp_path, encoder_device="meta")
+
+
+def test_an_encoder_is_compiled_where_that_is_asked_for(
+    tiny_model: VideoLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(compiling, "compile_encoder", asked.append)
+    VideoChat(tiny_model).close()
+    assert not asked
+    VideoChat(tiny_model, compiled=True).close()
+    assert asked == [tiny_model.encoder]
+    monkeypatch.undo()
+    monkeypatch.setattr(compiling, "lacking_compiler", lambda device: "nothing compiles here")
+    with pytest.raises(ConfigError, match=r"nothing compiles here: install it, or leave compile out\.$"):
+        VideoChat(tiny_model, compiled=True)
 
 
 def test_memory_of_the_caches_is_bounded(tiny_model: VideoLanguageModel) -> None:
