@@ -66,7 +66,7 @@ def build(
         _add_api_endpoints(handlers)
         page.unload(_on_unload(sessions))
         if login:
-            page.load(_owner, None, controls.record, api_visibility="private", queue=False)
+            page.load(_owner, None, controls.owner, api_visibility="private", queue=False)
     page.queue(max_size=16, default_concurrency_limit=workers)
     page.sessions = sessions  # type: ignore[attr-defined]
     return page
@@ -398,8 +398,10 @@ def _client_id(request: gr.Request | None) -> str:
 
 
 def _owner(request: gr.Request) -> str:
-    """Whose conversations the browser is to show: a name of its own for each who logs in."""
-    name = str(getattr(request.request, "scope", {}).get("fluxchat.name") or "")
+    """Whose conversations the browser is to show: a name of its own for each login and each key."""
+    scope = getattr(request.request, "scope", {})
+    # A login's is that of its name alone, as ever; no name that somebody chose begins with NUL.
+    name = ("\0key " if scope.get("fluxchat.key") else "") + str(scope.get("fluxchat.name") or "")
     return f'<div hidden data-owner="{hashlib.sha256(name.encode()).hexdigest()[:24]}"></div>'
 
 

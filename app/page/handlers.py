@@ -242,7 +242,8 @@ class Handlers:
     def cost(self, session: Session, settings: Settings) -> list[str]:
         """What the session's next question costs: the three choices in plain words, and the figures."""
         chosen = None if settings.auto else self._tokens(settings)
-        if not session.media:
+        media = tuple(session.media)  # another event may remove one meanwhile
+        if not media:
             return [markup.presets(self._presets(), chosen), markup.notice(EMPTY_COST)]
         try:
             budget = settings.budget
@@ -251,11 +252,11 @@ class Handlers:
                     (
                         name,
                         tokens,
-                        self._estimates(chat, session, replace(settings, tokens=tokens, auto=False)),
+                        self._estimates(chat, session, replace(settings, tokens=tokens, auto=False), media),
                     )
                     for name, tokens, _ in self._presets()
                 ]
-                estimates = self._estimates(chat, session, settings)
+                estimates = self._estimates(chat, session, settings, media)
         except FluxChatError as error:
             return [markup.presets(self._presets(), chosen), markup.problem(_sentence(error))]
         return [markup.presets(choices, chosen), markup.cost_line(estimates, budget.seconds)]
@@ -271,13 +272,12 @@ class Handlers:
             return None
 
     def _estimates(
-        self, chat: VideoChat, session: Session, settings: Settings, media: Sequence[Media] | None = None
+        self, chat: VideoChat, session: Session, settings: Settings, media: Sequence[Media]
     ) -> list[Estimate]:
-        """The price of each medium (default: the session's) for the next question; raises FluxChatError.
+        """The price of each medium for the next question; raises FluxChatError.
 
         After an answer about the same media within the same budget, only what is new is read.
         """
-        media = session.media if media is None else media
         budget, selector = settings.budget, settings.selector
         last = session.history[-1] if session.history else None
         new: int | None = None
@@ -313,9 +313,10 @@ class Handlers:
 
     def suggestions(self, session: Session) -> str:
         """Three questions that fit the model and what is shown; nothing without media."""
-        if session.current is None:
+        medium = session.current
+        if medium is None:
             return ""
-        if session.current.is_image:
+        if medium.is_image:
             return markup.suggestions(IMAGE_QUESTIONS)
         return markup.suggestions(DRAWN_QUESTIONS if self.needs_video else VIDEO_QUESTIONS)
 

@@ -135,7 +135,8 @@ class Session:
     @property
     def current(self) -> Media | None:
         """The video or image in the player."""
-        return self.media[self.shown] if self.media else None
+        media = list(self.media)  # another event may remove one meanwhile
+        return media[min(self.shown, len(media) - 1)] if media else None
 
     @property
     def duration_s(self) -> float:
