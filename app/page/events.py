@@ -104,6 +104,7 @@ def _connect_events(
             notice("Reading the frames …") if session.media else "",
             handlers.suggestions(session),
             part_chips(session.media, clearable=True),
+            handlers.chapters(session),
         ]
 
     media_outputs = [
@@ -114,6 +115,7 @@ def _connect_events(
         controls.strip,
         controls.suggestions,
         controls.parts,
+        controls.chapters,
     ]
 
     def on_files(event: gr.EventData, request: gr.Request) -> list[Any]:
@@ -315,6 +317,20 @@ def _connect_events(
         handlers.dismiss(session_of(request))
         return ""
 
+    def on_chapters(event: gr.EventData, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+        session = session_of(request)
+        for found in handlers.find_chapters(session, path_of(event.source), Settings(*values)):
+            yield [gr.skip() if found is None else found, session.problem]
+
+    # Beside the answers, which they would hold up for as long as the list takes.
+    beside = {**slow, "concurrency_id": "chapters", "trigger_mode": "multiple"}
+    listed = [controls.chapters, controls.problem]
+    controls.shelf.chapters(on_chapters, settings, listed, **beside)
+
+    def on_chapters_stop(request: gr.Request) -> None:
+        handlers.stop_chapters(session_of(request))
+
+    controls.shelf.chapters_stop(on_chapters_stop, None, None, **at_once)
     controls.stop.click(on_stop, None, None, **at_once)
     controls.shelf.dismiss(on_dismiss, None, controls.problem, **at_once)
     for clear in (controls.chat.clear, controls.shelf.fresh):

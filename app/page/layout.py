@@ -180,6 +180,7 @@ class Controls:
             elem_id="fluxchat-shelf",
         )
         self.strip = gr.HTML(**PLAIN, elem_id="fluxchat-strip")
+        self.chapters = gr.HTML(**PLAIN, elem_id="fluxchat-chapters")
         self.made = gr.HTML(**PLAIN, elem_id="fluxchat-made")
 
     def _conversation(self, chat: VideoChat, examples: Examples) -> None:

@@ -337,6 +337,8 @@ const clicks = {
   "[data-suggest]": (button) => { onceOpen(() => trigger("suggest", { text: button.dataset.suggest })); focusQuestion(); },
   "[data-example]": (button) => { elsewhere(); trigger("example", { index: Number(button.dataset.example) }); focusQuestion(); },
   "[data-seek]": (frame) => seek(Number(frame.dataset.medium), Number(frame.dataset.seek)),
+  "[data-chapters]": () => { chaptersWanted = true; trigger("chapters", { source: current()?.dataset.src }); },
+  "[data-chapters-stop]": () => trigger("chapters_stop"),
   "[data-show]": (button) => trigger("select", { source: button.parentElement.dataset.src }),
   "[data-remove]": (button) => { trigger("delete", { source: button.parentElement.dataset.src }); focusQuestion(); },
   "[data-clip]": clip,
@@ -403,9 +405,17 @@ function saveMade() {
   say(link.dataset.told);
 }
 
+let chaptersWanted = false; // they were asked for: the first one is brought into view
+function showChapters() {
+  if (!chaptersWanted || !find(".fc-chapters li")) return;
+  chaptersWanted = false;
+  find("#fluxchat-chapters").scrollIntoView({ block: touch || innerWidth < 700 ? "start" : "nearest" });
+}
+
 new MutationObserver(() => {
   offerClips();
   saveMade();
+  showChapters();
   if (find("#fluxchat-problem [role=alert]") && ["Cutting …", "Opening …"].includes(find(".fc-upload span")?.textContent)) say("");
 }).observe(document.body, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-made"] });
 
