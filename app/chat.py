@@ -223,8 +223,8 @@ class VideoChat(NotCopyable):
         fractions x0, y0, x1, y1 of the upright picture (see `Part.of`). Only that is decoded; times stay
         those of the whole video.
         scope: whose question this is; nothing kept for one scope serves another. progress: called with what
-        begins ("decode", "encode", "prefill"), of which video, of how many. stop: an event that ends the
-        answer when set.
+        begins ("decode", "encode", "prefill"), of which video, of how many; of a long video it is an
+        `app.streaming.Step`, which says which part. stop: an event that ends the answer when set.
         hedge: about a video that is nothing the model knows, say so first, once, and doubt its yes; without
         effect where the model cannot tell.
         speech: put what is said in each video beside its frames, with times: most tokens of it, True for 256

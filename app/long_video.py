@@ -241,7 +241,7 @@ class LongVideo:
     # -- chapters -------------------------------------------------------------------------------------------
 
     def chapters(
-        self, count: int | None = None, budget: int | str | None = None, **options: Any
+        self, count: int | None = None, budget: Budget | int | str | None = None, **options: Any
     ) -> Iterator[Chapter]:
         """Stretches between the largest changes, each described as it comes.
 

@@ -398,7 +398,11 @@ class Handlers:
         try:
             yield shown("Finding where the picture changes")
             with self.slot.using(stop, after_loading=True) as chat:
-                options = {"selector": settings.selector, "scope": session.scope, "stop": stop}
+                options: dict[str, Any] = {
+                    "selector": settings.selector,
+                    "scope": session.scope,
+                    "stop": stop,
+                }
                 film = LongVideo(chat, medium.asked, session.scope, check)
                 for chapter in film.chapters(budget=settings.budget, **options):
                     check()
