@@ -35,7 +35,7 @@ from app.messages import (
 from app.note import Note, note_for, without_notes
 from app.speech.listener import Listener
 from app.speech.transcript import Transcript
-from app.streaming import AnswerStream, NotCopyable, StopSignal, all_familiar
+from app.streaming import AnswerStream, NotCopyable, Step, StopSignal, all_familiar
 from app.vision import EncodedVideo, OpenedVideo, Preview, Vision
 from encoder.budget import Budget, Plan, PlanTable
 from encoder.errors import ConfigError, ContextError, ModelError
@@ -59,7 +59,7 @@ MIB = 2**20
 MOST_SURVEYS = 256
 SPEECH_TOKENS = 256  # most of what is said in a video, by default
 _PROCESS = os.getpid()  # where torch was loaded
-# What begins ("decode", "encode", "prefill"), of which video, of how many.
+# What begins ("decode", "encode", "prefill"), of which video, of how many; a Step where it is a video's.
 Progress = Callable[[str, int, int], None]
 
 
@@ -227,8 +227,8 @@ class VideoChat(NotCopyable):
         fractions x0, y0, x1, y1 of the upright picture (see `Part.of`). Only that is decoded; times stay
         those of the whole video.
         scope: whose question this is; nothing kept for one scope serves another. progress: called with what
-        begins ("decode", "encode", "prefill"), of which video, of how many. stop: an event that ends the
-        answer when set.
+        begins ("decode", "encode", "prefill"), of which video, of how many; of a long video it is an
+        `app.streaming.Step`, which says which part. stop: an event that ends the answer when set.
         hedge: about a video that is nothing the model knows, say so first, once, and doubt its yes; without
         effect where the model cannot tell.
         speech: put what is said in each video beside its frames, with times: most tokens of it, True for 256
@@ -298,16 +298,19 @@ class VideoChat(NotCopyable):
             self._prices.learn_question(rows, stats.prompt_tokens, stats.cached_tokens, stats.prefill_s)
 
     def _prepare(
-        self, query: Query, stop: threading.Event, *, plans: list[tuple[VideoInfo, Plan]]
+        self, query: Query, stop: StopSignal, *, plans: list[tuple[VideoInfo, Plan]]
     ) -> tuple[list[EncodedVideo], Generation, Note]:
         """Encode the media of a question and make its prompt: all but the answer, and the note before it.
 
         plans: is given what was opened and the plan of each, if prices can learn from it.
-        Raises FluxChatError.
+        Raises FluxChatError, and Stopped once it was stopped.
         """
         self._check_usable()
         text_tokens = self._count_text(query)
-        messages = showings(self, query.messages, query.budget, parts=query.parts, scope=query.scope)
+        check = stop.check
+        messages = showings(
+            self, query.messages, query.budget, parts=query.parts, scope=query.scope, check=check
+        )
         media = [part for message in messages for part in message.content if isinstance(part, Showing)]
         count = len({showing.index for showing in media})
         # All are opened before one is encoded: a question about one that cannot be read costs nothing.
@@ -317,14 +320,16 @@ class VideoChat(NotCopyable):
         said = [self._said(video, query, one.shares) for one, (video, _) in zip(media, opened, strict=True)]
         videos = []
         for one, (video, plan) in zip(media, opened, strict=True):
+            check()
 
-            def progress(part: str, index: int = one.index) -> None:
-                query.progress(part, index, count)
+            def progress(what: str, one: Showing = one) -> None:
+                query.progress(Step(what, one.number, one.shares), one.index, count)
 
             videos.append(
                 self._vision.encode(video, plan, query.selector, scope=query.scope, progress=progress)
             )
         self._check_usable()  # closed meanwhile
+        check()
         shown = iter(zip(videos, said, strict=True))
         prompt = render(
             self.model.llm.tokenizer,

@@ -25,6 +25,7 @@ from urllib.parse import quote
 
 from torch import Tensor
 
+from app.long_video import Showing, showings
 from app.messages import Media
 from encoder.budget import Budget
 from encoder.checkpoint import atomic_path, save_json
@@ -45,7 +46,7 @@ FORMAT, VERSION = "fluxchat conversation", 1
 LARGEST = 64 * 2**20  # bytes of a saved conversation
 JPEG_QUALITY = 85
 # Options that are kept with a conversation: those that say how it is answered, not who asks or waits.
-OPTIONS = ("budget", "selector", "system", "hedge", "start", "end", "region")
+OPTIONS = ("budget", "selector", "system", "hedge", "start", "end", "region", "parts")
 _SAMPLING = tuple(one.name for one in fields(SamplingParams))
 
 
@@ -270,11 +271,15 @@ def shown(
 def record_of(conversation: Conversation) -> Record:
     """A conversation as it can be exported; raises VideoError when a video cannot be read any more."""
     options, chat = conversation.options, conversation.chat
-    look = options.get("budget"), options.get("selector", get_args(Selector)[0])
-    scope = str(options.get("scope", ""))
+    budget, selector = chat.plan_budget(options.get("budget")), options.get("selector", get_args(Selector)[0])
+    scope, parts = str(options.get("scope", "")), bool(options.get("parts"))
+
+    def piece(part: str | Showing) -> str | Shown:
+        return part if isinstance(part, str) else shown(chat, part.medium, part.budget, selector, scope)
+
     messages = tuple(
-        Message(m.role, tuple(p if isinstance(p, str) else shown(chat, p, *look, scope) for p in m.content))
-        for m in conversation.messages
+        Message(m.role, tuple(map(piece, m.content)))
+        for m in showings(chat, conversation.messages, budget, parts=parts, scope=scope)
     )
     return Record(chat.name, messages)
 

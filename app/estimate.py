@@ -7,7 +7,7 @@ import io
 import json
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,17 @@ class Estimate:
             f"{self.encoder_gmacs + self.llm_gmacs:.1f} GMACs ({100 * self.share_of_full:.0f} % of full), "
             f"about {self.first_token_s:.2f} s to the first word, {self.peak_mib:.0f} MiB"
         )
+
+
+def add(estimates: Sequence[Estimate]) -> Estimate:
+    """What several cost together: all is summed, but for the picture's size and the share of the full plan,
+    which are the first one's."""
+    summed = {
+        field.name: sum(getattr(one, field.name) for one in estimates)
+        for field in fields(Estimate)
+        if field.name not in ("height", "width", "share_of_full")
+    }
+    return replace(estimates[0], **summed)
 
 
 def llm_macs(model: ChatModel, tokens: int) -> int:

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from app.answer import Answer
+from app.estimate import Estimate, add
 from app.messages import Media, as_media, part_of
 from app.note import without_note
 from encoder.budget import MIN_TOKENS, Budget
@@ -36,7 +37,7 @@ from llm_bridge.prompt import Message
 
 if TYPE_CHECKING:
     from app.chat import VideoChat
-    from app.estimate import Estimate
+    from encoder.selection import Selector
 
 LONG_S = 600.0  # from here on a video is shown in parts
 MOST_PARTS = 8
@@ -75,17 +76,27 @@ class LongPrice:
 
 
 @dataclass(frozen=True)
+class LongEstimate(Estimate):
+    """The price of a question about a long video, all parts together: `peak_mib` is that of one, and
+    `first_token_s` has the survey's seconds in it."""
+
+    parts: int = 1
+    survey_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class Showing:
     """A medium, or a part of one, where a prompt shows it.
 
     index: of the medium among those asked about. budget: tokens of this alone. shares: parts that it was
-    divided into.
+    divided into, of which this is the one of that number, from 1.
     """
 
     medium: Media
     index: int
     budget: Budget
     shares: int = 1
+    number: int = 1
 
 
 @dataclass(frozen=True)
@@ -103,11 +114,14 @@ class Chapter:
 class LongVideo:
     """A video, or a part of one, that is asked about in parts. Raises VideoError when it cannot be read.
 
-    scope: what the survey finds is kept for it alone.
+    scope: what the survey finds is kept for it alone. check: called between the readings of the survey, to
+    end it by raising.
     """
 
-    def __init__(self, chat: VideoChat, video: Any, scope: str = "") -> None:
-        self._chat, self._medium, self._scope = chat, as_media(video), scope
+    def __init__(
+        self, chat: VideoChat, video: Any, scope: str = "", check: Callable[[], None] = lambda: None
+    ) -> None:
+        self._chat, self._medium, self._scope, self._check = chat, as_media(video), scope, check
         self.info = chat.probe(self._medium)
         if self.info.kind != "video":
             raise ConfigError(f"{self._medium.label()} is no video: ask about it as it is.")
@@ -122,19 +136,45 @@ class LongVideo:
 
     def price(self, budget: int | str | None = None) -> LongPrice:
         """What `ask` costs; decodes nothing. The parts' bounds do not change it."""
-        count, share = self._shares(budget)
-        length = (self.end_s - self.start_s) / count
-        one = self._chat.estimate(self._part(self.start_s, self.start_s + length), share)
-        survey_s = one.decode_s / one.frames * count * SAMPLES_PER_PART
+        whole = self.estimate(budget)
         return LongPrice(
-            count,
-            count * one.frames,
-            count * one.kept_tokens,
-            count * one.llm_tokens,
-            survey_s,
-            survey_s + count * one.first_token_s,
-            one.peak_mib,
+            whole.parts,
+            whole.frames,
+            whole.kept_tokens,
+            whole.llm_tokens,
+            whole.survey_s,
+            whole.first_token_s,
+            whole.peak_mib,
         )
+
+    def estimate(
+        self,
+        budget: Budget | int | str | None = None,
+        selector: Selector | None = None,
+        new_tokens: int | None = None,
+    ) -> LongEstimate:
+        """`price` with every figure of an `Estimate`, those of all parts together; decodes nothing.
+
+        selector, new_tokens: as in `VideoChat.estimate`; what is kept counts once the parts were found.
+        """
+        count, share = self._shares(budget)
+        found = selector is not None and self._key(count * SAMPLES_PER_PART) in self._chat.surveys
+        length = (self.end_s - self.start_s) / count
+        parts = self.parts(count) if found else [self._part(self.start_s, self.start_s + length)]
+        ones = [
+            self._chat.estimate(
+                part,
+                share,
+                selector,
+                scope=self._scope,
+                new_tokens=new_tokens if new_tokens is None or index == 0 else 0,
+            )
+            for index, part in enumerate(parts)
+        ]
+        whole = add(ones if found else ones * count)
+        survey_s = 0.0 if found else ones[0].decode_s / ones[0].frames * count * SAMPLES_PER_PART
+        figures = {**asdict(whole), "first_token_s": survey_s + whole.first_token_s}
+        return LongEstimate(**{**figures, "peak_mib": ones[0].peak_mib}, parts=count, survey_s=survey_s)
 
     def ask(self, question: str, budget: int | str | None = None, **options: Any) -> Answer:
         """An answer: about the time that the question names, else about all of it, in parts where it is long.
@@ -147,7 +187,10 @@ class LongVideo:
     def shown(self, budget: Budget | int | str | None = None) -> list[Showing]:
         """All of it as a prompt shows it. Raises VideoError or BudgetError."""
         count, share = self._shares(budget)
-        return [Showing(part, 0, Budget(share), count) for part in self.parts(count)]
+        return [
+            Showing(part, 0, Budget(share), count, number)
+            for number, part in enumerate(self.parts(count), start=1)
+        ]
 
     def around(self, question: str, budget: Budget) -> list[Showing]:
         """What the question names of it; nothing where it names no time. Raises ConfigError for a time that
@@ -198,7 +241,7 @@ class LongVideo:
     # -- chapters -------------------------------------------------------------------------------------------
 
     def chapters(
-        self, count: int | None = None, budget: int | str | None = None, **options: Any
+        self, count: int | None = None, budget: Budget | int | str | None = None, **options: Any
     ) -> Iterator[Chapter]:
         """Stretches between the largest changes, each described as it comes.
 
@@ -244,16 +287,20 @@ class LongVideo:
         """(samples,) times from the beginning to the end, and (samples - 1,) how much changes between."""
         step = (self.end_s - self.start_s) / samples
         times = [self.start_s + step * (index + 0.5) for index in range(samples)]
-        key = f"{self._scope}|{self._medium.part.seen(self.info).digest}|{samples}"
+        key = self._key(samples)
         if (changes := self._chat.surveys.get(key)) is None:
             changes = self._changes(times)
             self._chat.surveys.put(key, changes)
         return times, changes
 
+    def _key(self, samples: int) -> str:
+        return f"{self._scope}|{self._medium.part.seen(self.info).digest}|{samples}"
+
     def _changes(self, times: list[float]) -> Tensor:
         """How much changes from each of the times to the next, (len(times) - 1,)."""
         changes, last = [], None
         for first in range(0, len(times), AT_ONCE):
+            self._check()
             frames = self._glance(times[first : first + AT_ONCE])
             frames = frames if last is None else torch.cat([last, frames])
             changes.append(_differences(frames))
@@ -265,12 +312,14 @@ class LongVideo:
         return self._chat.frames_at(self._medium, times, SURVEY_SIDE).float()
 
 
-def long_video(chat: VideoChat, video: Any, scope: str = "") -> LongVideo | None:
+def long_video(
+    chat: VideoChat, video: Any, scope: str = "", check: Callable[[], None] = lambda: None
+) -> LongVideo | None:
     """The video where it is so long that it is asked about in parts, else None; raises VideoError."""
     medium = as_media(video)
     if isinstance(medium.source, Clip) or chat.probe(medium).kind != "video":
         return None  # of a clip in memory there is nothing more to look at
-    film = LongVideo(chat, medium, scope)
+    film = LongVideo(chat, medium, scope, check)
     return film if film.is_long else None
 
 
@@ -286,7 +335,13 @@ def price(chat: VideoChat, video: Any, budget: int | str | None = None, **part: 
 
 
 def showings(
-    chat: VideoChat, messages: Sequence[Message[Media]], budget: Budget, *, parts: bool, scope: str = ""
+    chat: VideoChat,
+    messages: Sequence[Message[Media]],
+    budget: Budget,
+    *,
+    parts: bool,
+    scope: str = "",
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[Message[Showing], ...]:
     """The messages with their media as a prompt shows them.
 
@@ -303,7 +358,7 @@ def showings(
         if parts and index == 0 and len(media) == 1 and message.role == "user":
             media = [chat.keep(media[0])]  # what can be read only once is read here
             with contextlib.suppress(VideoError):  # said when it is opened, with its place among the others
-                film = long_video(chat, media[0], scope)
+                film = long_video(chat, media[0], scope, check)
         elif media:
             film = None
         views: list[Showing] = []

@@ -35,6 +35,22 @@ class Thought(str):
     """A piece of what the model thinks before it answers, where it stands among pieces of the answer."""
 
 
+class Step(str):
+    """What begins ("decode", "encode"), as progress is told of it. part, parts: of a long video, from 1."""
+
+    part: int
+    parts: int
+
+    def __new__(cls, what: str, part: int = 1, parts: int = 1) -> Step:
+        step = super().__new__(cls, what)
+        step.part, step.parts = part, parts
+        return step
+
+
+class Stopped(Exception):
+    """Raised while an answer is prepared, once it was stopped."""
+
+
 class StopSignal(threading.Event):
     """An event that is also set when one of the others is."""
 
@@ -45,13 +61,18 @@ class StopSignal(threading.Event):
     def is_set(self) -> bool:
         return super().is_set() or any(other.is_set() for other in self._others)
 
+    def check(self) -> None:
+        """Raises Stopped once it is set."""
+        if self.is_set():
+            raise Stopped
+
 
 class AnswerStream(NotCopyable):
     """An answer being made: iterate once for pieces of text, `stop()` from any thread, then read `answer`.
 
     prepare: looks at the videos and returns them encoded, the generation, ready to run, and the note that
-    comes before its first piece, as a piece of its own ("": none). check: raises ModelError when no answer
-    can be made any more.
+    comes before its first piece, as a piece of its own ("": none); raises Stopped when it ends before that.
+    check: raises ModelError when no answer can be made any more.
     """
 
     def __init__(
@@ -88,6 +109,11 @@ class AnswerStream(NotCopyable):
         for listener in self._thought_listeners:
             listener(piece)
 
+    def _end(self, answer: Answer) -> None:
+        self._answer = answer
+        for listener in self._listeners:
+            listener(answer)
+
     @property
     def answer(self) -> Answer:
         """The finished (or stopped) answer; raises FluxChatError before the iteration has ended."""
@@ -100,8 +126,13 @@ class AnswerStream(NotCopyable):
             raise FluxChatError("This stream was read already: read its `answer`, or ask again.")
         self._begun = True
         start = time.perf_counter()
-        with memory_errors_as_sentences():
-            videos, generation, note = self._prepare(self._stop)
+        try:
+            with memory_errors_as_sentences():
+                videos, generation, note = self._prepare(self._stop)
+        except Stopped:
+            self._check()
+            self._end(make_answer("", [], GenerationStats(), 0.0, time.perf_counter() - start, Note()))
+            return
         generation.on_thinking = self._thought
         prepared_s = time.perf_counter() - start
         pieces: list[str] = []
@@ -110,11 +141,9 @@ class AnswerStream(NotCopyable):
             total_s = time.perf_counter() - start
             said = note if pieces else Note()
             answer = make_answer("".join(pieces), videos, stats, prepared_s, total_s, said)
-            self._answer = replace(answer, thinking="".join(self._thoughts).strip())
             for told in self._timing_listeners:
                 told(videos, stats)
-            for listener in self._listeners:
-                listener(self._answer)
+            self._end(replace(answer, thinking="".join(self._thoughts).strip()))
 
         try:
             with memory_errors_as_sentences():

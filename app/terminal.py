@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from app.long_video import LongPrice, price
+from app.streaming import Step
 from encoder.errors import ConfigError, FluxChatError
 
 if TYPE_CHECKING:
     from app.answer import Answer
     from app.chat import VideoChat
+    from app.estimate import Estimate
     from app.streaming import AnswerStream
 
 HELP = """\
@@ -81,7 +84,8 @@ class Terminal:
     """The state of a conversation in the terminal. A command that fails changes nothing."""
 
     def __init__(self, chat: VideoChat, video: Any, options: dict[str, Any]) -> None:
-        self.chat, self.video, self.options = chat, video, dict(options)
+        self.chat, self.video = chat, video
+        self.options = {"parts": True, "progress": _tell_part, **options}
         self.conversation = chat.conversation(video, **self.options)
 
     def introduce(self) -> None:
@@ -90,7 +94,7 @@ class Terminal:
 
         if self.video is not None:
             label = as_media(self.video).label()
-            print(f"Video: {label}\n{self.chat.estimate(self.video, self.options['budget'])}\n", flush=True)
+            print(f"Video: {label}\n{self._price(self.video, **self._times())}\n", flush=True)
 
     def command(self, name: str, value: str) -> None:
         """Run a command; raises FluxChatError."""
@@ -100,9 +104,9 @@ class Terminal:
             self._show(_path(value, name))
         elif name == "add":
             medium = self.chat.keep(_path(value, name))
-            price = self.chat.estimate(medium, self.options["budget"])
+            cost = self.chat.estimate(medium, self.options["budget"])
             self.conversation.add(medium)
-            print(f"{price}\nIt comes with the next question.", flush=True)
+            print(f"{cost}\nIt comes with the next question.", flush=True)
         elif name == "part":
             self._set_part(value)
         elif name == "save":
@@ -119,7 +123,7 @@ class Terminal:
         elif name == "estimate":
             if self.video is None:
                 raise ConfigError("There is no video yet: /video PATH takes one.")
-            print(self.chat.estimate(self.video, self.options["budget"], **self._times()), flush=True)
+            print(self._price(self.video, **self._times()), flush=True)
         elif name in ("help", "?", ""):
             print(HELP, flush=True)
         else:
@@ -137,10 +141,14 @@ class Terminal:
         if len(times := value.split()) not in (0, 2):
             raise ConfigError("Say from when to when, as /part 1:02 1:10, or /part alone for all of it.")
         start, end = times or (None, None)
-        price = self.chat.estimate(self.video, self.options["budget"], start=start, end=end)
+        cost = self._price(self.video, start=start, end=end)
         for options in (self.options, self.conversation.options):
             options.update(start=start, end=end)
-        print(price, flush=True)
+        print(cost, flush=True)
+
+    def _price(self, video: Any, budget: str | None = None, **part: Any) -> LongPrice | Estimate:
+        """What a question about a video costs, in parts where it is long; decodes nothing."""
+        return price(self.chat, video, budget or self.options["budget"], **part)
 
     def _times(self) -> dict[str, Any]:
         return {name: self.options.get(name) for name in ("start", "end")}
@@ -159,16 +167,16 @@ class Terminal:
 
     def _set_budget(self, value: str) -> None:
         self.chat.plan_budget(value)
-        price = None if self.video is None else self.chat.estimate(self.video, value, **self._times())
+        cost = None if self.video is None else self._price(self.video, value, **self._times())
         self.options["budget"] = self.conversation.options["budget"] = value
-        print(f"Budget: {value}" if price is None else price, flush=True)
+        print(f"Budget: {value}" if cost is None else cost, flush=True)
 
     def _show(self, path: str) -> None:
         medium = self.chat.keep(path)
-        price = self.chat.estimate(medium, self.options["budget"])
+        cost = self._price(medium)
         self.options |= {"start": None, "end": None}  # they were of another video
         self.conversation, self.video = self.chat.conversation(medium, **self.options), medium
-        print(price, flush=True)
+        print(cost, flush=True)
 
 
 def _path(value: str, command: str) -> str:
@@ -178,6 +186,21 @@ def _path(value: str, command: str) -> str:
     if not value:
         raise ConfigError(f"Say which file: /{command} PATH.")
     return os.path.expanduser(value)
+
+
+def _tell_part(what: str, _index: int, _count: int) -> None:
+    """Say in a terminal which part of a long video is looked at; on a line that the next thing takes over."""
+    if not sys.stdout.isatty():
+        return
+    if isinstance(what, Step) and what.parts > 1:
+        print(f"\r\x1b[KPart {what.part} of {what.parts} …", end="", flush=True)
+    elif what == "prefill":
+        _clear_line()
+
+
+def _clear_line() -> None:
+    if sys.stdout.isatty():
+        print("\r\x1b[K", end="", flush=True)
 
 
 def _print_stream(stream: AnswerStream) -> Answer:
@@ -191,6 +214,8 @@ def _print_stream(stream: AnswerStream) -> Answer:
     finally:
         if begun:
             print()
+        else:
+            _clear_line()
     return stream.answer
 
 

@@ -66,7 +66,7 @@ def build(
         _add_api_endpoints(handlers)
         page.unload(_on_unload(sessions))
         if login:
-            page.load(_owner, None, controls.record, api_visibility="private", queue=False)
+            page.load(_owner, None, controls.owner, api_visibility="private", queue=False)
     page.queue(max_size=16, default_concurrency_limit=workers)
     page.sessions = sessions  # type: ignore[attr-defined]
     return page
@@ -104,6 +104,7 @@ def _connect_events(
             notice("Reading the frames …") if session.media else "",
             handlers.suggestions(session),
             part_chips(session.media, clearable=True),
+            handlers.chapters(session),
         ]
 
     media_outputs = [
@@ -114,6 +115,7 @@ def _connect_events(
         controls.strip,
         controls.suggestions,
         controls.parts,
+        controls.chapters,
     ]
 
     def on_files(event: gr.EventData, request: gr.Request) -> list[Any]:
@@ -315,6 +317,20 @@ def _connect_events(
         handlers.dismiss(session_of(request))
         return ""
 
+    def on_chapters(event: gr.EventData, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
+        session = session_of(request)
+        for found in handlers.find_chapters(session, path_of(event.source), Settings(*values)):
+            yield [gr.skip() if found is None else found, session.problem]
+
+    # Beside the answers, which they would hold up for as long as the list takes.
+    beside = {**slow, "concurrency_id": "chapters", "trigger_mode": "multiple"}
+    listed = [controls.chapters, controls.problem]
+    controls.shelf.chapters(on_chapters, settings, listed, **beside)
+
+    def on_chapters_stop(request: gr.Request) -> None:
+        handlers.stop_chapters(session_of(request))
+
+    controls.shelf.chapters_stop(on_chapters_stop, None, None, **at_once)
     controls.stop.click(on_stop, None, None, **at_once)
     controls.shelf.dismiss(on_dismiss, None, controls.problem, **at_once)
     for clear in (controls.chat.clear, controls.shelf.fresh):
@@ -398,8 +414,10 @@ def _client_id(request: gr.Request | None) -> str:
 
 
 def _owner(request: gr.Request) -> str:
-    """Whose conversations the browser is to show: a name of its own for each who logs in."""
-    name = str(getattr(request.request, "scope", {}).get("fluxchat.name") or "")
+    """Whose conversations the browser is to show: a name of its own for each login and each key."""
+    scope = getattr(request.request, "scope", {})
+    # A login's is that of its name alone, as ever; no name that somebody chose begins with NUL.
+    name = ("\0key " if scope.get("fluxchat.key") else "") + str(scope.get("fluxchat.name") or "")
     return f'<div hidden data-owner="{hashlib.sha256(name.encode()).hexdigest()[:24]}"></div>'
 
 

@@ -20,10 +20,12 @@ from typing import Any
 import gradio as gr
 from gradio.components.chatbot import ComponentMessage
 from PIL import Image
+from torch import Tensor
 
-from app.answer import Answer
+from app.answer import Answer, KeptTokens
 from app.chat import Message, VideoChat
 from app.estimate import QUESTION_TOKENS, Estimate
+from app.long_video import LONG_S, Chapter, LongVideo, Showing, long_video, price, showings
 from app.messages import Media as ShownMedia
 from app.messages import question_text
 from app.model_slot import Beside, ModelSlot
@@ -37,7 +39,7 @@ from app.page.settings import Range, Settings
 from app.server.chat_request import longest_text
 from app.server.errors import ApiError
 from app.server.media.uploads import file_name
-from app.streaming import Thought
+from app.streaming import Step, Stopped, Thought
 from encoder.errors import ConfigError, FluxChatError
 from encoder.selection import Selector
 from encoder.video.clock import clock, interval
@@ -67,6 +69,7 @@ WAITS = "Waits for the answer before it"
 PHASES = {"decode": "Reading the frames", "encode": "Looking", "prefill": "Thinking"}
 MAX_TURNS = 100  # that a conversation keeps, with what was looked at in each
 SHOWN = 200  # characters of a question that is too long
+LONG_NOTE = "It is long: a question looks at it in parts, or at a time that it names."
 UNEXPECTED_ERROR = "Something went wrong that should not have; the server's log says what."
 
 
@@ -242,7 +245,8 @@ class Handlers:
     def cost(self, session: Session, settings: Settings) -> list[str]:
         """What the session's next question costs: the three choices in plain words, and the figures."""
         chosen = None if settings.auto else self._tokens(settings)
-        if not session.media:
+        media = tuple(session.media)  # another event may remove one meanwhile
+        if not media:
             return [markup.presets(self._presets(), chosen), markup.notice(EMPTY_COST)]
         try:
             budget = settings.budget
@@ -251,11 +255,11 @@ class Handlers:
                     (
                         name,
                         tokens,
-                        self._estimates(chat, session, replace(settings, tokens=tokens, auto=False)),
+                        self._estimates(chat, session, replace(settings, tokens=tokens, auto=False), media),
                     )
                     for name, tokens, _ in self._presets()
                 ]
-                estimates = self._estimates(chat, session, settings)
+                estimates = self._estimates(chat, session, settings, media)
         except FluxChatError as error:
             return [markup.presets(self._presets(), chosen), markup.problem(_sentence(error))]
         return [markup.presets(choices, chosen), markup.cost_line(estimates, budget.seconds)]
@@ -271,13 +275,20 @@ class Handlers:
             return None
 
     def _estimates(
-        self, chat: VideoChat, session: Session, settings: Settings, media: Sequence[Media] | None = None
+        self,
+        chat: VideoChat,
+        session: Session,
+        settings: Settings,
+        media: Sequence[Media] | None = None,
+        question: str = "",
     ) -> list[Estimate]:
         """The price of each medium (default: the session's) for the next question; raises FluxChatError.
 
-        After an answer about the same media within the same budget, only what is new is read.
+        After an answer about the same media within the same budget, only what is new is read. A long video
+        is priced in parts where it is asked about so; question: may name a time, whose surroundings are
+        looked at instead, or besides.
         """
-        media = session.media if media is None else media
+        media = tuple(session.media) if media is None else media
         budget, selector = settings.budget, settings.selector
         last = session.history[-1] if session.history else None
         new: int | None = None
@@ -285,8 +296,19 @@ class Handlers:
             before = last.settings
             if (before.budget, before.selector, last.media) == (budget, selector, tuple(media)):
                 new = QUESTION_TOKENS + last.answer.usage.completion_tokens
+        first, film = self._film(chat, session, media)
+        if film is not None and question and len(media) == 1:
+            around = [
+                chat.estimate(one.medium, budget, selector, scope=session.scope)
+                for one in film.around(question, budget)
+            ]
+            if around and not session.history:
+                return around
+            return [film.estimate(budget, selector, new), *around]
         return [
-            chat.estimate(
+            film.estimate(budget, selector, new if new is None or index == 0 else 0)
+            if film is not None and medium == first
+            else chat.estimate(
                 medium.asked,
                 budget,
                 selector,
@@ -296,26 +318,122 @@ class Handlers:
             for index, medium in enumerate(media)
         ]
 
+    def _film(
+        self, chat: VideoChat, session: Session, media: Sequence[Media]
+    ) -> tuple[Media | None, LongVideo | None]:
+        """The one that is shown first and alone, and it as a long video where it is shown in parts."""
+        first: list[Media] = []
+        for turn in session.history:
+            if first := [medium for medium in media if medium in turn.media]:
+                break
+        first = first or list(media)
+        if len(first) != 1 or first[0].is_image:
+            return None, None
+        return first[0], long_video(chat, first[0].asked, session.scope)
+
     def strip(self, session: Session, settings: Settings) -> str:
         """The frames of the shown video with the patches that the budget keeps, before any question."""
         medium = session.current
         if medium is None:
             return ""
+        index = session.index(medium.path) or 0
         try:
             with self.slot.using() as chat:
-                seen = chat.preview(medium.asked, settings.budget, settings.selector, scope=session.scope)
+                first, film = self._film(chat, session, tuple(session.media))
+                film = film if medium == first else None
+                shown = [Showing(medium.asked, 0, settings.budget)]
+                parts = shown if film is None else film.shown(settings.budget)
+                seen = [
+                    chat.preview(one.medium, one.budget, settings.selector, scope=session.scope)
+                    for one in parts
+                ]
         except FluxChatError as error:
             return markup.problem(_sentence(error))
-        kept, grid = len(seen.kept.indices), seen.kept.grid
-        label = f"What the model will look at: {kept} of {grid.size} patches"
-        frames = markup.strip(seen.frames, seen.kept, session.shown, side=THUMBNAIL, label=label)
+        kept = sum(len(one.kept.indices) for one in seen)
+        size = sum(one.kept.grid.size for one in seen)
+        in_parts = "" if film is None else f" in {_parts_of(len(parts))}"
+        label = f"What the model will look at{in_parts}: {kept} of {size} patches"
+        frames = markup.strip([(one.frames, one.kept) for one in seen], index, side=THUMBNAIL, label=label)
         return f"<h2>{label}</h2>{frames}"
+
+    # -- chapters -------------------------------------------------------------------------------------------
+
+    def chapters(self, session: Session) -> str:
+        """The chapters of the video in the player as far as they are known, or what offers them, as HTML;
+        empty where it is not long."""
+        medium = session.current
+        if medium is None or medium.is_image:
+            return ""
+        start_s, end_s = medium.part.range_s(medium.info)
+        if end_s - start_s < LONG_S:
+            return ""
+        found = session.chapters.get((medium.path, medium.part))
+        if found is None:
+            return markup.long_note(LONG_NOTE)
+        return markup.chapters(found, session.index(medium.path) or 0)
+
+    def find_chapters(self, session: Session, path: str, settings: Settings) -> Iterator[str | None]:
+        """Describe the chapters of a video: yields `chapters` as each is there, None where the player shows
+        something else meanwhile."""
+        index = session.index(path)
+        if index is None or session.listing is not None:
+            return
+        medium = session.media[index]
+        place = medium.path, medium.part
+        stop = session.listing = threading.Event()
+        session.problem = ""
+        session.busy += 1
+        found: list[Chapter] = []
+
+        def shown(phase: str = "") -> str | None:
+            current = session.current
+            if current is None or (current.path, current.part) != place:
+                return None
+            return markup.chapters(found, session.index(path) or 0, phase=phase)
+
+        def check() -> None:
+            if stop.is_set():
+                raise Stopped
+
+        try:
+            yield shown("Finding where the picture changes")
+            with self.slot.using(stop, after_loading=True) as chat:
+                options: dict[str, Any] = {
+                    "selector": settings.selector,
+                    "scope": session.scope,
+                    "stop": stop,
+                }
+                film = LongVideo(chat, medium.asked, session.scope, check)
+                for chapter in film.chapters(budget=settings.budget, **options):
+                    check()
+                    found.append(chapter)
+                    yield shown(f"Looking at chapter {len(found) + 1}")
+                found = list(found)
+                session.chapters[place] = tuple(found)
+        except Stopped:
+            if found:
+                session.chapters[place] = tuple(found)
+        except FluxChatError as error:
+            session.problem = markup.problem(_sentence(error))
+        finally:
+            session.listing = None
+            session.busy -= 1
+            if session.closed:
+                self.chat.forget(session.scope)
+        current = session.current
+        yield self.chapters(session) if current and (current.path, current.part) == place else None
+
+    def stop_chapters(self, session: Session) -> None:
+        """No more chapters; those that are there stay."""
+        if (listing := session.listing) is not None:
+            listing.set()
 
     def suggestions(self, session: Session) -> str:
         """Three questions that fit the model and what is shown; nothing without media."""
-        if session.current is None:
+        medium = session.current
+        if medium is None:
             return ""
-        if session.current.is_image:
+        if medium.is_image:
             return markup.suggestions(IMAGE_QUESTIONS)
         return markup.suggestions(DRAWN_QUESTIONS if self.needs_video else VIDEO_QUESTIONS)
 
@@ -405,13 +523,13 @@ class Handlers:
         turn.phase = "Waiting for its turn"
         history = [earlier for earlier in session.history if earlier is not turn]
         try:
-            turn.predicted_s = self._predicted_s(chat, session, settings, turn.media)
+            turn.predicted_s = self._predicted_s(chat, session, settings, turn.media, turn.question)
             for text, thinking, phase, answer in self._answer(
                 chat, session, turn.media, turn.question, settings, turn.stop, history
             ):
                 if answer is not None:
                     turn.details = self._details(
-                        chat, session, turn.media, settings, answer, turn.predicted_s
+                        chat, session, turn.media, settings, answer, turn.question, history, turn.predicted_s
                     )
                 turn.text, turn.thinking, turn.phase, turn.answer = text, thinking, phase, answer
                 yield self.messages(session)
@@ -423,12 +541,18 @@ class Handlers:
                 turn.error, turn.phase = "Stopped.", ""
 
     def _predicted_s(
-        self, chat: VideoChat, session: Session, settings: Settings, media: Sequence[Media]
+        self,
+        chat: VideoChat,
+        session: Session,
+        settings: Settings,
+        media: Sequence[Media],
+        question: str,
     ) -> float | None:
         """Seconds to the first word that the page has foretold; None before the machine was measured."""
         if not (media and chat.calibrated):
             return None
-        return sum(estimate.first_token_s for estimate in self._estimates(chat, session, settings, media))
+        estimates = self._estimates(chat, session, settings, media, question)
+        return sum(estimate.first_token_s for estimate in estimates)
 
     def stop(self, session: Session) -> None:
         """End the answer under way within one token, or the comparison; what waits is answered next."""
@@ -586,7 +710,9 @@ class Handlers:
                     chat, session, media, question, chosen[index], stop, []
                 ):
                     details = (
-                        "" if answer is None else self._details(chat, session, media, chosen[index], answer)
+                        ""
+                        if answer is None
+                        else self._details(chat, session, media, chosen[index], answer, question, [])
                     )
                     side = _Side(text, thinking, phase, details)
                     updates.put((index, side))
@@ -684,6 +810,8 @@ class Handlers:
         def report(what: str, index: int, count: int) -> None:
             nonlocal phase
             phase = PHASES[what] + (f" of video {index + 1}" if count > 1 and what == "decode" else "")
+            if isinstance(what, Step) and what.parts > 1:
+                phase += f", part {what.part} of {what.parts}"
             updates.put("")
 
         options = settings.options()
@@ -691,7 +819,12 @@ class Handlers:
         messages = conversation_messages(media, history, question)
         if system:
             messages.insert(0, Message.of("system", system))
-        stream = chat.stream_messages(messages, scope=session.scope, progress=report, stop=stop, **options)
+        stream = chat.stream_messages(
+            messages, scope=session.scope, progress=report, stop=stop, parts=True, **options
+        )
+        if not history and self._film(chat, session, media)[1] is not None:
+            phase = "Finding where the picture changes"
+            updates.put("")
         failed: list[BaseException] = []
 
         def work() -> None:
@@ -748,18 +881,35 @@ class Handlers:
         media: Sequence[Media],
         settings: Settings,
         answer: Answer,
+        question: str,
+        history: Sequence[Turn],
         predicted_s: float | None = None,
     ) -> str:
-        """HTML under an answer, folded into one line: strips of frames with kept patches, tokens, times."""
-        strips = []
-        for index, (medium, kept) in enumerate(zip(media, answer.kept, strict=False)):
-            frames = chat.preview(
-                medium.asked, settings.budget, settings.selector, scope=session.scope
-            ).frames
-            session.thumbnails.setdefault(medium.path, data_url(Image.fromarray(frames[0].numpy()), 96))
+        """HTML under an answer, folded into one line: strips of frames with kept patches, tokens, times.
+
+        Of a long video the strip has the frames of all parts that were looked at.
+        """
+        asked = conversation_messages(media, history, question) if answer.kept else []
+        views = [
+            one
+            for message in showings(chat, asked, settings.budget, parts=True, scope=session.scope)
+            for one in message.content
+            if isinstance(one, Showing)
+        ]
+        seen: dict[int, list[tuple[Tensor, KeptTokens]]] = {}
+        places = {medium.path: index for index, medium in enumerate(media)}
+        for view, kept in zip(views, answer.kept, strict=False):
+            frames = chat.preview(view.medium, view.budget, settings.selector, scope=session.scope).frames
+            path = str(view.medium.source)
+            session.thumbnails.setdefault(path, data_url(Image.fromarray(frames[0].numpy()), 96))
             if len(frames) == kept.grid.frames:
-                label = f"What it looked at in {medium.name}"
-                strips.append(markup.strip(frames, kept, index, side=THUMBNAIL, label=label))
+                seen.setdefault(places[path], []).append((frames, kept))
+        strips = [
+            markup.strip(
+                seen[index], index, side=THUMBNAIL, label=f"What it looked at in {media[index].name}"
+            )
+            for index in sorted(seen)
+        ]
         return markup.evidence(answer, strips, predicted_s)
 
     # -- API endpoints --------------------------------------------------------------------------------------
@@ -776,7 +926,7 @@ class Handlers:
         """
         self._check_length(question)
         with self.slot.using(after_loading=True) as chat:
-            answer = chat.ask(video, question, budget=budget.strip() or None, scope=scope)
+            answer = chat.ask(video, question, budget=budget.strip() or None, scope=scope, parts=True)
         return answer.text, answer.to_dict()
 
     def api_estimate(self, video: str | None, budget: str = "") -> dict[str, Any]:
@@ -789,7 +939,7 @@ class Handlers:
         if video is None:
             raise ConfigError("An estimate needs a video: give one.")
         with self.slot.using() as chat:
-            return asdict(chat.estimate(video, budget.strip() or None))
+            return asdict(price(chat, video, budget.strip() or None))
 
 
 def conversation_messages(
@@ -809,6 +959,10 @@ def conversation_messages(
         messages.append(Message.of("assistant", turn.text))
     messages.append(Message("user", (*_parts(waiting), question_text(question))))
     return messages
+
+
+def _parts_of(count: int) -> str:
+    return "1 part" if count == 1 else f"{count} parts"
 
 
 def way_out(sentence: str, name: str) -> str:

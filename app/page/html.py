@@ -6,6 +6,7 @@ import json
 import re
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import SequenceMatcher
 from html import escape
 from itertools import groupby
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from app.answer import Answer, KeptTokens
 from app.estimate import Estimate
+from app.long_video import Chapter, LongEstimate
+from app.note import without_note
 from app.page.overlay import data_url, kept_mask, paint
 from app.page.sessions import Media
 from encoder.video.clock import clock as exact
@@ -26,7 +29,7 @@ _COUNTING = (
     *("eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"),
     "twenty",
 )
-_CLOCK = r"\d{1,3}:[0-5]\d(?:\.\d+)?"
+_CLOCK = r"(?:\d{1,2}:[0-5]\d|\d{1,3}):[0-5]\d(?:\.\d+)?"
 # "0:07", "1:02.5", "7 s", "7.5 seconds", "3 sec", "three seconds"; not "10:30 pm"'s day or "16:9" followed by
 # more digits.
 _TIME = re.compile(
@@ -44,10 +47,12 @@ _INTERVAL = re.compile(
 
 
 def clock(seconds: float, *, tenths: bool = False) -> str:
-    """7.4 -> "0:07", or "0:07.4"."""
+    """7.4 -> "0:07", or "0:07.4"; 5025 -> "1:23:45"."""
     units = int(seconds * 10 + 0.5) if tenths else int(seconds + 0.5) * 10
     minutes, rest = divmod(units, 600)
-    return f"{minutes}:{rest // 10:02d}" + (f".{rest % 10}" if tenths else "")
+    hours, minutes = divmod(minutes, 60)
+    whole = f"{hours}:{minutes:02d}" if hours else f"{minutes}"
+    return f"{whole}:{rest // 10:02d}" + (f".{rest % 10}" if tenths else "")
 
 
 def link_times(text: str, duration_s: float, *, html: bool = False) -> str:
@@ -83,7 +88,8 @@ def link_times(text: str, duration_s: float, *, html: bool = False) -> str:
 def _seconds_of(words: str) -> float:
     """ "1:02.5" and "62.5" as seconds."""
     minutes, _, seconds = words.rpartition(":")
-    return 60 * int(minutes or 0) + float(seconds)
+    hours, _, minutes = minutes.rpartition(":")
+    return 3600 * int(hours or 0) + 60 * int(minutes or 0) + float(seconds)
 
 
 def said_alone(text: str, others: Sequence[str], duration_s: float) -> str:
@@ -115,11 +121,17 @@ def thoughts(text: str) -> str:
     return f'<details class="fc-thoughts"><summary>Thoughts</summary>{lines}</details>\n\n'
 
 
-def strip(frames: Tensor, kept: KeptTokens, medium: int, *, side: int, label: str) -> str:
+def strip(seen: Sequence[tuple[Tensor, KeptTokens]], medium: int, *, side: int, label: str) -> str:
     """A row of frames with dropped patches dimmed; each is a button that moves the player to its time.
 
-    frames: uint8 (T, H, W, 3). medium: place of the video in the conversation. side: pixels of a picture.
+    seen: frames, uint8 (T, H, W, 3), and what is kept of them: of a video, or of each part of a long one.
+    medium: place of the video in the conversation. side: pixels of a picture.
     """
+    cells = [cell for frames, kept in seen for cell in _cells(frames, kept, medium, side)]
+    return f'<div class="fc-frames" role="group" aria-label="{escape(label)}">{"".join(cells)}</div>'
+
+
+def _cells(frames: Tensor, kept: KeptTokens, medium: int, side: int) -> list[str]:
     counts = kept_mask(kept).sum(axis=(1, 2))
     tenths = kept.duration_s < 60
     cells = []
@@ -134,7 +146,35 @@ def strip(frames: Tensor, kept: KeptTokens, medium: int, *, side: int, label: st
             f'data-medium="{medium}" title="Go to {at}: {counts[index]} tokens kept">{image}'
             f"<span>{at} <i>{counts[index]}</i></span></button>"
         )
-    return f'<div class="fc-frames" role="group" aria-label="{escape(label)}">{"".join(cells)}</div>'
+    return cells
+
+
+def long_note(text: str) -> str:
+    """What is said of a long video, and a button that lists its chapters."""
+    return f'<p class="fc-note">{escape(text)} <button type="button" data-chapters>List chapters</button></p>'
+
+
+def chapters(found: Sequence[Chapter], medium: int, *, phase: str = "") -> str:
+    """Chapters of a long video, each a button that moves the player to where it begins.
+
+    phase: what is done for the next one.
+    """
+    texts = [without_note(one.text) for one in found]
+    rows = "".join(
+        f'<li><button type="button" data-seek="{one.start_s:.3f}" data-medium="{medium}">'
+        f"<b>{clock(one.start_s)}</b> {escape(text)}</button></li>"
+        for one, text in zip(found, texts, strict=True)
+    )
+    said = [one.text.removesuffix(text) for one, text in zip(found, texts, strict=True) if one.text != text]
+    note = f'<p class="fc-note">{_code(said[0])}</p>' if said else ""
+    stop = '<button type="button" data-chapters-stop>Stop</button>'
+    waiting = f'<p class="fc-phase" role="status">{escape(phase)} … {stop}</p>' if phase else ""
+    return f'<h2>Chapters</h2>{note}<ol class="fc-chapters">{rows}</ol>{waiting}'
+
+
+def _code(text: str) -> str:
+    """A text whose `marks` become code."""
+    return re.sub("`([^`]*)`", r"<code>\1</code>", escape(text.strip()))
 
 
 def presets(choices: Sequence[tuple[str, int, Sequence[Estimate]]], chosen: int | None) -> str:
@@ -173,11 +213,14 @@ def cost_line(estimates: Sequence[Estimate], seconds: float | None = None) -> st
     first = estimates[0]
     kept, seen = sum(e.kept_tokens for e in estimates), sum(e.seen_tokens for e in estimates)
     wait = sum(e.first_token_s for e in estimates)
+    parts = [e.parts for e in estimates if isinstance(e, LongEstimate)]
     shapes = {(e.frames, e.height, e.width) for e in estimates}
     many = f"{len(estimates)} × " if len(estimates) > 1 else ""
+    if parts:
+        first, many = replace(first, frames=first.frames // parts[0]), f"{parts[0]} × "
     shape = f"{first.frames} × {first.width}×{first.height}" if len(shapes) == 1 else "various sizes"
     facts = [
-        ("frames × size", f"{many}{shape}"),
+        ("parts × frames × size" if parts else "frames × size", f"{many}{shape}"),
         ("tokens kept", f"<b>{kept}</b> of {seen}"),
         ("of the detail", _detail(estimates)),
         ("into the LLM", f"{sum(e.llm_tokens for e in estimates)} tokens"),
@@ -185,6 +228,9 @@ def cost_line(estimates: Sequence[Estimate], seconds: float | None = None) -> st
         ("to first word", f"≈ <b>{wait:.2f} s</b>"),
         ("memory", f"{sum(e.peak_mib for e in estimates):.0f} MiB"),
     ]
+    if parts:
+        survey_s = sum(e.survey_s for e in estimates if isinstance(e, LongEstimate))
+        facts.insert(6, ("of it to find the parts", f"{survey_s:.2f} s"))
     cells = " ".join(
         f'<span class="fc-fact"><span>{value}</span> <small>{name}</small></span>' for name, value in facts
     )

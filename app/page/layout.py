@@ -31,7 +31,7 @@ PLACEHOLDER = "## Ask about a video"
 SAME = "="  # as the second model of a comparison: the one in use
 TITLE, SUMMARY = "FluxChat", "Ask questions about videos, and choose how closely the model looks."
 ICON = THEME / "icon.svg"
-SCRIPTS = ("page.js", "part.js", "conversations.js", "library.js")  # in one scope
+SCRIPTS = ("opening.js", "page.js", "part.js", "conversations.js", "library.js")  # in one scope
 # Drawn by conversations.js, from what this browser keeps.
 KEPT_VIDEO_MIB = 1024
 SIDE = (
@@ -60,6 +60,7 @@ SIDE_OPEN = (
     'try { document.documentElement.classList.toggle("fc-side-open", '
     'innerWidth > 1100 && localStorage.getItem("fluxchat-side") === "true"); } catch {}'
 )
+EARLY = (THEME / "early.js").read_text()
 
 
 def page_options() -> dict[str, Any]:
@@ -97,7 +98,8 @@ def page_options() -> dict[str, Any]:
     return {
         "theme": theme,
         # In the head the page has it before Gradio's parts are there, so that nothing moves when they come.
-        "head": f"{HEAD}<script>{SIDE_OPEN}</script><style>{(THEME / 'page.css').read_text()}</style>",
+        "head": f"{HEAD}<script>{SIDE_OPEN}\n{EARLY}</script>"
+        f"<style>{(THEME / 'page.css').read_text()}</style>",
         "favicon_path": str(ICON),
         "footer_links": [],
         "run_history": False,
@@ -157,6 +159,7 @@ class Controls:
         with gr.Row(elem_id="fluxchat-main", equal_height=False):
             with gr.Column(scale=0, min_width=0, elem_id="fluxchat-side"):
                 gr.HTML(SIDE, **PLAIN, elem_id="fluxchat-list")
+                self.owner = gr.HTML(**PLAIN, elem_id="fluxchat-owner")
                 self.record = gr.HTML(**PLAIN, elem_id="fluxchat-record")
                 self.taken = gr.HTML(**PLAIN, elem_id="fluxchat-taken")
             with gr.Column(scale=5, min_width=0, elem_id="fluxchat-stage"):
@@ -177,6 +180,7 @@ class Controls:
             elem_id="fluxchat-shelf",
         )
         self.strip = gr.HTML(**PLAIN, elem_id="fluxchat-strip")
+        self.chapters = gr.HTML(**PLAIN, elem_id="fluxchat-chapters")
         self.made = gr.HTML(**PLAIN, elem_id="fluxchat-made")
 
     def _conversation(self, chat: VideoChat, examples: Examples) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import app.messages
 from app.answer import Answer
 from app.library.library import Hit
+from app.long_video import Chapter
 from app.page.settings import Settings
 from app.server.errors import ApiError
 from app.server.media.store import MediaStore
@@ -105,7 +106,8 @@ class Session:
     asked_for: how often the page asked for what it computes in the background. found: a search of the library
     by its number, and its hits. opened: copies of the library's videos that it got, by their paths there.
     opening: the last conversation that the browser asked for, by its number there; `reopening` lets one at a
-    time be opened. cleared: how often a new one was begun.
+    time be opened. cleared: how often a new one was begun. chapters: of each part of a video that they were
+    asked for of, by its path. listing: ends the chapters that are being described.
     """
 
     id: str
@@ -131,11 +133,14 @@ class Session:
     opening: int = 0
     reopening: threading.Lock = field(default_factory=threading.Lock)
     cleared: int = 0
+    chapters: dict[tuple[str, Part], tuple[Chapter, ...]] = field(default_factory=dict)
+    listing: threading.Event | None = None
 
     @property
     def current(self) -> Media | None:
         """The video or image in the player."""
-        return self.media[self.shown] if self.media else None
+        media = list(self.media)  # another event may remove one meanwhile
+        return media[min(self.shown, len(media) - 1)] if media else None
 
     @property
     def duration_s(self) -> float:
@@ -162,6 +167,8 @@ class Session:
     def halt(self) -> None:
         """End all that it computes or would compute."""
         self.stop.set()
+        if (listing := self.listing) is not None:
+            listing.set()
         for turn in self.turns:
             turn.stop.set()
 

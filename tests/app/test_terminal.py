@@ -8,13 +8,17 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from app.chat import VideoChat
+from app.long_video import price
 from app.terminal import Terminal, converse
 from encoder.errors import BudgetError, ConfigError, VideoError
 from tests.app.conftest import SHORT, WORLD
+from training.synthetic.export import write_video
 
 OPTIONS = {"budget": "16", "max_new_tokens": 4}
 
@@ -191,3 +195,69 @@ def test_ctrl_c_while_a_command_runs_ends_the_command_only(
     printed = capsys.readouterr().out
     assert "! Stopped." in printed
     assert "/export FILE" in printed
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven minutes, a frame a second, of two colours."""
+    path = tmp_path_factory.mktemp("long") / "film.mp4"
+    colours = [(200, 40, 40), (40, 40, 200)]
+    shots = [np.full((32, 32, 3), colours[second // 330], np.uint8) for second in range(660)]
+    write_video(path, np.stack(shots), 1)
+    return path
+
+
+def test_a_long_video_is_priced_and_asked_about_in_parts(
+    chat: VideoChat, film: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = Terminal(chat, str(film), {**OPTIONS, "budget": "64"})
+    terminal.introduce()
+    whole = str(price(chat, film, 64))
+    assert "2 parts" in whole
+    assert whole.partition(" about ")[0] in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    terminal.ask("What is it?")
+    printed = capsys.readouterr().out
+    assert printed.index("Part 1 of 2 …") < printed.index("Part 2 of 2 …") < printed.index("first word after")
+    assert "64 of" in printed
+    terminal.ask("And then?")
+    assert "Part" not in capsys.readouterr().out  # it was looked at before
+    terminal.command("budget", "16")
+    terminal.command("part", "0:10 1:00")
+    one, part = capsys.readouterr().out.splitlines()
+    assert ("1 parts" in one, "4 frames" in part) == (True, "parts" not in part)
+    terminal.command("video", str(film))
+    assert "1 parts" in capsys.readouterr().out
+
+
+def test_ctrl_c_between_two_parts_ends_the_answer_only(
+    chat: VideoChat, film: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[object] = []
+    encode = chat._vision.encode
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        looked.append(arguments)
+        if len(looked) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(chat._vision, "encode", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is it?\nAnd now?\n"))
+    assert converse(chat, str(film), {**OPTIONS, "budget": "64"}) == 0
+    assert len(looked) == 1 + 2
+    assert capsys.readouterr().out.count("video tokens") == 2
+
+
+def test_an_export_shows_the_parts_that_were_looked_at(chat: VideoChat, film: Path, tmp_path: Path) -> None:
+    terminal = Terminal(chat, str(film), {**OPTIONS, "budget": "64"})
+    terminal.ask("What is it?")
+    terminal.command("save", str(tmp_path / "talk.json"))
+    terminal.command("new", "")
+    terminal.command("load", str(tmp_path / "talk.json"))
+    terminal.command("export", str(tmp_path / "talk.md"))
+    text = (tmp_path / "talk.md").read_text()
+    assert text.count("*film.mp4*") == 2
+    assert ", from 0:00 to " in text
+    assert len(list((tmp_path / "talk_frames").iterdir())) == price(chat, film, 64).frames

@@ -8,13 +8,12 @@ const known = new Set(); // keys of turns that this tab has seen
 const renamed = new Map(); // name of a conversation that another tab has gone on with -> ours
 const keys = new Map(); // path on the server -> key in the store of videos
 let open = null; // the conversation on the page: as it was kept last
-let asked = 0; // grows with each click that leads to another conversation: only the last one counts
 let number = 0; // of the last record
 let saving = Promise.resolve(); // one after the other
 
 // -- the store -----------------------------------------------------------------------------------------------
 
-// Those who log in have a store each, also in one browser.
+// Those who log in have a store each, also in one browser; who it is comes from the server.
 const owner = !find('a[href="/logout"]') ? Promise.resolve("") : new Promise((done) => {
   const ask = () => { const place = find("[data-owner]"); return place ? done(`-${place.dataset.owner}`) : setTimeout(ask, 50); };
   ask();
@@ -185,6 +184,17 @@ const titleOf = (talk) => talk.title || talk.turns[0]?.question.slice(0, 80) || 
 // -- reopening -----------------------------------------------------------------------------------------------
 
 async function reopen(id, turn = ++asked) {
+  isOpening(turn);
+  try {
+    if (!await reopenNow(id, turn)) isOpen(turn);
+  } catch (reason) {
+    isOpen(turn);
+    throw reason;
+  }
+}
+
+// Whether the server was asked to open it; its answer is the end of it.
+async function reopenNow(id, turn) {
   const late = () => turn !== asked;
   const talk = await get("conversations", id).catch(() => null);
   if (late()) return;
@@ -217,6 +227,8 @@ async function reopen(id, turn = ++asked) {
   open = talk;
   address(id);
   draw().catch(unkept);
+  if (reopening) reopening.sent = revision();
+  setTimeout(isOpen, LONGEST_OPENING_MS, turn); // the connection is gone
   trigger("reopen", {
     files, turn,
     kept: {
@@ -225,6 +237,7 @@ async function reopen(id, turn = ++asked) {
     },
   });
   focusQuestion();
+  return true;
 }
 
 // Videos of the open conversation that are kept no more: their frames show, and the page asks for the files.
@@ -534,7 +547,8 @@ new MutationObserver(() => {
 new MutationObserver(fillEvidence).observe(document.body, { childList: true, subtree: true }); // the talk comes later
 
 find("[data-side]").setAttribute("aria-expanded", String(sideOpen()));
+if (linked) isOpening(0);
 purge().then(draw).then(tidy).then(() => {
-  const id = location.hash.match(/^#c=([\w-]+)$/)?.[1];
-  if (id && !asked) reopen(id);
-}).catch(unkept);
+  if (linked && !asked) return reopen(linked);
+  isOpen(0);
+}).catch(() => { isOpen(0); unkept(); });

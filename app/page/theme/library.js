@@ -33,7 +33,8 @@ Object.assign(clicks, {
     opening = Math.max(Date.now(), opening + 1);
     finder().close();
     say("Opening …");
-    trigger("hit", { index: Number(button.dataset.hit), search: drawn, turn: opening });
+    const hit = { index: Number(button.dataset.hit), search: drawn, turn: opening };
+    onceOpen(() => trigger("hit", hit));
     focusQuestion();
   },
 });

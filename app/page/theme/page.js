@@ -18,6 +18,18 @@ function focusQuestion() {
   if (!touch) question()?.focus({ preventScroll: true });
 }
 
+// Whether a question waits for the conversation that is being opened; it is sent then.
+let questionWaits = false;
+function waits(event) {
+  if (!reopening) return false;
+  event.preventDefault();
+  event.stopPropagation();
+  if (!questionWaits) onceOpen(() => { questionWaits = false; find("#fluxchat-send")?.click(); });
+  questionWaits = true;
+  say("Opening the conversation, then it is asked …");
+  return true;
+}
+
 function showSettings(open) {
   document.body.classList.toggle("fc-settings-open", open);
   find("[data-settings]").setAttribute("aria-expanded", String(open));
@@ -27,6 +39,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && event.target === question()) {
     if (event.isComposing) return event.stopPropagation();
     if (event.shiftKey) return event.stopPropagation(); // a new line; Gradio would send
+    if (waits(event)) return;
   }
   if (event.key !== "Escape" || find("dialog[open]") || event.target.closest?.("#fluxchat-list :is(input, li)")) return;
   const stop = find("#fluxchat-stop");
@@ -104,7 +117,7 @@ function send(files) {
   if (!files.length) return;
   const name = files.length > 1 ? `${files.length} files` : files[0].name || "the picture";
   upload(files, name).then(
-    (paths) => trigger("files", { files: paths.map((path) => ({ path })) }),
+    (paths) => onceOpen(() => trigger("files", { files: paths.map((path) => ({ path })) })),
     (text) => { say(""); trigger("refused", { text }); },
   );
 }
@@ -208,10 +221,11 @@ function drawStage() {
 
 // A server that does two things at once may send the older shelf last: ask what is true.
 let newest = 0;
+const revision = () => Number(find("#fluxchat-shelf [data-revision]")?.dataset.revision || 0);
 function overtaken() {
-  const revision = Number(find("#fluxchat-shelf [data-revision]")?.dataset.revision || 0);
-  if (revision < newest) trigger("overtaken");
-  newest = Math.max(newest, revision);
+  if (revision() < newest) trigger("overtaken");
+  newest = Math.max(newest, revision());
+  if (reopening && newest > reopening.sent) isOpen(reopening.turn);
 }
 
 // The shelf has changed: show what it says is current. A player that has its file already is left alone.
@@ -291,6 +305,12 @@ for (const name of ["timeupdate", "error"]) {
 
 // -- clicks --------------------------------------------------------------------------------------------------
 
+// Another conversation is begun: one that is being opened does not come any more.
+function elsewhere() {
+  asked += 1;
+  isOpen(asked);
+}
+
 const clicks = {
   "[data-attach]": () => find("#fluxchat-file").click(),
   "[data-camera]": () => openCamera(),
@@ -305,7 +325,7 @@ const clicks = {
     focusQuestion();
   },
   "[data-load-not]": () => { trigger("model_not"); focusQuestion(); },
-  "[data-fresh]": () => { asked += 1; trigger("fresh"); focusQuestion(); },
+  "[data-fresh]": () => { elsewhere(); trigger("fresh"); focusQuestion(); },
   "[data-dismiss]": () => { trigger("dismiss"); focusQuestion(); },
   "[data-preset]": (button) => {
     for (const other of document.querySelectorAll("[data-preset]")) {
@@ -314,9 +334,11 @@ const clicks = {
     setBudget(button.dataset.preset);
     focusQuestion();
   },
-  "[data-suggest]": (button) => { trigger("suggest", { text: button.dataset.suggest }); focusQuestion(); },
-  "[data-example]": (button) => { asked += 1; trigger("example", { index: Number(button.dataset.example) }); focusQuestion(); },
+  "[data-suggest]": (button) => { onceOpen(() => trigger("suggest", { text: button.dataset.suggest })); focusQuestion(); },
+  "[data-example]": (button) => { elsewhere(); trigger("example", { index: Number(button.dataset.example) }); focusQuestion(); },
   "[data-seek]": (frame) => seek(Number(frame.dataset.medium), Number(frame.dataset.seek)),
+  "[data-chapters]": () => { chaptersWanted = true; trigger("chapters", { source: current()?.dataset.src }); },
+  "[data-chapters-stop]": () => trigger("chapters_stop"),
   "[data-show]": (button) => trigger("select", { source: button.parentElement.dataset.src }),
   "[data-remove]": (button) => { trigger("delete", { source: button.parentElement.dataset.src }); focusQuestion(); },
   "[data-clip]": clip,
@@ -342,6 +364,7 @@ document.addEventListener("click", (event) => {
     const [start, end] = time.getAttribute("href").split("#t=")[1].split(",").map(Number);
     return seek(null, start, end === undefined ? null : end);
   }
+  if (event.target.closest("#fluxchat-send") && waits(event)) return;
   for (const [selector, act] of Object.entries(clicks)) {
     const target = event.target.closest(selector);
     if (target) return act(target);
@@ -382,9 +405,17 @@ function saveMade() {
   say(link.dataset.told);
 }
 
+let chaptersWanted = false; // they were asked for: the first one is brought into view
+function showChapters() {
+  if (!chaptersWanted || !find(".fc-chapters li")) return;
+  chaptersWanted = false;
+  find("#fluxchat-chapters").scrollIntoView({ block: touch || innerWidth < 700 ? "start" : "nearest" });
+}
+
 new MutationObserver(() => {
   offerClips();
   saveMade();
+  showChapters();
   if (find("#fluxchat-problem [role=alert]") && ["Cutting …", "Opening …"].includes(find(".fc-upload span")?.textContent)) say("");
 }).observe(document.body, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-made"] });
 

@@ -8,6 +8,7 @@ An admitted request carries in its ASGI scope:
     fluxchat.client  the client's id, unguessable: one per key or login, else one per visitor, known by
                      a cookie that /v1 sets, or by the connection
     fluxchat.name    the key's or login's name, None for a visitor without
+    fluxchat.key     whether it is a key's: a login may have the same name
 """
 
 from __future__ import annotations
@@ -119,6 +120,7 @@ class AccessControl:
                 403, "This key may not read what the others use: give it `metrics`.", code="no_metrics"
             )
         scope["fluxchat.client"], scope["fluxchat.name"] = client.id, client.name
+        scope["fluxchat.key"] = client.key is not None
         if (
             path.startswith("/v1/")
             and is_anonymous(client.id)

@@ -475,3 +475,26 @@ def test_phone(open_page: Callable[..., Any], scheme: str) -> None:
     )
     assert unlabelled == []
     shoot(page, f"phone-{scheme}")
+
+
+EARLY = """
+    const remove = window.removeEventListener;
+    window.removeEventListener = (...values) => {
+        if (values[1] !== window.fluxchatEarly?.click) return remove.apply(window, values);
+        window.removeEventListener = remove; // the first thing that the page's script does
+        document.querySelector("[data-models]").click();
+        window.wasEarly = !document.querySelector("dialog[open]");
+        window.removeEventListener(...values);
+    };
+"""
+
+
+def test_a_click_before_the_script_of_the_page_has_run_counts(browser: Any, served: Served) -> None:
+    context = browser.new_context()
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    page.add_init_script(EARLY)
+    page.goto(served.url)
+    expect(page.locator("#fluxchat-models")).to_be_visible(timeout=PATIENCE_MS)
+    assert page.evaluate("window.wasEarly")
+    context.close()

@@ -478,3 +478,93 @@ def test_a_name_that_is_given_while_a_video_is_kept_stays(open_page: Callable[..
     has(talks(page), "Orchard")
     page.reload()
     has(talks(page), "Orchard")
+
+
+def held_up(page: Any, pattern: str) -> list[Any]:
+    """Requests of that address, which wait in the list until it is said that they go on."""
+    waiting: list[Any] = []
+    page.route(pattern, lambda route: waiting.append(route))
+    return waiting
+
+
+def go_on(page: Any, waiting: list[Any]) -> None:
+    page.wait_for_timeout(300)  # what would be wrong has happened by now
+    for route in waiting:
+        route.continue_()
+    page.unroute_all()
+
+
+@pytest.mark.parametrize("way", ["enter", "click"])
+def test_a_question_before_a_reload_has_brought_its_conversation_waits_for_it(
+    open_page: Callable[..., Any], way: str
+) -> None:
+    page = open_page()
+    upload(page)
+    ask(page, "What is there?")
+    answered(page)
+    kept(page, 1)
+    link = page.url
+    waiting = held_up(page, "**/gradio_api/upload*")
+    page.reload()
+    field = page.get_by_label("Question", exact=True)
+    field.fill("And then?")
+    if way == "enter":
+        field.press("Enter")
+        field.press("Enter")  # asked once all the same
+    else:
+        page.locator("#fluxchat-send").click()
+    has(page.locator(".fc-upload"), re.compile("Opening the conversation|Sending"))
+    while not waiting:
+        page.wait_for_timeout(20)
+    expect(page.locator("#fluxchat-chat .message")).to_have_count(0)
+    go_on(page, waiting)
+    answered(page, 2)
+    kept(page, 1)
+    has(page.locator("#fluxchat-chat"), "What is there?")
+    expect(field).to_have_value("")
+    assert page.url == link
+    side(page)
+    has(talks(page), "2 questions")
+
+
+def test_a_file_that_is_brought_meanwhile_waits_too(open_page: Callable[..., Any]) -> None:
+    page = open_page()
+    upload(page)
+    ask(page, "What is there?")
+    answered(page)
+    kept(page, 1)
+    link = page.url
+    waiting = held_up(page, "**/gradio_api/upload*")
+    page.reload()
+    while not waiting:
+        page.wait_for_timeout(20)
+    page.locator("#fluxchat-file").set_input_files(str(WORLD))
+    while len(waiting) < 2:
+        page.wait_for_timeout(20)
+    waiting.reverse()  # the new file is there first
+    go_on(page, waiting)
+    has(page.locator("#fluxchat-shelf"), WORLD.name)
+    has(page.locator("#fluxchat-shelf"), SHORT.name)
+    answered(page)
+    assert page.url == link
+
+
+def test_an_example_is_begun_in_place_of_a_conversation_that_is_being_opened(
+    open_page: Callable[..., Any],
+) -> None:
+    page = open_page()
+    upload(page)
+    ask(page, "What is there?")
+    answered(page)
+    kept(page, 1)
+    link = page.url
+    waiting = held_up(page, "**/gradio_api/upload*")
+    page.reload()
+    while not waiting:
+        page.wait_for_timeout(20)
+    page.locator("[data-example]").click()
+    has(page.locator("#fluxchat-chat"), "What turns?")
+    go_on(page, waiting)
+    answered(page)
+    expect(page.locator("#fluxchat-chat")).not_to_contain_text("What is there?")
+    assert page.url != link

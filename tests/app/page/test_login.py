@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -26,14 +27,14 @@ from tests.app.server.serving import running
 pytestmark = browsing
 
 LOGIN = ("ann", "secret")
-KEY = "a-long-random-text"
+KEY, KEY_OF_ANN = "a-long-random-text", "another-long-random-text"
 
 
 @pytest.fixture(scope="module")
 def locked(tiny_model: VideoLanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a page behind a login and a key of another name."""
+    """The address of a page behind a login and two keys, one of the login's name."""
     keys = tmp_path_factory.mktemp("keys") / "keys.txt"
-    keys.write_text(f"ben {KEY}\n")
+    keys.write_text(f"ben {KEY}\nann {KEY_OF_ANN}\n")
     options = LaunchOptions(credentials=Credentials(None, LOGIN, keys), examples=[])
     with VideoChat(tiny_model, trusted=False) as chat, running(chat, options) as (address, _):
         yield address
@@ -108,3 +109,48 @@ def test_two_logins_on_one_browser_have_a_store_each(page: Any, locked: str) -> 
     expect(talks(page)).to_have_count(1, timeout=PATIENCE_MS)
     has(talks(page), "A secret of ann?")
     expect(page.locator("#fluxchat-chat .message")).to_have_count(0)
+
+
+def test_a_login_and_a_key_of_one_name_have_a_store_each(page: Any, locked: str) -> None:
+    page.goto(locked)
+    for count, password in ((0, LOGIN[1]), (0, KEY_OF_ANN), (1, LOGIN[1])):
+        log_in(page, "ann", password)
+        entered(page)
+        expect(talks(page)).to_have_count(count, timeout=PATIENCE_MS)
+        if not count:
+            ask(page)
+            answered(page)
+            expect(talks(page)).to_have_count(1, timeout=PATIENCE_MS)
+            page.wait_for_function("location.hash.startsWith('#c=')")
+        log_out(page)
+    # A login's store has the name that it had before keys had stores of their own.
+    name = hashlib.sha256(b"ann").hexdigest()[:24]
+    found = page.evaluate("async () => (await indexedDB.databases()).map((one) => one.name)")
+    assert f"fluxchat-{name}" in found
+    assert len(found) == 2
+
+
+def test_a_question_asked_before_the_list_is_drawn_is_answered_and_kept(page: Any, locked: str) -> None:
+    page.goto(locked)
+    held: list[Any] = []
+
+    def hold(route: Any) -> None:
+        """Whose page it is is told late."""
+        if (route.request.post_data_json or {}).get("data") == []:
+            held.append(route)
+        else:
+            route.continue_()
+
+    page.route("**/gradio_api/run/predict", hold)
+    log_in(page, *LOGIN)
+    ask(page, "Already?")
+    answered(page)
+    for route in held:
+        route.continue_()
+    page.unroute_all()
+    entered(page)
+    expect(talks(page)).to_have_count(1, timeout=PATIENCE_MS)
+    page.wait_for_function("location.hash.startsWith('#c=')")
+    ask(page, "And now?")
+    answered(page, 2)  # the first answer is still there
+    expect(talks(page)).to_have_count(1)

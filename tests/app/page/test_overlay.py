@@ -101,7 +101,7 @@ def test_preview_runs_no_encoder_block_and_decodes_once(
 
 def test_strip_has_a_button_per_frame_with_its_time() -> None:
     html = markup.strip(
-        torch.zeros((2, 28, 42, 3), dtype=torch.uint8), kept((0, 5, 6)), 1, side=64, label="<seen>"
+        [(torch.zeros((2, 28, 42, 3), dtype=torch.uint8), kept((0, 5, 6)))], 1, side=64, label="<seen>"
     )
     assert re.findall(r'data-seek="([\d.]+)" data-medium="1"', html) == ["0.500", "1.500"]
     assert "Go to 0:00.5: 2 tokens kept" in html
@@ -111,7 +111,7 @@ def test_strip_has_a_button_per_frame_with_its_time() -> None:
 
 def test_strip_of_an_image_has_no_buttons() -> None:
     one = KeptTokens((), 0.0, Grid(1, 2, 3), (0, 1))
-    html = markup.strip(torch.zeros((1, 28, 42, 3), dtype=torch.uint8), one, 0, side=64, label="seen")
+    html = markup.strip([(torch.zeros((1, 28, 42, 3), dtype=torch.uint8), one)], 0, side=64, label="seen")
     assert "data-seek" not in html
     assert "2 tokens" in html
 
