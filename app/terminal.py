@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from app.printed import on_a_line
 from encoder.errors import ConfigError, FluxChatError
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def converse(chat: VideoChat, video: Any, options: dict[str, Any]) -> int:
             else:
                 terminal.ask(line)
         except FluxChatError as error:
-            print(f"! {' '.join(str(error).split())}", flush=True)
+            print(f"! {on_a_line(' '.join(str(error).split()))}", flush=True)
         except KeyboardInterrupt:
             print("\n! Stopped.", flush=True)
 

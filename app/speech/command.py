@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from app.printed import on_a_line
 from encoder.errors import ConfigError
 
 SUFFIXES = {".srt": "srt", ".vtt": "vtt"}
@@ -64,5 +65,5 @@ def run_transcribe(args: argparse.Namespace) -> int:
     if not transcript.lines and not args.json:
         print("Nothing is said in it." if transcript.sound else "It has no sound.")
     elif out is not None and not args.json:
-        print(f"{out}: {len(transcript.lines)} lines, {transcript.language}")
+        print(f"{on_a_line(out)}: {len(transcript.lines)} lines, {transcript.language}")
     return 0
