@@ -225,8 +225,8 @@ class VideoChat(NotCopyable):
         scope: whose question this is; nothing kept for one scope serves another. progress: called with what
         begins ("decode", "encode", "prefill"), of which video, of how many. stop: an event that ends the
         answer when set.
-        hedge: about a video that is nothing the model knows, say so first, once, and doubt its yes; without
-        effect where the model cannot tell.
+        hedge: say first, once, that a video is nothing the model knows, where it can tell, and doubt its yes;
+        with parts, say that a time is not in the video.
         speech: put what is said in each video beside its frames, with times: most tokens of it, True for 256
         (extra `speech`). language: what is spoken, as "de"; None recognises it.
         parts: show a video of ten minutes or more that comes first and alone in parts, at most eight, which
@@ -303,7 +303,7 @@ class VideoChat(NotCopyable):
         """
         self._check_usable()
         text_tokens = self._count_text(query)
-        messages = showings(self, query.messages, query.budget, parts=query.parts, scope=query.scope)
+        messages, note = showings(self, query.messages, query.budget, parts=query.parts, scope=query.scope)
         media = [part for message in messages for part in message.content if isinstance(part, Showing)]
         count = len({showing.index for showing in media})
         # All are opened before one is encoded: a question about one that cannot be read costs nothing.
@@ -347,7 +347,9 @@ class VideoChat(NotCopyable):
         )
         asked_new = any(isinstance(part, Media) for part in query.messages[-1].content)
         shows_new = familiarity and doubted and asked_new and _shows_new(messages, videos)
-        return videos, generation, note_for(familiarity.things) if familiarity and shows_new else Note()
+        if familiarity and shows_new:
+            note = Note(note_for(familiarity.things) + note)
+        return videos, generation, note if hedged else Note()
 
     def _said(self, video: OpenedVideo, query: Query, shares: int = 1) -> str:
         """What is said in a video, as text on lines of its own, within its share of the query's budget."""
