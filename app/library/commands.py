@@ -135,7 +135,7 @@ def _listener(args: argparse.Namespace) -> Listener:
     from app.speech.listener import Listener
 
     listener = Listener(args.speech_model)
-    listener.ready()
+    listener.ready(args.language)
     return listener
 
 
