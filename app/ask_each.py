@@ -39,8 +39,10 @@ def ask_each(
 ) -> int:
     """Ask about each file by itself; returns how many failed, which ends nothing.
 
+    Raises FluxChatError, before any is asked about, for a question or options that fit no video.
     told: called with each outcome. progress: a terminal for a bar. options: as in `VideoChat.ask`.
     """
+    chat.check(question, **options)
     failed = 0
     for index, file in enumerate(files):
         with _bar(progress, index, len(files), file):

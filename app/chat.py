@@ -237,7 +237,6 @@ class VideoChat(NotCopyable):
         ContextError when all is longer than the model's context, and ModelError when it cannot answer.
         """
         self._check_usable()
-        check_selector(selector)
         part = Part.of(start, end, region)
         if stop is not None and not callable(getattr(stop, "is_set", None)):
             raise ConfigError(f"stop must be a threading.Event, not a {type(stop).__name__}.")
@@ -245,14 +244,61 @@ class VideoChat(NotCopyable):
             raise ConfigError(f"progress must be a function, not a {type(progress).__name__}.")
         if not isinstance(scope, str):
             raise ConfigError(f"scope must be a text (str), not a {type(scope).__name__}.")
-        checked = without_notes(with_part(check_messages(messages), part))
+        query = self._query(
+            without_notes(with_part(check_messages(messages), part)),
+            budget=budget,
+            selector=selector,
+            scope=scope,
+            progress=progress,
+            hedge=hedge,
+            speech=speech,
+            language=language,
+            parts=parts,
+            **sampling,
+        )
+        stops = [self._closed] if stop is None else [self._closed, stop]
+        plans: list[tuple[VideoInfo, Plan]] = []
+        stream = AnswerStream(
+            partial(self._prepare, query, plans=plans), self._check_usable, StopSignal(*stops)
+        )
+        stream.on_timings(partial(self._learn, plans))
+        return stream
+
+    def check(self, question: str, *, system: str | None = None, **options: Any) -> None:
+        """Raise what a question would about any video, before there is one: for wrong options, for a text and
+        an answer that are longer than the context, and for a speech model that is not there.
+
+        options: as in `stream_messages`, but for a part.
+        """
+        self._check_usable()
+        query = self._query(check_messages(question_messages(None, question, (), system)), **options)
+        self._count_text(query)
+        if query.speech:
+            self._listener.ready(query.language)
+
+    def _query(
+        self,
+        checked: tuple[Message[Media], ...],
+        *,
+        budget: Budget | int | str | None = None,
+        selector: Selector = "flux",
+        scope: str = "",
+        progress: Progress | None = None,
+        hedge: bool = True,
+        speech: bool | int = False,
+        language: str | None = None,
+        parts: bool = False,
+        **sampling: Any,
+    ) -> Query:
+        """What is asked, as `stream_messages` takes it; raises BudgetError and ConfigError."""
+        check_selector(selector)
         if (system := self.model.system) and all(message.role != "system" for message in checked):
             checked = (Message.of("system", system), *checked)
         chosen = SamplingParams(**{"think": self.think and sampling.get("schema") is None, **sampling})
         self._check_think(chosen.think)
         if chosen.schema is not None:
             self.model.llm.check_schema()
-        query = Query(
+        return Query(
             checked,
             self.plan_budget(budget),
             selector,
@@ -264,13 +310,6 @@ class VideoChat(NotCopyable):
             language,
             bool(parts),
         )
-        stops = [self._closed] if stop is None else [self._closed, stop]
-        plans: list[tuple[VideoInfo, Plan]] = []
-        stream = AnswerStream(
-            partial(self._prepare, query, plans=plans), self._check_usable, StopSignal(*stops)
-        )
-        stream.on_timings(partial(self._learn, plans))
-        return stream
 
     def conversation(self, video: Any = None, **options: Any) -> Conversation:
         """A conversation of many turns; options as in `stream` are the defaults of every turn.
