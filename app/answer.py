@@ -83,7 +83,8 @@ class Answer:
 
     thinking: what the model thought before it answered.
     familiar: whether every video looks like what the model was trained on; None when the model cannot tell,
-    or there is none. note: the sentence that `text` begins with when one does not; it is no token of usage.
+    or there is none. note: what `text` begins with that is not the model's: that a video does not, or has no
+    such time as the question names; it is no token of usage.
     """
 
     text: str

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from app.long_video import price
 from app.messages import Media
+from app.printed import on_a_line
 from encoder.errors import FluxChatError
 from encoder.video.part import WHOLE, Part
 
@@ -38,8 +39,10 @@ def ask_each(
 ) -> int:
     """Ask about each file by itself; returns how many failed, which ends nothing.
 
+    Raises FluxChatError, before any is asked about, for a question or options that fit no video.
     told: called with each outcome. progress: a terminal for a bar. options: as in `VideoChat.ask`.
     """
+    chat.check(question, **options)
     failed = 0
     for index, file in enumerate(files):
         with _bar(progress, index, len(files), file):
@@ -67,7 +70,8 @@ def _bar(out: TextIO | None, index: int, count: int, file: str) -> Iterator[None
         yield
         return
     full = BAR * index // count
-    name = file if len(file) <= 32 else f"...{file[-29:]}"
+    name = on_a_line(file)
+    name = name if len(name) <= 32 else f"...{name[-29:]}"
     line = f"[{'#' * full}{'.' * (BAR - full)}] {index + 1} of {count}  {name}"
     print(f"\r{line}", end="", file=out, flush=True)
     try:

@@ -229,8 +229,8 @@ class VideoChat(NotCopyable):
         scope: whose question this is; nothing kept for one scope serves another. progress: called with what
         begins ("decode", "encode", "prefill"), of which video, of how many; of a long video it is an
         `app.streaming.Step`, which says which part. stop: an event that ends the answer when set.
-        hedge: about a video that is nothing the model knows, say so first, once, and doubt its yes; without
-        effect where the model cannot tell.
+        hedge: say first, once, that a video is nothing the model knows, where it can tell, and doubt its yes;
+        with parts, say that a time is not in the video.
         speech: put what is said in each video beside its frames, with times: most tokens of it, True for 256
         (extra `speech`). language: what is spoken, as "de"; None recognises it.
         parts: show a video of ten minutes or more that comes first and alone in parts, at most eight, which
@@ -241,7 +241,6 @@ class VideoChat(NotCopyable):
         ContextError when all is longer than the model's context, and ModelError when it cannot answer.
         """
         self._check_usable()
-        check_selector(selector)
         part = Part.of(start, end, region)
         if stop is not None and not callable(getattr(stop, "is_set", None)):
             raise ConfigError(f"stop must be a threading.Event, not a {type(stop).__name__}.")
@@ -249,14 +248,61 @@ class VideoChat(NotCopyable):
             raise ConfigError(f"progress must be a function, not a {type(progress).__name__}.")
         if not isinstance(scope, str):
             raise ConfigError(f"scope must be a text (str), not a {type(scope).__name__}.")
-        checked = without_notes(with_part(check_messages(messages), part))
+        query = self._query(
+            without_notes(with_part(check_messages(messages), part)),
+            budget=budget,
+            selector=selector,
+            scope=scope,
+            progress=progress,
+            hedge=hedge,
+            speech=speech,
+            language=language,
+            parts=parts,
+            **sampling,
+        )
+        stops = [self._closed] if stop is None else [self._closed, stop]
+        plans: list[tuple[VideoInfo, Plan]] = []
+        stream = AnswerStream(
+            partial(self._prepare, query, plans=plans), self._check_usable, StopSignal(*stops)
+        )
+        stream.on_timings(partial(self._learn, plans))
+        return stream
+
+    def check(self, question: str, *, system: str | None = None, **options: Any) -> None:
+        """Raise what a question would about any video, before there is one: for wrong options, for a text and
+        an answer that are longer than the context, and for a speech model that is not there.
+
+        options: as in `stream_messages`, but for a part.
+        """
+        self._check_usable()
+        query = self._query(check_messages(question_messages(None, question, (), system)), **options)
+        self._count_text(query)
+        if query.speech:
+            self._listener.ready(query.language)
+
+    def _query(
+        self,
+        checked: tuple[Message[Media], ...],
+        *,
+        budget: Budget | int | str | None = None,
+        selector: Selector = "flux",
+        scope: str = "",
+        progress: Progress | None = None,
+        hedge: bool = True,
+        speech: bool | int = False,
+        language: str | None = None,
+        parts: bool = False,
+        **sampling: Any,
+    ) -> Query:
+        """What is asked, as `stream_messages` takes it; raises BudgetError and ConfigError."""
+        check_selector(selector)
         if (system := self.model.system) and all(message.role != "system" for message in checked):
             checked = (Message.of("system", system), *checked)
         chosen = SamplingParams(**{"think": self.think and sampling.get("schema") is None, **sampling})
         self._check_think(chosen.think)
         if chosen.schema is not None:
             self.model.llm.check_schema()
-        query = Query(
+        return Query(
             checked,
             self.plan_budget(budget),
             selector,
@@ -268,13 +314,6 @@ class VideoChat(NotCopyable):
             language,
             bool(parts),
         )
-        stops = [self._closed] if stop is None else [self._closed, stop]
-        plans: list[tuple[VideoInfo, Plan]] = []
-        stream = AnswerStream(
-            partial(self._prepare, query, plans=plans), self._check_usable, StopSignal(*stops)
-        )
-        stream.on_timings(partial(self._learn, plans))
-        return stream
 
     def conversation(self, video: Any = None, **options: Any) -> Conversation:
         """A conversation of many turns; options as in `stream` are the defaults of every turn.
@@ -308,7 +347,7 @@ class VideoChat(NotCopyable):
         self._check_usable()
         text_tokens = self._count_text(query)
         check = stop.check
-        messages = showings(
+        messages, note = showings(
             self, query.messages, query.budget, parts=query.parts, scope=query.scope, check=check
         )
         media = [part for message in messages for part in message.content if isinstance(part, Showing)]
@@ -356,7 +395,9 @@ class VideoChat(NotCopyable):
         )
         asked_new = any(isinstance(part, Media) for part in query.messages[-1].content)
         shows_new = familiarity and doubted and asked_new and _shows_new(messages, videos)
-        return videos, generation, note_for(familiarity.things) if familiarity and shows_new else Note()
+        if familiarity and shows_new:
+            note = Note(note_for(familiarity.things) + note)
+        return videos, generation, note if hedged else Note()
 
     def _said(self, video: OpenedVideo, query: Query, shares: int = 1) -> str:
         """What is said in a video, as text on lines of its own, within its share of the query's budget."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from app.library.commands import LIBRARY_COMMANDS, add_library_commands
 from app.library.map_command import add_map_command
+from app.printed import on_a_line
 from app.speech.command import add_transcribe_command, run_transcribe, speech_options
 from encoder.errors import ConfigError, FluxChatError
 from fluxchat import __version__
@@ -504,13 +505,15 @@ def _tell_engine(args: argparse.Namespace) -> None:
         options = {"quantize": args.quantize, "adapters": args.adapters, "device_map": args.device_map}
         if reason := why_local(args.llm, **options):
             print(
-                f"{args.llm} is dequantised and run by transformers: {reason}.", file=sys.stderr, flush=True
+                f"{on_a_line(args.llm)} is dequantised and run by transformers: {reason}.",
+                file=sys.stderr,
+                flush=True,
             )
 
 
 def announce_download(name: str, size: int) -> None:
     """Say how large a model on the hub is, before it is downloaded. size: in bytes."""
-    print(f"Downloading {name}, {size / 1e9:.2f} GB, once.", file=sys.stderr, flush=True)
+    print(f"Downloading {on_a_line(name)}, {size / 1e9:.2f} GB, once.", file=sys.stderr, flush=True)
 
 
 def _generation(args: argparse.Namespace) -> dict[str, Any]:
@@ -574,9 +577,9 @@ def _ask_each(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps(outcome), flush=True)
         elif "error" in outcome:
-            print(f"{outcome['file']}: ! {outcome['error']}", flush=True)
+            print(on_a_line(f"{outcome['file']}: ! {outcome['error']}"), flush=True)
         else:
-            print(f"{outcome['file']}: {outcome['answer']}", flush=True)
+            print(f"{on_a_line(outcome['file'])}: {outcome['answer']}", flush=True)
 
     part = Part.of(args.start, args.end, args.region)
     with open_chat(args) as chat:
@@ -624,7 +627,7 @@ def run_clip(args: argparse.Namespace) -> int:
         print(json.dumps({"file": args.out, **asdict(part)}))
     else:
         sound = "with its sound" if part.sound else "without sound"
-        print(f"{args.out}: {clock(part.start_s)} to {clock(part.end_s)}, {sound}")
+        print(f"{on_a_line(args.out)}: {clock(part.start_s)} to {clock(part.end_s)}, {sound}")
     return 0
 
 
@@ -735,7 +738,7 @@ def run_export(args: argparse.Namespace) -> int:
             raise ConfigError(f"{out} is there already: choose another name, or --force to write over it.")
         write_gguf(_language_model(args), out, kind)
         size = out.stat().st_size
-    print(f"{out}: {kind}, {size / 1e6:.0f} MB")
+    print(f"{on_a_line(out)}: {kind}, {size / 1e6:.0f} MB")
     return 0
 
 
@@ -904,7 +907,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
         return status
     except FluxChatError as error:
-        print(f"fluxchat: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"fluxchat: {on_a_line(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -915,7 +918,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         name = getattr(error, "filename", None)
         reason = getattr(error, "strerror", None) or str(error) or "there is not enough memory"
-        print(f"fluxchat: This machine refuses: {reason}{f' ({name})' if name else ''}.", file=sys.stderr)
+        where = f" ({on_a_line(name)})" if name else ""
+        print(f"fluxchat: This machine refuses: {reason}{where}.", file=sys.stderr)
         return 2
 
 

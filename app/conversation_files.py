@@ -279,7 +279,7 @@ def record_of(conversation: Conversation) -> Record:
 
     messages = tuple(
         Message(m.role, tuple(map(piece, m.content)))
-        for m in showings(chat, conversation.messages, budget, parts=parts, scope=scope)
+        for m in showings(chat, conversation.messages, budget, parts=parts, scope=scope)[0]
     )
     return Record(chat.name, messages)
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from app.answer import Answer
 from app.estimate import Estimate, add
 from app.messages import Media, as_media, part_of
-from app.note import without_note
+from app.note import Note, no_such_time, without_note
 from encoder.budget import MIN_TOKENS, Budget
 from encoder.errors import ConfigError, VideoError
 from encoder.video.clock import clock, seconds
@@ -193,8 +193,7 @@ class LongVideo:
         ]
 
     def around(self, question: str, budget: Budget) -> list[Showing]:
-        """What the question names of it; nothing where it names no time. Raises ConfigError for a time that
-        is not there."""
+        """What the question names of it; nothing where it names no time, or one that is not there."""
         named = self._named(question)
         return [] if named is None else [Showing(named, 0, budget)]
 
@@ -227,13 +226,18 @@ class LongVideo:
             first, last = first - AROUND_S, last + AROUND_S
         elif last - first >= LONG_S:
             return None
-        for time_s in times:
-            if not self.start_s <= time_s <= self.end_s:
-                raise ConfigError(
-                    f"There is nothing at {clock(time_s)}: it goes from {clock(self.start_s)} to "
-                    f"{clock(self.end_s)}."
-                )
+        if not all(map(self._has, times)):
+            return None
         return self._part(max(self.start_s, first), min(self.end_s, last))
+
+    def absent(self, question: str) -> Note:
+        """The sentence about the first time that a question names and that is not there; "" without one."""
+        times = [seconds(text) for text in _TIME.findall(question)]
+        outside = next((time_s for time_s in times if not self._has(time_s)), None)
+        return Note() if outside is None else no_such_time(outside, self.start_s, self.end_s)
+
+    def _has(self, time_s: float) -> bool:
+        return self.start_s <= time_s <= self.end_s
 
     def _part(self, start_s: float, end_s: float) -> Media:
         return replace(self._medium, part=Part(start_s, end_s, self._medium.part.region))
@@ -342,16 +346,18 @@ def showings(
     parts: bool,
     scope: str = "",
     check: Callable[[], None] = lambda: None,
-) -> tuple[Message[Showing], ...]:
-    """The messages with their media as a prompt shows them.
+) -> tuple[tuple[Message[Showing], ...], Note]:
+    """The messages with their media as a prompt shows them, and what is to be said before the answer.
 
     parts: a long video that comes first and alone is shown in parts. A question that names a time in it is
-    shown what is around that instead, also later, and the next one that names none all of it. What a message
-    shows depends on it and those before it, so that a follow-up question finds their prefix in the cache.
-    Raises VideoError, BudgetError, and ConfigError for a time in the last message that is not there.
+    shown what is around that instead, also later, and the next one that names none all of it. A time that is
+    not there names nothing: the sentence says so of the last message. What a message shows depends on it and
+    those before it, so that a follow-up question finds their prefix in the cache. Raises VideoError and
+    BudgetError.
     """
     made: list[Message[Showing]] = []
     film: LongVideo | None = None
+    note = Note()
     index, whole_shown = 0, False
     for message in messages:
         media = [piece for piece in message.content if isinstance(piece, Media)]
@@ -362,8 +368,9 @@ def showings(
         elif media:
             film = None
         views: list[Showing] = []
+        note = Note()  # that of the last message stays
         if film is not None and message.role == "user":
-            views = _named_views(film, message.text, budget, strict=message is messages[-1])
+            views, note = film.around(message.text, budget), film.absent(message.text)
             if not views and not whole_shown:
                 views, whole_shown = film.shown(budget), True
         content: list[str | Showing] = [] if media else [*views]
@@ -376,17 +383,7 @@ def showings(
             content += [Showing(medium, index, budget)] if film is None else views
             index += 1
         made.append(Message(message.role, tuple(content)))
-    return tuple(made)
-
-
-def _named_views(film: LongVideo, question: str, budget: Budget, *, strict: bool) -> list[Showing]:
-    """What a question names of a film. strict: a time that is not there is an error, else it names none."""
-    try:
-        return film.around(question, budget)
-    except ConfigError:
-        if strict:
-            raise
-        return []
+    return tuple(made), note
 
 
 def _differences(frames: Tensor) -> Tensor:

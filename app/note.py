@@ -1,6 +1,9 @@
-"""The sentence before an answer about a video that is nothing the model knows, and taking it out again.
+"""Sentences before an answer that are not the model's words, and taking them out again.
+
+One about a video that is nothing the model knows, one about a time that a long video does not have.
 
 note_for(236) + words                # what the reader gets
+no_such_time(5025, 0, 800) + words
 without_note(message.text)           # what the language model sees of it in later turns
 """
 
@@ -10,6 +13,7 @@ import re
 from collections.abc import Sequence
 
 from app.messages import Media
+from encoder.video.clock import clock
 from llm_bridge.prompt import Message
 
 REAL_MODEL = "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
@@ -18,7 +22,13 @@ _BEFORE, _AFTER = (
     " drawn things, and what it is shown here does not look like them: the answer is a guess. "
     f"A model for real videos: `fluxchat web --model {REAL_MODEL}`.",
 )
-_NOTE = re.compile(rf"\s*{re.escape(_BEFORE)}\d+{re.escape(_AFTER)}\s*")
+_ABSENT = "There is nothing at {} in the video, which goes from {} to {}: the answer is about all of it."
+_TIME = r"[\d:.]+"
+_SENTENCES = (
+    rf"{re.escape(_BEFORE)}\d+{re.escape(_AFTER)}",
+    _ABSENT.replace(".", r"\.").replace("{}", _TIME),
+)
+_NOTE = re.compile(rf"\s*(?:(?:{'|'.join(_SENTENCES)})\s*)+")
 
 
 class Note(str):
@@ -32,13 +42,18 @@ def note_for(things: int) -> Note:
     return Note(f"{_BEFORE}{things}{_AFTER}\n\n")
 
 
+def no_such_time(time_s: float, start_s: float, end_s: float) -> Note:
+    """The sentence about a time that is named and lies outside of what is asked about, all in seconds."""
+    return Note(_ABSENT.format(clock(time_s), clock(start_s), clock(end_s)) + "\n\n")
+
+
 def without_note(text: str) -> str:
-    """An answer without the sentence, whichever model said it."""
+    """An answer without the sentences, whichever model's it is."""
     return text[found.end() :] if (found := _NOTE.match(text)) else text
 
 
 def without_notes(messages: Sequence[Message[Media]]) -> tuple[Message[Media], ...]:
-    """Messages as the language model sees them: it never said the sentence."""
+    """Messages as the language model sees them: it never said these sentences."""
     return tuple(_own_words(message) if message.role == "assistant" else message for message in messages)
 
 

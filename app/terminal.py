@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from app.long_video import LongPrice, price
+from app.printed import on_a_line
 from app.streaming import Step
 from encoder.errors import ConfigError, FluxChatError
 
@@ -69,7 +70,7 @@ def converse(chat: VideoChat, video: Any, options: dict[str, Any]) -> int:
             else:
                 terminal.ask(line)
         except FluxChatError as error:
-            print(f"! {' '.join(str(error).split())}", flush=True)
+            print(f"! {on_a_line(' '.join(str(error).split()))}", flush=True)
         except KeyboardInterrupt:
             print("\n! Stopped.", flush=True)
 

@@ -22,6 +22,7 @@ from llm_bridge.lean.build import lean_model
 from llm_bridge.lean.decoder import LeanBatch
 from llm_bridge.lean.rotary import Rotary
 from llm_bridge.lean.step import LeanModel
+from llm_bridge.model_files.bars import without_bars
 from llm_bridge.model_files.chat_templates import check_template
 from llm_bridge.model_files.checks import (
     check_fits,
@@ -35,7 +36,7 @@ from llm_bridge.model_files.checks import (
     weight_bytes,
     weight_options,
 )
-from llm_bridge.model_files.gguf_header import check_gguf
+from llm_bridge.model_files.gguf_header import check_gguf, gguf_values, with_head_width
 from llm_bridge.model_files.gguf_tokenizer import whole_tokenizer
 from llm_bridge.model_files.hub import check_room, is_hub_id
 from llm_bridge.prompt import template_text
@@ -423,8 +424,6 @@ def load_pretrained(
     auto_class: of transformers, that builds it. what: it is called in errors. not_quantised: names of modules
     that keep their type, beside the head.
     """
-    from transformers.utils import logging
-
     target = torch.device(device) if device is not None else default_device()
     dtype = dtype or default_dtype(target)
     path, gguf = locate(str(name))
@@ -438,39 +437,33 @@ def load_pretrained(
         device_map = device_map or {"": str(target)}
     if device_map is not None:
         options["device_map"] = device_map
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with refused(f"Cannot load {what} {name}"):
-            if is_hub_id(path):
-                itemsize = None if quantize or device_map else dtype.itemsize
-                if size := _check_download(path, revision, itemsize, what, auto_class):
-                    (on_download or (lambda *_: None))(path, size)
-            folder = local_folder(path, revision)
-            in_memory = quantize in (None, *KINDS) and device_map is None and target.type == "cpu"
-            options |= _load_options(
-                folder, gguf, dtype.itemsize if in_memory else None, f"{what} {name}", auto_class
+    with without_bars(), refused(f"Cannot load {what} {name}"):
+        if is_hub_id(path):
+            itemsize = None if quantize or device_map else dtype.itemsize
+            if size := _check_download(path, revision, itemsize, what, auto_class):
+                (on_download or (lambda *_: None))(path, size)
+        folder = local_folder(path, revision)
+        in_memory = quantize in (None, *KINDS) and device_map is None and target.type == "cpu"
+        options |= _load_options(
+            folder, gguf, dtype.itemsize if in_memory else None, f"{what} {name}", auto_class
+        )
+        tokenizer = load_tokenizer(folder, gguf)
+        loaded_with_report: Any = auto_class.from_pretrained(
+            folder, trust_remote_code=False, output_loading_info=True, **options
+        )
+        model, report = loaded_with_report
+        if gguf is None and (missing := sorted(report["missing_keys"])):  # else they would be random
+            raise ModelError(
+                f"Cannot load {what} {name}: its weights lack {missing[0][:80]!r}"
+                f"{f' and {len(missing) - 1} more' if missing[1:] else ''}: it is damaged."
             )
-            tokenizer = load_tokenizer(folder, gguf)
-            loaded_with_report: Any = auto_class.from_pretrained(
-                folder, trust_remote_code=False, output_loading_info=True, **options
-            )
-            model, report = loaded_with_report
-            if gguf is None and (missing := sorted(report["missing_keys"])):  # else they would be random
-                raise ModelError(
-                    f"Cannot load {what} {name}: its weights lack {missing[0][:80]!r}"
-                    f"{f' and {len(missing) - 1} more' if missing[1:] else ''}: it is damaged."
-                )
-            if device_map is None:
-                model = model.to(target)
-            for adapter in adapters:
-                model = apply_adapter(model, adapter, merge=quantize in (None, *KINDS))
-            if quantize == "4bit":
-                _check_quantised(model, str(name))
-            model.eval().requires_grad_(False)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+        if device_map is None:
+            model = model.to(target)
+        for adapter in adapters:
+            model = apply_adapter(model, adapter, merge=quantize in (None, *KINDS))
+        if quantize == "4bit":
+            _check_quantised(model, str(name))
+        model.eval().requires_grad_(False)
     return model, tokenizer, folder
 
 
@@ -507,6 +500,8 @@ def _load_options(
         check_folder(folder)
         source, options = {}, weight_options(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True, **source)
+    if gguf is not None:
+        options["config"] = with_head_width(config, gguf_values(folder / gguf))
     check_family(config, what)
     if gguf is None:
         stored, per_byte = weight_bytes(folder), 1

@@ -50,7 +50,10 @@ class Asker(Protocol):
 
 
 class LocalAsker:
-    """Asks a VideoChat of this process. at_once: videos. options: as of `VideoChat.ask`."""
+    """Asks a VideoChat of this process. at_once: videos. options: as of `VideoChat.ask`.
+
+    Raises FluxChatError for a question or options that fit no video.
+    """
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class LocalAsker:
         part: Part = WHOLE,
         at_once: int = AT_ONCE,
     ) -> None:
+        chat.check(question, **(options or {}))
         self.chat, self.question, self._part = chat, question, part
         self._options, self._at_once = dict(options or {}), at_once
         self.asked = _hash(

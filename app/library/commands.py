@@ -13,6 +13,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from app.printed import on_a_line
 from app.speech.command import speech_options
 from encoder.errors import ConfigError
 
@@ -134,7 +135,7 @@ def _listener(args: argparse.Namespace) -> Listener:
     from app.speech.listener import Listener
 
     listener = Listener(args.speech_model)
-    listener.ready()
+    listener.ready(args.language)
     return listener
 
 
@@ -150,7 +151,7 @@ def _check(library: Library, as_json: bool) -> int:
         print(json.dumps([asdict(row) for row in stale]))
     else:
         for row in stale:
-            print(f"{row.what}: {row.path}" + (f" ({row.why})" if row.why else ""))
+            print(on_a_line(f"{row.what}: {row.path}" + (f" ({row.why})" if row.why else "")))
         print(f"{len(stale)} stale; `fluxchat index --repair` mends it." if stale else "All is up to date.")
     return 1 if stale else 0
 
@@ -160,7 +161,7 @@ def _tell(report: IndexReport, as_json: bool, heard: HeardReport | None) -> None
         print(json.dumps(asdict(report) | ({} if heard is None else {"speech": asdict(heard)})))
         return
     for path, why in {**report.failed, **({} if heard is None else heard.failed)}.items():
-        print(f"{path}: ! {why}")
+        print(on_a_line(f"{path}: ! {why}"))
     parts = [f"{report.indexed} videos indexed ({report.clips} clips)", f"{report.unchanged} unchanged"]
     parts += [f"{report.removed} dropped"] * bool(report.removed)
     parts += [f"{len(report.failed)} could not be read"] * bool(report.failed)
@@ -205,7 +206,8 @@ def _line(hit: Hit) -> str:
 
     where = f"{clock(hit.start_s)}-{clock(hit.end_s)}"
     beside = f"  [{hit.thumbnail}]" if hit.thumbnail else ""
-    return f"{hit.score:.3f}  {where.ljust(15)}  {hit.path}{beside}" + (f"  {hit.said}" if hit.said else "")
+    said = f"  {hit.said}" if hit.said else ""
+    return on_a_line(f"{hit.score:.3f}  {where.ljust(15)}  {hit.path}{beside}{said}")
 
 
 LIBRARY_COMMANDS = {"index": run_index, "search": run_search}

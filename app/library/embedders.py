@@ -29,6 +29,7 @@ from encoder.json_files import read_object
 from encoder.preprocess import centre, preprocess
 from llm_bridge.clip_head import ALIGNMENT, ClipHead, read_clip_head
 from llm_bridge.llm import default_device, usable_device
+from llm_bridge.model_files.bars import without_bars
 from llm_bridge.model_files.checks import open_folder, open_settings, refused
 from llm_bridge.text_encoders.text_towers import ContrastiveTower, SentenceTower, local_sentence_tower
 from llm_bridge.towers.pixels import HALF, PixelSettings, to_pixels
@@ -147,11 +148,9 @@ class StockEmbedder:
     @cached_property
     def _model(self) -> Any:
         from transformers import AutoModel
-        from transformers.utils import logging
 
-        logging.disable_progress_bar()
         place, options = self._place
-        with refused(f"Cannot load an embedder from {self.name}"):
+        with without_bars(), refused(f"Cannot load an embedder from {self.name}"):
             model = AutoModel.from_pretrained(place, dtype=torch.float32, trust_remote_code=False, **options)
         if not hasattr(model, "get_image_features"):
             raise ModelError(

@@ -112,7 +112,7 @@ def index_files(
     wanted = []
     for path in paths:
         file = known.get(path)
-        if file is not None and file.rows == file.count and _same(table, path, file.identity):
+        if file is not None and file.rows == file.count and file.identity.still(path, table.touch):
             report.unchanged += 1
         else:
             wanted.append(path)
@@ -133,20 +133,6 @@ def index_files(
     if report.indexed:
         table.tidy()
     return report
-
-
-def _same(table: ClipTable, path: str, identity: FileIdentity) -> bool:
-    """Whether a file is as it was indexed; one that was only touched is noted as such."""
-    if identity.unchanged(path):
-        return True
-    try:
-        now = FileIdentity.of(path)
-    except OSError:
-        return False
-    if not now.same_content(identity):
-        return False
-    table.touch(path, now.mtime_ns)
-    return True
 
 
 def _steps(paths: Sequence[str], seconds: float, frames: int) -> Iterator[_Step]:

@@ -42,10 +42,10 @@ def listen_to(
     from tqdm import tqdm
 
     report, known = HeardReport(), table.files()
-    wanted = [path for path in paths if path not in known or not known[path].unchanged(path)]
+    wanted = [path for path in paths if path not in known or not known[path].still(path, table.touch)]
     report.unchanged = len(paths) - len(wanted)
     if wanted:
-        listener.ready()
+        listener.ready(language)
     bar = tqdm(
         total=len(wanted), unit="video", desc="listening", file=progress, disable=progress is None,
         dynamic_ncols=True,
@@ -55,7 +55,9 @@ def listen_to(
             try:
                 check_name(path)
                 identity = FileIdentity.of(path)
-                transcript = listener.listen(path, language=language)
+                transcript = listener.listen(
+                    path, language=language, progress=lambda share: bar.set_postfix_str(f"{share:.0%} of it")
+                )
                 if not identity.unchanged(path):
                     raise VideoError(f"Cannot read {path!r}: it was changed meanwhile; index it again.")
             except VideoError as error:

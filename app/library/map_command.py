@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from app.library.commands import ray_options, ray_pool
+from app.printed import on_a_line
 from encoder.errors import ConfigError
 
 NOT_SAMPLING = ("budget", "system", "speech", "language")
@@ -89,7 +90,7 @@ def run_map(
         print(json.dumps(asdict(report)))
     else:
         for path, why in report.failed.items():
-            print(f"{path}: ! {why}")
+            print(on_a_line(f"{path}: ! {why}"))
         failed = f", {len(report.failed)} failed" if report.failed else ""
-        print(f"{out}: {report.answered} answered, {report.unchanged} were there{failed}.")
+        print(f"{on_a_line(out)}: {report.answered} answered, {report.unchanged} were there{failed}.")
     return 1 if report.failed else 0

@@ -115,6 +115,13 @@ class SaidTable:
         found.sort(key=lambda one: (-one[1], one[0].path, one[0].start_s))
         return found[:count]
 
+    def touch(self, path: str, mtime_ns: int) -> None:
+        """Note that a file's content is the same at a later time."""
+        try:
+            self._table.update(where=rows_of(path), values={"mtime_ns": mtime_ns})
+        except Exception as error:
+            raise cannot_write(self._folder, error, "heard") from error
+
     def remove(self, path: str) -> None:
         """Drop a file's lines."""
         if self._table is None:

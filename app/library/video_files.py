@@ -11,7 +11,7 @@ import glob
 import hashlib
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,19 @@ class FileIdentity:
         except (OSError, ValueError):
             return False
         return (status.st_size, status.st_mtime_ns) == (self.size, self.mtime_ns)
+
+    def still(self, path: str, touch: Callable[[str, int], object]) -> bool:
+        """Whether the file's content is what it was. touch: told the path and time of one only touched."""
+        if self.unchanged(path):
+            return True
+        try:
+            now = FileIdentity.of(path)
+        except OSError:
+            return False
+        if not now.same_content(self):
+            return False
+        touch(path, now.mtime_ns)
+        return True
 
     def same_content(self, other: FileIdentity) -> bool:
         """Whether it is the same content, whenever it was last written."""

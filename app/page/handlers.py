@@ -892,7 +892,7 @@ class Handlers:
         asked = conversation_messages(media, history, question) if answer.kept else []
         views = [
             one
-            for message in showings(chat, asked, settings.budget, parts=True, scope=session.scope)
+            for message in showings(chat, asked, settings.budget, parts=True, scope=session.scope)[0]
             for one in message.content
             if isinstance(one, Showing)
         ]

@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.chat import SHIPPED
 from app.model_slot import ModelSlot
 from app.server.errors import ApiError, ClientDisconnected
+from app.server.gradio_events import check_event, tell_senders
 from app.server.media.download import download
 from app.server.media.store import MediaStore
 from app.server.media.uploads import receive_files
@@ -91,8 +92,9 @@ def mount_page(app: FastAPI, slot: ModelSlot, api: Api, options: LaunchOptions) 
         **page_options(),
     )
     restrict_inputs(page, api.store, options.server.url_hosts, limit)
+    tell_senders(page)
     mount: Any = mounted.routes[-1]
-    mount.app = GradioAccess(mount.app, api.store, folder, options.server.url_hosts, mcp=options.mcp)
+    mount.app = GradioAccess(mount.app, page, api.store, folder, options.server.url_hosts, mcp=options.mcp)
     app.state.sessions = page.sessions  # type: ignore[attr-defined]
     return mounted
 
@@ -148,13 +150,21 @@ class _InputFetcher:
 class GradioAccess:
     """ASGI application around Gradio's that admits only known routes and the client's own files and sessions.
 
-    folder: where the page's uploads are. hosts: may be fetched from. mcp: whether there are MCP tools.
+    page: gradio.Blocks. folder: where the page's uploads are. hosts: may be fetched from. mcp: whether there
+    are MCP tools.
     """
 
     def __init__(
-        self, app: ASGIApp, store: MediaStore, folder: str | Path, hosts: Sequence[str], *, mcp: bool
+        self,
+        app: ASGIApp,
+        page: Any,
+        store: MediaStore,
+        folder: str | Path,
+        hosts: Sequence[str],
+        *,
+        mcp: bool,
     ) -> None:
-        self._app, self._store, self._mcp = app, store, mcp
+        self._app, self._page, self._store, self._mcp = app, page, store, mcp
         self._folder = os.path.join(os.path.realpath(folder), "")
         self._hosts = {name.lower() for name in hosts}
         self._sessions: OrderedDict[str, str] = OrderedDict()
@@ -190,6 +200,7 @@ class GradioAccess:
         value = await parse_json(body, request.scope.get("fluxchat.parsing"))
         if isinstance(value, dict) and isinstance(value.get("session_hash"), str):
             self._bind_session(value["session_hash"], client)
+        check_event(self._page, request.scope["path"], value)
         await asyncio.to_thread(self.check_body, value, client)
         return body
 

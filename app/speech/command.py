@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
+from app.printed import on_a_line
 from encoder.errors import ConfigError
+
+if TYPE_CHECKING:
+    from app.speech.listener import Progress
 
 SUFFIXES = {".srt": "srt", ".vtt": "vtt"}
 
@@ -36,8 +42,22 @@ def speech_options(command: argparse._ActionsContainer) -> None:
     )
 
 
+@contextmanager
+def _percents(out: TextIO | None) -> Iterator[Progress]:
+    """A bar on a terminal that leaves no trace, and what moves it."""
+    from tqdm import tqdm
+
+    form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    with tqdm(
+        total=1.0, desc="listening", file=out, disable=out is None, leave=False, bar_format=form,
+        dynamic_ncols=True,
+    ) as bar:  # fmt: skip
+        yield lambda share: bar.update(share - bar.n)
+
+
 def run_transcribe(args: argparse.Namespace) -> int:
     """Listen, and write or print."""
+    from app.ask_each import terminal
     from app.speech.listener import Listener
     from encoder.checkpoint import atomic_path
     from encoder.video.clock import clock
@@ -52,7 +72,10 @@ def run_transcribe(args: argparse.Namespace) -> int:
             raise ConfigError(
                 f"Cannot write {out}: name a file in a folder that is there and can be written."
             )
-    transcript = Listener(args.speech_model).listen(args.video, language=args.language)
+    listener = Listener(args.speech_model)
+    listener.ready(args.language)
+    with _percents(terminal()) as told:
+        transcript = listener.listen(args.video, language=args.language, progress=told)
     if out is not None:
         with atomic_path(out) as temporary:
             temporary.write_text(getattr(transcript, SUFFIXES[out.suffix.lower()]), encoding="utf-8")
@@ -64,5 +87,5 @@ def run_transcribe(args: argparse.Namespace) -> int:
     if not transcript.lines and not args.json:
         print("Nothing is said in it." if transcript.sound else "It has no sound.")
     elif out is not None and not args.json:
-        print(f"{out}: {len(transcript.lines)} lines, {transcript.language}")
+        print(f"{on_a_line(out)}: {len(transcript.lines)} lines, {transcript.language}")
     return 0

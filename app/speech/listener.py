@@ -34,8 +34,15 @@ Progress = Callable[[float], object]  # told how much of a video has been heard,
 class SpeechModel(Protocol):
     """Turns sound into lines."""
 
-    def lines(self, sound: Sound, language: str | None) -> tuple[list[Line], str]:
-        """The lines, with times of the video, and the language they are in ("" without lines)."""
+    def lines(self, sound: Sound, language: str | None, heard: Progress) -> tuple[list[Line], str]:
+        """The lines, with times of the video, and the language they are in ("" without lines).
+
+        heard: told how much of the sound has been heard, 0 to 1.
+        """
+        ...
+
+    def check(self, language: str | None) -> None:
+        """Raises ConfigError for a language that it does not know; None is any."""
         ...
 
 
@@ -58,14 +65,18 @@ class WhisperModel:
         except Exception as error:
             raise ModelError(f"Cannot load the speech model {name}: {first_line(error)}.") from error
 
-    def lines(self, sound: Sound, language: str | None) -> tuple[list[Line], str]:
-        """As a SpeechModel; raises ConfigError for a language that the model does not know."""
+    def check(self, language: str | None) -> None:
+        """As a SpeechModel."""
         known = self._model.supported_languages
         if language is not None and language not in known:
             raise ConfigError(
                 f"The speech model knows no language {language!r} (it knows {', '.join(known[:5])}"
                 f"{' ...' if len(known) > 5 else ''}): name another with {MODEL} or --speech-model."
             )
+
+    def lines(self, sound: Sound, language: str | None, heard: Progress) -> tuple[list[Line], str]:
+        """As a SpeechModel."""
+        self.check(language)
         segments, info = self._model.transcribe(
             sound.samples.to(torch.float32).div_(32768).numpy(),
             language=language,
@@ -75,6 +86,7 @@ class WhisperModel:
         )
         lines = []
         for segment in segments:
+            heard(min(1.0, segment.end / sound.seconds))
             unsure = segment.no_speech_prob > SILENT and segment.avg_logprob < DOUBTED
             text = " ".join(segment.text.split())
             if text and not unsure:
@@ -94,11 +106,12 @@ class Listener:
         self._source = source or os.environ.get(MODEL) or None
         self._model, self._lock = model, threading.Lock()
 
-    def ready(self) -> SpeechModel:
-        """The model; raises ConfigError or ModelError where it is not there."""
+    def ready(self, language: str | None = None) -> SpeechModel:
+        """The model; raises ConfigError or ModelError where it is not there or lacks the language."""
         with self._lock:
             if self._model is None:
                 self._model = WhisperModel(self._source)
+            self._model.check(language)
             return self._model
 
     def listen(
@@ -115,10 +128,11 @@ class Listener:
     ) -> Transcript:
         """What is said in a video from start_s to end_s (default: all of it).
 
-        language: a code as "de"; None recognises it, at each stretch. source, trusted, limits, name: as in
-        `read_clip`. Raises VideoError, ConfigError and ModelError: one sentence.
+        language: a code as "de"; None recognises it, at each stretch. progress: told how much
+        has been heard, 0 to 1. source, trusted, limits, name: as in `read_clip`.
+        Raises VideoError, ConfigError and ModelError: one sentence.
         """
-        model = self.ready()
+        model = self.ready(language)
         info = probe(source, trusted=trusted, limits=limits, name=name)
         end_s = info.duration_s if end_s is None else min(end_s, info.duration_s)
         lines: list[Line] = []
@@ -129,11 +143,15 @@ class Listener:
             if sound is None:
                 break
             sounding = True
+
+            def heard(share: float, begin: float = begin, end: float = end) -> None:
+                progress((begin + share * (end - begin) - start_s) / (end_s - start_s))
+
             with self._lock:
-                said, spoken = model.lines(sound, language)
+                said, spoken = model.lines(sound, language, heard)
             lines += said
             languages += [spoken] * len(said)
-            progress((end - start_s) / (end_s - start_s))
+            heard(1.0)
         return Transcript(tuple(lines), max(languages, key=languages.count, default=""), sounding)
 
 

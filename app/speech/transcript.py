@@ -51,10 +51,6 @@ class Transcript:
         blocks = (f"{_stamp(line.start_s)} --> {_stamp(line.end_s)}\n{text}\n" for line, text in escaped)
         return "\n".join(("WEBVTT\n", *blocks))
 
-    def said(self, start_s: float, end_s: float) -> str:
-        """The text of the lines that overlap a span of time."""
-        return " ".join(line.text for line in self.lines if line.start_s < end_s and line.end_s > start_s)
-
     def text(self, count: Callable[[str], int], budget: int) -> str:
         """The lines with their times, within a budget of tokens; "" where nothing is said, or fits.
 

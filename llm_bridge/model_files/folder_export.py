@@ -13,6 +13,7 @@ import torch
 
 from encoder.errors import ConfigError
 from llm_bridge.assets.scratch import ScratchFolder
+from llm_bridge.model_files.bars import without_bars
 
 if TYPE_CHECKING:
     from llm_bridge.llm import LanguageModel
@@ -41,7 +42,8 @@ def write_folder(llm: LanguageModel, folder: str | Path) -> Path:
 
 def write_into(llm: LanguageModel, folder: Path) -> None:
     """Write a language model's files into a folder."""
-    llm.model.save_pretrained(folder)
+    with without_bars():
+        llm.model.save_pretrained(folder)
     llm.tokenizer.save_pretrained(folder)
     mode = (folder / "config.json").stat().st_mode
     for file in folder.glob("*.safetensors"):  # which safetensors lets its owner alone read

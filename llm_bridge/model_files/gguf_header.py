@@ -1,4 +1,4 @@
-"""Checks the header of a GGUF file before it is loaded: all that it lists must lie within the file.
+"""Reads and checks the header of a GGUF file before it is loaded: all that it lists must lie within the file.
 
 The reader that transformers uses trusts it, and never ends with a list that claims too many entries.
 """
@@ -26,6 +26,22 @@ def check_gguf(path: Path) -> int:
 def gguf_values(path: Path) -> dict[str, Any]:
     """Its entries but lists, by name; raises as `check_gguf` does."""
     return _walked(path)[1]
+
+
+def with_head_width(config: Any, values: dict[str, Any]) -> Any:
+    """A config of transformers that was read from a file of these entries, with the file's width of a head.
+
+    Of some kinds, as Qwen3, transformers takes the width of its own default, whatever the file says.
+    """
+    kind = values.get("general.architecture")
+    width = values.get(f"{kind}.attention.key_length")
+    if width is None and (heads := values.get(f"{kind}.attention.head_count")):
+        width = values.get(f"{kind}.embedding_length", 0) // heads  # llama.cpp's own default
+    # Where layers have heads of several widths, or latent ones, this entry means another.
+    alone = not any(hasattr(config, name) for name in ("global_head_dim", "kv_lora_rank"))
+    if width and alone and isinstance(getattr(config, "head_dim", None), int):
+        config.head_dim = int(width)
+    return config
 
 
 def _walked(path: Path) -> tuple[int, dict[str, Any]]:

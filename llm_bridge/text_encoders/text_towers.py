@@ -29,6 +29,7 @@ from llm_bridge.assets.wheels import (
     scratch_folder,
     settle_folder,
 )
+from llm_bridge.model_files.bars import without_bars
 from llm_bridge.model_files.checks import open_folder, open_settings, refused
 from llm_bridge.text_encoders.mobileclip import MobileClipText
 
@@ -269,10 +270,7 @@ def open_tower(
 
 def _load(kind: Any, folder: str | Path) -> Any:
     """A frozen model in float32; no code of its own is run."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    with refused(f"Cannot load a text tower from {folder}"):
+    with without_bars(), refused(f"Cannot load a text tower from {folder}"):
         place, options = open_folder(folder)
         model = kind.from_pretrained(place, dtype=torch.float32, trust_remote_code=False, **options)
     return model.eval().requires_grad_(False)

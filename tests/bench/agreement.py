@@ -1,6 +1,7 @@
 """Lean decoding against transformers, forced on the tokens that transformers chooses.
 
     python -m tests.bench.agreement [--llm NAME] [--prompts 500] [--tokens 8] [--quantize int8] [--gguf FILE]
+        [--smallest]
 
 One JSON line: the share of positions where both choose the same token, the mismatches with the distance of
 the reference's two best scores, and the perplexity of a text (--text FILE) by either. Ends with 1 where a
@@ -23,7 +24,7 @@ from llm_bridge.kv_cache import kv_from_layers, layers_of
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.model import DEFAULT_LLM, resolve_llm
 from llm_bridge.prompt import PLACEHOLDER, Message, render
-from tests.bench.common import environment, print_json
+from tests.bench.common import arguments, environment, print_json
 
 NEAR, ROWS = 0.05, 8
 THINGS = (
@@ -151,10 +152,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quantize", choices=["int8", "int4"])
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--text", type=Path)
-    args = parser.parse_args(argv)
+    args = arguments(parser, argv, prompts=2, tokens=2)
     if args.gguf is not None:
         found = compare_gguf(args.gguf, args.prompts, args.tokens)
-        print_json({"bench": "agreement", "prompts": args.prompts, "gguf": args.gguf.name, **found})
+        result = {
+            "bench": "agreement",
+            "prompts": args.prompts,
+            "gguf": args.gguf.name,
+            **found,
+            **environment(),
+        }
+        print_json(result, smallest=args.smallest)
         return int(found["beyond_a_near_tie"] > 0)
     name = resolve_llm(args.llm)
     reference = load_llm(name, device="cpu")
@@ -165,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         text = args.text.read_text()
         result["perplexity"] = round(perplexity(llm, text), 3)
         result["perplexity_reference"] = round(perplexity(reference, text), 3)
-    print_json(result | environment(str(reference.dtype)))
+    print_json(result | environment(str(reference.dtype)), smallest=args.smallest)
     return int(args.quantize is None and found["beyond_a_near_tie"] > 0)
 
 

@@ -1,16 +1,31 @@
-"""What every benchmark shares: the machine's description, interleaved timing, one JSON line."""
+"""What every benchmark shares: the smallest run, the machine's description, timing in turns, a JSON line."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+
+def arguments(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, **smallest: object
+) -> argparse.Namespace:
+    """The parsed command line, with `--smallest`: then the options `smallest` stand for those not given.
+
+    argv: without the program's name; None for that of this process.
+    """
+    about = "the least work, to see that all of it runs: the figures say nothing"
+    parser.add_argument("--smallest", action="store_true", help=about)
+    if parser.parse_known_args(argv)[0].smallest:
+        parser.set_defaults(**smallest)
+    return parser.parse_args(argv)
 
 
 def environment(dtype: str = "float32") -> dict[str, Any]:
@@ -34,7 +49,7 @@ def environment(dtype: str = "float32") -> dict[str, Any]:
     }
 
 
-def interleave(cases: dict[str, Callable[[], object]], n: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleave(cases: Mapping[str, Callable[[], object]], n: int, warmup: int = 1) -> dict[str, list[float]]:
     """Wall seconds of every case, run in turn (A, B, A, B, ...) so that drift hits all of them alike."""
     samples: dict[str, list[float]] = {name: [] for name in cases}
     for repeat in range(-warmup, n):
@@ -60,6 +75,6 @@ def summary(samples: list[float]) -> dict[str, float]:
     }
 
 
-def print_json(result: dict[str, Any]) -> None:
-    """One line on stdout, the last one."""
-    print(json.dumps(result), flush=True)
+def print_json(result: dict[str, Any], *, smallest: bool = False) -> None:
+    """One line on stdout, the last one. smallest: it says that its figures are those of the smallest run."""
+    print(json.dumps({**result, "smallest": True} if smallest else result), flush=True)

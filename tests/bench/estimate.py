@@ -1,6 +1,6 @@
 """How well the price before the purchase matches the bill: predicted against measured time to first word.
 
-    python -m tests.bench.estimate [--model DIR] [--n 5]
+    python -m tests.bench.estimate [--model DIR] [--n 5] [--smallest]
 
 On videos of several sizes and at several budgets, cold caches. Prints one JSON line; `median_error` is the
 median over cases of |predicted - measured| / measured.
@@ -17,32 +17,36 @@ from typing import Any
 import gradio
 
 from app.chat import VideoChat
-from tests.bench.common import environment, print_json
+from llm_bridge.model import VideoLanguageModel
+from tests.bench.common import arguments, environment, print_json
 from tests.encoder.video.video_files import steady, write
 
 QUESTION = "What is in the video?"
 
 
-def videos(folder: Path) -> dict[str, Path]:
-    """The real clip that comes with gradio, and two made ones."""
+def videos(folder: Path, count: int) -> dict[str, Path]:
+    """So many of: the real clip that comes with gradio, and two made ones."""
     made = {"made_360p_10s": (640, 360, 10), "made_720p_5s": (1280, 720, 5)}
     found = {"world_270p_30s": Path(gradio.__file__).parent / "media_assets" / "videos" / "world.mp4"}
-    for name, (width, height, seconds) in made.items():
+    for name, (width, height, seconds) in list(made.items())[: max(0, count - 1)]:
         found[name] = folder / f"{name}.mp4"
         write(found[name], steady(30 * seconds, 30.0), size=(width, height), rate=30)
     return found
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", help="a saved model (default: the shipped one)")
     parser.add_argument("--n", type=int, default=5, help="measurements per case, in turn")
-    args = parser.parse_args()
+    about = "(default: 64, 128, 256 and the model's own)"
+    parser.add_argument("--budgets", type=int, nargs="+", help=f"visual tokens {about}")
+    parser.add_argument("--videos", type=int, default=3, help="how many of them")
+    args = arguments(parser, argv, n=1, budgets=[64], videos=1)
     with tempfile.TemporaryDirectory() as folder, VideoChat(args.model) as chat:
-        files = videos(Path(folder))
-        top = chat.model.encoder.config
-        budgets = sorted({64, 128, 256, chat.model.default_tokens})
+        files = videos(Path(folder), args.videos)
+        own = chat.model.encoder.config if isinstance(chat.model, VideoLanguageModel) else None
+        budgets = args.budgets or sorted({64, 128, 256, chat.model.default_tokens})
         cases = [(name, budget) for name in files for budget in budgets]
         measured: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
         for repeat in range(-1, args.n):
@@ -69,12 +73,13 @@ def main() -> None:
             {
                 "bench": "estimate",
                 **environment(str(chat.model.llm.dtype).removeprefix("torch.")),
-                "encoder": [top.embed_dim, top.depth],
+                "encoder": own and [own.embed_dim, own.depth],
                 "n": args.n,
                 "median_error": statistics.median(errors),
                 "worst_error": max(errors),
                 "cases": rows,
-            }
+            },
+            smallest=args.smallest,
         )
 
 

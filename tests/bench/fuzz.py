@@ -31,7 +31,7 @@ from typing import Any
 from encoder.errors import FluxChatError
 from encoder.video import reader
 from tests import tiny_llms
-from tests.bench.common import environment, print_json
+from tests.bench.common import arguments, environment, print_json
 from tests.encoder.video import video_files as vf
 
 WALL_S = 30.0
@@ -448,12 +448,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--kinds", nargs="+", default=KINDS, choices=sorted(set(KINDS)), help="of these (all)"
     )
-    args = parser.parse_args(argv)
+    args = arguments(parser, argv, files=3)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     files = range(args.files) if args.only is None else [args.only]
     with tempfile.TemporaryDirectory(prefix="fuzz-") as work:
         result = fuzz(files, args.seed, Path(work) / "w", _say, args.kinds)
-    print_json({**environment(), **result})
+    print_json({"bench": "fuzz", **environment(), **result}, smallest=args.smallest)
     return 1 if result["violations"] else 0
 
 

@@ -267,8 +267,8 @@ class Bench:
         scale = self.scale
         matrix = torch.randn(scale.gemm, scale.gemm).to(self.device, torch.bfloat16)
         cases: dict[str, Callable[[], object]] = {"gemm": self._waited(lambda: matrix @ matrix)}
-        for keep in scale.keeps:
-            cases[str(keep)] = self._waited(lambda keep=keep: model(pixels, keep))  # type: ignore[misc]
+        for count in scale.keeps:
+            cases[str(count)] = self._waited(lambda keep=count: model(pixels, keep))  # type: ignore[misc]
         samples = interleave(cases, scale.n, warmup=2)
         gemm = summary(samples.pop("gemm"))
         rate = scale.gemm**3 / gemm["median_ms"] * 1e3

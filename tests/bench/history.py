@@ -1,6 +1,6 @@
 """Whether a greedy answer depends on anything but its question: what was asked before, caches, the batch.
 
-    python -m tests.bench.history [--tiny 2000] [--box 100] [--seed 0] [--threads 8]
+    python -m tests.bench.history [--tiny 2000] [--box 100] [--seed 0] [--threads 8] [--smallest]
 
 Random conversations on a tiny random model, and on the box's: prompts that share videos, words and turns,
 follow-ups, several scopes, answers of many lengths and some stopped in the middle. Each is asked alone
@@ -32,7 +32,7 @@ from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.prompt import Message, Visual, render
 from llm_bridge.sampling import SamplingParams
 from tests import tiny_llms
-from tests.bench.common import environment, print_json
+from tests.bench.common import arguments, environment, print_json
 
 VIDEOS = 12
 WORDS = [
@@ -122,7 +122,7 @@ def conversations(count: int, seed: int, sizes: Sequence[int]) -> list[list[Ques
     made = []
     for _ in range(count):
         system, scope = chance.choice(SYSTEMS), chance.choice(("", "a", "b"))
-        messages = [Message.of("system", system)] if system else []
+        messages: list[Message] = [Message.of("system", system)] if system else []
         turns: list[Question] = []
         for turn in range(chance.choice((1, 1, 2, 3, 4))):
             shown = []
@@ -251,21 +251,22 @@ def box(count: int, seed: int, threads: int) -> dict[str, Any]:
     return compare(llm, conversations(count, seed, (64, 128, 256)), threads, 6000)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tiny", type=int, default=2000, help="conversations with a tiny random model")
     parser.add_argument("--box", type=int, default=100, help="conversations with the model that ships")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=THREADS, help="that ask at once")
-    args = parser.parse_args()
+    args = arguments(parser, argv, tiny=3, box=1, threads=2)
     results: dict[str, Any] = {}
     if args.tiny:
         results["tiny"] = tiny(args.tiny, args.seed, args.threads)
     if args.box:
         results["box"] = box(args.box, args.seed, args.threads)
     differing = sum(result["differing"] for result in results.values())
-    print_json({"bench": "history", **environment(), "seed": args.seed, "differing": differing, **results})
+    whole = {"bench": "history", **environment(), "seed": args.seed, "differing": differing, **results}
+    print_json(whole, smallest=args.smallest)
     return int(differing > 0)
 
 

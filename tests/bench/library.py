@@ -1,7 +1,7 @@
 """A library: clips per second to index and videos per second to ask beside bare decoding, and searching among
 100,000 clips.
 
-    python -m tests.bench.library [--rows N]
+    python -m tests.bench.library [--rows N] [--smallest]
 
 Videos are made: 20 s of 640 x 360, ten clips of 2 s each. The rows that are searched are random unit vectors
 with bytes of a thumbnail; the text tower is left out.
@@ -13,6 +13,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,29 +25,29 @@ from app.library.clip_table import ClipRow, ClipTable
 from app.library.embedders import open_embedder
 from app.library.indexing import LocalIndexer, index_files
 from encoder.video.reader import read_clip
-from tests.bench.common import environment, interleave, print_json, summary
+from tests.bench.common import arguments, environment, interleave, print_json, summary
 from training.synthetic.export import write_video
 
-VIDEOS, SECONDS, CLIP_S, FPS, HEIGHT, WIDTH = 4, 20, 2.0, 12, 360, 640
+CLIP_S, FPS, HEIGHT, WIDTH = 2.0, 12, 360, 640
 
 
-def make_videos(folder: Path) -> list[str]:
+def make_videos(folder: Path, count: int, seconds: int) -> list[str]:
     """A pattern that moves over noise."""
     rng = np.random.default_rng(0)
     ground = rng.integers(0, 255, (HEIGHT // 8, 2 * WIDTH // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     paths = []
-    for number in range(VIDEOS):
-        shifts = [(number + 3 * i) % WIDTH for i in range(SECONDS * FPS)]
+    for number in range(count):
+        shifts = [(number + 3 * i) % WIDTH for i in range(seconds * FPS)]
         path = folder / f"{number}.mp4"
         write_video(path, np.stack([ground[:, shift : shift + WIDTH] for shift in shifts]), FPS)
         paths.append(str(path))
     return paths
 
 
-def indexing(folder: Path) -> dict[str, float]:
+def indexing(folder: Path, videos: int, seconds: int, n: int) -> dict[str, float]:
     """Clips per second: decoded alone, and indexed."""
-    paths, embedder = make_videos(folder), open_embedder(device="cpu")
-    clips = VIDEOS * round(SECONDS / CLIP_S)
+    paths, embedder = make_videos(folder, videos, seconds), open_embedder(device="cpu")
+    clips = videos * round(seconds / CLIP_S)
     runs = iter(range(100))
 
     def decode() -> None:
@@ -58,14 +59,14 @@ def indexing(folder: Path) -> dict[str, float]:
         table = ClipTable(folder / f"index-{next(runs)}", "bench")
         assert index_files(table, LocalIndexer(embedder, CLIP_S), paths).clips == clips
 
-    samples = interleave({"decode": decode, "index": index}, 3)
+    samples = interleave({"decode": decode, "index": index}, n)
     return {f"{name}_clips_per_s": round(clips / min(times), 1) for name, times in samples.items()}
 
 
-def asking(folder: Path) -> dict[str, float]:
+def asking(folder: Path, videos: int, seconds: int, n: int) -> dict[str, float]:
     """Videos per second of one question about each, and of their bare decoding at the same frames."""
-    paths = make_videos(folder)
-    options = {"budget": 64, "max_new_tokens": 32}
+    paths = make_videos(folder, videos, seconds)
+    options: dict[str, Any] = {"budget": 64, "max_new_tokens": 32}
     with VideoChat(device="cpu", cache_mib=0) as chat:
         frames = chat.plan(paths[0], 64).frames
 
@@ -75,11 +76,11 @@ def asking(folder: Path) -> dict[str, float]:
 
         def ask() -> None:
             rows = list(LocalAsker(chat, "What is in the video?", options).rows(paths))
-            assert len(rows) == VIDEOS
+            assert len(rows) == videos
             assert not any(row.error for row in rows)
 
-        samples = interleave({"decode": decode, "ask": ask}, 3)
-    return {f"{name}_videos_per_s": round(VIDEOS / min(times), 2) for name, times in samples.items()}
+        samples = interleave({"decode": decode, "ask": ask}, n)
+    return {f"{name}_videos_per_s": round(videos / min(times), 2) for name, times in samples.items()}
 
 
 def searching(folder: Path, rows: int) -> dict[str, float]:
@@ -88,12 +89,13 @@ def searching(folder: Path, rows: int) -> dict[str, float]:
     table = ClipTable(folder / "large", "bench")
     thumbnail = rng.bytes(4000)
     for first in range(0, rows, each):
-        vectors = rng.standard_normal((each, dim)).astype(np.float32)
+        count = min(each, rows - first)
+        vectors = rng.standard_normal((count, dim)).astype(np.float32)
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         path = f"/videos/{first}.mp4"
         table.add(
             [
-                ClipRow(path, 1, 1, "", i, each, 2.0 * i, 2.0 * i + 2, "bench", thumbnail, vector.tolist())
+                ClipRow(path, 1, 1, "", i, count, 2.0 * i, 2.0 * i + 2, "bench", thumbnail, vector.tolist())
                 for i, vector in enumerate(vectors)
             ]
         )
@@ -108,18 +110,22 @@ def searching(folder: Path, rows: int) -> dict[str, float]:
     return summary(times)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.library")
     parser.add_argument("--rows", type=int, default=100_000)
-    rows = parser.parse_args().rows
+    parser.add_argument("--videos", type=int, default=4)
+    parser.add_argument("--seconds", type=int, default=20, help="of a video, in clips of two")
+    parser.add_argument("--n", type=int, default=3, help="runs of each case, in turn")
+    args = arguments(parser, argv, rows=100, videos=1, seconds=4, n=1)
     with tempfile.TemporaryDirectory() as place:
         result = {
-            "indexing": indexing(Path(place)),
-            "asking": asking(Path(place)),
-            "rows": rows,
-            "search": searching(Path(place), rows),
+            "indexing": indexing(Path(place), args.videos, args.seconds, args.n),
+            "asking": asking(Path(place), args.videos, args.seconds, args.n),
+            "rows": args.rows,
+            "search": searching(Path(place), args.rows),
         }
-    print_json({"bench": "library", **result, "cores": torch.get_num_threads(), **environment()})
+    whole = {"bench": "library", **result, "cores": torch.get_num_threads(), **environment()}
+    print_json(whole, smallest=args.smallest)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The language model on this CPU: ms per token and per prefill, each way of decoding in turn.
 
     python -m tests.bench.llm [--llm NAME] [--kinds bf16 int8 int4 transformers] [--gguf FILE ...]
-        [--rows 1 4 8] [--positions 64 1024] [--n 5]
+        [--rows 1 4 8] [--positions 64 1024] [--n 5] [--smallest]
 
 A step appends one token to each of B answers that hold N positions. `transformers` is its own loop with its
 own cache, several rows in one padded pass. Of each GGUF file (extra: gguf), `NAME` is the engine with
@@ -28,7 +28,7 @@ from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.model import DEFAULT_LLM, resolve_llm
 from llm_bridge.prompt import Prompt
 from llm_bridge.sampling import SamplingParams
-from tests.bench.common import environment, interleave, print_json, summary
+from tests.bench.common import arguments, environment, interleave, print_json, summary
 
 ROWS, POSITIONS, PREFILL = (1, 4, 8), (64, 1024), 300
 KINDS = ("bf16", "int8", "int4", "transformers")
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
     parser.add_argument("--positions", nargs="+", type=int, default=POSITIONS)
     parser.add_argument("--n", type=int, default=5)
-    args = parser.parse_args(argv)
+    args = arguments(parser, argv, kinds=["bf16", "int8"], rows=[1, 2], positions=[16], n=1)
     models: dict[str, LanguageModel] = {}
     for kind in args.kinds:
         options: dict[str, Any] = {"quantize": kind} if kind.startswith("int") else {}
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     for kind in [*args.kinds, *(file.stem for file in args.gguf)]:
         one, many = (result[f"{kind} {rows} rows {at}"]["median_ms"] for rows in (least, most))
         result[f"{kind} speedup of {most} rows"] = round(most / least * one / many, 2)
-    print_json(result)
+    print_json(result, smallest=args.smallest)
 
 
 if __name__ == "__main__":

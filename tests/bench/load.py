@@ -1,8 +1,8 @@
 """Clips that the training loader decodes, beside bare decord on the same files: CPU time and clips a second.
 
-    python -m tests.bench.load [repeats]
+    python -m tests.bench.load [--n 5] [--clips 8] [--smallest]
 
-Eight clips of 10 s (340 x 256, h264, GOP 250, as K400 is kept on disks), 8 frames of each at random places of
+Clips of 10 s (340 x 256, h264, GOP 250, as K400 is kept on disks), 8 frames of each at random places of
 equal segments. `decord` opens a reader with one thread and takes a batch; `decord_squared` has it scale to
 224 x 224, too. `media` is what an example of the loader gives: a child process, exact times, a hash, decoded
 in one thread, as where clips are read side by side; `media_alone` in several. `loader` is a whole micro-batch
@@ -11,9 +11,9 @@ with crop, flip and normalisation. CPU time is that of this process and its chil
 
 from __future__ import annotations
 
+import argparse
 import random
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,21 +25,21 @@ import numpy as np
 import psutil
 
 from encoder.video.reader import share_cores
-from tests.bench.common import environment, print_json
+from tests.bench.common import arguments, environment, print_json
 from training.data.augment import AugmentConfig, segment_moments
 from training.data.examples import Example
 from training.data.flexible_grids import FlexibleGrid
 from training.data.media import FileMedia
 from training.data.video_batches import VideoBatches
 
-CLIPS, SECONDS, FPS, SIZE, FRAMES, SIDE = 8, 10, 25, (340, 256), 8, 224
+SECONDS, FPS, SIZE, FRAMES, SIDE = 10, 25, (340, 256), 8, 224
 
 
-def make_clips() -> list[Path]:
+def make_clips(count: int) -> list[Path]:
     """The clips, made when missing: a moving texture, so that frames differ everywhere."""
     folder = Path(tempfile.gettempdir()) / "fluxchat-bench" / "load"
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{number}.mp4" for number in range(CLIPS)]
+    paths = [folder / f"{number}.mp4" for number in range(count)]
     for number, path in enumerate(paths):
         if path.exists():
             continue
@@ -65,8 +65,8 @@ class Files:
     """The clips as a source of examples."""
 
     def __init__(self, paths: list[Path]) -> None:
-        self._examples = [Example(path.name, FileMedia((path,)), "video") for path in paths]
-        self.name, self.classes = "bench", []
+        self._examples = [Example(path.name, FileMedia((path,))) for path in paths]
+        self.name, self.classes = "bench", tuple[str, ...]()
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -93,14 +93,18 @@ def cpu_s() -> float:
     return total
 
 
-def main(repeats: int = 5) -> None:
-    paths = make_clips()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--n", type=int, default=5, help="runs of each case, in turn")
+    parser.add_argument("--clips", type=int, default=8)
+    args = arguments(parser, argv, n=1, clips=1)
+    paths = make_clips(args.clips)
     rng = random.Random(0)
     moments = [segment_moments(FRAMES, rng) for _ in paths]
     augment = AugmentConfig(crop="multiscale", flip=0.5)
     grid = FlexibleGrid((FRAMES, FRAMES + 1, 1), (SIDE, SIDE + 1, 14), (1, 10**6))
     with tempfile.TemporaryDirectory() as out:
-        batches = VideoBatches(Files(paths), grid, augment, CLIPS, 0, out=out)
+        batches = VideoBatches(Files(paths), grid, augment, args.clips, 0, out=out)
         beside = ThreadPoolExecutor(1, initializer=share_cores)
 
         def media() -> object:
@@ -119,26 +123,27 @@ def main(repeats: int = 5) -> None:
         }
         walls: dict[str, list[float]] = {name: [] for name in cases}
         cpus: dict[str, list[float]] = {name: [] for name in cases}
-        for turn in range(-1, repeats):
+        for turn in range(-1, args.n):
             for name, run in cases.items():
                 cpu, wall = cpu_s(), time.perf_counter()
                 run()
                 if turn >= 0:
-                    walls[name].append((time.perf_counter() - wall) / CLIPS)
-                    cpus[name].append((cpu_s() - cpu) / CLIPS)
+                    walls[name].append((time.perf_counter() - wall) / args.clips)
+                    cpus[name].append((cpu_s() - cpu) / args.clips)
     cpu_ms = {name: 1e3 * statistics.median(values) for name, values in cpus.items()}
     print_json(
         {
             "bench": "load",
             "clips": f"{SIZE[0]} x {SIZE[1]}, {SECONDS} s, {FRAMES} frames at {SIDE}",
-            "n": repeats,
+            "n": args.n,
             **environment("uint8"),
             "cpu_ms_per_clip": {name: round(value, 2) for name, value in cpu_ms.items()},
             "clips_per_s": {name: round(1 / statistics.median(v), 1) for name, v in walls.items()},
             "over_decord": {name: round(value / cpu_ms["decord"], 2) for name, value in cpu_ms.items()},
-        }
+        },
+        smallest=args.smallest,
     )
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main()

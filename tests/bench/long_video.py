@@ -1,6 +1,6 @@
 """Long videos: seconds per hour of video, seconds to the first word and memory, beside bare decoding.
 
-    python -m tests.bench.long_video [--hours 0.17 1 10]
+    python -m tests.bench.long_video [--hours 0.17 1 10] [--cases whole parts moment decode] [--smallest]
 
 Without `--hours` they last ten minutes and one hour. The videos are one minute of film, repeated packet by
 packet. Each case runs in a process of its own, with the shipped model; memory is the most that the process
@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 
 from app.long_video import LONG_S, LongVideo
-from tests.bench.common import environment, print_json
+from tests.bench.common import arguments, environment, print_json
 from training.synthetic.export import write_video
 
 FPS, HEIGHT, WIDTH, SHOTS = 12, 180, 320, 6
 MOST_DECODED = 60  # minutes: bare decoding of all frames is measured up to here
+CASES = ("whole", "parts", "moment", "decode")
 QUESTION = "What happens in the video?"
 
 
@@ -49,9 +50,14 @@ def loop(source: Path, out: Path, times: int) -> None:
 
     with av.open(str(source)) as file:
         stream = file.streams.video[0]
-        packets = [(bytes(p), p.pts, p.dts, p.is_keyframe) for p in file.demux(stream) if p.dts is not None]
+        packets = [
+            (bytes(p), p.pts, p.dts, p.is_keyframe)
+            for p in file.demux(stream)
+            if p.dts is not None and p.pts is not None
+        ]
         assert stream.time_base is not None
-        length = stream.duration or 0
+        length = stream.duration
+        assert length is not None
         with av.open(str(out), "w") as target:
             copy = target.add_stream_from_template(stream)
             for turn in range(times):
@@ -110,19 +116,21 @@ def per_hour(rows: dict[int, dict[str, dict[str, Any]]]) -> dict[str, float]:
     figures: dict[str, float] = {}
     for minutes, cases in sorted(rows.items()):
         for name, row in cases.items():
-            figures[name] = round(60 * row.get("first_token_s", row.get("decode_s")) / minutes, 2)
-    if len(rows) > 1:
-        low, high = min(rows), max(rows)
+            seconds = row["decode_s" if name == "decode" else "first_token_s"]
+            figures[name] = round(60 * seconds / minutes, 2)
+    low, high = min(rows), max(rows)
+    if low < high and "parts" in rows[low]:
         added = rows[high]["parts"]["first_token_s"] - rows[low]["parts"]["first_token_s"]
         figures["parts_each_hour_more"] = round(60 * added / (high - low), 2)
     return figures
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.long_video")
     parser.add_argument("--hours", type=float, nargs="+", default=[1 / 6, 1], help="at least 10 minutes each")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = arguments(parser, argv, hours=[1 / 6], cases=["parts", "decode"])
     if args.case:
         print(json.dumps(case(*args.case)))
         return
@@ -136,12 +144,15 @@ def main() -> None:
             path = Path(place) / f"{minutes}.mp4"
             loop(Path(place) / "minute.mp4", path, minutes)
             rows[minutes] = {}
-            for name in ("whole", "parts", "moment", *(["decode"] if minutes <= MOST_DECODED else [])):
+            for name in args.cases:
+                if name == "decode" and minutes > MOST_DECODED:
+                    continue
                 command = [sys.executable, "-m", "tests.bench.long_video", "--case", name, str(path)]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 rows[minutes][name] = json.loads(done.stdout.splitlines()[-1])
     cases = {f"{minutes}_min": row for minutes, row in rows.items()}
-    print_json({"bench": "long_video", "s_per_hour": per_hour(rows), **cases, **environment()})
+    result = {"bench": "long_video", "s_per_hour": per_hour(rows), **cases, **environment()}
+    print_json(result, smallest=args.smallest)
 
 
 if __name__ == "__main__":

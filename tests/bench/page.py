@@ -1,9 +1,9 @@
 """The page from the address to the first question: paint, readiness, layout shift, bytes, in a real browser.
 
-    python -m tests.bench.page [--n 5] [--url http://127.0.0.1:7860/]
+    python -m tests.bench.page [--n 5] [--url http://127.0.0.1:7860/] [--widths 1440 1280 390] [--smallest]
 
 Around the model in the box, unless --url names a page that is served already. Each visit has an empty cache,
-at three widths in turn. paint_ms: the first thing drawn (first contentful paint). ready_ms: the question can
+the widths take turns. paint_ms: the first thing drawn (first contentful paint). ready_ms: the question can
 be typed and the main thread has been free for a quarter of a second. shift: the cumulative layout shift until
 then; shift_with_video: until the price of an added video stands there. A shift within half a second of what
 the visitor did does not count, as everywhere. Prints one JSON line.
@@ -22,7 +22,7 @@ from typing import Any
 import gradio
 from playwright.sync_api import Browser, sync_playwright
 
-from tests.bench.common import environment, print_json
+from tests.bench.common import arguments, environment, print_json
 
 WIDTHS = {1440: 900, 1280: 800, 390: 844}
 VIDEO = Path(gradio.__file__).parent / "media_assets" / "videos" / "b.mp4"
@@ -93,14 +93,15 @@ def visit(browser: Browser, url: str, width: int, *, shifts: bool = False) -> di
         context.close()
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--n", type=int, default=5, help="visits at each width, in turn")
     parser.add_argument("--url", help="of a page that is served already")
     parser.add_argument("--shifts", action="store_true", help="say what moved")
-    args = parser.parse_args()
-    rows: dict[int, list[dict[str, Any]]] = {width: [] for width in WIDTHS}
+    parser.add_argument("--widths", type=int, nargs="+", choices=list(WIDTHS), default=list(WIDTHS))
+    args = arguments(parser, argv, n=0, widths=[1280])
+    rows: dict[int, list[dict[str, Any]]] = {width: [] for width in args.widths}
     with served(args.url) as url, sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         for repeat in range(-1, args.n):  # the first round warms the server
@@ -116,7 +117,7 @@ def main() -> None:
         }
         for width, found in rows.items()
     }
-    print_json({"bench": "page", **environment(), "n": args.n, **result})
+    print_json({"bench": "page", **environment(), "n": args.n, **result}, smallest=args.smallest)
 
 
 def _middle(values: list[float]) -> float:

@@ -1,6 +1,6 @@
 """What confining itself adds to a child that decodes one untrusted file: wall clock and CPU time.
 
-    python -m tests.bench.sandbox [repeats]
+    python -m tests.bench.sandbox [--n 40] [--smallest]
 
 The same read (one frame of a small h264 file in a new child), confined and not, in turns; the children that
 are not confined have their rlimits only. Prints one JSON line, milliseconds.
@@ -8,9 +8,9 @@ are not confined have their rlimits only. Prints one JSON line, milliseconds.
 
 from __future__ import annotations
 
+import argparse
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from encoder.video.confine import report
 from encoder.video.reader import probe
-from tests.bench.common import environment, print_json
+from tests.bench.common import arguments, environment, print_json
 from tests.encoder.video import video_files as vf
 from tests.encoder.video.hijack import hijacked
 
@@ -40,11 +40,14 @@ def spread(values: list[float]) -> dict[str, float]:
     return dict(zip(("q1", "median", "q3"), (round(q, 2) for q in quartiles), strict=True))
 
 
-def main(repeats: int = 40) -> None:
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--n", type=int, default=40, help="reads of each way, in turn: two or more")
+    args = arguments(parser, argv, n=2)
     found: dict[str, list[tuple[float, float]]] = {"confined": [], "free": []}
     with tempfile.TemporaryDirectory() as folder:
         path = vf.write(Path(folder) / "v.mp4", vf.steady(25), size=(320, 240))
-        for _ in range(repeats + 1):
+        for _ in range(args.n + 1):
             for name, costs in found.items():
                 with hijacked("", Path(folder), confined=name == "confined"):
                     costs.append(cost(lambda: probe(path, trusted=False)))
@@ -60,10 +63,9 @@ def main(repeats: int = 40) -> None:
         for what in ("wall", "cpu")
     }
     figures = {name: spread(values) for name, values in {**columns, **added}.items()}
-    print_json(
-        {"bench": "sandbox", "in_force": str(report()), "repeats": repeats, **figures, **environment()}
-    )
+    result = {"bench": "sandbox", "in_force": str(report()), "n": args.n, **figures, **environment()}
+    print_json(result, smallest=args.smallest)
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main()

@@ -1,11 +1,10 @@
 """Time to the first token of a follow-up question, against re-encoding everything.
 
-    python -m tests.bench.second_turn [--n 5]
+    python -m tests.bench.second_turn [--n 5] [--encoder small] [--budgets 256 1024] [--smallest]
 
-FluxViT-S (random weights: the time does not depend on them) and SmolLM2-135M on a real 30 s clip, at 256 and
-1024 visual tokens. Three ways, in turn: everything again (decode, encode, prefill: what most video-chat
-programs do), cached embeddings with a full prefill (the stronger baseline), and ours (KV prefix rewound).
-Prints one JSON line.
+FluxViT (random weights: the time does not depend on them) and SmolLM2-135M on a real 30 s clip. Three ways,
+in turn: everything again (decode, encode, prefill: what most video-chat programs do), cached embeddings with
+a full prefill (the stronger baseline), and ours (KV prefix rewound). Prints one JSON line.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ import gradio
 import torch
 
 from app.chat import VideoChat
-from encoder.config import SMALL
+from encoder.config import SIZES
 from encoder.fluxvit import FluxViT
 from llm_bridge.model import DEFAULT_LLM, VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
-from tests.bench.common import environment, print_json, summary
+from tests.bench.common import arguments, environment, print_json, summary
 
 VIDEO = Path(gradio.__file__).parent / "media_assets" / "videos" / "world.mp4"
 FIRST, SECOND = "What is shown in the video?", "And where does it go?"
@@ -52,19 +51,21 @@ def measure(chat: VideoChat, tokens: int, n: int) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--n", type=int, default=5, help="measurements of each way, in turn")
-    args = parser.parse_args()
+    parser.add_argument("--encoder", choices=list(SIZES), default="small")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[256, 1024], help="visual tokens")
+    args = arguments(parser, argv, n=1, encoder="micro", budgets=[16])
     torch.set_num_threads(
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     torch.manual_seed(0)
-    encoder = SMALL.replace(num_classes=0, num_pools=0, num_aligners=0)
-    config = VLMConfig(llm=DEFAULT_LLM, projector=ProjectorConfig(384, 576), encoder=encoder)
+    encoder = SIZES[args.encoder].replace(num_classes=0, num_pools=0, num_aligners=0)
+    config = VLMConfig(llm=DEFAULT_LLM, projector=ProjectorConfig(encoder.embed_dim, 576), encoder=encoder)
     with VideoChat(assemble(config, FluxViT(encoder), None)) as chat:
-        results = {str(tokens): measure(chat, tokens, args.n) for tokens in (256, 1024)}
+        results = {str(tokens): measure(chat, tokens, args.n) for tokens in args.budgets}
         dtype = str(chat.model.llm.dtype).removeprefix("torch.")
     print_json(
         {
@@ -79,7 +80,8 @@ def main() -> None:
                 for k, r in results.items()
             },
             "results": results,
-        }
+        },
+        smallest=args.smallest,
     )
 
 

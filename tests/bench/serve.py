@@ -1,7 +1,7 @@
 """The server under load: requests/s and time to the first token, decoding together against one at a time.
 
     python -m tests.bench.serve [--n 3] [--encoder micro] [--tokens 64] [--answer 32] [--clients 1 4 8]
-                                [--ways alone together vllm]
+                                [--ways alone together vllm] [--smallest]
 
 SmolLM2-135M and FluxViT with random weights (the time does not depend on them). Every client asks about a
 video of its own: first a question that finds nothing cached ("cold": decode, encode, prefill, answer), then
@@ -40,7 +40,7 @@ from encoder.fluxvit import FluxViT
 from llm_bridge.model import DEFAULT_LLM, VideoLanguageModel, VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
 from tests.app.server.serving import question, running
-from tests.bench.common import environment, print_json
+from tests.bench.common import arguments, environment, print_json
 from tests.encoder.video import video_files as vf
 
 WAYS = ("alone", "together", "vllm")
@@ -150,7 +150,7 @@ def _figures(samples: list[dict[str, Any]], count: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--n", type=int, default=3, help="rounds of each way, in turn")
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--answer", type=int, default=32, help="tokens of every answer")
     parser.add_argument("--ways", choices=WAYS, nargs="+", default=["alone", "together"])
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8])
-    args = parser.parse_args()
+    args = arguments(parser, argv, n=1, tokens=16, answer=2, clients=[2])
     torch.set_num_threads(
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
@@ -184,7 +184,8 @@ def main() -> None:
             "budget": args.tokens,
             "answer_tokens": args.answer,
             "results": results,
-        }
+        },
+        smallest=args.smallest,
     )
 
 

@@ -1,6 +1,6 @@
 """A server under mixed load for minutes: does its memory stay flat, does it leave anything behind?
 
-    python -m tests.bench.soak [--clients 8] [--seconds 240] [--model DIR]
+    python -m tests.bench.soak [--clients 8] [--seconds 240] [--model DIR] [--smallest]
 
 Starts `fluxchat web` (a tiny model unless one is given) with two API keys and a temporary folder of its own.
 The clients send whole and streamed questions, broken-off ones, uploads by every door, rubbish, questions
@@ -40,7 +40,7 @@ from llm_bridge.model import VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
 from tests import tiny_llms
 from tests.app.server.serving import answer, ask, question, upload
-from tests.bench.common import environment, print_json
+from tests.bench.common import arguments, environment, print_json
 from tests.encoder.video import video_files as vf
 
 KINDS = ("whole", "stream", "broken off", "upload", "rubbish", "page", "page upload", "foreign", "keys")
@@ -287,16 +287,16 @@ def _settle(look: Any) -> list[Any]:
     return list(found)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--clients", type=int, default=8, help="at a time (8)")
     parser.add_argument("--seconds", type=float, default=240, help="of load (240)")
     parser.add_argument("--model", type=Path, help="a saved model (default: a tiny one)")
-    args = parser.parse_args()
+    args = arguments(parser, argv, clients=2, seconds=4)
     with tempfile.TemporaryDirectory() as folder:
         result = soak(args.seconds, Path(folder), args.model, args.clients)
-    print_json({"bench": "soak", **environment(), **result})
+    print_json({"bench": "soak", **environment(), **result}, smallest=args.smallest)
     return 1 if result["problems"] else 0
 
 

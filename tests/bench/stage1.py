@@ -1,6 +1,6 @@
 """Samples per second of chat stage 1 against a plain loop, and whether both learn the same; one JSON line.
 
-    python -m tests.bench.stage1 [--model app/pretrained] [--samples 32] [--seeds 5]
+    python -m tests.bench.stage1 [--model app/pretrained] [--samples 32] [--seeds 5] [--smallest]
 
 Same records, same steps, same model, same optimiser. The plain loop does what LLaVA-style trainers do: it
 encodes every clip each time, pads each micro-batch to its longest, and lets the language model score every
@@ -29,16 +29,17 @@ from torch import Tensor
 from llm_bridge.attention import use_for_training
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import IGNORE, PLACEHOLDER, Prompt
-from tests.bench.common import environment, print_json
+from tests.bench.common import arguments, environment, print_json
 from training.chat_stage1 import Stage1Recipe
 from training.data.chat_batches import ChatBatch, ChatData
 from training.trainer.recipe import build
 
-MICRO_BATCH, MICRO_BATCHES = 8, 2  # of a step
+MICRO_BATCHES = 2  # of a step
 
 
-def recipe(folder: Path, samples: int, keep: int, seed: int, *, ours: bool) -> Stage1Recipe:
-    """Conversations of one to four turns about the synthetic world."""
+def recipe(folder: Path, args: argparse.Namespace, seed: int, *, ours: bool) -> Stage1Recipe:
+    """Conversations of one to four turns about the synthetic world. args: of the command line."""
+    samples, micro = args.samples, args.micro_batch
     world = {"split": "train", "preset": "solo", "count": samples // 2}
     values = {
         "model": {"encoder": "-", "llm": "-"},
@@ -48,11 +49,11 @@ def recipe(folder: Path, samples: int, keep: int, seed: int, *, ours: bool) -> S
         ],
         "frames": 8,
         "resolution": 112,
-        "num_tokens": [keep],
+        "num_tokens": [args.keep],
         "template": "chat",
         "bucket": MICRO_BATCHES if ours else 1,
         "feature_cache": str(folder / "features") if ours else None,
-        "optim": {"lr": 1e-3, "batch_size": MICRO_BATCH * MICRO_BATCHES, "micro_batch": MICRO_BATCH},
+        "optim": {"lr": 1e-3, "batch_size": micro * MICRO_BATCHES, "micro_batch": micro},
         "loop": {"out": str(folder), "seed": seed},
     }
     return build(Stage1Recipe, values, "bench")
@@ -81,8 +82,8 @@ def _row(vlm: VideoLanguageModel, prompt: Prompt, visual: Tensor) -> Tensor:
 class Run:
     """One way of training, an epoch at a time, with its own model."""
 
-    def __init__(self, model: str, folder: Path, samples: int, keep: int, seed: int, *, ours: bool) -> None:
-        self.vlm = VideoLanguageModel.from_pretrained(model, device="cpu")
+    def __init__(self, folder: Path, args: argparse.Namespace, seed: int, *, ours: bool) -> None:
+        self.vlm = VideoLanguageModel.from_pretrained(args.model, device="cpu")
         torch.manual_seed(seed)
         for layer in self.vlm.projector.modules():
             if isinstance(layer, torch.nn.Linear):
@@ -91,7 +92,7 @@ class Run:
         self.ours = ours
         if ours:
             use_for_training(self.vlm.language_model)
-        self.data = ChatData(recipe(folder, samples, keep, seed, ours=ours), self.vlm)
+        self.data = ChatData(recipe(folder, args, seed, ours=ours), self.vlm)
         self.optimizer = torch.optim.AdamW(self.vlm.projector.parameters(), lr=1e-3, weight_decay=0.0)
         self.done, self.seconds = 0, list[float]()
 
@@ -138,8 +139,7 @@ def compare(args: argparse.Namespace, seed: int) -> dict[str, Run]:
     """Both ways, trained in turns."""
     with tempfile.TemporaryDirectory() as scratch:
         runs = {
-            name: Run(args.model, Path(scratch) / name, args.samples, args.keep, seed, ours=name == "ours")
-            for name in ("plain", "ours")
+            name: Run(Path(scratch) / name, args, seed, ours=name == "ours") for name in ("plain", "ours")
         }
         for _ in range(args.epochs):
             for run in runs.values():
@@ -147,7 +147,7 @@ def compare(args: argparse.Namespace, seed: int) -> dict[str, Run]:
     return runs
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -156,7 +156,10 @@ def main() -> None:
     parser.add_argument("--keep", type=int, default=64)
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=5)
-    args = parser.parse_args()
+    parser.add_argument(
+        "--micro-batch", type=int, default=8, help="records of a micro-batch, two of which are a step"
+    )
+    args = arguments(parser, argv, samples=4, keep=16, micro_batch=2, epochs=1, seeds=2)
     rates: dict[str, list[float]] = {"plain": [], "ours": []}
     losses: dict[str, list[float]] = {"plain": [], "ours": []}
     for seed in range(args.seeds):
@@ -180,7 +183,7 @@ def main() -> None:
     }
     if len(differences) > 1:
         result["loss_difference_95"] = interval(differences)
-    print_json(result)
+    print_json(result, smallest=args.smallest)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A stock model behind the dial against plain transformers: first answer and follow-up on the same frames.
 
-    python -m tests.bench.stock [--n 3]
+    python -m tests.bench.stock [--n 3] [--frames 16] [--side 512] [--layers 30 12] [--smallest]
 
-SmolVLM2-256M's shape with random weights (times do not depend on them), 16 frames of 512 x 512 of a real
+SmolVLM2-256M's shape with random weights (times do not depend on them), frames of a real
 clip. plain: the model's own `generate` from pixels, one token, each question anew, as its card shows. Ours:
 VideoChat at 100 and 25 % of the tokens, dropped after or before the encoder. Decoding and resizing of frames
 are left out of both. Prints one JSON line.
@@ -14,6 +14,7 @@ import argparse
 import os
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,10 @@ from encoder.video.reader import read_clip
 from llm_bridge.prompt import PLACEHOLDER, Message, Visual, render
 from llm_bridge.towers.stock import StockModel, load_stock
 from tests import tiny_video_models
-from tests.bench.common import environment, print_json, summary
+from tests.bench.common import arguments, environment, print_json, summary
 from tests.bench.second_turn import FIRST, SECOND, VIDEO
 
-FRAMES, SIDE = 16, 512
-TEXT = {
+TEXT: dict[str, object] = {
     "model_type": "llama",
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -41,20 +41,37 @@ TEXT = {
     "max_position_embeddings": 8192,
     "pad_token_id": 0,
 }
-VISION = {
+VISION: dict[str, object] = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
     "num_attention_heads": 12,
     "intermediate_size": 3072,
-    "image_size": SIDE,
     "patch_size": 16,
 }
 
 
-def make(folder: Path) -> Path:
+@dataclass(frozen=True)
+class Scale:
+    """Frames of side x side pixels, and the layers of the language model and of the encoder."""
+
+    frames: int
+    side: int
+    layers: tuple[int, int]
+
+
+def make(folder: Path, scale: Scale) -> Path:
     """A model folder of SmolVLM2-256M's shape, in bfloat16."""
+    text, vision = (
+        {**part, "num_hidden_layers": count} for part, count in zip((TEXT, VISION), scale.layers, strict=True)
+    )
     return tiny_video_models.make(
-        folder, "smolvlm", scale=0.02, text=TEXT, vision=VISION, scale_factor=4, dtype=torch.bfloat16
+        folder,
+        "smolvlm",
+        scale=0.02,
+        text=text,
+        vision={**vision, "image_size": scale.side},
+        scale_factor=4,
+        dtype=torch.bfloat16,
     )
 
 
@@ -90,26 +107,26 @@ class Plain:
         return time.perf_counter() - began
 
 
-def ours(chat: VideoChat, share: float) -> tuple[float, float, float]:
+def ours(chat: VideoChat, scale: Scale, share: float) -> tuple[float, float, float]:
     """Seconds of encoding, prefill and follow-up; all of the first answer but decoding of frames."""
     chat.forget()
-    tokens = round(share * FRAMES * chat.model.tower.space.tokens(1, SIDE))
-    budget = Budget(tokens, frames=FRAMES, resolution=SIDE)
+    tokens = round(share * scale.frames * chat.model.tower.space.tokens(1, scale.side))
+    budget = Budget(tokens, frames=scale.frames, resolution=scale.side)
     first = chat.ask(VIDEO, FIRST, budget=budget, max_new_tokens=4)
     second = chat.ask(VIDEO, SECOND, budget=budget, history=[(FIRST, first.text)], max_new_tokens=1)
     return first.timings.encode_s, first.timings.prefill_s, second.timings.first_token_s
 
 
-def measure(folder: Path, n: int) -> dict[str, Any]:
+def measure(folder: Path, scale: Scale, n: int) -> dict[str, Any]:
     """Seconds by way, interleaved."""
     chats = {
-        stage: VideoChat(load_stock(folder, stage=stage, dtype=torch.bfloat16))  # type: ignore[arg-type]
+        stage: VideoChat(load_stock(folder, stage=stage, dtype=torch.bfloat16))
         for stage in ("after", "before")
     }
     model: Any = chats["after"].model
-    budget = Budget(10**6, frames=FRAMES, resolution=SIDE)
+    budget = Budget(10**6, frames=scale.frames, resolution=scale.side)
     encoded, plan = chats["after"].look(VIDEO, budget), chats["after"].plan(VIDEO, budget)
-    pixels = model.tower.pixels(read_clip(VIDEO, plan.frames, max_side=4 * SIDE), plan)
+    pixels = model.tower.pixels(read_clip(VIDEO, plan.frames, max_side=4 * scale.side), plan)
     plain = Plain(folder, model, encoded.visual, pixels)
     found: dict[str, list[float]] = {}
 
@@ -118,7 +135,9 @@ def measure(folder: Path, n: int) -> dict[str, Any]:
 
     for repeat in range(-1, n):
         first, second = plain.ask(FIRST), plain.ask(FIRST, "So it is.", SECOND)
-        own = {(stage, share): ours(chat, share) for stage, chat in chats.items() for share in (1.0, 0.25)}
+        own = {
+            (stage, share): ours(chat, scale, share) for stage, chat in chats.items() for share in (1.0, 0.25)
+        }
         if repeat < 0:
             continue
         add("plain first", first)
@@ -131,16 +150,20 @@ def measure(folder: Path, n: int) -> dict[str, Any]:
     return {name: summary(samples) for name, samples in found.items()}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--n", type=int, default=3, help="measurements of each way, in turn")
-    args = parser.parse_args()
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--side", type=int, default=512, help="of a frame, in pixels: a multiple of 64")
+    parser.add_argument("--layers", type=int, nargs=2, default=[30, 12], metavar=("LLM", "ENCODER"))
+    args = arguments(parser, argv, n=1, frames=2, side=128, layers=[2, 2])
+    scale = Scale(args.frames, args.side, tuple(args.layers))
     torch.set_num_threads(
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     with tempfile.TemporaryDirectory() as folder:
-        results = measure(make(Path(folder) / "model"), args.n)
+        results = measure(make(Path(folder) / "model", scale), scale, args.n)
 
     def times(way: str, base: str) -> float:
         return round(results[base]["median_ms"] / results[way]["median_ms"], 2)
@@ -149,8 +172,8 @@ def main() -> None:
         {
             "bench": "stock",
             **environment("bfloat16"),
-            "frames": FRAMES,
-            "side": SIDE,
+            "frames": args.frames,
+            "side": args.side,
             "sooner than plain": {
                 **{
                     f"{stage} {share} first": times(f"{stage} {share} first", "plain first")
@@ -165,7 +188,8 @@ def main() -> None:
             },
             "prefill at 25% sooner than at 100%": times("after 25% prefill", "after 100% prefill"),
             "results": results,
-        }
+        },
+        smallest=args.smallest,
     )
 
 

@@ -19,13 +19,16 @@ from typing import Any
 import pytest
 
 from app import cli
+from app.ask_each import ask_each
 from app.chat import VideoChat
 from app.library.answers import AnswerFile, AnswerRow, check_out
 from app.library.ask_all import LocalAsker, MapReport, ask_all
 from app.library.video_files import find_videos
-from encoder.errors import ConfigError, DataError, OutOfMemory
+from app.speech.listener import Listener
+from encoder.errors import ConfigError, DataError, FluxChatError, OutOfMemory
 from tests import ROOT
 from tests.app.library.conftest import film
+from tests.app.speech.conftest import ToldModel
 
 QUESTION = "What is it?"
 FEW: dict[str, Any] = {"budget": "16", "max_new_tokens": 3}
@@ -167,6 +170,27 @@ def test_a_file_of_others_is_never_written(chat: VideoChat, videos: Path, tmp_pa
     with pytest.raises(DataError, match=r"Line 1 of .* name another"):
         mapped(chat, out, videos)
     assert out.read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"max_new_tokens": 10**6}, "lower max_new_tokens, which is 1000000"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"think": True}, "does not think"),
+        ({"system": "word " * 5000}, "too long"),
+        ({"budget": "many"}, "budget"),
+        ({"speech": True, "language": "tlh"}, "no language 'tlh'"),
+    ],
+)
+def test_options_that_fit_no_video_are_one_sentence_before_any_is_opened(
+    chat: VideoChat, options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat, "_listener", Listener(model=ToldModel([])))
+    with pytest.raises(FluxChatError, match=said):
+        LocalAsker(chat, QUESTION, options)
+    with pytest.raises(FluxChatError, match=said):
+        ask_each(chat, ["gone.mp4"], QUESTION, print, **options)
 
 
 def test_two_runs_at_once_end_in_a_sentence(chat: VideoChat, videos: Path, tmp_path: Path) -> None:

@@ -67,6 +67,27 @@ def test_what_is_stale_is_said_and_mended(command: Any, videos: Path, tmp_path: 
     assert command("index", "--check")[0] == 0
 
 
+def test_a_line_break_in_a_name_breaks_no_line(command: Any, videos: Path, tmp_path: Path) -> None:
+    (videos / "red.mp4").rename(videos / "red\nfilm.mp4")
+    (videos / "bro\nken.mp4").touch()
+    status, out, _ = command("index", videos, "--embedder", tmp_path / "clip")
+    assert status == 1
+    assert [line.startswith((f"{videos}/", "4 videos")) for line in out.splitlines()] == [True, True]
+    assert len(command("search", "a dog")[1].splitlines()) == 4
+    assert rf"{videos}/red\nfilm.mp4" in command("search", "a dog")[1]
+    (videos / "red\nfilm.mp4").unlink()
+    lines = command("index", "--check")[1].splitlines()
+    assert sorted(line.split(":")[0] for line in lines[:-1]) == ["gone", "unreadable"]
+    for answers in ("map", "ask"):
+        asked = [answers, "What?", videos / "bro\nken.mp4", "--out", tmp_path / "answers.jsonl"]
+        if answers == "ask":
+            asked = ["ask", videos / "bro\nken.mp4", "What?", "--each"]
+        status, out, _ = command(*asked)
+        assert status == 1
+        assert rf"{videos}/bro\nken.mp4: ! " in out
+        assert len(out.splitlines()) == {"map": 2, "ask": 1}[answers]
+
+
 def test_the_best_is_played_at_its_time(
     command: Any, videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

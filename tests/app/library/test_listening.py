@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.cli import main
 from app.library.library import Library
+from app.library.said_table import SaidTable
+from app.speech import listener as listener_module
 from app.speech.listener import Listener
 from app.speech.transcript import Line
 from encoder.errors import ConfigError, DataError
@@ -43,7 +46,12 @@ def test_lines_are_found_by_their_words(tmp_path: Path) -> None:
     assert library.search_said("it s a' OR 1=1").hits[0].said == LINES[0].text
     heard = len(model.heard)
     assert library.listen([tmp_path], Listener(model=model)).unchanged == 2
+    os.utime(talk, (1, 1))  # touched only
+    assert library.search_said("snow rain").left_out == ()
+    assert library.listen([tmp_path], Listener(model=model)).unchanged == 2
+    assert library.listen([tmp_path], Listener(model=model)).unchanged == 2
     assert len(model.heard) == heard
+    assert SaidTable(library.folder).files()[str(talk)].unchanged(str(talk))
     model.told = [Line(0.0, 1.0, "now it snows")]
     with_sound(talk, np.zeros(3 * RATE))
     found = library.search_said("rain")
@@ -55,6 +63,18 @@ def test_lines_are_found_by_their_words(tmp_path: Path) -> None:
     talk.unlink()
     library.repair()
     assert library.search_said("snows") == library.search_said("rain")
+
+
+def test_a_language_that_is_not_known_is_said_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    film(tmp_path / "silent.mp4", ["red"])
+    monkeypatch.setattr(listener_module, "WhisperModel", lambda source: ToldModel(LINES))
+    place = tmp_path / "index"
+    command = ["index", str(tmp_path), "--library", str(place), "--speech", "--language", "tlh"]
+    assert main(command) == 2
+    assert capsys.readouterr().err == "fluxchat: The speech model knows no language 'tlh'.\n"
+    assert not place.exists()
 
 
 def test_damaged_lines_are_one_sentence(tmp_path: Path) -> None:

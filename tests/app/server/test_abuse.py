@@ -63,7 +63,7 @@ def test_few_of_many_unknown_fields_are_compared_with_known_ones() -> None:
 
 
 def test_overlong_paths_are_not_resolved(store: MediaStore, tmp_path: Path) -> None:
-    door = GradioAccess(mock.Mock(), store, tmp_path, (), mcp=False)
+    door = GradioAccess(mock.Mock(), mock.Mock(), store, tmp_path, (), mcp=False)
     with mock.patch.object(os.path, "realpath", wraps=os.path.realpath) as resolved:
         for path in ("/a" * PATH_LENGTH, "http://localhost/gradio_api/file=" + "/a" * PATH_LENGTH):
             with pytest.raises(ApiError) as caught:
@@ -73,7 +73,7 @@ def test_overlong_paths_are_not_resolved(store: MediaStore, tmp_path: Path) -> N
 
 
 def test_a_request_names_a_limited_number_of_files(store: MediaStore, tmp_path: Path) -> None:
-    door = GradioAccess(mock.Mock(), store, tmp_path, (), mcp=False)
+    door = GradioAccess(mock.Mock(), mock.Mock(), store, tmp_path, (), mcp=False)
     mine = store.add(io.BytesIO(b"x"), "a.mp4", "me", page=tmp_path)
     door.check_body({"path": [mine.path] * MAX_NAMED_FILES}, "me")
     with pytest.raises(ApiError, match="files"):

@@ -11,7 +11,9 @@ import av
 import numpy as np
 import pytest
 
+from app.speech.listener import Progress
 from app.speech.transcript import Line
+from encoder.errors import ConfigError
 from encoder.video.sound import RATE, Sound
 
 SENTENCES = {1.0: "Two dogs run across the street.", 6.0: "Now it is raining in the city."}
@@ -23,8 +25,13 @@ class ToldModel:
     def __init__(self, lines: list[Line]) -> None:
         self.told, self.heard = lines, list[tuple[float, float, str | None]]()
 
-    def lines(self, sound: Sound, language: str | None) -> tuple[list[Line], str]:
+    def check(self, language: str | None) -> None:
+        if language == "tlh":
+            raise ConfigError("The speech model knows no language 'tlh'.")
+
+    def lines(self, sound: Sound, language: str | None, heard: Progress) -> tuple[list[Line], str]:
         self.heard.append((sound.start_s, sound.seconds, language))
+        heard(0.5)
         end_s = sound.start_s + sound.seconds
         found = [line for line in self.told if sound.start_s <= line.start_s < end_s]
         return found, language or ("en" if found else "")

@@ -8,13 +8,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
 import pytest
 
 if TYPE_CHECKING:
+    from av.container import OutputContainer
+
     from encoder.video.reader import Clip
 
 BITS = 12  # a frame's number is drawn as this many black or white bars
@@ -111,7 +113,7 @@ def write(
     if path.suffix == ".avi" or path.suffix in RAW:
         tick = Fraction(1, rate)
     with av.open(str(path), "w", container_options=container_options or {}) as container:
-        stream = container.add_stream(encoder, rate=rate)
+        stream: Any = container.add_stream(encoder, rate=rate)
         stream.width, stream.height, stream.pix_fmt = *size, pix_fmt
         stream.codec_context.time_base = tick
         stream.time_base = tick
@@ -138,14 +140,16 @@ def write(
     return path
 
 
-def _mux(container, packets, durations, tick) -> None:
+def _mux(
+    container: OutputContainer, packets: list[av.Packet], durations: dict[int, int], tick: Fraction
+) -> None:
     for packet in packets:
-        if packet.pts in durations and packet.time_base == tick:
+        if packet.pts is not None and packet.pts in durations and packet.time_base == tick:
             packet.duration = durations[packet.pts]
         container.mux(packet)
 
 
-def _write_sound(container, stream, seconds: float) -> None:
+def _write_sound(container: OutputContainer, stream: Any, seconds: float) -> None:
     for start in range(0, int(seconds * 44100), 1024):
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.int16), format="s16", layout="mono")
         frame.sample_rate, frame.pts = 44100, start

@@ -53,6 +53,38 @@ def test_a_model_comes_back_from_its_file(
     assert (again.eos_ids, again.context_length) == (llm.eos_ids, llm.context_length)
 
 
+@pytest.mark.parametrize(("width", "named"), [(16, True), (24, True), (16, False)])
+def test_heads_are_as_wide_as_the_file_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, width: int, named: bool
+) -> None:
+    llm = load_llm(make(tmp_path / "llm", "qwen3", head_dim=width), device="cpu", dtype=torch.float32)
+    if not named:  # then it is that of llama.cpp: the model's width by its heads
+        monkeypatch.setattr("gguf.GGUFWriter.add_key_length", lambda *_: None)
+    file = write_gguf(llm, tmp_path / "m.gguf", "F32")
+    again = load_llm(file, device="cpu", dtype=torch.float32, engine="local")
+    assert again.model.config.head_dim == width
+    ids = torch.tensor([[1, 5, 9, 30]])
+    with torch.inference_mode():
+        assert torch.equal(again.model(ids).logits, llm.model(ids).logits)
+
+
+def test_no_bars_of_transformers_are_shown(
+    tiny_llm: Callable[[str], LanguageModel], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        write_folder(tiny_llm("qwen2"), tmp_path / "written")
+        load_llm(tmp_path / "written", device="cpu")
+        assert logging.is_progress_bar_enabled()
+    finally:
+        if not before:
+            logging.disable_progress_bar()
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("layout", ["qwen2", "plain"])
 def test_a_tokenizer_comes_back_as_it_was(
     tiny_llm: Callable[[str], LanguageModel], tmp_path: Path, layout: str

@@ -1,0 +1,25 @@
+"""Names in lines that people read: one line whatever a file is called.
+
+print(f"{on_a_line(path)}: ...")
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+# Control characters, line and paragraph separators, lone surrogates; and what turns the direction of writing.
+_CATEGORIES = {"Cc", "Zl", "Zp", "Cs"}
+_TURNING = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def on_a_line(name: object) -> str:
+    r"""A name, or a sentence with names, in which such characters are written as \n, \x1b or \u202e."""
+    return "".join(_escaped(c) if _is_control(c) else c for c in str(name))
+
+
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) in _CATEGORIES or character in _TURNING
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
