@@ -121,13 +121,22 @@ class AnswerStream(NotCopyable):
             raise FluxChatError("The answer is not there yet: iterate over the stream first.")
         return self._answer
 
+    @contextmanager
+    def _reason_first(self) -> Iterator[None]:
+        """Where no answer can be made any more, that is said, and not what failed because of it."""
+        try:
+            yield
+        except ModelError:
+            self._check()
+            raise
+
     def __iter__(self) -> Iterator[str]:
         if self._begun:
             raise FluxChatError("This stream was read already: read its `answer`, or ask again.")
         self._begun = True
         start = time.perf_counter()
         try:
-            with memory_errors_as_sentences():
+            with memory_errors_as_sentences(), self._reason_first():
                 videos, generation, note = self._prepare(self._stop)
         except Stopped:
             self._check()
@@ -146,7 +155,7 @@ class AnswerStream(NotCopyable):
             self._end(replace(answer, thinking="".join(self._thoughts).strip()))
 
         try:
-            with memory_errors_as_sentences():
+            with memory_errors_as_sentences(), self._reason_first():
                 for piece in generation:
                     pieces.append(piece)
                     if note and len(pieces) == 1:  # not before there is an answer

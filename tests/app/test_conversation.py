@@ -16,7 +16,7 @@ from PIL import Image
 
 from app.chat import Media, Message, VideoChat, Videos
 from app.conversation import Conversation
-from encoder.errors import BudgetError, ConfigError, ContextError, FluxChatError, VideoError
+from encoder.errors import BudgetError, ConfigError, ContextError, FluxChatError, ModelError, VideoError
 from llm_bridge.generation import Generation
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import render
@@ -256,3 +256,18 @@ def test_closing_ends_answers_in_a_sentence(tiny_model: VideoLanguageModel, step
     for thread in threads:
         thread.join(30)
     assert [str(error) for error in errors] == ["This VideoChat was closed: make a new one."] * 2
+
+
+def test_what_fails_because_of_closing_says_that(
+    tiny_model: VideoLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = VideoChat(tiny_model)
+    encode = chat._vision.encode
+
+    def late(*args: Any, **options: Any) -> Any:
+        chat.close()
+        return encode(*args, **options)
+
+    monkeypatch.setattr(chat._vision, "encode", late)
+    with pytest.raises(ModelError, match=r"^This VideoChat was closed: make a new one\.$"):
+        chat.ask(GREY, "What?", budget=16)
