@@ -10,9 +10,11 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from encoder.errors import ConfigError, ModelError
-from llm_bridge.sampling import Sampler, SamplingParams
+from llm_bridge import sampling
+from llm_bridge.sampling import Sampler, SamplingParams, leading
 
 VOCABULARY = 12
 NAN, INF = float("nan"), float("inf")
@@ -164,3 +166,49 @@ def test_drawing_follows_the_probabilities() -> None:
     scores = torch.log(torch.tensor([1.0, 2.0, 3.0])) * 0.5
     counts = torch.bincount(torch.tensor([sampler(scores) for _ in range(3000)]), minlength=3) / 3000
     torch.testing.assert_close(counts, torch.tensor([1 / 6, 2 / 6, 3 / 6]), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options", [{"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 40, "top_p": 0.9, "min_p": 0.05}]
+)
+def test_the_greatest_logits_decide_as_all_do(
+    options: dict[str, Any], kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the first few decide or all are looked at, one seed draws one token; bfloat16 has ties."""
+    rows = 3 * torch.randn(40, 500, generator=torch.Generator().manual_seed(0)).to(kind)
+    tokens = {}
+    for most in (3, 50, 500):
+        monkeypatch.setattr(sampling, "LEADING", most)
+        samplers = [Sampler(SamplingParams(temperature=0.8, seed=n, **options)) for n in range(len(rows))]
+        firsts = leading(rows, samplers)
+        tokens[most] = [draw(row, first) for draw, row, first in zip(samplers, rows, firsts, strict=True)]
+    assert tokens[3] == tokens[50] == tokens[500]
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 9, "top_p": 0.7}]
+)
+def test_what_may_be_drawn_is_what_transformers_leaves(options: dict[str, Any]) -> None:
+    warpers = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
+    row = 2 * torch.randn(300, generator=torch.Generator().manual_seed(1))
+    scores = row[None] / 0.8
+    for name, value in options.items():
+        scores = warpers[name](value)(torch.zeros(1, 1, dtype=torch.long), scores)
+    allowed = set(torch.isfinite(scores[0]).nonzero().flatten().tolist())
+    sampler = Sampler(SamplingParams(temperature=0.8, seed=0, **options))
+    assert {sampler(row) for _ in range(100 * len(allowed))} == allowed
+
+
+def test_rows_of_a_batch_are_chosen_from_as_alone() -> None:
+    rows = torch.randn(4, 900, generator=torch.Generator().manual_seed(2))
+    ways = [{}, {"temperature": 1.0}, {"temperature": 0.5, "top_p": 0.8}, {"repetition_penalty": 1.3}]
+
+    def samplers() -> list[Sampler]:
+        return [Sampler(SamplingParams(seed=3, **way), [1, 2, 3]) for way in ways]
+
+    alone = [sampler(row) for sampler, row in zip(samplers(), rows, strict=True)]
+    together = samplers()
+    firsts = leading(rows, together)
+    assert [first.greatest is not None for first in firsts] == [False, False, True, False]
+    assert [draw(*row) for draw, *row in zip(together, rows, firsts, strict=True)] == alone
