@@ -8,6 +8,7 @@ from app.chat import VideoChat
 from tests.app.conftest import SHORT
 
 
+@pytest.mark.usefixtures("measured_speeds")
 def test_predictions_learn_from_answers(chat: VideoChat) -> None:
     chat.calibration  # noqa: B018 - measured here
     prices, info = chat._prices, chat.probe(SHORT)
