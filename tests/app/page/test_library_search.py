@@ -202,6 +202,7 @@ def test_search_click_and_ask_about_the_hit(open_page: Callable[..., Any]) -> No
 
 
 @browsing
+@pytest.mark.slow
 def test_a_search_that_fails_says_so(open_page: Callable[..., Any], library: Library) -> None:
     page = open_page()
     page.get_by_role("button", name="Search the library").click()

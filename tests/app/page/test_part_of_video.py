@@ -168,6 +168,7 @@ def test_a_box_is_drawn_moved_and_taken_away(page: Any) -> None:
 
 
 @browsing
+@pytest.mark.slow
 def test_each_medium_has_its_own_part(page: Any, tmp_path: Path) -> None:
     picture = tmp_path / "red.png"
     Image.new("RGB", (160, 120), "red").save(picture)
@@ -222,7 +223,14 @@ BOTH = re.compile(r"0:00.* – .*a box of the picture")
 
 
 @browsing
-@pytest.mark.parametrize("waits", [[1.0, 1.0], [2.0, 0.0], [0.0, 2.0]])
+@pytest.mark.parametrize(
+    "waits",
+    [
+        [1.0, 1.0],
+        pytest.param([2.0, 0.0], marks=pytest.mark.slow),
+        pytest.param([0.0, 2.0], marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_chosen_while_an_answer_is_late_stays(
     open_page: Callable[..., Any],
     slowed: Callable[[str, list[float]], None],
@@ -242,6 +250,7 @@ def test_what_is_chosen_while_an_answer_is_late_stays(
 
 
 @browsing
+@pytest.mark.slow
 def test_an_older_shelf_that_comes_last_is_put_right(
     open_page: Callable[..., Any],
     slowed: Callable[[str, list[float]], None],
@@ -260,6 +269,7 @@ def test_an_older_shelf_that_comes_last_is_put_right(
 
 
 @browsing
+@pytest.mark.slow
 def test_a_second_file_is_not_lost_while_the_first_is_opened(
     open_page: Callable[..., Any],
     slowed: Callable[[str, list[float]], None],
