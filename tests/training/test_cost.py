@@ -195,6 +195,7 @@ def test_the_counter_sees_attention_on_the_meta_device(tokens: int) -> None:
     assert pooling(SMALL, tokens).forward == pooled
 
 
+@pytest.mark.slow
 def test_samples_and_steps_are_the_recipes() -> None:
     umt = work("umt_small.yaml")
     assert umt.samples == 1_100_000
@@ -342,6 +343,7 @@ def test_every_shipped_recipe_costs_what_formulas_say(
     assert width is None or found["encoder"]["embed_dim"] == width
 
 
+@pytest.mark.slow
 def test_options_scale_the_result(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(RECIPES / "finetune_k400_small.yaml")
     usual = run(capsys, recipe)

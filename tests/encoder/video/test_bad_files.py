@@ -109,7 +109,7 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize("trusted", [True, False])
+@pytest.mark.parametrize("trusted", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("kind", sorted(WORDS))
 def test_bad_files_end_in_one_sentence(bad, kind, trusted, others):
     with pytest.raises(VideoError, match=WORDS[kind]) as caught:  # not that the time limit was reached
