@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from app.chat import VideoChat
 from app.cli import SAMPLING, STAGES, build_parser, main
 from llm_bridge.sampling import SamplingParams
 from tests import ROOT
@@ -184,8 +185,9 @@ def test_ask_json_with_the_shipped_model(shipped_example: Path, call: Call) -> N
 
 
 def test_chat_reads_questions_and_commands(
-    shipped_example: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+    chat: VideoChat, shipped_example: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("app.cli.open_chat", lambda args: chat)
     lines = "What is in the video?\n/budget 32\nWhich way?\n/budget none\n/video nowhere.mp4\n/quit\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     done = call("chat", shipped_example, "--max-new-tokens", "12")

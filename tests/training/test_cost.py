@@ -154,6 +154,7 @@ def test_flexible_grids_cost_the_mean_of_their_pairs(tmp_path: Path) -> None:
     assert less < more
 
 
+@pytest.mark.slow
 def test_the_chat_stage_by_hand() -> None:
     found = work("chat_stage1.yaml", "model.gradient_checkpointing=false", text_tokens=40)
     video, image = found.shares
