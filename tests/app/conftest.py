@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import gradio
 import pytest
 import torch
+from httpx import create_ssl_context
 
 from app.chat import VideoChat
 from app.estimate import Calibration
@@ -38,6 +40,15 @@ def known_speeds() -> Iterator[Callable[[ChatModel], Calibration]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Calibration, "load_or_measure", staticmethod(lambda _: SPEEDS))
         yield measure
+
+
+@pytest.fixture(scope="package", autouse=True)
+def certificates_read_once() -> Iterator[None]:
+    """Each client of httpx, thus each `httpx.get`, would read those of all authorities anew: 20 ms."""
+    with pytest.MonkeyPatch.context() as patch:
+        place = "httpx._transports.default.create_ssl_context"  # no part of its interface
+        patch.setattr(place, cache(create_ssl_context), raising=False)
+        yield
 
 
 @pytest.fixture
