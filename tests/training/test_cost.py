@@ -211,6 +211,7 @@ def test_samples_and_steps_are_the_recipes() -> None:
     assert work("finetune_k400_small.yaml", "repeats=2").samples == 2 * 240_436
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_is_not_trained() -> None:
     for share in work("clip_stage1_base.yaml").shares:
         encoder, pooling, text = share.parts
@@ -367,6 +368,7 @@ def test_options_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["gpus"], found["epochs"], found["batch_size"]) == (1, 2, 64)
 
 
+@pytest.mark.slow
 def test_the_table_names_parts_hours_and_assumptions(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(RECIPES / "chat_stage1.yaml"), "--gpus", "1"]) == 0
     text = capsys.readouterr().out

@@ -285,6 +285,7 @@ def test_resuming_is_exact(data: Path, tmp_path: Path, shapes: dict[str, Any]) -
     assert train(UmtStage(second), second.optim, second.loop, resume=True).losses == whole[3:]
 
 
+@pytest.mark.slow
 def test_kept_targets_change_no_loss(data: Path, tmp_path: Path, shapes: dict[str, Any]) -> None:
     """A run with a warm cache is bit-equal to the one that filled it."""
     teacher = {**values(data, tmp_path)["teacher"], "cache": str(tmp_path / "seen")}

@@ -199,6 +199,7 @@ def test_a_time_in_an_answer_moves_the_player(open_page: Callable[..., Any]) -> 
     has(page.locator(".fc-piece"), "0:01 – 0:02")
 
 
+@pytest.mark.slow
 def test_two_budgets_side_by_side(open_page: Callable[..., Any], served: Served) -> None:
     budgets = Range.of(served.chat.model)
     page = open_page()
@@ -284,6 +285,7 @@ def test_an_example_starts_a_conversation_of_its_own(open_page: Callable[..., An
 
 
 @pytest.mark.usefixtures("slow_answers")
+@pytest.mark.slow
 def test_questions_during_an_answer_wait_behind_it(open_page: Callable[..., Any]) -> None:
     page = open_page()
     box = page.get_by_label("Question", exact=True)

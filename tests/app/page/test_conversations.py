@@ -238,6 +238,7 @@ def test_exports_have_the_form_of_the_programs_own(
     assert files["Markdown"].read_bytes().decode() == to_markdown(record)
 
 
+@pytest.mark.slow
 def test_an_edited_turn_makes_a_branch(open_page: Callable[..., Any]) -> None:
     page = open_page()
     for number, question in enumerate(("One?", "Two?")):

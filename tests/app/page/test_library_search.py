@@ -220,7 +220,8 @@ def test_a_search_that_fails_says_so(open_page: Callable[..., Any], library: Lib
 
 
 @browsing
-@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.slow
 def test_searching_is_accessible(open_page: Callable[..., Any], scheme: str) -> None:
     page = open_page(390, 844, color_scheme=scheme)
     page.evaluate((Path(__file__).parent / "axe" / "axe.min.js").read_text())

@@ -134,6 +134,7 @@ def test_where_it_cannot_be_loaded_the_old_one_stays(
     answered(page)
 
 
+@pytest.mark.slow
 def test_a_download_is_asked_for_and_followed(
     open_page: Callable[..., Any],
     served: Page,

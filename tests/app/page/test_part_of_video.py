@@ -189,7 +189,8 @@ def test_each_medium_has_its_own_part(page: Any, tmp_path: Path) -> None:
     has(page.locator(".fc-range output"), "All of it")
 
 
-@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.slow
 def test_choosing_a_part_is_accessible(open_page: Callable[..., Any], scheme: str) -> None:
     page = open_page(390 if scheme == "light" else 1280, 844, color_scheme=scheme)
     page.evaluate((Path(__file__).parent / "axe" / "axe.min.js").read_text())
@@ -223,14 +224,8 @@ BOTH = re.compile(r"0:00.* – .*a box of the picture")
 
 
 @browsing
-@pytest.mark.parametrize(
-    "waits",
-    [
-        [1.0, 1.0],
-        pytest.param([2.0, 0.0], marks=pytest.mark.slow),
-        pytest.param([0.0, 2.0], marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("waits", [[1.0, 1.0], [2.0, 0.0], [0.0, 2.0]])
+@pytest.mark.slow
 def test_what_is_chosen_while_an_answer_is_late_stays(
     open_page: Callable[..., Any],
     slowed: Callable[[str, list[float]], None],
