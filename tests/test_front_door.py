@@ -34,7 +34,14 @@ def test_importing_it_loads_no_model_library(tmp_path: Path) -> None:
     assert run(code, tmp_path, ROOT).stdout.split() == [fluxchat.__version__, "False", "False"]
 
 
-@pytest.mark.parametrize("name", ["app.py", "encoder.py", "app/__init__.py", "llm_bridge/other.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "app.py",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("encoder.py", "app/__init__.py")),
+        "llm_bridge/other.py",
+    ],
+)
 def test_a_file_in_the_way_is_named_in_one_sentence(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)

@@ -12,7 +12,11 @@ FEW = (0, 1, 2, 3, 4, 21, 39, 5, 10, 43)
 
 
 @pytest.mark.parametrize(
-    "files", [pytest.param(FEW, id="few"), pytest.param(range(60), id="many", marks=pytest.mark.slow)]
+    "files",
+    [
+        pytest.param(FEW, id="few", marks=pytest.mark.slow),
+        pytest.param(range(60), id="many", marks=pytest.mark.slow),
+    ],
 )
 def test_damaged_files_end_in_an_answer_or_an_error(files: Sequence[int], tmp_path: Path) -> None:
     result = fuzz(files, 7, tmp_path / "work")

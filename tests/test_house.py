@@ -21,12 +21,28 @@ ROOMS = {
 ENCODER_LIBRARIES = {"torch", "numpy", "safetensors", "av", "decord", "PIL"}
 
 
+@cache
+def read(path: Path) -> tuple[list[ast.Import | ast.ImportFrom], set[str]]:
+    """The imports of a module, and the names that it has at its top, those in `if` and `try` included."""
+    found: list[ast.Import | ast.ImportFrom] = []
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found.append(node)
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+    return found, names
+
+
 def imports(path: Path) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in read(path)[0]:
         if isinstance(node, ast.Import):
             found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif node.module:
             assert node.level == 0, f"{path} uses a relative import"
             found.add(node.module.split(".")[0])
     return found
@@ -49,25 +65,11 @@ def test_no_modules_import_each_other() -> None:
     assert circles(ROOT, lazy=False) == []
 
 
-@cache
-def defined(path: Path) -> set[str]:
-    """Names that a module has at its top, those in `if` and `try` included."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef):
-            names.add(node.name)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-    return names
-
-
 @pytest.mark.parametrize("room", [*ROOMS, "tests"])
 def test_imports_inside_functions_name_what_exists(room: str) -> None:
     """Those of a benchmark or of a rare path run late: a renamed module would be missed there."""
     for path in (ROOT / room).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in read(path)[0]:
             if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] not in [
                 *ROOMS,
                 "tests",
@@ -77,7 +79,7 @@ def test_imports_inside_functions_name_what_exists(room: str) -> None:
             file = place.with_suffix(".py") if place.with_suffix(".py").exists() else place / "__init__.py"
             where = f"{path.relative_to(ROOT)}, line {node.lineno}"
             assert file.exists(), f"{where} imports {node.module}"
-            known = defined(file)
+            known = read(file)[1]
             for alias in node.names:
                 inside = (place / f"{alias.name}.py").exists() or (place / alias.name).is_dir()
                 lazy = "__getattr__" in known  # names that are made when they are asked for

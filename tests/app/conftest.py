@@ -4,21 +4,62 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import gradio
 import pytest
 import torch
+from httpx import create_ssl_context
 
 from app.chat import VideoChat
+from app.estimate import Calibration
 from encoder.config import MICRO
+from encoder.cost import Speed
 from encoder.fluxvit import FluxViT
+from llm_bridge.chat_model import ChatModel
 from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
 from tests.passes import before_each_pass, never_ends
 
 VIDEOS = Path(gradio.__file__).parent / "media_assets" / "videos"
 WORLD, SHORT = VIDEOS / "world.mp4", VIDEOS / "b.mp4"
+# As the tiny model was measured on two cores.
+SPEEDS = Calibration(
+    decode=Speed((13.0, 1.0, 6.3)),
+    encode=Speed((1.4, 95.0, 79.0, 119.0)),
+    prefill=Speed((2.1, 0.005, 1.5e-05)),
+)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def known_speeds() -> Iterator[Callable[[ChatModel], Calibration]]:
+    """The machine was measured before: that takes seconds, and on a busy one each model would again.
+    Gives what measures."""
+    measure = Calibration.load_or_measure
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Calibration, "load_or_measure", staticmethod(lambda _: SPEEDS))
+        yield measure
+
+
+@pytest.fixture(scope="package", autouse=True)
+def certificates_read_once() -> Iterator[None]:
+    """Each client of httpx, thus each `httpx.get`, would read those of all authorities anew: 20 ms."""
+    with pytest.MonkeyPatch.context() as patch:
+        place = "httpx._transports.default.create_ssl_context"  # no part of its interface
+        patch.setattr(place, cache(create_ssl_context), raising=False)
+        yield
+
+
+@pytest.fixture
+def measured_speeds(
+    known_speeds: Callable[[ChatModel], Calibration], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The machine is measured, and what was found is kept in this cache folder."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("FLUXCHAT_CACHE", str(folder))
+    monkeypatch.setattr(Calibration, "load_or_measure", staticmethod(known_speeds))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -24,19 +24,10 @@ class Screen(io.StringIO):
         return True
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is measured once for all tests of this file: how fast the tiny model is here."""
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture
-def command(
-    chat: VideoChat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cache: Path
-) -> Any:
+def command(chat: VideoChat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
     """Runs the command on the tiny model; (status, standard output, standard error)."""
     monkeypatch.setattr(cli, "open_chat", lambda args: chat)
-    monkeypatch.setenv("FLUXCHAT_CACHE", str(cache))
 
     def run(*args: object) -> tuple[int, str, str]:
         status = cli.main([*map(str, args), "--budget", "32", "--max-new-tokens", "3"])

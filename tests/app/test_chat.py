@@ -207,10 +207,7 @@ def test_stopping_from_another_thread(chat: VideoChat) -> None:
     assert stream.answer.finish in ("cancelled", "stop")
 
 
-def test_the_price_grows_with_the_budget(
-    chat: VideoChat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path))
+def test_the_price_grows_with_the_budget(chat: VideoChat, measured_speeds: Path) -> None:
     prices = [chat.estimate(WORLD, budget) for budget in (16, 128, "full")]
     assert [p.kept_tokens for p in prices[:2]] == [16, 128]
     for name in ("encoder_gmacs", "llm_gmacs", "share_of_full", "first_token_s", "peak_mib"):
@@ -218,7 +215,7 @@ def test_the_price_grows_with_the_budget(
         assert values == sorted(values), name
     assert prices[-1].share_of_full == pytest.approx(1)
     assert "tokens kept" in str(prices[0])
-    assert len(list((tmp_path / "calibration").iterdir())) == 1
+    assert len(list((measured_speeds / "calibration").iterdir())) == 1
     fast = chat.plan(WORLD, Budget.auto(1e-6))
     slow = chat.plan(WORLD, "auto:1000")
     assert fast.keep < slow.keep
@@ -227,16 +224,15 @@ def test_the_price_grows_with_the_budget(
 @pytest.mark.parametrize("measured_on_a_machine_so_many_times_slower", [8.0, 1 / 8])
 def test_a_calibration_that_no_longer_holds_is_replaced(
     tiny_model: VideoLanguageModel,
-    tmp_path: Path,
+    measured_speeds: Path,
     monkeypatch: pytest.MonkeyPatch,
     measured_on_a_machine_so_many_times_slower: float,
 ) -> None:
-    monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path))
     monkeypatch.setattr("app.estimate.prefill_ms", lambda _, tokens: 5.0 + 0.1 * tokens)  # whatever else runs
     monkeypatch.setattr("llm_bridge.towers.flux.calibrate_encoder", lambda *_: Speed((1.0, 1.0, 1.0, 1.0)))
     monkeypatch.setattr("app.estimate.measure_decode", lambda: Speed((1.0, 1.0, 1.0)))
     now = Calibration.load_or_measure(tiny_model).prefill.milliseconds([1.0, 64.0, 64.0**2])
-    [path] = (tmp_path / "calibration").iterdir()
+    [path] = (measured_speeds / "calibration").iterdir()
     values = json.loads(path.read_text())
     values["prefill"]["weights"] = [measured_on_a_machine_so_many_times_slower * now, 0.0, 0.0]
     path.write_text(json.dumps(values))

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from app.chat import VideoChat
 from app.cli import SAMPLING, STAGES, build_parser, main
-from app.estimate import Calibration
-from encoder.cost import Speed
 from llm_bridge.sampling import SamplingParams
 from tests import ROOT
 from tests.encoder.video import video_files as vf
@@ -185,17 +184,10 @@ def test_ask_json_with_the_shipped_model(shipped_example: Path, call: Call) -> N
     assert 0 < answer["timings"]["first_token_s"] <= answer["timings"]["total_s"]
 
 
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speeds of a machine that was measured before; tests of calibration measure."""
-    speeds = Calibration(Speed((1.0,) * 3), Speed((1.0,) * 4), Speed((1.0,) * 3))
-    monkeypatch.setattr(Calibration, "load_or_measure", lambda _: speeds)
-
-
-@pytest.mark.usefixtures("measured")
 def test_chat_reads_questions_and_commands(
-    shipped_example: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+    chat: VideoChat, shipped_example: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("app.cli.open_chat", lambda args: chat)
     lines = "What is in the video?\n/budget 32\nWhich way?\n/budget none\n/video nowhere.mp4\n/quit\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
     done = call("chat", shipped_example, "--max-new-tokens", "12")
@@ -206,7 +198,6 @@ def test_chat_reads_questions_and_commands(
     assert "Traceback" not in done.stdout + done.stderr
 
 
-@pytest.mark.usefixtures("measured")
 def test_estimate_and_info(shipped_example: Path, call: Call) -> None:
     price = json.loads(call("estimate", shipped_example, "--budget", "64", "--json").stdout)
     assert price["kept_tokens"] == 64

@@ -53,10 +53,9 @@ def test_another_versions_calibration_is_none(values: dict[str, Any]) -> None:
 
 
 def test_speeds_that_cannot_be_kept_are_measured_each_time(
-    tiny_model: VideoLanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: VideoLanguageModel, measured_speeds: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path / "file"))
+    measured_speeds.write_text("")
     monkeypatch.setattr(Calibration, "measure", lambda model: Calibration.of(GOOD))
     cache_dir._warn_once.cache_clear()
     assert Calibration.load_or_measure(tiny_model) == Calibration.load_or_measure(tiny_model)

@@ -9,7 +9,7 @@ from tests.app.conftest import SHORT
 
 
 def test_predictions_learn_from_answers(chat: VideoChat) -> None:
-    chat.calibration  # noqa: B018 - measured here
+    chat.calibration  # noqa: B018 - known here
     prices, info = chat._prices, chat.probe(SHORT)
     plan = chat.plan(SHORT, 48)
     first = chat.estimate(SHORT, 48)

@@ -61,7 +61,7 @@ def locks_of(thing: Any, visited: set[int] | None = None) -> list[Any]:
     return locks
 
 
-@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("held", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_forked_child_says_that_it_cannot(chat: VideoChat, held: bool) -> None:
     talk = chat.conversation(GREY, budget=16, max_new_tokens=4)
     talk.ask("What is it?")

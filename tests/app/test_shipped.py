@@ -48,17 +48,20 @@ def test_the_examples_are_six_and_one_is_honest_about_a_mistake() -> None:
     assert all(example["file"] in card and example["answer"] in card for example in EXAMPLES)
 
 
-def test_it_answers_as_its_card_says(chat: VideoChat) -> None:
+@pytest.mark.parametrize(
+    "examples", [EXAMPLES[:2], pytest.param(EXAMPLES, marks=pytest.mark.slow)], ids=["two", "all"]
+)
+def test_it_answers_as_its_card_says(chat: VideoChat, examples: list[dict[str, str]]) -> None:
     answers = [
         chat.ask(SHIPPED / "examples" / example["file"], example["question"]).text.strip()
-        for example in EXAMPLES
+        for example in examples
     ]
+    expected = [example["answer"] for example in examples]
     # Another processor may round a near tie the other way, once.
-    assert sum(text == example["answer"] for text, example in zip(answers, EXAMPLES, strict=True)) >= 5, (
-        answers
-    )
+    assert sum(map(str.__eq__, answers, expected)) >= len(examples) - 1, answers
 
 
+@pytest.mark.slow
 def test_the_answer_comes_from_the_video(chat: VideoChat, tmp_path: Path) -> None:
     question = "Describe the video."
     files = [SHIPPED / "examples" / example["file"] for example in EXAMPLES[:4]]

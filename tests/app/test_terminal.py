@@ -23,12 +23,6 @@ from training.synthetic.export import write_video
 OPTIONS = {"budget": "16", "max_new_tokens": 4}
 
 
-@pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Calibrations of the tiny model stay out of the user's folder."""
-    monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def test_a_command_that_fails_changes_nothing(chat: VideoChat, tmp_path: Path) -> None:
     terminal = Terminal(chat, str(SHORT), OPTIONS)
     terminal.ask("What is it?")

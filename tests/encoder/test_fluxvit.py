@@ -58,7 +58,7 @@ def test_official_state_dict(config, count: int) -> None:
 
 
 @pytest.mark.parametrize("name", SIZES)
-@pytest.mark.parametrize("keep", [None, 12, 512])
+@pytest.mark.parametrize("keep", [None, 12, pytest.param(512, marks=pytest.mark.slow)])
 def test_every_size_runs_at_every_budget_on_meta(name: str, keep: int | None) -> None:
     with torch.device("meta"):
         model = FluxViT(SIZES[name])

@@ -40,6 +40,7 @@ def test_all_golden_cases_match(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.count("ok ") == 4
 
 
+@pytest.mark.slow
 def test_a_changed_reference_is_noticed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(one_case(tmp_path / "wrong.safetensors", change=2e-4))]) == 1
     output = capsys.readouterr().out

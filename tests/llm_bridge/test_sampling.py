@@ -96,7 +96,7 @@ samplings = st.builds(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     sampling=samplings,
     rows=st.lists(st.lists(finite, min_size=VOCABULARY, max_size=VOCABULARY), min_size=1, max_size=5),

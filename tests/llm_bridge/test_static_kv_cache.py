@@ -44,8 +44,13 @@ def read_all(jobs: Sequence[Generation]) -> list[str]:
     return [texts[n] for n in range(len(jobs))]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.3])
-@pytest.mark.parametrize("positions", [16, 256])
+@pytest.mark.parametrize(
+    ("positions", "temperature"),
+    [
+        (16, 1.3),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((16, 0.0), (256, 0.0), (256, 1.3))),
+    ],
+)
 def test_answers_are_those_of_the_growing_cache(
     llm: LanguageModel, monkeypatch: pytest.MonkeyPatch, temperature: float, positions: int
 ) -> None:

@@ -156,6 +156,7 @@ def test_wrong_recipes_end_in_one_line(
 WORLD = "datasets=[{world: {count: 64}, turns: 2, independent: true}]"
 
 
+@pytest.mark.slow
 def test_visual_tokens_stay_near_what_they_show(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

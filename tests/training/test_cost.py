@@ -154,6 +154,7 @@ def test_flexible_grids_cost_the_mean_of_their_pairs(tmp_path: Path) -> None:
     assert less < more
 
 
+@pytest.mark.slow
 def test_the_chat_stage_by_hand() -> None:
     found = work("chat_stage1.yaml", "model.gradient_checkpointing=false", text_tokens=40)
     video, image = found.shares
@@ -195,6 +196,7 @@ def test_the_counter_sees_attention_on_the_meta_device(tokens: int) -> None:
     assert pooling(SMALL, tokens).forward == pooled
 
 
+@pytest.mark.slow
 def test_samples_and_steps_are_the_recipes() -> None:
     umt = work("umt_small.yaml")
     assert umt.samples == 1_100_000
@@ -209,6 +211,7 @@ def test_samples_and_steps_are_the_recipes() -> None:
     assert work("finetune_k400_small.yaml", "repeats=2").samples == 2 * 240_436
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_is_not_trained() -> None:
     for share in work("clip_stage1_base.yaml").shares:
         encoder, pooling, text = share.parts
@@ -342,6 +345,7 @@ def test_every_shipped_recipe_costs_what_formulas_say(
     assert width is None or found["encoder"]["embed_dim"] == width
 
 
+@pytest.mark.slow
 def test_options_scale_the_result(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(RECIPES / "finetune_k400_small.yaml")
     usual = run(capsys, recipe)
@@ -364,6 +368,7 @@ def test_options_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["gpus"], found["epochs"], found["batch_size"]) == (1, 2, 64)
 
 
+@pytest.mark.slow
 def test_the_table_names_parts_hours_and_assumptions(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(RECIPES / "chat_stage1.yaml"), "--gpus", "1"]) == 0
     text = capsys.readouterr().out

@@ -128,7 +128,7 @@ def test_the_fit_is_that_of_a_logistic_regression() -> None:
 def test_a_network_sees_what_no_line_divides() -> None:
     """Points in a ring around others; the seed decides all of it."""
     generator = torch.Generator().manual_seed(1)
-    features = torch.randn(8000, 4, generator=generator) * 3 + 7
+    features = torch.randn(3000, 4, generator=generator) * 3 + 7
     far = (features[:, :2] - 7).norm(dim=1)
     labels = (far > far.median()).float()
     weight, bias = fit_logistic(features, labels, 1.0)

@@ -289,6 +289,7 @@ def test_a_table_that_does_not_fit_is_refused(rows: object, words: str, tmp_path
         VideoChat(folder, device="cpu", plan=tmp_path / "mine.json")
 
 
+@pytest.mark.slow
 def test_joint_is_noun_and_motion_on_the_same_clip(run, cached_world, tmp_path) -> None:
     shares = {}
     for metric in ("noun", "motion", "joint"):

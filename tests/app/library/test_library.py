@@ -334,6 +334,7 @@ print(sum(before.values()), report.unchanged, sum(after.values()), set(after.val
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_runs_full_while_indexing_leaves_whole_videos(tmp_path: Path) -> None:
     index = tmp_path / "index"
     index.mkdir()

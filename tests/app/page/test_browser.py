@@ -64,6 +64,7 @@ def test_price_first_then_a_question_then_a_fast_one(open_page: Callable[..., An
     plays_at(page, time_s - 0.1, time_s + 0.1)
 
 
+@pytest.mark.slow
 def test_numbers_out_of_range_count_as_the_nearest(open_page: Callable[..., Any], served: Served) -> None:
     page = open_page()
     upload(page)
@@ -90,6 +91,7 @@ def test_numbers_out_of_range_count_as_the_nearest(open_page: Callable[..., Any]
     expect(page.locator(".toast-body")).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_what_is_typed_while_a_question_is_taken_stays(
     open_page: Callable[..., Any], slowed: Callable[[str, list[float]], None]
 ) -> None:
@@ -114,6 +116,7 @@ def test_what_is_typed_while_a_question_is_taken_stays(
     expect(page.locator("#fluxchat-chat .user.message")).to_have_count(3)
 
 
+@pytest.mark.slow
 def test_the_slider_keeps_where_it_was_moved_after_a_preset(
     open_page: Callable[..., Any], served: Served
 ) -> None:
@@ -196,6 +199,7 @@ def test_a_time_in_an_answer_moves_the_player(open_page: Callable[..., Any]) -> 
     has(page.locator(".fc-piece"), "0:01 – 0:02")
 
 
+@pytest.mark.slow
 def test_two_budgets_side_by_side(open_page: Callable[..., Any], served: Served) -> None:
     budgets = Range.of(served.chat.model)
     page = open_page()
@@ -243,6 +247,7 @@ def test_several_videos_and_images(open_page: Callable[..., Any], tmp_path: Path
     has(page.locator("#fluxchat-cost"), "Add a video")
 
 
+@pytest.mark.slow
 def test_a_frame_of_another_video_shows_it_at_its_time(open_page: Callable[..., Any]) -> None:
     page = open_page()
     upload(page)
@@ -280,6 +285,7 @@ def test_an_example_starts_a_conversation_of_its_own(open_page: Callable[..., An
 
 
 @pytest.mark.usefixtures("slow_answers")
+@pytest.mark.slow
 def test_questions_during_an_answer_wait_behind_it(open_page: Callable[..., Any]) -> None:
     page = open_page()
     box = page.get_by_label("Question", exact=True)
@@ -309,6 +315,7 @@ def test_questions_during_an_answer_wait_behind_it(open_page: Callable[..., Any]
     assert "Two,\nmore" in users.nth(1).inner_text()
 
 
+@pytest.mark.slow
 def test_a_model_that_knows_only_videos_asks_for_one(
     open_page: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +331,7 @@ def test_a_model_that_knows_only_videos_asks_for_one(
     answered(page)
 
 
+@pytest.mark.slow
 def test_webcam(open_page: Callable[..., Any]) -> None:
     page = open_page(permissions=["camera", "microphone"])
     page.get_by_label("Record with the camera").click()
@@ -336,7 +344,7 @@ def test_webcam(open_page: Callable[..., Any]) -> None:
     has(page.locator("#fluxchat-strip"), "What the model will look at")
 
 
-@pytest.mark.parametrize("loaded", [False, True])
+@pytest.mark.parametrize("loaded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_refused_file_is_one_sentence_until_dismissed(
     open_page: Callable[..., Any], tmp_path: Path, loaded: bool
 ) -> None:
@@ -359,7 +367,7 @@ def test_a_refused_file_is_one_sentence_until_dismissed(
     expect(problem).to_have_count(0)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_the_page_is_accessible(open_page: Callable[..., Any], scheme: str) -> None:
     page = open_page(color_scheme=scheme)
     page.evaluate((Path(__file__).parent / "axe" / "axe.min.js").read_text())
@@ -382,6 +390,7 @@ def test_the_page_is_accessible(open_page: Callable[..., Any], scheme: str) -> N
     assert small == []
 
 
+@pytest.mark.slow
 def test_nothing_moves_while_the_page_loads(open_page: Callable[..., Any]) -> None:
     for width in (1440, 390):
         page = open_page(width, 844)
@@ -397,6 +406,7 @@ def test_nothing_moves_while_the_page_loads(open_page: Callable[..., Any]) -> No
         assert shift < 0.05
 
 
+@pytest.mark.slow
 def test_files_are_pasted_and_dropped(open_page: Callable[..., Any]) -> None:
     page = open_page()
     page.evaluate(

@@ -109,6 +109,7 @@ def test_a_reload_changes_nothing_and_the_talk_goes_on(open_page: Callable[..., 
     has(page.locator("#fluxchat-kept"), re.compile(r"1 video, 0\.\d of 1024 MiB"))
 
 
+@pytest.mark.slow
 def test_yesterdays_conversation_is_there_after_a_restart(
     browser: Any,
     tiny_model: VideoLanguageModel,
@@ -237,6 +238,7 @@ def test_exports_have_the_form_of_the_programs_own(
     assert files["Markdown"].read_bytes().decode() == to_markdown(record)
 
 
+@pytest.mark.slow
 def test_an_edited_turn_makes_a_branch(open_page: Callable[..., Any]) -> None:
     page = open_page()
     for number, question in enumerate(("One?", "Two?")):
@@ -257,6 +259,7 @@ def test_an_edited_turn_makes_a_branch(open_page: Callable[..., Any]) -> None:
     expect(chat).not_to_contain_text("Three?")
 
 
+@pytest.mark.slow
 def test_a_talk_that_goes_on_in_two_tabs_loses_nothing(open_page: Callable[..., Any]) -> None:
     first = open_page()
     ask(first, "One?")
@@ -277,6 +280,7 @@ def test_a_talk_that_goes_on_in_two_tabs_loses_nothing(open_page: Callable[..., 
     has(second.locator("#fluxchat-chat"), "Here?")
 
 
+@pytest.mark.slow
 def test_a_video_that_is_gone_shows_its_frames_and_is_asked_for(
     open_page: Callable[..., Any],
 ) -> None:
@@ -324,7 +328,7 @@ def test_another_browser_has_none_of_them(open_page: Callable[..., Any]) -> None
 @pytest.mark.parametrize(
     ("scheme", "width"),
     [
-        ("light", 1440),
+        pytest.param("light", 1440, marks=pytest.mark.slow),
         ("dark", 390),
         pytest.param("light", 390, marks=pytest.mark.slow),
         pytest.param("dark", 1440, marks=pytest.mark.slow),
@@ -363,6 +367,7 @@ def two_talks(page: Any) -> None:
     side(page)
 
 
+@pytest.mark.slow
 def test_of_two_clicks_the_last_one_opens(open_page: Callable[..., Any]) -> None:
     page = open_page(1440, 900)
     two_talks(page)
@@ -391,6 +396,7 @@ def test_of_two_clicks_the_last_one_opens(open_page: Callable[..., Any]) -> None
     expect(page.locator("#fluxchat-problem [role=alert]")).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_a_conversation_that_opens_late_does_not_come_over_a_new_one(
     open_page: Callable[..., Any],
 ) -> None:
@@ -406,6 +412,7 @@ def test_a_conversation_that_opens_late_does_not_come_over_a_new_one(
     expect(page.locator("#fluxchat-chat .message")).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_an_opening_that_the_server_ends_late_gives_way(
     open_page: Callable[..., Any],
     slowed: Callable[[str, list[float]], None],
@@ -426,6 +433,7 @@ def test_an_opening_that_the_server_ends_late_gives_way(
     expect(page.locator("#fluxchat-shelf .fc-medium")).to_have_count(1)
 
 
+@pytest.mark.slow
 def test_a_name_that_is_being_typed_outlives_a_new_list(
     open_page: Callable[..., Any],
     served: Served,
@@ -458,6 +466,7 @@ SLOW_DIGEST = """() => {
 }"""
 
 
+@pytest.mark.slow
 def test_a_name_that_is_given_while_a_video_is_kept_stays(open_page: Callable[..., Any]) -> None:
     page = open_page(1440, 900)
     side(page)

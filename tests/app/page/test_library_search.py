@@ -202,6 +202,7 @@ def test_search_click_and_ask_about_the_hit(open_page: Callable[..., Any]) -> No
 
 
 @browsing
+@pytest.mark.slow
 def test_a_search_that_fails_says_so(open_page: Callable[..., Any], library: Library) -> None:
     page = open_page()
     page.get_by_role("button", name="Search the library").click()
@@ -219,7 +220,8 @@ def test_a_search_that_fails_says_so(open_page: Callable[..., Any], library: Lib
 
 
 @browsing
-@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.slow
 def test_searching_is_accessible(open_page: Callable[..., Any], scheme: str) -> None:
     page = open_page(390, 844, color_scheme=scheme)
     page.evaluate((Path(__file__).parent / "axe" / "axe.min.js").read_text())

@@ -89,6 +89,7 @@ def test_the_link_of_a_conversation_survives_the_login(page: Any, locked: str) -
     assert page.url == link
 
 
+@pytest.mark.slow
 def test_two_logins_on_one_browser_have_a_store_each(page: Any, locked: str) -> None:
     page.goto(locked)
     for user, password in (LOGIN, ("ben", KEY)):

@@ -116,6 +116,7 @@ def test_a_model_on_disk_is_loaded_and_the_conversation_goes_on(
     assert served.slot.chat.name == before
 
 
+@pytest.mark.slow
 def test_where_it_cannot_be_loaded_the_old_one_stays(
     open_page: Callable[..., Any],
     served: Page,
@@ -133,6 +134,7 @@ def test_where_it_cannot_be_loaded_the_old_one_stays(
     answered(page)
 
 
+@pytest.mark.slow
 def test_a_download_is_asked_for_and_followed(
     open_page: Callable[..., Any],
     served: Page,
@@ -166,6 +168,7 @@ def test_a_download_is_asked_for_and_followed(
     has(page.locator("#fluxchat-problem [role=alert]"), "stays loaded")
 
 
+@pytest.mark.slow
 def test_without_the_hub_a_download_is_one_sentence(
     open_page: Callable[..., Any],
     served: Page,
@@ -175,6 +178,7 @@ def test_without_the_hub_a_download_is_one_sentence(
     has(page.locator("#fluxchat-problem [role=alert]"), "cannot be reached to download")
 
 
+@pytest.mark.slow
 def test_two_models_side_by_side(
     open_page: Callable[..., Any],
     served: Page,

@@ -168,6 +168,7 @@ def test_a_box_is_drawn_moved_and_taken_away(page: Any) -> None:
 
 
 @browsing
+@pytest.mark.slow
 def test_each_medium_has_its_own_part(page: Any, tmp_path: Path) -> None:
     picture = tmp_path / "red.png"
     Image.new("RGB", (160, 120), "red").save(picture)
@@ -188,7 +189,8 @@ def test_each_medium_has_its_own_part(page: Any, tmp_path: Path) -> None:
     has(page.locator(".fc-range output"), "All of it")
 
 
-@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.slow
 def test_choosing_a_part_is_accessible(open_page: Callable[..., Any], scheme: str) -> None:
     page = open_page(390 if scheme == "light" else 1280, 844, color_scheme=scheme)
     page.evaluate((Path(__file__).parent / "axe" / "axe.min.js").read_text())
@@ -223,6 +225,7 @@ BOTH = re.compile(r"0:00.* – .*a box of the picture")
 
 @browsing
 @pytest.mark.parametrize("waits", [[1.0, 1.0], [2.0, 0.0], [0.0, 2.0]])
+@pytest.mark.slow
 def test_what_is_chosen_while_an_answer_is_late_stays(
     open_page: Callable[..., Any],
     slowed: Callable[[str, list[float]], None],
@@ -242,6 +245,7 @@ def test_what_is_chosen_while_an_answer_is_late_stays(
 
 
 @browsing
+@pytest.mark.slow
 def test_an_older_shelf_that_comes_last_is_put_right(
     open_page: Callable[..., Any],
     slowed: Callable[[str, list[float]], None],
@@ -260,6 +264,7 @@ def test_an_older_shelf_that_comes_last_is_put_right(
 
 
 @browsing
+@pytest.mark.slow
 def test_a_second_file_is_not_lost_while_the_first_is_opened(
     open_page: Callable[..., Any],
     slowed: Callable[[str, list[float]], None],

@@ -525,6 +525,7 @@ with chat:
 """
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_it_whatever_its_threads_do(
     tiny_model: VideoLanguageModel, tmp_path: Path
 ) -> None:

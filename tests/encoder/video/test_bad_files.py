@@ -109,7 +109,7 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize("trusted", [True, False])
+@pytest.mark.parametrize("trusted", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("kind", sorted(WORDS))
 def test_bad_files_end_in_one_sentence(bad, kind, trusted, others):
     with pytest.raises(VideoError, match=WORDS[kind]) as caught:  # not that the time limit was reached
@@ -142,7 +142,7 @@ def test_out_of_memory_is_an_error(tmp_path, others):
     assert not left_running(others)
 
 
-@pytest.mark.parametrize("trusted", [True, False])
+@pytest.mark.parametrize("trusted", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_a_hung_decoder_is_ended_at_the_time_limit(tmp_path, trusted, others):
     """The child is suspended while it works and never goes on: only its parent's clock can end it."""
     path = vf.write(tmp_path / "v.mp4", vf.steady(200), size=(640, 360), gop=200)
@@ -239,6 +239,7 @@ def test_inside_data_loader_workers(tmp_path):
     assert len(read_clip(path, 2).times_s) == 2
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_calls_or_length(tmp_path):
     short = vf.write(tmp_path / "short.mp4", vf.steady(50), size=(640, 360))
     long = vf.write(tmp_path / "long.mp4", vf.steady(600), size=(640, 360), gop=50)

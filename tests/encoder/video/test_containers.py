@@ -26,7 +26,7 @@ def assert_read_exactly(path: Path, times_s: list[float], last_s: float = 0.04) 
     assert len(read_clip(path, 5).times_s) == 5  # up to the end as the header says it
 
 
-@pytest.mark.parametrize("start_s", [4.0, 100.0])
+@pytest.mark.parametrize("start_s", [pytest.param(4.0, marks=pytest.mark.slow), 100.0])
 @pytest.mark.parametrize(
     ("name", "encoder", "options"),
     [

@@ -529,6 +529,7 @@ def test_call_numbers_are_those_of_libseccomp():
             assert max(known, -1) == numbers[column], call
 
 
+@pytest.mark.slow
 def test_hidden_memory_is_no_side_effect_of_imports():
     code = """
         import encoder.video.reader, ctypes

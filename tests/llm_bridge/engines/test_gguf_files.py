@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable
+from functools import cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, get_args
@@ -176,6 +177,12 @@ def test_the_table_names_every_engine_and_tower() -> None:
     assert len(CELLS) == 27
 
 
+@pytest.fixture(scope="module")
+def video_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a stock video model by kind, made once."""
+    return cache(lambda kind: make_video_model(tmp_path_factory.mktemp("stock") / kind, kind))
+
+
 @pytest.mark.parametrize(("tower", "language", "engine", "said"), CELLS)
 def test_each_cell_of_the_table_is_so(
     tower: str,
@@ -185,12 +192,13 @@ def test_each_cell_of_the_table_is_so(
     tiny_llm: Callable[[str], LanguageModel],
     llm_folder: Callable[[str], Path],
     model: VideoLanguageModel,
+    video_model: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     options: dict[str, Any] = {}
     if kind := STOCK.get(tower.split(" (")[0]):
-        folder = make_video_model(tmp_path / kind, kind)
+        folder = video_model(kind)
     else:
         folder = tmp_path / "model"
         model.save_pretrained(folder)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from app.chat import VideoChat
+from encoder.cost import Speed
 from encoder.errors import ConfigError, ModelError
 from llm_bridge.engines.served_model import ServedModel
 from llm_bridge.llm import LanguageModel, load_llm
@@ -50,8 +51,13 @@ def test_nothing_is_loaded_but_the_table(folder: Path, tiny_llm: Callable[[str],
 
 
 def test_a_chat_answers_as_with_the_whole_model(
-    model: VideoLanguageModel, folder: Path, server: tuple[str, Behaviour], tmp_path: Path
+    model: VideoLanguageModel,
+    folder: Path,
+    server: tuple[str, Behaviour],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("app.estimate.measure_decode", lambda: Speed((1.0, 1.0, 1.0)))  # as with any model
     model.save_pretrained(tmp_path / "model")
     options: dict[str, Any] = {"llm": str(folder), "device": "cpu", "dtype": "float32", "trusted": True}
     with (

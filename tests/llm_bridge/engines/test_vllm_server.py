@@ -209,6 +209,7 @@ def test_a_server_ends_when_it_is_closed(fake: Path) -> None:
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.slow
 def test_a_server_ends_with_the_process_that_started_it(fake: Path, sign: signal.Signals) -> None:
     starter = subprocess.Popen([sys.executable, "-c", STARTER], stdout=subprocess.PIPE)
     assert starter.stdout is not None

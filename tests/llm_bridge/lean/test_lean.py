@@ -16,16 +16,22 @@ from llm_bridge.towers.stock import load_stock
 from tests import tiny_families, tiny_video_models
 
 HALF = default_dtype(torch.device("cpu")) == torch.bfloat16  # else this processor emulates it
-DTYPES = [
-    torch.float32,
-    pytest.param(
-        torch.bfloat16, marks=pytest.mark.skipif(not HALF, reason="this processor emulates bfloat16")
-    ),
-]
+BFLOAT16 = pytest.mark.skipif(not HALF, reason="this processor emulates bfloat16")
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=BFLOAT16)]
 TEXT = ("llama", "qwen2", "qwen2 windowed", "qwen3", "mistral", "mistral windowed", "smollm3")
 VIDEO = ("smolvlm", "qwen2_5_vl", "qwen3_vl", "llava_onevision")
-QUICK = ("qwen2 windowed", "qwen3_vl")  # the others with the slow tests
-NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in (*TEXT, *VIDEO)]
+QUICK = {("qwen2 windowed", torch.float32), ("qwen3_vl", torch.bfloat16)}  # the others with the slow tests
+CASES = [
+    pytest.param(
+        *(name, dtype),
+        marks=[
+            *([] if (name, dtype) in QUICK else [pytest.mark.slow]),
+            *([BFLOAT16] if dtype == torch.bfloat16 else []),
+        ],
+    )
+    for name in (*TEXT, *VIDEO)
+    for dtype in (torch.float32, torch.bfloat16)
+]
 LENGTHS = 40, 3, 70, 23  # on both sides of the windows
 STEPS = 66  # beyond the room that buffers have
 
@@ -36,8 +42,7 @@ def load(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Languag
     return load_llm(tiny_families.make(folder, name), device="cpu", dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_scores_are_those_of_transformers(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     llm = load(tmp_path, name, dtype)
     found = lean_model(llm.model)

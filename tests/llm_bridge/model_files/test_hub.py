@@ -145,6 +145,7 @@ print(tuple(loaded.model.get_input_embeddings().weight.shape))
 """
 
 
+@pytest.mark.slow
 def test_for_a_server_elsewhere_the_file_of_the_table_is_downloaded_and_no_other(
     hub: str, llm_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -179,7 +179,7 @@ def qwen_rows(pixels: Tensor, patch: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("kind", "stage"), STAGES)
-@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("image", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_all_cells_equal_the_whole_model(
     kind: str, image: bool, stage: Stage, folders: dict[str, Path], load: Any
 ) -> None:
@@ -678,7 +678,7 @@ def looked_at(model: StockModel, clip: Clip, plan: Plan) -> tuple[Tensor, Prompt
 
 
 @pytest.mark.parametrize("size", [(96, 96), (96, 130), (200, 77), (60, 400)])
-@pytest.mark.parametrize("stage", ["after", "before"])
+@pytest.mark.parametrize("stage", ["after", pytest.param("before", marks=pytest.mark.slow)])
 def test_a_full_budget_sees_the_tiles_of_the_processor(
     size: tuple[int, int], stage: Stage, tiling: Path, load: Any
 ) -> None:

@@ -177,6 +177,7 @@ def test_the_real_command(folder: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_speed_says_what_was_measured_and_what_a_card_needs(
     folder: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:

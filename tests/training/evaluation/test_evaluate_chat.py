@@ -79,6 +79,7 @@ def test_world_command(saved: Path, tmp_path: Path, capsys) -> None:
     assert json.loads((tmp_path / "w.json").read_text())["runs"] == result["runs"]
 
 
+@pytest.mark.slow
 def test_another_engine_answers_the_same(model: VideoLanguageModel, saved: Path, tmp_path: Path) -> None:
     with serving(load_llm(model.llm.name, device="cpu")) as (address, _):
         results = {}

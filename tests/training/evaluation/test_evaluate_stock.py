@@ -54,6 +54,7 @@ def test_mvbench_by_letters_and_in_open_answers(
     assert "mean over tasks" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_world_and_when_tokens_are_dropped(folders: dict[str, Path], tmp_path: Path) -> None:
     weights = {}
     for stage in ("before", "after"):
