@@ -503,7 +503,7 @@ def go_on(page: Any, waiting: list[Any]) -> None:
     page.unroute_all()
 
 
-@pytest.mark.parametrize("way", ["enter", "click"])
+@pytest.mark.parametrize("way", [pytest.param("enter", marks=pytest.mark.slow), "click"])
 def test_a_question_before_a_reload_has_brought_its_conversation_waits_for_it(
     open_page: Callable[..., Any], way: str
 ) -> None:
@@ -536,6 +536,7 @@ def test_a_question_before_a_reload_has_brought_its_conversation_waits_for_it(
     has(talks(page), "2 questions")
 
 
+@pytest.mark.slow
 def test_a_file_that_is_brought_meanwhile_waits_too(open_page: Callable[..., Any]) -> None:
     page = open_page()
     upload(page)
@@ -558,6 +559,7 @@ def test_a_file_that_is_brought_meanwhile_waits_too(open_page: Callable[..., Any
     assert page.url == link
 
 
+@pytest.mark.slow
 def test_an_example_is_begun_in_place_of_a_conversation_that_is_being_opened(
     open_page: Callable[..., Any],
 ) -> None:

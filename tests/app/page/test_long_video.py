@@ -255,6 +255,7 @@ def slower(served: Served) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @browsing
 def test_a_long_video_in_the_browser(open_page: Callable[..., Any], film: Path, slower: None) -> None:
     page = open_page()
