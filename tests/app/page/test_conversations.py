@@ -205,6 +205,7 @@ def record_of(export: dict[str, Any]) -> Record:
     return Record(export["model"], tuple(messages))
 
 
+@pytest.mark.slow
 def test_exports_have_the_form_of_the_programs_own(
     open_page: Callable[..., Any],
     served: Served,

@@ -29,8 +29,9 @@ SENT: list[tuple[str, dict[str, Any], int, str]] = [
 ]
 
 
+@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
 def test_what_is_lacking_is_told_and_nothing_is_logged(
-    tiny_model: VideoLanguageModel, capfd: pytest.CaptureFixture[str]
+    tiny_model: VideoLanguageModel, capfd: pytest.CaptureFixture[str], every: int
 ) -> None:
     with (
         VideoChat(tiny_model, trusted=False) as chat,
@@ -42,14 +43,14 @@ def test_what_is_lacking_is_told_and_nothing_is_logged(
             assert (reply.status_code, said in reply.text) == (status, True), (path, body, reply.text)
         sessions = map(str, itertools.count())
         lacking = 0
-        for event in client.get(f"{address}/config").json()["dependencies"]:
+        for event in client.get(f"{address}/config").json()["dependencies"][::every]:
             for data in ([], [None] * len(event["inputs"])):
                 session = next(sessions)
                 done = _queued(client, {"data": data, "fn_index": event["id"], "session_hash": session})
                 if not done["success"]:
                     lacking += 1
                     assert done["output"]["error"].endswith("."), (event["api_name"], done)
-    assert lacking > 50
+    assert lacking > 50 // every
     assert "Traceback" not in capfd.readouterr().err
 
 
