@@ -249,15 +249,18 @@ def test_times_with_hours_are_links() -> None:
 
 
 @pytest.fixture
-def slower(served: Served) -> Iterator[None]:
-    """An answer takes long enough to be stopped."""
-    with before_each_pass(served.chat.model.llm, lambda: time.sleep(0.02)):
-        yield
+def waits(served: Served) -> Iterator[dict[str, float]]:
+    """Seconds that each pass of the language model takes more, so that there is time to stop an answer."""
+    seconds = {"pass": 0.02}
+    with before_each_pass(served.chat.model.llm, lambda: time.sleep(seconds["pass"])):
+        yield seconds
 
 
 @pytest.mark.slow
 @browsing
-def test_a_long_video_in_the_browser(open_page: Callable[..., Any], film: Path, slower: None) -> None:
+def test_a_long_video_in_the_browser(
+    open_page: Callable[..., Any], film: Path, waits: dict[str, float]
+) -> None:
     page = open_page()
     upload(page, film)
     has(page.locator("#fluxchat-strip"), re.compile(r"in \d parts"))
@@ -276,6 +279,7 @@ def test_a_long_video_in_the_browser(open_page: Callable[..., Any], film: Path, 
     has(page.locator("#fluxchat-chat"), "And then?")
     page.locator("#fluxchat-stop").click()
     answered(page, 2)
+    waits["pass"] = 0.003  # chapters are answers of the full length
     page.get_by_role("button", name="List chapters").click()
     rows = page.locator(".fc-chapters li")
     expect(rows.nth(1)).to_be_visible(timeout=PATIENCE_MS)
