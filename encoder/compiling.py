@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 
 import torch
 
@@ -15,6 +16,7 @@ from encoder.errors import ConfigError
 from encoder.fluxvit import FluxViT
 from encoder.selection import importance
 
+COMPILERS = {"win32": "cl", "darwin": "clang++"}  # what torch calls where CXX names none; elsewhere g++
 VERSIONS = 64  # of a function that torch keeps; beyond, it runs as written
 
 
@@ -39,8 +41,8 @@ def lacking_compiler(device: torch.device) -> str | None:
     """What torch.compile would need for a device and does not find, None where nothing is lacking."""
     from torch.utils._triton import has_triton
 
-    if not any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++", "clang++", "cl")):
-        return "there is no C++ compiler"
+    if shutil.which(name := os.environ.get("CXX") or COMPILERS.get(sys.platform, "g++")) is None:
+        return f"there is no C++ compiler {name}"
     if device.type == "cuda" and not has_triton():
         return "the package triton is not there"
     return None

@@ -224,12 +224,21 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        if self.approximate == "tanh" and x.device.type == "cuda" and not torch.is_grad_enabled():
+        if self._fused(x):
             # In the product's own kernel; on CUDA alone this is the tanh form.
             rows, weight = x.reshape(-1, x.shape[-1]), self.fc1.weight.t()
             hidden = torch._addmm_activation(self.fc1.bias, rows, weight, use_gelu=True)
             return self.fc2(hidden).view(*x.shape[:-1], -1)
         return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+
+    def _fused(self, x: Tensor) -> bool:
+        """Whether GELU joins the first product: that has no gradient, and autocast does not cast it."""
+        return (
+            self.approximate == "tanh"
+            and x.device.type == "cuda"
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cuda")
+        )
 
 
 class LayerScale(nn.Module):

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import threading
+import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from encoder.errors import ModelError
 
 T = TypeVar("T")
+Job = tuple["Future[Any]", Callable[..., Any], tuple[Any, ...]]
 CLOSED = "The model was closed, so that nothing is computed any more: load it again and ask again."
 
 
 class ComputeThread:
-    """Functions are called in it one after another; it ends with `close`."""
+    """Functions are called in it one after another; it ends with `close`.
+
+    Not a ThreadPoolExecutor, whose locks a garbage collector that gives up an answer (`post`) may find held
+    by the very thread that it runs in.
+    """
 
     def __init__(self, name: str = "fluxchat-compute") -> None:
-        self._thread, self._process = ThreadPoolExecutor(1, name), os.getpid()
+        self._process, self._closed = os.getpid(), False
+        self._closing = threading.RLock()  # so that nothing is queued behind the end
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        thread = threading.Thread(target=_compute, args=(self._jobs,), name=name, daemon=True)
+        thread.start()
+        THREADS.add(thread)
+        OWNERS.add(self)
+        weakref.finalize(self, self._jobs.put, None)
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function in the computing thread, after what waits already; returns what it returns.
@@ -43,11 +59,48 @@ class ComputeThread:
     def submit(self, function: Callable[..., T], *args: Any) -> Future[T]:
         """As `run`, without waiting."""
         self.check_process()
-        try:
-            return self._thread.submit(function, *args)
-        except RuntimeError:  # shut down, by `close` or as the interpreter ends
-            raise ModelError(CLOSED) from None
+        future: Future[T] = Future()
+        with self._closing:
+            if self._closed:
+                raise ModelError(CLOSED)
+            self._jobs.put((future, function, args))
+        return future
 
     def close(self) -> None:
         """The thread ends once what waits was called; nothing is called afterwards."""
-        self._thread.shutdown(wait=False)
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                self._jobs.put(None)
+
+
+def _compute(jobs: SimpleQueue[Job | None]) -> None:
+    """What the thread does; it holds none of its ComputeThread, which may be given up."""
+    while (job := jobs.get()) is not None:
+        _call(*job)
+        del job  # and what it holds, while nothing is to be done
+
+
+def _call(future: Future[Any], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = function(*args)
+    except BaseException as error:  # noqa: BLE001 - who waits for it raises it
+        future.set_exception(error)
+        del future, function, args  # or the error's traceback holds them, and they the error
+    else:
+        future.set_result(result)
+
+
+OWNERS: weakref.WeakSet[ComputeThread] = weakref.WeakSet()
+THREADS: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
+
+@atexit.register
+def _end() -> None:
+    """A thread that computes while the interpreter is taken down would crash it."""
+    for owner in list(OWNERS):
+        owner.close()
+    for thread in list(THREADS):
+        thread.join()

@@ -214,15 +214,21 @@ class ComputeWorker(ComputeThread):
         Raises ModelError when nothing is computed any more.
         """
         self.check_process()
-        with self._lock:
-            if len(sequence.tokens) > count or sequence.ended:
-                return
-            sequence.came.clear()
-            self._waiting[sequence] = count
-            begins, self._stepping = not self._stepping, True
-        if begins:
+        try:
+            with self._lock:
+                if len(sequence.tokens) > count or sequence.ended:
+                    return
+                sequence.came.clear()
+                self._waiting[sequence] = count
+                begins, self._stepping = not self._stepping, True
+            if begins:
+                self._go_on()
+            sequence.came.wait()
+        except BaseException:  # such as Ctrl-C before the step was asked for, which others wait for
+            with self._lock:
+                self._waiting.pop(sequence, None)
             self._go_on()
-        sequence.came.wait()
+            raise
 
     def drop(self, sequence: SequenceState) -> None:
         """Have an answer that has ended taken out soon."""

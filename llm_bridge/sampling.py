@@ -268,9 +268,11 @@ class Sampler:
         values, total = values[order], greatest.total
         chances = ((values - values[0]) / self.temperature).exp()
         count = len(chances)
-        if sampling.top_k and sampling.top_k < count:
+        if sampling.top_k and sampling.top_k <= count:
             count = sampling.top_k
             total = float(chances[:count].sum())
+        elif sampling.top_k and sampling.top_p < 1 and not greatest.whole:
+            return None  # top_p is a share of what top_k leaves, which is not all here
         chances = chances[:count]
         if sampling.top_p < 1:
             before = chances.cumsum(dim=0) - chances

@@ -31,10 +31,10 @@ _COUNTING = (
 )
 _CLOCK = r"(?:\d{1,2}:[0-5]\d|\d{1,3}):[0-5]\d(?:\.\d+)?"
 # "0:07", "1:02.5", "7 s", "7.5 seconds", "3 sec", "three seconds"; not "10:30 pm"'s day or "16:9" followed by
-# more digits.
+# more digits; a colon may follow.
 _TIME = re.compile(
     rf"(?<![\w:.#])(?:({_CLOCK})|(\d+(?:\.\d+)?)\s?(?:s|secs?|seconds?)"
-    rf"|(?<!-)((?i:{'|'.join(_COUNTING)})) seconds?)(?![\w:])"
+    rf"|(?<!-)((?i:{'|'.join(_COUNTING)})) seconds?)(?!\w|[:.]\d)"
 )
 
 # "0:03 to 0:05", "0:03–0:05", "3 to 5 seconds", "3-5 s", "3 s to 5 s", and with "and" after "between".
@@ -42,7 +42,7 @@ _UNIT = r"\s?(?:s|secs?|seconds?)"
 _TO = r"(?:\s*[-–—]\s*|\s+(?:to|until|and)\s+)"
 _INTERVAL = re.compile(
     rf"(?<![\w:.#])(?:(?P<from>{_CLOCK}){_TO}(?P<to>{_CLOCK})"
-    rf"|(?P<low>\d+(?:\.\d+)?)(?:{_UNIT})?{_TO}(?P<high>\d+(?:\.\d+)?){_UNIT})(?![\w:])"
+    rf"|(?P<low>\d+(?:\.\d+)?)(?:{_UNIT})?{_TO}(?P<high>\d+(?:\.\d+)?){_UNIT})(?!\w|[:.]\d)"
 )
 
 

@@ -32,9 +32,13 @@ def test_tokens_are_those_of_the_encoder_as_written() -> None:
 
 
 def test_what_is_lacking_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++")
     monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
-    with pytest.raises(ConfigError, match=r"no C\+\+ compiler: install it, or leave compile out\.$"):
+    with pytest.raises(ConfigError, match=r"no C\+\+ compiler g\+\+: install it, or leave compile out\.$"):
         compile_encoder(FluxViT(TINY))
+    # torch calls the one and looks for no other.
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None if name == "g++" else f"/usr/bin/{name}")
+    assert compiling.lacking_compiler(torch.device("cpu")) == "there is no C++ compiler g++"
     monkeypatch.undo()
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
     assert compiling.lacking_compiler(torch.device("cuda")) == "the package triton is not there"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from encoder import layers
@@ -383,6 +384,20 @@ def test_vision_tokens_split_select_concatenate(tiny: FluxViT) -> None:
     assert again.times_s == out.times_s
     assert out.frame_of(1).tolist() == (out.kept[1] // 6).tolist()
     assert out.to(torch.float64).packed.dtype == torch.float64
+
+
+def test_a_product_that_autocast_does_not_cast_is_not_used_under_it() -> None:
+    """Rows in half precision would meet weights in float32 where a plain ViT is evaluated between steps."""
+    mode, mlp = FakeTensorMode(), Mlp(16, 32, "tanh")
+    rows = FakeTensor(mode, torch.empty(4, 16, dtype=torch.bfloat16, device="meta"), torch.device("cuda"))
+    with torch.no_grad():
+        assert mlp._fused(rows)
+        torch.set_autocast_enabled("cuda", True)
+        try:
+            assert not mlp._fused(rows)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+    assert not mlp._fused(rows)
 
 
 PLAIN = TINY.replace(dual_patch_norm=False, gpe=False, lpe=False)

@@ -467,6 +467,29 @@ def test_a_forked_process_is_told_that_it_cannot_compute(tiny_llm: Callable[[str
     assert list(running)  # the parent goes on
 
 
+def test_an_interrupted_reader_leaves_others_their_step(
+    tiny_llm: Callable[[str], LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = tiny_llm("qwen2")
+    worker = ComputeWorker(llm)
+    expected = read(generation(llm, 1, None))[0]
+    asks = worker._go_on
+
+    def interrupted() -> None:
+        monkeypatch.setattr(worker, "_go_on", asks)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(worker, "_go_on", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        read(generation(llm, 0, worker))
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(read, generation(llm, 1, worker))
+        try:
+            assert other.result(20)[0] == expected
+        finally:
+            worker.close()  # or the reader waits on
+
+
 def test_a_model_that_forgets_decodes_in_turn(tmp_path: Path) -> None:
     """A sliding window cannot be shared; answers are right all the same."""
     folder = tiny_llms.make(

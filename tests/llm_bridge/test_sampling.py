@@ -170,7 +170,15 @@ def test_drawing_follows_the_probabilities() -> None:
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "options", [{"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 40, "top_p": 0.9, "min_p": 0.05}]
+    "options",
+    [
+        {"top_k": 5},
+        {"top_p": 0.6},
+        {"min_p": 0.2},
+        {"top_k": 40, "top_p": 0.9, "min_p": 0.05},
+        {"top_k": 60, "top_p": 0.3},  # a share of what top_k leaves, of which the first 50 are a part
+        {"top_k": 50, "top_p": 0.5},
+    ],
 )
 def test_the_greatest_logits_decide_as_all_do(
     options: dict[str, Any], kind: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -121,6 +121,7 @@ def test_strip_of_an_image_has_no_buttons() -> None:
     [
         ("It appears at 0:07.", "It appears at [0:07](#t=7)."),
         ("From 1:02.5 on", "From [1:02.5](#t=62.5) on"),
+        ("it ends at 1:02.03: the end", "it ends at [1:02.03](#t=62.03): the end"),
         ("after about 3 seconds, or 4.5 s", "after about [3 seconds](#t=3), or [4.5 s](#t=4.5)"),
         ("After about Three seconds.", "After about [Three seconds](#t=3)."),
         ("twenty-five seconds in", "twenty-five seconds in"),
