@@ -447,7 +447,8 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compile",
         action="store_true",
-        help="compile the encoder: on GPUs about twice the videos a second, once a size was compiled",
+        help="compile the encoder, for GPUs: about twice the videos a second, once each size was compiled, "
+        "which takes seconds (on CPUs a minute)",
     )
     group.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: by device")
     group.add_argument("--device-map", metavar="MAP", help="auto: spread the language model over the GPUs")

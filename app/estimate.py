@@ -97,7 +97,8 @@ class PriceEstimator:
         self._model, self._worker = model, worker
         self._table = table or model.tower.plan_table
         self._calibration: Calibration | None = None
-        self._lock = threading.Lock()
+        # May be taken again in the same thread: an answer that garbage is collected of learns too.
+        self._lock = threading.RLock()
         self._factors = dict.fromkeys(FEATURES, 1.0)  # measured by answers over calibrated
 
     @property

@@ -162,10 +162,12 @@ def _offsets(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
 def attends_packed(q: Tensor, segments: Sequence[Segment]) -> bool:
     """Whether clips of several lengths are better attended to in one call.
 
-    torch has a kernel for it on CUDA from Ampere on, in half precision, for heads (N, H, d) up to 256 wide.
-    It is slower than that for one length, and spares the launches of all but one.
+    torch has a kernel for it on CUDA from Ampere on, in half precision, for heads (N, H, d) of widths by 8 up
+    to 256. It is slower than that for one length, and spares the launches of all but one.
     """
-    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > 256:
+    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if q.shape[-1] > 256 or q.shape[-1] % 8:
         return False
     macs = sum(2 * clips * length**2 for clips, length in segments) * q.shape[1] * q.shape[2]
     few = macs < MACS_A_LENGTH * (len(segments) - 1)

@@ -5,7 +5,8 @@
 
 The rules are transformers' own, in its order for generation, except that logit_bias comes behind the
 repetition penalty, so that its numbers mean the same with one. The temperature divides float64 scores whose
-greatest is 0, where none overflows.
+greatest is 0, where none overflows. Of equal scores at the edge of what top_k, top_p and min_p leave,
+transformers keeps all, and this as many as are asked for.
 
 A vocabulary has 50 to 250 thousand tokens and a draw is among few of them: the greatest logits are taken on
 the device, of all rows of a batch at once (`leading`), and a whole row is sorted only where they do not

@@ -99,7 +99,9 @@ def _open_path(path: str, label: str) -> int:
         raise VideoError(f"Cannot read {label}: there is no such file; check the path.") from error
 
 
-_DIRECTORY = "Cannot read {}: it is a directory; give one video or image file."
+_DIRECTORY = (
+    "Cannot read {}: it is a directory; give one video or image file (`fluxchat map` asks about all in one)."
+)
 _UNREADABLE = "Cannot read {}: it is not a readable file; check its kind and permissions."
 
 

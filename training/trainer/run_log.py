@@ -32,7 +32,7 @@ class Figures:
         """The figures of one micro-batch: numbers, or tensors of one."""
         for name, value in figures.items():
             if isinstance(value, Tensor):
-                value = value.detach().float()
+                value = value.detach().float().reshape(())
                 self._there[name] = self._there[name] + value if name in self._there else value
                 self._counts[name] = self._counts.get(name, 0) + 1
                 continue
