@@ -517,9 +517,19 @@ def announce_download(name: str, size: int) -> None:
     print(f"Downloading {on_a_line(name)}, {size / 1e9:.2f} GB, once.", file=sys.stderr, flush=True)
 
 
+DRAWING = ("top_p", "top_k", "min_p", "seed")  # settings of how a token is drawn
+
+
 def _generation(args: argparse.Namespace) -> dict[str, Any]:
     heard = {"speech": args.speech, "language": args.language} if args.speech else {}
-    return {"budget": args.budget, "system": args.system, **heard, **_sampling(args)}
+    sampling = _sampling(args)
+    idle = [f"--{name.replace('_', '-')}" for name in DRAWING if name in sampling]
+    if idle and not sampling.get("temperature"):
+        print(
+            f"{', '.join(idle)}: without effect at temperature 0; give --temperature 0.7, say.",
+            file=sys.stderr,
+        )
+    return {"budget": args.budget, "system": args.system, **heard, **sampling}
 
 
 def _sampling(args: argparse.Namespace) -> dict[str, Any]:

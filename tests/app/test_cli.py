@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from app import cli
 from app.chat import VideoChat
 from app.cli import SAMPLING, STAGES, build_parser, main
 from llm_bridge.sampling import SamplingParams
@@ -149,6 +150,18 @@ def test_an_empty_standard_input_is_one_line(call: Call) -> None:
         os.close(reading)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"fluxchat: Cannot read 'standard input': it gives 0 bytes; .*\n", done.stderr)
+
+
+def test_what_needs_a_temperature_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    def given(*words: str) -> str:
+        found = cli._generation(build_parser().parse_args(["ask", "v", "q", *words]))
+        assert set(found) > {"budget", "system"}
+        return capsys.readouterr().err
+
+    told = given("--top-p", "0.9", "--seed", "1")
+    assert told == "--top-p, --seed: without effect at temperature 0; give --temperature 0.7, say.\n"
+    assert not given("--top-p", "0.9", "--temperature", "0.5")
+    assert not given("--max-new-tokens", "9")
 
 
 def test_options_of_the_answer_are_fields_of_sampling() -> None:
