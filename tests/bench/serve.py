@@ -26,6 +26,7 @@ import threading
 import time
 from collections import defaultdict
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ import httpx
 import torch
 
 from app.chat import VideoChat
-from app.server.options import LaunchOptions
+from app.server.options import WEB_LIMITS, LaunchOptions
 from app.server.routes import ServerSettings
 from encoder.config import SIZES
 from encoder.fluxvit import FluxViT
@@ -43,6 +44,7 @@ from tests.app.server.serving import question, running
 from tests.bench.common import arguments, environment, print_json
 from tests.encoder.video import video_files as vf
 
+LONGEST_S = 300.0  # that a video may take to be read
 WAYS = ("alone", "together", "vllm")
 QUESTIONS = {"cold": "What is shown in the video?", "follow_up": "And where does it go in the end?"}
 
@@ -94,7 +96,10 @@ def measure(
         vf.write(folder / name, vf.steady(48 + 4 * index), size=(320 + 16 * index, 240))
     together = max(8, *counts)
     rows = {way: 1 if way == "alone" else together for way in models}
-    chats = {way: VideoChat(model, trusted=False, batch=rows[way]) for way, model in models.items()}
+    patient = replace(WEB_LIMITS, seconds=LONGEST_S)  # a vLLM on the same cores leaves decoders few of them
+    chats = {
+        way: VideoChat(model, trusted=False, batch=rows[way], limits=patient) for way, model in models.items()
+    }
     with ExitStack() as servers:
         addresses = {}
         for way, chat in chats.items():
