@@ -87,7 +87,7 @@ def test_an_encoder_on_another_device_has_a_thread_of_its_own(
         look = chat._vision._tower.look
 
         def noted(*args: Any) -> Any:
-            threads.append(threading.current_thread().name.rpartition("_")[0])
+            threads.append(threading.current_thread().name)
             return look(*args)
 
         monkeypatch.setattr(chat._vision._tower, "look", noted)
