@@ -26,6 +26,11 @@ def one_case(path: Path, change: float = 0.0) -> Path:
     return path
 
 
+def test_a_golden_case_matches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(one_case(tmp_path / "one.safetensors"))]) == 0
+    assert capsys.readouterr().out.startswith(f"ok   {CASE}: largest difference ")
+
+
 @pytest.mark.slow
 def test_the_command_checks_a_golden_case(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "encoder.golden", str(one_case(tmp_path / "one.safetensors"))]
