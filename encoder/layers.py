@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 
 
 class RMSNorm(nn.Module):
@@ -176,6 +175,8 @@ def attends_packed(q: Tensor, segments: Sequence[Segment]) -> bool:
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[Segment]) -> Tensor:
     """The same in one call for all lengths."""
+    from torch.nn.attention.varlen import varlen_attn  # which takes a second, and CUDA alone has it
+
     offsets, longest = _offsets(tuple(segments), q.device), max(length for _, length in segments)
     attended = varlen_attn(q, k, v, offsets, offsets, longest, longest)
     assert isinstance(attended, Tensor)  # a pair only where more is asked for

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from encoder.compiling import compile_encoder
 from encoder.config import MICRO
 from encoder.errors import ConfigError
 from encoder.fluxvit import FluxViT
+from tests import ROOT
 
 TINY = MICRO.replace(embed_dim=32, depth=2, num_heads=2, pool_heads=2, clip_embed_dim=16, num_classes=0)
 
@@ -29,6 +32,14 @@ def test_tokens_are_those_of_the_encoder_as_written() -> None:
         torch.testing.assert_close(found.packed, expected.packed, atol=1e-4, rtol=1e-4)
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     copy.deepcopy(compiled)(clips, 9)
+
+
+def test_an_encoder_is_there_without_what_only_cuda_and_the_compiler_need() -> None:
+    """Each takes a second to import, in every process."""
+    late = "torch.nn.attention.varlen", "torch._inductor.compile_fx"
+    code = f"import sys, encoder.fluxvit, encoder.compiling; print(sorted(set({late}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_what_is_lacking_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

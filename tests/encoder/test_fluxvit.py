@@ -193,7 +193,7 @@ def test_lengths_attend_together_as_in_turn(tiny: FluxViT, monkeypatch: pytest.M
     keep = [20, None, 11]
     expected = tiny(clips, keep)
     monkeypatch.setattr(layers, "attends_packed", lambda *_: True)
-    monkeypatch.setattr(layers, "varlen_attn", varlen)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
     found = tiny(clips, keep)
     assert calls == [3] * TINY.depth
     torch.testing.assert_close(found.packed, expected.packed, atol=1e-5, rtol=1e-5)
