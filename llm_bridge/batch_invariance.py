@@ -7,6 +7,7 @@ in float32 MKL has several for few rows, and it divides rows among threads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,6 +68,16 @@ def attention_by_row(
     return torch.cat(rows).view(batch, 1, heads, -1), None
 
 
+def attend_by(model: Any, name: str, attention: Callable[..., tuple[Tensor, None]]) -> None:
+    """Have a model attend by a function of ours, which takes the masks that "sdpa" takes."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    model.set_attn_implementation(name)
+
+
 def left_padding(mask: Tensor) -> list[int] | None:
     """Per row of a mask (B, 1, 1, N), the first key seen; None unless each row sees all from there on."""
     if mask.dtype != torch.bool:
@@ -85,18 +96,13 @@ def make_batch_invariant(model: Any) -> bool:
     bit otherwise: float32 activations whose width is no multiple of 32, activations of over 32768 elements in
     one step when threads divide them, bfloat16 where the processor emulates it.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     if any(parameter.device.type != "cpu" for parameter in model.parameters()):
         return False
     if model.config.get_text_config()._attn_implementation != "sdpa":
         return False
     if not torch.backends.mkldnn.is_available():
         return False
-    AttentionInterface.register(NAME, attention_by_row)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    attend_by(model, NAME, attention_by_row)
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = RowInvariantLinear

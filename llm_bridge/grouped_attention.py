@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llm_bridge.batch_invariance import attend_by
+
 NAME = "attention_by_group"
 
 
@@ -43,14 +45,9 @@ def group_heads(model: Any) -> bool:
 
     With as many key heads as query heads, and with another attention than "sdpa", it stays as it is.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
     config = model.config.get_text_config()
     key_heads = getattr(config, "num_key_value_heads", None)
     if key_heads in (None, config.num_attention_heads) or config._attn_implementation != "sdpa":
         return False
-    AttentionInterface.register(NAME, attention_by_group)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    model.set_attn_implementation(NAME)
+    attend_by(model, NAME, attention_by_group)
     return True

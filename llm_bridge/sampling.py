@@ -289,7 +289,8 @@ class Sampler:
         """An index drawn with these chances (N,), which need not sum to 1."""
         sums = chances.cumsum(dim=0)
         drawn = torch.rand(1, dtype=torch.float64, generator=self._random) * sums[-1]
-        return min(int(torch.searchsorted(sums, drawn, right=True)), int((chances > 0).nonzero()[-1]))
+        index = int(torch.searchsorted(sums, drawn, right=True))
+        return index if index < len(sums) else int(chances.nonzero()[-1])  # where rounding reached the sum
 
 
 def _rules(sampling: SamplingParams, prompt_length: int, end_ids: Collection[int]) -> Any:

@@ -39,7 +39,7 @@ from app.page.settings import Range, Settings
 from app.server.chat_request import longest_text
 from app.server.errors import ApiError
 from app.server.media.uploads import file_name
-from app.streaming import Step, Stopped, Thought
+from app.streaming import Step, Stopped, StopSignal, Thought
 from encoder.errors import ConfigError, FluxChatError
 from encoder.selection import Selector
 from encoder.video.clock import clock, interval
@@ -380,7 +380,7 @@ class Handlers:
             return
         medium = session.media[index]
         place = medium.path, medium.part
-        stop = session.listing = threading.Event()
+        stop = session.listing = StopSignal()
         session.problem = ""
         session.busy += 1
         found: list[Chapter] = []
@@ -391,10 +391,6 @@ class Handlers:
                 return None
             return markup.chapters(found, session.index(path) or 0, phase=phase)
 
-        def check() -> None:
-            if stop.is_set():
-                raise Stopped
-
         try:
             yield shown("Finding where the picture changes")
             with self.slot.using(stop, after_loading=True) as chat:
@@ -403,12 +399,11 @@ class Handlers:
                     "scope": session.scope,
                     "stop": stop,
                 }
-                film = LongVideo(chat, medium.asked, session.scope, check)
+                film = LongVideo(chat, medium.asked, session.scope, stop.check)
                 for chapter in film.chapters(budget=settings.budget, **options):
-                    check()
+                    stop.check()
                     found.append(chapter)
                     yield shown(f"Looking at chapter {len(found) + 1}")
-                found = list(found)
                 session.chapters[place] = tuple(found)
         except Stopped:
             if found:

@@ -211,7 +211,7 @@ class Bench:
 
     def _mixed(self, model: FluxViT, pixels: Tensor) -> dict[str, Any]:
         """Clips that keep other counts in one batch, each its own or one in four: attention in one call, in
-        one for each count, and as the model chooses, beside clips alone.
+        one for each count, and as the model chooses.
 
         Raises RuntimeError where a clip's tokens are others than alone.
         """

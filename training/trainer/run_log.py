@@ -24,34 +24,25 @@ class Figures:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, int]] = {}
-        self._counts: dict[str, int] = {}
-        self._there: dict[str, Tensor] = {}
+        self._sums: dict[str, tuple[float | Tensor, int]] = {}
 
     def add(self, figures: Mapping[str, float | Tensor]) -> None:
         """The figures of one micro-batch: numbers, or tensors of one."""
         for name, value in figures.items():
-            if isinstance(value, Tensor):
-                value = value.detach().float().reshape(())
-                self._there[name] = self._there[name] + value if name in self._there else value
-                self._counts[name] = self._counts.get(name, 0) + 1
-                continue
             total, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = (total + float(value), count + 1)
+            own = value.detach().float().reshape(()) if isinstance(value, Tensor) else float(value)
+            self._sums[name] = (total + own, count + 1)
 
     def settle(self) -> None:
         """Bring all figures here."""
-        if not self._there:
-            return
-        totals = torch.stack(list(self._there.values())).tolist()
-        for name, total in zip(self._there, totals, strict=True):
-            before, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = (before + total, count + self._counts[name])
-        self._there, self._counts = {}, {}
+        there = {name: total for name, (total, _) in self._sums.items() if isinstance(total, Tensor)}
+        if there:
+            for name, total in zip(there, torch.stack(list(there.values())).tolist(), strict=True):
+                self._sums[name] = (total, self._sums[name][1])
 
     def merge(self, others: Sequence[Figures]) -> None:
         """Replace by what several ranks found together."""
-        merged: dict[str, tuple[float, int]] = {}
+        merged: dict[str, tuple[float | Tensor, int]] = {}
         for other in others:
             for name, (total, count) in other._sums.items():
                 before, number = merged.get(name, (0.0, 0))
@@ -60,11 +51,11 @@ class Figures:
 
     def means(self) -> dict[str, float]:
         """By name."""
-        return {name: total / count for name, (total, count) in self._sums.items()}
+        return {name: float(total) / count for name, (total, count) in self._sums.items()}
 
     def total(self, name: str) -> float | None:
         """Sum over micro-batches and ranks; None when it was not reported."""
-        return self._sums[name][0] if name in self._sums else None
+        return float(self._sums[name][0]) if name in self._sums else None
 
 
 class RunLog:

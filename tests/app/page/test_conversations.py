@@ -497,6 +497,25 @@ def held_up(page: Any, pattern: str) -> list[Any]:
     return waiting
 
 
+def arrived(page: Any, waiting: list[Any], count: int = 1) -> None:
+    while len(waiting) < count:
+        page.wait_for_timeout(20)
+
+
+def reopening(open_page: Callable[..., Any]) -> tuple[Any, str, list[Any]]:
+    """A page that was reloaded in a conversation of one question, its address before, and the uploads that
+    reopening it waits for."""
+    page = open_page()
+    upload(page)
+    ask(page, "What is there?")
+    answered(page)
+    kept(page, 1)
+    link = page.url
+    waiting = held_up(page, "**/gradio_api/upload*")
+    page.reload()
+    return page, link, waiting
+
+
 def go_on(page: Any, waiting: list[Any]) -> None:
     page.wait_for_timeout(300)  # what would be wrong has happened by now
     for route in waiting:
@@ -508,14 +527,7 @@ def go_on(page: Any, waiting: list[Any]) -> None:
 def test_a_question_before_a_reload_has_brought_its_conversation_waits_for_it(
     open_page: Callable[..., Any], way: str
 ) -> None:
-    page = open_page()
-    upload(page)
-    ask(page, "What is there?")
-    answered(page)
-    kept(page, 1)
-    link = page.url
-    waiting = held_up(page, "**/gradio_api/upload*")
-    page.reload()
+    page, link, waiting = reopening(open_page)
     field = page.get_by_label("Question", exact=True)
     field.fill("And then?")
     if way == "enter":
@@ -524,8 +536,7 @@ def test_a_question_before_a_reload_has_brought_its_conversation_waits_for_it(
     else:
         page.locator("#fluxchat-send").click()
     has(page.locator(".fc-upload"), re.compile("Opening the conversation|Sending"))
-    while not waiting:
-        page.wait_for_timeout(20)
+    arrived(page, waiting)
     expect(page.locator("#fluxchat-chat .message")).to_have_count(0)
     go_on(page, waiting)
     answered(page, 2)
@@ -539,19 +550,10 @@ def test_a_question_before_a_reload_has_brought_its_conversation_waits_for_it(
 
 @pytest.mark.slow
 def test_a_file_that_is_brought_meanwhile_waits_too(open_page: Callable[..., Any]) -> None:
-    page = open_page()
-    upload(page)
-    ask(page, "What is there?")
-    answered(page)
-    kept(page, 1)
-    link = page.url
-    waiting = held_up(page, "**/gradio_api/upload*")
-    page.reload()
-    while not waiting:
-        page.wait_for_timeout(20)
+    page, link, waiting = reopening(open_page)
+    arrived(page, waiting)
     page.locator("#fluxchat-file").set_input_files(str(WORLD))
-    while len(waiting) < 2:
-        page.wait_for_timeout(20)
+    arrived(page, waiting, 2)
     waiting.reverse()  # the new file is there first
     go_on(page, waiting)
     has(page.locator("#fluxchat-shelf"), WORLD.name)
@@ -564,16 +566,8 @@ def test_a_file_that_is_brought_meanwhile_waits_too(open_page: Callable[..., Any
 def test_an_example_is_begun_in_place_of_a_conversation_that_is_being_opened(
     open_page: Callable[..., Any],
 ) -> None:
-    page = open_page()
-    upload(page)
-    ask(page, "What is there?")
-    answered(page)
-    kept(page, 1)
-    link = page.url
-    waiting = held_up(page, "**/gradio_api/upload*")
-    page.reload()
-    while not waiting:
-        page.wait_for_timeout(20)
+    page, link, waiting = reopening(open_page)
+    arrived(page, waiting)
     page.locator("[data-example]").click()
     has(page.locator("#fluxchat-chat"), "What turns?")
     go_on(page, waiting)
