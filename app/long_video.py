@@ -50,7 +50,7 @@ AROUND_S = 15.0  # before and after a time that is asked about
 CHAPTER_S, LEAST_CHAPTERS, MOST_CHAPTERS = 300.0, 2, 12
 SHORTEST_CHAPTER = 0.25  # of the mean one
 ROUNDS, CLOSER = 2, 8  # of looking closer at where a chapter begins, and frames of each
-DESCRIBE = "Describe in one sentence what happens."
+DESCRIBE, SENTENCE_TOKENS = "Describe in one sentence what happens.", 64
 _TIME = re.compile(r"(?<![\w:.])\d{1,2}:[0-5]\d(?::[0-5]\d)?(?:\.\d+)?(?![\w:])")
 
 
@@ -249,13 +249,15 @@ class LongVideo:
     ) -> Iterator[Chapter]:
         """Stretches between the largest changes, each described as it comes.
 
-        count: how many (default: one for each five minutes, 2 to 12). budget: tokens of each.
+        count: how many (default: one for each five minutes, 2 to 12). budget: tokens of each. options: of
+        `VideoChat.ask`; `max_new_tokens` is 64 by default.
         """
         length = self.end_s - self.start_s
         if count is None:
             count = min(MOST_CHAPTERS, max(LEAST_CHAPTERS, round(length / CHAPTER_S)))
         if not 1 <= count <= 100:
             raise ConfigError(f"There cannot be {count} chapters: ask for 1 to 100.")
+        options = {"max_new_tokens": SENTENCE_TOKENS, **options}
         edges, noted = [self.start_s, *self._cuts(count), self.end_s], False
         for start, end in pairwise(edges):
             answer = self._chat.ask(self._part(start, end), DESCRIBE, budget=budget, **options)

@@ -38,7 +38,7 @@ ARGUMENTS = [
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
 ]
-PATIENCE_MS = 40_000
+PATIENCE_MS = 90_000  # costs nothing where a machine is quick
 STOCK = ("smolvlm", "qwen3_vl")  # kinds of stock models that the page is tried with
 
 

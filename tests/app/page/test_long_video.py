@@ -6,6 +6,8 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from app.page import html as markup
 from app.page.handlers import Handlers
 from app.page.sessions import Session
 from app.page.settings import CHOOSE, Settings
-from app.streaming import Step
+from app.streaming import Step, StopSignal
 from tests.app.conftest import SHORT
 from tests.app.page.in_browser import (
     PATIENCE_MS,
@@ -249,17 +251,32 @@ def test_times_with_hours_are_links() -> None:
 
 
 @pytest.fixture
-def waits(served: Served) -> Iterator[dict[str, float]]:
-    """Seconds that each pass of the language model takes more, so that there is time to stop an answer."""
-    seconds = {"pass": 0.02}
-    with before_each_pass(served.chat.model.llm, lambda: time.sleep(seconds["pass"])):
-        yield seconds
+def slow_passes(served: Served) -> Iterator[ExitStack]:
+    """Until this is closed each pass of the language model takes longer, so that an answer can be stopped."""
+    with ExitStack() as slow:
+        slow.enter_context(before_each_pass(served.chat.model.llm, lambda: time.sleep(0.02)))
+        yield slow
+
+
+@pytest.fixture
+def two_chapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After two chapters nothing comes until the list is stopped."""
+    all_of_them = LongVideo.chapters
+
+    def chapters(film: LongVideo, *, stop: StopSignal, **options: Any) -> Iterator[Chapter]:
+        yield from islice(all_of_them(film, stop=stop, **options), 2)
+        while True:
+            stop.check()
+            time.sleep(0.05)
+
+    monkeypatch.setattr(LongVideo, "chapters", chapters)
 
 
 @pytest.mark.slow
 @browsing
+@pytest.mark.usefixtures("two_chapters")
 def test_a_long_video_in_the_browser(
-    open_page: Callable[..., Any], film: Path, waits: dict[str, float]
+    open_page: Callable[..., Any], film: Path, slow_passes: ExitStack
 ) -> None:
     page = open_page()
     upload(page, film)
@@ -279,7 +296,7 @@ def test_a_long_video_in_the_browser(
     has(page.locator("#fluxchat-chat"), "And then?")
     page.locator("#fluxchat-stop").click()
     answered(page, 2)
-    waits["pass"] = 0.003  # chapters are answers of the full length
+    slow_passes.close()
     page.get_by_role("button", name="List chapters").click()
     rows = page.locator(".fc-chapters li")
     expect(rows.nth(1)).to_be_visible(timeout=PATIENCE_MS)
