@@ -155,7 +155,8 @@ class VideoChat(NotCopyable):
         if compiled:
             _compile(self.model)
         table = _plan_table(plan, self.model)
-        self.name = self.model.tower.name_with(Path(self.model.llm.name).name)
+        self._tower = self.model.tower
+        self.name = self._tower.name_with(Path(self.model.llm.name).name)
         self._listener = Listener(None if speech_model is None else os.fspath(speech_model))
         self.think = think
         self._check_think(think)
@@ -373,14 +374,14 @@ class VideoChat(NotCopyable):
         prompt = render(
             self.model.llm.tokenizer,
             [Message(m.role, tuple(x for p in m.content for x in _rendered(p, shown))) for m in messages],
-            time_form=self.model.tower.time_form,
-            marks=self.model.tower.marks,
+            time_form=self._tower.time_form,
+            marks=self._tower.marks,
             axes=self.model.llm.axes,
             think=query.sampling.think,
         )
         self._check_context(prompt, text_tokens, query)
         query.progress("prefill", 0, 1)
-        familiarity = self.model.tower.familiarity
+        familiarity = self._tower.familiarity
         hedged = query.hedge and query.sampling.schema is None  # JSON has no room for a sentence
         doubted = hedged and familiarity is not None and all_familiar(videos) is False
         generation = Generation(
@@ -436,7 +437,7 @@ class VideoChat(NotCopyable):
         messages, answer = query.messages, query.sampling.max_new_tokens
         # A token has at least one byte of any text, so that a short one needs no bound.
         long = limit is not None and sum(len(message.text) for message in messages) > limit
-        bound, marks = self._text_bound if long else None, self.model.tower.marks
+        bound, marks = self._text_bound if long else None, self._tower.marks
         think = query.sampling.think
         count = count_text(tokenizer, messages, most=limit, bound=bound, marks=marks, think=think)
         if limit is not None and count + answer > limit:
@@ -587,7 +588,7 @@ class VideoChat(NotCopyable):
     @property
     def device(self) -> torch.device:
         """Where the encoder runs."""
-        return self.model.tower.device
+        return self._tower.device
 
     def info(self) -> dict[str, Any]:
         """The model, the machine and the versions, for people."""
@@ -596,10 +597,10 @@ class VideoChat(NotCopyable):
         self._check_usable()
         llm = self.model.llm
         videos, prefixes = self.caches["videos"], self.caches["prefixes"]
-        familiarity = self.model.tower.familiarity
+        familiarity = self._tower.familiarity
         return (
             machine_info()
-            | self.model.tower.describe()
+            | self._tower.describe()
             | {
                 "llm": f"{llm.name}, {llm.parameters / 1e6:.0f} M, {llm.stored_as}",
                 "engine": self._engine.name,

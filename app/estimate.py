@@ -95,7 +95,8 @@ class PriceEstimator:
 
     def __init__(self, model: ChatModel, worker: ComputeWorker, table: PlanTable | None = None) -> None:
         self._model, self._worker = model, worker
-        self._table = table or model.tower.plan_table
+        self._tower = model.tower
+        self._table = table or self._tower.plan_table
         self._calibration: Calibration | None = None
         # May be taken again in the same thread: an answer that garbage is collected of learns too.
         self._lock = threading.RLock()
@@ -116,7 +117,7 @@ class PriceEstimator:
 
     def plan(self, info: VideoInfo, budget: Budget) -> Plan:
         """Frames, resolution and kept tokens that a budget buys; one in seconds needs the calibration."""
-        space, table = self._model.tower.space, self._table
+        space, table = self._tower.space, self._table
         if budget.seconds is None:
             return budget.plan(info, space, table=table)
         calibration = self.calibration
@@ -134,10 +135,10 @@ class PriceEstimator:
         known: what is in the caches already, and costs no time. new_tokens: positions that the language model
         must read where it has read the rest before; None: all.
         """
-        model, calibration = self._model, self.calibration
-        full = Budget.full().plan(info, model.tower.space)
-        encoder_part, llm_part = model.tower.macs(plan), llm_macs(model, _prompt_tokens(model, plan))
-        full_macs = model.tower.macs(full) + llm_macs(model, _prompt_tokens(model, full))
+        model, tower, calibration = self._model, self._tower, self.calibration
+        full = Budget.full().plan(info, tower.space)
+        encoder_part, llm_part = tower.macs(plan), llm_macs(model, _prompt_tokens(model, plan))
+        full_macs = tower.macs(full) + llm_macs(model, _prompt_tokens(model, full))
         decode_s, encode_s, prefill_s = self._part_seconds(info, plan, calibration, known, new_tokens)
         return Estimate(
             frames=plan.frames,
@@ -145,7 +146,7 @@ class PriceEstimator:
             width=plan.width,
             seen_tokens=plan.grid.size,
             kept_tokens=plan.keep,
-            llm_tokens=model.tower.prompt_tokens(plan),
+            llm_tokens=tower.prompt_tokens(plan),
             encoder_gmacs=encoder_part / 1e9,
             llm_gmacs=llm_part / 1e9,
             share_of_full=(encoder_part + llm_part) / full_macs,
@@ -195,7 +196,7 @@ class PriceEstimator:
     ) -> tuple[float, float, float]:
         """Seconds of decoding, encoding and prefill."""
         decode = calibration.decode.milliseconds(decode_features(info, plan.frames)) / 1e3
-        encode = calibration.encode.milliseconds(self._model.tower.features(plan)) / 1e3
+        encode = calibration.encode.milliseconds(self._tower.features(plan)) / 1e3
         total = _prompt_tokens(self._model, plan)
         before = 0 if new_tokens is None else max(0, total - new_tokens)
         return (

@@ -133,9 +133,8 @@ class FluxViT(nn.Module):
         cls = (self.cls_token + self.pos_embed[:, :1]).to(patches.dtype)
         return torch.cat([cls.expand(len(tokens), -1, -1), tokens], dim=1)
 
-    def _run_block(self, block: nn.Module, x: Tensor, segments: list[Segment]) -> Tensor:
-        if self.recompute == "nothing" or not torch.is_grad_enabled():
-            return block(x, segments)
+    def _recomputing(self, block: nn.Module, x: Tensor, segments: list[Segment]) -> Tensor:
+        """A block that keeps less for the backward pass, as `recompute` says."""
         if self.recompute == "blocks":
             return checkpoint(block, x, segments, use_reentrant=False)
         keeping = partial(create_selective_checkpoint_contexts, COSTLY)
@@ -231,6 +230,7 @@ class FluxViT(nn.Module):
         segments = [Segment(*group.shape[:2]) for group in entered]
         flat = [group.flatten(0, 1) for group in entered]
         x = flat[0] if len(flat) == 1 else torch.cat(flat)
+        recomputes = self.recompute != "nothing" and torch.is_grad_enabled()
         hidden = []
         for index, block in enumerate(self.blocks[:depth]):
             if index < len(merging.targets):
@@ -239,7 +239,7 @@ class FluxViT(nn.Module):
                     block, x, segments, kept, merging.targets[index], merging.by
                 )
                 continue
-            x = self._run_block(block, x, segments)
+            x = self._recomputing(block, x, segments) if recomputes else block(x, segments)
             if index in layers:
                 hidden.append(x)
         if merging.targets:

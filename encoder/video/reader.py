@@ -30,7 +30,8 @@ from encoder.video.geometry import Crop, fit_within
 from encoder.video.in_memory import is_animation, is_images, read_animation, read_images, shrink
 from encoder.video.limits import DEFAULT_LIMITS, Limits
 from encoder.video.protocol import CutPart, Request
-from encoder.video.sandbox import Decoded, DecodeTimeout, WorkerCrashed, WorkerPool
+from encoder.video.replies import Decoded
+from encoder.video.sandbox import DecodeTimeout, WorkerCrashed, WorkerPool
 from encoder.video.sources import OpenFile, open_source, reason, source_label
 
 DECORD_SHARE = 0.6  # of the time limit; when decord hangs, PyAV has the rest

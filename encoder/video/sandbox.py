@@ -19,29 +19,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, BinaryIO, TypeVar
-
-import torch
-from torch import Tensor
+from dataclasses import replace
+from functools import partial
+from typing import BinaryIO, TypeVar
 
 from encoder.errors import VideoError
-from encoder.video.containers import Header
 from encoder.video.descriptors import PASSES_DESCRIPTORS
-from encoder.video.protocol import (
-    MAX_LINE,
-    CutPart,
-    ProtocolError,
-    Request,
-    read_error,
-    read_message,
-    read_part,
-    read_reply,
-    read_rotation,
-    read_samples,
-    read_time,
-)
-from encoder.video.sound_decoder import SAMPLE_BYTES
+from encoder.video.protocol import CutPart, Request
+from encoder.video.replies import Answer, Decoded, LibraryNotLoaded, read_frames, read_part, read_sound
 from encoder.video.worker import IDLE_S
 
 T = TypeVar("T")
@@ -56,21 +41,8 @@ class DecodeTimeout(VideoError):
     """The child did not finish within its wall-clock limit."""
 
 
-class LibraryNotLoaded(VideoError):
-    """The child needed a library that it had not loaded before it confined itself."""
-
-
 class WorkerCrashed(VideoError):
     """The child ended before its answer was complete."""
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """frames: uint8 (T, H, W, 3), upright; times_s: presentation times of these T frames, seconds."""
-
-    header: Header
-    frames: Tensor
-    times_s: tuple[float, ...]
 
 
 class Worker:
@@ -129,54 +101,19 @@ class Worker:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
 
-    def ask(self, request: Request, file: int) -> Decoded:
-        """Send one request about an open file, collect the frames. Raises VideoError."""
+    def ask(self, request: Request, file: int, read: Callable[[Answer, Request], T]) -> T:
+        """Send one request about an open file; what `read` makes of the answer. Raises VideoError."""
+        assert self.process.stdout is not None
+        answer = Answer(self.process.stdout)
         self.reusable = False
         self._send(request.to_line(), file)
-        reply = read_reply(self._message(), request)
-        frames = torch.empty((reply.count, reply.height, reply.width, 3), dtype=torch.uint8)
-        times = []
-        for frame in frames:
-            message = self._message()
-            turns, mirror = read_rotation(message)
-            if turns or mirror:  # PyAV does not turn frames, decord has done so
-                shape = (reply.width, reply.height, 3) if turns % 2 else frame.shape
-                stored = torch.empty(shape, dtype=torch.uint8)
-                self._fill(stored)
-                frame.copy_((stored.flip(1) if mirror else stored).rot90(turns, (0, 1)))
-            else:
-                self._fill(frame)
-            times.append(read_time(message))
+        try:
+            found = read(answer, request)
+        except VideoError:
+            self.reusable = answer.refused
+            raise
         self.reusable = True
-        return Decoded(reply.header, frames, tuple(times))
-
-    def cut(self, request: Request, file: int, out: BinaryIO) -> CutPart:
-        """Send one request for a part of an open file, write the part's file to `out`. Raises VideoError."""
-        self.reusable = False
-        self._send(request.to_line(), file)
-        _, part, size = read_part(self._message(), request)
-        block = torch.empty(min(size, PIPE_BYTES), dtype=torch.uint8)
-        while size:
-            piece = block[: min(size, len(block))]
-            self._fill(piece)
-            out.write(piece.numpy().data)
-            size -= len(piece)
-        self.reusable = True
-        return part
-
-    def listen(self, request: Request, file: int) -> bytearray:
-        """Send one request for the sound of an open file; its samples of 16 bits. Raises VideoError."""
-        self.reusable = False
-        self._send(request.to_line(), file)
-        sound = bytearray()
-        while samples := read_samples(self._message()):
-            if len(sound) + samples * SAMPLE_BYTES > request.max_bytes:
-                raise ProtocolError
-            piece = torch.empty(samples * SAMPLE_BYTES, dtype=torch.uint8)
-            self._fill(piece)
-            sound += piece.numpy().data
-        self.reusable = True
-        return sound
+        return found
 
     def _send(self, line: bytes, file: int) -> None:
         if self.process.stdin is None:
@@ -186,31 +123,6 @@ class Worker:
         else:
             self.process.stdin.write(line)
             self.process.stdin.flush()
-
-    def _message(self) -> dict[str, Any]:
-        stdout = self.process.stdout
-        assert stdout is not None
-        line = stdout.readline(MAX_LINE)
-        if not line:
-            raise EOFError
-        if not line.endswith(b"\n"):
-            raise ProtocolError if len(line) == MAX_LINE else EOFError
-        message = read_message(line)
-        if "error" in message:
-            self.reusable = message.get("known") is True
-            kind = LibraryNotLoaded if message.get("not_loaded") is True else VideoError
-            raise kind(read_error(message))
-        return message
-
-    def _fill(self, target: Tensor) -> None:
-        stdout = self.process.stdout
-        assert stdout is not None
-        view = memoryview(target.view(-1).numpy().data)
-        while len(view):
-            count = stdout.readinto(view)  # type: ignore[attr-defined]
-            if not count:
-                raise EOFError
-            view = view[count:]
 
 
 class WorkerPool:
@@ -231,21 +143,20 @@ class WorkerPool:
         """
         started = time.monotonic()
         try:
-            return self._serve(request, keep, lambda worker, asked: worker.ask(asked, file))
+            return self._serve(request, file, keep, read_frames)
         except LibraryNotLoaded:
             seconds = request.seconds - (time.monotonic() - started)
-            request = replace(request, seconds=seconds, load_all=True)
-            return self._serve(request, keep, lambda worker, asked: worker.ask(asked, file))
+            return self._serve(replace(request, seconds=seconds, load_all=True), file, keep, read_frames)
 
     def cut(self, request: Request, file: int, out: BinaryIO, *, keep: bool) -> CutPart:
         """The part of a video that a request asks for, written to `out`; raises as `decode`."""
-        return self._serve(request, keep, lambda worker, asked: worker.cut(asked, file, out))
+        return self._serve(request, file, keep, partial(read_part, out=out))
 
     def listen(self, request: Request, file: int, *, keep: bool) -> bytearray:
         """The samples of the sound that a request asks for; raises as `decode`."""
-        return self._serve(request, keep, lambda worker, asked: worker.listen(asked, file))
+        return self._serve(request, file, keep, read_sound)
 
-    def _serve(self, request: Request, keep: bool, ask: Callable[[Worker, Request], T]) -> T:
+    def _serve(self, request: Request, file: int, keep: bool, read: Callable[[Answer, Request], T]) -> T:
         started = time.monotonic()
         worker = self.acquire() if keep else Worker()
         late = threading.Event()
@@ -258,7 +169,7 @@ class WorkerPool:
         clock.daemon = True
         clock.start()
         try:
-            return ask(worker, replace(request, parent=os.getpid()))
+            return worker.ask(replace(request, parent=os.getpid()), file, read)
         except (EOFError, OSError, ValueError) as error:
             if late.is_set():
                 raise DecodeTimeout(

@@ -1,6 +1,6 @@
 """The decoding child process: reads requests from stdin, writes frames to stdout, nothing else.
 
-Protocol (protocol.py), all lengths known beforehand, nothing pickled:
+Protocol (protocol.py, read in replies.py), all lengths known beforehand, nothing pickled:
   request  one JSON line and, beside it, the descriptor of the file
   reply    one JSON line {"header": ..., "count", "height", "width"} or {"error": "one sentence"},
            then `count` times: one JSON line {"time": seconds, ...} and height x width x 3 bytes,

@@ -39,10 +39,9 @@ class _Waiting:
     familiar: bool | None = None
     error: BaseException | None = None
 
-    @property
-    def kind(self) -> Hashable:
-        """What clips of one call have in common."""
-        return tuple(self.pixels.shape), self.plan.key, self.selector
+    def __post_init__(self) -> None:
+        """kind: what clips of one call have in common."""
+        self.kind: Hashable = (tuple(self.pixels.shape), self.plan.key, self.selector)
 
 
 class EncodingQueue:

@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from encoder.errors import VideoError
-from encoder.video import confine, protocol, sandbox
+from encoder.video import confine, replies, sandbox
 from encoder.video.containers import Header
 from encoder.video.limits import Rules
 from encoder.video.protocol import Request
@@ -323,7 +323,7 @@ def honest() -> dict:
 
 
 def test_a_valid_reply_is_accepted():
-    reply = protocol.read_reply(honest(), REQUEST)
+    reply = replies.read_reply(honest(), REQUEST)
     assert (reply.count, reply.height, reply.width, reply.header.codec) == (4, 48, 64, "h264")
 
 
@@ -362,35 +362,35 @@ def test_an_impossible_reply_is_refused(change):
         message["header"].update(header)
     elif header is not ...:
         message["header"] = header
-    with pytest.raises(protocol.ProtocolError):
-        protocol.read_reply(message, REQUEST)
+    with pytest.raises(replies.ProtocolError):
+        replies.read_reply(message, REQUEST)
 
 
 @pytest.mark.parametrize("time_s", ["NaN", "Infinity", "1e999", "-1", '"1"', "null", "true"])
 def test_times_are_finite_and_not_negative(time_s):
-    with pytest.raises(protocol.ProtocolError):
-        protocol.read_time(protocol.read_message(b'{"time": %s}' % time_s.encode()))
+    with pytest.raises(replies.ProtocolError):
+        replies.read_time(replies.parse(b'{"time": %s}' % time_s.encode()))
 
 
 def test_a_rotation_is_quarter_turns_and_a_mirror():
-    assert protocol.read_rotation({"turns": 3}) == (3, False)
+    assert replies.read_rotation({"turns": 3}) == (3, False)
     for message in ({}, {"turns": 4}, {"turns": -1}, {"turns": 1, "mirror": 1}):
-        with pytest.raises(protocol.ProtocolError):
-            protocol.read_rotation(message)
+        with pytest.raises(replies.ProtocolError):
+            replies.read_rotation(message)
 
 
 def test_error_texts_are_one_clean_line_without_paths():
     assert (
-        protocol.clean("no frame at 2 s; 24/1 per second, h264/aac")
+        replies.clean("no frame at 2 s; 24/1 per second, h264/aac")
         == "no frame at 2 s; 24/1 per second, h264/aac"
     )
     dirty = "a\r\nb\x1b[2J\u202e '/srv/secret dir/x.mp4' at /home/me/v.mp4, C:\\Users\\me and fd:7"
-    cleaned = protocol.clean(dirty)
+    cleaned = replies.clean(dirty)
     assert cleaned.isprintable()
     for part in ("srv", "home", "me/", "Users", "\x1b", "\u202e"):
         assert part not in cleaned
-    assert len(protocol.clean("x" * 10**6)) <= protocol.MAX_TEXT
-    assert protocol.clean(" \n ") == "its decoder gave no reason"
+    assert len(replies.clean("x" * 10**6)) <= replies.MAX_TEXT
+    assert replies.clean(" \n ") == "its decoder gave no reason"
 
 
 def test_one_bad_file_leaves_the_other_idle_children(clip, tmp_path):

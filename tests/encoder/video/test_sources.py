@@ -21,7 +21,8 @@ import pytest
 from encoder.errors import VideoError
 from encoder.video.descriptors import DescriptorReader, descriptor_name, open_file
 from encoder.video.reader import DEFAULT_LIMITS, Limits, probe, read_clip
-from encoder.video.sandbox import Decoded, WorkerPool
+from encoder.video.replies import Decoded
+from encoder.video.sandbox import WorkerPool
 from encoder.video.sources import Held, HeldSources, hold
 from tests.encoder.video import video_files as vf
 
