@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from app.long_video import LongPrice, price
 from app.printed import on_a_line
 from app.streaming import Step
-from encoder.errors import ConfigError, FluxChatError
+from encoder.errors import ConfigError, FluxChatError, VideoError
+from encoder.video.clock import clock, seconds
 
 if TYPE_CHECKING:
     from app.answer import Answer
@@ -142,7 +143,10 @@ class Terminal:
         if len(times := value.split()) not in (0, 2):
             raise ConfigError("Say from when to when, as /part 1:02 1:10, or /part alone for all of it.")
         start, end = times or (None, None)
-        cost = self._price(self.video, start=start, end=end)
+        try:
+            cost = self._price(self.video, start=start, end=end)
+        except VideoError as error:
+            raise VideoError(f"{error} {self._still()}") from None
         for options in (self.options, self.conversation.options):
             options.update(start=start, end=end)
         print(cost, flush=True)
@@ -150,6 +154,13 @@ class Terminal:
     def _price(self, video: Any, budget: str | None = None, **part: Any) -> LongPrice | Estimate:
         """What a question about a video costs, in parts where it is long; decodes nothing."""
         return price(self.chat, video, budget or self.options["budget"], **part)
+
+    def _still(self) -> str:
+        """What goes on being asked about after a /part that is refused."""
+        start, end = (None if time is None else clock(seconds(time)) for time in self._times().values())
+        if start is None and end is None:
+            return "Questions are still about all of it."
+        return f"Questions are still about {start or clock(0)} to {end or 'its end'}."
 
     def _times(self) -> dict[str, Any]:
         return {name: self.options.get(name) for name in ("start", "end")}
