@@ -487,6 +487,27 @@ def test_phone(open_page: Callable[..., Any], scheme: str) -> None:
     shoot(page, f"phone-{scheme}")
 
 
+COVERED = """
+    () => {
+        const box = document.querySelector(".fc-problem").getBoundingClientRect();
+        const points = [[box.left + 20, box.top + 3], [box.left + 20, box.bottom - 3], [box.right - 30, box.top + 20]];
+        return points.map(([x, y]) => document.elementFromPoint(x, y)).filter((e) => !e?.closest(".fc-problem"))
+            .map((e) => e?.outerHTML.slice(0, 100));
+    }
+"""
+
+
+def test_nothing_lies_over_a_problem_on_a_small_screen(
+    open_page: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Handlers, "needs_video", True)
+    page = open_page(390, 480)
+    expect(page.get_by_role("button", name="Example: What turns?")).to_be_visible()
+    ask(page)  # there is no video yet
+    expect(page.locator(".fc-problem")).to_be_visible(timeout=PATIENCE_MS)
+    assert page.evaluate(COVERED) == []
+
+
 EARLY = """
     const remove = window.removeEventListener;
     window.removeEventListener = (...values) => {
