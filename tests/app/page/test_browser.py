@@ -489,10 +489,10 @@ def test_phone(open_page: Callable[..., Any], scheme: str) -> None:
 
 COVERED = """
     () => {
-        const box = document.querySelector(".fc-problem").getBoundingClientRect();
-        const points = [[box.left + 20, box.top + 3], [box.left + 20, box.bottom - 3], [box.right - 30, box.top + 20]];
-        return points.map(([x, y]) => document.elementFromPoint(x, y)).filter((e) => !e?.closest(".fc-problem"))
-            .map((e) => e?.outerHTML.slice(0, 100));
+        const {left, right, top, bottom} = document.querySelector(".fc-problem").getBoundingClientRect();
+        const points = [[left + 20, top + 3], [left + 20, bottom - 3], [right - 30, top + 20]];
+        const there = points.map(([x, y]) => document.elementFromPoint(x, y));
+        return there.filter((e) => !e?.closest(".fc-problem")).map((e) => e?.outerHTML.slice(0, 100));
     }
 """
 
