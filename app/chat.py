@@ -395,7 +395,8 @@ class VideoChat(NotCopyable):
             first_bias=familiarity.yes_bias(self.model.llm.tokenizer) if familiarity and doubted else {},
         )
         asked_new = any(isinstance(part, Media) for part in query.messages[-1].content)
-        shows_new = familiarity and doubted and asked_new and _shows_new(messages, videos)
+        files = [video.info.digest for video, _ in opened]
+        shows_new = familiarity and doubted and asked_new and _shows_new(messages, videos, files)
         if familiarity and shows_new:
             note = Note(note_for(familiarity.things) + note)
         return videos, generation, note if hedged else Note()
@@ -658,13 +659,18 @@ class VideoChat(NotCopyable):
         self.close()
 
 
-def _shows_new(messages: Sequence[Message[Showing]], videos: Sequence[EncodedVideo]) -> bool:
-    """Whether the last message brings an unfamiliar video that no earlier one had. videos: of all of them."""
+def _shows_new(
+    messages: Sequence[Message[Showing]], videos: Sequence[EncodedVideo], files: Sequence[str]
+) -> bool:
+    """Whether the last message brings an unfamiliar video of which no earlier one had an unfamiliar part.
+
+    videos, files: of all of them, and what tells their files apart.
+    """
+    strange = [file for video, file in zip(videos, files, strict=True) if video.familiar is False]
     count = sum(isinstance(part, Showing) for part in messages[-1].content)
-    earlier = {video.visual.key for video in videos[: len(videos) - count]}
-    return any(
-        video.familiar is False and video.visual.key not in earlier for video in videos[len(videos) - count :]
-    )
+    new = sum(video.familiar is False for video in videos[len(videos) - count :])
+    told = len(strange) - new
+    return not set(strange[told:]) <= set(strange[:told])
 
 
 def _rendered(part: str | Showing, shown: Iterator[tuple[EncodedVideo, str]]) -> tuple[str | Visual, ...]:

@@ -478,6 +478,13 @@ def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -
 
         fetch_default_llm()
     _tell_engine(args)
+    if args.compile:
+        print(
+            "The encoder is compiled when it sees the first video of each size: some seconds on a GPU, a "
+            "minute on a CPU.",
+            file=sys.stderr,
+            flush=True,
+        )
     return VideoChat(
         args.model,
         llm=args.llm,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from app.chat import VideoChat
 
 OWN_HISTORY = "A conversation keeps its own history: leave history out."
+NOT_HERE = "That video is not in this conversation: see its `videos`."
 
 
 class Conversation(NotCopyable):
@@ -86,6 +87,16 @@ class Conversation(NotCopyable):
         """The videos and images so far, those for the next question last."""
         return [medium.source for medium in (*self._media(), *self._new)]
 
+    def latest(self, video: Any) -> Media:
+        """A video or image as it was shown last, or comes with the next question.
+
+        video: as it was given, or its path. Raises ConfigError when it is not in the conversation.
+        """
+        for medium in (*self._new, *reversed(self._media())):
+            if _same(medium, video):
+                return medium
+        raise ConfigError(NOT_HERE)
+
     def _media(self) -> list[Media]:
         return [part for message in self._messages for part in message.content if isinstance(part, Media)]
 
@@ -99,14 +110,24 @@ class Conversation(NotCopyable):
             self._chat.probe(medium)
         self._new += new
 
+    def look_at(self, video: Any, start: Any = None, end: Any = None, region: Any = None) -> None:
+        """The next question is about that part of a video that is here, without one about all of it.
+
+        It is shown anew unless it was what was shown of that video last. video: as it was given, or its path.
+        Raises ConfigError when it is not in the conversation, and VideoError; then nothing changes.
+        """
+        medium = replace(self.latest(video), part=Part.of(start, end, region))
+        medium.part.range_s(self._chat.probe(medium))
+        shown = [one.part for one in self._media() if _same(one, video)]
+        others = tuple(one for one in self._new if not _same(one, video))
+        self._new = others if shown and shown[-1] == medium.part else (medium, *others)
+
     def drop(self, video: Any) -> None:
         """Take a video or image out again, wherever it was shown; the words about it stay.
 
         video: as it was given, or its path. Raises ConfigError when it is not in the conversation.
         """
-
-        if not any(_same(medium, video) for medium in (*self._media(), *self._new)):
-            raise ConfigError("That video is not in this conversation: see its `videos`.")
+        self.latest(video)
 
         def stays(part: str | Media) -> bool:
             return not (isinstance(part, Media) and _same(part, video))

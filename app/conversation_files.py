@@ -359,7 +359,7 @@ def _shown_lines(piece: Shown, addresses: Any) -> list[str]:
     head = f"*{_safe(piece.name)}*" + (f" ({', '.join(about)})" if about else "")
     pictures = []
     for frame in piece.frames:
-        told = _safe(piece.name) if frame.time_s is None else clock(math.floor(100 * frame.time_s) / 100)
+        told = _safe(piece.name) if frame.time_s is None else clock(math.floor(10 * frame.time_s) / 10)
         pictures.append(f"![{told}]({next(addresses)})")
     return [head, "", " ".join(pictures)] if pictures else [head]
 

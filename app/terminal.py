@@ -8,17 +8,21 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from app.long_video import LongPrice, price
 from app.printed import on_a_line
 from app.streaming import Step
-from encoder.errors import ConfigError, FluxChatError
+from encoder.errors import ConfigError, FluxChatError, VideoError
+from encoder.video.clock import clock
+from encoder.video.part import Part
 
 if TYPE_CHECKING:
     from app.answer import Answer
     from app.chat import VideoChat
     from app.estimate import Estimate
+    from app.messages import Media
     from app.streaming import AnswerStream
 
 HELP = """\
@@ -26,7 +30,7 @@ Ask anything about the video. Commands:
   /budget N      tokens the encoder may keep: a number, full, auto or auto:SECONDS
   /video PATH    talk about another video or image
   /add PATH      another video or image beside it, for the next question
-  /part FROM TO  ask about a part of the video from now on, as 1:02 1:10; alone: about all of it again
+  /part FROM TO  ask about a part of the first video from now on, as 1:02 1:10; alone: about all of it again
   /estimate      what the budget costs on this video
   /new           forget the conversation
   /save FILE     keep it as JSON; /load FILE goes on with it
@@ -85,17 +89,16 @@ class Terminal:
     """The state of a conversation in the terminal. A command that fails changes nothing."""
 
     def __init__(self, chat: VideoChat, video: Any, options: dict[str, Any]) -> None:
-        self.chat, self.video = chat, video
+        self.chat = chat
         self.options = {"parts": True, "progress": _tell_part, **options}
-        self.conversation = chat.conversation(video, **self.options)
+        # Held, so that parts of it are known to be of one video.
+        self.medium = None if video is None else chat.keep(video)
+        self.conversation = chat.conversation(self.medium, **self.options)
 
     def introduce(self) -> None:
         """Print the video's name and the price of a question; raises FluxChatError."""
-        from app.messages import as_media
-
-        if self.video is not None:
-            label = as_media(self.video).label()
-            print(f"Video: {label}\n{self._price(self.video, **self._times())}\n", flush=True)
+        if self.medium is not None:
+            print(f"Video: {self.medium.label()}\n{self._price(self.medium)}\n", flush=True)
 
     def command(self, name: str, value: str) -> None:
         """Run a command; raises FluxChatError."""
@@ -119,12 +122,10 @@ class Terminal:
             self.conversation.export(_path(value, name))
             print("Exported.", flush=True)
         elif name == "new":
-            self.conversation = self.chat.conversation(self.video, **self.options)
+            self.conversation = self.chat.conversation(self.medium, **self.options)
             print("A new conversation.", flush=True)
         elif name == "estimate":
-            if self.video is None:
-                raise ConfigError("There is no video yet: /video PATH takes one.")
-            print(self._price(self.video, **self._times()), flush=True)
+            print(self._price(self._shown()), flush=True)
         elif name in ("help", "?", ""):
             print(HELP, flush=True)
         else:
@@ -137,46 +138,62 @@ class Terminal:
 
     def _set_part(self, value: str) -> None:
         """Ask about another part of the video from now on; raises FluxChatError."""
-        if self.video is None:
-            raise ConfigError("There is no video yet: /video PATH takes one.")
+        medium = self._shown()
         if len(times := value.split()) not in (0, 2):
             raise ConfigError("Say from when to when, as /part 1:02 1:10, or /part alone for all of it.")
         start, end = times or (None, None)
-        cost = self._price(self.video, start=start, end=end)
-        for options in (self.options, self.conversation.options):
-            options.update(start=start, end=end)
-        print(cost, flush=True)
+        try:
+            new = replace(medium, part=Part.of(start, end, medium.part.region))
+            cost = self._price(new)
+        except VideoError as error:
+            raise VideoError(f"{error} Questions are still about {self._looked_at()}.") from None
+        self.conversation.look_at(new, start, end, new.part.region)
+        self.medium = new
+        print(f"Questions are now about {self._looked_at()}.\n{cost}", flush=True)
 
-    def _price(self, video: Any, budget: str | None = None, **part: Any) -> LongPrice | Estimate:
+    def _shown(self) -> Media:
+        if self.medium is None:
+            raise ConfigError("There is no video yet: /video PATH takes one.")
+        return self.medium
+
+    def _price(self, medium: Media, budget: str | None = None) -> LongPrice | Estimate:
         """What a question about a video costs, in parts where it is long; decodes nothing."""
-        return price(self.chat, video, budget or self.options["budget"], **part)
+        return price(self.chat, medium, budget or self.options["budget"])
 
-    def _times(self) -> dict[str, Any]:
-        return {name: self.options.get(name) for name in ("start", "end")}
+    def _looked_at(self) -> str:
+        """The times that questions are about."""
+        part = self._shown().part
+        if not part.timed:
+            return "all of it"
+        return f"{clock(part.start_s)} to {'its end' if part.end_s is None else clock(part.end_s)}"
 
     def _load(self, path: str) -> None:
         from app.conversation import Conversation
 
         conversation = Conversation.load(self.chat, path)
         self.conversation = conversation
+        part = {name: conversation.options.pop(name, None) for name in ("start", "end", "region")}
         self.options = {**self.options, **conversation.options}
         conversation.options = dict(self.options)
-        media = [part for m in conversation.messages for part in m.content if not isinstance(part, str)]
-        self.video = next(iter((*media, *conversation.new)), None)
+        self.medium = None
+        if conversation.videos:
+            first = conversation.videos[0]
+            if any(value is not None for value in part.values()):
+                conversation.look_at(first, **part)
+            self.medium = conversation.latest(first)
         for question, answer in conversation.turns:
             print(f"> {question}\n{answer}\n", flush=True)
 
     def _set_budget(self, value: str) -> None:
         self.chat.plan_budget(value)
-        cost = None if self.video is None else self._price(self.video, value, **self._times())
+        cost = None if self.medium is None else self._price(self.medium, value)
         self.options["budget"] = self.conversation.options["budget"] = value
         print(f"Budget: {value}" if cost is None else cost, flush=True)
 
     def _show(self, path: str) -> None:
         medium = self.chat.keep(path)
         cost = self._price(medium)
-        self.options |= {"start": None, "end": None}  # they were of another video
-        self.conversation, self.video = self.chat.conversation(medium, **self.options), medium
+        self.conversation, self.medium = self.chat.conversation(medium, **self.options), medium
         print(cost, flush=True)
 
 

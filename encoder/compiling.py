@@ -21,7 +21,7 @@ VERSIONS = 64  # of a function that torch keeps; beyond, it runs as written
 
 
 def compile_encoder(encoder: FluxViT) -> FluxViT:
-    """The same encoder, whose patch embedding, scores and blocks are compiled from now on.
+    """The same encoder, whose patch embedding, scores and blocks are compiled from now on; copies are not.
 
     Raises ConfigError where torch has no compiler to do it with.
     """

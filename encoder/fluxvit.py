@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ COSTLY = [
 class FluxViT(nn.Module):
     """The encoder. Parameter names and shapes are those of the released S and B checkpoints.
 
+    A copy of a compiled one, and one that was pickled, is not compiled.
     Raises ConfigError for inconsistent dimensions (see FluxViTConfig).
     """
 
@@ -82,6 +83,9 @@ class FluxViT(nn.Module):
             Aligner(config.clip_embed_dim, config.clip_embed_dim) for _ in range(config.num_aligners)
         )
         self._init_weights()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "importance": importance}
 
     def _init_weights(self) -> None:
         nn.init.trunc_normal_(self.cls_token, std=0.02)

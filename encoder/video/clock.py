@@ -30,7 +30,7 @@ def interval(start: Any, end: Any) -> tuple[float, float]:
     """Start and end as `seconds` reads them; raises VideoError, also for an end that is not later."""
     start_s, end_s = seconds(start, "The start"), seconds(end, "The end")
     if end_s <= start_s:
-        raise VideoError(f"The end ({clock(end_s)}) must be after the start ({clock(start_s)}).")
+        raise VideoError(f"The end ({clock(end_s, 2)}) must be after the start ({clock(start_s, 2)}).")
     return start_s, end_s
 
 
@@ -54,11 +54,11 @@ def _number(value: Any) -> float | None:
     return 3600 * hours + 60 * minutes + rest
 
 
-def clock(time_s: float) -> str:
-    """The time as `seconds` reads it, to the hundredth: "0:05", "1:02.5", "1:23:45"."""
-    hundredths = round(100 * time_s)
-    minutes, rest = divmod(hundredths, 6000)
+def clock(time_s: float, places: int = 1) -> str:
+    """The time as `seconds` reads it, to the tenth, or to more places: "0:05", "1:02.5", "1:23:45"."""
+    unit = 10**places
+    minutes, rest = divmod(round(unit * time_s), 60 * unit)
     hours, minutes = divmod(minutes, 60)
-    whole, part = divmod(rest, 100)
-    tail = f"{whole:02d}" + (f".{part:02d}".rstrip("0") if part else "")
+    whole, part = divmod(rest, unit)
+    tail = f"{whole:02d}" + (f".{part:0{places}d}".rstrip("0") if part else "")
     return f"{hours}:{minutes:02d}:{tail}" if hours else f"{minutes}:{tail}"

@@ -58,6 +58,8 @@ REFUSED: dict[str, tuple[Callable[[Conversation], object], type[FluxChatError]]]
     "no video": (lambda talk: talk.add(Videos([SHORT, None])), VideoError),
     "text file": (lambda talk: talk.add(io.StringIO("x")), VideoError),
     "not in it": (lambda talk: talk.drop("nowhere.mp4"), ConfigError),
+    "a part of what is not in it": (lambda talk: talk.look_at("nowhere.mp4", 1, 2), ConfigError),
+    "a part beyond its end": (lambda talk: talk.look_at(GREY, 1000), VideoError),
 }
 
 

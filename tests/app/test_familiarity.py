@@ -152,6 +152,29 @@ def test_once_in_a_conversation_until_another_strange_video_comes(
     assert not any("drawn things" in prompt for prompt in prompts)
 
 
+def test_once_about_a_video_and_its_parts(chat: VideoChat, files: dict[str, Path], tmp_path: Path) -> None:
+    film = tmp_path / "noise.mp4"
+    write_video(film, np.stack([np.asarray(noise(seed)) for seed in range(4)]), 1)
+    talk = chat.conversation(film, **SHORT_ANSWER)
+    assert talk.ask("What is it?").note
+    assert not talk.ask("And here?", start=1, end=3).note
+    assert not talk.ask("And there?", region="0,0,0.5,1").note
+    assert not talk.ask("All of it?").note
+    talk.add(files["noise"])
+    assert talk.ask("And that?").note
+
+
+def test_an_unfamiliar_part_of_a_familiar_video_is_told(
+    chat: VideoChat, files: dict[str, Path], tmp_path: Path
+) -> None:
+    film = tmp_path / "both.mp4"
+    plain, strange = np.asarray(Image.open(files["known"])), np.asarray(noise(1))
+    write_video(film, np.stack([plain] * 4 + [strange] * 4), 1)
+    talk = chat.conversation(film, **SHORT_ANSWER)
+    assert not talk.ask("What is it?", start=0, end=4).note
+    assert talk.ask("And there?", start=4.5, end=8).note
+
+
 def test_it_is_taken_out_of_what_clients_send_back(
     chat: VideoChat, files: dict[str, Path], prompts: list[str]
 ) -> None:

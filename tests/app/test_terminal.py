@@ -15,8 +15,10 @@ import pytest
 
 from app.chat import VideoChat
 from app.long_video import price
+from app.messages import Media
 from app.terminal import Terminal, converse
 from encoder.errors import BudgetError, ConfigError, VideoError
+from encoder.video.part import Part
 from tests.app.conftest import SHORT, WORLD
 from training.synthetic.export import write_video
 
@@ -39,10 +41,10 @@ def test_a_command_that_fails_changes_nothing(chat: VideoChat, tmp_path: Path) -
         ("budget", "many", BudgetError, "A budget is"),
         ("budget", "0", BudgetError, "at least 1"),
     ):
-        before = terminal.conversation, terminal.video, dict(terminal.options), terminal.conversation.turns
+        before = terminal.conversation, terminal.medium, dict(terminal.options), terminal.conversation.turns
         with pytest.raises(error, match=words):
             terminal.command(name, value)
-        now = terminal.conversation, terminal.video, dict(terminal.options), terminal.conversation.turns
+        now = terminal.conversation, terminal.medium, dict(terminal.options), terminal.conversation.turns
         assert now == before, (name, value)
     with pytest.raises(ConfigError):
         terminal.ask("half \ud83d")
@@ -98,12 +100,15 @@ def test_saving_loading_exporting_and_parts(
     with pytest.raises(ConfigError, match="no video yet"):
         terminal.command("part", "1 2")
     terminal.command("video", str(SHORT))
+    with pytest.raises(VideoError, match=r"still about all of it\.$"):
+        terminal.command("part", "90 99")
     terminal.ask("What is it?")
     terminal.command("part", "0:01 0:02")
     terminal.ask("And there?")
     assert [message.content[0].part.start_s for message in terminal.conversation.messages[::2]] == [0.0, 1.0]
     for value, error in (("1", ConfigError), ("2 1", VideoError), ("a b", VideoError), ("90 99", VideoError)):
-        with pytest.raises(error):
+        still = r"Questions are still about 0:01 to 0:02\.$" if error is VideoError else None
+        with pytest.raises(error, match=still):
             terminal.command("part", value)
     terminal.command("add", str(WORLD))
     terminal.command("save", str(tmp_path / "talk.json"))
@@ -111,7 +116,8 @@ def test_saving_loading_exporting_and_parts(
     other = Terminal(chat, None, OPTIONS)
     other.command("load", str(tmp_path / "talk.json"))
     assert other.conversation.turns == terminal.conversation.turns
-    assert other.conversation.options["start"] == "0:01"
+    assert other.medium is not None
+    assert other.medium.part == Part(1.0, 2.0)
     other.command("estimate", "")
     with pytest.raises(ConfigError, match="check the path"):
         other.command("load", str(tmp_path / "none.json"))
@@ -122,6 +128,37 @@ def test_saving_loading_exporting_and_parts(
     assert "first word" in printed.split("And there?")[0]
     assert printed.count("It comes with the next question") == 1
     assert "> And there?" in printed
+
+
+def parts(terminal: Terminal) -> list[list[Part]]:
+    """What each question showed."""
+    questions = terminal.conversation.messages[::2]
+    return [[part.part for part in message.content if isinstance(part, Media)] for message in questions]
+
+
+def test_questions_are_about_the_part_that_was_said_last(
+    chat: VideoChat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    top = (0.0, 0.0, 1.0, 0.5)
+    terminal = Terminal(chat, Media(str(SHORT), part=Part(0.0, 1.0, top)), OPTIONS)
+    for times in ("1 2", "1.25 2"):  # before a question, the last one alone
+        terminal.command("part", times)
+    terminal.ask("What is it?")
+    terminal.ask("And what else?")
+    terminal.command("part", "")
+    terminal.ask("And in all of it?")
+    terminal.command("part", "0 1")
+    terminal.command("add", str(WORLD))  # all of it, beside that part
+    terminal.ask("Which one?")
+    terminal.command("part", "1 2")
+    terminal.command("part", "0 1")  # what was shown last
+    terminal.ask("Why?")
+    expected = [[Part(1.25, 2.0, top)], [], [Part(region=top)], [Part(0.0, 1.0, top), Part()], []]
+    assert parts(terminal) == expected
+    assert "Questions are now about 0:01.2 to 0:02." in capsys.readouterr().out
+    terminal.command("new", "")
+    terminal.ask("What is it?")
+    assert parts(terminal) == [[Part(0.0, 1.0, top)]]
 
 
 class Keys:
@@ -218,7 +255,8 @@ def test_a_long_video_is_priced_and_asked_about_in_parts(
     assert "Part" not in capsys.readouterr().out  # it was looked at before
     terminal.command("budget", "16")
     terminal.command("part", "0:10 1:00")
-    one, part = capsys.readouterr().out.splitlines()
+    one, now, part = capsys.readouterr().out.splitlines()
+    assert now == "Questions are now about 0:10 to 1:00."
     assert ("1 parts" in one, "4 frames" in part) == (True, "parts" not in part)
     terminal.command("video", str(film))
     assert "1 parts" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from encoder.compiling import compile_encoder
 from encoder.config import MICRO
 from encoder.errors import ConfigError
 from encoder.fluxvit import FluxViT
+from encoder.selection import importance
 from tests import ROOT
 
 TINY = MICRO.replace(embed_dim=32, depth=2, num_heads=2, pool_heads=2, clip_embed_dim=16, num_classes=0)
@@ -32,6 +34,15 @@ def test_tokens_are_those_of_the_encoder_as_written() -> None:
         torch.testing.assert_close(found.packed, expected.packed, atol=1e-4, rtol=1e-4)
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     copy.deepcopy(compiled)(clips, 9)
+
+
+def test_a_compiled_encoder_is_copied_and_pickled_as_written() -> None:
+    plain = FluxViT(TINY).eval().requires_grad_(False)
+    compiled = compile_encoder(copy.deepcopy(plain))
+    clips = torch.randn(1, 3, 2, 56, 56)
+    for other in (copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))):
+        assert torch.equal(other(clips, 9).packed, plain(clips, 9).packed)
+        assert other.importance is importance  # the one that is compiled has its own
 
 
 def test_an_encoder_is_there_without_what_only_cuda_and_the_compiler_need() -> None:

@@ -483,7 +483,7 @@ function asMarkdown(talk) {
       if (start_s || end_s !== null) about.push(`from ${clock(start_s)} to ${clock(end_s ?? piece.duration_s)}`);
       if (region) about.push(`the box ${region.join(", ")}`);
       lines.push(`*${plain(piece.name)}*${about.length ? ` (${about.join(", ")})` : ""}`, "");
-      const pictures = piece.frames.map((frame) => `![${frame.time_s === null ? plain(piece.name) : clock(Math.floor(100 * frame.time_s) / 100)}](data:image/jpeg;base64,${frame.jpeg})`);
+      const pictures = piece.frames.map((frame) => `![${frame.time_s === null ? plain(piece.name) : clock(Math.floor(10 * frame.time_s) / 10)}](data:image/jpeg;base64,${frame.jpeg})`);
       if (pictures.length) lines.push(pictures.join(" "), "");
     }
   }

@@ -279,8 +279,8 @@ function endPiece() {
 
 // As encoder/video/clock.py writes it: "0:05", "1:02.5", "1:23:45".
 function clock(seconds) {
-  const hundredths = Math.round(100 * seconds), minutes = Math.floor(hundredths / 6000) % 60, hours = Math.floor(hundredths / 360000);
-  const rest = ((hundredths % 6000) / 100).toFixed(2).replace(/\.?0+$/, "") || "0";
+  const tenths = Math.round(10 * seconds), minutes = Math.floor(tenths / 600) % 60, hours = Math.floor(tenths / 36000);
+  const rest = ((tenths % 600) / 10).toFixed(1).replace(/\.0$/, "");
   const [whole, part] = rest.split("."), tail = whole.padStart(2, "0") + (part ? `.${part}` : "");
   return hours ? `${hours}:${String(minutes).padStart(2, "0")}:${tail}` : `${minutes}:${tail}`;
 }

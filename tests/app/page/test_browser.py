@@ -487,6 +487,27 @@ def test_phone(open_page: Callable[..., Any], scheme: str) -> None:
     shoot(page, f"phone-{scheme}")
 
 
+COVERED = """
+    () => {
+        const {left, right, top, bottom} = document.querySelector(".fc-problem").getBoundingClientRect();
+        const points = [[left + 20, top + 3], [left + 20, bottom - 3], [right - 30, top + 20]];
+        const there = points.map(([x, y]) => document.elementFromPoint(x, y));
+        return there.filter((e) => !e?.closest(".fc-problem")).map((e) => e?.outerHTML.slice(0, 100));
+    }
+"""
+
+
+def test_nothing_lies_over_a_problem_on_a_small_screen(
+    open_page: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Handlers, "needs_video", True)
+    page = open_page(390, 480)
+    expect(page.get_by_role("button", name="Example: What turns?")).to_be_visible()
+    ask(page)  # there is no video yet
+    expect(page.locator(".fc-problem")).to_be_visible(timeout=PATIENCE_MS)
+    assert page.evaluate(COVERED) == []
+
+
 EARLY = """
     const remove = window.removeEventListener;
     window.removeEventListener = (...values) => {
