@@ -145,7 +145,8 @@ def test_many_answers_say_it_once_together(
     monkeypatch.setattr("app.cli.open_chat", lambda args, **options: nullcontext(chat))
     paths, few = [str(files[name]) for name in ("known", "noise", "noise2")], ["--budget", "16"]
     few += ["--max-new-tokens", "6"]
-    for schema in ([], ["--schema", '{"const": 1}']):
+    (tmp_path / "one.json").write_text('{"const": 1}')
+    for schema in ([], ["--schema", str(tmp_path / "one.json")]):
         out = tmp_path / f"{len(schema)}.jsonl"
         if schema:
             pytest.importorskip("llguidance", reason="the extra json is not installed")
