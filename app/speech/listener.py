@@ -87,6 +87,7 @@ class WhisperModel:
             language=language,
             beam_size=1,
             vad_filter=True,
+            word_timestamps=True,  # else a line after silence may begin where the words before it end
             condition_on_previous_text=False,  # else one wrong line is said again and again
         )
         lines = []
@@ -95,8 +96,8 @@ class WhisperModel:
             unsure = segment.no_speech_prob > SILENT and segment.avg_logprob < DOUBTED
             text = unicodedata.normalize("NFC", " ".join(segment.text.split()))
             if text and not unsure:
-                start_s = sound.start_s + min(max(0.0, segment.start), sound.seconds)
-                end_s = sound.start_s + min(segment.end, sound.seconds)
+                start_s = sound.start_s + min(max(0.0, float(segment.start)), sound.seconds)
+                end_s = sound.start_s + min(float(segment.end), sound.seconds)
                 lines.append(Line(round(start_s, 2), round(max(start_s, end_s), 2), text))
         return lines, info.language if lines else ""
 
