@@ -52,14 +52,18 @@ pictures: setup
 mutants: setup
 	@$(PY) -m tests.mutants
 
-# The lowest versions of what FluxChat needs, in an environment of their own; needs uv and Python 3.11 or older.
+# The lowest versions of what FluxChat and its extras need, in an environment of their own; needs uv and Python 3.11 or
+# older. Of the extra gguf `make llamacpp` takes the lowest.
 LOWEST := build/lowest
+EXTRAS := library,mcp,speech,ray,json
 lowest:
 	@$(PYTHON) -m uv venv -q --allow-existing --python $(PYTHON) $(LOWEST)
-	@$(PYTHON) -m uv pip install -q --python $(LOWEST)/bin/python --resolution lowest-direct -e . \
-		'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100' 'tokenizers>=0.20'
+	@$(PYTHON) -m uv pip install -q --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[$(EXTRAS)]' \
+		'pytest>=8' 'pytest-timeout>=2.3' 'hypothesis>=6.100' 'tokenizers>=0.20' 'jsonschema>=4.20'
 	@$(LOWEST)/bin/python -m llm_bridge.assets.fetch
-	@$(LOWEST)/bin/python -m pytest -m "not slow" tests/llm_bridge tests/app/test_chat.py tests/app/test_cli.py
+	@$(LOWEST)/bin/python -m pytest -m "not slow" tests/llm_bridge tests/app/test_chat.py tests/app/test_cli.py \
+		tests/app/library tests/app/speech tests/app/test_mcp_server.py
+	@$(LOWEST)/bin/python -m pytest -m slow tests/app/library/test_ray.py
 
 # The tests of llama.cpp as an engine, in an environment of its own beside .venv's packages; builds it, in minutes.
 LLAMA := build/llamacpp

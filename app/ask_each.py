@@ -2,8 +2,8 @@
 
     failed = ask_each(chat, ["a.mp4", "b.mp4"], "What moves?", print, budget=64)
 
-An outcome is plain values: file, question, answer (with a schema, its value), price (predicted) and actual,
-or file, question and error.
+An outcome is plain values: file, question, answer (with a schema, its value), familiar (as of `Answer`),
+price (predicted) and actual, or file, question and error.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from app.long_video import price
 from app.messages import Media
+from app.note import without_guess
 from app.printed import on_a_line
 from encoder.errors import FluxChatError
 from encoder.video.part import WHOLE, Part
@@ -56,11 +57,11 @@ def _outcome(chat: VideoChat, medium: Media, question: str, options: dict[str, A
     try:
         priced = price(chat, medium, options.get("budget"))
         answer = chat.ask(medium, question, parts=True, **options)
-        said = answer.text if options.get("schema") is None else answer.json()
+        said = without_guess(answer.text) if options.get("schema") is None else answer.json()
     except FluxChatError as error:
         return {"error": " ".join(str(error).split())}
     actual = {**asdict(answer.usage), **asdict(answer.timings)}
-    return {"answer": said, "price": asdict(priced), "actual": actual}
+    return {"answer": said, "familiar": answer.familiar, "price": asdict(priced), "actual": actual}
 
 
 @contextmanager

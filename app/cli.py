@@ -240,7 +240,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--text", action="store_true", help="get the text tower that `fluxchat search` needs instead (91 MB)"
     )
     fetch.add_argument(
-        "--speech", action="store_true", help="get the speech model instead: Whisper tiny.en (78 MB)"
+        "--speech",
+        nargs="?",
+        const="tiny.en",
+        choices=["tiny.en", "base"],
+        help="get a speech model instead: Whisper tiny.en (78 MB, English) or base (150 MB, 99 languages)",
     )
 
     export = commands.add_parser(
@@ -582,6 +586,8 @@ def run_chapters(args: argparse.Namespace) -> int:
     _check_inputs(args)
     with open_chat(args) as chat:
         for chapter in LongVideo(chat, args.video).chapters(args.count, args.budget):
+            if chapter.note:
+                print(chapter.note, file=sys.stderr)
             print(json.dumps(asdict(chapter)) if args.json else chapter, flush=True)
     return 0
 
@@ -589,9 +595,14 @@ def run_chapters(args: argparse.Namespace) -> int:
 def _ask_each(args: argparse.Namespace) -> int:
     """The question about each file; 1 when one of them failed."""
     from app.ask_each import ask_each, terminal
+    from app.note import guesses
     from encoder.video.part import Part
 
+    familiar: list[bool | None] = []
+
     def tell(outcome: dict[str, Any]) -> None:
+        if "error" not in outcome:
+            familiar.append(outcome["familiar"])
         if args.json:
             print(json.dumps(outcome), flush=True)
         elif "error" in outcome:
@@ -604,6 +615,8 @@ def _ask_each(args: argparse.Namespace) -> int:
         failed = ask_each(
             chat, args.videos, args.question, tell, part=part, progress=terminal(), **_generation(args)
         )
+    if False in familiar:
+        print(guesses(familiar.count(False), len(familiar)), file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -725,9 +738,9 @@ def run_fetch(args: argparse.Namespace) -> int:
 
         print(sentence_tower_path())
     if args.speech:
-        from app.speech.weights import fetch_speech_model
+        from app.speech.weights import MODELS, fetch_speech_model
 
-        print(fetch_speech_model())
+        print(fetch_speech_model(MODELS[args.speech]))
     if args.text or args.speech:
         return 0
     from llm_bridge.assets.fetch import fetch_default_llm

@@ -27,7 +27,7 @@ from torch import Tensor
 from app.answer import Answer
 from app.estimate import Estimate, add
 from app.messages import Media, as_media, part_of
-from app.note import Note, no_such_time, without_note
+from app.note import Note, guess_of, no_such_time, without_note
 from encoder.budget import MIN_TOKENS, Budget
 from encoder.errors import ConfigError, VideoError
 from encoder.video.clock import clock, seconds
@@ -101,11 +101,16 @@ class Showing:
 
 @dataclass(frozen=True)
 class Chapter:
-    """A stretch of a video between two changes, and what is seen in it."""
+    """A stretch of a video between two changes, and what is seen in it.
+
+    familiar: as of `Answer`. note: that it is a guess, of the first that is one.
+    """
 
     start_s: float
     end_s: float
     text: str
+    familiar: bool | None = None
+    note: str = ""
 
     def __str__(self) -> str:
         return f"{clock(self.start_s)}-{clock(self.end_s)}  {self.text}"
@@ -261,9 +266,10 @@ class LongVideo:
         edges, noted = [self.start_s, *self._cuts(count), self.end_s], False
         for start, end in pairwise(edges):
             answer = self._chat.ask(self._part(start, end), DESCRIBE, budget=budget, **options)
-            text = without_note(answer.text) if noted else answer.text  # said once, as in a conversation
-            noted = noted or bool(answer.note)
-            yield Chapter(start, end, " ".join(text.split()))
+            note = "" if noted else guess_of(answer.note)
+            noted = noted or bool(note)
+            text = " ".join(without_note(answer.text).split())
+            yield Chapter(start, end, text, answer.familiar, note)
 
     def _cuts(self, count: int) -> list[float]:
         """Times of the largest changes that are not too near to each other, at most count - 1."""
@@ -322,11 +328,16 @@ def long_video(
     chat: VideoChat, video: Any, scope: str = "", check: Callable[[], None] = lambda: None
 ) -> LongVideo | None:
     """The video where it is so long that it is asked about in parts, else None; raises VideoError."""
+    film = _film(chat, video, scope, check)
+    return film if film is not None and film.is_long else None
+
+
+def _film(chat: VideoChat, video: Any, scope: str, check: Callable[[], None]) -> LongVideo | None:
+    """A video of any length; None where there is nothing more to look at: a clip in memory, a picture."""
     medium = as_media(video)
     if isinstance(medium.source, Clip) or chat.probe(medium).kind != "video":
-        return None  # of a clip in memory there is nothing more to look at
-    film = LongVideo(chat, medium, scope, check)
-    return film if film.is_long else None
+        return None
+    return LongVideo(chat, medium, scope, check)
 
 
 def price(chat: VideoChat, video: Any, budget: int | str | None = None, **part: Any) -> LongPrice | Estimate:
@@ -353,11 +364,12 @@ def showings(
 
     parts: a long video that comes first and alone is shown in parts. A question that names a time in it is
     shown what is around that instead, also later, and the next one that names none all of it. A time that is
-    not there names nothing: the sentence says so of the last message. What a message shows depends on it and
-    those before it, so that a follow-up question finds their prefix in the cache. Raises VideoError and
-    BudgetError.
+    not there names nothing: the sentence says so of the last message, of a video of any length. What a
+    message shows depends on it and those before it, so that a follow-up question finds their prefix in the
+    cache. Raises VideoError and BudgetError.
     """
     made: list[Message[Showing]] = []
+    alone: LongVideo | None = None  # however long
     film: LongVideo | None = None
     note = Note()
     index, whole_shown = 0, False
@@ -366,13 +378,16 @@ def showings(
         if parts and index == 0 and len(media) == 1 and message.role == "user":
             media = [chat.keep(media[0])]  # what can be read only once is read here
             with contextlib.suppress(VideoError):  # said when it is opened, with its place among the others
-                film = long_video(chat, media[0], scope, check)
+                alone = _film(chat, media[0], scope, check)
+                film = alone if alone is not None and alone.is_long else None
         elif media:
-            film = None
+            alone = film = None
         views: list[Showing] = []
         note = Note()  # that of the last message stays
+        if alone is not None and message.role == "user":
+            note = alone.absent(message.text)
         if film is not None and message.role == "user":
-            views, note = film.around(message.text, budget), film.absent(message.text)
+            views = film.around(message.text, budget)
             if not views and not whole_shown:
                 views, whole_shown = film.shown(budget), True
         content: list[str | Showing] = [] if media else [*views]

@@ -1,10 +1,11 @@
 """Sentences before an answer that are not the model's words, and taking them out again.
 
-One about a video that is nothing the model knows, one about a time that a long video does not have.
+One about a video that is nothing the model knows, one about a time that a video does not have.
 
 note_for(236) + words                # what the reader gets
 no_such_time(5025, 0, 800) + words
 without_note(message.text)           # what the language model sees of it in later turns
+without_guess(answer.text)           # where many answers say it once, together
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ _SENTENCES = (
     _ABSENT.replace(".", r"\.").replace("{}", _TIME),
 )
 _NOTE = re.compile(rf"\s*(?:(?:{'|'.join(_SENTENCES)})\s*)+")
+_GUESS = re.compile(rf"\s*{_SENTENCES[0]}\s*")
 
 
 class Note(str):
@@ -50,6 +52,24 @@ def no_such_time(time_s: float, start_s: float, end_s: float) -> Note:
 def without_note(text: str) -> str:
     """An answer without the sentences, whichever model's it is."""
     return text[found.end() :] if (found := _NOTE.match(text)) else text
+
+
+def without_guess(text: str) -> str:
+    """An answer without the sentence that it is a guess."""
+    return text[found.end() :] if (found := _GUESS.match(text)) else text
+
+
+def guess_of(note: str) -> str:
+    """The sentence that the answer is a guess, of `Answer.note`; "" without it."""
+    return note.removesuffix(without_guess(note)).strip()
+
+
+def guesses(count: int, total: int) -> str:
+    """One sentence about so many answers that are guesses, of as many in all."""
+    return (
+        f"{count} of {total} videos look like nothing that this small model knows: their answers are guesses "
+        f'("familiar": false). A model for real videos: `--model {REAL_MODEL}`.'
+    )
 
 
 def without_notes(messages: Sequence[Message[Media]]) -> tuple[Message[Media], ...]:

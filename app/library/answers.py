@@ -35,15 +35,16 @@ TEXTS, NUMBERS = ("file", "question", "answer", "error", "ends", "asked"), ("siz
 class AnswerRow:
     """What became of a question about a video.
 
-    answer: the text, or with a schema its value; None where error says why there is none. size, mtime_ns,
-    ends: of the file that was asked about (see FileIdentity), 0 and "" where it could not be read. asked: a
-    hash of question, model and options.
+    answer: the text, or with a schema its value; None where error says why there is none. familiar: as of
+    `Answer`. size, mtime_ns, ends: of the file that was asked about (see FileIdentity), 0 and "" where it
+    could not be read. asked: a hash of question, model and options.
     """
 
     file: str
     question: str
     answer: Any
     error: str | None
+    familiar: bool | None
     size: int
     mtime_ns: int
     ends: str
@@ -69,6 +70,7 @@ class AnswerRow:
             raise ValueError("other fields")
         known = all(isinstance(values[name], str) for name in ("file", "question", "ends", "asked"))
         known = known and all(type(values[name]) is int for name in NUMBERS)
+        known = known and isinstance(values["familiar"], bool | None)
         if not known or not isinstance(values["error"], str | None):
             raise ValueError("fields of another kind")
         return AnswerRow(**values)
@@ -195,6 +197,7 @@ def _pyarrow() -> Any:
 
 def _schema(arrow: Any) -> Any:
     kinds = {**dict.fromkeys(TEXTS, arrow.string()), **dict.fromkeys(NUMBERS, arrow.int64())}
+    kinds["familiar"] = arrow.bool_()
     return arrow.schema([(name, kinds[name]) for name in AnswerRow.__dataclass_fields__])
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from app.library.answers import AnswerFile, AnswerRow
 from app.library.video_files import FileIdentity
 from app.messages import Media
+from app.note import without_guess
 from encoder.errors import ConfigError, FluxChatError, OutOfMemory, VideoError
 from encoder.video.part import WHOLE, Part
 from encoder.video.sources import reason
@@ -31,9 +32,11 @@ NOBODY = FileIdentity(0, 0, "")
 
 @dataclass
 class MapReport:
-    """What a run did. answered: videos; unchanged: those that had an answer; failed: sentence by path."""
+    """What a run did. answered: videos; guessed: those of them that the model does not know; unchanged: those
+    that had an answer; failed: sentence by path."""
 
     answered: int = 0
+    guessed: int = 0
     unchanged: int = 0
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -73,14 +76,15 @@ class LocalAsker:
 
     def row(self, path: str, stop: threading.Event | None = None) -> AnswerRow | None:
         """The question about one video; None when it was stopped. Raises OutOfMemory."""
-        identity, answer, error = NOBODY, None, None
+        identity, answer, error, familiar = NOBODY, None, None, None
         try:
             identity = FileIdentity.of(path)
             medium = Media(path, part=self._part)
             made = self.chat.ask(medium, self.question, parts=True, stop=stop, **self._options)
             if made.finish == "cancelled":
                 return None
-            answer = made.text if self._options.get("schema") is None else made.json()
+            answer = without_guess(made.text) if self._options.get("schema") is None else made.json()
+            familiar = made.familiar
             if not identity.unchanged(path):
                 raise VideoError(f"Cannot read {path!r}: it was changed meanwhile; ask again.")
         except OutOfMemory:
@@ -90,10 +94,9 @@ class LocalAsker:
         except OSError as raised:
             error = f"Cannot read {path!r}: {reason(raised)}; check the path."
         if error is not None:
-            answer = None
-        return AnswerRow(
-            path, self.question, answer, error, identity.size, identity.mtime_ns, identity.ends, self.asked
-        )
+            answer = familiar = None
+        file = identity.size, identity.mtime_ns, identity.ends
+        return AnswerRow(path, self.question, answer, error, familiar, *file, self.asked)
 
     def rows(self, paths: Sequence[str]) -> Iterator[AnswerRow]:
         """A row for each path, as they come; who found no memory is asked again, alone."""
@@ -125,7 +128,8 @@ class LocalAsker:
         try:
             row = self.row(path)
         except OutOfMemory as error:
-            return AnswerRow(path, self.question, None, " ".join(str(error).split()), 0, 0, "", self.asked)
+            why = " ".join(str(error).split())
+            return AnswerRow(path, self.question, None, why, None, 0, 0, "", self.asked)
         assert row is not None
         return row
 
@@ -178,6 +182,7 @@ def ask_all(
             answers.add(row)
             if row.error is None:
                 report.answered += 1
+                report.guessed += row.familiar is False
             else:
                 report.failed[row.file] = row.error
             bar.update()

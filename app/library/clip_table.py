@@ -12,6 +12,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -150,11 +151,8 @@ class ClipTable:
 
     def tidy(self) -> None:
         """Join small pieces, and drop what kills and old versions left behind."""
-        if self._table is not None:
-            from datetime import timedelta
-
-            with self._writing():
-                self._table.optimize(cleanup_older_than=timedelta(seconds=KEPT_VERSIONS_S))
+        with self._writing():
+            tidied(self._table)
 
     def drop_others(self) -> None:
         """Drop the tables of other embedders."""
@@ -187,6 +185,12 @@ def reading(folder: Path, name: str) -> Iterator[None]:
         raise DataError(
             f"The library {folder} is damaged: delete {name}.lance in it and index again."
         ) from error
+
+
+def tidied(table: Any) -> None:
+    """Join a table's small pieces; versions that a search may still read stay."""
+    if table is not None:
+        table.optimize(cleanup_older_than=timedelta(seconds=KEPT_VERSIONS_S))
 
 
 def cannot_write(folder: Path, error: Exception, done: str = "indexed") -> DataError:

@@ -118,7 +118,7 @@ def run_index(args: argparse.Namespace) -> int:
 def _index(args: argparse.Namespace, library: Library) -> int:
     from app.ask_each import terminal
 
-    listener = _listener(args) if args.speech else None
+    listener = _listener(args, library) if args.speech else None
     if args.check:
         return _check(library, args.json)
     if args.repair:
@@ -130,12 +130,12 @@ def _index(args: argparse.Namespace, library: Library) -> int:
     return 1 if report.failed or (heard is not None and heard.failed) else 0
 
 
-def _listener(args: argparse.Namespace) -> Listener:
-    """Who listens; raises ConfigError or ModelError where that cannot be."""
+def _listener(args: argparse.Namespace, library: Library) -> Listener:
+    """Who listens; raises ConfigError or ModelError where that cannot be, before anything is done."""
     from app.speech.listener import Listener
 
     listener = Listener(args.speech_model)
-    listener.ready(args.language)
+    library.check_listener(listener, args.language)
     return listener
 
 
@@ -167,7 +167,8 @@ def _tell(report: IndexReport, as_json: bool, heard: HeardReport | None) -> None
     parts += [f"{len(report.failed)} could not be read"] * bool(report.failed)
     print(", ".join(parts) + ".")
     if heard is not None:
-        print(f"{heard.heard} videos listened to ({heard.lines} lines), {heard.unchanged} unchanged.")
+        spoken = "".join(f", {language} {count}" for language, count in heard.languages.items())
+        print(f"{heard.heard} videos listened to ({heard.lines} lines{spoken}), {heard.unchanged} unchanged.")
 
 
 def run_search(args: argparse.Namespace) -> int:
@@ -206,7 +207,7 @@ def _line(hit: Hit) -> str:
 
     where = f"{clock(hit.start_s)}-{clock(hit.end_s)}"
     beside = f"  [{hit.thumbnail}]" if hit.thumbnail else ""
-    said = f"  {hit.said}" if hit.said else ""
+    said = f"  {hit.said} [{hit.language}]" if hit.said else ""
     return on_a_line(f"{hit.score:.3f}  {where.ljust(15)}  {hit.path}{beside}{said}")
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from app.library.clip_table import ClipTable, cannot_write, lancedb
 from app.library.embedders import Embedder, open_embedder
 from app.library.indexing import Indexer, IndexReport, LocalIndexer, index_files
-from app.library.listening import HeardReport, listen_to
+from app.library.listening import HeardReport, Hearer, LocalHearer, listen_to
 from app.library.said_table import NAME as SAID
 from app.library.said_table import SaidTable
 from app.library.video_files import FileIdentity, find_videos, is_unicode
@@ -48,7 +48,8 @@ What = Literal["gone", "changed", "incomplete", "unreadable", "other model"]
 @dataclass(frozen=True)
 class Hit:
     """A clip that was found. start_s, end_s: seconds. score: cosine with the text. thumbnail: a JPEG file,
-    None where the library's folder cannot be written. said: the line that was found, of `search_said`."""
+    None where the library's folder cannot be written. said, language: of `search_said`, the line that was
+    found."""
 
     path: str
     start_s: float
@@ -56,6 +57,7 @@ class Hit:
     score: float
     thumbnail: str | None
     said: str | None = None
+    language: str | None = None
 
 
 @dataclass(frozen=True)
@@ -135,12 +137,20 @@ class Library:
         language: str | None = None,
         progress: TextIO | None = None,
     ) -> HeardReport:
-        """Listen to the new and changed videos of these places, for `search_said`; sources as in `index`."""
+        """Listen to the new and changed videos of these places, for `search_said`; sources as in `index`.
+
+        With a pool its workers listen, each with a Listener of its own like this one.
+        """
         paths = find_videos(sources)
         self._make_folder()
         with self._alone():
-            table = SaidTable(self.folder)
-            return listen_to(table, listener, paths, language=language, progress=progress)
+            return listen_to(
+                SaidTable(self.folder), self._hearer(listener, language), paths, progress=progress
+            )
+
+    def check_listener(self, listener: Listener, language: str | None = None) -> None:
+        """Raise what `listen` would for a speech model that is not there, or lacks the language."""
+        self._hearer(listener, language).ready()
 
     def search_said(self, text: str, top: int = 10) -> Found:
         """The lines with most words of a text; score: the share of its words. Stale files are left out."""
@@ -155,7 +165,7 @@ class Library:
             if row.path not in fresh:
                 fresh[row.path] = _changed(row.path, row.identity) is None
             if fresh[row.path] and len(hits) < top:
-                hits.append(Hit(row.path, row.start_s, row.end_s, score, None, row.text))
+                hits.append(Hit(row.path, row.start_s, row.end_s, score, None, row.text, row.language))
         return Found(tuple(hits), tuple(sorted(path for path, is_fresh in fresh.items() if not is_fresh)))
 
     def ready(self) -> None:
@@ -333,6 +343,13 @@ class Library:
         source = given if given is not None else settings.embedder or None
         again = partial(open_embedder, source, self._device) if isinstance(source, str | None) else source
         return RayIndexer(self._pool, partial(_opened, again), settings.seconds)
+
+    def _hearer(self, listener: Listener, language: str | None) -> Hearer:
+        if self._pool is None:
+            return LocalHearer(listener, language)
+        from app.library.ray_work import RayHearer
+
+        return RayHearer(self._pool, listener.again, language)
 
     def _save(self, values: Any, name: str) -> None:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from app.library.commands import ray_options, ray_pool
+from app.note import guesses
 from app.printed import on_a_line
 from encoder.errors import ConfigError
 
@@ -93,4 +95,6 @@ def run_map(
             print(on_a_line(f"{path}: ! {why}"))
         failed = f", {len(report.failed)} failed" if report.failed else ""
         print(f"{on_a_line(out)}: {report.answered} answered, {report.unchanged} were there{failed}.")
+    if report.guessed:
+        print(guesses(report.guessed, report.answered), file=sys.stderr)
     return 1 if report.failed else 0

@@ -1,4 +1,4 @@
-"""Indexing and asking on a cluster: what `LocalIndexer` and `LocalAsker` do, by actors of a RayPool."""
+"""Work on a cluster: what `LocalIndexer`, `LocalHearer` and `LocalAsker` do, by actors of a RayPool."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any
 from app.library.answers import AnswerRow
 from app.library.ask_all import AT_ONCE, LocalAsker
 from app.library.indexing import IndexedVideo, LocalIndexer
+from app.library.listening import HeardVideo, LocalHearer
 from app.library.ray_pool import RayPool, Work, lost
 from encoder.video.part import WHOLE, Part
 
 if TYPE_CHECKING:
     from app.chat import VideoChat
     from app.library.embedders import Embedder
+    from app.speech.listener import Listener, Progress
 
 OpenChat = Callable[[], "VideoChat"]
 OpenEmbedder = Callable[[], "Embedder"]
+OpenListener = Callable[[], "Listener"]
 
 
 class RayAsker:
@@ -44,7 +47,7 @@ class RayAsker:
             if line is not None:
                 yield AnswerRow.of(line)
             else:
-                yield AnswerRow(path, self.question, None, lost(path), 0, 0, "", self.asked)
+                yield AnswerRow(path, self.question, None, lost(path), None, 0, 0, "", self.asked)
 
 
 class RayIndexer:
@@ -57,6 +60,22 @@ class RayIndexer:
         """Each video's rows; one whose worker died again and again says so."""
         for path, line in _lines_twice(self._pool, self._make, paths, 1, _path_of_video):
             yield IndexedVideo(path, error=lost(path)) if line is None else IndexedVideo.of(line)
+
+
+class RayHearer:
+    """A Hearer whose Listeners are made by `open_listener` in the actors. language: as of a LocalHearer."""
+
+    def __init__(self, pool: RayPool, open_listener: OpenListener, language: str | None = None) -> None:
+        self._pool, self._make = pool, partial(_hearer, open_listener, language)
+
+    def ready(self) -> object:
+        """Raises what a worker would."""
+        return self._pool.call(partial(_heard_ready, self._make))
+
+    def videos(self, paths: Sequence[str], progress: Progress = lambda _: None) -> Iterator[HeardVideo]:
+        """What is said in each video; one whose worker died again and again says so."""
+        for path, line in _lines_twice(self._pool, partial(_hearing, self._make), paths, 1, _path_of_heard):
+            yield HeardVideo(path, error=lost(path)) if line is None else HeardVideo.of(line)
 
 
 def _lines_twice(
@@ -85,6 +104,10 @@ def _path_of_video(line: str) -> str:
     return IndexedVideo.of(line).path
 
 
+def _path_of_heard(line: str) -> str:
+    return HeardVideo.of(line).path
+
+
 # -- in the actors ------------------------------------------------------------------------------------------
 
 
@@ -108,3 +131,16 @@ def _asking(make: Callable[[], LocalAsker]) -> Work:
 def _indexing(open_embedder: OpenEmbedder, seconds: float) -> Work:
     indexer = LocalIndexer(open_embedder(), seconds)
     return lambda paths: (video.line for video in indexer.videos(paths))
+
+
+def _hearer(open_listener: OpenListener, language: str | None) -> LocalHearer:
+    return LocalHearer(open_listener(), language)
+
+
+def _heard_ready(make: Callable[[], LocalHearer]) -> None:
+    make().ready()
+
+
+def _hearing(make: Callable[[], LocalHearer]) -> Work:
+    hearer = make()
+    return lambda paths: (video.line for video in hearer.videos(paths))

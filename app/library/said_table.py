@@ -10,16 +10,22 @@ A file's lines appear together or not at all; one in which nothing is said has a
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from app.library.clip_table import cannot_write, lancedb, reading, rows_of
+from app.library.clip_table import cannot_write, lancedb, reading, rows_of, tidied
 from app.library.video_files import FileIdentity
 from app.speech.transcript import Line, Transcript
 
 NAME = "said"
 MOST_WORDS = 32  # of a search
+# Scripts that leave no space between words: Thai, Lao, Burmese, Khmer, kana, Chinese characters.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]+"
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +105,7 @@ class SaidTable:
 
     def find(self, text: str, count: int) -> list[tuple[SaidRow, float]]:
         """Lines with words of a text, and the share of its words that they have; best first, then by time."""
-        wanted = list(dict.fromkeys(_words(text)))[:MOST_WORDS]
+        wanted = list(dict.fromkeys(_terms(text)))[:MOST_WORDS]
         if self._table is None or not wanted:
             return []
         where = " OR ".join(f"lower(text) LIKE '%{word}%'" for word in wanted)
@@ -109,11 +115,18 @@ class SaidTable:
         for batch in batches:
             for values in batch.to_pylist():
                 row = SaidRow(**{name: values[name] for name in SaidRow.__dataclass_fields__})
-                said = set(_words(row.text))
+                said = {*_terms(row.text), *"".join(_UNSPACED.findall(row.text))}
                 if share := sum(word in said for word in wanted) / len(wanted):
                     found.append((row, share))
         found.sort(key=lambda one: (-one[1], one[0].path, one[0].start_s))
         return found[:count]
+
+    def tidy(self) -> None:
+        """Join small pieces, and drop what kills and old versions left behind."""
+        try:
+            tidied(self._table)
+        except Exception as error:
+            raise cannot_write(self._folder, error, "heard") from error
 
     def touch(self, path: str, mtime_ns: int) -> None:
         """Note that a file's content is the same at a later time."""
@@ -132,5 +145,18 @@ class SaidTable:
             raise cannot_write(self._folder, error) from error
 
 
+def _terms(text: str) -> Iterator[str]:
+    """The words of a text; of writing without spaces every two neighbouring characters, or one alone."""
+    for word in _words(text):
+        place = 0
+        for run in _UNSPACED.finditer(word):
+            yield from filter(None, [word[place : run.start()]])
+            place, signs = run.end(), run.group()
+            yield from (signs[i : i + 2] for i in range(max(1, len(signs) - 1)))
+        yield from filter(None, [word[place:]])
+
+
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+    """What lies between spaces and punctuation; a vowel sign belongs to its letter."""
+    plain = unicodedata.normalize("NFC", text).lower()
+    return "".join(c if unicodedata.category(c)[0] in "LMN" or c == "_" else " " for c in plain).split()

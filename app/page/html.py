@@ -18,7 +18,6 @@ from torch import Tensor
 from app.answer import Answer, KeptTokens
 from app.estimate import Estimate
 from app.long_video import Chapter, LongEstimate
-from app.note import without_note
 from app.page.overlay import data_url, kept_mask, paint
 from app.page.sessions import Media
 from encoder.video.clock import clock as exact
@@ -159,14 +158,12 @@ def chapters(found: Sequence[Chapter], medium: int, *, phase: str = "") -> str:
 
     phase: what is done for the next one.
     """
-    texts = [without_note(one.text) for one in found]
     rows = "".join(
         f'<li><button type="button" data-seek="{one.start_s:.3f}" data-medium="{medium}">'
-        f"<b>{clock(one.start_s)}</b> {escape(text)}</button></li>"
-        for one, text in zip(found, texts, strict=True)
+        f"<b>{clock(one.start_s)}</b> {escape(one.text)}</button></li>"
+        for one in found
     )
-    said = [one.text.removesuffix(text) for one, text in zip(found, texts, strict=True) if one.text != text]
-    note = f'<p class="fc-note">{_code(said[0])}</p>' if said else ""
+    note = "".join(f'<p class="fc-note">{_code(one.note)}</p>' for one in found if one.note)
     stop = '<button type="button" data-chapters-stop>Stop</button>'
     waiting = f'<p class="fc-phase" role="status">{escape(phase)} … {stop}</p>' if phase else ""
     return f'<h2>Chapters</h2>{note}<ol class="fc-chapters">{rows}</ol>{waiting}'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +39,7 @@ def speech_options(command: argparse._ActionsContainer) -> None:
         "--speech-model",
         metavar="MODEL",
         help="a folder of faster-whisper's, or one of its names, as small (default: $FLUXCHAT_SPEECH_MODEL, "
-        "or what `fluxchat fetch --speech` gets: English)",
+        "or what `fluxchat fetch --speech` got)",
     )
 
 
@@ -82,6 +83,8 @@ def run_transcribe(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(transcript.to_dict()))
     elif out is None:
+        if transcript.lines:
+            print(f"Language: {transcript.language}", file=sys.stderr)
         for line in transcript.lines:
             print(f"{clock(line.start_s)}-{clock(line.end_s)}  {line.text}")
     if not transcript.lines and not args.json:

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import os
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from app.speech.transcript import Line, Transcript
-from app.speech.weights import local_speech_model
+from app.speech.weights import MODELS, local_speech_model
 from encoder.errors import ConfigError, ModelError
 from encoder.video.limits import DEFAULT_LIMITS, Limits
 from encoder.video.reader import probe
@@ -57,7 +59,9 @@ class WhisperModel:
             import faster_whisper
         except ImportError:
             raise ConfigError("Speech needs faster-whisper: pip install 'fluxchat[speech]'.") from None
-        name = str(local_speech_model() if source is None else Path(source).expanduser())
+        fetched = source is None or (source in MODELS and MODELS[str(source)].folder.exists())
+        folder = local_speech_model(None if source is None else str(source)) if fetched else Path(str(source))
+        name = str(folder.expanduser())
         try:
             self._model: Any = faster_whisper.WhisperModel(
                 name, device=device, compute_type="int8" if device == "cpu" else "default"
@@ -71,7 +75,8 @@ class WhisperModel:
         if language is not None and language not in known:
             raise ConfigError(
                 f"The speech model knows no language {language!r} (it knows {', '.join(known[:5])}"
-                f"{' ...' if len(known) > 5 else ''}): name another with {MODEL} or --speech-model."
+                f"{' ...' if len(known) > 5 else ''}): `fluxchat fetch --speech base` gets one of "
+                f"99, or name another with {MODEL} or --speech-model."
             )
 
     def lines(self, sound: Sound, language: str | None, heard: Progress) -> tuple[list[Line], str]:
@@ -82,16 +87,17 @@ class WhisperModel:
             language=language,
             beam_size=1,
             vad_filter=True,
+            word_timestamps=True,  # else a line after silence may begin where the words before it end
             condition_on_previous_text=False,  # else one wrong line is said again and again
         )
         lines = []
         for segment in segments:
             heard(min(1.0, segment.end / sound.seconds))
             unsure = segment.no_speech_prob > SILENT and segment.avg_logprob < DOUBTED
-            text = " ".join(segment.text.split())
+            text = unicodedata.normalize("NFC", " ".join(segment.text.split()))
             if text and not unsure:
-                start_s = sound.start_s + min(max(0.0, segment.start), sound.seconds)
-                end_s = sound.start_s + min(segment.end, sound.seconds)
+                start_s = sound.start_s + min(max(0.0, float(segment.start)), sound.seconds)
+                end_s = sound.start_s + min(float(segment.end), sound.seconds)
                 lines.append(Line(round(start_s, 2), round(max(start_s, end_s), 2), text))
         return lines, info.language if lines else ""
 
@@ -104,7 +110,12 @@ class Listener:
 
     def __init__(self, source: str | Path | None = None, *, model: SpeechModel | None = None) -> None:
         self._source = source or os.environ.get(MODEL) or None
-        self._model, self._lock = model, threading.Lock()
+        self._model, self._given, self._lock = model, model, threading.Lock()
+
+    @property
+    def again(self) -> Callable[[], Listener]:
+        """Makes such a Listener in another process, of another machine perhaps."""
+        return partial(Listener, self._source, model=self._given)
 
     def ready(self, language: str | None = None) -> SpeechModel:
         """The model; raises ConfigError or ModelError where it is not there or lacks the language."""

@@ -6,7 +6,7 @@ transcript.text(lambda text: len(tokenizer(text).input_ids), budget=256)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,13 +43,14 @@ class Transcript:
 
     @property
     def vtt(self) -> str:
-        """As WebVTT subtitles."""
+        """As WebVTT subtitles, their language in the header."""
         escaped = (
             (line, line.text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
             for line in self.lines
         )
         blocks = (f"{_stamp(line.start_s)} --> {_stamp(line.end_s)}\n{text}\n" for line, text in escaped)
-        return "\n".join(("WEBVTT\n", *blocks))
+        head = f"WEBVTT\nLanguage: {self.language}\n" if self.language else "WEBVTT\n"
+        return "\n".join((head, *blocks))
 
     def text(self, count: Callable[[str], int], budget: int) -> str:
         """The lines with their times, within a budget of tokens; "" where nothing is said, or fits.
@@ -82,6 +83,13 @@ class Transcript:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
+
+    @staticmethod
+    def of(values: Mapping[str, Any]) -> Transcript:
+        """The reverse of `to_dict`."""
+        return Transcript(
+            tuple(Line(**line) for line in values["lines"]), values["language"], values["sound"]
+        )
 
 
 def _stamp(seconds: float, point: str = ".") -> str:

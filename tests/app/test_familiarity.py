@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image
 from app.chat import Media, Message, VideoChat, Videos
 from app.cli import main
 from app.long_video import LongVideo
-from app.note import Note, note_for, without_note
+from app.note import Note, guess_of, no_such_time, note_for, without_guess, without_note
 from app.page.handlers import Handlers
 from app.page.layout import banner
 from app.page.sessions import Sessions
@@ -113,12 +114,63 @@ def test_the_note_comes_first_and_only_about_what_is_not_known(
     assert chat.ask(None, "Hello?", **SHORT_ANSWER).familiar is None
 
 
-def test_chapters_say_it_once(chat: VideoChat, tmp_path: Path) -> None:
+@pytest.fixture
+def noisy(tmp_path: Path) -> Path:
     film = tmp_path / "noise.mp4"
     write_video(film, np.stack([np.asarray(noise(seed)) for seed in range(20)]), 1)
-    first, second = LongVideo(chat, film).chapters(2, 16, max_new_tokens=6)
-    assert first.text.startswith(SAYS)
-    assert SAYS not in second.text
+    return film
+
+
+def test_chapters_say_it_once_and_not_in_their_texts(
+    chat: VideoChat, noisy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = LongVideo(chat, noisy).chapters(2, 16, max_new_tokens=6)
+    assert [first.note, second.note] == [SAYS, ""]
+    assert [first.familiar, second.familiar] == [False, False]
+    assert SAYS not in first.text + second.text
+    monkeypatch.setattr("app.cli.open_chat", lambda args: nullcontext(chat))
+    assert main(["chapters", str(noisy), "--count", "2", "--budget", "16"]) == 0
+    told = capsys.readouterr()
+    assert [line[:5] for line in told.out.splitlines()] == ["0:00-", told.out.splitlines()[1][:5]]
+    assert told.err == f"{SAYS}\n"
+
+
+def test_many_answers_say_it_once_together(
+    chat: VideoChat,
+    files: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("app.cli.open_chat", lambda args, **options: nullcontext(chat))
+    paths, few = [str(files[name]) for name in ("known", "noise", "noise2")], ["--budget", "16"]
+    few += ["--max-new-tokens", "6"]
+    (tmp_path / "one.json").write_text('{"const": 1}')
+    for schema in ([], ["--schema", str(tmp_path / "one.json")]):
+        out = tmp_path / f"{len(schema)}.jsonl"
+        if schema:
+            pytest.importorskip("llguidance", reason="the extra json is not installed")
+        assert main(["map", "What is it?", *paths, "--out", str(out), *few, *schema]) == 0
+        rows = {row["file"]: row for row in map(json.loads, out.read_text().splitlines())}
+        assert [rows[path]["familiar"] for path in paths] == [True, False, False]
+        assert "drawn things" not in out.read_text()
+        err = capsys.readouterr().err
+        assert "2 of 3 videos look like nothing that this small model knows" in err
+        assert err.count("\n") == 1
+    assert main(["ask", *paths, "What is it?", "--each", "--json", *few]) == 0
+    told = capsys.readouterr()
+    each = [json.loads(line) for line in told.out.splitlines()]
+    assert [row["familiar"] for row in each] == [True, False, False]
+    assert "drawn things" not in told.out
+    assert "2 of 3 videos" in told.err
+
+
+def test_a_time_that_is_not_there_is_kept_where_the_guess_is_not() -> None:
+    absent = no_such_time(750, 0, 20)
+    both = NOTE + absent + "It moves."
+    assert without_guess(both) == f"{absent}It moves."
+    assert guess_of((NOTE + absent).strip()) == SAYS
+    assert guess_of(absent.strip()) == ""
 
 
 def test_the_note_costs_no_tokens(chat: VideoChat, files: dict[str, Path]) -> None:

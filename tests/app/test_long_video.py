@@ -112,6 +112,12 @@ def test_a_time_that_is_not_there_is_a_sentence(chat: VideoChat, film: Path) -> 
     part = LongVideo(chat, Media(str(film), part=Part(0, 700)))
     sum_of_two = part.ask("Add up 12:30 and 13:45.", 64, max_new_tokens=2)
     assert "nothing at 12:30 in the video, which goes from 0:00 to 11:40" in sum_of_two.note
+    short = chat.ask(WORLD, "What happens at 12:30?", parts=True, budget=64, max_new_tokens=2)
+    assert short.note.startswith("There is nothing at 12:30 in the video, which goes from 0:00 to 0:")
+    again = Message.of("assistant", "It turns."), Message.of("user", "And at 0:02?")
+    asked = Message.of("user", Media(str(WORLD)), "At 12:30?")
+    pieces = list(chat.stream_messages([asked, *again], parts=True, budget=64, max_new_tokens=2))
+    assert "nothing at" not in "".join(pieces)
     assert LongVideo(chat, film)._named("Is its aspect 16:9 or 4:3?") is None
 
 
@@ -355,7 +361,7 @@ def test_a_long_video_that_fails_is_a_line_and_ends_nothing(
     assert outcomes[0]["error"].startswith("Cannot read 'broken.mp4'")
     assert ask_each(chat, files[1:], "And at 1:23:45?", outcomes.append, **options) == 0
     assert "nothing at 1:23:45" in outcomes[3]["answer"]
-    assert "nothing at" not in outcomes[4]["answer"]  # short: a time in the question is not sought
+    assert "nothing at 1:23:45" in outcomes[4]["answer"]  # of a short one too
 
 
 def test_the_benchmark_says_seconds_per_hour() -> None:

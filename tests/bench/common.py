@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 
 def arguments(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, **smallest: object
@@ -59,6 +61,16 @@ def interleave(cases: Mapping[str, Callable[[], object]], n: int, warmup: int = 
             if repeat >= 0:
                 samples[name].append(time.perf_counter() - start)
     return samples
+
+
+def cpu_s() -> float:
+    """CPU seconds of this process and its living children: what a core has to give, whoever else uses it."""
+    me = psutil.Process()
+    total = 0.0
+    for process in (me, *me.children(recursive=True)):
+        times = process.cpu_times()
+        total += times.user + times.system
+    return total
 
 
 def summary(samples: list[float]) -> dict[str, float]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from app.library.clip_table import ClipRow, ClipTable
 from app.library.embedders import open_embedder
 from app.library.indexing import LocalIndexer, index_files
 from encoder.video.reader import read_clip
-from tests.bench.common import arguments, environment, interleave, print_json, summary
+from tests.bench.common import arguments, cpu_s, environment, interleave, print_json, summary
 from training.synthetic.export import write_video
 
 CLIP_S, FPS, HEIGHT, WIDTH = 2.0, 12, 360, 640
@@ -45,7 +47,7 @@ def make_videos(folder: Path, count: int, seconds: int) -> list[str]:
 
 
 def indexing(folder: Path, videos: int, seconds: int, n: int) -> dict[str, float]:
-    """Clips per second: decoded alone, and indexed."""
+    """Clips: decoded alone, and indexed."""
     paths, embedder = make_videos(folder, videos, seconds), open_embedder(device="cpu")
     clips = videos * round(seconds / CLIP_S)
     runs = iter(range(100))
@@ -59,12 +61,11 @@ def indexing(folder: Path, videos: int, seconds: int, n: int) -> dict[str, float
         table = ClipTable(folder / f"index-{next(runs)}", "bench")
         assert index_files(table, LocalIndexer(embedder, CLIP_S), paths).clips == clips
 
-    samples = interleave({"decode": decode, "index": index}, n)
-    return {f"{name}_clips_per_s": round(clips / min(times), 1) for name, times in samples.items()}
+    return _rates({"decode": decode, "index": index}, n, clips, "clips")
 
 
 def asking(folder: Path, videos: int, seconds: int, n: int) -> dict[str, float]:
-    """Videos per second of one question about each, and of their bare decoding at the same frames."""
+    """Videos: one question about each, and their bare decoding at the same frames."""
     paths = make_videos(folder, videos, seconds)
     options: dict[str, Any] = {"budget": 64, "max_new_tokens": 32}
     with VideoChat(device="cpu", cache_mib=0) as chat:
@@ -79,8 +80,22 @@ def asking(folder: Path, videos: int, seconds: int, n: int) -> dict[str, float]:
             assert len(rows) == videos
             assert not any(row.error for row in rows)
 
-        samples = interleave({"decode": decode, "ask": ask}, n)
-    return {f"{name}_videos_per_s": round(videos / min(times), 2) for name, times in samples.items()}
+        return _rates({"decode": decode, "ask": ask}, n, videos, "videos")
+
+
+def _rates(cases: dict[str, Callable[[], object]], n: int, count: int, what: str) -> dict[str, float]:
+    """Of each case how many a second, and a CPU second, which other load changes little."""
+    used: dict[str, list[float]] = {name: [] for name in cases}
+
+    def counting(name: str) -> None:
+        before = cpu_s()
+        cases[name]()
+        used[name].append(cpu_s() - before)
+
+    samples = interleave({name: partial(counting, name) for name in cases}, n)
+    rates = {f"{name}_{what}_per_s": count / min(times) for name, times in samples.items()}
+    rates |= {f"{name}_{what}_per_cpu_s": count / min(times[1:]) for name, times in used.items()}
+    return {name: round(rate, 2) for name, rate in rates.items()}
 
 
 def searching(folder: Path, rows: int) -> dict[str, float]:

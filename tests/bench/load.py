@@ -22,10 +22,9 @@ from pathlib import Path
 
 import av
 import numpy as np
-import psutil
 
 from encoder.video.reader import share_cores
-from tests.bench.common import arguments, environment, print_json
+from tests.bench.common import arguments, cpu_s, environment, print_json
 from training.data.augment import AugmentConfig, segment_moments
 from training.data.examples import Example
 from training.data.flexible_grids import FlexibleGrid
@@ -81,16 +80,6 @@ def by_decord(path: Path, moments: list[float], **size: int) -> np.ndarray:
     reader = decord.VideoReader(str(path), num_threads=1, **size)
     count = len(reader)
     return reader.get_batch([min(count - 1, int(moment * count)) for moment in moments]).asnumpy()
-
-
-def cpu_s() -> float:
-    """CPU seconds of this process and its living children."""
-    me = psutil.Process()
-    total = 0.0
-    for process in (me, *me.children(recursive=True)):
-        times = process.cpu_times()
-        total += times.user + times.system
-    return total
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -237,7 +237,7 @@ class Twice:
 
     def rows(self, paths: Any) -> Iterator[AnswerRow]:
         for path in (*paths, *paths):
-            yield AnswerRow(path, QUESTION, "yes", None, 1, 2, "", "a")
+            yield AnswerRow(path, QUESTION, "yes", None, None, 1, 2, "", "a")
 
 
 def test_a_row_that_comes_twice_is_one(tmp_path: Path) -> None:

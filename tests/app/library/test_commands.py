@@ -41,7 +41,7 @@ def test_from_a_folder_to_a_clip(command: Any, videos: Path, tmp_path: Path) -> 
     assert status == 0
     found = json.loads(out)
     assert [set(hit) for hit in found["hits"]] == [
-        {"path", "start_s", "end_s", "score", "thumbnail", "said"}
+        {"path", "start_s", "end_s", "score", "thumbnail", "said", "language"}
     ] * 2
     assert all(Path(hit["thumbnail"]).is_file() for hit in found["hits"])
     assert probe(str(tmp_path / "best.mp4")).duration_s >= 1
@@ -127,9 +127,11 @@ def test_fetch_text_gets_the_text_tower(
     monkeypatch.setattr(text_towers, "sentence_tower_path", lambda: tmp_path / "tower")
     assert cli.main(["fetch", "--text"]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'tower'}\n"
-    monkeypatch.setattr(weights, "fetch_speech_model", lambda: tmp_path / "speech")
+    monkeypatch.setattr(weights, "fetch_speech_model", lambda model: tmp_path / model.name)
     assert cli.main(["fetch", "--text", "--speech"]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'tower'}\n{tmp_path / 'speech'}\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'tower'}\n{tmp_path / 'tiny.en'}\n"
+    assert cli.main(["fetch", "--speech", "base"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'base'}\n"
 
 
 def test_nothing_found_is_said(command: Any, videos: Path, tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import pytest
 from app.cli import main
 from app.library.library import Library
 from app.library.said_table import SaidTable
+from app.library.video_files import FileIdentity
 from app.speech import listener as listener_module
 from app.speech.listener import Listener
-from app.speech.transcript import Line
+from app.speech.transcript import Line, Transcript
 from encoder.errors import ConfigError, DataError
 from encoder.video.sound import RATE
 from tests.app.library.conftest import ColourEmbedder, film
@@ -63,6 +64,38 @@ def test_lines_are_found_by_their_words(tmp_path: Path) -> None:
     talk.unlink()
     library.repair()
     assert library.search_said("snows") == library.search_said("rain")
+
+
+def test_words_of_all_writings_are_found(tmp_path: Path) -> None:
+    said = {
+        "de": "Der Hund läuft über die Straße.",
+        "es": "Mañana vamos a la ciudad",
+        "fr": "Nous irons à l'école",
+        "zh": "\u4eca\u5929\u5929\u6c14\u5f88\u597d\u30023\u70b9\u53bb\u5b66\u6821",
+        "hi": "\u092e\u0941\u091d\u0947 \u0939\u093f\u0928\u094d\u0926\u0940 \u0906\u0924\u0940 \u0939\u0948",
+        "ru": "\u0421\u043e\u0431\u0430\u043a\u0430 \u0431\u0435\u0436\u0438\u0442",
+        "en": "A sunny day",
+    }
+    table = SaidTable(tmp_path)
+    for language, text in said.items():
+        transcript = Transcript((Line(0.0, 1.0, text),), language)
+        table.put(f"/{language}.mp4", FileIdentity(1, 1, "e"), transcript)
+    for query, language in (
+        ("STRASSE straße", "de"),
+        ("la\u0308uft", "de"),  # typed with a mark of its own
+        ("mañana", "es"),
+        ("école", "fr"),
+        ("\u5929\u6c14", "zh"),  # within a sentence that has no spaces
+        ("\u5b66\u6821", "zh"),
+        ("\u597d", "zh"),
+        ("\u0939\u093f\u0928\u094d\u0926\u0940", "hi"),
+        ("\u0441\u043e\u0431\u0430\u043a\u0430", "ru"),
+    ):
+        [(row, _)] = table.find(query, 10)
+        assert (row.language, row.text) == (language, said[language]), query
+    assert table.find("\u5929\u597d", 10) == []  # both are there, not together
+    assert table.find("\u0939", 10) == []  # a letter is no word
+    assert [row.language for row, _ in table.find("y", 10)] == []
 
 
 def test_a_language_that_is_not_known_is_said_before_anything_is_done(

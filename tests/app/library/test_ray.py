@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from app import cli
@@ -22,14 +23,20 @@ from app.library.ask_all import LocalAsker, MapReport, ask_all
 from app.library.clip_table import ClipRow
 from app.library.indexing import IndexedVideo, LocalIndexer
 from app.library.library import Library
-from app.library.ray_work import RayAsker, RayIndexer
-from app.library.video_files import find_videos
+from app.library.listening import HeardVideo, LocalHearer
+from app.library.ray_work import RayAsker, RayHearer, RayIndexer
+from app.library.video_files import FileIdentity, find_videos
+from app.speech.listener import Listener
+from app.speech.transcript import Line, Transcript
 from encoder.errors import ConfigError
+from encoder.video.sound import RATE
 from tests.app.library.conftest import ColourEmbedder, film
+from tests.app.speech.conftest import ToldModel, with_sound
 from tests.llm_bridge.tiny_vlm import tiny_vlm
 
 pytest.importorskip("lancedb", reason="the extra library is not installed")
 FEW: dict[str, Any] = {"budget": 16, "max_new_tokens": 4}
+SAID = [Line(1.0, 2.0, "Der Hund läuft über die Straße.")]
 
 
 class PoolHere:
@@ -92,10 +99,35 @@ def test_indexing_by_workers_gives_the_same_rows(videos: Path, tmp_path: Path) -
     assert set(report.failed) == {paths[0], str(videos / "broken.mp4")}
 
 
+def test_listening_by_workers_gives_the_same_lines(tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    with_sound(folder / "talk.mp4", np.zeros(4 * RATE))
+    with_sound(folder / "deadly.mp4", np.zeros(4 * RATE))
+    film(folder / "silent.mp4", ["red"])
+    (folder / "broken.mp4").touch()
+    paths, listener = find_videos([folder]), Listener(model=ToldModel(SAID))
+    here = list(LocalHearer(listener, "de").videos(paths))
+    pool: Any = PoolHere()
+    assert list(RayHearer(pool, listener.again, "de").videos(paths)) == here
+    deadly: Any = PoolHere([str(folder / "deadly.mp4")])
+    library = Library(tmp_path / "index", embedder=ColourEmbedder(), seconds=2, pool=deadly)
+    report = library.listen([folder], listener, language="de")
+    assert (report.heard, report.lines, report.languages) == (2, 1, {"de": 1})
+    assert {Path(path).name for path in report.failed} == {"deadly.mp4", "broken.mp4"}
+    (hit,) = library.search_said("straße").hits
+    assert (hit.path, hit.language) == (str(folder / "talk.mp4"), "de")
+    with pytest.raises(ConfigError, match="no language 'tlh'"):
+        library.check_listener(listener, "tlh")
+
+
 def test_a_video_travels_as_a_line() -> None:
     row = ClipRow("/ä/\udcff.mp4", 1, 2, "e", 0, 1, 0.0, 2.5, "m", b"\xff\x00", [0.25, -1.0])
     for video in (IndexedVideo(row.path, [row]), IndexedVideo("a", [], "No.")):
         assert IndexedVideo.of(video.line) == video
+    said = Transcript((Line(0.5, 1.0, "\u4eca\u5929"),), "zh")
+    for heard in (HeardVideo("/ä/\udcff.mp4", FileIdentity(1, 2, "e"), said), HeardVideo("a", error="No.")):
+        assert HeardVideo.of(heard.line) == heard
 
 
 def test_wrong_inputs_are_sentences(
@@ -159,6 +191,35 @@ def test_one_row_per_video_after_a_worker_is_killed(pool: Any, tmp_path: Path, l
     assert report == MapReport(answered=60, failed=report.failed)
     assert list(report.failed) == [str(folder / "broken.mp4")]
     assert Counter(row.file for row in rows) == Counter(paths)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_lines_of_every_video_after_a_listening_worker_died(pool: Any, tmp_path: Path) -> None:
+    folder, mark = tmp_path / "videos", tmp_path / "died"
+    folder.mkdir()
+    for number in range(12):
+        with_sound(folder / f"{number:02}.mp4", np.zeros(3 * RATE))
+    library = Library(tmp_path / "index", embedder=ColourEmbedder(), seconds=2, pool=pool)
+    report = library.listen([folder], Listener(model=DiesOnce(mark)), language="de")
+    assert mark.exists()
+    assert (report.heard, report.lines, report.failed) == (12, 12, {})
+    hits = library.search_said("straße", top=100).hits
+    assert Counter(hit.path for hit in hits) == Counter(find_videos([folder]))
+
+
+class DiesOnce(ToldModel):
+    """Ends its process at the fifth video, once in all."""
+
+    def __init__(self, mark: Path) -> None:
+        super().__init__(SAID)
+        self.mark = mark
+
+    def lines(self, *arguments: Any) -> Any:
+        if len(self.heard) == 4 and not self.mark.exists():
+            self.mark.touch()
+            os._exit(1)
+        return super().lines(*arguments)
 
 
 @pytest.mark.slow

@@ -235,8 +235,8 @@ def test_chapters_of_what_is_not_in_the_player_any_more_are_kept_not_shown(
 
 
 def test_the_note_of_chapters_stands_before_them(chat: VideoChat) -> None:
-    note = note_for(236)
-    listed = markup.chapters([Chapter(0.0, 9.0, f"{note}It moves."), Chapter(9.0, 20.0, "It <stays>.")], 0)
+    first = Chapter(0.0, 9.0, "It moves.", False, note_for(236).strip())
+    listed = markup.chapters([first, Chapter(9.0, 20.0, "It <stays>.", False)], 0)
     assert "<b>0:00</b> It moves.</button>" in listed
     assert "<b>0:09</b> It &lt;stays&gt;.</button>" in listed
     assert listed.index("236 drawn things") < listed.index("<ol")

