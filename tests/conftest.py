@@ -32,6 +32,8 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 
 
+gc.disable()  # until all is collected: what is imported stays
+
 # The same examples in every run, however slow the machine is; others: --hypothesis-profile default.
 settings.register_profile(
     "same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -50,6 +52,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """What was imported stays: the garbage collector need not look through it again and again."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 

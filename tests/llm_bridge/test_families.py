@@ -25,6 +25,7 @@ from llm_bridge.sampling import SamplingParams
 from llm_bridge.text_decoder import StreamingDecoder
 from tests import tiny_families
 from tests.llm_bridge.tiny_vlm import answered, tiny_vlm, vision_of
+from tests.patience import PATIENCE_S
 
 REFUSED = [t for family in FAMILIES if family.refused for t in family.model_types]
 # One of each way to remember, and one with a table of embeddings in each layer.
@@ -172,7 +173,7 @@ def test_an_answer_among_others_is_the_one_alone(
 
     def join_with_others(*args: Any, **options: Any) -> SequenceState:
         sequence = join(*args, **options)
-        joined.wait(60)  # none goes on before all are there
+        joined.wait(PATIENCE_S)  # none goes on before all are there
         return sequence
 
     monkeypatch.setattr(worker, "join", join_with_others)

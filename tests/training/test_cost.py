@@ -22,6 +22,7 @@ from encoder.cost import encoder_macs
 from encoder.errors import ConfigError
 from encoder.tokens import Grid
 from tests import ROOT
+from tests.patience import PATIENCE_S
 from tests.training.distill.tiny_teachers import SETTINGS, write_stage2
 from training.chat_lora import LoraSettings
 from training.cost import (
@@ -424,7 +425,7 @@ def test_the_command_runs_where_there_is_no_hub() -> None:
         [sys.executable, "-m", "training.cost", str(RECIPES / "cpu" / "finetune.yaml")],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE_S,
         cwd=RECIPES.parents[1],
     )
     assert done.returncode == 0, done.stderr
