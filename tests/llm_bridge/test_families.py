@@ -151,6 +151,7 @@ def test_greedy_answers_are_those_of_transformers(llm: LanguageModel) -> None:
     assert stats.completion_tokens == len(ids) > 0
 
 
+@pytest.mark.quick(1)
 def test_answers_with_a_cache_are_those_without(llm: LanguageModel) -> None:
     prefixes = PrefixCache(2**26, llm.kv_bytes_per_token)
     script = [["What is it?"], ["Where does it go?"], ["What is it?", "A dog.", "Why?"], ["What is it?"]]
@@ -164,6 +165,7 @@ def test_answers_with_a_cache_are_those_without(llm: LanguageModel) -> None:
     assert all(tokens >= 40 for tokens in reused[1:])  # a second question computes its own words
 
 
+@pytest.mark.quick(1)
 def test_an_answer_among_others_is_the_one_alone(
     llm: LanguageModel, worker: ComputeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

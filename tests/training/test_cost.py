@@ -126,6 +126,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
         ("base", 2, 49.26),
     ],
 )
+@pytest.mark.quick(2)
 def test_a_single_pass_costs_what_the_paper_says_and_training_three_times_that(
     size: str, frames: int, gmacs: float
 ) -> None:
@@ -261,6 +262,7 @@ def test_flux_umt_does_what_is_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "lora", [None, LoraSettings(rank=3, dropout=0), LoraSettings(3, targets=("q_proj",))]
 )
+@pytest.mark.quick(1)
 def test_a_language_model_does_what_is_counted(
     layout: str, lora: LoraSettings | None, llm_folder: Callable[[str], Path]
 ) -> None:
@@ -306,6 +308,7 @@ def test_known_language_models_are_as_large_as_published(name: str, billions: fl
     ("size", "side", "macs"),
     [("lite0", 224, 385e6), ("lite1", 240, 600e6), ("lite2", 260, 860e6), ("lite4", 300, 2.553e9)],
 )
+@pytest.mark.quick(1)
 def test_efficientnet_lite_costs_what_was_published(size: str, side: int, macs: float) -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
     teacher = open_teacher(TeacherSource(efficientnet=EfficientNetLiteSource(size)))
@@ -325,6 +328,7 @@ def test_the_table_holds_every_shipped_recipe() -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in BY_FORMULA]
 )
+@pytest.mark.quick(1)
 def test_every_shipped_recipe_costs_what_formulas_say(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

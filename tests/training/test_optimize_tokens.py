@@ -226,6 +226,7 @@ def test_a_chat_model_is_judged_by_its_answers(cached_world: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", tiny_video_models.ONE_QUICK)
+@pytest.mark.slow
 def test_a_stock_model_finds_what_was_measured_for_it(
     kind: str, cached_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

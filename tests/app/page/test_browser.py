@@ -265,6 +265,7 @@ def test_a_frame_of_another_video_shows_it_at_its_time(open_page: Callable[..., 
     plays_at(page, time_s - 0.15, time_s + 0.15)
 
 
+@pytest.mark.slow
 def test_an_example_starts_a_conversation_of_its_own(open_page: Callable[..., Any]) -> None:
     page = open_page()
     upload(page)

@@ -128,6 +128,7 @@ def test_a_login_and_a_key_of_one_name_have_a_store_each(page: Any, locked: str)
     assert len(found) == 2
 
 
+@pytest.mark.slow
 def test_a_question_asked_before_the_list_is_drawn_is_answered_and_kept(page: Any, locked: str) -> None:
     page.goto(locked)
     held: list[Any] = []

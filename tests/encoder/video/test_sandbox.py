@@ -29,7 +29,7 @@ from encoder.video.sandbox import WorkerPool
 from tests import ROOT
 from tests.encoder.video import video_files as vf
 from tests.encoder.video.hijack import hijacked
-from tests.patience import PATIENCE_S, until
+from tests.patience import PATIENCE_S, ended, until
 
 pytestmark = pytest.mark.skipif(
     not confine.report().contained, reason="this machine cannot confine a decoder"
@@ -281,8 +281,7 @@ dw.answer = evil
     with hijacked(code, tmp_path, confined=False), pytest.raises(VideoError, match="child") as caught:
         probe(clip, trusted=False)
     pid = int(str(caught.value).split()[-1].rstrip("."))
-    stat = Path(f"/proc/{pid}/stat")
-    until(lambda: not stat.exists() or " Z " in stat.read_text())
+    until(lambda: ended(pid))
 
 
 @pytest.mark.parametrize(

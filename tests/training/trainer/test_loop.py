@@ -91,6 +91,7 @@ def test_signal_saves_and_resume_continues_exactly(tmp_path: Path) -> None:
     assert losses(tmp_path / "cut") == whole
 
 
+@pytest.mark.slow
 def test_kill_in_the_middle_of_a_checkpoint(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
     process = command(tmp_path / "cut", SLOW_SAVE="1")
