@@ -58,6 +58,7 @@ def test_the_command_gives_stored_losses(corpus: Path, tmp_path: Path) -> None:
 LOSSES = [0.7129, 1.1123, 0.9583, 1.0074, 0.7097]
 
 
+@pytest.mark.slow
 def test_resuming_is_exact(corpus: Path, tmp_path: Path) -> None:
     whole = ClipStage(recipe(corpus, tmp_path / "whole"))
     losses = train(whole, whole.recipe.optim, whole.recipe.loop).losses

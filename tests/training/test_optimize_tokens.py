@@ -280,6 +280,7 @@ def test_where_a_table_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ([], "at least one row"),
     ],
 )
+@pytest.mark.quick(2)
 def test_a_table_that_does_not_fit_is_refused(rows: object, words: str, tmp_path: Path) -> None:
     folder = tiny_video_models.make(tmp_path / "model", "llava_onevision")
     (folder / "plan_table.json").write_text(json.dumps(rows))

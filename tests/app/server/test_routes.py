@@ -172,6 +172,7 @@ def test_answers_are_those_of_video_chat(shared: Serving, tiny_model: Any, clips
 
 
 @pytest.mark.parametrize("way", ["name", "absolute", "file url", "data url", "id", "file part"])
+@pytest.mark.quick(2)
 def test_ways_to_name_a_video(shared: Serving, clips: list[Path], way: str) -> None:
     address, path = shared[0], clips[3]
     url = {
