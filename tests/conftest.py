@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,8 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     atexit.register(shutil.rmtree, os.environ["TMPDIR"], ignore_errors=True)
 
 
+gc.disable()  # until all is collected: what is imported stays
+
 # The same examples in every run, however slow the machine is; others: --hypothesis-profile default.
 settings.register_profile(
     "same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -39,17 +42,26 @@ settings.register_profile(
 settings.load_profile("same")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Refuse names with an address, which differ from worker to worker. What takes longest goes first, so
-    that no worker is left alone with it."""
+    that no worker is left alone with it. Cases beyond those that `quick` counts are slow."""
     named = [item.nodeid for item in items if " at 0x" in item.nodeid]
     if named:
         raise pytest.UsageError(f"Give this test's parameters ids of their own: {named[0]}")
     items.sort(key=lambda item: not item.nodeid.startswith(LONG))
+    seen: Counter[str] = Counter()
+    for item in items:
+        if (quick := item.get_closest_marker("quick")) and not item.get_closest_marker("slow"):
+            name = item.nodeid.partition("[")[0]
+            seen[name] += 1
+            if seen[name] > quick.args[0]:
+                item.add_marker("slow")
 
 
 def pytest_collection_finish() -> None:
     """What was imported stays: the garbage collector need not look through it again and again."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -25,6 +27,24 @@ def before_each_pass(llm: LanguageModel, act: Callable[[], object]) -> Iterator[
             yield
         finally:
             handle.remove()
+
+
+@contextmanager
+def slow_passes(llm: LanguageModel) -> Iterator[None]:
+    """Every pass takes half a second: there is a minute to stop an answer of 128 tokens."""
+    with before_each_pass(llm, lambda: time.sleep(0.5)):
+        yield
+
+
+@contextmanager
+def held(llm: LanguageModel) -> Iterator[None]:
+    """No pass begins until the block is left."""
+    go = threading.Event()
+    with before_each_pass(llm, go.wait):
+        try:
+            yield
+        finally:
+            go.set()
 
 
 def never_ends(llm: LanguageModel) -> None:

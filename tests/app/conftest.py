@@ -21,6 +21,7 @@ from llm_bridge.chat_model import ChatModel
 from llm_bridge.model import VideoLanguageModel, VLMConfig, assemble
 from llm_bridge.projector import ProjectorConfig
 from tests.passes import before_each_pass, never_ends
+from tests.patience import PATIENCE_S
 
 VIDEOS = Path(gradio.__file__).parent / "media_assets" / "videos"
 WORLD, SHORT = VIDEOS / "world.mp4", VIDEOS / "b.mp4"
@@ -43,11 +44,15 @@ def known_speeds() -> Iterator[Callable[[ChatModel], Calibration]]:
 
 
 @pytest.fixture(scope="package", autouse=True)
-def certificates_read_once() -> Iterator[None]:
-    """Each client of httpx, thus each `httpx.get`, would read those of all authorities anew: 20 ms."""
-    with pytest.MonkeyPatch.context() as patch:
-        place = "httpx._transports.default.create_ssl_context"  # no part of its interface
-        patch.setattr(place, cache(create_ssl_context), raising=False)
+def clients_of_httpx() -> Iterator[None]:
+    """Wait longer than 5 s for a busy machine, and read the certificates of all authorities once: each
+    client, thus each `httpx.get`, would anew, in 20 ms."""
+    with pytest.MonkeyPatch.context() as patch:  # neither is a part of its interface
+        patch.setattr(
+            "httpx._transports.default.create_ssl_context", cache(create_ssl_context), raising=False
+        )
+        for phase in ("connect", "read", "write", "pool"):
+            patch.setattr(f"httpx._config.DEFAULT_TIMEOUT_CONFIG.{phase}", PATIENCE_S, raising=False)
         yield
 
 

@@ -18,6 +18,7 @@ from app.cli import SAMPLING, STAGES, build_parser, main
 from llm_bridge.sampling import SamplingParams
 from tests import ROOT
 from tests.encoder.video import video_files as vf
+from tests.patience import PATIENCE_S
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -131,7 +132,7 @@ def test_what_is_refused_is_one_line(kind: str, shipped_example: Path, call: Cal
 def test_a_video_from_standard_input(shipped_example: Path) -> None:
     command = [sys.executable, "-m", "app", "ask", "-", "What is it?", "--budget", "64", "--top-k", "0"]
     content = shipped_example.read_bytes()
-    piped = subprocess.run(command, input=content, capture_output=True, timeout=120, check=False)
+    piped = subprocess.run(command, input=content, capture_output=True, timeout=PATIENCE_S, check=False)
     assert piped.returncode == 0, piped.stderr
     assert piped.stdout.strip()
 

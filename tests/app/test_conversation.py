@@ -21,6 +21,7 @@ from llm_bridge.generation import Generation
 from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import render
 from tests.app.conftest import SHORT, WORLD
+from tests.patience import PATIENCE_S
 
 GREY = torch.full((4, 32, 32, 3), 90, dtype=torch.uint8)
 RED = Image.new("RGB", (40, 40), "red")
@@ -256,7 +257,7 @@ def test_closing_ends_answers_in_a_sentence(tiny_model: VideoLanguageModel, step
         begun.acquire()
     chat.close()
     for thread in threads:
-        thread.join(30)
+        thread.join(PATIENCE_S)
     assert [str(error) for error in errors] == ["This VideoChat was closed: make a new one."] * 2
 
 

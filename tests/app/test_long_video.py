@@ -307,7 +307,7 @@ def test_the_api_looks_at_a_long_video_in_parts(
 
     monkeypatch.setattr(chat._vision, "encode", watched)
     few = {"token_budget": 64, "max_tokens": 4}
-    with running(chat) as (address, _), httpx.Client(base_url=address, timeout=60) as client:
+    with running(chat) as (address, _), httpx.Client(base_url=address) as client:
         body = question("What is there?", data_url(film), **few)
         first = client.post("/v1/chat/completions", json=body).json()
         parts = looked[:]

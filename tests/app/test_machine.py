@@ -20,6 +20,7 @@ from app.page.settings import Settings
 from encoder.errors import FluxChatError
 from llm_bridge.assets import cache_dir
 from llm_bridge.model import VideoLanguageModel
+from tests.patience import PATIENCE_S
 
 GOOD: dict[str, Any] = {
     "decode": {"weights": [1.0, 2.0, 0.0]},
@@ -100,7 +101,7 @@ def test_a_full_disk_behind_standard_output_is_one_line() -> None:
     code = PRINTING.format("xxx")
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+            [sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S
         )
     assert done.returncode == 2
     assert done.stderr == "fluxchat: This machine refuses: No space left on device.\n"
@@ -112,7 +113,7 @@ def test_a_reader_that_has_enough_is_no_fault() -> None:
     os.close(reads)
     with open(writes, "w") as closed:
         done = subprocess.run(
-            [sys.executable, "-c", code], stdout=closed, stderr=subprocess.PIPE, text=True, timeout=60
+            [sys.executable, "-c", code], stdout=closed, stderr=subprocess.PIPE, text=True, timeout=PATIENCE_S
         )
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -125,7 +126,7 @@ def test_a_terminal_that_knows_few_letters_shows_the_others_as_question_marks() 
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )
     assert (done.stdout, done.stderr) == ("caf? ?\n", "")

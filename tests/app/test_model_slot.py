@@ -20,8 +20,7 @@ from app.model_slot import Beside, Loading, ModelSlot
 from encoder.errors import ConfigError, ModelError
 from tests import tiny_video_models
 from tests.app.hub_cache import put
-
-PATIENCE_S = 60
+from tests.patience import PATIENCE_S
 
 
 def open_tiny(name: str, quantize: str | None = None) -> VideoChat:

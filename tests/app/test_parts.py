@@ -143,6 +143,7 @@ def test_wrong_parts_are_one_sentence(chat: VideoChat, minute: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["smolvlm", "qwen3_vl", "qwen2_5_vl", "llava_onevision"])
+@pytest.mark.quick(1)
 def test_stock_towers_look_at_parts(kind: str, minute: Path, tmp_path: Path) -> None:
     with VideoChat(str(tiny_video_models.make(tmp_path / kind, kind)), device="cpu") as chat:
         whole = chat.preview(minute, 64)

@@ -20,6 +20,7 @@ import torch
 from app.chat import VideoChat
 from encoder.errors import FluxChatError, ModelError
 from llm_bridge.model import VideoLanguageModel
+from tests.patience import PATIENCE_S
 
 GREY = torch.full((4, 32, 32, 3), 90, dtype=torch.uint8)
 
@@ -120,7 +121,7 @@ def test_multiprocessing_with_fork_ends(chat: VideoChat) -> None:
 
     process = context.Process(target=work)
     process.start()
-    process.join(60)
+    process.join(PATIENCE_S)
     assert process.exitcode == 0
     assert "make a new one in this process" in queue.get()
 

@@ -23,6 +23,7 @@ def model() -> FluxViT:
 @pytest.mark.parametrize("wrapper", [None, "model", "module"])
 @pytest.mark.parametrize("prefix", ["", "backbone.", "encoder."])
 @pytest.mark.parametrize("suffix", [".pth", ".bin"])
+@pytest.mark.quick(6)
 def test_official_layouts(tmp_path: Path, model: FluxViT, wrapper, prefix: str, suffix: str) -> None:
     state = {prefix + key: value for key, value in model.state_dict().items()}
     torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / f"w{suffix}")

@@ -60,6 +60,7 @@ def test_official_state_dict(config, count: int) -> None:
 
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("keep", [None, 12, pytest.param(512, marks=pytest.mark.slow)])
+@pytest.mark.quick(2)
 def test_every_size_runs_at_every_budget_on_meta(name: str, keep: int | None) -> None:
     with torch.device("meta"):
         model = FluxViT(SIZES[name])
@@ -155,6 +156,7 @@ def test_mixed_batch_takes_the_flops_of_its_clips_alone() -> None:
 @pytest.mark.parametrize("keep", [None, 12, [12, 20]])
 @pytest.mark.parametrize("frames", [1, 4])
 @pytest.mark.parametrize("how", [{}, {"selector": "evs"}, {"selector": "tube"}, {"merge": [10, 8]}])
+@pytest.mark.quick(3)
 def test_a_pass_waits_for_no_copy_from_main_memory(
     frames: int, keep: int | list[int] | None, how: dict[str, Any]
 ) -> None:

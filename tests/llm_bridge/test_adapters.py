@@ -47,6 +47,7 @@ def save_adapter(llm: Path, out: Path, settings: dict[str, Any]) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.quick(3)
 def test_every_kind_is_merged_as_peft_merges_it(
     folder: Path, tmp_path: Path, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ def without_lean(llm: LanguageModel) -> LanguageModel:
 
 @pytest.mark.parametrize("lean", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.quick(1)
 def test_scores_have_the_same_bits(folder: Path, dtype: torch.dtype, lean: bool) -> None:
     llm = load_llm(folder, device="cpu", dtype=dtype)
     if not lean:

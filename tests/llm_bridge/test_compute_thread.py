@@ -9,6 +9,7 @@ import pytest
 
 from encoder.errors import ModelError
 from llm_bridge.compute_thread import ComputeThread
+from tests.patience import PATIENCE_S
 
 # Between any two lines an answer is given up, as a garbage collector may do it.
 COLLECTING = """
@@ -32,7 +33,7 @@ assert calls == list(range(20))
 
 
 def test_an_answer_is_given_up_wherever_garbage_is_collected() -> None:
-    subprocess.run([sys.executable, "-c", COLLECTING], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", COLLECTING], check=True, timeout=PATIENCE_S)
 
 
 def test_what_waits_is_called_before_the_end() -> None:
@@ -57,4 +58,4 @@ def test_an_error_is_its_callers_and_the_thread_goes_on() -> None:
 
 def test_a_process_ends_whose_threads_were_not_closed() -> None:
     code = "from llm_bridge.compute_thread import ComputeThread as C; kept = C(); kept.run(int); C().run(int)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_S)

@@ -26,6 +26,7 @@ from llm_bridge.sampling import Leading, Sampler, SamplingParams
 from llm_bridge.text_decoder import StreamingDecoder
 from tests import tiny_llms
 from tests.llm_bridge.conftest import ONE_QUICK
+from tests.patience import PATIENCE_S
 
 QUESTIONS = [
     (3, "What is it?", 40),
@@ -368,12 +369,12 @@ def test_who_joins_while_a_step_fails_is_computed(tiny_llm: Callable[[str], Lang
 
     def fail(_: torch.Tensor) -> None:
         inside.set()
-        joined.wait(30)
+        joined.wait(PATIENCE_S)
         raise RuntimeError("broken")
 
     with ThreadPoolExecutor(2) as pool, failing(llm, 0, fail):
         failed = pool.submit(list, streams[0])
-        assert inside.wait(30)
+        assert inside.wait(PATIENCE_S)
         late = generation(llm, 5, None)
         kv, scores = prefilled(late)
         assert scores is not None
@@ -418,7 +419,7 @@ def test_closing_while_many_ask_leaves_nobody_waiting(tiny_llm: Callable[[str], 
         started = threading.Barrier(7)
 
         def ask(index: int, worker: ComputeWorker = worker, started: threading.Barrier = started) -> bool:
-            started.wait(30)
+            started.wait(PATIENCE_S)
             try:
                 while True:
                     list(generation(llm, index, worker))
@@ -427,7 +428,7 @@ def test_closing_while_many_ask_leaves_nobody_waiting(tiny_llm: Callable[[str], 
 
         with ThreadPoolExecutor(6) as pool:
             results = [pool.submit(ask, index) for index in range(6)]
-            started.wait(30)
+            started.wait(PATIENCE_S)
             for _ in range(seed):
                 read(generation(llm, 2, worker))
             worker.close()
@@ -527,6 +528,6 @@ def test_many_threads_joining_at_random(tiny_llm: Callable[[str], LanguageModel]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE_S)
     assert wrong == []
     assert worker.active == 0

@@ -25,6 +25,7 @@ from llm_bridge.sampling import SamplingParams
 from llm_bridge.text_decoder import StreamingDecoder
 from tests import tiny_families
 from tests.llm_bridge.tiny_vlm import answered, tiny_vlm, vision_of
+from tests.patience import PATIENCE_S
 
 REFUSED = [t for family in FAMILIES if family.refused for t in family.model_types]
 # One of each way to remember, and one with a table of embeddings in each layer.
@@ -150,6 +151,7 @@ def test_greedy_answers_are_those_of_transformers(llm: LanguageModel) -> None:
     assert stats.completion_tokens == len(ids) > 0
 
 
+@pytest.mark.quick(1)
 def test_answers_with_a_cache_are_those_without(llm: LanguageModel) -> None:
     prefixes = PrefixCache(2**26, llm.kv_bytes_per_token)
     script = [["What is it?"], ["Where does it go?"], ["What is it?", "A dog.", "Why?"], ["What is it?"]]
@@ -163,6 +165,7 @@ def test_answers_with_a_cache_are_those_without(llm: LanguageModel) -> None:
     assert all(tokens >= 40 for tokens in reused[1:])  # a second question computes its own words
 
 
+@pytest.mark.quick(1)
 def test_an_answer_among_others_is_the_one_alone(
     llm: LanguageModel, worker: ComputeWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,7 +175,7 @@ def test_an_answer_among_others_is_the_one_alone(
 
     def join_with_others(*args: Any, **options: Any) -> SequenceState:
         sequence = join(*args, **options)
-        joined.wait(60)  # none goes on before all are there
+        joined.wait(PATIENCE_S)  # none goes on before all are there
         return sequence
 
     monkeypatch.setattr(worker, "join", join_with_others)

@@ -18,9 +18,8 @@ from tests.bench.history import answer, conversations, tiny
 from tests.llm_bridge.test_batch_invariance import DTYPES
 
 
-@pytest.mark.parametrize(
-    ("count", "cache_tokens"), [(20, 1000), pytest.param(40, 4000, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "cache_tokens"), [(20, 1000), (40, 4000)])
 def test_random_conversations_get_the_answers_they_get_alone(count: int, cache_tokens: int) -> None:
     result = tiny(count, seed=1, threads=4, cache_tokens=cache_tokens)
     assert result["differing"] == 0

@@ -19,6 +19,7 @@ from llm_bridge.kv_cache import layers_of
 from llm_bridge.llm import LanguageModel, load_llm
 from llm_bridge.static_kv_cache import StaticDecoder, is_static
 from tests.llm_bridge.test_compute_worker import QUESTIONS, generation, prefilled, read
+from tests.patience import PATIENCE_S
 
 LAYOUTS = ("qwen2", *(pytest.param(layout, marks=pytest.mark.slow) for layout in ("llama", "qwen3")))
 LIMIT = 2**30
@@ -39,7 +40,7 @@ def read_all(jobs: Sequence[Generation]) -> list[str]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=PATIENCE_S)
         assert not thread.is_alive(), "an answer does not end"
     return [texts[n] for n in range(len(jobs))]
 

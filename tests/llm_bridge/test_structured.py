@@ -55,6 +55,7 @@ def generation(llm: LanguageModel, clip: int = 0, **sampling: Any) -> Generation
 @pytest.mark.parametrize(
     "sampling", [{}, {"temperature": 1.0, "seed": 1, "repetition_penalty": 1.2}], ids=str
 )
+@pytest.mark.quick(1)
 def test_every_tokenizer_and_random_weights_give_valid_json(
     llm: LanguageModel, sampling: dict[str, Any]
 ) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from app.chat import VideoChat
 from encoder.errors import DataError
 from tests.encoder.video import video_files as vf
+from tests.patience import PATIENCE_S
 from training.chat_stage1 import Stage1, Stage1Recipe, main
 from training.trainer.recipe import read_recipe
 
@@ -173,7 +174,7 @@ def test_the_real_command_ends_in_one_line_when_nothing_was_learnt(
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=240,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 2
     assert "None of the 4 steps held anything to learn: no answer lies within max_length." in done.stderr

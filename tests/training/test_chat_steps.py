@@ -17,6 +17,7 @@ from torch import Tensor
 from encoder.checkpoint import load_encoder
 from encoder.errors import ConfigError
 from llm_bridge.model import part_types
+from tests.patience import PATIENCE_S
 from training.chat_stage1 import Stage1, Stage1Recipe
 from training.trainer.distributed import device_of_process
 from training.trainer.loop import train
@@ -52,7 +53,7 @@ def processes(grads: Path, count: int, *arguments: str, port: int, **environment
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", **environment},
-        timeout=240,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr[-9000:]
     return load_file(grads)

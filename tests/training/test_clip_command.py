@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from encoder.errors import ConfigError
+from tests.patience import PATIENCE_S
 from tests.training.data.clip_corpus import loop, recipe, values
 from training import clip
 from training.clip import ClipRecipe, ClipStage
@@ -30,7 +31,7 @@ def command(path: Path, *arguments: str, launcher: tuple[str, ...] = ()) -> list
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
-        timeout=200,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     out = next(word for word in arguments if word.startswith("loop.out=")).removeprefix("loop.out=")
@@ -57,6 +58,7 @@ def test_the_command_gives_stored_losses(corpus: Path, tmp_path: Path) -> None:
 LOSSES = [0.7129, 1.1123, 0.9583, 1.0074, 0.7097]
 
 
+@pytest.mark.slow
 def test_resuming_is_exact(corpus: Path, tmp_path: Path) -> None:
     whole = ClipStage(recipe(corpus, tmp_path / "whole"))
     losses = train(whole, whole.recipe.optim, whole.recipe.loop).losses

@@ -22,6 +22,7 @@ from encoder.cost import encoder_macs
 from encoder.errors import ConfigError
 from encoder.tokens import Grid
 from tests import ROOT
+from tests.patience import PATIENCE_S
 from tests.training.distill.tiny_teachers import SETTINGS, write_stage2
 from training.chat_lora import LoraSettings
 from training.cost import (
@@ -125,6 +126,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
         ("base", 2, 49.26),
     ],
 )
+@pytest.mark.quick(2)
 def test_a_single_pass_costs_what_the_paper_says_and_training_three_times_that(
     size: str, frames: int, gmacs: float
 ) -> None:
@@ -260,6 +262,7 @@ def test_flux_umt_does_what_is_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "lora", [None, LoraSettings(rank=3, dropout=0), LoraSettings(3, targets=("q_proj",))]
 )
+@pytest.mark.quick(1)
 def test_a_language_model_does_what_is_counted(
     layout: str, lora: LoraSettings | None, llm_folder: Callable[[str], Path]
 ) -> None:
@@ -305,6 +308,7 @@ def test_known_language_models_are_as_large_as_published(name: str, billions: fl
     ("size", "side", "macs"),
     [("lite0", 224, 385e6), ("lite1", 240, 600e6), ("lite2", 260, 860e6), ("lite4", 300, 2.553e9)],
 )
+@pytest.mark.quick(1)
 def test_efficientnet_lite_costs_what_was_published(size: str, side: int, macs: float) -> None:
     pytest.importorskip("efficientnet_lite_pytorch")
     teacher = open_teacher(TeacherSource(efficientnet=EfficientNetLiteSource(size)))
@@ -324,6 +328,7 @@ def test_the_table_holds_every_shipped_recipe() -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in BY_FORMULA]
 )
+@pytest.mark.quick(1)
 def test_every_shipped_recipe_costs_what_formulas_say(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -424,7 +429,7 @@ def test_the_command_runs_where_there_is_no_hub() -> None:
         [sys.executable, "-m", "training.cost", str(RECIPES / "cpu" / "finetune.yaml")],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE_S,
         cwd=RECIPES.parents[1],
     )
     assert done.returncode == 0, done.stderr

@@ -21,6 +21,7 @@ from encoder.errors import CheckpointError, ConfigError, DataError
 from encoder.fluxvit import FluxViT
 from tests import ROOT
 from tests.encoder.video import video_files as vf
+from tests.patience import PATIENCE_S
 from training import finetune
 from training.finetune import FinetuneModel, FinetuneRecipe, FinetuneStage, build_encoder, measure
 from training.trainer.loop import train
@@ -191,7 +192,7 @@ def command(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Compl
         capture_output=True,
         text=True,
         cwd=ROOT,
-        timeout=200,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests import ROOT
+from tests.patience import PATIENCE_S
 from training.command_line import _says_it_first
 
 
@@ -22,7 +23,7 @@ def launched(*options: str, **environment: str) -> subprocess.CompletedProcess[s
         text=True,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", **environment},
-        timeout=120,
+        timeout=PATIENCE_S,
     )
 
 

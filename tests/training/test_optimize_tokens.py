@@ -226,6 +226,7 @@ def test_a_chat_model_is_judged_by_its_answers(cached_world: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", tiny_video_models.ONE_QUICK)
+@pytest.mark.slow
 def test_a_stock_model_finds_what_was_measured_for_it(
     kind: str, cached_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -279,6 +280,7 @@ def test_where_a_table_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         ([], "at least one row"),
     ],
 )
+@pytest.mark.quick(2)
 def test_a_table_that_does_not_fit_is_refused(rows: object, words: str, tmp_path: Path) -> None:
     folder = tiny_video_models.make(tmp_path / "model", "llava_onevision")
     (folder / "plan_table.json").write_text(json.dumps(rows))

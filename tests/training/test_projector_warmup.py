@@ -63,6 +63,7 @@ def test_the_command_learns_and_stage_one_starts_from_it(
 WORLD = "datasets=[{world: {count: 64}, turns: 3, independent: true}]"
 
 
+@pytest.mark.slow
 def test_tokens_learn_the_words_of_scenes_and_stage_one_asks_in_branches(
     stage1_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

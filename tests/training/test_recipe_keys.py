@@ -556,6 +556,7 @@ def trace(stage: str, key: str, case: Case, values: Values, out: Path) -> str:
 
 
 @pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.quick(2)
 def test_a_training_step_needs_no_float64(stage: str, world: World, tmp_path: Path) -> None:
     recipe = build(STAGES[stage][0], changed(world.values(stage), {"loop.out": str(tmp_path)}), "test")
     made = STAGES[stage][1](recipe)

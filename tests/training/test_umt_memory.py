@@ -51,6 +51,7 @@ def gradients(
 
 @pytest.mark.parametrize("how", SAVING)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
+@pytest.mark.quick(1)
 def test_less_memory_gives_the_same_gradients(
     data: Path,  # noqa: F811
     tmp_path: Path,

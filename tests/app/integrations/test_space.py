@@ -17,6 +17,7 @@ from encoder.errors import ConfigError
 from llm_bridge.model import VideoLanguageModel
 from tests import ROOT
 from tests.app.server.serving import answer, ask
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_build_refuses_a_folder_that_is_not_empty(space: Path) -> None:
         [sys.executable, ROOT / "app/integrations/space/build.py", space],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 1
     assert "is not empty" in done.stderr
@@ -70,10 +71,10 @@ def test_the_built_space_runs(space: Path, tiny_model: VideoLanguageModel, tmp_p
         assert process.stdout is not None
         address = process.stdout.readline().split()[-1]
         assert answer(ask(address, "What?", max_tokens=3)) is not None
-        assert "fluxchat-question" in httpx.get(f"{address}/config", timeout=60).text
+        assert "fluxchat-question" in httpx.get(f"{address}/config").text
     finally:
         process.terminate()
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE_S) == 0
 
 
 def test_a_wrong_login_is_an_error() -> None:

@@ -29,6 +29,7 @@ from encoder.errors import ConfigError, DataError, FluxChatError, OutOfMemory
 from tests import ROOT
 from tests.app.library.conftest import film
 from tests.app.speech.conftest import ToldModel
+from tests.patience import until
 
 QUESTION = "What is it?"
 FEW: dict[str, Any] = {"budget": "16", "max_new_tokens": 3}
@@ -336,18 +337,18 @@ def test_killed_at_random_moments_it_goes_on_to_200_valid_lines(
         film(folder / f"{number:03}.mp4", random.choices(["red", "green", "blue", "white"], k=1 + number % 3))
     command = [sys.executable, "-c", MAP, str(llm_folder("qwen2")), str(folder), str(out), json.dumps(SEEN)]
     grew = [0]
+
+    def lines() -> int:
+        return kept.read_bytes().count(b"\n") if kept.exists() else 0
+
     for _ in range(5):
         process = subprocess.Popen(command, cwd=ROOT)
-        before, until = grew[-1], time.monotonic() + 120
-        while time.monotonic() < until and process.poll() is None:
-            if kept.exists() and kept.read_bytes().count(b"\n") > before:
-                break
-            time.sleep(0.01)
+        until(lambda process=process: process.poll() is not None or lines() > grew[-1])  # type: ignore[misc]
         time.sleep(random.uniform(0.0, 0.5))
         assert process.poll() is None, "it ended before it was killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
-        grew.append(kept.read_bytes().count(b"\n"))
+        grew.append(lines())
     assert grew == sorted(grew)
     assert 0 < grew[-1] < 200  # it was killed at work
     subprocess.run(command, cwd=ROOT, check=True)

@@ -25,6 +25,7 @@ from llm_bridge.assets.cache_dir import cache_dir
 from llm_bridge.text_encoders.text_towers import MINILM
 from tests import ROOT
 from tests.app.library.conftest import ColourEmbedder, film
+from tests.patience import until
 from training.synthetic.assets import open_bank
 from training.synthetic.dataset import World
 from training.synthetic.export import write_video
@@ -370,17 +371,20 @@ def test_killed_at_random_moments_it_goes_on_to_one_row_per_clip(tmp_path: Path)
     for number in range(200):
         film(folder / f"{number:03}.mp4", random.choices(names, k=1 + number % 3))
     command = [sys.executable, "-c", INDEX, str(index), str(folder)]
-    killed, grew = 0, [0]
-    while killed < 5:
+    grew = [0]
+
+    def grows() -> bool:
+        if not any((index / "clips-c0.lance" / "_versions").glob("*.manifest")):
+            return False
+        return sum(rows(index).values()) > grew[-1]
+
+    for _ in range(5):
         process = subprocess.Popen(command, cwd=ROOT)
-        until = time.monotonic() + 60
-        while not (index / "clips-c0.lance").exists() and time.monotonic() < until:
-            time.sleep(0.01)
-        time.sleep(random.uniform(0.0, 1.5 if killed else 0.3) + 3.0 * bool(killed))
+        until(lambda process=process: process.poll() is not None or grows())  # type: ignore[misc]
+        time.sleep(random.uniform(0.0, 0.5))
         assert process.poll() is None, "it ended before it was killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
-        killed += 1
         grew.append(sum(rows(index).values()))
     assert grew == sorted(grew)
     assert 0 < grew[-1] < 400  # it was killed at work

@@ -21,7 +21,7 @@ from llm_bridge.model import VideoLanguageModel
 from tests import tiny_video_models
 from tests.app.conftest import WORLD
 from tests.app.page.in_browser import ARGUMENTS, CHROMIUM, PATIENCE_MS, STOCK, Served, expect, unexpected
-from tests.passes import before_each_pass, never_ends
+from tests.passes import never_ends, slow_passes
 
 
 @pytest.fixture
@@ -80,8 +80,8 @@ def served(
 
 @pytest.fixture
 def slow_answers(served: Served) -> Iterator[None]:
-    """Every pass of the language model takes at least 0.1 s."""
-    with before_each_pass(served.chat.model.llm, lambda: time.sleep(0.1)):
+    """An answer takes a minute if nobody stops it."""
+    with slow_passes(served.chat.model.llm):
         yield
 
 
@@ -96,9 +96,24 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture
-def open_page(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
+def new_context(browser: Any) -> Iterator[Callable[..., Any]]:
+    """Makes a profile that nobody has used."""
+    contexts = []
+
+    def make(**options: Any) -> Any:
+        contexts.append(browser.new_context(**options))
+        contexts[-1].set_default_timeout(PATIENCE_MS)
+        return contexts[-1]
+
+    yield make
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture
+def open_page(new_context: Callable[..., Any], served: Served) -> Iterator[Callable[..., Any]]:
     """Opens a tab of its own; at the end nothing may have been logged as an error or asked of elsewhere."""
-    contexts, troubles = [], []
+    troubles: list[str] = []
 
     def watch(request: Any) -> None:
         address = urlparse(request.url)
@@ -106,20 +121,15 @@ def open_page(browser: Any, served: Served) -> Iterator[Callable[..., Any]]:
             troubles.append(f"asked {request.url}")
 
     def make(width: int = 1280, height: int = 800, **options: Any) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(PATIENCE_MS)
+        page = new_context(viewport={"width": width, "height": height}, **options).new_page()
         page.on("console", lambda m: troubles.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.on("request", watch)
         page.goto(served.url)
-        expect(page.locator("#fluxchat-cost")).to_contain_text("Add a video", timeout=PATIENCE_MS)
-        expect(page.locator("#fluxchat-question textarea")).to_be_visible(timeout=PATIENCE_MS)
-        expect(page.locator("#fluxchat-large")).to_be_attached(timeout=PATIENCE_MS)  # page.js has run
+        expect(page.locator("#fluxchat-cost")).to_contain_text("Add a video")
+        expect(page.locator("#fluxchat-question textarea")).to_be_visible()
+        expect(page.locator("#fluxchat-large")).to_be_attached()  # page.js has run
         return page
 
     yield make
-    for context in contexts:
-        context.close()
     assert unexpected(troubles) == []

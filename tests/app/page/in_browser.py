@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,11 +16,16 @@ import pytest
 
 from app.chat import VideoChat
 from tests.app.conftest import SHORT
+from tests.patience import PATIENCE_S, until
+
+PATIENCE_MS = 1000 * PATIENCE_S
 
 try:
     from playwright.sync_api import expect
 except ImportError:  # its tests are skipped
     expect = None  # type: ignore[assignment]
+else:
+    expect.set_options(timeout=PATIENCE_MS)
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 browsing = pytest.mark.skipif(
@@ -38,7 +42,6 @@ ARGUMENTS = [
     "--use-fake-device-for-media-stream",
     "--use-fake-ui-for-media-stream",
 ]
-PATIENCE_MS = 90_000  # costs nothing where a machine is quick
 STOCK = ("smolvlm", "qwen3_vl")  # kinds of stock models that the page is tried with
 
 
@@ -56,9 +59,8 @@ class Served(NamedTuple):
 
 def unexpected(troubles: list[str]) -> list[str]:
     """Without what Gradio says of its requests when a page is left in their middle."""
-    if not any("signal is aborted" in text for text in troubles):
-        return troubles
-    return [t for t in troubles if "signal is aborted" not in t and "Connection errored out" not in t]
+    aborted = [text for text in troubles if "signal is aborted" in text or "was aborted" in text]
+    return [t for t in troubles if not (aborted and (t in aborted or "Connection errored out" in t))]
 
 
 def upload(page: Any, path: Path = SHORT) -> None:
@@ -74,13 +76,13 @@ def ask(page: Any, question: str = "What is there?") -> None:
 
 
 def answered(page: Any, count: int = 1) -> None:
-    expect(page.locator("#fluxchat-chat .fc-small")).to_have_count(count, timeout=PATIENCE_MS)
-    expect(page.locator("#fluxchat-send")).to_be_visible(timeout=PATIENCE_MS)
-    expect(page.locator("#fluxchat-stop")).to_be_hidden(timeout=PATIENCE_MS)
+    expect(page.locator("#fluxchat-chat .fc-small")).to_have_count(count)
+    expect(page.locator("#fluxchat-send")).to_be_visible()
+    expect(page.locator("#fluxchat-stop")).to_be_hidden()
 
 
 def has(place: Any, text: str | re.Pattern[str]) -> None:
-    expect(place).to_contain_text(text, timeout=PATIENCE_MS)
+    expect(place).to_contain_text(text)
 
 
 def plays_at(page: Any, low: float, high: float) -> None:
@@ -88,6 +90,15 @@ def plays_at(page: Any, low: float, high: float) -> None:
         "([low, high]) => { const v = document.querySelector('#fluxchat-video video');"
         " return v && v.currentTime >= low && v.currentTime <= high; }",
         arg=[low, high],
+    )
+
+
+def violations(page: Any) -> Any:
+    """What axe finds wrong with the page as it is: rules, with the elements that break them."""
+    if not page.evaluate("'axe' in window"):
+        page.evaluate((Path(__file__).parent / "axe" / "axe.min.js").read_text())
+    return page.evaluate(
+        "axe.run().then(r => r.violations.map(v => [v.id, v.nodes.map(n => n.html.slice(0, 160))]))"
     )
 
 
@@ -99,7 +110,10 @@ def shoot(page: Any, name: str) -> None:
 
 def edit_first(chat: Any) -> None:
     """Open the editor of the first message; a late update of the chat closes it again, so more than once."""
-    deadline = time.monotonic() + PATIENCE_MS / 1e3
-    while not chat.locator("textarea").is_visible() and time.monotonic() < deadline:
+
+    def opened() -> bool:
         chat.get_by_label("Edit").first.click()
         chat.page.wait_for_timeout(500)
+        return bool(chat.locator("textarea").is_visible())
+
+    until(opened)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from app.page.sessions import Sessions
 from app.page.settings import Range
 from tests.app.conftest import SHORT, WORLD
 from tests.app.page.in_browser import (
-    PATIENCE_MS,
     Served,
     answered,
     ask,
@@ -27,7 +25,9 @@ from tests.app.page.in_browser import (
     plays_at,
     shoot,
     upload,
+    violations,
 )
+from tests.patience import until
 
 pytestmark = browsing
 
@@ -152,7 +152,7 @@ def test_the_slider_keeps_where_it_was_moved_after_a_preset(
 def test_stop_keeps_the_text_so_far(open_page: Callable[..., Any]) -> None:
     page = open_page()
     ask(page, "Say something long.")
-    expect(page.locator("#fluxchat-send")).to_be_hidden(timeout=PATIENCE_MS)
+    expect(page.locator("#fluxchat-send")).to_be_hidden()
     bot = page.locator("#fluxchat-chat .bot.message")
     has(bot, re.compile(r"\w+ \w+"))  # it streams
     page.locator("#fluxchat-stop").click()
@@ -225,7 +225,7 @@ def test_several_videos_and_images(open_page: Callable[..., Any], tmp_path: Path
         page.locator("#fluxchat-add").click()
     chooser.value.set_files(str(picture))
     shelf = page.locator("#fluxchat-shelf .fc-medium")
-    expect(shelf).to_have_count(2, timeout=PATIENCE_MS)
+    expect(shelf).to_have_count(2)
     expect(page.locator("#fluxchat-image img")).to_be_visible()
     expect(page.locator("#fluxchat-video")).to_be_hidden()
     has(page.locator("#fluxchat-cost"), "various sizes")
@@ -241,9 +241,9 @@ def test_several_videos_and_images(open_page: Callable[..., Any], tmp_path: Path
     expect(page.locator("#fluxchat-video")).to_be_visible()
     plays_at(page, time_s - 0.15, time_s + 0.15)
     page.get_by_label("Remove red.png").click()
-    expect(shelf).to_have_count(1, timeout=PATIENCE_MS)
+    expect(shelf).to_have_count(1)
     page.get_by_label("Remove b.mp4").click()
-    expect(shelf).to_have_count(0, timeout=PATIENCE_MS)
+    expect(shelf).to_have_count(0)
     has(page.locator("#fluxchat-cost"), "Add a video")
 
 
@@ -265,6 +265,7 @@ def test_a_frame_of_another_video_shows_it_at_its_time(open_page: Callable[..., 
     plays_at(page, time_s - 0.15, time_s + 0.15)
 
 
+@pytest.mark.slow
 def test_an_example_starts_a_conversation_of_its_own(open_page: Callable[..., Any]) -> None:
     page = open_page()
     upload(page)
@@ -301,7 +302,7 @@ def test_questions_during_an_answer_wait_behind_it(open_page: Callable[..., Any]
     users = page.locator("#fluxchat-chat .user.message")
     expect(users).to_have_count(3)
     for number in range(3):
-        expect(page.locator("#fluxchat-chat .fc-small")).to_have_count(number, timeout=PATIENCE_MS)
+        expect(page.locator("#fluxchat-chat .fc-small")).to_have_count(number)
         has(
             page.locator("#fluxchat-chat .bot.message").nth(number),
             re.compile(r"^\s*(?!Wait|Read|Look|Think)\S+ \S"),
@@ -370,19 +371,17 @@ def test_a_refused_file_is_one_sentence_until_dismissed(
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
 def test_the_page_is_accessible(open_page: Callable[..., Any], scheme: str) -> None:
     page = open_page(color_scheme=scheme)
-    page.evaluate((Path(__file__).parent / "axe" / "axe.min.js").read_text())
     expect(page.locator("p.loading")).to_have_count(0)  # Gradio's own, while its parts come
-    check = "axe.run().then(r => r.violations.map(v => [v.id, v.nodes.map(n => n.html.slice(0, 160))]))"
-    assert page.evaluate(check) == []
+    assert violations(page) == []
     upload(page)
     ask(page)
     answered(page)
     page.locator("#fluxchat-chat summary").click()
     page.locator("[data-settings]").click()
     page.wait_for_timeout(300)
-    assert page.evaluate(check) == []
+    assert violations(page) == []
     page.locator("[data-models]").click()
-    assert page.evaluate(check) == []
+    assert violations(page) == []
     small = page.evaluate(
         "[...document.querySelectorAll('button, summary')].filter(e => e.checkVisibility()).filter(e =>"
         " e.getBoundingClientRect().height < 24).map(e => e.outerHTML.slice(0, 120))"
@@ -435,7 +434,10 @@ def test_files_are_pasted_and_dropped(open_page: Callable[..., Any]) -> None:
     expect(shelf).to_have_count(2)
 
 
-def test_two_tabs_see_nothing_of_each_other(open_page: Callable[..., Any], served: Served) -> None:
+def test_two_tabs_see_nothing_of_each_other(
+    open_page: Callable[..., Any], served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADIO_HEARTBEAT_INTERVAL", "0.5")  # how often Gradio looks who is still there
     sessions: Sessions = served.page.sessions  # type: ignore[attr-defined]
     first, second = open_page(), open_page()
     upload(first)
@@ -447,10 +449,7 @@ def test_two_tabs_see_nothing_of_each_other(open_page: Callable[..., Any], serve
     expect(second.locator("#fluxchat-shelf .fc-medium")).to_have_count(0)
     before = len(sessions)
     first.close()
-    deadline = time.monotonic() + 3 * PATIENCE_MS / 1e3  # Gradio looks every 15 s who is still there
-    while len(sessions) >= before and time.monotonic() < deadline:
-        second.wait_for_timeout(100)
-    assert len(sessions) < before
+    until(lambda: len(sessions) < before)
 
 
 @pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.slow)])
@@ -504,7 +503,7 @@ def test_nothing_lies_over_a_problem_on_a_small_screen(
     page = open_page(390, 480)
     expect(page.get_by_role("button", name="Example: What turns?")).to_be_visible()
     ask(page)  # there is no video yet
-    expect(page.locator(".fc-problem")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.locator(".fc-problem")).to_be_visible()
     assert page.evaluate(COVERED) == []
 
 
@@ -520,12 +519,11 @@ EARLY = """
 """
 
 
-def test_a_click_before_the_script_of_the_page_has_run_counts(browser: Any, served: Served) -> None:
-    context = browser.new_context()
-    page = context.new_page()
-    page.set_default_timeout(PATIENCE_MS)
+def test_a_click_before_the_script_of_the_page_has_run_counts(
+    new_context: Callable[..., Any], served: Served
+) -> None:
+    page = new_context().new_page()
     page.add_init_script(EARLY)
     page.goto(served.url)
-    expect(page.locator("#fluxchat-models")).to_be_visible(timeout=PATIENCE_MS)
+    expect(page.locator("#fluxchat-models")).to_be_visible()
     assert page.evaluate("window.wasEarly")
-    context.close()

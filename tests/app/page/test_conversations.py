@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from llm_bridge.model import VideoLanguageModel
 from llm_bridge.prompt import Message
 from tests.app.conftest import SHORT, WORLD
 from tests.app.page.in_browser import (
-    PATIENCE_MS,
     Served,
     answered,
     ask,
@@ -30,9 +28,11 @@ from tests.app.page.in_browser import (
     has,
     shoot,
     upload,
+    violations,
 )
 from tests.app.server.serving import running
-from tests.passes import before_each_pass
+from tests.passes import held
+from tests.patience import until
 
 pytestmark = browsing
 
@@ -64,12 +64,12 @@ def menu(page: Any, choice: str, number: int = 0) -> None:
 
 def fresh(page: Any) -> None:
     page.get_by_role("button", name="New conversation").click()
-    expect(page.locator("#fluxchat-chat .message")).to_have_count(0, timeout=PATIENCE_MS)
+    expect(page.locator("#fluxchat-chat .message")).to_have_count(0)
 
 
 def kept(page: Any, count: int, title: str | re.Pattern[str] = "") -> None:
     """The list holds so many, the newest of that title, with its answer."""
-    expect(talks(page)).to_have_count(count, timeout=PATIENCE_MS)
+    expect(talks(page)).to_have_count(count)
     has(talks(page).first, title)
     page.wait_for_function(
         """() => new Promise((done) => {
@@ -111,15 +111,14 @@ def test_a_reload_changes_nothing_and_the_talk_goes_on(open_page: Callable[..., 
 
 @pytest.mark.slow
 def test_yesterdays_conversation_is_there_after_a_restart(
-    browser: Any,
+    new_context: Callable[..., Any],
     tiny_model: VideoLanguageModel,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    context = browser.new_context()
+    context = new_context()
     page = context.new_page()
-    page.set_default_timeout(PATIENCE_MS)
     with VideoChat(tiny_model, trusted=False) as chat, running(chat, OPTIONS) as (url, _):
         page.goto(url)
         upload(page)
@@ -131,7 +130,6 @@ def test_yesterdays_conversation_is_there_after_a_restart(
     port = int(url.rsplit(":", 1)[1])
     with VideoChat(tiny_model, trusted=False) as chat, running(chat, OPTIONS, port) as (url, _):
         page = context.new_page()
-        page.set_default_timeout(PATIENCE_MS)
         page.goto(url)
         side(page)
         talks(page).get_by_role("button", name="Yesterday?").first.click()
@@ -139,7 +137,6 @@ def test_yesterdays_conversation_is_there_after_a_restart(
         has(page.locator("#fluxchat-shelf"), SHORT.name)
         assert page.url == link
         page.wait_for_function("document.querySelector('#fluxchat-video video').duration > 4")
-    context.close()
 
 
 def test_open_search_rename_delete_and_undo(open_page: Callable[..., Any]) -> None:
@@ -188,7 +185,7 @@ def test_open_search_rename_delete_and_undo(open_page: Callable[..., Any]) -> No
     menu(page, "Delete", 0)
     expect(talks(page)).to_have_count(1)
     page.reload()
-    expect(talks(page)).to_have_count(1, timeout=PATIENCE_MS)
+    expect(talks(page)).to_have_count(1)
     has(talks(page), "Orchard")
 
 
@@ -267,7 +264,6 @@ def test_a_talk_that_goes_on_in_two_tabs_loses_nothing(open_page: Callable[..., 
     answered(first)
     kept(first, 1)
     second = first.context.new_page()
-    second.set_default_timeout(PATIENCE_MS)
     second.goto(first.url)
     answered(second)
     ask(second, "Here?")
@@ -337,7 +333,6 @@ def test_another_browser_has_none_of_them(open_page: Callable[..., Any]) -> None
 )
 def test_the_list_is_accessible(open_page: Callable[..., Any], scheme: str, width: int) -> None:
     page = open_page(width, 844, color_scheme=scheme)
-    page.evaluate((Path(__file__).parent / "axe" / "axe.min.js").read_text())
     upload(page)
     ask(page)
     answered(page)
@@ -346,8 +341,7 @@ def test_the_list_is_accessible(open_page: Callable[..., Any], scheme: str, widt
     page.locator("[data-menu]").click()
     expect(page.locator("p.loading")).to_have_count(0)
     page.wait_for_timeout(300)
-    check = "axe.run().then(r => r.violations.map(v => [v.id, v.nodes.map(n => n.html.slice(0, 160))]))"
-    assert page.evaluate(check) == []
+    assert violations(page) == []
     small = page.evaluate(
         "[...document.querySelectorAll('#fluxchat-side button')].filter(e => e.checkVisibility()).filter(e =>"
         " e.getBoundingClientRect().height < 24).map(e => e.outerHTML.slice(0, 120))"
@@ -373,22 +367,21 @@ def test_of_two_clicks_the_last_one_opens(open_page: Callable[..., Any]) -> None
     page = open_page(1440, 900)
     two_talks(page)
     fresh(page)
-    held: list[Any] = []
+    waiting: list[Any] = []
 
     def hold_first(route: Any) -> None:
-        if held:
+        if waiting:
             route.continue_()
         else:
-            held.append(route)
+            waiting.append(route)
 
     page.route("**/gradio_api/upload*", hold_first)
     chat = page.locator("#fluxchat-chat")
     talks(page).nth(1).locator("[data-open]").click()
-    page.wait_for_timeout(500)  # its video is on its way
-    assert held
+    arrived(page, waiting)
     talks(page).nth(0).locator("[data-open]").click()
     has(chat, "Two?")
-    held[0].continue_()
+    waiting[0].continue_()
     page.wait_for_timeout(1500)
     has(chat, "Two?")
     expect(chat).not_to_contain_text("One?")
@@ -403,12 +396,11 @@ def test_a_conversation_that_opens_late_does_not_come_over_a_new_one(
 ) -> None:
     page = open_page(1440, 900)
     two_talks(page)
-    held: list[Any] = []
-    page.route("**/gradio_api/upload*", lambda route: held.append(route))
+    waiting = held_up(page, "**/gradio_api/upload*")
     talks(page).nth(1).locator("[data-open]").click()
-    page.wait_for_timeout(500)
+    arrived(page, waiting)
     fresh(page)
-    held[0].continue_()
+    waiting[0].continue_()
     page.wait_for_timeout(1500)
     expect(page.locator("#fluxchat-chat .message")).to_have_count(0)
 
@@ -444,12 +436,12 @@ def test_a_name_that_is_being_typed_outlives_a_new_list(
     ask(page, "One?")
     answered(page)
     kept(page, 1)
-    with before_each_pass(served.chat.model.llm, lambda: time.sleep(0.1)):
+    with held(served.chat.model.llm):
         ask(page, "Two?")
         menu(page, "Rename")
         field = page.get_by_label("Name of the conversation")
         field.fill("Orch")
-        answered(page, 2)
+    answered(page, 2)
     kept(page, 1)
     page.wait_for_timeout(500)  # the list was drawn anew
     expect(field).to_be_focused()
@@ -498,8 +490,11 @@ def held_up(page: Any, pattern: str) -> list[Any]:
 
 
 def arrived(page: Any, waiting: list[Any], count: int = 1) -> None:
-    while len(waiting) < count:
-        page.wait_for_timeout(20)
+    def all_of_them() -> bool:
+        page.wait_for_timeout(20)  # lets them come
+        return len(waiting) >= count
+
+    until(all_of_them)
 
 
 def reopening(open_page: Callable[..., Any]) -> tuple[Any, str, list[Any]]:

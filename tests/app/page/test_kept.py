@@ -8,7 +8,7 @@ from html import unescape
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.page.handlers import Handlers
@@ -127,6 +127,7 @@ def test_what_comes_back_is_checked(handlers: Handlers, change: dict[str, Any]) 
     assert session.turns[0].question == "Before?"
 
 
+@settings(max_examples=40)
 @given(JSON)
 def test_anything_else_is_one_sentence(values: Any) -> None:
     with pytest.raises(ConfigError, match="cannot be opened"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +14,6 @@ from app.server.options import LaunchOptions
 from app.server.security.authentication import Credentials
 from llm_bridge.model import VideoLanguageModel
 from tests.app.page.in_browser import (
-    PATIENCE_MS,
     answered,
     ask,
     browsing,
@@ -41,15 +40,13 @@ def locked(tiny_model: VideoLanguageModel, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
+def page(new_context: Callable[..., Any]) -> Iterator[Any]:
     """A tab of a browser that nobody has used; what its pages complain of fails the test."""
-    context, troubles = browser.new_context(), []
-    page = context.new_page()
-    page.set_default_timeout(PATIENCE_MS)
+    troubles: list[str] = []
+    page = new_context().new_page()
     page.on("pageerror", lambda error: troubles.append(str(error)))
     page.on("console", lambda m: troubles.append(m.text) if "Security Policy" in m.text else None)
     yield page
-    context.close()
     assert troubles == []
 
 
@@ -60,7 +57,7 @@ def log_in(page: Any, user: str, password: str) -> None:
 
 
 def entered(page: Any) -> None:
-    expect(page.locator("#fluxchat-large")).to_be_attached(timeout=PATIENCE_MS)
+    expect(page.locator("#fluxchat-large")).to_be_attached()
     has(page.locator("#fluxchat-kept"), "Kept in this browser only")  # the list was drawn
 
 
@@ -98,7 +95,7 @@ def test_two_logins_on_one_browser_have_a_store_each(page: Any, locked: str) -> 
         expect(talks(page)).to_have_count(0)
         ask(page, f"A secret of {user}?")
         answered(page)
-        expect(talks(page)).to_have_count(1, timeout=PATIENCE_MS)
+        expect(talks(page)).to_have_count(1)
         page.wait_for_function("location.hash.startsWith('#c=')")
         link = page.url
         log_out(page)
@@ -107,7 +104,7 @@ def test_two_logins_on_one_browser_have_a_store_each(page: Any, locked: str) -> 
     entered(page)
     has(page.locator("#fluxchat-problem"), "not kept in this browser")
     side(page)
-    expect(talks(page)).to_have_count(1, timeout=PATIENCE_MS)
+    expect(talks(page)).to_have_count(1)
     has(talks(page), "A secret of ann?")
     expect(page.locator("#fluxchat-chat .message")).to_have_count(0)
 
@@ -117,11 +114,11 @@ def test_a_login_and_a_key_of_one_name_have_a_store_each(page: Any, locked: str)
     for count, password in ((0, LOGIN[1]), (0, KEY_OF_ANN), (1, LOGIN[1])):
         log_in(page, "ann", password)
         entered(page)
-        expect(talks(page)).to_have_count(count, timeout=PATIENCE_MS)
+        expect(talks(page)).to_have_count(count)
         if not count:
             ask(page)
             answered(page)
-            expect(talks(page)).to_have_count(1, timeout=PATIENCE_MS)
+            expect(talks(page)).to_have_count(1)
             page.wait_for_function("location.hash.startsWith('#c=')")
         log_out(page)
     # A login's store has the name that it had before keys had stores of their own.
@@ -131,6 +128,7 @@ def test_a_login_and_a_key_of_one_name_have_a_store_each(page: Any, locked: str)
     assert len(found) == 2
 
 
+@pytest.mark.slow
 def test_a_question_asked_before_the_list_is_drawn_is_answered_and_kept(page: Any, locked: str) -> None:
     page.goto(locked)
     held: list[Any] = []
@@ -150,7 +148,7 @@ def test_a_question_asked_before_the_list_is_drawn_is_answered_and_kept(page: An
         route.continue_()
     page.unroute_all()
     entered(page)
-    expect(talks(page)).to_have_count(1, timeout=PATIENCE_MS)
+    expect(talks(page)).to_have_count(1)
     page.wait_for_function("location.hash.startsWith('#c=')")
     ask(page, "And now?")
     answered(page, 2)  # the first answer is still there

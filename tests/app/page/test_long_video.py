@@ -6,7 +6,6 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from app.page.settings import CHOOSE, Settings
 from app.streaming import Step, StopSignal
 from tests.app.conftest import SHORT
 from tests.app.page.in_browser import (
-    PATIENCE_MS,
     Served,
     answered,
     ask,
@@ -36,7 +34,7 @@ from tests.app.page.in_browser import (
     upload,
 )
 from tests.bench.long_video import loop
-from tests.passes import before_each_pass
+from tests.passes import held, slow_passes
 from training.synthetic.export import write_video
 
 PLAIN = Settings(64, False, 2.0, "flux", CHOOSE, CHOOSE, max_new_tokens=6)
@@ -251,14 +249,6 @@ def test_times_with_hours_are_links() -> None:
 
 
 @pytest.fixture
-def slow_passes(served: Served) -> Iterator[ExitStack]:
-    """Until this is closed each pass of the language model takes longer, so that an answer can be stopped."""
-    with ExitStack() as slow:
-        slow.enter_context(before_each_pass(served.chat.model.llm, lambda: time.sleep(0.02)))
-        yield slow
-
-
-@pytest.fixture
 def two_chapters(monkeypatch: pytest.MonkeyPatch) -> None:
     """After two chapters nothing comes until the list is stopped."""
     all_of_them = LongVideo.chapters
@@ -275,15 +265,14 @@ def two_chapters(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @browsing
 @pytest.mark.usefixtures("two_chapters")
-def test_a_long_video_in_the_browser(
-    open_page: Callable[..., Any], film: Path, slow_passes: ExitStack
-) -> None:
+def test_a_long_video_in_the_browser(open_page: Callable[..., Any], film: Path, served: Served) -> None:
     page = open_page()
     upload(page, film)
     has(page.locator("#fluxchat-strip"), re.compile(r"in \d parts"))
     shoot(page, "long")
-    ask(page)
-    has(page.locator("#fluxchat-chat"), re.compile(r"part \d of \d|Thinking|…"))
+    with held(served.chat.model.llm):
+        ask(page)
+        has(page.locator("#fluxchat-chat"), re.compile(r"part \d of \d|Thinking|…"))
     answered(page)
     page.locator("#fluxchat-chat summary").click()
     frames = page.locator("#fluxchat-chat .fc-frame")
@@ -292,16 +281,16 @@ def test_a_long_video_in_the_browser(
     assert late > 3000
     frames.last.click()
     plays_at(page, late - 1, late + 1)
-    ask(page, "And then?")
-    has(page.locator("#fluxchat-chat"), "And then?")
-    page.locator("#fluxchat-stop").click()
-    answered(page, 2)
-    slow_passes.close()
+    with slow_passes(served.chat.model.llm):
+        ask(page, "And then?")
+        has(page.locator("#fluxchat-chat"), "And then?")
+        page.locator("#fluxchat-stop").click()
+        answered(page, 2)
     page.get_by_role("button", name="List chapters").click()
     rows = page.locator(".fc-chapters li")
-    expect(rows.nth(1)).to_be_visible(timeout=PATIENCE_MS)
+    expect(rows.nth(1)).to_be_visible()
     page.get_by_role("button", name="Stop", exact=True).locator("visible=true").first.click()
-    expect(page.locator("[data-chapters-stop]")).to_have_count(0, timeout=PATIENCE_MS)
+    expect(page.locator("[data-chapters-stop]")).to_have_count(0)
     begin = float(rows.nth(1).locator("button").get_attribute("data-seek"))
     rows.nth(1).locator("button").click()
     plays_at(page, begin - 1, begin + 1)

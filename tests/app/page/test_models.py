@@ -18,7 +18,6 @@ from llm_bridge.model import VideoLanguageModel
 from tests import tiny_video_models
 from tests.app.hub_cache import put
 from tests.app.page.in_browser import (
-    PATIENCE_MS,
     answered,
     ask,
     browsing,
@@ -29,6 +28,7 @@ from tests.app.page.in_browser import (
 )
 from tests.app.server.serving import running
 from tests.passes import never_ends
+from tests.patience import PATIENCE_S
 
 pytestmark = browsing
 
@@ -55,7 +55,7 @@ def served(
     held.set()
 
     def open_model(name: str, quantize: str | None) -> VideoChat:
-        assert held.wait(PATIENCE_MS / 1000)
+        assert held.wait(PATIENCE_S)
         if not name:
             return VideoChat(tiny_model, trusted=False)
         made = VideoChat(name, device="cpu", dtype="float32", trusted=False)
@@ -148,7 +148,7 @@ def test_a_download_is_asked_for_and_followed(
         assert wanted == name
         blobs.mkdir(parents=True)
         (blobs / "weights.incomplete").write_bytes(bytes(size // 3))
-        assert arrives.wait(PATIENCE_MS / 1000)
+        assert arrives.wait(PATIENCE_S)
         return Path(wanted)
 
     monkeypatch.setattr("app.page.model_events.missing_bytes", lambda _: size)
@@ -162,8 +162,8 @@ def test_a_download_is_asked_for_and_followed(
     expect(line).to_have_text("")
     choose(page, name)
     line.get_by_role("button", name="Download and load").click()
-    expect(line.locator("progress")).to_have_attribute("max", str(size), timeout=PATIENCE_MS)
-    expect(line.locator("progress")).to_have_attribute("value", str(size // 3), timeout=PATIENCE_MS)
+    expect(line.locator("progress")).to_have_attribute("max", str(size))
+    expect(line.locator("progress")).to_have_attribute("value", str(size // 3))
     arrives.set()  # nothing that could be loaded has come
     has(page.locator("#fluxchat-problem [role=alert]"), "stays loaded")
 
@@ -198,9 +198,9 @@ def test_two_models_side_by_side(
     names = []
     for side in ("first", "second"):
         panel = page.locator(f"#fluxchat-{side}")
-        expect(panel.locator(".fc-small")).to_have_count(1, timeout=PATIENCE_MS)
+        expect(panel.locator(".fc-small")).to_have_count(1)
         names.append(panel.locator("h3").inner_text().split(" · ")[0])
-        expect(panel.locator("mark").first).to_be_visible(timeout=PATIENCE_MS)
+        expect(panel.locator("mark").first).to_be_visible()
     shoot(page, "compare-models")
     assert names[0] == first.name != names[1]
     assert served.slot.chat is first

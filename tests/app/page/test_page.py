@@ -29,6 +29,7 @@ from llm_bridge.engines.local import LocalAnswer
 from llm_bridge.generation import Generation
 from llm_bridge.model import VideoLanguageModel
 from tests.app.conftest import SHORT, WORLD
+from tests.patience import until
 
 PLAIN = Settings(48, False, 2.0, "flux", CHOOSE, CHOOSE, max_new_tokens=12)
 
@@ -435,9 +436,7 @@ def test_idle_sessions_are_freed(chat: VideoChat) -> None:
     sessions = Sessions(forgotten.append, idle_s=0.2)
     idle, busy = sessions.get("idle"), sessions.get("busy")
     busy.busy = 1
-    deadline = time.monotonic() + 10
-    while len(sessions) > 1 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: len(sessions) == 1)
     assert forgotten == [idle.scope]
     assert not busy.closed
     sessions.close_all()

@@ -17,6 +17,7 @@ from app.model_slot import ModelSlot
 from app.server.launch import bind, make_server
 from app.server.options import LaunchOptions
 from app.server.routes import Api
+from tests.patience import PATIENCE_S
 
 
 @contextmanager
@@ -36,7 +37,7 @@ def running(
         yield f"http://127.0.0.1:{listener.getsockname()[1]}", server.api
     finally:
         server.should_exit = True
-        thread.join(20)
+        thread.join(PATIENCE_S)
         assert not thread.is_alive()
 
 
@@ -52,7 +53,7 @@ def ask(
 ) -> httpx.Response:
     """One question, one response."""
     body = question(text, *urls, **options)
-    return httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers, timeout=60)
+    return httpx.post(f"{address}/v1/chat/completions", json=body, headers=headers, timeout=PATIENCE_S)
 
 
 def answer(response: httpx.Response) -> str:
@@ -69,6 +70,8 @@ def data_url(path: Path, kind: str = "video/mp4") -> str:
 def upload(address: str, path: Path, **headers: str) -> str:
     """Upload a file; its id."""
     with path.open("rb") as file:
-        response = httpx.post(f"{address}/v1/files", files={"file": file}, headers=headers, timeout=60)
+        response = httpx.post(
+            f"{address}/v1/files", files={"file": file}, headers=headers, timeout=PATIENCE_S
+        )
     assert response.status_code == 200, response.text
     return str(response.json()["id"])

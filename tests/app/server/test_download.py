@@ -15,6 +15,7 @@ import pytest
 from app.server.errors import ApiError
 from app.server.media import download as fetching
 from app.server.media.download import download, fetch, is_public, parse_url, public_address
+from tests.patience import PATIENCE_S
 
 HOSTS = ["videos.example", "Bücher.example"]
 
@@ -366,7 +367,7 @@ def test_a_dripping_transfer_times_out(
     made = host(*answers, then=forever(block))
     with pytest.raises(ApiError, match=r"too slow|TimeoutError"):
         download(made.url, HOSTS, 10**6)
-    assert made.closed.wait(20)
+    assert made.closed.wait(PATIENCE_S)
 
 
 def test_a_silent_tls_handshake_times_out(host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -375,14 +376,14 @@ def test_a_silent_tls_handshake_times_out(host: Callable[..., Host], monkeypatch
     made = host(b"\x16\x03\x03\x40\x00", then=forever(b"\0"))
     with pytest.raises(ApiError, match=r"too slow|could not be read"):
         download(made.url.replace("http:", "https:"), HOSTS, 10**6)
-    assert made.closed.wait(20)
+    assert made.closed.wait(PATIENCE_S)
 
 
 def test_a_slow_dns_lookup_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     released = threading.Event()
 
     def never(*_: Any) -> str:
-        released.wait(60)
+        released.wait(PATIENCE_S)
         return "127.0.0.1"
 
     monkeypatch.setattr(fetching, "public_address", never)
@@ -408,7 +409,7 @@ def test_a_transfer_can_be_cancelled_in_every_phase(
 
         def never(*_: Any) -> str:
             waiting.set()
-            released.wait(60)
+            released.wait(PATIENCE_S)
             return "127.0.0.1"
 
         monkeypatch.setattr(fetching, "public_address", never)
@@ -422,9 +423,9 @@ def test_a_transfer_can_be_cancelled_in_every_phase(
 
     thread = threading.Thread(target=run)
     thread.start()
-    assert waiting.wait(20)
+    assert waiting.wait(PATIENCE_S)
     cancelled.set()
-    thread.join(20)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()
     released.set()
     assert "Nobody waits" in str(told[0])

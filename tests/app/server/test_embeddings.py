@@ -27,6 +27,7 @@ from llm_bridge.text_encoders.text_towers import MINILM
 from tests.app.conftest import SHORT, WORLD
 from tests.app.library.conftest import ColourEmbedder, film
 from tests.app.server.serving import data_url, running, upload
+from tests.patience import PATIENCE_S
 
 needs_lancedb = pytest.mark.skipif(find_spec("lancedb") is None, reason="LanceDB is not installed")
 MOST_APART = 1e-4  # of two ways to decode the same frames
@@ -49,7 +50,7 @@ def address(tiny_model: VideoLanguageModel, library: Library) -> Iterator[str]:
 
 
 def post(address: str, content: Any, **fields: Any) -> httpx.Response:
-    return httpx.post(f"{address}/v1/embeddings", json={"input": content, **fields}, timeout=60)
+    return httpx.post(f"{address}/v1/embeddings", json={"input": content, **fields})
 
 
 def vectors(response: httpx.Response) -> np.ndarray:
@@ -152,7 +153,7 @@ def test_too_many_at_once_are_refused(
 
     def slow(self: ColourEmbedder, texts: Any) -> Any:
         begun.set()
-        assert go_on.wait(60)
+        assert go_on.wait(PATIENCE_S)
         return embed(self, texts)
 
     monkeypatch.setattr(ColourEmbedder, "embed_texts", slow)
@@ -163,7 +164,7 @@ def test_too_many_at_once_are_refused(
         ThreadPoolExecutor(1) as thread,
     ):
         first = thread.submit(post, address, "red")
-        assert begun.wait(60)
+        assert begun.wait(PATIENCE_S)
         second = post(address, "red")
         go_on.set()
         assert (second.status_code, second.json()["error"]["code"]) == (429, "queue_full")

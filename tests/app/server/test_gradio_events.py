@@ -36,7 +36,7 @@ def test_what_is_lacking_is_told_and_nothing_is_logged(
     with (
         VideoChat(tiny_model, trusted=False) as chat,
         running(chat, LaunchOptions(examples=[])) as (address, _),
-        httpx.Client(base_url=f"{address}/gradio_api/", timeout=60) as client,
+        httpx.Client(base_url=f"{address}/gradio_api/") as client,
     ):
         for path, body, status, said in SENT:
             reply = client.post(path, json=body)

@@ -29,6 +29,7 @@ from encoder.video import confine
 from llm_bridge.model import VideoLanguageModel
 from tests.app.server.serving import answer, ask, running
 from tests.encoder.video import video_files as vf
+from tests.patience import PATIENCE_S
 
 READY = re.compile(r"FluxChat is ready at (http://127\.0\.0\.1:\d+)\n")
 
@@ -63,7 +64,7 @@ def web(*args: object, **env: str) -> Iterator[tuple[subprocess.Popen[str], str]
     lines: queue.Queue[str] = queue.Queue()
     threading.Thread(target=lambda: lines.put(process.stdout.readline()), daemon=True).start()  # type: ignore[union-attr]
     try:
-        line = lines.get(timeout=200)
+        line = lines.get(timeout=PATIENCE_S)
         found = READY.fullmatch(line)
         assert found is not None, (line, process.poll())
         yield process, found[1]
@@ -75,7 +76,7 @@ def web(*args: object, **env: str) -> Iterator[tuple[subprocess.Popen[str], str]
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """(exit status, what else it printed, errors)"""
-    out, errors = process.communicate(timeout=120)
+    out, errors = process.communicate(timeout=PATIENCE_S)
     return process.returncode, out, errors
 
 
@@ -85,11 +86,11 @@ def test_one_line_then_answers_and_sigterm_drains(folder: Path, tmp_path: Path) 
         web("--projector", folder, "--media-root", tmp_path, TMPDIR=str(tmp_path)) as (process, address),
         ThreadPoolExecutor(1) as pool,
         # An open page.
-        httpx.stream("GET", f"{address}/gradio_api/heartbeat/abc", timeout=60) as heartbeat,
+        httpx.stream("GET", f"{address}/gradio_api/heartbeat/abc") as heartbeat,
     ):
         assert heartbeat.status_code == 200
         assert httpx.get(f"{address}/healthz").json() == {"status": "ok"}
-        assert "fluxchat-question" in httpx.get(f"{address}/config", timeout=30).text
+        assert "fluxchat-question" in httpx.get(f"{address}/config").text
         expected = answer(ask(address, "What?", "v.mp4", max_tokens=200, temperature=0.5, seed=1))
         assert len(list(tmp_path.glob("fluxchat-files-*"))) == 1
         before = httpx.get(f"{address}/metrics").text

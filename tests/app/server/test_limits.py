@@ -38,6 +38,7 @@ from llm_bridge.model import VideoLanguageModel
 from tests.app.conftest import SHORT
 from tests.app.server.serving import ask, running
 from tests.encoder.video import video_files as vf
+from tests.patience import PATIENCE_S
 
 Serving = tuple[str, Api]
 PARTS = 250_000  # more than a body may have
@@ -51,7 +52,7 @@ def anyio_backend() -> str:
 
 def connect(address: str) -> socket.socket:
     """A connection to a server."""
-    return socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=30)
+    return socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), timeout=PATIENCE_S)
 
 
 def rest(connection: socket.socket) -> bytes:
@@ -143,7 +144,7 @@ def test_a_client_that_reads_nothing_is_disconnected() -> None:
         threading.Event().wait(0.01)
     connection = connect(f"http://127.0.0.1:{listener.getsockname()[1]}")
     connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    assert done.wait(30)  # what is sent to who is gone goes nowhere
+    assert done.wait(PATIENCE_S)  # what is sent to who is gone goes nowhere
     assert len(connections) == 0
     server.should_exit = True
     thread.join()
@@ -157,7 +158,7 @@ def test_health_is_answered_beyond_the_connection_limit(impatient: Serving) -> N
             connection.sendall(b"GET / HTTP/1.1\r\nX: ")
         except OSError:
             continue
-    assert httpx.get(f"{impatient[0]}/healthz", timeout=30).status_code == 200
+    assert httpx.get(f"{impatient[0]}/healthz").status_code == 200
     for connection in held:
         connection.close()
 
@@ -172,8 +173,8 @@ def test_busy_connections_are_not_closed_for_new_ones(tiny_model: VideoLanguageM
             assert b" 100 " in connection.recv(1000)  # its request is being read
             busy.append(connection)
         # Beyond the limit with nobody idle: /healthz and a word to everybody else.
-        assert httpx.get(f"{address}/healthz", timeout=30).status_code == 200
-        found = httpx.get(f"{address}/v1/models", timeout=30)
+        assert httpx.get(f"{address}/healthz").status_code == 200
+        found = httpx.get(f"{address}/v1/models")
         assert (found.status_code, found.json()["error"]["code"]) == (503, "too_many_connections")
         for connection in busy:
             connection.close()
@@ -281,7 +282,7 @@ async def test_bodies_are_bounded_together_until_they_are_answered() -> None:
 )
 def test_json_bombs_are_400(impatient: Serving, body: bytes) -> None:
     headers = {"Content-Type": "application/json"}
-    sent = httpx.post(f"{impatient[0]}/v1/chat/completions", content=body, headers=headers, timeout=30)
+    sent = httpx.post(f"{impatient[0]}/v1/chat/completions", content=body, headers=headers)
     assert sent.status_code == 400
     assert sent.json()["error"]["type"] == "invalid_request_error"
 
@@ -546,10 +547,10 @@ def test_a_second_signal_ends_it_whatever_its_threads_do(
             process.send_signal(signal.SIGINT)
             while httpx.get(f"{address}/healthz").status_code != 503:
                 continue
-            late = httpx.post(f"{address}/v1/chat/completions", json={}, timeout=30)
+            late = httpx.post(f"{address}/v1/chat/completions", json={})
             assert (late.status_code, late.json()["error"]["code"]) == (503, "shutting_down")
             process.send_signal(signal.SIGINT)
-            assert process.wait(60) == 130
+            assert process.wait(PATIENCE_S) == 130
             reply = asked.result()
         assert (reply.status_code, reply.json()["error"]["code"]) == (503, "shutting_down")
         assert list((tmp_path / "temp").glob("fluxchat-*")) == []
@@ -565,12 +566,12 @@ def test_queued_requests_get_503_at_shutdown(tiny_model: VideoLanguageModel) -> 
 
         def wait(*_: Any) -> None:
             inside.set()
-            go.wait(30)
+            go.wait(PATIENCE_S)
 
         handle = chat.model.llm.model.register_forward_pre_hook(wait)
         with ThreadPoolExecutor(2) as pool:
             first = pool.submit(ask, address, "What?", max_tokens=3)
-            assert inside.wait(30)
+            assert inside.wait(PATIENCE_S)
             second = pool.submit(ask, address, "What?", max_tokens=3)
             while server.scheduler.waiting < 1:
                 threading.Event().wait(0.01)

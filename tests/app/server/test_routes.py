@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +34,7 @@ from tests.app.conftest import SHORT
 from tests.app.server.serving import answer, ask, data_url, question, running, upload
 from tests.encoder.video import video_files as vf
 from tests.passes import before_each_pass
+from tests.patience import PATIENCE_S, until
 
 Serving = tuple[str, Api]
 
@@ -74,13 +75,6 @@ def slowly(chat: VideoChat, seconds: float = 0.02) -> Iterator[list[float]]:
 
     with before_each_pass(chat.model.llm, wait):
         yield times
-
-
-def until(check: Callable[[], bool], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
 
 
 # -- the openai client --------------------------------------------------------------------------------------
@@ -178,6 +172,7 @@ def test_answers_are_those_of_video_chat(shared: Serving, tiny_model: Any, clips
 
 
 @pytest.mark.parametrize("way", ["name", "absolute", "file url", "data url", "id", "file part"])
+@pytest.mark.quick(2)
 def test_ways_to_name_a_video(shared: Serving, clips: list[Path], way: str) -> None:
     address, path = shared[0], clips[3]
     url = {
@@ -189,7 +184,7 @@ def test_ways_to_name_a_video(shared: Serving, clips: list[Path], way: str) -> N
     body = question("What is it?", url, max_tokens=8)
     if way == "file part":
         body["messages"][0]["content"][0] = {"type": "file", "file": {"file_id": url}}
-    response = httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60)
+    response = httpx.post(f"{address}/v1/chat/completions", json=body)
     assert answer(response) == answer(ask(address, "What is it?", "3.mp4", max_tokens=8))
 
 
@@ -263,7 +258,7 @@ def test_stop_texts(shared: Serving) -> None:
 )
 def test_wrong_requests(shared: Serving, change: dict[str, Any], status: int, param: str | None) -> None:
     body = {**question("What?", "0.mp4"), **change}
-    response = httpx.post(f"{shared[0]}/v1/chat/completions", json=body, timeout=60)
+    response = httpx.post(f"{shared[0]}/v1/chat/completions", json=body)
     assert response.status_code == status, response.text
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -299,7 +294,7 @@ def test_health_and_metrics(tiny_model: VideoLanguageModel, clips: list[Path]) -
     with VideoChat(tiny_model, trusted=False) as chat, running(chat) as (address, _):
         assert httpx.get(f"{address}/healthz").json() == {"status": "ok"}
         url = upload(address, clips[0])
-        with httpx.Client(timeout=60) as client:  # one connection is one client
+        with httpx.Client() as client:  # one connection is one client
             body = question("What?", url, token_budget=16, max_tokens=5)
             for _ in range(2):
                 answer(client.post(f"{address}/v1/chat/completions", json=body))
@@ -398,7 +393,9 @@ def test_a_client_that_disconnects_leaves_the_queue(tiny_model: VideoLanguageMod
         until(lambda: server.scheduler.running == 1)
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(
-                f"{address}/v1/chat/completions", json=question("What?"), timeout=httpx.Timeout(60, read=0.3)
+                f"{address}/v1/chat/completions",
+                json=question("What?"),
+                timeout=httpx.Timeout(PATIENCE_S, read=0.3),
             )
         until(lambda: server.scheduler.waiting == 0)
         assert first.result().status_code == 200

@@ -33,6 +33,7 @@ from llm_bridge.model import VideoLanguageModel
 from tests import ROOT
 from tests.app.server.serving import answer, ask, data_url, question, running, upload
 from tests.encoder.video import video_files as vf
+from tests.patience import PATIENCE_S, until
 
 Serving = tuple[str, Api]
 LOGIN = ("ann", "secret:with colon")
@@ -125,7 +126,7 @@ def test_without_a_root_no_path_works(tmp_path: Path) -> None:
 )
 def test_a_file_name_is_only_a_name(shared: Serving, media: Path, name: str) -> None:
     content = (media / "ok.mp4").read_bytes()
-    response = httpx.post(f"{shared[0]}/v1/files", files={"file": (name, content)}, timeout=60)
+    response = httpx.post(f"{shared[0]}/v1/files", files={"file": (name, content)})
     assert response.status_code == 200, response.text
     kept = shared[1].store.find(response.json()["id"])
     assert Path(kept.path).parent == Path(shared[1].store.folder)
@@ -178,11 +179,11 @@ def test_only_urls_of_uploads_resolve_to_files(shared: Serving, media: Path) -> 
 
     def events(url: str) -> str:
         data = [{"path": url, "meta": {"_type": "gradio.FileData"}}, "64"]
-        sent = httpx.post(f"{shared[0]}/gradio_api/call/estimate", json={"data": data}, timeout=60)
+        sent = httpx.post(f"{shared[0]}/gradio_api/call/estimate", json={"data": data})
         if sent.status_code != 200:
             return sent.text
         event = sent.json()["event_id"]
-        return httpx.get(f"{shared[0]}/gradio_api/call/estimate/{event}", timeout=60).text
+        return httpx.get(f"{shared[0]}/gradio_api/call/estimate/{event}").text
 
     assert "event: complete" in events(f"{shared[0]}/gradio_api/file={upload}")
     for url in (
@@ -232,9 +233,7 @@ def test_a_body_without_length_is_bounded_too(shared: Serving) -> None:
 
     headers = {"Content-Type": "application/json"}
     try:
-        response = httpx.post(
-            f"{shared[0]}/v1/chat/completions", content=endless(), headers=headers, timeout=30
-        )
+        response = httpx.post(f"{shared[0]}/v1/chat/completions", content=endless(), headers=headers)
         assert response.status_code == 413
     except httpx.HTTPError:
         pass  # the connection was closed while it was still sending
@@ -245,7 +244,7 @@ def test_a_body_without_length_is_bounded_too(shared: Serving) -> None:
 def test_wrong_content_lengths(shared: Serving, length: str) -> None:
     host, port = shared[0].removeprefix("http://").split(":")
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-    with socket.create_connection((host, int(port)), timeout=20) as connection:
+    with socket.create_connection((host, int(port)), timeout=PATIENCE_S) as connection:
         connection.sendall(f"{head}Content-Length: {length}\r\n\r\n{{}}".encode())
         reply = connection.recv(65536)
     assert reply.split(b" ")[1] in (b"400", b"413")
@@ -272,7 +271,7 @@ def test_data_urls_that_are_no_video(shared: Serving, url: str) -> None:
 def test_a_wrong_duration_in_a_file_is_corrected(shared: Serving, tmp_path: Path) -> None:
     path = vf.lying_matroska(vf.write(tmp_path / "s.mkv", vf.steady(30)), tmp_path / "lie.mkv", 36_000)
     with path.open("rb") as file:
-        response = httpx.post(f"{shared[0]}/v1/files", files={"file": file}, timeout=60)
+        response = httpx.post(f"{shared[0]}/v1/files", files={"file": file})
     assert response.json()["media"]["duration_s"] == pytest.approx(1.2, abs=0.05)
 
 
@@ -286,7 +285,7 @@ def test_files_beyond_the_decoding_limits(shared: Serving, tmp_path: Path, exces
         vf.need_encoder("ffv1")
         path = vf.write(tmp_path / "ffv1.mkv", vf.steady(5), encoder="ffv1")
     with path.open("rb") as file:
-        response = httpx.post(f"{shared[0]}/v1/files", files={"file": file}, timeout=60)
+        response = httpx.post(f"{shared[0]}/v1/files", files={"file": file})
     assert response.status_code == 400, response.text
     assert response.json()["error"]["code"] == "invalid_media"
 
@@ -311,21 +310,24 @@ def rubbish(seed: int) -> bytes:
     return heads[seed % len(heads)] + noise
 
 
-def test_rubbish_uploads_leave_nothing(shared: Serving, media: Path) -> None:
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("seeds", [range(3), range(3, 12)], ids=str)
+def test_rubbish_uploads_leave_nothing(seeds: range, shared: Serving, media: Path) -> None:
     def leftovers() -> set[str]:
         return {path.name for path in Path(tempfile.gettempdir()).glob("fluxchat-*")}
 
     close_idle_workers()
     children = set(psutil.Process().children(recursive=True))  # of other tests
     before, size = leftovers(), shared[1].store.size
-    for seed in range(12):
-        response = httpx.post(f"{shared[0]}/v1/files", files={"file": ("x.mp4", rubbish(seed))}, timeout=60)
+    for seed in seeds:
+        response = httpx.post(f"{shared[0]}/v1/files", files={"file": ("x.mp4", rubbish(seed))})
         assert response.status_code == 400, (seed, response.text)
         assert b"root:" not in response.content
     assert shared[1].store.size == size
     assert leftovers() <= before
     close_idle_workers()  # of trusted reading
-    assert set(psutil.Process().children(recursive=True)) <= children  # who decoded a stranger's file is gone
+    # Who decoded a stranger's file is gone.
+    until(lambda: set(psutil.Process().children(recursive=True)) <= children)
     assert answer(ask(shared[0], "What?", "ok.mp4", max_tokens=3)) is not None
 
 
@@ -442,11 +444,9 @@ def test_the_pages_api_reads_uploads_only(shared: Serving, media: Path, host: in
     ):
         file = {"path": target, where: target, "meta": {"_type": "gradio.FileData"}}
         body = {"data": [file, "What?", "16"]}
-        joined = httpx.post(f"{shared[0]}/gradio_api/call/ask", json=body, timeout=60)
+        joined = httpx.post(f"{shared[0]}/gradio_api/call/ask", json=body)
         if joined.status_code == 200:
-            events = httpx.get(
-                f"{shared[0]}/gradio_api/call/ask/{joined.json()['event_id']}", timeout=60
-            ).text
+            events = httpx.get(f"{shared[0]}/gradio_api/call/ask/{joined.json()['event_id']}").text
             assert "event: error" in events, (target, events)
             assert "root:" not in events
     assert _Host.seen == []
@@ -535,7 +535,7 @@ def test_with_the_key_or_the_login(locked: str) -> None:
     assert httpx.get(f"{locked}/v1/models", headers=key).status_code == 200
     assert httpx.get(f"{locked}/metrics", auth=LOGIN).status_code == 200
     body = question("What?", max_tokens=2)
-    assert httpx.post(f"{locked}/v1/chat/completions", json=body, headers=key, timeout=60).status_code == 200
+    assert httpx.post(f"{locked}/v1/chat/completions", json=body, headers=key).status_code == 200
     assert httpx.get(f"{locked}/healthz").status_code == 200
 
 

@@ -32,7 +32,7 @@ def test_media_in_any_order(kind: str, tmp_path: Path) -> None:
     with (
         VideoChat(folder, device="cpu", trusted=False) as chat,
         running(chat) as (address, _),
-        httpx.Client(base_url=address, timeout=60) as client,
+        httpx.Client(base_url=address) as client,
     ):
         for content in ([video, text], [image, text], [video, image, text], [text, image, video]):
             request = {

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +22,7 @@ from encoder.errors import VideoError
 from encoder.video.reader import Limits, close_idle_workers, probe, read_clip
 from tests import ROOT
 from tests.encoder.video import video_files as vf
+from tests.patience import ended, until
 
 
 def children() -> list[psutil.Process]:
@@ -111,6 +111,7 @@ WORDS = {
 
 @pytest.mark.parametrize("trusted", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize("kind", sorted(WORDS))
+@pytest.mark.quick(5)
 def test_bad_files_end_in_one_sentence(bad, kind, trusted, others):
     with pytest.raises(VideoError, match=WORDS[kind]) as caught:  # not that the time limit was reached
         read_clip(bad[kind], 8, trusted=trusted)
@@ -275,10 +276,7 @@ def test_the_child_ends_with_its_parent_and_never_imports_torch(tmp_path):
     )
     pid, torch_loaded = done.stdout.split()
     assert torch_loaded == "False", done.stderr
-    deadline = time.monotonic() + 60
-    while psutil.pid_exists(int(pid)) and psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: ended(int(pid)))
 
 
 def test_no_temporary_files_stay(tmp_path, monkeypatch):

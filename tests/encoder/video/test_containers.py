@@ -39,6 +39,7 @@ def assert_read_exactly(path: Path, times_s: list[float], last_s: float = 0.04) 
         ("fragments.mp4", "libx264", {}),
     ],
 )
+@pytest.mark.quick(1)
 def test_a_segment_of_a_longer_recording_starts_at_zero(tmp_path, name, encoder, options, start_s):
     container = {"live.mkv": {"live": "1"}, "fragments.mp4": {"movflags": "frag_keyframe+empty_moov"}}
     times = vf.steady(14)
@@ -156,6 +157,7 @@ def test_a_recording_that_begins_between_two_key_frames(tmp_path):
         ("y4m", "rawvideo", "yuv420p"),
     ],
 )
+@pytest.mark.quick(2)
 def test_one_frame_is_an_image_and_two_are_a_video(tmp_path, suffix, encoder, pix_fmt):
     for count, kind, numbers in ((1, "image", [0]), (2, "video", [0, 1, 1])):
         path = vf.write(

@@ -30,6 +30,7 @@ KINDS = [
 
 @pytest.mark.parametrize("trusted", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.parametrize(("suffix", "encoder", "options"), KINDS)
+@pytest.mark.quick(2)
 def test_a_part_begins_at_a_key_frame_and_shows_what_it_says(tmp_path, suffix, encoder, options, trusted):
     pix_fmt = "yuvj420p" if encoder == "mjpeg" else "yuv420p"
     video = write(

@@ -44,6 +44,7 @@ TRUSTED_ONLY = ("TIFF", "ICO", "JPEG2000")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "AVIF", "GIF", *TRUSTED_ONLY])
+@pytest.mark.quick(3)
 def test_a_still_image_of_any_format_is_one_frame(kind):
     picture = vf.numbered(1234)
     data = saved(Image.fromarray(picture), kind, **({"sizes": [(192, 128)]} if kind == "ICO" else {}))
@@ -427,6 +428,7 @@ def heic(picture: np.ndarray, folder: Path, *, columns: int, rows: int, tile: in
 @pytest.mark.parametrize(
     ("moves", "turns", "mirror"), [(b"", 0, False), (b"\1", 1, False), (b"\3\1", 3, True)]
 )
+@pytest.mark.quick(1)
 def test_a_tiled_heic_photo_is_assembled_upright(tmp_path, moves, turns, mirror):
     vf.need_encoder("libx265")
     picture = vf.numbered(2730, 120, 72)

@@ -163,6 +163,7 @@ def test_only_the_part_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("turn", [0, 90, 180, 270])
 @pytest.mark.parametrize("trusted", [True, False])
+@pytest.mark.quick(1)
 def test_a_region_of_a_turned_video_is_that_of_the_upright_picture(tmp_path, turn, trusted):
     plain = write(tmp_path / "plain.mp4", steady(12), options={"crf": "5"})
     video = rotated_by_matrix(plain, tmp_path / "a.mp4", turn)

@@ -26,6 +26,7 @@ def expected(times_s: list[float], duration_s: float, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize(("suffix", "encoder", "pix_fmt", "codec"), vf.FORMATS)
+@pytest.mark.quick(3)
 def test_every_format_gives_the_frame_shown_at_each_time(tmp_path, suffix, encoder, pix_fmt, codec):
     times = vf.steady(30) if suffix == "avi" else vf.uneven(30)
     path = vf.write(tmp_path / f"v.{suffix}", times, encoder=encoder, pix_fmt=pix_fmt)
@@ -195,6 +196,7 @@ def test_max_side_shrinks_and_never_enlarges(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["world.mp4", "a.mp4", "b.mp4"])
+@pytest.mark.quick(1)
 def test_real_videos_are_equal_through_both_decoders(name):
     pytest.importorskip("decord")
     clips = [read_clip(REAL / name, 6, decoder=d, max_side=480) for d in ("pyav", "auto")]

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import textwrap
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from encoder.video.sandbox import WorkerPool
 from tests import ROOT
 from tests.encoder.video import video_files as vf
 from tests.encoder.video.hijack import hijacked
+from tests.patience import PATIENCE_S, ended, until
 
 pytestmark = pytest.mark.skipif(
     not confine.report().contained, reason="this machine cannot confine a decoder"
@@ -217,7 +217,7 @@ def test_forbidden_system_calls_end_the_process():
                 stderr=subprocess.DEVNULL,
             )
         for name, process in running.items():
-            assert (process.wait(60) == -signal.SIGSYS) == ending, (name, process.returncode)
+            assert (process.wait(PATIENCE_S) == -signal.SIGSYS) == ending, (name, process.returncode)
 
 
 def test_a_decoder_ended_for_a_forbidden_call_is_reported(clip, tmp_path):
@@ -281,10 +281,7 @@ dw.answer = evil
     with hijacked(code, tmp_path, confined=False), pytest.raises(VideoError, match="child") as caught:
         probe(clip, trusted=False)
     pid = int(str(caught.value).split()[-1].rstrip("."))
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(lambda: ended(pid))
 
 
 @pytest.mark.parametrize(

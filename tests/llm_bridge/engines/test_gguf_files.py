@@ -184,6 +184,7 @@ def video_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 
 @pytest.mark.parametrize(("tower", "language", "engine", "said"), CELLS)
+@pytest.mark.quick(4)
 def test_each_cell_of_the_table_is_so(
     tower: str,
     language: str,

@@ -22,6 +22,7 @@ from tests import tiny_families
 from tests.app.conftest import SHORT
 from tests.llm_bridge.engines.vllm_protocol import Behaviour, serving
 from tests.llm_bridge.test_adapters import save_adapter
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,10 @@ def folder(llm_folder: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture
-def server(tiny_llm: Callable[[str], LanguageModel]) -> Iterator[tuple[str, Behaviour]]:
+def server(
+    tiny_llm: Callable[[str], LanguageModel], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[str, Behaviour]]:
+    monkeypatch.setattr("llm_bridge.engines.vllm.USAGE_S", PATIENCE_S)
     with serving(tiny_llm("qwen2")) as started:
         yield started
 

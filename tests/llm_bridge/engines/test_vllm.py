@@ -20,6 +20,7 @@ from llm_bridge.prompt import Message, Visual, render
 from llm_bridge.sampling import SamplingParams
 from llm_bridge.thinking import AnswerLength
 from tests.llm_bridge.engines.vllm_protocol import Behaviour, serving
+from tests.patience import PATIENCE_S
 
 
 @pytest.fixture
@@ -28,7 +29,8 @@ def llm(tiny_llm: Callable[[str], LanguageModel]) -> LanguageModel:
 
 
 @pytest.fixture
-def server(llm: LanguageModel) -> Iterator[tuple[str, Behaviour]]:
+def server(llm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Behaviour]]:
+    monkeypatch.setattr("llm_bridge.engines.vllm.USAGE_S", PATIENCE_S)
     with serving(llm) as started:
         yield started
 
@@ -203,7 +205,7 @@ def test_a_stop_ends_the_request(
         assert list(made) == []
     assert tokens.finish == "cancelled"
     assert begun == local(llm, asked(llm, max_new_tokens=2))[0]
-    assert server[1].aborted.wait(20)
+    assert server[1].aborted.wait(PATIENCE_S)
 
 
 def test_closing_ends_answers_in_a_sentence(

@@ -24,6 +24,7 @@ from llm_bridge.model_files.chat_templates import check_template
 from llm_bridge.model_files.checks import check_folder, machine_bytes
 from llm_bridge.model_files.gguf_header import check_gguf
 from tests import ROOT
+from tests.patience import PATIENCE_S
 
 ROOMS = ("app", "encoder", "llm_bridge", "training")
 
@@ -108,7 +109,7 @@ def test_code_in_a_model_folder_is_not_run_whoever_answers(folder: Path, tmp_pat
         capture_output=True,
         text=True,
         env=environment,
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     assert not mark.exists()
     assert "y/N" not in done.stdout + done.stderr

@@ -180,6 +180,7 @@ def qwen_rows(pixels: Tensor, patch: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(("kind", "stage"), STAGES)
 @pytest.mark.parametrize("image", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.quick(1)
 def test_all_cells_equal_the_whole_model(
     kind: str, image: bool, stage: Stage, folders: dict[str, Path], load: Any
 ) -> None:
@@ -227,6 +228,7 @@ def test_a_prefill_in_pieces_and_a_second_turn_equal_a_fresh_one(kind: str, load
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick(1)
 def test_rows_of_a_batch_equal_each_alone(kind: str, load: Any) -> None:
     import threading
 
@@ -546,6 +548,7 @@ def whole_inputs(
 
 @pytest.mark.parametrize("turns", ORDERS, ids="/".join)
 @pytest.mark.parametrize("kind", ONE_QUICK)
+@pytest.mark.quick(2)
 def test_media_in_any_order_equal_the_whole_model(
     kind: str, turns: tuple[str, ...], folders: dict[str, Path], load: Any
 ) -> None:
@@ -587,6 +590,7 @@ def save_adapter(folder: Path, out: Path, **settings: Any) -> Path:
 
 @pytest.mark.parametrize("kind", ONE_QUICK)
 @pytest.mark.parametrize("form", LORA)
+@pytest.mark.quick(1)
 def test_an_adapter_answers_as_the_whole_model_with_it_merged(
     kind: str, form: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -679,6 +683,7 @@ def looked_at(model: StockModel, clip: Clip, plan: Plan) -> tuple[Tensor, Prompt
 
 @pytest.mark.parametrize("size", [(96, 96), (96, 130), (200, 77), (60, 400)])
 @pytest.mark.parametrize("stage", ["after", pytest.param("before", marks=pytest.mark.slow)])
+@pytest.mark.quick(1)
 def test_a_full_budget_sees_the_tiles_of_the_processor(
     size: tuple[int, int], stage: Stage, tiling: Path, load: Any
 ) -> None:

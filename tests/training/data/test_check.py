@@ -14,6 +14,7 @@ import yaml
 from encoder.errors import ConfigError
 from tests import ROOT
 from tests.encoder.video import video_files as vf
+from tests.patience import PATIENCE_S
 from tests.training.data.test_shards import write_tar
 from training.data import synthetic_source as world_data
 from training.data.__main__ import main
@@ -170,7 +171,10 @@ def test_corpora(capsys) -> None:
 def test_the_real_command(folder: Path) -> None:
     path = recipe(folder, data={"csv": str(folder / "bad.csv"), "data_root": str(folder)})
     done = subprocess.run(
-        [sys.executable, "-m", "training.data", "check", path], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "training.data", "check", path],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 2
     assert "2 of 5" in done.stdout

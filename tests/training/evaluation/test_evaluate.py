@@ -17,6 +17,7 @@ from encoder.fluxvit import FluxViT
 from llm_bridge.clip_head import read_clip_head
 from tests.encoder.video import video_files as vf
 from tests.llm_bridge.text_encoders.tiny_towers import sentence_folder
+from tests.patience import PATIENCE_S
 from tests.training.synthetic.tiny_world import TINY, command, make_encoder
 from training.evaluate import main
 from training.evaluation.journal import Journal, Sharing, run_blocks
@@ -165,7 +166,7 @@ def test_two_processes_give_the_same(run, tower, videos, tmp_path) -> None:
         )
         for rank in range(2)
     ]
-    told = [process.communicate(timeout=120) for process in ranks]
+    told = [process.communicate(timeout=PATIENCE_S) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], told
     assert "T2V" in told[0][0]
     assert told[1][0] == ""  # only the first one speaks
@@ -253,7 +254,7 @@ def test_world_encoder_command(run, tower, cached_world, tmp_path) -> None:
         *("--out", tmp_path / "w.json"),
         cache=cached_world,
     )
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, err
     assert "noun" in out
     result = json.loads((tmp_path / "w.json").read_text())

@@ -68,6 +68,7 @@ def test_the_world_and_when_tokens_are_dropped(folders: dict[str, Path], tmp_pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick(1)
 def test_what_is_judged_is_what_videochat_answers(kind: str, folders: dict[str, Path]) -> None:
     world = WorldSource(split="test", count=1).open()
     media = WorldMedia(world, world.sample(0), 0)

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from encoder.errors import CheckpointError, ConfigError, DataError, FluxChatError
+from tests.patience import PATIENCE_S
 from tests.training.trainer.toy_stage import ToyStage, configs
 from training.trainer import loop
 from training.trainer.checkpoints import checkpoints, trainable_state
@@ -90,13 +91,14 @@ def test_signal_saves_and_resume_continues_exactly(tmp_path: Path) -> None:
     assert losses(tmp_path / "cut") == whole
 
 
+@pytest.mark.slow
 def test_kill_in_the_middle_of_a_checkpoint(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
     process = command(tmp_path / "cut", SLOW_SAVE="1")
     assert process.stdout is not None
     assert process.stdout.readline().strip() == "SAVING"
     process.kill()
-    process.wait(30)
+    process.wait(PATIENCE_S)
     names = {p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()}
     assert "step_00000012" not in names
     assert run(tmp_path / "cut", resume=True) == whole[8:]
@@ -239,7 +241,7 @@ def processes(out: Path, *arguments: str, port: int = 29517, **environment: str)
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1", **environment},
-        timeout=120,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -296,7 +298,7 @@ def test_a_sharded_run_continues_on_another_number_of_processes(
         if count == "two":
             processes(out, *arguments, port=port, SHARDED="1")
         else:
-            assert command(out, *arguments).wait(60) == 0
+            assert command(out, *arguments).wait(PATIENCE_S) == 0
 
     train_on(first, tmp_path / "run", "checkpoint_every=8")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000020")
