@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -70,6 +71,23 @@ class TestReal:
         with ThreadPoolExecutor(16) as pool:
             answers = list(pool.map(lambda request: list(engine.start(request)), requests))
         assert answers == [local(llm, request)[0] for request in requests]
+
+    def test_answers_follow_a_schema_as_those_of_the_local_engine(
+        self, llm: LanguageModel, engine: VllmEngine
+    ) -> None:
+        properties = {
+            "kind": {"enum": ["dog", "cat"]},
+            "count": {"type": "integer", "maximum": 9, "minimum": 0},
+        }
+        schema = {"type": "object", "properties": properties, "required": ["kind", "count"]}
+        schema["additionalProperties"] = False
+        requests = [asked(llm, clip, schema=schema, max_new_tokens=60) for clip in range(4)]
+        answers = [list(engine.start(request)) for request in requests]
+        assert answers == [local(llm, request)[0] for request in requests]
+        for answer in answers:
+            found = json.loads(llm.tokenizer.decode(answer))
+            assert found["kind"] in ("dog", "cat")
+            assert found["count"] in range(10)
 
     def test_another_question_does_not_prefill_the_video_again(
         self, llm: LanguageModel, engine: VllmEngine
