@@ -169,6 +169,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
+        self.wfile.write(os.environ["OMP_WAIT_POLICY"].encode())
 
     def log_message(self, *_):
         pass
@@ -224,6 +225,17 @@ def test_a_server_ends_when_it_is_closed(fake: Path) -> None:
         assert all(running(pid) for pid in pids)
         assert httpx.get(f"{server.address}/health").status_code == 200
     assert wait_for_end(pids)
+
+
+def test_its_threads_sleep_while_they_wait_unless_told_otherwise(
+    fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    with VllmServer("any", python=sys.executable) as server:
+        assert httpx.get(server.address).text == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    with VllmServer("any", python=sys.executable) as server:
+        assert httpx.get(server.address).text == "active"
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
