@@ -22,6 +22,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +34,8 @@ from llm_bridge.kv_cache import DecodingBatch, kv_from_layers, layers_of, rewind
 from llm_bridge.llm import LanguageModel
 from llm_bridge.model_files.checks import free_memory
 from llm_bridge.own_kv import OwnKV
-from llm_bridge.sampling import FinishReason, Leading, Sampler, SamplingParams, leading
+from llm_bridge.sampled_tokens import SampledTokens
+from llm_bridge.sampling import Sampler, SamplingParams, leading
 
 if TYPE_CHECKING:
     from llm_bridge.static_kv_cache import StaticDecoder
@@ -43,12 +45,11 @@ NO_ROOM = "There was not enough memory for this question: lower the token budget
 KV_SHARE = 0.5  # of the memory that is free when the model is ready, which answers in progress may take
 
 
-class SequenceState:
+class SequenceState(SampledTokens):
     """One answer being decoded: iterate for token ids; call `leave` at the end, whatever happened.
 
-    tokens: made so far; may be ahead of the reader. finish: how it ended, error: what ended it instead, both
-    None while it runs. alone: decoded by itself, since a pass that it shared failed. shift: how far its
-    positions run ahead of the indices in its KV cache, None when they are the indices.
+    alone: decoded by itself, since a pass that it shared failed. shift: how far its positions run ahead of
+    the indices in its KV cache, None when they are the indices.
     """
 
     def __init__(
@@ -60,68 +61,22 @@ class SequenceState:
         sampler: Sampler,
         shift: int | None = None,
     ) -> None:
+        super().__init__(sampler, worker.eos | frozenset(sampling.stop_token_ids), stop)
         self.shift = shift
         self.kv: Any | None = kv  # None while it is in the batched KV cache, and at the end
-        self.sampler = sampler
-        self.tokens: list[int] = []
-        self.finish: FinishReason | None = None
-        self.error: BaseException | None = None
         self.alone = False
-        self._worker, self._stop = worker, stop
+        self._worker = worker
         self.own: OwnKV | None = None  # once it is decoded by itself
         self.came = threading.Event()  # what its reader waits for
         self._prompt = int(kv.get_seq_length())
-        self._stop_ids = frozenset(sampling.stop_token_ids)
 
     @property
     def positions(self) -> int:
         """How many its KV holds, or will with the next step."""
         return self._prompt + len(self.tokens)
 
-    @property
-    def ended(self) -> bool:
-        """Whether no more tokens come."""
-        return self.finish is not None or self.error is not None
-
-    def append(self, logits: Tensor, first: Leading | None = None) -> None:
-        """Sample the next token from its logits (V,); whatever that raises becomes this sequence's error.
-
-        first: what `leading` gave for them, if it was called for several sequences at once.
-        """
-        try:
-            token = self.sampler(logits, first)
-            if token in self._worker.eos or token in self._stop_ids:
-                self.finish = "stop"
-                return
-            self.tokens.append(token)
-            self.finish = self.sampler.finish
-        except BaseException as error:  # noqa: BLE001 - its reader raises it
-            self.error = error
-
-    def check_stop(self) -> None:
-        """End it as cancelled when its stop event is set."""
-        try:
-            if self._stop.is_set():
-                self.finish = "cancelled"
-        except BaseException as error:  # noqa: BLE001 - its reader raises it
-            self.error = error
-
     def __iter__(self) -> Iterator[int]:
-        count = 0
-        while True:
-            if not self.ended or count < len(self.tokens):
-                self.check_stop()  # tokens made ahead of the reader are not read any more
-            if self.finish == "cancelled":
-                return
-            if count < len(self.tokens):
-                count += 1
-                yield self.tokens[count - 1]
-            elif self.error is not None:
-                raise self.error
-            elif self.finish is not None:
-                return
-            else:
-                self._worker.wait_for_token(self, count)
+        return self.read(partial(self._worker.wait_for_token, self))
 
     def leave(self) -> None:
         """Stop taking part; waits for nothing, since a garbage collector may call it in any thread."""

@@ -71,6 +71,11 @@ class AnswerSchema:
         values: dict[str, Any] = json.loads(self.text)
         return values
 
+    @property
+    def with_rules(self) -> dict[str, Any]:
+        """As `value`, with what another program's llguidance needs to hold an answer to it as here."""
+        return {**self.value, "x-guidance": _RULES}
+
 
 def _refused(why: object) -> ConfigError:
     text = " ".join(str(why).partition("<state>")[0].split())  # then its inner state is listed

@@ -22,6 +22,7 @@ FIGURES: dict[str, tuple[str, ...]] = {
     "agreement": ("positions", "same", "mismatches", "largest_gap", "beyond_a_near_tie"),
     "decode": ("ratio_to_fastest", "long_over_short", "1s/ours/median_ms", "10s/pyav_auto/spread"),
     "encoder": ("gemm_fraction", "bf16_over_fp32", "float32/batch1/256/ms_per_clip"),
+    "engine_load": ("results/2/local/requests_per_s", "results/2/local/first_token_p50_s"),
     "engines": ("questions", "answers", "results/local/same_as_float32", "results/local/differences"),
     "estimate": ("median_error", "worst_error", "cases/0/predicted_s", "cases/0/measured_s"),
     "fuzz": ("files", "outcomes", "violations", "slowest_s", "growth_mib"),

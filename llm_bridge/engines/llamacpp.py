@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from llm_bridge.engines.llama_context import NO_CELLS, LlamaContext
 from llm_bridge.engines.local import biased, piece_ends
 from llm_bridge.kv_cache import CacheStats
 from llm_bridge.prompt import PLACEHOLDER
+from llm_bridge.sampled_tokens import SampledTokens
 from llm_bridge.sampling import FinishReason, Sampler
 
 
@@ -102,21 +104,23 @@ class LlamaCppEngine:
     def kept(self) -> CacheStats:
         """Prompts that are kept for follow-up questions."""
         idle = [
-            len(slot.keys) for slot in self._slots if slot.keys and (slot.answer is None or slot.answer.ended)
+            len(slot.keys)
+            for slot in self._slots
+            if slot.keys and (slot.answer is None or slot.answer.made.ended)
         ]
         return CacheStats(self._hits, self._misses, len(idle), sum(idle) * self.llm.kv_bytes_per_token)
 
     @property
     def decoding(self) -> tuple[int, int, int]:
         """Forward passes that made tokens, the tokens made, and the answers being made now."""
-        return self._steps, self._made, sum(not answer.ended for answer in tuple(self._running))
+        return self._steps, self._made, sum(not answer.made.ended for answer in tuple(self._running))
 
     # -- in the computing thread ----------------------------------------------------------------------------
 
     def _close(self) -> None:
         self._closed = True
         for answer in self._running:
-            answer.error = answer.error or ModelError(CLOSED)
+            answer.made.error = answer.made.error or ModelError(CLOSED)
         self._running.clear()
         self.context.close()
 
@@ -200,8 +204,8 @@ class LlamaCppEngine:
 
     def join(self, answer: LlamaAnswer, logits: Tensor) -> None:
         """Have an answer decoded from the logits (V,) of its first token on."""
-        answer.append(logits)
-        if not answer.ended:
+        answer.made.append(logits)
+        if not answer.made.ended:
             self._running.append(answer)
 
     def leave(self, answer: LlamaAnswer) -> None:
@@ -212,49 +216,52 @@ class LlamaCppEngine:
         if slot is None or self._closed:
             return
         slot.answer = None
-        if answer.error is not None or not slot.ends or not self.context.rewind(slot.number, slot.ends[-1]):
+        if (
+            answer.made.error is not None
+            or not slot.ends
+            or not self.context.rewind(slot.number, slot.ends[-1])
+        ):
             self._empty(slot)
 
     def advance(self, answer: LlamaAnswer, count: int) -> None:
         """One step for all, unless this answer has token `count` already."""
-        if len(answer.tokens) > count or answer.ended:
+        if len(answer.made.tokens) > count or answer.made.ended:
             return
         for other in self._running:
-            if other.request.stop.is_set():
-                other.finish = "cancelled"
-        self._running = [other for other in self._running if not other.ended]
-        if answer.ended:
+            other.made.check_stop()
+        self._running = [other for other in self._running if not other.made.ended]
+        if answer.made.ended:
             return
         batch = self._running[: self.max_batch]
         if answer not in batch:  # its turn comes before those that wait for nobody
             batch[-1:] = [answer]
         self._step(batch)
-        self._running = [other for other in self._running if not other.ended]
+        self._running = [other for other in self._running if not other.made.ended]
 
     def _step(self, batch: list[LlamaAnswer]) -> None:
         """The next token of each; the newest gives way where memory is short, and who fails fails alone."""
         while batch:
             try:
                 logits = self.context.step(
-                    [answer.tokens[-1] for answer in batch],
+                    [answer.made.tokens[-1] for answer in batch],
                     [answer.positions for answer in batch],
                     [answer.slot.number for answer in batch if answer.slot is not None],
                 )
             except OutOfMemory as error:
                 if not self._make_room():
                     newest = self._running[-1]
-                    newest.error = error
+                    newest.made.error = error
                     self.leave(newest)
                     batch = [answer for answer in batch if answer is not newest]
                 continue
             except ModelError as error:
                 for answer in batch:
-                    answer.error = error
+                    answer.made.error = error
                 return
             self._steps += 1
             self._made += len(batch)
             for answer, row in zip(batch, logits, strict=True):
-                answer.append(row)
+                answer.made.append(row)
             return
 
 
@@ -267,24 +274,17 @@ class LlamaAnswer:
         self.finish: FinishReason = "cancelled"
         self.keys: Sequence[int] = request.prompt.cache_keys
         self.ends = piece_ends(request.prompt)
-        self.tokens: list[int] = []
-        self.error: BaseException | None = None
         self.slot: Slot | None = None
-        self.done = False
         ends = engine.llm.eos_ids | frozenset(request.sampling.stop_token_ids)
         text = [token for token in request.prompt.ids if token != PLACEHOLDER]
         guide = engine.llm.guide(request.sampling)
-        self._eos, self._sampler = ends, Sampler(request.sampling, text, ends, request.length, guide)
-
-    @property
-    def ended(self) -> bool:
-        """Whether no more tokens come."""
-        return self.done or self.error is not None or self.request.stop.is_set()
+        sampler = Sampler(request.sampling, text, ends, request.length, guide)
+        self.made = SampledTokens(sampler, ends, request.stop)
 
     @property
     def positions(self) -> int:
         """How many its sequence holds before its last token."""
-        return len(self.request.prompt) + len(self.tokens) - 1
+        return len(self.request.prompt) + len(self.made.tokens) - 1
 
     def rows(self, start: int, end: int) -> Tensor:
         """The embeddings (N, D) that stand from one position to another of one stretch."""
@@ -295,23 +295,10 @@ class LlamaAnswer:
         first = sum(token == PLACEHOLDER for token in prompt.ids[place:start])
         return self.request.visuals[index][first : first + end - start]
 
-    def append(self, logits: Tensor) -> None:
-        """Sample the next token from its logits (V,); whatever that raises becomes this answer's error."""
-        try:
-            token = self._sampler(logits)
-            if token in self._eos:
-                self.finish, self.done = "stop", True
-                return
-            self.tokens.append(token)
-            if (finish := self._sampler.finish) is not None:
-                self.finish, self.done = finish, True
-        except BaseException as error:  # noqa: BLE001 - its reader raises it
-            self.error = error
-
     def __iter__(self) -> Iterator[int]:
         engine, worker = self.engine, self.engine.worker
         worker.check_process()
-        start, count = time.perf_counter(), 0
+        start = time.perf_counter()
         try:
             self.slot = worker.run(engine.begin, self)
             logits = self._prefill()
@@ -321,23 +308,12 @@ class LlamaAnswer:
             if self.request.first_bias:
                 logits = biased(logits, self.request.first_bias)
             worker.run(engine.join, self, logits)
-            while True:
-                if self.request.stop.is_set() and (not self.done or count < len(self.tokens)):
-                    self.finish = "cancelled"  # tokens made ahead of the reader are not read any more
-                    return
-                if count < len(self.tokens):
-                    count += 1
-                    yield self.tokens[count - 1]
-                elif self.error is not None:
-                    raise self.error
-                elif self.ended:
-                    return
-                else:
-                    worker.run(engine.advance, self, count)
+            yield from self.made.read(partial(worker.run, engine.advance, self))
         except Exception as error:
-            self.error = error
+            self.made.error = error
             raise
         finally:
+            self.finish = self.made.finish or "cancelled"
             self._leave()
 
     def _prefill(self) -> Tensor | None:

@@ -358,7 +358,7 @@ class VllmAnswer:
             "return_token_ids": True,
         }
         if sampling.schema is not None:
-            body["structured_outputs"] = {"json": AnswerSchema.of(sampling.schema).value}
+            body["structured_outputs"] = {"json": AnswerSchema.of(sampling.schema).with_rules}
         if (salt := self._engine.salt(self._request.scope)) is not None:
             body["cache_salt"] = salt
         return body

@@ -25,6 +25,10 @@ from llm_bridge.engines import ended_with
 PATIENCE_S = 1800.0  # a large model is downloaded first
 ENDED_S = 20.0  # what a server may take to end
 TOLD_S = 2.0
+# On CPUs its threads would wait for one another in loops, which takes cores from all, themselves too.
+THREADS = {"OMP_WAIT_POLICY": "passive"}
+# What holds answers to schemas here too; vLLM's own choice lets them run on in blanks.
+SCHEMAS = ("--structured-outputs-config", '{"backend": "guidance"}')
 
 
 class VllmServer:
@@ -50,7 +54,7 @@ class VllmServer:
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the server runs
         command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
         command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", dtype, "--enable-prompt-embeds"]
-        command += ["--enable-prefix-caching", "--enable-prompt-tokens-details", *options]
+        command += ["--enable-prefix-caching", "--enable-prompt-tokens-details", *SCHEMAS, *options]
         self.process = subprocess.Popen(
             # Through a process that looks whether this one still runs: what is killed ends nothing itself.
             [python, "-I", ended_with.__file__, str(os.getpid()), *command],
@@ -58,6 +62,7 @@ class VllmServer:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # with the processes that it starts, it is ended as one
+            env={**THREADS, **os.environ},
         )
         self._at_close: list[Callable[[], object]] = []
         atexit.register(self.close)

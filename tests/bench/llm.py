@@ -132,7 +132,7 @@ class Gguf:
         prompts = [Prompt((*[5] * (positions - 1), row + 3), (), ()) for row in range(rows)]
         made = [engine.start(Request(p, [], SamplingParams(max_new_tokens=900))) for p in prompts]
         for answer in made:
-            answer._eos = frozenset()  # none ends early
+            answer.made.ends = frozenset()  # none ends early
         answers = [iter(answer) for answer in made]
         for tokens in answers:
             next(tokens)

@@ -1,12 +1,13 @@
 """The server under load: requests/s and time to the first token, decoding together against one at a time.
 
     python -m tests.bench.serve [--n 3] [--encoder micro] [--tokens 64] [--answer 32] [--clients 1 4 8]
-                                [--ways alone together vllm] [--smallest]
+                                [--ways alone together encoded vllm] [--smallest]
 
 SmolLM2-135M and FluxViT with random weights (the time does not depend on them). Every client asks about a
 video of its own: first a question that finds nothing cached ("cold": decode, encode, prefill, answer), then
 another one ("follow_up"). All clients ask at once. Answers have a fixed length, so that both ways do the same
 work. alone: one answer at a time, the others wait. together: up to eight, or all, are decoded in one pass.
+encoded: as together, and as many videos are encoded in one call, as on a GPU (`--encode-batch`).
 vllm: by a vLLM server that is started for it, in the Python that FLUXCHAT_VLLM_PYTHON names.
 The ways take turns; speedup and same_answers (the share of answers that are the same, letter by letter, over
 all rounds) compare each with the first. CPU seconds beside wall seconds tell load from work; they are this
@@ -45,7 +46,7 @@ from tests.bench.common import arguments, environment, print_json
 from tests.encoder.video import video_files as vf
 
 LONGEST_S = 300.0  # that a video may take to be read
-WAYS = ("alone", "together", "vllm")
+WAYS = ("alone", "together", "encoded", "vllm")
 QUESTIONS = {"cold": "What is shown in the video?", "follow_up": "And where does it go in the end?"}
 
 
@@ -98,7 +99,14 @@ def measure(
     rows = {way: 1 if way == "alone" else together for way in models}
     patient = replace(WEB_LIMITS, seconds=LONGEST_S)  # a vLLM on the same cores leaves decoders few of them
     chats = {
-        way: VideoChat(model, trusted=False, batch=rows[way], limits=patient) for way, model in models.items()
+        way: VideoChat(
+            model,
+            trusted=False,
+            batch=rows[way],
+            encode_batch=together if way == "encoded" else None,
+            limits=patient,
+        )
+        for way, model in models.items()
     }
     with ExitStack() as servers:
         addresses = {}

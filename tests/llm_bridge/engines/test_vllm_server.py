@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -70,6 +71,23 @@ class TestReal:
         with ThreadPoolExecutor(16) as pool:
             answers = list(pool.map(lambda request: list(engine.start(request)), requests))
         assert answers == [local(llm, request)[0] for request in requests]
+
+    def test_answers_follow_a_schema_as_those_of_the_local_engine(
+        self, llm: LanguageModel, engine: VllmEngine
+    ) -> None:
+        properties = {
+            "kind": {"enum": ["dog", "cat"]},
+            "count": {"type": "integer", "maximum": 9, "minimum": 0},
+        }
+        schema = {"type": "object", "properties": properties, "required": ["kind", "count"]}
+        schema["additionalProperties"] = False
+        requests = [asked(llm, clip, schema=schema, max_new_tokens=60) for clip in range(4)]
+        answers = [list(engine.start(request)) for request in requests]
+        assert answers == [local(llm, request)[0] for request in requests]
+        for answer in answers:
+            found = json.loads(llm.tokenizer.decode(answer))
+            assert found["kind"] in ("dog", "cat")
+            assert found["count"] in range(10)
 
     def test_another_question_does_not_prefill_the_video_again(
         self, llm: LanguageModel, engine: VllmEngine
@@ -151,6 +169,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
+        self.wfile.write(os.environ["OMP_WAIT_POLICY"].encode())
 
     def log_message(self, *_):
         pass
@@ -206,6 +225,17 @@ def test_a_server_ends_when_it_is_closed(fake: Path) -> None:
         assert all(running(pid) for pid in pids)
         assert httpx.get(f"{server.address}/health").status_code == 200
     assert wait_for_end(pids)
+
+
+def test_its_threads_sleep_while_they_wait_unless_told_otherwise(
+    fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    with VllmServer("any", python=sys.executable) as server:
+        assert httpx.get(server.address).text == "passive"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    with VllmServer("any", python=sys.executable) as server:
+        assert httpx.get(server.address).text == "active"
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
