@@ -46,7 +46,8 @@ def round_of(engine: Engine, requests: list[Request]) -> tuple[float, list[float
 
     def read(request: Request) -> tuple[float, list[int]]:
         begins.wait()
-        begun, first, made = time.perf_counter(), 0.0, []
+        begun, first = time.perf_counter(), 0.0
+        made: list[int] = []
         for token in engine.start(request):
             first = first or time.perf_counter() - begun
             made.append(token)
@@ -88,14 +89,16 @@ def main(argv: list[str] | None = None) -> None:
                     rounds[count, name].append(done)
     for engine in engines.values():
         engine.close()
-    results: dict[str, Any] = defaultdict(dict)
-    for (count, name), done in rounds.items():
-        rate = count / statistics.median(wall for wall, _, _ in done)
+    results: dict[str, dict[str, Any]] = defaultdict(dict)
+    for (count, name), samples in rounds.items():
+        rate = count / statistics.median(wall for wall, _, _ in samples)
         local = rounds[count, "local"]
-        pairs = [pair for a, b in zip(local, done, strict=True) for pair in zip(a[2], b[2], strict=True)]
+        pairs = [pair for a, b in zip(local, samples, strict=True) for pair in zip(a[2], b[2], strict=True)]
         results[str(count)][name] = {
             "requests_per_s": round(rate, 3),
-            "first_token_p50_s": round(statistics.median(first for _, all_, _ in done for first in all_), 3),
+            "first_token_p50_s": round(
+                statistics.median(first for _, all_, _ in samples for first in all_), 3
+            ),
             "speedup": round(rate / results[str(count)]["local"]["requests_per_s"], 2)
             if name != "local"
             else 1,

@@ -79,8 +79,12 @@ class TestReal:
             "kind": {"enum": ["dog", "cat"]},
             "count": {"type": "integer", "maximum": 9, "minimum": 0},
         }
-        schema = {"type": "object", "properties": properties, "required": ["kind", "count"]}
-        schema["additionalProperties"] = False
+        schema = {
+            "type": "object",
+            "properties": properties,
+            "required": ["kind", "count"],
+            "additionalProperties": False,
+        }
         requests = [asked(llm, clip, schema=schema, max_new_tokens=60) for clip in range(4)]
         answers = [list(engine.start(request)) for request in requests]
         assert answers == [local(llm, request)[0] for request in requests]
