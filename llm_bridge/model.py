@@ -242,13 +242,13 @@ class VideoLanguageModel(nn.Module):
         device, longest = self.llm.device, max(len(prompt) for prompt in prompts)
         ids = torch.full((len(prompts), longest), PLACEHOLDER, device=device)
         labels = torch.full_like(ids, IGNORE)
-        mask = torch.zeros_like(ids)
+        real = torch.zeros_like(ids, dtype=torch.bool)
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt.ids, device=device)
             labels[row, : len(prompt)] = torch.tensor(prompt.labels, device=device)
-            mask[row, : len(prompt)] = 1
-        embedded = self._embed(ids, (ids == PLACEHOLDER) & mask.bool(), visuals)
-        attention: dict[str, Tensor] = {"attention_mask": mask}
+            real[row, : len(prompt)] = True
+        embedded = self._embed(ids, (ids == PLACEHOLDER) & real, visuals)
+        attention: dict[str, Tensor] = {}  # padding stands last, where nothing attends to it
         if any(prompt.branches for prompt in prompts):
             visible, positions = branched_attention(prompts, longest, embedded.dtype)
             attention = {"attention_mask": visible.to(device), "position_ids": positions.to(device)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from traceback import extract_stack
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -49,12 +50,16 @@ def host_copies() -> Iterator[list[str]]:
 
 
 class HostReads(TorchDispatchMode):
-    """Counts the numbers that Python reads from tensors, each of which waits for the device."""
+    """Counts the numbers that Python reads from tensors, each of which waits for the device.
+
+    But for the one that transformers reads where it makes a mask, whatever it is given.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.count += func is torch.ops.aten._local_scalar_dense.default
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.count += all(frame.name != "_preprocess_mask_arguments" for frame in extract_stack())
         return func(*args, **(kwargs or {}))
