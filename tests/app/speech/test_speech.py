@@ -140,7 +140,7 @@ def test_what_is_said_stands_beside_the_frames(
         plain = chat.ask(video, "What?", **few)
         heard = chat.ask(video, "What?", speech=True, language="en", **few)
         assert "is said" not in prompts[0]
-        said = "What is said in the video:\n[0:00.5-0:02] a dog <barks> & runs\n[0:03-0:04.25] it rains\n"
+        said = "What is said in the video:\n[0:00.5-0:02] a dog <barks> & runs\n[0:03-0:04.2] it rains\n"
         assert said in prompts[1]
         assert prompts[1].index("it rains") < prompts[1].index("What?")
         assert heard.usage.visual_tokens == plain.usage.visual_tokens
