@@ -212,6 +212,7 @@ def test_chat_reads_questions_and_commands(
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_estimate_and_info(shipped_example: Path, call: Call) -> None:
     price = json.loads(call("estimate", shipped_example, "--budget", "64", "--json").stdout)
     assert price["kept_tokens"] == 64

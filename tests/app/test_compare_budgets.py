@@ -12,6 +12,7 @@ from tests import tiny_video_models
 from tests.app.conftest import SHORT
 
 
+@pytest.mark.slow
 def test_one_table_of_all_shares_and_selectors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_video_models.make(tmp_path / "smol", "smolvlm")
     out = tmp_path / "answers.jsonl"

@@ -22,6 +22,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: tiny_video_models.make(root / kind, kind) for kind in KINDS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ONE_QUICK)
 @pytest.mark.usefixtures("measured_speeds")  # of a tower other than FluxViT
 def test_the_commands(

@@ -101,6 +101,7 @@ def test_siblings_sit_side_by_side(tmp_path: Path) -> None:
     assert {stage.batch(i).num_tokens for i in range(8)} == {8, 16}
 
 
+@pytest.mark.slow
 def test_training_runs_learns_and_resumes_exactly(tmp_path: Path) -> None:
     first = recipe(tmp_path / "whole")
     whole = train(ClipStage(first), first.optim, first.loop).losses

@@ -125,6 +125,7 @@ def test_the_fit_is_that_of_a_logistic_regression() -> None:
     assert abs(float(missed.mean())) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_network_sees_what_no_line_divides() -> None:
     """Points in a ring around others; the seed decides all of it."""
     generator = torch.Generator().manual_seed(1)

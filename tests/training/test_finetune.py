@@ -203,6 +203,7 @@ def losses(out: Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
+@pytest.mark.slow
 def test_the_command_trains_as_it_did_continues_and_tests(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

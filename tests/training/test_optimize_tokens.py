@@ -139,6 +139,7 @@ def command(run: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_command(run, cached_world, tmp_path, capsys) -> None:
     model = tmp_path / "model"
     model.mkdir()

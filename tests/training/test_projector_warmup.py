@@ -31,6 +31,7 @@ def test_word_loss_by_hand() -> None:
     assert far.item() == pytest.approx(0.5)  # the second token is at a right angle to both words
 
 
+@pytest.mark.slow
 def test_the_command_learns_and_stage_one_starts_from_it(
     stage1_recipe: Path, llava_json: Path, tmp_path: Path
 ) -> None:

@@ -122,6 +122,7 @@ def test_pictures_are_stored_beside_their_result(results: Path, tmp_path: Path) 
     assert f"![heatmap_64]({STORE}/tokens/heatmap_64.png)" in page(tmp_path / STORE)
 
 
+@pytest.mark.slow
 def test_norms_are_drawn_from_the_stored_result(tmp_path: Path) -> None:
     folder = tmp_path / STORE
     (folder / "norms").mkdir(parents=True)

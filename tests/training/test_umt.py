@@ -252,6 +252,7 @@ def test_impossible_recipes_are_one_line(
 # -- the command --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_trains_as_it_did(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "r.yaml").write_text(
         yaml.safe_dump(values(data, tmp_path / "run")).replace("checkpoint_every: 1", "checkpoint_every: 2")

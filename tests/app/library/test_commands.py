@@ -67,6 +67,7 @@ def test_what_is_stale_is_said_and_mended(command: Any, videos: Path, tmp_path: 
     assert command("index", "--check")[0] == 0
 
 
+@pytest.mark.slow
 def test_a_line_break_in_a_name_breaks_no_line(command: Any, videos: Path, tmp_path: Path) -> None:
     (videos / "red.mp4").rename(videos / "red\nfilm.mp4")
     (videos / "bro\nken.mp4").touch()

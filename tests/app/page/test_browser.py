@@ -161,6 +161,7 @@ def test_stop_keeps_the_text_so_far(open_page: Callable[..., Any]) -> None:
     has(bot, re.compile(r"\w+ \w+"))
 
 
+@pytest.mark.slow
 def test_regenerate_edit_and_clear(open_page: Callable[..., Any]) -> None:
     page = open_page()
     ask(page, "One?")
@@ -216,6 +217,7 @@ def test_two_budgets_side_by_side(open_page: Callable[..., Any], served: Served)
     shoot(page, "compare")
 
 
+@pytest.mark.slow
 def test_several_videos_and_images(open_page: Callable[..., Any], tmp_path: Path) -> None:
     picture = tmp_path / "red.png"
     Image.new("RGB", (80, 60), "red").save(picture)
@@ -434,6 +436,7 @@ def test_files_are_pasted_and_dropped(open_page: Callable[..., Any]) -> None:
     expect(shelf).to_have_count(2)
 
 
+@pytest.mark.slow
 def test_two_tabs_see_nothing_of_each_other(
     open_page: Callable[..., Any], served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -519,6 +522,7 @@ EARLY = """
 """
 
 
+@pytest.mark.slow
 def test_a_click_before_the_script_of_the_page_has_run_counts(
     new_context: Callable[..., Any], served: Served
 ) -> None:

@@ -55,6 +55,7 @@ def served(tiny_model: VideoLanguageModel, tmp_path_factory: pytest.TempPathFact
             yield Served(None, url, chat)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("answer_with_times")
 @browsing
 def test_each_time_in_an_answer_is_saved_with_one_click(

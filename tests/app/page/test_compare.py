@@ -19,6 +19,7 @@ from tests.app.page.in_browser import (
 pytestmark = browsing
 
 
+@pytest.mark.slow
 def test_two_selectors_side_by_side_with_what_differs_marked(
     open_page: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,

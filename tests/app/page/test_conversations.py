@@ -139,6 +139,7 @@ def test_yesterdays_conversation_is_there_after_a_restart(
         page.wait_for_function("document.querySelector('#fluxchat-video video').duration > 4")
 
 
+@pytest.mark.slow
 def test_open_search_rename_delete_and_undo(open_page: Callable[..., Any]) -> None:
     page = open_page(1440, 900)
     upload(page)

@@ -66,6 +66,7 @@ def log_out(page: Any) -> None:
     expect(page.get_by_label("User")).to_be_visible()
 
 
+@pytest.mark.slow
 def test_the_link_of_a_conversation_survives_the_login(page: Any, locked: str) -> None:
     page.goto(locked)
     log_in(page, *LOGIN)
@@ -109,6 +110,7 @@ def test_two_logins_on_one_browser_have_a_store_each(page: Any, locked: str) -> 
     expect(page.locator("#fluxchat-chat .message")).to_have_count(0)
 
 
+@pytest.mark.slow
 def test_a_login_and_a_key_of_one_name_have_a_store_each(page: Any, locked: str) -> None:
     page.goto(locked)
     for count, password in ((0, LOGIN[1]), (0, KEY_OF_ANN), (1, LOGIN[1])):

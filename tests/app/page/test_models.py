@@ -23,6 +23,7 @@ from tests.app.page.in_browser import (
     browsing,
     expect,
     has,
+    settled,
     shoot,
     upload,
 )
@@ -73,6 +74,7 @@ def choose(page: Any, name: str) -> None:
     expect(page.locator("#fluxchat-models")).to_be_hidden()
 
 
+@pytest.mark.slow
 def test_a_model_on_disk_is_loaded_and_the_conversation_goes_on(
     open_page: Callable[..., Any],
     served: Page,
@@ -161,6 +163,8 @@ def test_a_download_is_asked_for_and_followed(
     line.get_by_role("button", name="Cancel").click()
     expect(line).to_have_text("")
     choose(page, name)
+    has(line, "come from huggingface.co")
+    settled(page)
     line.get_by_role("button", name="Download and load").click()
     expect(line.locator("progress")).to_have_attribute("max", str(size))
     expect(line.locator("progress")).to_have_attribute("value", str(size // 3))

@@ -97,6 +97,7 @@ def first_time(page: Any) -> float:
     return float(page.locator("#fluxchat-strip [data-seek]").first.get_attribute("data-seek"))
 
 
+@pytest.mark.slow
 @browsing
 def test_a_range_is_chosen_with_keys_and_cleared(page: Any) -> None:
     chip, cost = page.locator("#fluxchat-parts .fc-chip"), page.locator("#fluxchat-cost")
@@ -206,6 +207,7 @@ def test_choosing_a_part_is_accessible(open_page: Callable[..., Any], scheme: st
     shoot(page, f"part-{scheme}")
 
 
+@pytest.mark.slow
 def test_an_earlier_choice_that_comes_late_changes_nothing(handlers: Handlers) -> None:
     session = handlers.sessions.get("one")
     handlers.add(session, [str(WORLD)])

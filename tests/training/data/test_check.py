@@ -168,6 +168,7 @@ def test_corpora(capsys) -> None:
     assert 'clips:    {"train": 9030, "test": 2797}' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_real_command(folder: Path) -> None:
     path = recipe(folder, data={"csv": str(folder / "bad.csv"), "data_root": str(folder)})
     done = subprocess.run(

@@ -157,7 +157,7 @@ def test_two_processes_share_one_contrastive_batch(tmp_path: Path) -> None:
         found, theirs = torch.load(tmp_path / f"rank{rank}.pt")
         assert found == pytest.approx(loss, rel=1e-6)
         for ours, other in zip(gradients, theirs, strict=True):
-            torch.testing.assert_close(other, ours, rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(other, ours, rtol=1e-4, atol=1e-6)
 
 
 def test_recall_by_hand() -> None:

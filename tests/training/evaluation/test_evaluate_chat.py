@@ -45,6 +45,7 @@ def cache(cached_world: Path) -> None:
     """Every test uses the small world."""
 
 
+@pytest.mark.slow
 def test_world_command(saved: Path, tmp_path: Path, capsys) -> None:
     arguments = [
         *("world", "--model", str(saved), "--device", "cpu", "--clips", "2", "--budget", "8"),

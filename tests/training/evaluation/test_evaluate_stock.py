@@ -34,6 +34,7 @@ def cache(cached_world: Path) -> None:
     """Every test uses the small world."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ONE_QUICK)
 def test_mvbench_by_letters_and_in_open_answers(
     kind: str, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
