@@ -24,9 +24,9 @@ $(VENV)/.complete: pyproject.toml constraints-cpu.txt
 demo: setup
 	@$(PY) -m app web
 
-# Two workers more than cores, since half of the time is waiting; a file's tests stay together, since they share what is
+# One worker more than cores, since some of the time is waiting; a file's tests stay together, since they share what is
 # costly to make.
-WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2) + 2 )))
+WORKERS := $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2) + 1 )))
 PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: setup

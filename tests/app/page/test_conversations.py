@@ -310,6 +310,7 @@ def test_a_video_that_is_gone_shows_its_frames_and_is_asked_for(
     answered(page, 3)
 
 
+@pytest.mark.slow
 def test_another_browser_has_none_of_them(open_page: Callable[..., Any]) -> None:
     page = open_page()
     ask(page, "A secret?")
@@ -323,6 +324,7 @@ def test_another_browser_has_none_of_them(open_page: Callable[..., Any]) -> None
     assert "#" not in other.url
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scheme", "width"),
     [
@@ -519,7 +521,8 @@ def go_on(page: Any, waiting: list[Any]) -> None:
     page.unroute_all()
 
 
-@pytest.mark.parametrize("way", [pytest.param("enter", marks=pytest.mark.slow), "click"])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["enter", "click"])
 def test_a_question_before_a_reload_has_brought_its_conversation_waits_for_it(
     open_page: Callable[..., Any], way: str
 ) -> None:
