@@ -328,10 +328,10 @@ def test_another_browser_has_none_of_them(open_page: Callable[..., Any]) -> None
 @pytest.mark.parametrize(
     ("scheme", "width"),
     [
-        pytest.param("light", 1440, marks=pytest.mark.slow),
+        ("light", 1440),
         ("dark", 390),
-        pytest.param("light", 390, marks=pytest.mark.slow),
-        pytest.param("dark", 1440, marks=pytest.mark.slow),
+        ("light", 390),
+        ("dark", 1440),
     ],
 )
 def test_the_list_is_accessible(open_page: Callable[..., Any], scheme: str, width: int) -> None:
