@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from app.library.answers import AnswerFile, AnswerRow
-from app.library.video_files import FileIdentity
+from app.library.video_files import FileIdentity, unreadable
 from app.messages import Media
 from app.note import without_guess
-from encoder.errors import ConfigError, FluxChatError, OutOfMemory, VideoError
+from encoder.errors import ConfigError, FluxChatError, OutOfMemory
 from encoder.video.part import WHOLE, Part
-from encoder.video.sources import reason
 
 if TYPE_CHECKING:
     from app.chat import VideoChat
@@ -85,14 +84,11 @@ class LocalAsker:
                 return None
             answer = without_guess(made.text) if self._options.get("schema") is None else made.json()
             familiar = made.familiar
-            if not identity.unchanged(path):
-                raise VideoError(f"Cannot read {path!r}: it was changed meanwhile; ask again.")
+            identity.check_unchanged(path, "ask")
         except OutOfMemory:
             raise
-        except FluxChatError as raised:
-            error = " ".join(str(raised).split())
-        except OSError as raised:
-            error = f"Cannot read {path!r}: {reason(raised)}; check the path."
+        except (FluxChatError, OSError) as raised:
+            error = unreadable(path, raised)
         if error is not None:
             answer = familiar = None
         file = identity.size, identity.mtime_ns, identity.ends

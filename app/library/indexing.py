@@ -21,9 +21,8 @@ from torch import Tensor
 from app.library.clip_reader import VideoClip, read_clips
 from app.library.clip_table import ClipRow, ClipTable
 from app.library.embedders import Embedder
-from app.library.video_files import FileIdentity, check_name
-from encoder.errors import FluxChatError, VideoError
-from encoder.video.sources import reason
+from app.library.video_files import FileIdentity, check_name, unreadable
+from encoder.errors import FluxChatError
 
 TIDY_EVERY = 200  # videos: each one's commit is a piece of its own until then
 THUMBNAIL, QUALITY = 192, 80  # pixels of the longer side, JPEG quality
@@ -142,12 +141,9 @@ def _steps(paths: Sequence[str], seconds: float, frames: int) -> Iterator[_Step]
             identity = FileIdentity.of(path)
             for clips in read_clips(path, seconds, frames):
                 yield _Step(path, identity, clips)
-            if not identity.unchanged(path):
-                raise VideoError(f"Cannot read {path!r}: it was changed meanwhile; index it again.")
-        except FluxChatError as error:
-            yield _Step(path, error=" ".join(str(error).split()))
-        except OSError as error:
-            yield _Step(path, error=f"Cannot read {path!r}: {reason(error)}; check the path.")
+            identity.check_unchanged(path)
+        except (FluxChatError, OSError) as error:
+            yield _Step(path, error=unreadable(path, error))
         else:
             yield _Step(path, identity)
 

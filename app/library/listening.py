@@ -12,11 +12,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Protocol, TextIO
 
 from app.library.said_table import SaidTable
-from app.library.video_files import FileIdentity, check_name
+from app.library.video_files import FileIdentity, check_name, unreadable
 from app.speech.listener import Listener, Progress
 from app.speech.transcript import Transcript
 from encoder.errors import VideoError
-from encoder.video.sources import reason
 
 TIDY_EVERY = 200  # videos: each one's commit is a piece of its own until then
 
@@ -84,12 +83,9 @@ class LocalHearer:
                 check_name(path)
                 identity = FileIdentity.of(path)
                 transcript = self._listener.listen(path, language=self._language, progress=progress)
-                if not identity.unchanged(path):
-                    raise VideoError(f"Cannot read {path!r}: it was changed meanwhile; index it again.")
-            except VideoError as error:
-                yield HeardVideo(path, error=" ".join(str(error).split()))
-            except OSError as error:
-                yield HeardVideo(path, error=f"Cannot read {path!r}: {reason(error)}; check the path.")
+                identity.check_unchanged(path)
+            except (VideoError, OSError) as error:
+                yield HeardVideo(path, error=unreadable(path, error))
             else:
                 yield HeardVideo(path, identity, transcript)
 

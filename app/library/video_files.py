@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from encoder.errors import ConfigError, VideoError
+from encoder.errors import ConfigError, FluxChatError, VideoError
+from encoder.video.sources import reason
 
 # What is taken of a folder; a file that is named itself may be called anything.
 VIDEO_SUFFIXES = {
@@ -57,6 +58,11 @@ class FileIdentity:
             return False
         return (status.st_size, status.st_mtime_ns) == (self.size, self.mtime_ns)
 
+    def check_unchanged(self, path: str, again: str = "index it") -> None:
+        """Raises VideoError unless `unchanged`; again: what to do then."""
+        if not self.unchanged(path):
+            raise VideoError(f"Cannot read {path!r}: it was changed meanwhile; {again} again.")
+
     def still(self, path: str, touch: Callable[[str, int], object]) -> bool:
         """Whether the file's content is what it was. touch: told the path and time of one only touched."""
         if self.unchanged(path):
@@ -89,6 +95,13 @@ def is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def unreadable(path: str, error: FluxChatError | OSError) -> str:
+    """What a report says of a file that could not be read, on a line."""
+    if isinstance(error, OSError):
+        return f"Cannot read {path!r}: {reason(error)}; check the path."
+    return " ".join(str(error).split())
 
 
 def check_name(path: str) -> None:
