@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from llm_bridge.lora import lora_linear, use_for_training
 
 
 def adapted(dtype: torch.dtype = torch.bfloat16, **settings: Any) -> nn.Module:
+    from peft import LoraConfig, get_peft_model  # here: it takes seconds, and every run collects this
+
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(48, 64), nn.SiLU(), nn.Linear(64, 32, bias=False)).to(dtype)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"], init_lora_weights=False, **settings)

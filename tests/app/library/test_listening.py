@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from encoder.video.sound import RATE
 from tests.app.library.conftest import ColourEmbedder, film
 from tests.app.speech.conftest import ToldModel, with_sound
 
-pytest.importorskip("lancedb", reason="the extra library is not installed")
+pytestmark = pytest.mark.skipif(find_spec("lancedb") is None, reason="the extra library is not installed")
 LINES = [Line(0.5, 1.5, "It's a rainy day"), Line(2.0, 3.0, "rain falls in 100% of the city")]
 
 

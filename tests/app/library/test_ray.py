@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from tests.app.library.conftest import ColourEmbedder, film
 from tests.app.speech.conftest import ToldModel, with_sound
 from tests.llm_bridge.tiny_vlm import tiny_vlm
 
-pytest.importorskip("lancedb", reason="the extra library is not installed")
+pytestmark = pytest.mark.skipif(find_spec("lancedb") is None, reason="the extra library is not installed")
 FEW: dict[str, Any] = {"budget": 16, "max_new_tokens": 4}
 SAID = [Line(1.0, 2.0, "Der Hund läuft über die Straße.")]
 

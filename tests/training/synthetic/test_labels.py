@@ -12,13 +12,13 @@ from training.synthetic.world_config import WorldConfig
 
 WORLD = World("train", 0, WorldConfig(), procedural_bank())
 LABELS = WorldLabels(WORLD)
-SAMPLES = [WORLD.sample(number) for number in range(300)]
 
 
 def test_they_agree_with_the_questions() -> None:
-    found = LABELS.clips(SAMPLES)
+    samples = [WORLD.sample(number) for number in range(300)]
+    found = LABELS.clips(samples)
     asked = {"count": 0, "first": 0, "motion": 0}
-    for row, sample in enumerate(SAMPLES):
+    for row, sample in enumerate(samples):
         for question in sample.questions:
             facts = question.facts
             if question.task == "count":
@@ -35,7 +35,7 @@ def test_they_agree_with_the_questions() -> None:
                 code = next(c for c in LABELS.nouns if WORLD.nouns[c].name == facts["noun"])
                 assert found["noun"][row, LABELS.nouns[code]] > 0
     assert min(asked.values()) > 20
-    assert torch.allclose(found["noun"].sum(dim=1), torch.ones(len(SAMPLES)))
+    assert torch.allclose(found["noun"].sum(dim=1), torch.ones(len(samples)))
     assert set(found) == set(LABELS.clip_classes)
     for name in ("motion", "count", "first", "change", "event"):
         known = found[name][found[name] != UNKNOWN]

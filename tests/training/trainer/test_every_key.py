@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import importlib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -36,6 +37,7 @@ def tables(kind: Any) -> Iterator[Any]:
                     yield from tables(part)
 
 
+@cache
 def readings() -> dict[str, set[str]]:
     """Names that are read as attributes or by getattr, and the places where: file and class."""
     found: dict[str, set[str]] = {}
@@ -55,7 +57,6 @@ def readings() -> dict[str, set[str]]:
     return found
 
 
-READ = readings()
 KINDS = {kind for stage in NEEDS for kind in tables(recipe_of(stage))}
 KEYS = sorted({(kind.__name__, f.name) for kind in KINDS for f in dataclasses.fields(kind)})
 # Turned into another key where the recipe is read (num_tokens, see the tests of Flux-UMT).
@@ -64,9 +65,9 @@ ONLY_CHECKED = {("UmtRecipe", "mask_ratio")}
 
 @pytest.mark.parametrize(("table", "key"), KEYS, ids=lambda value: value)
 def test_every_key_is_read(table: str, key: str) -> None:
-    places = {place for place in READ.get(key, ()) if not place.endswith(" check")}
+    places = {place for place in readings().get(key, ()) if not place.endswith(" check")}
     if (table, key) in ONLY_CHECKED:
-        assert READ[key]
+        assert readings()[key]
         return
     # What fills a table is no reader of it, and neither is the estimate of costs.
     assert places - {"training/cost.py", "training/trainer/recipe.py"}, f"nothing reads {table}.{key}"
@@ -74,4 +75,4 @@ def test_every_key_is_read(table: str, key: str) -> None:
 
 def test_the_search_finds_what_nothing_reads(tmp_path: Path) -> None:
     assert len(KEYS) > 100
-    assert "no_such_key" not in READ
+    assert "no_such_key" not in readings()
