@@ -56,12 +56,10 @@ FILE_PREFIX = "/gradio_api/file="
 def mount_page(app: FastAPI, slot: ModelSlot, api: Api, options: LaunchOptions) -> FastAPI:
     """The application with the page at its root; its uploads go to the server's store."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    import gradio
-    from gradio.utils import get_upload_folder
-
     from app.page.events import build, page_options
+    from app.page.gradio_import import gradio
 
-    folder, limit = get_upload_folder(), options.server.upload_mib * 2**20
+    folder, limit = gradio.utils.get_upload_folder(), options.server.upload_mib * 2**20
     page = build(
         slot,
         options.examples,

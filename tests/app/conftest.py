@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
-import gradio
 import pytest
 import torch
 from httpx import create_ssl_context
 
 from app.chat import VideoChat
 from app.estimate import Calibration
+from app.page.gradio_import import gradio
 from encoder.config import MICRO
 from encoder.cost import Speed
 from encoder.fluxvit import FluxViT
