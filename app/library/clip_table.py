@@ -11,10 +11,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from app.library.video_files import FileIdentity
 from encoder.errors import ConfigError, DataError
@@ -25,7 +27,8 @@ KEPT_VERSIONS_S = 600  # a search that runs meanwhile reads an older one
 
 @dataclass(frozen=True)
 class ClipRow:
-    """A clip of a file. number of count: its place in it. thumbnail: JPEG. vector: unit length."""
+    """A clip of a file. number of count: its place in it. thumbnail: JPEG. vector: unit length; an array
+    where there may be many, since a list takes eight times its memory."""
 
     path: str
     size: int
@@ -37,7 +40,7 @@ class ClipRow:
     end_s: float
     model: str
     thumbnail: bytes
-    vector: list[float]
+    vector: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -203,10 +206,15 @@ def _arrow(rows: Sequence[ClipRow]) -> Any:
     import pyarrow
 
     kinds = {str: pyarrow.string(), int: pyarrow.int64(), float: pyarrow.float64(), bytes: pyarrow.binary()}
-    values = [asdict(row) for row in rows]
-    fields = [(name, kinds[type(value)]) for name, value in values[0].items() if name != "vector"]
-    vector = pyarrow.list_(pyarrow.float32(), len(rows[0].vector))
-    return pyarrow.Table.from_pylist(values, schema=pyarrow.schema([*fields, ("vector", vector)]))
+    columns = {}
+    for field in fields(ClipRow):
+        values = [getattr(row, field.name) for row in rows]
+        if field.name == "vector":
+            numbers = np.array(values, np.float32)
+            columns["vector"] = pyarrow.FixedSizeListArray.from_arrays(numbers.ravel(), numbers.shape[1])
+        else:
+            columns[field.name] = pyarrow.array(values, kinds[type(values[0])])
+    return pyarrow.table(columns)
 
 
 def rows_of(path: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -62,7 +63,12 @@ class IndexedVideo:
     def line(self) -> str:
         """As a line of JSON."""
         rows = [
-            asdict(row) | {"path": self.path, "thumbnail": base64.b64encode(row.thumbnail).decode()}
+            asdict(row)
+            | {
+                "path": self.path,
+                "thumbnail": base64.b64encode(row.thumbnail).decode(),
+                "vector": list(row.vector),
+            }
             for row in self.rows
         ]
         return json.dumps({"path": self.path, "rows": rows, "error": self.error})
@@ -173,7 +179,7 @@ def _rows(step: _Step, embedder: Embedder) -> list[ClipRow]:
             end_s=float(clip.end_s),
             model=embedder.fingerprint,
             thumbnail=_thumbnail(clip.frames[len(clip.frames) // 2]),
-            vector=vector.tolist(),
+            vector=array("f", vector.tolist()),
         )
         for clip, vector in zip(step.clips, vectors, strict=True)
     ]
