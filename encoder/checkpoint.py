@@ -108,15 +108,17 @@ def _is_stored(value: Tensor) -> bool:
 
 
 def build(make: Callable[[], M], tensors: Mapping[str, Tensor]) -> M:
-    """The module that `make` makes, with these weights; made only if they fit it.
+    """The module that `make` makes, with these weights; its own first weights are never drawn, which would
+    take seconds.
 
-    Raises CheckpointError with the report if they do not, before memory is allocated for the sizes that a
-    configuration states.
+    Raises CheckpointError with the report if they do not fit, before memory is allocated for the sizes that
+    a configuration states.
     """
     with torch.device("meta"):
-        shapes = make()
-    _check(report(shapes, tensors))
-    model = make()
+        model = make()
+    result = report(model, tensors)
+    _check(result)
+    model.to_empty(device=torch.get_default_device())
     load_tensors(model, tensors)
     return model
 

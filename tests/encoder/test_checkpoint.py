@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from encoder.checkpoint import infer_config, load_official, load_tensors, read_tensors, save_tensors
+from encoder.checkpoint import build, infer_config, load_official, load_tensors, read_tensors, save_tensors
 from encoder.config import SMALL, FluxViTConfig
 from encoder.errors import CheckpointError, ConfigError
 from encoder.fluxvit import FluxViT
@@ -53,6 +53,15 @@ def test_missing_unexpected_and_misshaped_keys_are_reported(model: FluxViT) -> N
     report = load_tensors(FluxViT(TINY), tensors, strict=False)
     assert report.missing == ("cls_token",)
     assert report.mismatched == (("fc_norm.weight", (3,), (16,)),)
+
+
+def test_no_weights_are_drawn_for_what_is_loaded(model: FluxViT) -> None:
+    before = torch.get_rng_state()
+    built = build(lambda: FluxViT(model.config), model.state_dict())
+    assert torch.equal(torch.get_rng_state(), before)
+    found = built.state_dict()
+    assert found.keys() == {name for name, _ in [*built.named_parameters(), *built.named_buffers()]}
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_a_file_with_its_command_line(tmp_path: Path, model: FluxViT) -> None:
