@@ -206,7 +206,7 @@ class ComputeWorker(ComputeThread):
     # -- in the computing thread ----------------------------------------------------------------------------
 
     def prefill(self, stretch: Stretch) -> None:
-        """Compute a stretch of a prompt (computing thread only), and with it others that wait, which follow at once.
+        """Compute a stretch of a prompt, and with it those that wait and can share its pass.
 
         Raises OutOfMemory where the prompt has no room.
         """
@@ -218,10 +218,10 @@ class ComputeWorker(ComputeThread):
                 self.prefills += 1
                 return
             except BaseException as error:  # noqa: BLE001 - each is tried alone, and fails with its own error
-                LOG.warning(
-                    "%d prompts are computed in turn, since their pass failed: %s", len(together), error
-                )
-            for other in together:  # outside of the handler, which holds what the failed pass had allocated
+                failed = f"{type(error).__name__}: {error}".splitlines()[0]
+            # Outside of the handler, which holds what the failed pass had allocated.
+            LOG.warning("%d prompts are computed in turn, since their pass failed: %s", len(together), failed)
+            for other in together:
                 other.alone = True
         self.prefills += 1
         stretch.compute(self.llm)

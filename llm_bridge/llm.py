@@ -164,7 +164,7 @@ class LanguageModel:
 
     @property
     def prefills_together(self) -> bool:
-        """Whether prompts of several answers can be computed in one pass, which gives no logits but their last."""
+        """Whether several prompts can be computed in one pass, which makes no logits but their last."""
         return self.batches and self.model.get_output_embeddings() is not None
 
     @property
@@ -235,7 +235,7 @@ class LanguageModel:
         return self.model(**self._given(kv, inputs), logits_to_keep=1).logits[:, -1].float()
 
     def advance_rows(self, kv: Any, lengths: Sequence[int], **inputs: Tensor) -> Tensor:
-        """As `advance` with rows (B, L) of which only so many positions count; the logits (B, V) after them."""
+        """As `advance`, of rows that are padded on the right; lengths: without that."""
         last = torch.tensor(lengths, device=self.device) - 1
         rows = torch.arange(len(lengths), device=self.device)
         return self.scores_at((rows, last), **self._given(kv, inputs)).float()

@@ -1,8 +1,8 @@
 """Prompts are computed stretch by stretch: each in a pass of its own, or several that wait in one.
 
-A pass over few positions takes an accelerator as long as it takes to launch its kernels, so that other prompts
-are nearly free. Rows of a shared pass are padded: what stands before a stretch on the left, where a mask hides
-it, the stretch itself on the right, where no position that is kept looks.
+A pass over few positions takes an accelerator as long as it takes to launch its kernels, so that other
+prompts are nearly free. Rows of a shared pass are padded: what stands before a stretch on the left, where a
+mask hides the padding, the stretch itself on the right, where no position that is kept looks.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from torch import Tensor
 from llm_bridge.kv_cache import Layers, kv_from_layers, layers_of
 from llm_bridge.llm import LanguageModel
 
-# In positions, at which longer prompts are cut. A pass over few takes nearly the time of reading all weights.
-# CPUs gain no speed by more. Accelerators do, but answers in progress wait for each pass, and activations grow.
+# In positions. More bring a CPU no speed; an accelerator hardly, while others wait and activations grow.
 LONGEST_PIECE, LONGEST_PIECE_ON_ACCELERATOR = 256, 2048
 LONGEST_PASS = 8192  # of all rows, padded: by then a pass takes as long as its products
 
@@ -69,9 +68,9 @@ class Stretch:
 
 
 def fit_together(stretches: Sequence[Stretch]) -> bool:
-    """Whether stretches may share a pass: it is bounded, and where padding costs time not most of it is padding.
+    """Whether stretches may share a pass: it is bounded, and of a long one most is no padding.
 
-    With KV before them there is a mask of each position with all before: no larger than a stretch's own.
+    Where something stands before them, a mask of each position with all before it bounds them further.
     """
     positions = sum(stretch.length for stretch in stretches)
     padded = len(stretches) * max(stretch.length for stretch in stretches)

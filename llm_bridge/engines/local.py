@@ -74,10 +74,11 @@ class LocalEngine:
 
 
 def piece_ends(prompt: Prompt, longest: int = LONGEST_PIECE) -> list[int]:
-    """Where the pieces end that a prompt is prefilled in; the last one is its length. longest: about, of each.
+    """Where the pieces end that a prompt is prefilled in; the last one is its length.
 
     At the end of each visual and where an answer begins, of earlier turns too, so that another question about
     the same video and the next turn of a conversation find all of what they have in common with this one.
+    longest: positions of a piece that was cut for its length.
     """
     mark = prompt.ids[-MARK:]
     wanted = {start + count for start, count in prompt.spans} | {len(prompt)}
