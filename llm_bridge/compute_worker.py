@@ -7,7 +7,7 @@
 A decoding step reads every weight once, however many answers it serves, so that answers after the first are
 nearly free. They join and leave between any two steps; shorter ones are padded on the left, where the mask
 hides it. Everything runs first come, first served: the encoding and prefill of a new question take turns with
-the steps.
+the steps. On accelerators prompts that wait are prefilled with the first of them (see prefill.py).
 
 Failures are isolated. An error in sampling one answer's token ends that answer alone. A forward pass that
 fails is tried again for each answer by itself, and those answers are decoded in turn from then on. Memory is
