@@ -1,8 +1,8 @@
 """The engine that computes in this process: prefills what the prefix cache lacks, then decodes.
 
-A prompt is prefilled in pieces whose ends depend on it alone (see `piece_ends`) and on the kind of device, and
-only whole pieces are reused. So every kernel sees the same shapes and values whatever was asked before, and
-gives the same bits; but for pieces that wait together, which accelerators compute together (see prefill.py).
+A prompt is prefilled in pieces whose ends depend on it alone (see `piece_ends`) and on the kind of device,
+and only whole pieces are reused. So every kernel sees the same shapes and values whatever was asked before,
+and gives the same bits; but for pieces that accelerators compute together, since they wait (see prefill.py).
 KV of decoded tokens is not bit-equal to prefilled KV: a follow-up question prefills the last answer.
 """
 
