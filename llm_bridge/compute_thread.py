@@ -6,10 +6,11 @@ import atexit
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from encoder.errors import ModelError
@@ -30,7 +31,11 @@ class ComputeThread:
         self._process, self._closed = os.getpid(), False
         self._closing = threading.RLock()  # so that nothing is queued behind the end
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        thread = threading.Thread(target=_compute, args=(self._jobs,), name=name, daemon=True)
+        self._next: deque[Job | None] = (
+            deque()
+        )  # what was looked at, before _jobs; in the computing thread only
+        args = self._jobs, self._next
+        thread = threading.Thread(target=_compute, args=args, name=name, daemon=True)
         thread.start()
         THREADS.add(thread)
         OWNERS.add(self)
@@ -66,6 +71,20 @@ class ComputeThread:
             self._jobs.put((future, function, args))
         return future
 
+    def waiting(self, kind: type[T]) -> list[T]:
+        """First arguments of a class, with which functions wait to be called (computing thread only)."""
+        with suppress(Empty):
+            while True:
+                self._next.append(self._jobs.get_nowait())
+        return [first for first in map(_first_argument, self._next) if isinstance(first, kind)]
+
+    def bring_forward(self, arguments: Sequence[object]) -> None:
+        """Have what waits with these first arguments called next, in its order (computing thread only)."""
+        wanted = set(map(id, arguments))
+        ordered = sorted(self._next, key=lambda job: id(_first_argument(job)) not in wanted)
+        self._next.clear()
+        self._next.extend(ordered)
+
     def close(self) -> None:
         """The thread ends once what waits was called; nothing is called afterwards."""
         with self._closing:
@@ -74,9 +93,13 @@ class ComputeThread:
                 self._jobs.put(None)
 
 
-def _compute(jobs: SimpleQueue[Job | None]) -> None:
+def _first_argument(job: Job | None) -> object:
+    return job[2][0] if job is not None and job[2] else None
+
+
+def _compute(jobs: SimpleQueue[Job | None], first: deque[Job | None]) -> None:
     """What the thread does; it holds none of its ComputeThread, which may be given up."""
-    while (job := jobs.get()) is not None:
+    while (job := first.popleft() if first else jobs.get()) is not None:
         _call(*job)
         del job  # and what it holds, while nothing is to be done
 

@@ -7,7 +7,7 @@
 A decoding step reads every weight once, however many answers it serves, so that answers after the first are
 nearly free. They join and leave between any two steps; shorter ones are padded on the left, where the mask
 hides it. Everything runs first come, first served: the encoding and prefill of a new question take turns with
-the steps.
+the steps. On accelerators prompts that wait are prefilled with the first of them (see prefill.py).
 
 Failures are isolated. An error in sampling one answer's token ends that answer alone. A forward pass that
 fails is tried again for each answer by itself, and those answers are decoded in turn from then on. Memory is
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ from llm_bridge.kv_cache import DecodingBatch, kv_from_layers, layers_of, rewind
 from llm_bridge.llm import LanguageModel
 from llm_bridge.model_files.checks import free_memory
 from llm_bridge.own_kv import OwnKV
+from llm_bridge.prefill import Stretch, compute_together, fit_together
 from llm_bridge.sampled_tokens import SampledTokens
 from llm_bridge.sampling import Sampler, SamplingParams, leading
 
@@ -92,7 +93,8 @@ class ComputeWorker(ComputeThread):
     max_batch: answers decoded in one pass, 1 is one at a time. A model that does not batch (see
     `LanguageModel.batches`: state spaces above all) decodes its answers in turn, a token each. static: decode
     in buffers of fixed shape, replayed as CUDA graphs (see static_kv_cache.py); None: where the model allows
-    it and lies on a CUDA device.
+    it and lies on a CUDA device. prefill_together: compute prompts that wait in one pass, where the model
+    allows it; None: on accelerators, since a prompt's bits may depend on the others.
     """
 
     def __init__(
@@ -102,11 +104,13 @@ class ComputeWorker(ComputeThread):
         kv_limit: int | None = None,
         *,
         static: bool | None = None,
+        prefill_together: bool | None = None,
     ) -> None:
         super().__init__()
         self.kv_limit = int(KV_SHARE * free_memory(llm.device)) if kv_limit is None else kv_limit
         self.llm, self.max_batch, self.eos = llm, max_batch, llm.eos_ids
         self.steps = self.made = 0  # forward passes and the tokens that they made
+        self.prefills = 0  # forward passes over prompts
         self._waiting: dict[SequenceState, int] = {}  # whose readers wait, and how many tokens they have
         self._stepping = False  # whether the computing thread will look at them
         self._lock = threading.Lock()  # of these two
@@ -116,6 +120,8 @@ class ComputeWorker(ComputeThread):
         self._static = self._static_decoder(llm, static, self.kv_limit)
         self._batched: list[SequenceState] = []  # the rows of _batch_kv
         self._batches = llm.batches
+        wanted = llm.device.type != "cpu" if prefill_together is None else prefill_together
+        self._prefills_together = wanted and llm.prefills_together
 
     @staticmethod
     def _static_decoder(llm: LanguageModel, wanted: bool | None, limit: int) -> StaticDecoder | None:
@@ -198,6 +204,47 @@ class ComputeWorker(ComputeThread):
         super().close()
 
     # -- in the computing thread ----------------------------------------------------------------------------
+
+    def prefill(self, stretch: Stretch) -> None:
+        """Compute a stretch of a prompt, and with it those that wait and can share its pass.
+
+        Raises OutOfMemory where the prompt has no room.
+        """
+        self.check_room(stretch.whole)
+        together = self._with_others(stretch)
+        if len(together) > 1:
+            try:
+                compute_together(self.llm, together)
+                self.prefills += 1
+                return
+            except BaseException as error:  # noqa: BLE001 - each is tried alone, and fails with its own error
+                failed = f"{type(error).__name__}: {error}".splitlines()[0]
+            # Outside of the handler, which holds what the failed pass had allocated.
+            LOG.warning("%d prompts are computed in turn, since their pass failed: %s", len(together), failed)
+            for other in together:
+                other.alone = True
+        self.prefills += 1
+        stretch.compute(self.llm)
+
+    def _with_others(self, stretch: Stretch) -> list[Stretch]:
+        """A stretch and those that wait and can share its pass, by arrival; they are called next."""
+        chosen = [stretch]
+        if not self._prefills_together or not stretch.shares:
+            return chosen
+        for other in self.waiting(Stretch):
+            if len(chosen) == self.max_batch or not fit_together([*chosen, other]):
+                break
+            if other.shares and self._have_room([*chosen, other]):
+                chosen.append(other)
+        self.bring_forward(chosen[1:])
+        return chosen
+
+    def _have_room(self, stretches: Sequence[Stretch]) -> bool:
+        try:
+            self.check_room(len(stretches) * max(stretch.whole for stretch in stretches))
+        except OutOfMemory:
+            return False
+        return True
 
     def _abandon(self) -> None:
         for sequence in self.sequences:

@@ -163,6 +163,11 @@ class LanguageModel:
         return takes_positions and self.memory == "positions" and (family is None or family.batches)
 
     @property
+    def prefills_together(self) -> bool:
+        """Whether several prompts can be computed in one pass, which makes no logits but their last."""
+        return self.batches and self.model.get_output_embeddings() is not None
+
+    @property
     def eos_ids(self) -> frozenset[int]:
         """Tokens that end an answer: the model's, the tokenizer's, and the chat template's end of turn."""
         ids: set[int] = set()
@@ -227,13 +232,22 @@ class LanguageModel:
 
         position_ids: (axes, B, L), or (B, L) for the same on every axis.
         """
-        inputs |= {self._cache_argument: kv}
+        return self.model(**self._given(kv, inputs), logits_to_keep=1).logits[:, -1].float()
+
+    def advance_rows(self, kv: Any, lengths: Sequence[int], **inputs: Tensor) -> Tensor:
+        """As `advance`, of rows that are padded on the right; lengths: without that."""
+        last = torch.tensor(lengths, device=self.device) - 1
+        rows = torch.arange(len(lengths), device=self.device)
+        return self.scores_at((rows, last), **self._given(kv, inputs)).float()
+
+    def _given(self, kv: Any, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        """What the model's forward takes to append inputs to a KV cache."""
         if (positions := inputs.get("position_ids")) is not None:
             if self.axes == 1 and positions.dim() == 3:
                 inputs["position_ids"] = positions[0]
             elif self.axes > 1 and positions.dim() == 2:
                 inputs["position_ids"] = positions.expand(self.axes, -1, -1)
-        return self.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].float()
+        return {**inputs, self._cache_argument: kv, "use_cache": True}
 
     def prefill_once(self, tokens: int) -> None:
         """Compute a prompt of so many positions, and forget it."""
@@ -258,8 +272,9 @@ class LanguageModel:
             inputs["position_ids"] = torch.tensor([[position]], device=self.device)
         return self.advance(kv, **inputs)[0]
 
-    def scores_at(self, wanted: Tensor, **inputs: Any) -> Tensor:
-        """The model's own scores (P, V) at the wanted positions, bool (B, L), of a forward pass.
+    def scores_at(self, wanted: Tensor | tuple[Tensor, Tensor], **inputs: Any) -> Tensor:
+        """The model's own scores (P, V) at the wanted positions, bool (B, L) or rows and columns (P,), of a
+        forward pass.
 
         The head is given those positions only, so that whatever the model does before and behind it (scaling,
         soft caps) is done by the model. inputs: as its forward takes them.

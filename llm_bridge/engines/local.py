@@ -1,7 +1,8 @@
 """The engine that computes in this process: prefills what the prefix cache lacks, then decodes.
 
-A prompt is prefilled in pieces whose ends depend on it alone (see `piece_ends`), and only whole pieces are
-reused. So every kernel sees the same shapes and values whatever was asked before, and gives the same bits.
+A prompt is prefilled in pieces whose ends depend on it alone (see `piece_ends`) and on the kind of device,
+and only whole pieces are reused. So every kernel sees the same shapes and values whatever was asked before,
+and gives the same bits; but for pieces that accelerators compute together, since they wait (see prefill.py).
 KV of decoded tokens is not bit-equal to prefilled KV: a follow-up question prefills the last answer.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,14 +21,14 @@ from llm_bridge.engines.engine import Request
 from llm_bridge.kv_cache import CacheStats, Piece, PrefixCache, joined, kv_from_layers
 from llm_bridge.llm import LanguageModel
 from llm_bridge.own_kv import OwnKV
+from llm_bridge.prefill import LONGEST_PIECE, Stretch, longest_piece
 from llm_bridge.prompt import PLACEHOLDER, Prompt
 from llm_bridge.sampling import FinishReason, Sampler
 
 if TYPE_CHECKING:
     from llm_bridge.compute_worker import ComputeWorker
 
-# In positions. A pass over few takes nearly the time of reading all weights; one over more gains no speed.
-SHORTEST_PIECE, LONGEST_PIECE = 16, 256
+SHORTEST_PIECE = 16  # positions
 MARK = 3  # the last ids of a prompt that are taken for the words that begin an answer
 
 
@@ -73,11 +74,12 @@ class LocalEngine:
             self._prefixes.clear()
 
 
-def piece_ends(prompt: Prompt) -> list[int]:
+def piece_ends(prompt: Prompt, longest: int = LONGEST_PIECE) -> list[int]:
     """Where the pieces end that a prompt is prefilled in; the last one is its length.
 
     At the end of each visual and where an answer begins, of earlier turns too, so that another question about
     the same video and the next turn of a conversation find all of what they have in common with this one.
+    longest: positions of a piece that was cut for its length.
     """
     mark = prompt.ids[-MARK:]
     wanted = {start + count for start, count in prompt.spans} | {len(prompt)}
@@ -89,8 +91,8 @@ def piece_ends(prompt: Prompt) -> list[int]:
     for end in sorted(wanted):
         if end - last < SHORTEST_PIECE and end < len(prompt):
             continue
-        while end - last > 1.5 * LONGEST_PIECE:  # no short rest
-            last += LONGEST_PIECE
+        while end - last > 1.5 * longest:  # no short rest
+            last += longest
             ends.append(last)
         ends.append(end)
         last = end
@@ -119,6 +121,7 @@ class LocalAnswer:
         self.cached_tokens, self.prefill_s = 0, 0.0
         self.finish: FinishReason = "cancelled"
         self._request, self._worker, self._prefixes = request, worker, prefixes
+        self._longest = longest_piece(llm.device)
         # KV of the prompt from its start: cached pieces, then computed ones.
         self._pieces: list[Piece] = []
 
@@ -139,7 +142,7 @@ class LocalAnswer:
             self._worker.check_process()
         start = time.perf_counter()
         keys = self.prompt.cache_keys
-        ends = [len(keys)] if self.llm.memory == "whole" else piece_ends(self.prompt)
+        ends = [len(keys)] if self.llm.memory == "whole" else piece_ends(self.prompt, self._longest)
         self._pieces = self._take_prefix(keys, ends)
         self.cached_tokens = sum(piece.length for piece in self._pieces)
         try:
@@ -201,32 +204,37 @@ class LocalAnswer:
         kv = logits = None
         start = self.cached_tokens
         for end in ends[len(self._pieces) :]:
+            before, inputs = partial(self._before, kv), partial(self.inputs, start, end)
+            stretch = Stretch(start, end, len(self.prompt), before, inputs, self.stop)
             if self._worker is None:
-                kv, logits = self._prefill_piece(kv, start, end)
+                kv, logits = self._prefill_piece(stretch)
             else:
-                kv, logits = self._worker.run(self._prefill_piece, kv, start, end)
+                kv, logits = self._worker.run(self._prefill_piece, stretch)
             if logits is None:
                 break
             start = end
         return kv, logits
 
+    def _before(self, kv: Any) -> Any:
+        """The KV cache to go on from: that of the cached pieces in place of None."""
+        if kv is not None:
+            return kv
+        config, pieces = self.llm.model.config, self._pieces
+        return kv_from_layers(config, joined(pieces), pieces[-1].states) if pieces else kv_from_layers(config)
+
     @torch.inference_mode()
-    def _prefill_piece(self, kv: Any, start: int, end: int) -> tuple[Any, Tensor | None]:
+    def _prefill_piece(self, stretch: Stretch) -> tuple[Any, Tensor | None]:
         if self.stop.is_set():
-            return kv, None
-        if self._worker is not None:
-            self._worker.check_room(len(self.prompt))
-        if kv is None:
-            config, pieces = self.llm.model.config, self._pieces
-            kv = (
-                kv_from_layers(config, joined(pieces), pieces[-1].states)
-                if pieces
-                else kv_from_layers(config)
-            )
-        logits = self.llm.advance(kv, **self.inputs(start, end))[0]
-        if self._prefixes is not None and end - start >= SHORTEST_PIECE and self.llm.memory != "whole":
-            self._pieces.append(Piece.of(kv, start, end, states=self._parts_at(start, end)))
-        return kv, logits
+            return None, None
+        if stretch.logits is None:  # no pass that it shared was right
+            if self._worker is None:
+                stretch.compute(self.llm)
+            else:
+                self._worker.prefill(stretch)
+        start, end = stretch.start, stretch.end
+        if self._prefixes is not None and stretch.length >= SHORTEST_PIECE and self.llm.memory != "whole":
+            self._pieces.append(Piece.of(stretch.kv, start, end, states=self._parts_at(start, end)))
+        return stretch.kv, stretch.logits
 
     def _parts_at(self, start: int, end: int) -> bool:
         """Whether to keep a model's states at the end of a piece, since another question may part there."""
@@ -234,7 +242,7 @@ class LocalAnswer:
             return False
         # A piece of the greatest length was cut by its length alone.
         visual = any(end == place + count for place, count in self.prompt.spans)
-        return visual or end - start != LONGEST_PIECE
+        return visual or end - start != self._longest
 
     def _sampler(self, end_ids: Collection[int]) -> Sampler:
         text = [token for token in self.prompt.ids if token != PLACEHOLDER]

@@ -7,8 +7,9 @@
 Needs torch, transformers, accelerate, safetensors, numpy and PyYAML (pytest for the part "tests"); no
 network, no weights, no video: clips are random tensors, models are made on the card. Parts: tests (of the
 encoder), golden (the official numbers in float32 and bfloat16), encoder (clips/s at each token count, as a
-share of the card's own large matrix product: plain, compiled, and both replayed as CUDA graphs), first_token,
-decode (tokens/s of 1, 8 and 32 answers at a time) and decode_static (the same, replayed as CUDA graphs), umt,
+share of the card's own large matrix product: plain, compiled, and both replayed as CUDA graphs), first_token
+(of one prompt, and of 8 at once), decode (tokens/s of 1, 8 and 32 answers at a time, also with prompts
+prefilled in turn) and decode_static (the same, replayed as CUDA graphs), umt,
 umt_compiled, umt_saving (64 clips, in less memory) and stage1 (training steps). A part that fails says so and
 the others go on. Writes tests/bench/results/gpu.json, prints it as one JSON line; exit status 1 when a part
 failed. With --only the file keeps what it held of the others; each part names its commit.
@@ -29,6 +30,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ from encoder.cost import encoder_macs
 from encoder.fluxvit import FluxViT
 from encoder.graphs import EncoderGraphs
 from encoder.tokens import VisionTokens
+from llm_bridge.prefill import LONGEST_PIECE
 from tests import ROOT
 from tests.bench.common import environment, interleave, print_json, summary
 
@@ -65,6 +68,7 @@ class Scale:
     llm: dict[str, int]
     visual_tokens: tuple[int, ...]
     rows: tuple[int, ...]
+    askers: int
     new_tokens: int
     teacher: dict[str, Any]
     teacher_tokens: int
@@ -96,6 +100,7 @@ FULL = Scale(
     },
     visual_tokens=(256, 1024),
     rows=(1, 8, 32),
+    askers=8,
     new_tokens=64,
     teacher={},
     teacher_tokens=2048,
@@ -116,6 +121,7 @@ TINY = Scale(
     llm={"num_hidden_layers": 2, "max_position_embeddings": 2048},
     visual_tokens=(32, 128),
     rows=(1, 4),
+    askers=4,
     new_tokens=8,
     teacher={
         "embed_dim": 64,
@@ -297,11 +303,32 @@ class Bench:
     # -- fast: answers --------------------------------------------------------------------------------------
 
     def first_token(self) -> dict[str, Any]:
-        """Milliseconds from a prompt with visual tokens to the first word, nothing cached."""
-        llm, found = self._llm(), dict[str, Any]()
-        for count in self.scale.visual_tokens:
-            run = self._waited(lambda count=count: _read(self._generation(llm, count, 1)))  # type: ignore[misc]
-            found[str(count)] = summary(interleave({"": run}, self.scale.n, warmup=2)[""])
+        """Milliseconds from a prompt with visual tokens to the first word, nothing cached: of one prompt, in
+        pieces as long as the device's and as a CPU's, and of several at once, prefilled together and in turn,
+        to the last one's."""
+        from llm_bridge.compute_worker import ComputeWorker
+
+        scale, llm, found = self.scale, self._llm(), dict[str, Any]()
+        worker = ComputeWorker(llm, scale.askers, prefill_together=True)
+        for count in scale.visual_tokens:
+
+            def alone(count: int = count) -> None:
+                _read(self._generation(llm, count, 1))
+
+            def several(together: bool, count: int = count) -> None:
+                worker._prefills_together = together
+                _read_all([self._generation(llm, count, 1, worker) for _ in range(scale.askers)])
+
+            cases: dict[str, Callable[[], object]] = {
+                f"{count}": alone,
+                f"{count}_pieces_of_{LONGEST_PIECE}": partial(_in_short_pieces, alone),
+                f"{count}_of_{scale.askers}": partial(several, True),
+                f"{count}_of_{scale.askers}_in_turn": partial(several, False),
+            }
+            waited = {name: self._waited(case) for name, case in cases.items()}
+            samples = interleave(waited, scale.n, warmup=2)
+            found |= {name: summary(seconds) for name, seconds in samples.items()}
+        worker.close()
         return found
 
     def decode(self) -> dict[str, Any]:
@@ -317,34 +344,37 @@ class Bench:
 
         llm, found = self._llm(), dict[str, Any]()
         for rows in self.scale.rows:
-            worker = ComputeWorker(llm, rows, static=static)
-            for _ in range(2):  # the first round warms up
-                answers = [
-                    self._generation(llm, self.scale.visual_tokens[0], self.scale.new_tokens, worker)
-                    for _ in range(rows)
-                ]
-                threads = [threading.Thread(target=_read, args=(answer,), daemon=True) for answer in answers]
-                steps, made, began = worker.steps, worker.made, time.perf_counter()
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join(timeout=LONGEST_S)
-                    if thread.is_alive():
-                        raise RuntimeError(f"An answer was not there after {LONGEST_S} seconds.")
-                self._wait()
-                seconds = time.perf_counter() - began
+            worker = ComputeWorker(llm, rows, static=static, prefill_together=True)
+            self._answers(llm, worker, rows)  # warms up
+            in_turn: dict[str, Any] = {}
+            if rows > 1:
+                worker._prefills_together = False
+                in_turn = {"prefilled_in_turn": self._answers(llm, worker, rows)}
+                worker._prefills_together = True
+            found[str(rows)] = self._answers(llm, worker, rows) | in_turn
             worker.close()
             if (worker._static is not None) != static:
                 raise RuntimeError(f"{rows} answers were not decoded in static buffers")
-            made = sum(answer.stats.completion_tokens for answer in answers)
-            alone = [answer.stats.tokens_per_s for answer in answers]
-            found[str(rows)] = {
-                "tokens_per_s": round(made / seconds, 1),
-                "tokens_per_s_of_an_answer": round(sum(alone) / rows, 1),
-                "tokens": made,
-                "steps": worker.steps - steps,
-            }
         return found
+
+    def _answers(self, llm: Any, worker: Any, rows: int) -> dict[str, Any]:
+        """The rates of answers that begin at once."""
+        count, new = self.scale.visual_tokens[0], self.scale.new_tokens
+        answers = [self._generation(llm, count, new, worker) for _ in range(rows)]
+        steps, prefills, began = worker.steps, worker.prefills, time.perf_counter()
+        _read_all(answers)
+        self._wait()
+        seconds = time.perf_counter() - began
+        made = sum(answer.stats.completion_tokens for answer in answers)
+        alone = [answer.stats.tokens_per_s for answer in answers]
+        return {
+            "tokens_per_s": round(made / seconds, 1),
+            "tokens_per_s_of_an_answer": round(sum(alone) / rows, 1),
+            "tokens": made,
+            "steps": worker.steps - steps,
+            "prefills": worker.prefills - prefills,
+            "last_first_token_ms": round(1e3 * max(answer.stats.first_token_s for answer in answers), 1),
+        }
 
     def _llm(self) -> Any:
         """A random language model of the scale's shape, made on the device."""
@@ -503,6 +533,29 @@ PARTS = (
 def _read(pieces: Iterable[str]) -> None:
     for _ in pieces:
         continue
+
+
+def _read_all(answers: Sequence[Iterable[str]]) -> None:
+    """Each in a thread of its own."""
+    threads = [threading.Thread(target=_read, args=(answer,), daemon=True) for answer in answers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=LONGEST_S)
+        if thread.is_alive():
+            raise RuntimeError(f"An answer was not there after {LONGEST_S} seconds.")
+
+
+def _in_short_pieces(run: Callable[[], object]) -> None:
+    """Prompts are cut as on a CPU meanwhile."""
+    from llm_bridge.engines import local
+
+    chooses = local.longest_piece
+    local.longest_piece = lambda device: LONGEST_PIECE
+    try:
+        run()
+    finally:
+        local.longest_piece = chooses
 
 
 @contextmanager

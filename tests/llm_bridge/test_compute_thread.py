@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -46,6 +47,28 @@ def test_what_waits_is_called_before_the_end() -> None:
         thread.run(calls.append, 51)
     assert [future.result(20) for future in waiting] == [None] * 50
     assert calls == list(range(50))
+
+
+def test_what_is_brought_forward_is_called_next_in_the_order_of_its_coming() -> None:
+    thread, go, calls, seen = ComputeThread(), threading.Event(), list[str](), list[object]()
+
+    def first() -> None:
+        go.wait(PATIENCE_S)
+        letters = thread.waiting(str)
+        seen.append(letters)
+        thread.bring_forward([letters[4], letters[2]])
+        thread.submit(calls.append, "f")
+        seen.append(thread.waiting(str))
+
+    thread.submit(first)
+    waiting = [thread.submit(calls.append, letter) for letter in "abc"]
+    waiting += [thread.submit(int), thread.submit(calls.append, "d"), thread.submit(calls.append, "e")]
+    thread.submit(thread.close)
+    go.set()
+    for future in waiting:
+        future.result(PATIENCE_S)
+    assert calls[:5] == ["c", "e", "a", "b", "d"]
+    assert seen == [["a", "b", "c", "d", "e"], ["c", "e", "a", "b", "d", "f"]]
 
 
 def test_an_error_is_its_callers_and_the_thread_goes_on() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ from transformers import DynamicCache
 from encoder.errors import ModelError
 from llm_bridge import families
 from llm_bridge.compute_worker import ComputeWorker, SequenceState
-from llm_bridge.engines.local import LONGEST_PIECE, LocalAnswer, piece_ends
+from llm_bridge.engines.local import LocalAnswer, piece_ends
 from llm_bridge.families import FAMILIES, family_of
 from llm_bridge.generation import Generation, GenerationStats
 from llm_bridge.kv_cache import PrefixCache
 from llm_bridge.llm import LanguageModel, load_llm
+from llm_bridge.prefill import LONGEST_PIECE
 from llm_bridge.prompt import IGNORE, Message, Visual, render
 from llm_bridge.sampling import SamplingParams
 from llm_bridge.text_decoder import StreamingDecoder
 from tests import tiny_families
+from tests.llm_bridge.test_prefill import while_held, worker_of
 from tests.llm_bridge.tiny_vlm import answered, tiny_vlm, vision_of
 from tests.patience import PATIENCE_S
 
@@ -186,6 +189,24 @@ def test_an_answer_among_others_is_the_one_alone(
     family = family_of(llm.model.config)
     assert family is not None
     assert (worker.steps < worker.made) is family.batches
+
+
+@pytest.mark.quick(1)
+def test_a_prompt_computed_among_others_is_the_one_alone(llm: LanguageModel) -> None:
+    """First pieces, then others behind kept ones; beyond the tiny windows."""
+    asked = [(["What is it?"], 40), (["How many birds are there?"], 3), (["Describe it!"], 90)]
+    prefixes = PrefixCache(2**26, llm.kv_bytes_per_token)
+    family = family_of(llm.model.config)
+    assert family is not None
+    with worker_of(llm) as worker:
+        for more in ("", " Why?"):
+            turns = [([*earlier, text + more], tokens) for (*earlier, text), tokens in asked]
+            alone = [read(generation(llm, t, tokens=tokens))[0] for t, tokens in turns]
+            jobs = [generation(llm, t, prefixes, worker, tokens=tokens) for t, tokens in turns]
+            before = worker.prefills
+            futures = while_held(worker, [partial(read, job) for job in jobs])
+            assert [future.result()[0] for future in futures] == alone
+        assert (worker.prefills - before == 1) is family.batches  # all that was not kept
 
 
 def test_the_training_loss_is_the_models_own(name: str, folder: Callable[[str], Path]) -> None:

@@ -9,10 +9,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from encoder.errors import BudgetError, ConfigError
-from llm_bridge.engines.local import LONGEST_PIECE, SHORTEST_PIECE, LocalAnswer, piece_ends
+from llm_bridge.engines.local import SHORTEST_PIECE, LocalAnswer, piece_ends
 from llm_bridge.generation import Generation, GenerationStats
 from llm_bridge.lean.decoder import LeanBatch
 from llm_bridge.llm import LanguageModel
+from llm_bridge.prefill import LONGEST_PIECE, LONGEST_PIECE_ON_ACCELERATOR
 from llm_bridge.prompt import PLACEHOLDER, Message, Prompt, Visual, render
 from llm_bridge.sampling import SamplingParams
 from llm_bridge.text_decoder import StreamingDecoder
@@ -162,15 +163,23 @@ def test_pieces_end_where_prompts_differ(parts: tuple[int, ...], ends: list[int]
     assert piece_ends(prompt_of(*parts)) == ends
 
 
-@given(st.lists(st.integers(-700, 700).filter(lambda n: n < 0 or n > 3), min_size=1, max_size=8))
-def test_pieces_cover_the_prompt(parts: list[int]) -> None:
+def test_longer_pieces_end_where_prompts_differ() -> None:
+    assert piece_ends(prompt_of(10, -1024, 20), 2048) == [1034, 1054]
+    assert piece_ends(prompt_of(10, -5000, 20), 2048) == [2048, 5010, 5030]
+
+
+@given(
+    st.lists(st.integers(-700, 700).filter(lambda n: n < 0 or n > 3), min_size=1, max_size=8),
+    st.sampled_from([LONGEST_PIECE, LONGEST_PIECE_ON_ACCELERATOR]),
+)
+def test_pieces_cover_the_prompt(parts: list[int], longest: int) -> None:
     prompt = prompt_of(*parts, 40)
-    ends = piece_ends(prompt)
+    ends = piece_ends(prompt, longest)
     lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     assert sum(lengths) == len(prompt)
-    assert all(SHORTEST_PIECE <= length <= 1.5 * LONGEST_PIECE for length in lengths[:-1])
-    assert 0 < lengths[-1] <= 1.5 * LONGEST_PIECE
-    assert piece_ends(prompt_of(*parts, 40, 50))[: len(ends)] == ends  # the next turn finds them
+    assert all(SHORTEST_PIECE <= length <= 1.5 * longest for length in lengths[:-1])
+    assert 0 < lengths[-1] <= 1.5 * longest
+    assert piece_ends(prompt_of(*parts, 40, 50), longest)[: len(ends)] == ends  # the next turn finds them
 
 
 @settings(max_examples=60, deadline=None)

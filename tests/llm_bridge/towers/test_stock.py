@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from llm_bridge.towers.number_words import in_words
 from llm_bridge.towers.stock import StockModel
 from llm_bridge.towers.tower import Looked, Stage
 from tests import tiny_video_models
+from tests.llm_bridge.test_prefill import assert_same, while_held, worker_of
 from tests.tiny_video_models import KINDS, ONE_QUICK
 
 FRAMES = 8
@@ -253,6 +255,38 @@ def test_rows_of_a_batch_equal_each_alone(kind: str, load: Any) -> None:
         thread.join()
     worker.close()
     assert [found[index] for index in range(len(asked))] == alone
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick(1)
+def test_prompts_computed_together_equal_each_alone(kind: str, load: Any) -> None:
+    """Positions on several axes, rows that layers add; also behind what is kept, and beside a text alone."""
+    model = load(kind)
+    looks = [look(model, kept_plan(full_plan(model), keep)) for keep in (20, 45, 90)]
+    prefixes = PrefixCache(2**26, model.llm.kv_bytes_per_token)
+    with worker_of(model.llm) as worker:
+        for text in ("What is it?", "Where does the red car move?"):
+            asked = [(prompt_of(model, question(v, text)), [looked.embedding]) for looked, v, _ in looks]
+            asked.append((prompt_of(model, Message.of("user", text)), []))
+            requests = [Request(prompt, rows) for prompt, rows in asked]
+            pieces = [piece_ends(prompt) for prompt, _ in asked]
+            expected = [
+                LocalAnswer(model.llm, one).prefill(ends) for one, ends in zip(requests, pieces, strict=True)
+            ]
+            jobs = [
+                partial(LocalAnswer(model.llm, one, worker).prefill, ends)
+                for one, ends in zip(requests, pieces, strict=True)
+            ]
+            before = worker.prefills
+            for future, own in zip(while_held(worker, jobs), expected, strict=True):
+                assert_same(future.result(), own)
+            assert worker.prefills - before < sum(map(len, pieces))
+            readers = [
+                partial(answer, model, prompt, rows, worker=worker, prefixes=prefixes)
+                for prompt, rows in asked
+            ]
+            alone = [answer(model, prompt, rows) for prompt, rows in asked]
+            assert [future.result() for future in while_held(worker, readers)] == alone
 
 
 @pytest.mark.parametrize(("kind", "stage"), QUICK_STAGES)
