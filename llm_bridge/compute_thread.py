@@ -31,11 +31,9 @@ class ComputeThread:
         self._process, self._closed = os.getpid(), False
         self._closing = threading.RLock()  # so that nothing is queued behind the end
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._next: deque[Job | None] = (
-            deque()
-        )  # what was looked at, before _jobs; in the computing thread only
-        args = self._jobs, self._next
-        thread = threading.Thread(target=_compute, args=args, name=name, daemon=True)
+        self._next: deque[Job | None] = deque()  # before _jobs; in the computing thread only
+        arguments = self._jobs, self._next
+        thread = threading.Thread(target=_compute, args=arguments, name=name, daemon=True)
         thread.start()
         THREADS.add(thread)
         OWNERS.add(self)
