@@ -211,15 +211,16 @@ class Library:
             if embedder.fingerprint != settings.fingerprint:
                 settings = self._begin(settings.seconds)
             table = ClipTable(self.folder, embedder.fingerprint)
-            gone = {path for path in paths if is_gone(path)}
+            gone = {path for path in paths if not os.path.exists(path)}
             said = SaidTable(self.folder)
             for path in said.files():
                 if is_gone(path):
                     said.remove(path)
-            for path in gone.intersection(table.files()):
+            dropped = {path for path in table.files() if is_gone(path)}  # also what is a folder or a pipe now
+            for path in dropped:
                 table.remove(path)
             report = self._index(table, sorted(paths - gone), settings, progress, forgotten=gone)
-            report.removed = len(gone)
+            report.removed = len(gone | dropped)
             table.drop_others()
             return report
 
