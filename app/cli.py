@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from app.library.commands import LIBRARY_COMMANDS, add_library_commands
 from app.library.map_command import add_map_command
-from app.printed import on_a_line
+from app.printed import cut_line, on_a_line
 from app.speech.command import add_transcribe_command, run_transcribe, speech_options
 from encoder.errors import ConfigError, FluxChatError
 from fluxchat import __version__
@@ -649,7 +649,6 @@ def run_estimate(args: argparse.Namespace) -> int:
 
 def run_clip(args: argparse.Namespace) -> int:
     """A part of a video as a file of its own."""
-    from encoder.video.clock import clock
     from encoder.video.cut import cut
 
     medium = _video_argument(args.video)
@@ -657,8 +656,7 @@ def run_clip(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"file": args.out, **asdict(part)}))
     else:
-        sound = "with its sound" if part.sound else "without sound"
-        print(f"{on_a_line(args.out)}: {clock(part.start_s)} to {clock(part.end_s)}, {sound}")
+        print(cut_line(args.out, part))
     return 0
 
 

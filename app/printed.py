@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import unicodedata
 
+from encoder.video.clock import clock
+from encoder.video.protocol import CutPart
+
 # Control characters, line and paragraph separators, lone surrogates; and what turns the direction of writing.
 _CATEGORIES = {"Cc", "Zl", "Zp", "Cs"}
 _TURNING = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -15,6 +18,12 @@ _TURNING = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 def on_a_line(name: object) -> str:
     r"""A name, or a sentence with names, in which such characters are written as \n, \x1b or \u202e."""
     return "".join(_escaped(c) if _is_control(c) else c for c in str(name))
+
+
+def cut_line(out: str, part: CutPart) -> str:
+    """What is told of a part that was cut out into a file."""
+    sound = "with its sound" if part.sound else "without sound"
+    return f"{on_a_line(out)}: {clock(part.start_s)} to {clock(part.end_s)}, {sound}"
 
 
 def _is_control(character: str) -> bool:

@@ -63,6 +63,9 @@ class AnswerSchema:
         wrong, said = matcher.validate_grammar_with_warnings(grammar)
         if wrong or said:  # a warning is about what would not be enforced
             raise _refused(said[0])
+        # Of bytes, for any tokenizer: that no answer can follow it shows at the first token only.
+        first = Guide(matcher(_llguidance().LLTokenizer("byte"), grammar, log_level=0), ())
+        first.check_next()
         return AnswerSchema(text, grammar)
 
     @property
@@ -138,6 +141,11 @@ class Guide:
         known = torch.from_numpy(np.unpackbits(bits, bitorder="little")[: len(allowed)]).bool()
         allowed[: len(known)] = known
         return scores.masked_fill(~allowed, -torch.inf)
+
+    def check_next(self) -> None:
+        """Raises ConfigError where nothing can come next."""
+        self._matcher.compute_bitmask()
+        self._check()
 
     def accept(self, token: int) -> None:
         """A token of the answer has come."""

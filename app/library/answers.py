@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +29,7 @@ from encoder.video.sources import reason
 SUFFIXES = (".jsonl", ".parquet")
 BATCH = 10_000  # rows of Parquet that are converted at once
 ANSWERS, VALUES = b"fluxchat.answers", b"values"  # of Parquet's metadata
+_ESCAPED = re.compile(r"\\u(d[89a-f][0-9a-f]{2})")
 TEXTS, NUMBERS = ("file", "question", "answer", "error", "ends", "asked"), ("size", "mtime_ns")
 
 
@@ -65,7 +67,11 @@ class AnswerRow:
     @staticmethod
     def of(line: str) -> AnswerRow:
         """Raises ValueError for a line that is none."""
-        values = _value(line)
+        return AnswerRow.checked(_value(line))
+
+    @staticmethod
+    def checked(values: Any) -> AnswerRow:
+        """A row with these values by name; raises ValueError for what are none."""
         if not isinstance(values, dict) or set(values) != set(AnswerRow.__dataclass_fields__):
             raise ValueError("other fields")
         known = all(isinstance(values[name], str) for name in ("file", "question", "ends", "asked"))
@@ -113,9 +119,7 @@ class AnswerFile:
     def __enter__(self) -> AnswerFile:
         self._lock.__enter__()
         try:
-            if self._parquet and self._out.exists() and not self._rows.exists():
-                with atomic_path(self._rows) as temporary, open(temporary, "w", encoding="utf-8") as file:
-                    file.writelines(row.line for row in _from_parquet(self._out))
+            next(self.rows(), None)  # a file of something else is refused before a model is loaded
         except BaseException:
             self._lock.__exit__()
             raise
@@ -129,6 +133,8 @@ class AnswerFile:
     def rows(self) -> Iterator[AnswerRow]:
         """What is there; the beginning of a row at the end is left out."""
         if not self._rows.exists():
+            if self._parquet and self._out.exists():
+                yield from _from_parquet(self._out)
             return
         with open(self._rows, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -145,7 +151,9 @@ class AnswerFile:
     def keep_only(self, wanted: Callable[[AnswerRow], bool]) -> None:
         """Drop the other rows, and what is only the beginning of one; each row is judged once, in order."""
         verdicts = [wanted(row) for row in self.rows()]
-        if all(verdicts) and not self._torn():
+        if self._rows.exists() and all(verdicts) and not self._torn():
+            return
+        if not verdicts and not self._rows.exists():
             return
         with atomic_path(self._rows) as temporary, open(temporary, "w", encoding="utf-8") as file:
             kept = (row for row, stays in zip(self.rows(), verdicts, strict=True) if stays)
@@ -214,8 +222,13 @@ def _write_parquet(out: Path, rows: Iterator[AnswerRow], as_values: bool) -> Non
 
 
 def _shown(path: str) -> str:
-    """A path as Unicode, whatever its name is."""
-    return os.fsencode(path).decode(errors="replace")
+    r"""A path as Unicode, whatever its name is: a byte that is none is written as \udcff."""
+    return path.encode(errors="backslashreplace").decode()
+
+
+def _named(shown: str) -> str:
+    """The reverse of `_shown`."""
+    return _ESCAPED.sub(lambda found: chr(int(found[1], 16)), shown)
 
 
 def _from_parquet(out: Path) -> Iterator[AnswerRow]:
@@ -229,6 +242,7 @@ def _from_parquet(out: Path) -> Iterator[AnswerRow]:
                 for values in batch.to_pylist():
                     if as_values and values["answer"] is not None:
                         values["answer"] = _value(values["answer"])
-                    yield AnswerRow(**values)
-    except (OSError, ValueError, arrow.ArrowException) as error:
+                    row = AnswerRow.checked(values)
+                    yield replace(row, file=_named(row.file))
+    except (OSError, ValueError, TypeError, arrow.ArrowException) as error:
         raise DataError(f"Cannot read {out} ({error}): name another output.") from error

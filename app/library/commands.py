@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from app.printed import on_a_line
+from app.printed import cut_line, on_a_line
 from app.speech.command import speech_options
 from encoder.errors import ConfigError
 
@@ -107,6 +107,8 @@ def run_index(args: argparse.Namespace) -> int:
     """Index, check or repair."""
     if args.check and args.repair:
         raise ConfigError("--check changes nothing and --repair does: give one of them.")
+    if not args.speech and (args.language is not None or args.speech_model is not None):
+        raise ConfigError("--language and --speech-model go with --speech.")
     if args.speech and not args.sources:
         raise ConfigError("--speech listens to the videos that are named: name them.")
     if args.sources and (args.check or args.repair):
@@ -152,7 +154,11 @@ def _check(library: Library, as_json: bool) -> int:
     else:
         for row in stale:
             print(on_a_line(f"{row.what}: {row.path}" + (f" ({row.why})" if row.why else "")))
-        print(f"{len(stale)} stale; `fluxchat index --repair` mends it." if stale else "All is up to date.")
+        print(
+            f"{len(stale)} stale: `fluxchat index --repair` indexes them anew, and drops what is gone."
+            if stale
+            else "All is up to date."
+        )
     return 1 if stale else 0
 
 
@@ -182,19 +188,21 @@ def run_search(args: argparse.Namespace) -> int:
             print(_line(hit))
         if not found.hits:
             print("Nothing was found.", file=sys.stderr)
-    if found.left_out:
+    if count := len(found.left_out):
+        were = "files were" if count > 1 else "file was"
         print(
-            f"{len(found.left_out)} files were left out, which are gone or have changed: run "
-            "`fluxchat index --repair`.",
-            file=sys.stderr,
+            f"{count} {were} left out, gone or changed since: run `fluxchat index --repair`.", file=sys.stderr
         )
     if (args.clip or args.play) and not found.hits:
-        raise ConfigError("Nothing was found: index some videos first.")
+        do = "run `fluxchat index --repair`" if found.left_out else "index some videos first"
+        raise ConfigError(f"There is no clip to play or cut out: {do}.")
     if args.clip:
         from encoder.video.cut import cut
 
         best = found.hits[0]
-        cut(best.path, best.start_s, best.end_s, args.clip, overwrite=args.force)
+        part = cut(best.path, best.start_s, best.end_s, args.clip, overwrite=args.force)
+        if not args.json:
+            print(cut_line(args.clip, part))
     if args.play:
         from app.library.player import play
 

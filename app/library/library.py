@@ -21,7 +21,7 @@ from app.library.indexing import Indexer, IndexReport, LocalIndexer, index_files
 from app.library.listening import HeardReport, Hearer, LocalHearer, listen_to
 from app.library.said_table import NAME as SAID
 from app.library.said_table import SaidTable
-from app.library.video_files import FileIdentity, find_videos, is_unicode
+from app.library.video_files import FileIdentity, find_videos, is_gone, is_unicode
 from app.library.write_lock import WriteLock
 from app.speech.listener import Listener
 from encoder.checkpoint import atomic_path, save_json
@@ -40,7 +40,7 @@ FORMAT, VERSION = "fluxchat library", 1
 SECONDS, SHORTEST = 10.0, 0.5  # of a clip
 MOST_HITS = 10_000
 LARGEST_REPORT = 2**28  # bytes
-# gone, changed: since it was indexed. incomplete: rows are missing. unreadable: it could not be indexed.
+# gone, changed: since it was indexed. incomplete: rows are missing. unreadable: it could not be read.
 # other model: it is in the rows of another model only.
 What = Literal["gone", "changed", "incomplete", "unreadable", "other model"]
 
@@ -192,7 +192,7 @@ class Library:
         for path, file in known.items():
             if file.rows != file.count:
                 stale[path] = Stale(path, "incomplete", f"It has {file.rows} of {file.count} clips.")
-            elif (what := _changed(path, file.identity)) is not None:
+            elif (what := _changed(path, file.identity)) == "gone" or (what and path not in stale):
                 stale[path] = Stale(path, what)
         if self._open_embedder(settings).fingerprint != settings.fingerprint:
             stale |= {path: Stale(path, "other model") for path in known if path not in stale}
@@ -214,12 +214,13 @@ class Library:
             gone = {path for path in paths if not os.path.exists(path)}
             said = SaidTable(self.folder)
             for path in said.files():
-                if not os.path.exists(path):
+                if is_gone(path):
                     said.remove(path)
-            for path in gone.intersection(table.files()):
+            dropped = {path for path in table.files() if is_gone(path)}  # also what is a folder or a pipe now
+            for path in dropped:
                 table.remove(path)
             report = self._index(table, sorted(paths - gone), settings, progress, forgotten=gone)
-            report.removed = len(gone)
+            report.removed = len(gone | dropped)
             table.drop_others()
             return report
 
@@ -397,5 +398,5 @@ def _changed(path: str, identity: FileIdentity) -> What | None:
     try:
         now = FileIdentity.of(path)
     except OSError:
-        return "gone"
+        return "gone" if is_gone(path) else "unreadable"
     return None if now.same_content(identity) else "changed"

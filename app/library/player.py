@@ -27,4 +27,5 @@ def play(path: str, start_s: float) -> None:
     opener = shutil.which(OPENERS.get(sys.platform, ""))
     if opener is None:
         raise ConfigError(f"No player is here for {path!r}: install mpv, vlc or ffplay.")
-    subprocess.call([opener, path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    if subprocess.call([opener, path], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+        raise ConfigError(f"Nothing here opens {path!r}: install mpv, vlc or ffplay.")

@@ -6,6 +6,7 @@ FileIdentity.of("a.mp4")                                 # size, time of change,
 
 from __future__ import annotations
 
+import codecs
 import errno
 import glob
 import hashlib
@@ -104,6 +105,16 @@ def unreadable(path: str, error: FluxChatError | OSError) -> str:
     return " ".join(str(error).split())
 
 
+def is_gone(path: str) -> bool:
+    """Whether no file is there any more; one whose folder may not be entered is not gone."""
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except PermissionError:
+        return False
+    except (OSError, ValueError):
+        return True
+
+
 def check_name(path: str) -> None:
     """Raises VideoError for a file whose name a library cannot hold."""
     if not is_unicode(path):
@@ -151,6 +162,9 @@ def _listed(path: str) -> Iterator[str]:
     """A list's files, whether they are there or not: a missing one is a row of the report."""
     if os.path.getsize(path) > LONGEST_LIST:
         raise ConfigError(f"{path!r} is too long for a list of files: split it.")
-    for line in Path(path).read_text("utf-8", errors="surrogateescape").splitlines():
-        if (name := line.strip()) and not name.startswith("#"):
+    data = Path(path).read_bytes()
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell writes it
+    text = data.decode("utf-16", "replace") if utf16 else data.decode("utf-8-sig", "surrogateescape")
+    for line in text.split("\n"):  # a name may hold any other break
+        if (name := line.strip(" \t\r")) and not name.startswith("#"):
             yield os.path.abspath(os.path.join(os.path.dirname(path), os.path.expanduser(name)))

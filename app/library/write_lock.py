@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from encoder.errors import ConfigError
+from encoder.video.sources import reason
 
 try:
     import fcntl
@@ -19,8 +20,8 @@ except ImportError:  # no such locks on Windows
 class WriteLock:
     """Held until the `with` block ends or the process does. what: is written, for the error's sentence.
 
-    passing: the file goes when the lock does. Raises ConfigError when another process holds it, OSError when
-    its folder cannot be written.
+    passing: the file goes when the lock does. Raises ConfigError when another process holds it, or its folder
+    cannot be written.
     """
 
     def __init__(self, file: Path, what: str, *, passing: bool = False) -> None:
@@ -28,7 +29,12 @@ class WriteLock:
 
     def __enter__(self) -> None:
         while True:
-            self._handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                self._handle = os.open(self._file, os.O_RDWR | os.O_CREAT, 0o644)
+            except OSError as error:
+                raise ConfigError(
+                    f"Cannot write into {self._what}: {reason(error)}; name another place."
+                ) from error
             try:
                 if fcntl is not None:
                     fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,7 +17,7 @@ from encoder.video.clock import clock
 
 TOP = 24
 LONGEST = 500  # characters of what is looked for
-LEFT_OUT = "left out, which are gone or have changed: <code>fluxchat index --repair</code>."
+LEFT_OUT = "left out, gone or changed since: <code>fluxchat index --repair</code>."
 
 
 class LibrarySearch:

@@ -70,5 +70,5 @@ def _check_target(target: Path, source: Any, overwrite: bool) -> None:
         raise VideoError(f"Cannot write {target.name!r}: it is a folder; name a file in it.")
     if target.exists() and not overwrite:
         raise VideoError(
-            f"Cannot write {target.name!r}: that file exists; name another or allow overwriting."
+            f"Cannot write {target.name!r}: that file exists; name another, or write over it (--force)."
         )

@@ -249,11 +249,34 @@ def test_a_row_that_comes_twice_is_one(tmp_path: Path) -> None:
 
 def test_a_name_that_is_no_unicode(tmp_path: Path) -> None:
     path = os.fsdecode(b"/videos/\xff.mp4")
+    other = os.fsdecode(b"/videos/\xfe.mp4")
     for out in (tmp_path / "a.jsonl", tmp_path / "a.parquet"):
+        for _ in range(2):  # its row is known again
+            with AnswerFile(out) as answers:
+                ask_all(Twice(), [path, other], answers)
         with AnswerFile(out) as answers:
-            ask_all(Twice(), [path], answers)
-    with AnswerFile(tmp_path / "a.jsonl") as answers:
-        assert [row.file for row in answers.rows()] == [path]
+            assert sorted(row.file for row in answers.rows()) == sorted([path, other])
+
+
+def test_a_run_that_is_refused_leaves_nothing_beside_its_output(tmp_path: Path) -> None:
+    """Rows that lay beside it would be taken for its own once it is moved away or written anew."""
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    out = tmp_path / "a.parquet"
+    with AnswerFile(out) as answers:
+        ask_all(Twice(), ["a"], answers)
+    another = Twice()
+    another.asked = "b"
+    with pytest.raises(ConfigError, match="another question"), AnswerFile(out) as answers:
+        ask_all(another, ["a"], answers)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
+    table = parquet.read_table(out)
+    for name, wrong in (("size", ["x"]), ("file", [None]), ("answer", [7])):
+        column = table.schema.get_field_index(name)
+        other = table.set_column(column, name, arrow.array(wrong))
+        parquet.write_table(other.replace_schema_metadata({"fluxchat.answers": "values"}), out)
+        with pytest.raises(DataError, match="name another output"), AnswerFile(out):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
 
 
 def test_outputs_are_checked_first(tmp_path: Path) -> None:

@@ -47,6 +47,11 @@ def test_from_a_folder_to_a_clip(command: Any, videos: Path, tmp_path: Path) -> 
     assert probe(str(tmp_path / "best.mp4")).duration_s >= 1
     lines = command("search", "a dog")[1].splitlines()
     assert len(lines) == 5
+    status, out, err = command("search", "a dog", "--clip", tmp_path / "best.mp4")
+    assert status == 2
+    assert "--force" in err
+    out = command("search", "a dog", "--clip", tmp_path / "best.mp4", "--force")[1]
+    assert out.splitlines()[-1].startswith(f"{tmp_path / 'best.mp4'}: 0:00")
     assert found["hits"][0]["path"] in lines[0]
 
 
@@ -57,7 +62,7 @@ def test_what_is_stale_is_said_and_mended(command: Any, videos: Path, tmp_path: 
     assert f"{videos / 'broken.mp4'}: ! " in out
     (videos / "broken.mp4").unlink()
     (videos / "red.mp4").unlink()
-    assert "1 files were left out" in command("search", "a dog")[2]
+    assert "1 file was left out" in command("search", "a dog")[2]
     status, out, _ = command("index", "--check", "--json")
     assert status == 1
     assert {row["what"] for row in json.loads(out)} == {"gone", "unreadable"}
@@ -99,6 +104,13 @@ def test_the_best_is_played_at_its_time(
     _, out, _ = command("search", "a dog", "--json", "--play")
     best = json.loads(out)["hits"][0]
     assert played == [["/bin/mpv", f"--start={best['start_s']:.2f}", best["path"]]]
+    # What opens files by their kind knows none for videos.
+    monkeypatch.setattr(player.sys, "platform", "linux")
+    monkeypatch.setattr(player.shutil, "which", lambda name: "/bin/false" if name == "xdg-open" else None)
+    monkeypatch.setattr(player.subprocess, "call", lambda words, **_: 3)
+    status, _, err = command("search", "a dog", "--play")
+    assert status == 2
+    assert "install mpv" in err
     monkeypatch.setattr(player.shutil, "which", lambda name: None)
     status, _, err = command("search", "a dog", "--play")
     assert status == 2
@@ -111,6 +123,7 @@ def test_the_best_is_played_at_its_time(
         (["index"], "Name the videos"),
         (["index", "--check", "--repair"], "give one of them"),
         (["index", "a.mp4", "--check"], "give no videos"),
+        (["index", "a.mp4", "--language", "de"], "go with --speech"),
         (["search", "a dog"], "no library in"),
         (["index", str(ROOT / "app" / "pretrained" / "examples"), "--device", "abacus"], "no device abacus"),
     ],
@@ -140,4 +153,9 @@ def test_nothing_found_is_said(command: Any, videos: Path, tmp_path: Path) -> No
     (videos / "red.mp4").unlink()
     status, out, err = command("search", "a dog")
     assert (status, out) == (0, "")
-    assert err.startswith("Nothing was found.\n1 files were left out")
+    assert err.startswith("Nothing was found.\n1 file was left out")
+    status, _, err = command("search", "a dog", "--play")
+    assert (status, err.splitlines()[-1]) == (
+        2,
+        "fluxchat: There is no clip to play or cut out: run `fluxchat index --repair`.",
+    )

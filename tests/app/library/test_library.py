@@ -20,6 +20,7 @@ from PIL import Image
 from app.library import indexing
 from app.library.clip_table import ClipTable
 from app.library.library import Library
+from app.library.video_files import find_videos
 from encoder.errors import ConfigError, DataError, ModelError
 from llm_bridge.assets.cache_dir import cache_dir
 from llm_bridge.text_encoders.text_towers import MINILM
@@ -109,6 +110,36 @@ def test_stale_files_are_no_answers_and_repair_mends_them(tmp_path: Path, videos
     assert (report.indexed, report.removed) == (1, 1)
     assert library.check() == []
     assert Path(library.search("blue").hits[0].path).name == "green.mp4"
+
+
+def test_what_a_repair_cannot_read_is_told_with_its_reason(tmp_path: Path, videos: Path) -> None:
+    library = opened(tmp_path)
+    library.index([videos])
+    (videos / "blue.mp4").unlink()
+    (videos / "blue.mp4").mkdir()
+    (videos / "red.mp4").write_bytes(b"")
+    assert {Path(row.path).name: row.what for row in library.check()} == {
+        "blue.mp4": "gone",
+        "red.mp4": "changed",
+    }
+    report = library.repair()
+    assert (report.removed, len(report.failed)) == (1, 2)
+    assert library.search("blue").left_out == (str(videos / "red.mp4"),)
+    assert {Path(row.path).name: (row.what, "empty" in row.why) for row in library.check()} == {
+        "blue.mp4": ("unreadable", False),
+        "red.mp4": ("unreadable", True),
+    }
+    film(videos / "red.mp4", ["red"])
+    (videos / "blue.mp4").rmdir()
+    assert (library.repair().failed, library.check()) == ({}, [])
+
+
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_list_of_any_editor_names_its_files(tmp_path: Path, videos: Path, coding: str) -> None:
+    names = ["red.mp4", "gr\u00fcn.mp4", "next\u0085line.mp4", "page\x0c.mp4"]
+    text = "".join(f"videos/{name}\r\n" for name in [*names, "../videos/red.mp4"])
+    (tmp_path / "list.txt").write_bytes(f"{text}# no file\r\n\r\n".encode(coding))
+    assert find_videos([tmp_path / "list.txt"]) == sorted(str(videos / name) for name in names)
 
 
 def test_another_model_is_refused_until_the_library_is_repaired(tmp_path: Path, videos: Path) -> None:
