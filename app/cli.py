@@ -24,6 +24,7 @@ from app.printed import cut_line, on_a_line
 from app.speech.command import add_transcribe_command, run_transcribe, speech_options
 from encoder.errors import ConfigError, FluxChatError
 from fluxchat import __version__
+from llm_bridge.openmp import let_threads_sleep
 
 if TYPE_CHECKING:
     from app.chat import VideoChat
@@ -913,6 +914,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _tolerate_any_character()
     args = build_parser().parse_args(argv)
     _quiet_libraries()
+    let_threads_sleep()
     run = {
         "ask": run_ask,
         "map": run_map,

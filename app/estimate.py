@@ -272,11 +272,19 @@ class Calibration:
     @staticmethod
     @torch.inference_mode()
     def measure(model: ChatModel) -> Calibration:
-        """Time the parts on this machine."""
-        encoded = model.tower.measure()
-        times = [prefill_ms(model, tokens) for tokens in PREFILL_SIZES]
-        prefilled = Speed.fit([_prefill_features(n) for n in PREFILL_SIZES], times)
-        return Calibration(measure_decode(), encoded, prefilled)
+        """Time the parts on this machine; with a bar in a terminal."""
+        from tqdm import tqdm
+
+        label = "Measuring how fast this machine is, once"
+        with tqdm(total=len(PREFILL_SIZES) + 2, desc=label, disable=None, leave=False) as bar:
+            encoded = model.tower.measure()
+            bar.update()
+            times = []
+            for tokens in PREFILL_SIZES:
+                times.append(prefill_ms(model, tokens))
+                bar.update()
+            prefilled = Speed.fit([_prefill_features(n) for n in PREFILL_SIZES], times)
+            return Calibration(measure_decode(), encoded, prefilled)
 
 
 def _speed(weights: list[Any], features: int) -> Speed:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from app.library.commands import ray_options, ray_pool
-from app.note import guesses
 from app.printed import on_a_line
 from encoder.errors import ConfigError
 
@@ -96,5 +95,7 @@ def run_map(
         failed = f", {len(report.failed)} failed" if report.failed else ""
         print(f"{on_a_line(out)}: {report.answered} answered, {report.unchanged} were there{failed}.")
     if report.guessed:
+        from app.note import guesses
+
         print(guesses(report.guessed, report.answered), file=sys.stderr)
     return 1 if report.failed else 0

@@ -21,12 +21,11 @@ from types import TracebackType
 
 from encoder.errors import ConfigError, ModelError
 from llm_bridge.engines import ended_with
+from llm_bridge.openmp import WAITING
 
 PATIENCE_S = 1800.0  # a large model is downloaded first
 ENDED_S = 20.0  # what a server may take to end
 TOLD_S = 2.0
-# On CPUs its threads would wait for one another in loops, which takes cores from all, themselves too.
-THREADS = {"OMP_WAIT_POLICY": "passive"}
 # What holds answers to schemas here too; vLLM's own choice lets them run on in blanks.
 SCHEMAS = ("--structured-outputs-config", '{"backend": "guidance"}')
 
@@ -62,7 +61,7 @@ class VllmServer:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # with the processes that it starts, it is ended as one
-            env={**THREADS, **os.environ},
+            env={**WAITING, **os.environ},
         )
         self._at_close: list[Callable[[], object]] = []
         atexit.register(self.close)

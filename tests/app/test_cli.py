@@ -182,6 +182,23 @@ def test_help_has_examples(call: Call) -> None:
     assert call("ask", "--help").returncode == 0
 
 
+def test_help_and_faults_in_arguments_need_no_model_library() -> None:
+    code = "import sys, app.cli; print({'torch', 'transformers', 'numpy', 'av', 'gradio'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize("told", [None, "active"])
+def test_threads_sleep_unless_the_environment_says_otherwise(
+    call: Call, monkeypatch: pytest.MonkeyPatch, told: str | None
+) -> None:
+    monkeypatch.setenv("OMP_WAIT_POLICY", told or "")
+    if told is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr(cli, "run_models", lambda _: print(os.environ["OMP_WAIT_POLICY"]) or 0)
+    assert call("models").stdout == f"{told or 'passive'}\n"
+
+
 @pytest.fixture(scope="module")
 def shipped_example() -> Path:
     found = sorted((ROOT / "app" / "pretrained" / "examples").glob("*.mp4"))
