@@ -61,8 +61,8 @@ lowest:
 	@$(PYTHON) -m uv pip install -q --python $(LOWEST)/bin/python --resolution lowest-direct -e '.[$(EXTRAS)]' \
 		'pytest>=8' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'hypothesis>=6.100' 'tokenizers>=0.20' 'jsonschema>=4.20'
 	@$(LOWEST)/bin/python -m llm_bridge.assets.fetch
-	@$(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" tests/llm_bridge tests/app/test_chat.py tests/app/test_cli.py \
-		tests/app/library tests/app/speech tests/app/test_mcp_server.py
+	@$(LOWEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" tests/llm_bridge \
+		tests/app/test_chat.py tests/app/test_cli.py tests/app/library tests/app/speech tests/app/test_mcp_server.py
 	@$(LOWEST)/bin/python -m pytest -m slow tests/app/library/test_ray.py
 
 # The tests of llama.cpp as an engine, in an environment of its own beside .venv's packages; builds it, in minutes.

@@ -6,9 +6,12 @@ print(f"{on_a_line(path)}: ...")
 from __future__ import annotations
 
 import unicodedata
+from typing import TYPE_CHECKING
 
 from encoder.video.clock import clock
-from encoder.video.protocol import CutPart
+
+if TYPE_CHECKING:
+    from encoder.video.protocol import CutPart
 
 # Control characters, line and paragraph separators, lone surrogates; and what turns the direction of writing.
 _CATEGORIES = {"Cc", "Zl", "Zp", "Cs"}

@@ -116,8 +116,7 @@ def build(make: Callable[[], M], tensors: Mapping[str, Tensor]) -> M:
     """
     with torch.device("meta"):
         model = make()
-    result = report(model, tensors)
-    _check(result)
+    _check(report(model, tensors))
     model.to_empty(device=torch.get_default_device())
     load_tensors(model, tensors)
     return model

@@ -151,9 +151,8 @@ class AnswerFile:
     def keep_only(self, wanted: Callable[[AnswerRow], bool]) -> None:
         """Drop the other rows, and what is only the beginning of one; each row is judged once, in order."""
         verdicts = [wanted(row) for row in self.rows()]
-        if self._rows.exists() and all(verdicts) and not self._torn():
-            return
-        if not verdicts and not self._rows.exists():
+        as_they_are = all(verdicts) and not self._torn() if self._rows.exists() else not verdicts
+        if as_they_are:
             return
         with atomic_path(self._rows) as temporary, open(temporary, "w", encoding="utf-8") as file:
             kept = (row for row, stays in zip(self.rows(), verdicts, strict=True) if stays)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from app.library.video_files import FileIdentity
-from encoder.checkpoint import load_tensors, read_tensors
+from encoder.checkpoint import build, read_tensors
 from encoder.config import FluxViTConfig
 from encoder.errors import CheckpointError, ModelError
 from encoder.fluxvit import FluxViT
@@ -87,8 +87,8 @@ class FluxEmbedder:
             values = read_object(self._folder / "config.json")["encoder"]
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{self._folder} has no config.json of a saved model.") from error
-        encoder = FluxViT(FluxViTConfig.from_dict(values))
-        load_tensors(encoder, read_tensors(self._folder / ENCODER))
+        config = FluxViTConfig.from_dict(values)
+        encoder = build(lambda: FluxViT(config), read_tensors(self._folder / ENCODER))
         return encoder.to(self._device).eval().requires_grad_(False)
 
     @cached_property

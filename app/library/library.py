@@ -211,7 +211,7 @@ class Library:
             if embedder.fingerprint != settings.fingerprint:
                 settings = self._begin(settings.seconds)
             table = ClipTable(self.folder, embedder.fingerprint)
-            gone = {path for path in paths if not os.path.exists(path)}
+            gone = {path for path in paths if is_gone(path) and not os.path.exists(path)}
             said = SaidTable(self.folder)
             for path in said.files():
                 if is_gone(path):

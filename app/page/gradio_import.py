@@ -1,4 +1,4 @@
-"""Imports Gradio without the type stubs that it makes anew at each import, a third of the time that it takes.
+"""Imports Gradio sooner: without the type stubs that it makes anew at each import.
 
 Gradio parses the source of every component as often as the component has methods, and writes a `.pyi` file
 beside itself where it may (its `create_or_modify_pyi`); only editors read those. It leaves a component alone
@@ -14,7 +14,7 @@ from typing import Any
 
 
 @contextmanager
-def _sources_hidden(package: str) -> Iterator[None]:
+def sources_hidden(package: str) -> Iterator[None]:
     """`inspect.getfile` raises OSError for what a package defines, as for what was never in a file."""
     getfile = inspect.getfile
 
@@ -30,7 +30,7 @@ def _sources_hidden(package: str) -> Iterator[None]:
         inspect.getfile = getfile
 
 
-with _sources_hidden("gradio"):
+with sources_hidden("gradio"):
     import gradio
 
 __all__ = ["gradio"]

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoder.checkpoint import load_tensors, read_tensors
+from encoder.checkpoint import build, read_tensors
 from encoder.errors import CheckpointError
 
 PREFIX = "text_encoder."
@@ -71,11 +71,8 @@ class MobileClipText(nn.Module):
         tensors = read_tensors(path)
         if any(name.startswith(PREFIX) for name in tensors):
             tensors = {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(PREFIX)}
-        with torch.device("meta"):
-            model = MobileClipText(_config_of(tensors, path))
-        model.to_empty(device="cpu")
-        load_tensors(model, tensors)
-        return model
+        config = _config_of(tensors, path)
+        return build(lambda: MobileClipText(config), tensors)
 
     def forward(self, ids: Tensor, ends: Tensor) -> Tensor:
         """Token ids (B, L) and the place of each text's end token (B,) -> (B, projection), not normalised."""

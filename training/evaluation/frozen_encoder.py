@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from encoder.checkpoint import load_encoder, load_tensors, read_tensors
+from encoder.checkpoint import build, load_encoder, read_tensors
 from encoder.config import FluxViTConfig
 from encoder.cost import time_ms
 from encoder.errors import CheckpointError, ConfigError
@@ -114,9 +114,8 @@ def open_encoder(path: Path) -> FluxViT:
             values: Any = json.loads((path / "config.json").read_text())["encoder"]
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{path} has encoder.safetensors but no model's config.json.") from error
-        model = FluxViT(FluxViTConfig.from_dict(values))
-        load_tensors(model, read_tensors(path / "encoder.safetensors"))
-        return model
+        config = FluxViTConfig.from_dict(values)
+        return build(lambda: FluxViT(config), read_tensors(path / "encoder.safetensors"))
     if not path.exists():
         raise CheckpointError(f"There is no encoder at {path}.")
     return load_encoder(path)

@@ -380,6 +380,7 @@ def test_killed_at_random_moments_it_goes_on_to_200_valid_lines(
         process.wait()
         grew.append(lines())
     assert grew == sorted(grew)
+    assert 0 < grew[-1] < 200  # it was killed at work
     subprocess.run([*command, "200"], cwd=ROOT, check=True)
     with AnswerFile(out) as answers:
         found = list(answers.rows())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import random
@@ -132,6 +133,32 @@ def test_what_a_repair_cannot_read_is_told_with_its_reason(tmp_path: Path, video
     film(videos / "red.mp4", ["red"])
     (videos / "blue.mp4").rmdir()
     assert (library.repair().failed, library.check()) == ({}, [])
+
+
+def test_what_may_not_be_entered_is_neither_gone_nor_dropped(
+    tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = opened(tmp_path)
+    library.index([videos])
+    hidden = str(videos / "red.mp4")
+
+    def refusing(call: Any) -> Any:
+        def refuse(path: Any, *arguments: Any, **options: Any) -> Any:
+            if str(path) == hidden:
+                raise PermissionError(errno.EACCES, "Permission denied", hidden)
+            return call(path, *arguments, **options)
+
+        return refuse
+
+    with monkeypatch.context() as patch:
+        for name in ("stat", "open"):
+            patch.setattr(os, name, refusing(getattr(os, name)))
+        assert [row.what for row in library.check()] == ["unreadable"]
+        report = library.repair()
+        assert (report.removed, list(report.failed)) == (0, [hidden])
+    assert library.repair().removed == 0
+    assert library.check() == []
+    assert "red.mp4" in rows(library.folder)
 
 
 @pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -424,6 +451,7 @@ def test_killed_at_random_moments_it_goes_on_to_one_row_per_clip(tmp_path: Path)
         process.wait()
         grew.append(sum(rows(index).values()))
     assert grew == sorted(grew)
+    assert 0 < grew[-1] < 400  # it was killed at work
     subprocess.run([*command, "1000"], cwd=ROOT, check=True)
     assert rows(index) == {f"{number:03}.mp4": 1 + number % 3 for number in range(200)}
     library = Library(index, embedder=ColourEmbedder())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from gradio.component_meta import create_or_modify_pyi
 
-from app.page.gradio_import import _sources_hidden
+from app.page.gradio_import import sources_hidden
 
 
 def test_a_component_whose_source_is_hidden_gets_no_stub(
@@ -22,7 +22,7 @@ def test_a_component_whose_source_is_hidden_gets_no_stub(
     shown = importlib.import_module("parts.shown").Shown
     stub = tmp_path / "parts" / "shown.pyi"
     before = inspect.getfile
-    with _sources_hidden("parts"):
+    with sources_hidden("parts"):
         create_or_modify_pyi(shown, "Shown", [])
         assert not stub.exists()
         assert inspect.getfile(Path) == before(Path)

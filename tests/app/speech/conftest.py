@@ -37,9 +37,9 @@ class ToldModel:
         return found, language or ("en" if found else "")
 
 
-def spoken(text: str, path: Path, voice: str = "en-us") -> np.ndarray:
-    """A sentence as float samples at RATE."""
-    subprocess.run(["espeak-ng", "-v", voice, "-s", "140", "-w", str(path), text], check=True)
+def spoken(text: str, path: Path, voice: str = "en-us", speed: int = 140) -> np.ndarray:
+    """A sentence as float samples at RATE. speed: words per minute."""
+    subprocess.run(["espeak-ng", "-v", voice, "-s", str(speed), "-w", str(path), text], check=True)
     with av.open(path) as container:
         resampler = av.AudioResampler(format="flt", layout="mono", rate=RATE)
         pieces = [

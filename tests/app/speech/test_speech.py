@@ -270,15 +270,15 @@ def test_other_languages_are_heard(
     if shutil.which("espeak-ng") is None:
         pytest.skip("espeak-ng is not installed")
     quiet = np.zeros(RATE, np.float32)
-    said = spoken(text, tmp_path / "said.wav", voice)
+    # Slowly: at 140 it depends on the processor and its threads what the model hears of these voices.
+    said = spoken(text, tmp_path / "said.wav", voice, speed=100)
     video = with_sound(tmp_path / "talk.mp4", np.concatenate([quiet, said, quiet]))
     for told in (None, language) if recognised else (language,):
         transcript = Listener(model=polyglot).listen(video, language=told)
         assert transcript.language == language
         assert f"Language: {language}\n" in transcript.vtt
         found = " ".join(line.text for line in transcript.lines).lower()
-        # Processors differ in how they hear a synthetic voice.
-        assert [word for word in words.split() if word in found], found
+        assert [word for word in words.split() if word not in found] == []
 
 
 def music(seconds: int) -> np.ndarray:
