@@ -38,8 +38,10 @@ def test_importing_it_loads_no_model_library(tmp_path: Path) -> None:
     "name",
     [
         "app.py",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("encoder.py", "app/__init__.py")),
-        "llm_bridge/other.py",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("encoder.py", "app/__init__.py", "llm_bridge/other.py")
+        ),
     ],
 )
 def test_a_file_in_the_way_is_named_in_one_sentence(tmp_path: Path, name: str) -> None:

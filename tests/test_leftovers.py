@@ -40,6 +40,7 @@ def repository(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("options", [(), ("-p", "xdist", "-n", "2")], ids=["one process", "workers"])
+@pytest.mark.quick(1)
 def test_a_file_left_behind_fails_the_run(repository: Path, options: tuple[str, ...]) -> None:
     (repository / "test_writes.py").write_text(WRITES)
     found = run(repository, *options)

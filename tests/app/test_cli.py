@@ -205,7 +205,12 @@ def shipped_example() -> Path:
     return found[0]
 
 
-def test_ask_json_with_the_shipped_model(shipped_example: Path, call: Call) -> None:
+@pytest.mark.parametrize("shipped", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_ask_json(
+    chat: VideoChat, shipped_example: Path, call: Call, monkeypatch: pytest.MonkeyPatch, shipped: bool
+) -> None:
+    if not shipped:
+        monkeypatch.setattr("app.cli.open_chat", lambda args: chat)
     done = call("ask", shipped_example, "What is in the video?", "--json", "--budget", "64")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)

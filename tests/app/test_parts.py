@@ -25,7 +25,7 @@ FEW = {"budget": 32, "max_new_tokens": 3}
 @pytest.fixture(scope="module")
 def minute(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A video of 60 s at 25 frames per second whose frames show their numbers."""
-    return write(tmp_path_factory.mktemp("video") / "minute.mp4", steady(1500))
+    return write(tmp_path_factory.mktemp("video") / "minute.mp4", steady(1500), size=(96, 64))
 
 
 def test_frames_are_spread_over_the_part_and_times_are_the_video_s(chat: VideoChat, minute: Path) -> None:

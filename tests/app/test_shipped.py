@@ -49,7 +49,7 @@ def test_the_examples_are_six_and_one_is_honest_about_a_mistake() -> None:
 
 
 @pytest.mark.parametrize(
-    "examples", [EXAMPLES[:2], pytest.param(EXAMPLES, marks=pytest.mark.slow)], ids=["two", "all"]
+    "examples", [EXAMPLES[:1], pytest.param(EXAMPLES, marks=pytest.mark.slow)], ids=["one", "all"]
 )
 def test_it_answers_as_its_card_says(chat: VideoChat, examples: list[dict[str, str]]) -> None:
     answers = [

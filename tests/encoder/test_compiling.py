@@ -45,6 +45,7 @@ def test_a_compiled_encoder_is_copied_and_pickled_as_written() -> None:
         assert other.importance is importance  # the one that is compiled has its own
 
 
+@pytest.mark.slow
 def test_an_encoder_is_there_without_what_only_cuda_and_the_compiler_need() -> None:
     """Each takes a second to import, in every process."""
     late = "torch.nn.attention.varlen", "torch._inductor.compile_fx"

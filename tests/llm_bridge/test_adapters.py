@@ -110,6 +110,7 @@ def test_an_adapter_of_another_model_is_refused(
         ({"exclude_modules": "(a+)+$"}, "more than names"),
     ],
 )
+@pytest.mark.quick(4)
 def test_settings_that_load_or_lie_are_refused(
     folder: Path, tmp_path: Path, values: dict[str, Any], word: str
 ) -> None:

@@ -74,6 +74,7 @@ def read(generation: Generation) -> tuple[str, GenerationStats]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
+@pytest.mark.quick(1)
 def test_together_equals_alone(llm: LanguageModel, worker: ComputeWorker, temperature: float) -> None:
     everyone = range(len(QUESTIONS))
     alone = [read(generation(llm, i, None, temperature=temperature)) for i in everyone]

@@ -189,6 +189,7 @@ def test_one_that_fails_fails_alone(
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("no room"), MemoryError("no room")])
 @pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.quick(2)
 def test_a_pass_without_memory_is_made_again_for_each(
     qwen2: LanguageModel, error: BaseException, layer: int
 ) -> None:

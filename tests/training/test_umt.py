@@ -277,6 +277,7 @@ def test_the_command_trains_as_it_did(data: Path, tmp_path: Path, capsys: pytest
     assert "--resume" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_resuming_is_exact(data: Path, tmp_path: Path, shapes: dict[str, Any]) -> None:
     first = recipe(data, tmp_path / "whole", data=[shapes])
     whole = train(UmtStage(first), first.optim, first.loop).losses
@@ -305,6 +306,7 @@ def test_kept_targets_change_no_loss(data: Path, tmp_path: Path, shapes: dict[st
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_flux_single_and_other_teachers_run(data: Path, tmp_path: Path, shapes: dict[str, Any]) -> None:
     from tests.training.distill.test_image_teachers import write_encoder
 

@@ -175,6 +175,7 @@ def look_for(page: Any, text: str) -> Any:
 
 
 @browsing
+@pytest.mark.slow
 def test_search_click_and_ask_about_the_hit(open_page: Callable[..., Any]) -> None:
     page = open_page(1440, 900)
     hits = look_for(page, "red")

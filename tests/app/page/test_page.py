@@ -477,6 +477,7 @@ def test_theme_and_css_are_local_files() -> None:
     assert not [font for font in options["theme"]._font if type(font).__name__ == "GoogleFont"]
 
 
+@pytest.mark.slow
 def test_building_loads_nothing(chat: VideoChat, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("the model ran")

@@ -124,6 +124,7 @@ def test_a_range_is_chosen_with_keys_and_cleared(page: Any) -> None:
 
 
 @browsing
+@pytest.mark.slow
 def test_a_box_is_drawn_moved_and_taken_away(page: Any) -> None:
     chip, medium = page.locator("#fluxchat-parts .fc-chip"), page.locator("#fluxchat-shelf .fc-medium")
     page.get_by_role("button", name="Box", exact=True).click()

@@ -535,6 +535,7 @@ def test_any_json_object(client: openai.OpenAI) -> None:
     assert reply.finish_reason in ("stop", "length")
 
 
+@pytest.mark.slow
 def test_langchain_asks_about_videos(shared: Serving, clip: Path) -> None:
     langchain = pytest.importorskip("langchain_openai")
     from langchain_core.messages import AIMessage, HumanMessage, SystemMessage

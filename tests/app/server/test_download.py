@@ -240,7 +240,8 @@ class Host:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://videos.example:{self.listener.getsockname()[1]}/a.mp4"
         self.closed = threading.Event()  # the other side went away
-        threading.Thread(target=self._run, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def _run(self) -> None:
         with suppress(OSError):
@@ -250,6 +251,12 @@ class Host:
                 with connection, suppress(OSError):
                     self._answer(connection)
                 self.closed.set()
+
+    def close(self) -> None:
+        """Ends the thread first: it could accept on the number that the next host's socket is given."""
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join(PATIENCE_S)
+        self.listener.close()
 
 
 @pytest.fixture
@@ -270,7 +277,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Host]]:
 
     yield make
     for one in made:
-        one.listener.close()
+        one.close()
 
 
 OK = b"HTTP/1.1 200 OK\r\n"

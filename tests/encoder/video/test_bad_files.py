@@ -257,6 +257,7 @@ def test_memory_does_not_grow_with_calls_or_length(tmp_path):
     assert used() - before < 60
 
 
+@pytest.mark.slow
 def test_the_child_ends_with_its_parent_and_never_imports_torch(tmp_path):
     path = vf.write(tmp_path / "v.mp4", vf.steady(10))
     code = f"""

@@ -68,6 +68,7 @@ def test_a_segment_of_a_longer_recording_starts_at_zero(tmp_path, name, encoder,
         ("y4m", "rawvideo", {}),
     ],
 )
+@pytest.mark.quick(3)
 def test_raw_streams_are_counted_from_their_start(tmp_path, suffix, encoder, options):
     path = vf.write(
         tmp_path / f"a.{suffix}", vf.steady(14), encoder=encoder, options=options, size=SIZE, gop=8
@@ -117,6 +118,7 @@ def test_a_gap_between_frames(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.mp4", "a.ts"])
 @pytest.mark.parametrize("sound_s", [0.3, 2.0])
+@pytest.mark.quick(3)
 def test_sound_of_another_length(tmp_path, name, sound_s):
     path = vf.write(
         tmp_path / name,
@@ -172,6 +174,7 @@ def test_one_frame_is_an_image_and_two_are_a_video(tmp_path, suffix, encoder, pi
 
 @pytest.mark.parametrize("start_s", [4.0, 100.0])
 @pytest.mark.parametrize("name", ["a.mkv", "a.webm", "a.mp4"])
+@pytest.mark.quick(2)
 def test_a_truncated_segment_is_an_error(tmp_path, name, start_s):
     times = [start_s + t for t in vf.steady(100)]
     path = vf.write(

@@ -144,7 +144,7 @@ def test_frames_lie_in_the_part_and_have_the_video_s_times(tmp_path, suffix, tru
 
 
 def test_only_the_part_is_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    video = str(write(tmp_path / "a.mp4", steady(1000), gop=25))
+    video = str(write(tmp_path / "a.mp4", steady(1000), gop=25, size=(96, 64)))
     rules = DEFAULT_LIMITS.rules(True, 1)
     header = inspect(video, rules)
     decoded = []

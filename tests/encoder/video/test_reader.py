@@ -46,6 +46,7 @@ def test_every_format_gives_the_frame_shown_at_each_time(tmp_path, suffix, encod
         *((e, s) for e in ("libx264", "libx265", "mpeg4") for s in ("mp4", "mkv")),
     ],
 )
+@pytest.mark.quick(3)
 def test_reordered_frames_and_open_gops(tmp_path, encoder, suffix):
     """decord returns wrong frames here, so that the choice of decoder matters."""
     options = {
@@ -94,6 +95,7 @@ def test_decord_refuses_open_gops(tmp_path):
 
 
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+@pytest.mark.quick(2)
 def test_rotation_is_applied_once_by_both_decoders(tmp_path, degrees):
     pytest.importorskip("decord")
     plain = vf.write(tmp_path / "plain.mp4", vf.steady(10))

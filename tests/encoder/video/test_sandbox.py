@@ -296,6 +296,7 @@ dw.answer = evil
         "b'{\"error\": null}\\n'",
     ],
 )
+@pytest.mark.quick(3)
 def test_endless_or_malformed_output_of_a_child_is_one_sentence(clip, tmp_path, output):
     code = f"""
 def evil(request, out):

@@ -40,6 +40,7 @@ def without(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("layout", ["qwen2", "plain"])
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
+@pytest.mark.quick(2)
 def test_a_model_comes_back_from_its_file(
     tiny_llm: Callable[[str], LanguageModel], tmp_path: Path, layout: str, kind: str
 ) -> None:
@@ -184,7 +185,7 @@ def video_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 
 @pytest.mark.parametrize(("tower", "language", "engine", "said"), CELLS)
-@pytest.mark.quick(4)
+@pytest.mark.quick(2)
 def test_each_cell_of_the_table_is_so(
     tower: str,
     language: str,

@@ -140,6 +140,7 @@ def test_what_vllm_does_not_run_is_refused(
         load_llm(tiny_families.make(tmp_path / "gemma", "gemma3_text"), engine="http://127.0.0.1:9")
 
 
+@pytest.mark.slow
 def test_a_copy_with_adapters_goes_with_its_server(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: tuple[str, Behaviour]
 ) -> None:

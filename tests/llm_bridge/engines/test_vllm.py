@@ -54,6 +54,7 @@ def local(llm: LanguageModel, request: Request) -> tuple[list[int], str]:
 
 
 @pytest.mark.parametrize("clip", range(4))
+@pytest.mark.quick(2)
 def test_answers_are_those_of_the_local_engine(llm: LanguageModel, engine: VllmEngine, clip: int) -> None:
     request = asked(llm, clip, max_new_tokens=40)
     tokens = engine.start(request)
@@ -118,6 +119,7 @@ def test_tokens_that_must_come_are_put_into_the_answer(llm: LanguageModel, engin
 
 
 @pytest.mark.parametrize("breaks", [[0], [1], [5], [3, 0, 2]])
+@pytest.mark.quick(2)
 def test_what_breaks_off_goes_on(
     llm: LanguageModel, server: tuple[str, Behaviour], breaks: list[int]
 ) -> None:

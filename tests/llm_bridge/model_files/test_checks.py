@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import os
 import pickle
 import shutil
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from llm_bridge.model_files.chat_templates import check_template
 from llm_bridge.model_files.checks import check_folder, machine_bytes
 from llm_bridge.model_files.gguf_header import check_gguf
 from tests import ROOT
-from tests.patience import PATIENCE_S
 
 ROOMS = ("app", "encoder", "llm_bridge", "training")
 
@@ -95,25 +93,20 @@ def test_no_loader_may_run_what_it_loads() -> None:
             assert "pickle.load" not in path.read_text(), path
 
 
-def test_code_in_a_model_folder_is_not_run_whoever_answers(folder: Path, tmp_path: Path) -> None:
+def test_code_in_a_model_folder_is_not_run_whoever_answers(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     mark = tmp_path / "ran"
     (folder / "own.py").write_text(f"open({str(mark)!r}, 'w')\nclass C: pass\n")
     own = {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.C", "AutoTokenizer": ["own.C", "own.C"]}
     change(folder / "config.json", model_type="own", auto_map=own)
     change(folder / "tokenizer_config.json", tokenizer_class="C", auto_map=own)
-    code = f"from llm_bridge.llm import load_llm; load_llm({str(folder)!r})"
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "home")}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        input="y\n" * 9,
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=PATIENCE_S,
-    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(ModelError, match="needs code of its own"):
+        load_llm(folder)
     assert not mark.exists()
-    assert "y/N" not in done.stdout + done.stderr
-    assert "needs code of its own" in done.stderr.splitlines()[-1]
+    assert "y/N" not in "".join(capfd.readouterr())
 
 
 def test_code_beside_a_known_model_is_left_alone(folder: Path, tmp_path: Path) -> None:
@@ -361,6 +354,7 @@ class Templated:
         "{% set n = namespace(s='a') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n }}",
     ],
 )
+@pytest.mark.quick(3)
 def test_templates_that_fill_the_memory_are_refused(template: str) -> None:
     with pytest.raises(ModelError, match=r"fills the memory: [^\n]*\.$"):
         check_template(Templated({"default": template}))

@@ -118,15 +118,13 @@ def test_a_model_is_downloaded_once_and_its_size_said_first(hub: str, tmp_path: 
     assert again.stdout == first.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "offline", "words"),
     [
         ("no/model", False, "no model of that name on the hub"),
-        pytest.param(
-            *("gated/model", False, "accept its terms at https://huggingface.co/gated/model"),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param("tiny/smol", True, "cannot be reached to download it", marks=pytest.mark.slow),
+        ("gated/model", False, "accept its terms at https://huggingface.co/gated/model"),
+        ("tiny/smol", True, "cannot be reached to download it"),
     ],
 )
 def test_what_cannot_be_had_is_one_sentence(

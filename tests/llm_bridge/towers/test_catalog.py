@@ -85,6 +85,7 @@ TEXT_OF_KIND: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("entry", CATALOG, ids=lambda entry: entry.name)
+@pytest.mark.quick(3)
 def test_sizes_are_those_of_the_published_shapes(entry: StockEntry) -> None:
     """Built without memory, whole and tower have as many parameters as the list says."""
     from transformers import AutoConfig, AutoModelForImageTextToText

@@ -208,6 +208,7 @@ def test_all_cells_equal_the_whole_model(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.quick(1)
 def test_a_prefill_in_pieces_and_a_second_turn_equal_a_fresh_one(kind: str, load: Any) -> None:
     model = load(kind)
     plan = kept_plan(full_plan(model), 60)
@@ -479,6 +480,7 @@ def test_a_size_that_llava_onevision_lacks_is_refused(load: Any) -> None:
 
 @pytest.mark.parametrize(("kind", "stage"), STAGES)
 @pytest.mark.parametrize("part", [1, 4])
+@pytest.mark.quick(4)
 def test_the_price_is_the_work_that_is_done(kind: str, stage: Stage, part: int, load: Any) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode

@@ -121,6 +121,7 @@ def test_a_budget_buys_what_the_models_own_table_says(folders: dict[str, Path]) 
     assert (plan.frames, plan.height, plan.width) == (4, 128, 128)
 
 
+@pytest.mark.slow
 def test_the_largest_input_is_had_by_asking(folders: dict[str, Path], tmp_path: Path) -> None:
     arguments = ["world", "--model", str(folders["smolvlm"]), "--device", "cpu", "--no-text-only"]
     arguments += ["--clips", "1", "--preset", "solo", "--budget", "20", "--unseen-clips", "0"]
