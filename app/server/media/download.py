@@ -240,6 +240,9 @@ class _TransferWatch:
         self._finished.set()
         self._thread.join()
         if self._guarded is not None:
+            # The response may still hold its end of the connection, as long as someone keeps the error.
+            with suppress(OSError):
+                self._guarded.shutdown(socket.SHUT_RDWR)
             self._guarded.close()
 
     def check(self, host: str) -> None:

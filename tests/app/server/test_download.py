@@ -325,6 +325,20 @@ def test_other_responses_are_refused(host: Callable[..., Host], answers: list[by
     assert made.connections == 1
 
 
+def until_closed(connection: socket.socket) -> None:
+    """Waits until the other side goes away."""
+    while connection.recv(100):
+        continue
+
+
+def test_a_connection_ends_with_its_transfer_while_its_error_is_kept(host: Callable[..., Host]) -> None:
+    made = host(OK, b"\r\n" + b"x" * 101, then=until_closed)
+    with pytest.raises(ApiError, match="larger") as kept:
+        download(made.url, HOSTS, 100)
+    assert made.closed.wait(PATIENCE_S)
+    assert kept.value.status == 413
+
+
 def forever(block: bytes) -> Callable[[socket.socket], None]:
     """Sends a little now and then until the other side goes away."""
 
@@ -408,8 +422,7 @@ def test_a_transfer_can_be_cancelled_in_every_phase(
 
     def wait(connection: socket.socket) -> None:
         waiting.set()
-        while connection.recv(100):
-            continue
+        until_closed(connection)
 
     made = host(*([OK, b"\r\nx"] if when == "body" else []), then=wait)
     if when == "name":
