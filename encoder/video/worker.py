@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import importlib
 import os
 import select
@@ -208,6 +209,8 @@ def _confine(request: Request) -> Confinement:
     if not trusted:
         modules = _IMAGE_MODULES if images.is_image_file(request.path) else _VIDEO_MODULES
         _load(_ALL_MODULES if request.load_all else modules)
+    gc.freeze()
+    gc.enable()  # it is off from the start, for faster imports
     applied = confine(untrusted=not trusted, last=lambda: _limit(request))
     if os.getppid() != request.parent and sys.platform != "win32":
         os._exit(1)
