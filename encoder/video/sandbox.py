@@ -53,8 +53,8 @@ class Worker:
 
     def __init__(self) -> None:
         root = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", ".."))
-        # -S and an explicit path: no site start-up; the parent's __main__ is never imported. Garbage collection
-        # while importing would take a tenth of the start.
+        # -S and an explicit path: no site start-up; the parent's __main__ is never imported. Garbage is not
+        # looked for during the imports: that would take a tenth of the start.
         code = (
             "import gc, sys; gc.disable(); sys.path[:] = sys.argv[1:]; "
             "from encoder.video.worker import main; main()"

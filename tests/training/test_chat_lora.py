@@ -85,6 +85,7 @@ def test_the_result_answers_with_its_adapter(finished: Path, llava_json: Path) -
     assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
+@pytest.mark.slow
 def test_resume_is_bit_equal(finished: Path, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(finished, out)

@@ -86,6 +86,7 @@ def kept(page: Any, count: int, title: str | re.Pattern[str] = "") -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_reload_changes_nothing_and_the_talk_goes_on(open_page: Callable[..., Any]) -> None:
     page = open_page()
     upload(page)

@@ -64,6 +64,7 @@ def searching(chat: VideoChat, library: Library, tmp_path: Path) -> Iterator[Han
     store.close()
 
 
+@pytest.mark.slow
 def test_a_hit_opens_a_copy_of_its_video_with_its_part_chosen(searching: Handlers, library: Library) -> None:
     session = searching.sessions.get("one")
     html = searching.search(session, "white", 1)

@@ -570,6 +570,7 @@ def test_langchain_asks_about_videos(shared: Serving, clip: Path) -> None:
         model(extra_body={"token_budgets": 3}).invoke("Hello?")
 
 
+@pytest.mark.slow
 def test_langchain_with_the_responses_format(shared: Serving, clip: Path) -> None:
     """Its own blocks of content for images and files become OpenAI's."""
     langchain = pytest.importorskip("langchain_openai")
