@@ -186,6 +186,7 @@ def test_regenerate_edit_and_clear(open_page: Callable[..., Any]) -> None:
 
 
 @pytest.mark.usefixtures("answer_with_times")
+@pytest.mark.slow
 def test_a_time_in_an_answer_moves_the_player(open_page: Callable[..., Any]) -> None:
     page = open_page()
     upload(page)
@@ -499,6 +500,7 @@ COVERED = """
 """
 
 
+@pytest.mark.slow
 def test_nothing_lies_over_a_problem_on_a_small_screen(
     open_page: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -303,6 +303,7 @@ def test_the_command_writes_a_file_and_says_so(
     assert main([*command, "--force"]) == 0
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_folder_with_the_adapter_merged(
     model: VideoLanguageModel,
     llm_folder: Callable[[str], Path],

@@ -118,6 +118,7 @@ def test_figures_are_those_of_the_encoder_by_hand(run, tower, videos, tmp_path, 
     assert result["V2T"]["R@1"] == found["V2T"]["R@1"].to_dict()
 
 
+@pytest.mark.slow
 def test_going_on_after_a_stop_gives_the_same(run, tower, videos, tmp_path) -> None:
     whole, stopped = tmp_path / "whole.json", tmp_path / "stopped.json"
     main(retrieval(run, tower, videos, whole))

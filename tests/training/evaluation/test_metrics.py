@@ -58,6 +58,7 @@ def test_a_query_without_answer_is_an_error() -> None:
         best_ranks(torch.zeros(2, 2), torch.tensor([[True, False], [False, False]]))
 
 
+@pytest.mark.slow
 def test_top_k_equals_scikit_learn() -> None:
     from sklearn.metrics import top_k_accuracy_score  # here, since every run collects this file
 
