@@ -131,6 +131,7 @@ class VideoChat(NotCopyable):
         on_download: OnDownload | None = None,
         speech_model: str | os.PathLike[str] | None = None,
     ) -> None:
+        _check_kinds(model, llm, encoder, dtype, cache_mib, limits, batch, plan, speech_model)
         self._process, self._closed = os.getpid(), threading.Event()
         if self._process != _PROCESS:
             torch.set_num_threads(1)  # the threads of a forked process are not there: waiting for them hangs
@@ -679,6 +680,37 @@ def _rendered(part: str | Showing, shown: Iterator[tuple[EncodedVideo, str]]) ->
         return (part,)
     video, said = next(shown)
     return (video.visual, said) if said else (video.visual,)
+
+
+def _check_kinds(
+    model: Any,
+    llm: Any,
+    encoder: Any,
+    dtype: Any,
+    cache_mib: Any,
+    limits: Any,
+    batch: Any,
+    plan: Any,
+    speech_model: Any,
+) -> None:
+    """Raises ConfigError for an argument of VideoChat of another kind than it takes."""
+    names = {"model": model, "llm": llm, "encoder": encoder, "plan": plan, "speech_model": speech_model}
+    others = {"model": hasattr(model, "tower"), "plan": isinstance(plan, PlanTable)}
+    for name, value in names.items():
+        if value is None or others.get(name):
+            continue
+        if not isinstance(value, (str, os.PathLike)):
+            raise ConfigError(f"{name} must be a path or a name, not a {type(value).__name__}.")
+        if not os.fspath(value):
+            raise ConfigError(f"{name} is empty: give a path or a name, or leave it out.")
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not isinstance(known, torch.dtype):
+        raise ConfigError(f"There is no dtype {dtype!r:.40}: take float32, bfloat16 or float16.")
+    if not isinstance(limits, Limits):
+        raise ConfigError(f"limits must be Limits(...), not a {type(limits).__name__}.")
+    for name, value, least in (("cache_mib", cache_mib, 0), ("batch", batch, 1)):
+        if type(value) is not int or value < least:
+            raise ConfigError(f"{name} must be a whole number from {least} up, not {value!r:.40}.")
 
 
 def _compile(model: ChatModel) -> None:

@@ -108,8 +108,21 @@ RENAMED_STAGES = {"warm_start": "projector_warmup"}
 class Parser(argparse.ArgumentParser):
     """Reports a wrong command line in one line, like every other error."""
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Of all arguments, each in its place."""
+        args = sys.argv[1:] if args is None else list(args)
+        for argument in args[: args.index("--")] if "--" in args else args:
+            if argument.startswith("-") and "." in argument and os.path.isfile(argument):
+                self.error(f"{argument} is taken for an option: write ./{argument} for the file")
+        found, others = self.parse_known_args(args, namespace)
+        if others and not others[0].startswith("-"):
+            self.error(f"options stand before or after all that is no option, not before {others[0]}")
+        if others:
+            self.error(f"unrecognized arguments: {' '.join(others)}")
+        return found
+
     def error(self, message: str) -> NoReturn:
-        message = " ".join(message.split())
+        message = on_a_line(" ".join(message.split()))
         message = message if len(message) <= 300 else f"{message[:300]}..."
         self.exit(2, f"fluxchat: {message}; see {self.prog} --help\n")
 

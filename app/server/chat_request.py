@@ -365,7 +365,9 @@ def _wrong_alternative(kind: str, problem: Mapping[str, Any], context: Mapping[s
             return "has the role of a tool: this server calls no tools"
         return "must have a role: system, developer, user or assistant"
     if kind == "union_tag_not_found":
-        return "must have a type: text, video_url, image_url or file"
+        formats = problem["loc"][0] == "response_format"
+        types = "text, json_object or json_schema" if formats else "text, video_url, image_url or file"
+        return f"must have a type: {types}"
     name = str(value.get("type", ""))[:40]
     usable = ", ".join(re.findall(f"'{ALTERNATIVE}([a-z_]+)'", context["expected_tags"]))
     return f"is of the type {name!r}, which cannot stand here: use one of {usable}"

@@ -39,10 +39,10 @@ def requested_times(header: Header, request: Request) -> list[float]:
     else:
         first = request.start_s or 0.0
         last = request.end_s if request.end_s is not None else max(header.claimed_s, end)
-        if not header.overstated:
-            last = min(last, end)
         if first < 0 or last < first or (first >= end > 0):
             raise VideoError(f"the part from {first:g} to {last:g} s is not in it; it lasts {end:.2f} s")
+        if not header.overstated:
+            last = min(last, end)
         times = spread_times(first, last, request.frames, request.moments)
     if times[-1] > end and header.overstated:
         raise VideoError(

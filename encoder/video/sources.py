@@ -24,7 +24,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -63,23 +63,25 @@ def open_source(source: Any, limits: Limits, label: str) -> Iterator[OpenFile]:
     """
     if isinstance(source, Held) and source.file is None:
         source = source.original
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        source = _copy_of_bytes(source, limits, label)
-    elif _is_file_object(source):
-        source = hold(source, limits, label)
-    if isinstance(source, Held):
-        name = source.name if PASSES_DESCRIPTORS else str(source.source)
-        descriptor, copied = source.open(label), source.copied
-    elif isinstance(source, (str, os.PathLike)):
-        name = os.path.abspath(os.fsdecode(source))
-        descriptor, copied = _open_path(name, label), False
-    else:
-        raise VideoError(f"A video cannot be a {type(source).__name__}; give a path, bytes, file or images.")
-    try:
+    with ExitStack() as opened:
+        # What is held for this read alone ends with it, also while the error that ended it is kept.
+        if isinstance(source, (bytes, bytearray, memoryview)):
+            source = opened.enter_context(closing(_copy_of_bytes(source, limits, label)))
+        elif _is_file_object(source):
+            source = opened.enter_context(closing(hold(source, limits, label)))
+        if isinstance(source, Held):
+            name = source.name if PASSES_DESCRIPTORS else str(source.source)
+            descriptor, copied = source.open(label), source.copied
+        elif isinstance(source, (str, os.PathLike)):
+            name = os.path.abspath(os.fsdecode(source))
+            descriptor, copied = _open_path(name, label), False
+        else:
+            raise VideoError(
+                f"A video cannot be a {type(source).__name__}; give a path, bytes, file or images."
+            )
+        opened.callback(os.close, descriptor)
         _check_file(descriptor, limits, label)
         yield OpenFile(descriptor, name, copied)
-    finally:
-        os.close(descriptor)
 
 
 def _open_path(path: str, label: str) -> int:
@@ -270,7 +272,9 @@ def _hold_file_object(source: Any, limits: Limits, label: str | None) -> Held:
     name = source_name(source)
     if (descriptor := _whole_file(source)) is not None:
         return Held(None, name, os.fdopen(os.dup(descriptor), "rb", buffering=0))
-    return _copy_of(lambda: source, limits, name, label, "give one that stands at its start (seek(0))")
+    return _copy_of(
+        lambda: nullcontext(source), limits, name, label, "give one that stands at its start (seek(0))"
+    )
 
 
 def _whole_file(source: Any) -> int | None:
@@ -318,6 +322,7 @@ def _copy_of_bytes(source: bytes | bytearray | memoryview, limits: Limits, label
         file.write(content[: limits.max_bytes + 1])
         file.flush()
     except OSError as error:
+        held.close()
         raise VideoError(f"Cannot read {label}: {_no_room(error)}.") from error
     return held
 
@@ -326,7 +331,13 @@ def _no_room(error: OSError) -> str:
     return f"no copy of it can be kept ({error.strerror or error}); make room in {tempfile.gettempdir()}"
 
 
-def _copy_of(open_source: Callable[[], Any], limits: Limits, name: str, label: str, if_empty: str) -> Held:
+def _copy_of(
+    open_source: Callable[[], AbstractContextManager[Any]],
+    limits: Limits,
+    name: str,
+    label: str,
+    if_empty: str,
+) -> Held:
     """A one-pass source's bytes in a temporary file. if_empty: what to do when there are none."""
     held, file = _temporary(name)
     copy = _Copy(open_source, file, limits.max_bytes + 1)
@@ -341,6 +352,7 @@ def _copy_of(open_source: Callable[[], Any], limits: Limits, name: str, label: s
     if problem is None and copy.bytes == 0:
         problem = f"it gives 0 bytes; {if_empty}"
     if problem is not None:
+        held.close()
         raise VideoError(f"Cannot read {label}: {problem}.") from copy.error
     return held
 
@@ -348,7 +360,9 @@ def _copy_of(open_source: Callable[[], Any], limits: Limits, name: str, label: s
 class _Copy(threading.Thread):
     """Copies in a thread of its own: there is no other way to stop waiting for a source that blocks."""
 
-    def __init__(self, open_source: Callable[[], Any], file: BinaryIO, max_bytes: int) -> None:
+    def __init__(
+        self, open_source: Callable[[], AbstractContextManager[Any]], file: BinaryIO, max_bytes: int
+    ) -> None:
         super().__init__(name="fluxchat-source", daemon=True)
         self._open, self._file, self._max_bytes = open_source, file, max_bytes
         self.bytes = 0
@@ -361,15 +375,15 @@ class _Copy(threading.Thread):
     def run(self) -> None:
         """Copy until the end of the source, the most bytes, an error, or until nobody waits."""
         try:
-            self._problem = self._copy()
+            with self._open() as source:
+                self._problem = self._copy(source)
         except BaseException as error:  # noqa: BLE001 - whatever a source raises is one sentence
             self.error = error
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
             self._problem = f"reading it failed ({type(error).__name__}: {first_line}); open it again"
         self._done.set()
 
-    def _copy(self) -> str | None:
-        source = self._open()
+    def _copy(self, source: Any) -> str | None:
         # What is there at once, rather than a whole block: a slow source is not a silent one.
         read = getattr(source, "read1", None) or source.read
         poll = _poll(source)

@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -259,6 +260,29 @@ def test_wrong_input_is_one_sentence(chat: VideoChat, video, question, options, 
     with pytest.raises(kind) as caught:
         chat.ask(video, question, **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": 1}, "model must be a path or a name, not a int"),
+        ({"llm": ""}, "llm is empty"),
+        ({"encoder": 1}, "encoder must be a path"),
+        ({"plan": 1}, "plan must be a path"),
+        ({"speech_model": 1}, "speech_model must be a path"),
+        ({"dtype": "flo"}, "no dtype 'flo'"),
+        ({"dtype": "nn"}, "no dtype 'nn'"),
+        ({"dtype": 1}, "no dtype 1"),
+        ({"cache_mib": "x"}, "cache_mib must be a whole number from 0 up"),
+        ({"batch": 0}, "batch must be a whole number from 1 up, not 0"),
+        ({"limits": 1}, "limits must be Limits"),
+    ],
+)
+def test_wrong_arguments_are_one_sentence_before_anything_is_loaded(
+    options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        VideoChat(**options)
 
 
 def test_closed_and_missing_models(tiny_model: VideoLanguageModel, tmp_path: Path) -> None:

@@ -274,6 +274,30 @@ def test_train_is_the_stage_s_own_command(monkeypatch: pytest.MonkeyPatch) -> No
     assert began == [[sys.executable, "-m", "training.umt", "--config", "x.yaml", "optim.lr=1", "--help"]]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ask", "a.mp4", "b.mp4", "--budget", "64", "Which?"], "not before Which?; see fluxchat --help"),
+        (["ask", "-a.mp4", "What?"], "-a.mp4 is taken for an option: write ./-a.mp4 for the file"),
+        (["ask", "a.mp4", "What?", "--bugdet=5"], "unrecognized arguments: --bugdet=5;"),
+        (["ask", "a.mp4", "What?", "--\u202e.mp4"], "unrecognized arguments: --\\u202e.mp4;"),
+    ],
+)
+def test_a_misplaced_argument_is_told_its_place(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-a.mp4").touch()
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
 def test_an_old_name_of_a_stage_is_told_the_new_one(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "warm_start"])

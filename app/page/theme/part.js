@@ -82,7 +82,8 @@ document.addEventListener("input", (event) => {
   if (name === "start") part.start = round(Math.min(start, end - least));
   else part.end = round(Math.max(end, part.start + least));
   part.start = Math.max(0, part.start);
-  if (part.end !== null && part.end >= seconds - 1e-3) part.end = null;
+  // The last step of the range: few lengths are a whole number of steps.
+  if (part.end !== null && part.end > seconds - Number(event.target.step) + 1e-6) part.end = null;
   edge(name).value = part[name] ?? seconds;
   drawRange();
   move(part[name] ?? seconds, null); // the player shows where it is

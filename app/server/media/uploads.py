@@ -21,6 +21,7 @@ HEAD_BYTES = 8192  # of one part
 FIELD_BYTES = 65536
 FIELDS = 16
 MIB = 2**20
+BROWSER_ESCAPES = (("%22", '"'), ("%0A", "\n"), ("%0D", "\r"))  # in the name of a file
 
 
 class _MultipartParser:
@@ -29,18 +30,21 @@ class _MultipartParser:
     def __init__(self, boundary: bytes) -> None:
         self._events: list[tuple[Any, ...]] = []
         self._name, self._value, self._head, self._size = b"", b"", b"", 0
-        self._parser = MultipartParser(
-            boundary,
-            {
-                "on_part_begin": self._begin,
-                "on_header_field": lambda data, start, end: self._more("_name", data[start:end]),
-                "on_header_value": lambda data, start, end: self._more("_value", data[start:end]),
-                "on_header_end": self._header,
-                "on_headers_finished": self._headed,
-                "on_part_data": lambda data, start, end: self._events.append(("data", data[start:end])),
-                "on_part_end": lambda: self._events.append(("end",)),
-            },
-        )
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._begin,
+                    "on_header_field": lambda data, start, end: self._more("_name", data[start:end]),
+                    "on_header_value": lambda data, start, end: self._more("_value", data[start:end]),
+                    "on_header_end": self._header,
+                    "on_headers_finished": self._headed,
+                    "on_part_data": lambda data, start, end: self._events.append(("data", data[start:end])),
+                    "on_part_end": lambda: self._events.append(("end",)),
+                },
+            )
+        except FormParserError:  # more than 256 bytes
+            raise _bad("its boundary is too long") from None
 
     def feed(self, block: bytes) -> list[tuple[Any, ...]]:
         """The events of the next block; raises ApiError."""
@@ -78,6 +82,9 @@ class _MultipartParser:
             raise _bad("a part has no name")
         file = options.get(b"filename")
         name = None if file is None else file.decode("utf-8", "replace")
+        if name is not None:
+            for escape, sign in BROWSER_ESCAPES:
+                name = name.replace(escape, sign)
         self._events.append(("head", options[b"name"].decode("utf-8", "replace"), name))
 
 

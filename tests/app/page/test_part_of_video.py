@@ -28,6 +28,7 @@ from tests.app.page.in_browser import (
 )
 from tests.app.page.test_page import PLAIN
 from tests.app.page.test_page import ask as answer
+from tests.encoder.video import video_files as vf
 
 
 def test_a_part_is_asked_about_priced_and_looked_at(handlers: Handlers, chat: VideoChat) -> None:
@@ -124,6 +125,22 @@ def test_a_range_is_chosen_with_keys_and_cleared(page: Any) -> None:
 
 
 @browsing
+@pytest.mark.slow
+@browsing
+def test_a_range_can_be_all_of_a_video_of_any_length_again(
+    open_page: Callable[..., Any], tmp_path: Path
+) -> None:
+    page = open_page()
+    upload(page, vf.write(tmp_path / "odd.mp4", vf.steady(33)))  # 1.32 s
+    chosen, to = page.locator(".fc-range output"), page.get_by_label("To", exact=True)
+    has(chosen, "All of it")
+    to.focus()
+    page.keyboard.press("ArrowLeft")
+    has(chosen, "0:00 – 0:01.2")
+    page.keyboard.press("ArrowRight")
+    has(chosen, "All of it")
+
+
 @pytest.mark.slow
 def test_a_box_is_drawn_moved_and_taken_away(page: Any) -> None:
     chip, medium = page.locator("#fluxchat-parts .fc-chip"), page.locator("#fluxchat-shelf .fc-medium")

@@ -425,6 +425,17 @@ def test_an_upload_that_cannot_be_read_is_named(shared: Serving) -> None:
     error = error_of(response)
     assert (response.status_code, error["param"], error["code"]) == (400, "file", "invalid_media")
     assert "my holiday.mp4" in error["message"]
+    files = {"file": ('a "quoted" \n holiday.mp4', b"not a video at all")}
+    assert (
+        "'a _quoted_ _ holiday.mp4'" in error_of(httpx.post(f"{shared[0]}/v1/files", files=files))["message"]
+    )
+
+
+def test_an_upload_with_an_endless_boundary_is_refused(shared: Serving) -> None:
+    kind = {"Content-Type": f"multipart/form-data; boundary={'x' * 300}"}
+    response = httpx.post(f"{shared[0]}/v1/files", content=b"--x", headers=kind)
+    assert response.status_code == 400
+    assert "boundary is too long" in error_of(response)["message"]
 
 
 def test_no_error_contains_a_path_of_the_server(

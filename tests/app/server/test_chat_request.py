@@ -201,6 +201,11 @@ def test_unsupported_values_are_refused(name: str) -> None:
     assert name in str(error)
 
 
+def test_a_response_format_without_a_type_is_told_the_types() -> None:
+    error = refused({"messages": [user(text("x"))], "response_format": {}})
+    assert str(error) == "response_format must have a type: text, json_object or json_schema."
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -183,6 +183,8 @@ def test_start_end_and_exact_times(tmp_path):
     clip = read_clip(path, at_s=[3.0, 1.0])
     assert clip.times_s == (1.0, 3.0)
     assert vf.numbers_in(read_clip(path, 2, start_s=2.0, end_s=99.0)) == [62, 87]
+    with pytest.raises(VideoError, match="the part from 98 to 99 s is not in it"):
+        read_clip(path, 2, start_s=98.0, end_s=99.0)
 
 
 def test_max_side_shrinks_and_never_enlarges(tmp_path):

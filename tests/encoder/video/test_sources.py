@@ -25,6 +25,7 @@ from encoder.video.replies import Decoded
 from encoder.video.sandbox import WorkerPool
 from encoder.video.sources import Held, HeldSources, hold
 from tests.encoder.video import video_files as vf
+from tests.patience import until
 
 SHORT = Limits(seconds=0.2)
 
@@ -282,6 +283,40 @@ def test_sources_that_fail_are_one_sentence(kind: str, monkeypatch: pytest.Monke
         hold(make(stack), Limits(seconds=0.2, max_bytes=100_000), "video 2 of 3")
     assert str(caught.value).startswith("Cannot read video 2 of 3: ")
     assert "\n" not in str(caught.value)
+
+
+def given_up_fifo(tmp_path: Path) -> Any:
+    hold(silent_at(tmp_path / "fifo"), SHORT)
+
+
+def silent_at(name: Path) -> Path:
+    os.mkfifo(name)
+    return name
+
+
+def empty_descriptor(tmp_path: Path) -> Any:
+    with open(os.devnull, "rb") as file:
+        hold(f"/dev/fd/{file.fileno()}", SHORT)
+
+
+FAILING: dict[str, Callable[[Path], Any]] = {
+    "too many bytes": lambda tmp_path: probe(b"12345", limits=Limits(max_bytes=4)),
+    "too much of a file object": lambda tmp_path: hold(io.BytesIO(b"12345"), Limits(max_bytes=4)),
+    "nothing": lambda tmp_path: hold(io.BytesIO(), SHORT),
+    "raises": lambda tmp_path: hold(Failing(), SHORT),
+    "silent fifo": given_up_fifo,
+    "empty descriptor": empty_descriptor,
+}
+
+
+@pytest.mark.usefixtures("uncollected")
+@pytest.mark.parametrize("kind", FAILING)
+def test_what_failed_leaves_nothing_open_while_its_error_is_kept(kind: str, tmp_path: Path) -> None:
+    before = descriptors()
+    with pytest.raises(VideoError) as kept:
+        FAILING[kind](tmp_path)
+    until(lambda: descriptors() == before)  # a source that was given up is closed by its own thread
+    assert kept.value.__traceback__ is not None
 
 
 def test_a_late_writer_of_a_fifo_loses_nothing(video: Path, tmp_path: Path) -> None:
