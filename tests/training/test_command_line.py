@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,23 @@ def test_a_command_gets_its_words_and_its_errors_are_one_line(capsys: pytest.Cap
 
     assert run_command(parser, fail, []) == 2
     assert capsys.readouterr().err == "It cannot be read.\n"
+
+
+def test_a_file_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(args: object) -> None:
+        (tmp_path / "none" / "result.json").write_text("{}")
+
+    assert run_command(command_parser("training.x", "Does x."), write, []) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"Cannot read or write {tmp_path}/none/result.json: No such file or directory; ")
+
+    def ask(args: object) -> None:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    with pytest.raises(ConnectionRefusedError):
+        run_command(command_parser("training.x", "Does x."), ask, [])
 
 
 def test_table_columns() -> None:
