@@ -27,6 +27,21 @@ def command_parser(module: str, doc: str | None, epilog: str | None = None) -> a
     )
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """What argparse reads a count by."""
+
+    def count(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {number}")
+        return number
+
+    return count
+
+
 def run_command(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace], int | None],

@@ -54,6 +54,23 @@ def test_a_file_that_cannot_be_written_is_one_line(
         run_command(command_parser("training.x", "Does x."), ask, [])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "classify", "--dataset", "k400", "--encoder", "e", "--limit", "-1"],
+        ["evaluate", "classify", "--dataset", "k400", "--encoder", "e", "--clips-per-video", "0"],
+        ["evaluate", "world", "--model", "m", "--unseen-clips", "-1"],
+        ["evaluate", "world", "--encoder", "e", "--block", "0"],
+        ["optimize_tokens", "--encoder", "e", "--tokens", "8", "--out", "o", "--patience", "0"],
+    ],
+)
+def test_counts_below_the_least_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    command, *arguments = words
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(f"training.{command}").main(arguments)
+    assert f"argument {words[-2]}: must be at least " in capsys.readouterr().err
+
+
 def test_table_columns() -> None:
     rows = [["x", 1.25], ["long", None]]
     assert table(["a", "b"], rows) == "a       b\nx     1.2\nlong    -"
