@@ -27,6 +27,7 @@ from llm_bridge.prompt import TimeSentence
 from training.data.chat_batches import ChatBatch, ChatData, ChatRecipe, scored_loss
 from training.trainer.command import run_stage
 from training.trainer.distributed import device_of_process
+from training.trainer.recipe import check_least
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ class ModelSource:
     gradient_checkpointing: bool = False
     default_tokens: int = 1024
     projector_init: str | None = None
+
+    def __post_init__(self) -> None:
+        check_least(self, 1, "default_tokens")
 
     @staticmethod
     def like(config: VLMConfig, folder: str) -> ModelSource:

@@ -48,7 +48,7 @@ from training.models.clip_model import (
 from training.models.encoder_source import EncoderSource
 from training.synthetic.dataset import World
 from training.trainer.command import run_stage
-from training.trainer.recipe import LoopConfig, OptimConfig
+from training.trainer.recipe import LoopConfig, OptimConfig, check_least, check_share
 
 COMPARED: tuple[Selector, ...] = ("flux", "random")
 EVALUATED_AT_ONCE = 32
@@ -142,6 +142,10 @@ class ClipRecipe:
             raise ConfigError("held_out needs loop.evaluate_every: say after how many steps it is looked at.")
         check_read((*self.images, *self.videos), self.stage)
         check_read(self.held_out, self.stage, held_out=True)
+        check_least(self, 1, "threads", "frames", "resolution", "text_length")
+        check_share(self, "max_missing")
+        if self.loop.evaluate_every:
+            check_least(self, 1, "evaluate_clips")
         if self.siblings < 1 or self.optim.micro_batch % self.siblings:
             raise ConfigError("optim.micro_batch must be a multiple of siblings.")
         if not self.num_tokens or min(self.num_tokens) < 1:

@@ -27,6 +27,21 @@ def command_parser(module: str, doc: str | None, epilog: str | None = None) -> a
     )
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """What argparse reads a count by."""
+
+    def count(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}") from None
+        if number < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {number}")
+        return number
+
+    return count
+
+
 def run_command(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace], int | None],
@@ -34,7 +49,7 @@ def run_command(
     *,
     intermixed: bool = False,
 ) -> int:
-    """Parse and run; the exit status, 2 after an error of this project, which is one line.
+    """Parse and run; the exit status, 2 after an error of this project or of a file, which is one line.
 
     argv: default, those of the process. intermixed: arguments without a dash may stand on either side of
     options, which argparse does not offer beside subcommands. `run` also gets `command_line`, the words that
@@ -46,9 +61,20 @@ def run_command(
     try:
         return run(args) or 0
     except FluxChatError as error:
-        if _says_it_first(str(error)):
-            print(error, file=sys.stderr)
-        return 2
+        return _told(str(error))
+    except OSError as error:
+        if error.errno is None or isinstance(error, (ConnectionError, TimeoutError)):
+            raise  # of a network: no file
+        name = f" {error.filename}" if error.filename else " a file"
+        return _told(
+            f"Cannot read or write{name}: {error.strerror}; check the path, its rights and the disk's room."
+        )
+
+
+def _told(sentence: str) -> int:
+    if _says_it_first(sentence):
+        print(sentence, file=sys.stderr)
+    return 2
 
 
 def _says_it_first(sentence: str) -> bool:

@@ -24,7 +24,7 @@ import sys
 from collections.abc import Sequence
 
 from encoder.errors import ConfigError
-from training.command_line import command_parser, run_command
+from training.command_line import at_least, command_parser, run_command
 from training.evaluation.benchmarks import ACTIONS, CLASSIFY, RETRIEVAL
 from training.evaluation.chat_runs import run_mvbench, run_world_chat
 from training.evaluation.cli_arguments import (
@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     _chat_options(world)
     world.add_argument(
         "--unseen-clips",
-        type=int,
+        type=at_least(0),
         metavar="N",
         help="with --model: also the kind of N things that training never showed; default: as --clips",
     )
@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     add_budget_options(classify, None)
     _file_options(classify)
     classify.add_argument("--classes", help="file of class names")
-    classify.add_argument("--clips-per-video", type=int, help="default: as published for the dataset")
+    classify.add_argument("--clips-per-video", type=at_least(1), help="default: as published for the dataset")
     classify.add_argument("--crops", type=int, choices=[1, 3], help="default: as published for the dataset")
     classify.add_argument(
         "--attribute", choices=["noun", "motion"], default="noun", help="of the synthetic world"
@@ -149,13 +149,13 @@ def _encoder_options(command: argparse.ArgumentParser, *, required: bool = True)
         help="a MobileCLIP file, or a Hugging Face folder; default: the small sentence encoder",
     )
     command.add_argument("--text-tokenizer", help="of a MobileCLIP file; default: CLIP's")
-    command.add_argument("--workers", type=int, default=2, help="threads that decode")
+    command.add_argument("--workers", type=at_least(1), default=2, help="threads that decode")
 
 
 def _file_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--annotations", metavar="FILE", help="the test set's list, as published")
     command.add_argument("--videos", metavar="DIR", help="folder of its videos")
-    command.add_argument("--limit", type=int, help="only so many videos")
+    command.add_argument("--limit", type=at_least(1), help="only so many videos")
 
 
 def _chat_options(command: argparse.ArgumentParser) -> None:

@@ -40,7 +40,7 @@ from training.models.encoder_source import (
 from training.trainer.command import run_stage
 from training.trainer.distributed import merged_on_ranks, open_accelerator, rank_of
 from training.trainer.losses import count_alignment
-from training.trainer.recipe import LoopConfig, OptimConfig
+from training.trainer.recipe import LoopConfig, OptimConfig, check_least, check_share
 
 NEW_HEADS, SAME_HEADS = "new", "same"
 
@@ -91,6 +91,10 @@ class FinetuneRecipe:
             raise ConfigError("loop.evaluate_every needs held_out: name videos that are not trained on.")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"label_smoothing must lie from 0 to below 1, not {self.label_smoothing}.")
+        check_least(self, 1, "repeats", "threads", "num_classes")
+        check_share(self, "max_missing")
+        if not 0 <= self.drop_path < 1:
+            raise ConfigError(f"drop_path must lie from 0 to below 1, not {self.drop_path}.")
         if self.optim.micro_batch % self.repeats:
             raise ConfigError("optim.micro_batch must be a multiple of repeats.")
 

@@ -36,7 +36,7 @@ from llm_bridge.clip_head import read_clip_head
 from llm_bridge.model import VLMConfig
 from llm_bridge.towers.measured_plans import plan_file
 from llm_bridge.towers.tower import Stage, Tower
-from training.command_line import command_parser, run_command, table
+from training.command_line import at_least, command_parser, run_command, table
 from training.evaluation.chat_evaluator import ChatEvaluator
 from training.evaluation.classification import evaluate_classify
 from training.evaluation.cli_arguments import (
@@ -344,7 +344,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--videos", help="folder of the csv's videos")
     top.add_argument("--classes", help="file of class names")
     top.add_argument("--dataset", default="k400", help="layout of the csv, as in training.evaluate classify")
-    top.add_argument("--limit", type=int, help="only so many videos of the csv")
+    top.add_argument("--limit", type=at_least(1), help="only so many videos of the csv")
     top.add_argument("--tokens", type=int, nargs="+", required=True, metavar="K")
     top.add_argument("--frames", type=int, nargs="+", help="default: the trained range")
     top.add_argument("--resolutions", type=int, nargs="+", help="default: the trained range")
@@ -355,7 +355,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument(
         "--gain", type=float, default=0.0, help="accuracies rise from this much on, such as 0.002"
     )
-    top.add_argument("--patience", type=int, default=1, help="steps without gain that end a climb")
+    top.add_argument("--patience", type=at_least(1), default=1, help="steps without gain that end a climb")
     top.add_argument("--selector", choices=SELECTORS, default="flux")
     top.add_argument(
         "--merge",

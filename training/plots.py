@@ -38,7 +38,7 @@ import torch
 
 from encoder.checkpoint import atomic_path, load_encoder, weights_hash
 from encoder.errors import DataError
-from training.command_line import command_parser, run_command, table
+from training.command_line import at_least, command_parser, run_command, table
 from training.evaluation.heatmap import figure_of, save_figure
 from training.evaluation.provenance import write_result
 
@@ -299,7 +299,7 @@ def parser() -> argparse.ArgumentParser:
     gradnorm = commands.add_parser("gradnorm", help="gradient norm of every part, over steps")
     gradnorm.add_argument("run", nargs="+", type=Path, help="folder of a run; of several, one file each")
     gradnorm.add_argument("--parts", default="", metavar="REGEX", help="only these, such as projector")
-    gradnorm.add_argument("--smooth", type=int, default=20, help="steps to average over")
+    gradnorm.add_argument("--smooth", type=at_least(1), default=20, help="steps to average over")
     convergence = commands.add_parser("convergence", help="held-out accuracy over epochs")
     convergence.add_argument("run", nargs="+", type=Path, help="folders of runs, one line each")
     convergence.add_argument("--metric", required=True, help="a held-out figure of the log, without eval/")

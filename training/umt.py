@@ -39,7 +39,7 @@ from training.distill.token_masking import StudentChoice, student_choices, take,
 from training.models.encoder_source import EncoderSource, check_token_counts, pool_heads
 from training.trainer.command import run_stage
 from training.trainer.losses import cosine_distillation, count_alignment, mean_cosine
-from training.trainer.recipe import LoopConfig, OptimConfig
+from training.trainer.recipe import LoopConfig, OptimConfig, check_least, check_share
 
 COUNTS = (2048, 1536, 1024)
 
@@ -126,6 +126,8 @@ class UmtRecipe:
         check_read(self.data, self.stage)
         check_read(self.held_out, self.stage, held_out=True)
         check_token_counts(self.num_tokens, pools=self.pools, count_weights=self.count_weights)
+        check_least(self, 1, "threads", "held_out_batches")
+        check_share(self, "max_missing")
         if self.gradient_checkpointing and self.recompute_cheap:
             raise ConfigError("gradient_checkpointing and recompute_cheap exclude each other: choose one.")
         if self.loop.compile and self.recompute_cheap:

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from app.library.video_files import FileIdentity, is_unicode
-from app.library.write_lock import WriteLock
 from encoder.checkpoint import atomic_path
 from encoder.errors import ConfigError, DataError
 from encoder.video.sources import reason
+from llm_bridge.assets.write_lock import WriteLock
 
 SUFFIXES = (".jsonl", ".parquet")
 BATCH = 10_000  # rows of Parquet that are converted at once

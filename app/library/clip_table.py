@@ -1,6 +1,6 @@
 """The rows of a library in LanceDB: a clip each, in one folder. A file's clips appear together or not at all.
 
-    table = ClipTable(folder, fingerprint)        # by one process at a time: see write_lock
+    table = ClipTable(folder, fingerprint)        # by one process at a time: see llm_bridge.assets.write_lock
     table.replace(path, rows)
 
 The table belongs to one embedder and is named by its fingerprint, so that vectors of two models never mix.

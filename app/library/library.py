@@ -22,13 +22,13 @@ from app.library.listening import HeardReport, Hearer, LocalHearer, listen_to
 from app.library.said_table import NAME as SAID
 from app.library.said_table import SaidTable
 from app.library.video_files import FileIdentity, find_videos, is_gone, is_unicode
-from app.library.write_lock import WriteLock
 from app.speech.listener import Listener
 from encoder.checkpoint import atomic_path, save_json
 from encoder.errors import ConfigError, DataError
 from encoder.json_files import read_object
 from encoder.video.sources import reason
 from llm_bridge.assets.cache_dir import cache_dir
+from llm_bridge.assets.write_lock import WriteLock
 from llm_bridge.prompt import check_text
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,40 @@ def test_a_command_gets_its_words_and_its_errors_are_one_line(capsys: pytest.Cap
 
     assert run_command(parser, fail, []) == 2
     assert capsys.readouterr().err == "It cannot be read.\n"
+
+
+def test_a_file_that_cannot_be_written_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def write(args: object) -> None:
+        (tmp_path / "none" / "result.json").write_text("{}")
+
+    assert run_command(command_parser("training.x", "Does x."), write, []) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"Cannot read or write {tmp_path}/none/result.json: No such file or directory; ")
+
+    def ask(args: object) -> None:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    with pytest.raises(ConnectionRefusedError):
+        run_command(command_parser("training.x", "Does x."), ask, [])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "classify", "--dataset", "k400", "--encoder", "e", "--limit", "-1"],
+        ["evaluate", "classify", "--dataset", "k400", "--encoder", "e", "--clips-per-video", "0"],
+        ["evaluate", "world", "--model", "m", "--unseen-clips", "-1"],
+        ["evaluate", "world", "--encoder", "e", "--block", "0"],
+        ["optimize_tokens", "--encoder", "e", "--tokens", "8", "--out", "o", "--patience", "0"],
+    ],
+)
+def test_counts_below_the_least_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    command, *arguments = words
+    with pytest.raises(SystemExit, match="2"):
+        importlib.import_module(f"training.{command}").main(arguments)
+    assert f"argument {words[-2]}: must be at least " in capsys.readouterr().err
 
 
 def test_table_columns() -> None:

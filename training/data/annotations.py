@@ -219,8 +219,9 @@ def read_json(path: Path, root: Path, classes: str | None = None, need: Need | N
     for index in range(min(len(source), TRIED_AT_OPEN)):
         try:
             lacking = source[index].lacks(need)
-        except VideoError as error:
-            lacking = str(error)
+        except VideoError as error:  # which names the row
+            problem = problem or str(error)
+            continue
         if lacking is None:
             return source
         problem = problem or f"{path}, row {index + 1}: {lacking}"

@@ -27,7 +27,7 @@ from training.data.datasets import NEEDS, DatasetConfig, check_read, open_datase
 from training.data.examples import Conversation, Example
 from training.data.feature_cache import FeatureCache, Features, stack
 from training.data.loader import Loader
-from training.trainer.recipe import LoopConfig, OptimConfig
+from training.trainer.recipe import LoopConfig, OptimConfig, check_least, check_share
 
 CHARACTERS_PER_TOKEN = 4
 
@@ -81,6 +81,8 @@ class ChatRecipe:
             raise ConfigError("datasets must name at least one dataset.")
         if not self.num_tokens:
             raise ConfigError("num_tokens must name at least one token count.")
+        check_least(self, 1, "frames", "resolution", "num_tokens", "max_length")
+        check_share(self, "max_missing")
         if any(min(i.frames, i.resolution, i.num_tokens) < 1 for i in self.inputs):
             raise ConfigError("inputs must have frames, resolution and num_tokens of at least 1 each.")
         if bool(self.held_out) != (self.evaluate_records > 0):

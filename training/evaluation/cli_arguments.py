@@ -17,6 +17,7 @@ from encoder.errors import ConfigError
 from llm_bridge.chat_model import ChatModel, load_chat_model
 from llm_bridge.llm import Quantize
 from llm_bridge.towers.tower import Stage
+from training.command_line import at_least
 from training.data.examples import Example
 from training.data.synthetic_examples import WorldExamples
 from training.data.synthetic_source import WorldSource
@@ -32,7 +33,7 @@ PRESETS: tuple[str, ...] = get_args(get_type_hints(WorldSource)["preset"])
 def add_world_options(command: argparse.ArgumentParser, clips: int) -> None:
     """Which clips of the synthetic world; clips: how many by default."""
     command.add_argument("--clips", type=int, default=clips, help="of the synthetic world")
-    command.add_argument("--first", type=int, default=0, help="number of the world's first sample")
+    command.add_argument("--first", type=at_least(0), default=0, help="number of the world's first sample")
     command.add_argument("--preset", choices=PRESETS, default="full", help="how rich the world is")
     command.add_argument("--nouns", type=int, help="nouns of the world that take part")
 
@@ -45,7 +46,9 @@ def add_encoder_options(command: argparse.ArgumentParser, *, required: bool = Tr
     command.add_argument("--alignment", help="alignment.safetensors of training.clip, or its folder")
     command.add_argument("--pool", type=int, help="pooling head; default: those that were trained")
     command.add_argument("--dtype", choices=list(DTYPES), default="fp32")
-    command.add_argument("--block", type=int, default=8, help="videos that go through the encoder together")
+    command.add_argument(
+        "--block", type=at_least(1), default=8, help="videos that go through the encoder together"
+    )
 
 
 def add_run_options(command: argparse.ArgumentParser) -> None:

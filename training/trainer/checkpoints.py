@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,10 +25,7 @@ from torch import Tensor, nn
 from encoder.checkpoint import load_tensors, save_json, save_tensors
 from encoder.errors import CheckpointError
 from training.trainer.distributed import is_deepspeed, is_sharded, like, whole
-from training.trainer.recipe import LoopConfig, OptimConfig
-
-# Settings that the position in the data is counted in.
-COUNTED_IN = ("seed", "batch_size", "micro_batch")
+from training.trainer.recipe import LoopConfig
 
 
 @dataclass
@@ -58,19 +55,21 @@ def save(
     optimizer: Any,
     out: Path,
     done: Progress,
-    optim: OptimConfig,
+    counted: Mapping[str, int],
     loop: LoopConfig,
 ) -> None:
     """Write a checkpoint and drop the oldest; all ranks call it, the main one writes.
 
-    A kill at any moment leaves the former checkpoints and a folder that no resume looks at.
+    counted: what the position in the data is counted in. A kill at any moment leaves the former checkpoints
+    and a folder that no resume looks at. Raises CheckpointError when it cannot be written.
     """
     folder = out / "checkpoints"
     target, scratch = folder / f"step_{done.step:08d}", folder / f".step_{done.step:08d}.tmp"
     writes = accelerator.is_main_process
     if writes:
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+        with _writing(scratch):
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir(parents=True)
     plain = accelerator.unwrap_model(model)
     if is_deepspeed(accelerator):
         # Every rank writes its own part of the optimiser; `load` needs the same number of ranks.
@@ -81,17 +80,32 @@ def save(
         state = {name: whole(p) for name, p in trainable_state(plain).items()}
         by_name = _optimizer_by_name(plain, optimizer)
         if writes:
-            torch.save({"state": by_name}, scratch / "optimizer.pt")
+            with _writing(scratch):
+                torch.save({"state": by_name}, scratch / "optimizer.pt")
     if writes:
-        save_tensors(state, scratch / "trainable.safetensors")
-        settings = {"seed": loop.seed, "batch_size": optim.batch_size, "micro_batch": optim.micro_batch}
         scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-        save_json({**asdict(done), **settings, "scaler": scaler}, scratch / "state.json")
+        with _writing(scratch):
+            save_tensors(state, scratch / "trainable.safetensors")
+            save_json({**asdict(done), **counted, "scaler": scaler}, scratch / "state.json")
     accelerator.wait_for_everyone()
     if writes:
-        _put(scratch, target)
+        with _writing(scratch):
+            _put(scratch, target)
         for old in checkpoints(out)[: -loop.keep_checkpoints]:
             shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _writing(scratch: Path) -> Iterator[None]:
+    """What cannot be written becomes one sentence, and leaves nothing that takes room."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch's own writer raises the latter
+        shutil.rmtree(scratch, ignore_errors=True)
+        why = getattr(error, "strerror", None) or "the disk may be full"
+        raise CheckpointError(
+            f"Cannot write a checkpoint into {scratch.parent}: {why}; make room, then go on with --resume."
+        ) from error
 
 
 def _put(scratch: Path, target: Path) -> None:
@@ -123,23 +137,22 @@ def _optimizer_by_name(model: nn.Module, optimizer: Any) -> dict[str, dict[str, 
     return by_name
 
 
-def load_weights(model: nn.Module, out: Path, optim: OptimConfig, loop: LoopConfig) -> Progress:
+def load_weights(model: nn.Module, out: Path, counted: Mapping[str, int]) -> Progress:
     """Put the newest checkpoint's tensors into a model that is not wrapped yet; no step when there is none.
 
-    Raises CheckpointError when it is damaged, or was written by a recipe whose parameters, seed or batch
-    sizes differ.
+    counted: what the position in the data is counted in. Raises CheckpointError when it is damaged, or was
+    written by a recipe whose parameters differ, or what they are counted in.
     """
     saved = checkpoints(out)
     if not saved:
         return Progress()
     with _reading(saved[-1]):
         state = json.loads((saved[-1] / "state.json").read_text())
-        now = {"seed": loop.seed, "batch_size": optim.batch_size, "micro_batch": optim.micro_batch}
-        changed = [key for key in COUNTED_IN if state.get(key, now[key]) != now[key]]
+        changed = [key for key, value in counted.items() if state.get(key, value) != value]
         if changed:
             raise CheckpointError(
-                f"{saved[-1]} was written with {changed[0]} {state[changed[0]]}, not {now[changed[0]]}: "
-                "a run continues with the settings it began with."
+                f"{saved[-1]} was written with {changed[0]} {state[changed[0]]}, not {counted[changed[0]]}: "
+                "a run continues with the settings and data it began with."
             )
         tensors = load_file(saved[-1] / "trainable.safetensors")
         if set(tensors) != set(trainable_state(model)):

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from torch import nn
 from encoder.compiling import compile_encoder
 from encoder.errors import CheckpointError, ConfigError, DataError
 from encoder.fluxvit import FluxViT
+from llm_bridge.assets.write_lock import WriteLock
 from training.trainer.checkpoints import (
     Progress,
     checkpoints,
@@ -108,9 +109,14 @@ def train(stage: Stage, optim: OptimConfig, loop: LoopConfig, *, resume: bool = 
     DataError when `out` already holds a run and `resume` is not asked for, or when all steps were skipped,
     CheckpointError when the run in `out` cannot be continued or its loss is not finite at the end.
     """
+    with ExitStack() as held:
+        return _trained(_Run(stage, optim, loop, resume, held))
+
+
+def _trained(run: _Run) -> TrainResult:
     from tqdm.auto import tqdm
 
-    run = _Run(stage, optim, loop, resume)
+    optim, loop = run.optim, run.loop
     total, main = run.total, run.accelerator.is_main_process
     result = TrainResult(skipped=run.done.skipped)
     settings = {"optim": asdict(optim), "loop": asdict(loop)}
@@ -178,19 +184,29 @@ def encoders_of(stage: Stage) -> list[FluxViT]:
 class _Run:
     """Model, optimiser and position of a run on this rank."""
 
-    def __init__(self, stage: Stage, optim: OptimConfig, loop: LoopConfig, resume: bool) -> None:
+    def __init__(
+        self, stage: Stage, optim: OptimConfig, loop: LoopConfig, resume: bool, held: ExitStack
+    ) -> None:
+        """held: keeps other runs out of the folder until it is closed."""
         self.stage, self.optim, self.loop, self.out = stage, optim, loop, Path(loop.out)
         self.accelerator = open_accelerator(loop.precision)
         self.per_step = optim.batch_size // optim.micro_batch
         self.share = share_of(self.accelerator, optim, loop.precision)
         self.total = total_steps(stage.micro_batches, optim, loop)
+        self.counted = {
+            "seed": loop.seed,
+            "batch_size": optim.batch_size,
+            "micro_batch": optim.micro_batch,
+            "micro_batches of an epoch": stage.micro_batches,
+        }
         if self.accelerator.is_main_process:
             _claim(self.out, resume)
+            held.enter_context(WriteLock(self.out / "writing.lock", str(self.out), passing=True))
         learn_in_float32(stage.model)
         if loop.compile:
             for encoder in encoders_of(stage):
                 compile_encoder(encoder)
-        self.done = load_weights(stage.model, self.out, optim, loop) if resume else Progress()
+        self.done = load_weights(stage.model, self.out, self.counted) if resume else Progress()
         groups = getattr(stage, "parameter_groups", None)
         optimizer = torch.optim.AdamW(
             groups(optim)
@@ -314,7 +330,7 @@ class _Run:
 
     def save(self) -> None:
         """A checkpoint of where the run is."""
-        save(self.accelerator, self.model, self.optimizer, self.out, self.done, self.optim, self.loop)
+        save(self.accelerator, self.model, self.optimizer, self.out, self.done, self.counted, self.loop)
 
     def check(self) -> None:
         """Raises DataError for a run whose steps were all skipped, CheckpointError when its last loss is not
@@ -346,7 +362,12 @@ class _Run:
 def _claim(out: Path, resume: bool) -> None:
     if not resume and checkpoints(out):
         raise DataError(f"{out} already holds a run: continue it with --resume, or choose another loop.out.")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"Cannot make the folder {out}: {error.strerror}; choose another loop.out."
+        ) from error
 
 
 # -- around the steps ---------------------------------------------------------------------------------------

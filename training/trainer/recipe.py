@@ -13,9 +13,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -33,6 +34,10 @@ T = TypeVar("T")
 # Each is a command, python -m training.STAGE.
 STAGES = ("umt", "finetune", "clip", "projector_warmup", "chat_stage1", "chat_lora")
 RENAMED_STAGES = {"warm_start": "projector_warmup"}
+# The seed of a step is a multiple of it, which must fit into 64 bits.
+MOST_SEED = 2**32 - 1
+# Settings that count from the end where they are negative; no other number may be.
+SIGNED = ("vision_depth",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +80,9 @@ class OptimConfig:
                 raise ConfigError(f"optim.{name} must not be negative, not {getattr(self, name)}.")
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ConfigError(f"optim.clip_grad must be positive, or null for none, not {self.clip_grad}.")
+        for name in ("min_lr", "warmup_lr"):
+            if (value := getattr(self, name)) is not None and value > self.lr:
+                raise ConfigError(f"optim.{name} must not exceed optim.lr {self.lr}, not be {value}.")
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"optim.layer_decay must lie above 0 and up to 1, not {self.layer_decay}.")
 
@@ -102,6 +110,10 @@ class LoopConfig:
     trackers: tuple[Literal["trackio", "wandb"], ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.out.strip():
+            raise ConfigError("loop.out must name the folder of the run, such as runs/mine.")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise ConfigError(f"loop.seed must lie from 0 to {MOST_SEED}, not {self.seed}.")
         for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"loop.{name} must be at least 1, not {getattr(self, name)}.")
@@ -129,7 +141,7 @@ def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
     try:
         # As JSON, whose lists serve as tuples, and whose numbers and texts are never taken for each other.
         text = json.dumps([values], default=str)
-        return _adapter(kind).validate_json(text, strict=True)[0]  # type: ignore[arg-type]
+        built = _adapter(kind).validate_json(text, strict=True)[0]  # type: ignore[arg-type]
     except ValidationError as error:
         # An unknown key tells more than the one that is lacking in its place.
         first = min(error.errors(), key=lambda one: one["type"] != "unexpected_keyword_argument")
@@ -138,6 +150,39 @@ def build(kind: type[T], values: Mapping[str, Any], where: str) -> T:
         raise ConfigError(f"{': '.join((where, *_place(kind, values)))}: {error}") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{where} holds something that is no setting: {error}.") from None
+    if negative := next(_negative(values), None):
+        place, value = negative
+        raise ConfigError(f"{where}: {place} must not be negative, not {value}.")
+    return built
+
+
+def _negative(values: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """Places and values of the negative numbers among plain values."""
+    if isinstance(values, Mapping):
+        for name, value in values.items():
+            if name not in SIGNED:
+                yield from _negative(value, f"{place}.{name}" if place else str(name))
+    elif isinstance(values, (list, tuple)):
+        for number, value in enumerate(values):
+            yield from _negative(value, f"{place}[{number}]")
+    elif isinstance(values, (int, float)) and values < 0:
+        yield place, values
+
+
+def check_least(config: Any, least: int, *names: str) -> None:
+    """Raises ConfigError for a setting, or an entry of one, that is below `least`; None is none."""
+    for name in names:
+        value = getattr(config, name)
+        if any(one < least for one in (value if isinstance(value, tuple) else (value,)) if one is not None):
+            shown = list(value) if isinstance(value, tuple) else value
+            raise ConfigError(f"{name} must be at least {least}, not {shown}.")
+
+
+def check_share(config: Any, *names: str) -> None:
+    """Raises ConfigError for a setting that does not lie from 0 to 1."""
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ConfigError(f"{name} must lie from 0 to 1, not {getattr(config, name)}.")
 
 
 def check_stage(named: Any, stage: str, where: str) -> None:
@@ -261,6 +306,13 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
         return super().construct_mapping(node, deep)
 
 
+def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    """A text; a path that begins with ~/ is spelled out, which no shell does in a file or after `=`."""
+    text = loader.construct_scalar(node)
+    return os.path.expanduser(text) if text.startswith("~/") else text
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _text)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
@@ -324,10 +376,17 @@ def _override(values: dict[str, Any], override: str) -> None:
         table = _enter(table, parent)
         if not isinstance(table, (dict, list)):
             raise ConfigError(f"{override!r} does not fit: {parent!r} is not a table.")
-    if not isinstance(table, dict):
+    place: Any = last
+    if isinstance(table, list):
+        if not (last.isdigit() and int(last) < len(table)):
+            raise ConfigError(
+                f"{override!r} does not fit: the list {parents[-1]!r} has {len(table)} entries, from 0 on."
+            )
+        place = int(last)
+    elif not isinstance(table, dict):
         raise ConfigError(f"{override!r} does not fit: {parents[-1]!r} is not a table.")
     try:
-        table[last] = yaml.load(text, _Loader)
+        table[place] = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{override!r} is not valid YAML: {' '.join(str(error).split())}.") from error
 

@@ -253,3 +253,11 @@ def test_the_check_counts_what_a_run_counts(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "r.yaml").write_text(json.dumps({"stage": "umt", "data": [data]}))
     assert check_main(["check", str(tmp_path / "r.yaml"), "max_missing=0.5"]) == 0
     assert "5 of 20" in capsys.readouterr().out
+
+
+def test_a_row_is_named_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("[null]")
+    with pytest.raises(DataError) as caught:
+        read_json(path, tmp_path, need="answer")
+    assert str(caught.value).endswith(f"the first of them: {path}, row 1 is not an object.")

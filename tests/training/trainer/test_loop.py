@@ -198,6 +198,45 @@ def test_a_second_run_does_not_overwrite_the_first(tmp_path: Path) -> None:
         run(tmp_path)
 
 
+def test_two_runs_at_once_do_not_share_a_folder(tmp_path: Path) -> None:
+    class Nested(ToyStage):
+        """Starts another run of the same folder when it is evaluated."""
+
+        def evaluate(self) -> dict[str, float]:
+            with pytest.raises(ConfigError, match="Another process is writing into"):
+                run(tmp_path, resume=True)
+            return {}
+
+    train(Nested(), *configs(tmp_path, max_steps=2, evaluate_every=1))
+    assert len(losses(tmp_path)) == 2
+    assert not (tmp_path / "writing.lock").exists()
+
+
+@pytest.mark.parametrize("failing", ["save_tensors", "torch.save"])
+def test_a_full_disk_costs_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    whole = run(tmp_path / "full", keep_checkpoints=9)
+    for step in (8, 12, 16, 20):
+        shutil.rmtree(tmp_path / "full" / "checkpoints" / f"step_{step:08d}")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device") if failing == "save_tensors" else RuntimeError("pos")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(f"training.trainer.checkpoints.{failing}", full)
+        with pytest.raises(CheckpointError, match=r"Cannot write a checkpoint into .*; make room"):
+            run(tmp_path / "full", resume=True)
+    assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["step_00000004"]
+    assert run(tmp_path / "full", resume=True) == whole[4:]
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"Cannot make the folder .*file/run: Not a directory"):
+        run(tmp_path / "file" / "run")
+
+
 def test_another_recipes_checkpoint_is_refused(tmp_path: Path) -> None:
     run(tmp_path)
     stage = ToyStage()
@@ -378,6 +417,10 @@ def test_a_run_continues_with_the_settings_it_began_with(tmp_path: Path) -> None
     run(tmp_path, max_steps=4)
     with pytest.raises(CheckpointError, match="batch_size 8, not 16"):
         run(tmp_path, batch_size=16, resume=True)
+    more = ToyStage()
+    more.micro_batches = 41
+    with pytest.raises(CheckpointError, match=r"micro_batches of an epoch 40, not 41: .* and data"):
+        train(more, *configs(tmp_path), resume=True)
 
 
 def test_a_damaged_checkpoint_is_one_sentence(tmp_path: Path) -> None:

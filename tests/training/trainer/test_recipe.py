@@ -218,6 +218,17 @@ def test_the_papers_stage_one() -> None:
         ("optim.betas=[0.9]", "must hold 2 values"),
         ("nonsense", "key=value"),
         ("temperature.x=1", "is not a table"),
+        ("num_tokens.9=1", "the list 'num_tokens' has 6 entries"),
+        ("loop.out=' '", "loop.out must name the folder"),
+        ("loop.seed=99999999999999999999", "loop.seed must lie from 0 to 4294967295"),
+        ("loop.seed=-1", "loop.seed must lie from 0"),
+        ("loop.stop_after_s=-1", "loop.stop_after_s must not be negative, not -1"),
+        ("optim.min_lr=1", "optim.min_lr must not exceed optim.lr 0.001"),
+        ("optim.warmup_lr=1", "optim.warmup_lr must not exceed"),
+        ("attribute_weight=-0.5", "attribute_weight must not be negative, not -0.5"),
+        ("pools=[0, 1, 1, 1, 1, -1]", "pools[5] must not be negative"),
+        ("text_length=0", "text_length must be at least 1, not 0"),
+        ("evaluate_clips=0", "evaluate_clips must be at least 1"),
     ],
 )
 def test_wrong_settings(override: str, message: str) -> None:
@@ -225,6 +236,52 @@ def test_wrong_settings(override: str, message: str) -> None:
         read_recipe(ClipRecipe, RECIPES / "cpu" / "clip.yaml", [override])
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "message"),
+    [
+        ("finetune", "repeats=0", "repeats must be at least 1, not 0"),
+        ("finetune", "threads=0", "threads must be at least 1, not 0"),
+        ("finetune", "drop_path=1", "drop_path must lie from 0 to below 1, not 1"),
+        ("finetune", "max_missing=2", "max_missing must lie from 0 to 1, not 2"),
+        ("finetune", "drop_path=-0.5", "drop_path must lie from 0"),
+        ("umt", "held_out_batches=0", "held_out_batches must be at least 1"),
+        ("umt", "count_weights=[1, 1, -1]", "count_weights[2] must not be negative"),
+        ("chat_stage1", "frames=0", "frames must be at least 1, not 0"),
+        ("chat_stage1", "num_tokens=[8, 0]", "num_tokens must be at least 1, not [8, 0]"),
+        ("chat_stage1", "model.default_tokens=0", "model: default_tokens must be at least 1"),
+        (
+            "chat_stage1",
+            "model.projector.summary_tokens=-1",
+            "model.projector.summary_tokens must not be neg",
+        ),
+        ("projector_warmup", "negatives=-1", "negatives must not be negative"),
+    ],
+)
+def test_numbers_out_of_range(recipe: str, override: str, message: str) -> None:
+    path = RECIPES / "cpu" / f"{recipe}.yaml"
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(kind_of(path), path, [override])
+    assert message in str(caught.value)
+
+
+def test_what_counts_from_the_end_may_be_negative() -> None:
+    path = RECIPES / "cpu" / "chat_stage1.yaml"
+    assert read_recipe(Stage1Recipe, path, ["model.vision_depth=-1"]).model.vision_depth == -1
+
+
+def test_an_entry_of_a_list_is_set_by_its_number() -> None:
+    recipe = read_recipe(ClipRecipe, RECIPES / "cpu" / "clip.yaml", ["num_tokens.1=48"])
+    assert recipe.num_tokens == (32, 48, 64, 64, 128, 128)
+
+
+def test_paths_may_begin_at_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    (folder / "home.yaml").write_text("{base: base.yaml, loop: {out: ~/runs}, align_init: ~/a~/b}")
+    recipe = read_recipe(ClipRecipe, folder / "home.yaml", ["text_tower=~/tower"])
+    paths = (recipe.loop.out, recipe.align_init, recipe.text_tower)
+    assert paths == ("/home/me/runs", "/home/me/a~/b", "/home/me/tower")
 
 
 def test_settings_stand_on_either_side_of_options(capsys: pytest.CaptureFixture[str]) -> None:
