@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -109,8 +109,9 @@ def train(stage: Stage, optim: OptimConfig, loop: LoopConfig, *, resume: bool = 
     DataError when `out` already holds a run and `resume` is not asked for, or when all steps were skipped,
     CheckpointError when the run in `out` cannot be continued or its loss is not finite at the end.
     """
-    with ExitStack() as held:
-        return _trained(_Run(stage, optim, loop, resume, held))
+    run = _Run(stage, optim, loop, resume)
+    with run.alone():
+        return _trained(run)
 
 
 def _trained(run: _Run) -> TrainResult:
@@ -184,10 +185,7 @@ def encoders_of(stage: Stage) -> list[FluxViT]:
 class _Run:
     """Model, optimiser and position of a run on this rank."""
 
-    def __init__(
-        self, stage: Stage, optim: OptimConfig, loop: LoopConfig, resume: bool, held: ExitStack
-    ) -> None:
-        """held: keeps other runs out of the folder until it is closed."""
+    def __init__(self, stage: Stage, optim: OptimConfig, loop: LoopConfig, resume: bool) -> None:
         self.stage, self.optim, self.loop, self.out = stage, optim, loop, Path(loop.out)
         self.accelerator = open_accelerator(loop.precision)
         self.per_step = optim.batch_size // optim.micro_batch
@@ -201,7 +199,6 @@ class _Run:
         }
         if self.accelerator.is_main_process:
             _claim(self.out, resume)
-            held.enter_context(WriteLock(self.out / "writing.lock", str(self.out), passing=True))
         learn_in_float32(stage.model)
         if loop.compile:
             for encoder in encoders_of(stage):
@@ -327,6 +324,12 @@ class _Run:
         """Whether it holds on any rank."""
         flags = torch.tensor(float(flag), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flags))
+
+    def alone(self) -> AbstractContextManager[object]:
+        """Keeps other runs out of the folder; raises where one is at work in it."""
+        if not self.accelerator.is_main_process:
+            return nullcontext()
+        return WriteLock(self.out / "writing.lock", str(self.out), passing=True)
 
     def save(self) -> None:
         """A checkpoint of where the run is."""

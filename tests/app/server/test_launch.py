@@ -29,7 +29,7 @@ from encoder.video import confine
 from llm_bridge.model import VideoLanguageModel
 from tests.app.server.serving import answer, ask, running
 from tests.encoder.video import video_files as vf
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, until
 
 READY = re.compile(r"FluxChat is ready at (http://127\.0\.0\.1:\d+)\n")
 
@@ -93,11 +93,10 @@ def test_one_line_then_answers_and_sigterm_drains(folder: Path, tmp_path: Path) 
         assert "fluxchat-question" in httpx.get(f"{address}/config").text
         expected = answer(ask(address, "What?", "v.mp4", max_tokens=200, temperature=0.5, seed=1))
         assert len(list(tmp_path.glob("fluxchat-files-*"))) == 1
-        before = httpx.get(f"{address}/metrics").text
+        until(lambda: "fluxchat_running 0" in httpx.get(f"{address}/metrics").text)
         late = pool.submit(ask, address, "What?", "v.mp4", max_tokens=200, temperature=0.5, seed=1)
         while "fluxchat_running 1" not in httpx.get(f"{address}/metrics").text and not late.done():
             time.sleep(0.01)
-        assert "fluxchat_running 0" in before
         process.send_signal(signal.SIGTERM)
         assert answer(late.result()) == expected
         status, out, errors = ended(process)
