@@ -19,7 +19,7 @@ from encoder.errors import ConfigError
 from llm_bridge.model import part_types
 from tests.patience import PATIENCE_S
 from training.chat_stage1 import Stage1, Stage1Recipe
-from training.trainer.distributed import device_of_process
+from training.trainer.distributed import device_of_process, open_accelerator
 from training.trainer.loop import train
 from training.trainer.recipe import read_recipe
 
@@ -74,7 +74,8 @@ def gradients(stage: Stage1, per_step: int) -> dict[str, Tensor]:
     """Of one step's loss, as the loop shares it out."""
     from training.trainer.loop import _Run
 
-    run = _Run(stage, stage.recipe.optim, stage.recipe.loop, False)
+    recipe = stage.recipe
+    run = _Run(open_accelerator(recipe.loop.precision), stage, recipe.optim, recipe.loop, False)
     assert run.share == per_step
     run.gradients(0, 0.0, lambda step, _: run.make(step))
     return {name: p.grad for name, p in stage.model.named_parameters() if p.grad is not None}

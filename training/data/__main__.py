@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 
 from encoder.errors import ConfigError
-from training.command_line import at_least, command_parser, run_command
+from training.command_line import command_parser, run_command
 from training.data.check import check_dataset, find_datasets, report, verdict
 from training.data.corpora import corpora
 from training.data.speed import report_speed
@@ -34,12 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = commands.add_parser("check", help="is a recipe's data there and readable?")
     check.add_argument("recipe", metavar="RECIPE", help="a recipe of any stage")
     check.add_argument("overrides", nargs="*", metavar="key=value", help="settings to change")
-    check.add_argument(
-        "--sample", type=at_least(0), default=32, metavar="N", help="files to decode per dataset (32)"
-    )
-    check.add_argument(
-        "--files", type=at_least(1), metavar="N", help="look for at most N files per dataset (all)"
-    )
+    check.add_argument("--sample", type=int, default=32, metavar="N", help="files to decode per dataset (32)")
+    check.add_argument("--files", type=int, metavar="N", help="look for at most N files per dataset (all)")
     check.add_argument(
         "--speed", action="store_true", help="measure clips a second, against what an H100 would train on"
     )

@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -105,13 +105,14 @@ def total_steps(micro_batches: int, optim: OptimConfig, loop: LoopConfig) -> int
 def train(stage: Stage, optim: OptimConfig, loop: LoopConfig, *, resume: bool = False) -> TrainResult:
     """Run a stage to its end, or until a signal or `stop_after_s` interrupts it after a checkpoint.
 
-    Raises ConfigError when the ranks do not divide the accumulation or the machine lacks the precision,
-    DataError when `out` already holds a run and `resume` is not asked for, or when all steps were skipped,
-    CheckpointError when the run in `out` cannot be continued or its loss is not finite at the end.
+    Raises ConfigError when the ranks do not divide the accumulation, the machine lacks the precision or
+    another process trains into `out`, DataError when `out` already holds a run and `resume` is not asked for,
+    or when all steps were skipped, CheckpointError when the run in `out` cannot be continued or its loss is
+    not finite at the end.
     """
-    run = _Run(stage, optim, loop, resume)
-    with run.alone():
-        return _trained(run)
+    accelerator = open_accelerator(loop.precision)
+    with _claimed(Path(loop.out), resume) if accelerator.is_main_process else nullcontext():
+        return _trained(_Run(accelerator, stage, optim, loop, resume))
 
 
 def _trained(run: _Run) -> TrainResult:
@@ -185,9 +186,11 @@ def encoders_of(stage: Stage) -> list[FluxViT]:
 class _Run:
     """Model, optimiser and position of a run on this rank."""
 
-    def __init__(self, stage: Stage, optim: OptimConfig, loop: LoopConfig, resume: bool) -> None:
+    def __init__(
+        self, accelerator: Any, stage: Stage, optim: OptimConfig, loop: LoopConfig, resume: bool
+    ) -> None:
         self.stage, self.optim, self.loop, self.out = stage, optim, loop, Path(loop.out)
-        self.accelerator = open_accelerator(loop.precision)
+        self.accelerator = accelerator
         self.per_step = optim.batch_size // optim.micro_batch
         self.share = share_of(self.accelerator, optim, loop.precision)
         self.total = total_steps(stage.micro_batches, optim, loop)
@@ -197,8 +200,6 @@ class _Run:
             "micro_batch": optim.micro_batch,
             "micro_batches of an epoch": stage.micro_batches,
         }
-        if self.accelerator.is_main_process:
-            _claim(self.out, resume)
         learn_in_float32(stage.model)
         if loop.compile:
             for encoder in encoders_of(stage):
@@ -325,12 +326,6 @@ class _Run:
         flags = torch.tensor(float(flag), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flags))
 
-    def alone(self) -> AbstractContextManager[object]:
-        """Keeps other runs out of the folder; raises where one is at work in it."""
-        if not self.accelerator.is_main_process:
-            return nullcontext()
-        return WriteLock(self.out / "writing.lock", str(self.out), passing=True)
-
     def save(self) -> None:
         """A checkpoint of where the run is."""
         save(self.accelerator, self.model, self.optimizer, self.out, self.done, self.counted, self.loop)
@@ -362,15 +357,21 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
 
-def _claim(out: Path, resume: bool) -> None:
-    if not resume and checkpoints(out):
-        raise DataError(f"{out} already holds a run: continue it with --resume, or choose another loop.out.")
+@contextmanager
+def _claimed(out: Path, resume: bool) -> Iterator[None]:
+    """The folder of a run, which no other run writes into meanwhile; raises DataError and ConfigError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
             f"Cannot make the folder {out}: {error.strerror}; choose another loop.out."
         ) from error
+    with WriteLock(out / "writing.lock", str(out), passing=True):
+        if not resume and checkpoints(out):
+            raise DataError(
+                f"{out} already holds a run: continue it with --resume, or choose another loop.out."
+            )
+        yield
 
 
 # -- around the steps ---------------------------------------------------------------------------------------

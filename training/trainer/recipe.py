@@ -295,7 +295,7 @@ def to_yaml(recipe: Any, heading: str) -> str:
 # -- files to values ----------------------------------------------------------------------------------------
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc] # libyaml's where it is: 10x faster
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc] # libyaml's is faster
     """YAML in which 1e-3 is a number, and no key stands twice in a table."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

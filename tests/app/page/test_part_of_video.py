@@ -126,7 +126,6 @@ def test_a_range_is_chosen_with_keys_and_cleared(page: Any) -> None:
 
 @browsing
 @pytest.mark.slow
-@browsing
 def test_a_range_can_be_all_of_a_video_of_any_length_again(
     open_page: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -141,6 +140,7 @@ def test_a_range_can_be_all_of_a_video_of_any_length_again(
     has(chosen, "All of it")
 
 
+@browsing
 @pytest.mark.slow
 def test_a_box_is_drawn_moved_and_taken_away(page: Any) -> None:
     chip, medium = page.locator("#fluxchat-parts .fc-chip"), page.locator("#fluxchat-shelf .fc-medium")

@@ -10,16 +10,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from encoder.errors import CheckpointError, ConfigError, DataError, FluxChatError
+from llm_bridge.assets.write_lock import WriteLock
 from tests.patience import PATIENCE_S
 from tests.training.trainer.toy_stage import ToyStage, configs
 from training.trainer import loop
-from training.trainer.checkpoints import checkpoints, trainable_state
+from training.trainer.checkpoints import Progress, checkpoints, load_weights, trainable_state
 from training.trainer.loop import train
 from training.trainer.optim import parameter_groups
 
@@ -210,6 +212,23 @@ def test_two_runs_at_once_do_not_share_a_folder(tmp_path: Path) -> None:
     train(Nested(), *configs(tmp_path, max_steps=2, evaluate_every=1))
     assert len(losses(tmp_path)) == 2
     assert not (tmp_path / "writing.lock").exists()
+
+
+def test_no_other_run_writes_between_what_is_resumed_and_the_resumed_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path, max_steps=8)
+
+    def load(*arguments: Any) -> Progress:
+        with (
+            pytest.raises(ConfigError, match="Another process is writing into"),
+            WriteLock(tmp_path / "writing.lock", "it"),
+        ):
+            pass
+        return load_weights(*arguments)
+
+    monkeypatch.setattr("training.trainer.loop.load_weights", load)
+    run(tmp_path, resume=True)
 
 
 @pytest.mark.parametrize("failing", ["save_tensors", "torch.save"])
