@@ -60,11 +60,12 @@ SIDE_OPEN = (
     'try { document.documentElement.classList.toggle("fc-side-open", '
     'innerWidth > 1100 && localStorage.getItem("fluxchat-side") === "true"); } catch {}'
 )
-EARLY = (THEME / "early.js").read_text()
+HEAD_SCRIPTS = ("early.js", "event_stream.js")
 
 
 def page_options() -> dict[str, Any]:
     """Arguments of `launch` and `mount_gradio_app` for the page's theme and CSS, from local files only."""
+    scripts = "\n".join((THEME / name).read_text() for name in HEAD_SCRIPTS)
     font = ["ui-sans-serif", "system-ui", "sans-serif"]
     mono = ["ui-monospace", "monospace"]
     theme = gr.themes.Base(
@@ -98,7 +99,7 @@ def page_options() -> dict[str, Any]:
     return {
         "theme": theme,
         # In the head the page has it before Gradio's parts are there, so that nothing moves when they come.
-        "head": f"{HEAD}<script>{SIDE_OPEN}\n{EARLY}</script>"
+        "head": f"{HEAD}<script>{SIDE_OPEN}\n{scripts}</script>"
         f"<style>{(THEME / 'page.css').read_text()}</style>",
         "favicon_path": str(ICON),
         "footer_links": [],

@@ -81,15 +81,6 @@ def answered(page: Any, count: int = 1) -> None:
     expect(page.locator("#fluxchat-stop")).to_be_hidden()
 
 
-def settled(page: Any) -> None:
-    """Wait until no event is under way.
-
-    Gradio closes its stream of events after the last one; the messages of one that is begun in that instant
-    come only with the next.
-    """
-    expect(page.get_by_text(re.compile(r"^\d+\.\d+s$"))).to_have_count(0)
-
-
 def has(place: Any, text: str | re.Pattern[str]) -> None:
     expect(place).to_contain_text(text)
 

@@ -533,3 +533,53 @@ def test_a_click_before_the_script_of_the_page_has_run_counts(
     page.goto(served.url)
     expect(page.locator("#fluxchat-models")).to_be_visible()
     assert page.evaluate("window.wasEarly")
+
+
+# From `isLate` on the page reads of the end of a stream of events when it is told to.
+END_IS_READ_LATE = """
+const send = window.fetch;
+window.isLate = false;
+window.joined = 0;
+window.streams = 0;
+window.endHasCome = false;
+window.endIsRead = new Promise((done) => { window.readEnd = done; });
+window.fetch = async (...request) => {
+  const reply = await send(...request), address = String(request[0].url ?? request[0]);
+  window.joined += address.includes("/queue/join");
+  if (!address.includes("/queue/data")) return reply;
+  window.streams += 1;
+  const late = new TransformStream({
+    async transform(bytes, out) {
+      const text = new TextDecoder().decode(bytes), end = text.indexOf("close_stream");
+      if (end < 0) return out.enqueue(bytes);
+      window.streams -= 1;
+      const place = text.lastIndexOf("data:", end);
+      out.enqueue(new TextEncoder().encode(text.slice(0, place)));
+      if (window.isLate) {
+        window.endHasCome = true;
+        await window.endIsRead;
+      }
+      out.enqueue(new TextEncoder().encode(text.slice(place)));
+    },
+  });
+  return new Response(reply.body.pipeThrough(late), reply);
+};
+"""
+
+
+def test_what_is_asked_before_the_end_of_a_stream_of_events_is_read_is_answered(
+    new_context: Callable[..., Any], served: Served
+) -> None:
+    page = new_context().new_page()
+    page.add_init_script(END_IS_READ_LATE)
+    page.goto(served.url)
+    upload(page)
+    page.wait_for_function("window.streams === 0")
+    before = page.evaluate("window.isLate = true, window.joined")
+    ask(page)
+    answered(page)
+    page.wait_for_function(f"window.endHasCome && window.joined >= {before + 2}")  # the price comes last
+    ask(page)
+    page.wait_for_function(f"window.joined >= {before + 3}")
+    page.evaluate("window.readEnd()")
+    answered(page, 2)

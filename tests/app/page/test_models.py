@@ -23,7 +23,6 @@ from tests.app.page.in_browser import (
     browsing,
     expect,
     has,
-    settled,
     shoot,
     upload,
 )
@@ -164,7 +163,6 @@ def test_a_download_is_asked_for_and_followed(
     expect(line).to_have_text("")
     choose(page, name)
     has(line, "come from huggingface.co")
-    settled(page)
     line.get_by_role("button", name="Download and load").click()
     expect(line.locator("progress")).to_have_attribute("max", str(size))
     expect(line.locator("progress")).to_have_attribute("value", str(size // 3))
