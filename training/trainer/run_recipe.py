@@ -18,15 +18,18 @@ RECIPE_FILE = "recipe.yaml"
 SHOWN = 60  # characters of a value
 
 # Where a run writes, when it saves, logs, measures and stops, and how it uses time and memory: the weights
-# after a step do not depend on these. Every other setting stays as the run began with it.
+# after a step do not depend on these, but for rounding. Every other setting stays as the run began with it.
 CHANGEABLE = {
     *(f"loop.{name}" for name in ("out", "checkpoint_every", "keep_checkpoints", "log_every", "modules")),
     *(f"loop.{name}" for name in ("evaluate_every", "stop_after_s", "trackers", "compile")),
     *("gradient_checkpointing", "model.gradient_checkpointing", "recompute_cheap", "passes_in_turn"),
-    *("threads", "max_missing", "feature_cache", "text_cache", "teacher.cache", "test"),
+    *("threads", "max_missing", "feature_cache", "text_cache", "teacher.cache"),
 }
 # A figure means one thing in a run: these change where the old recipe or the new one measures nothing.
-MEASURED_ON = {"held_out", "held_out_batches", "evaluate_clips", "evaluate_examples", "evaluate_records"}
+MEASURED_ON = {
+    *("held_out", "held_out_batches", "evaluate_clips", "evaluate_examples", "evaluate_records"),
+    "test",  # the views that fine-tuning is measured on, also during training
+}
 
 
 def keep_recipe(recipe: Any) -> None:

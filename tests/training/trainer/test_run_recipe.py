@@ -158,3 +158,19 @@ def test_the_folder_of_a_run_holds_its_recipe(stage1_recipe: Path, tmp_path: Pat
     assert yaml.safe_load(kept.read_text())["loop"]["log_every"] == 3
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == whole
+
+
+def test_the_views_of_fine_tuning_are_measured_on_too(tmp_path: Path) -> None:
+    kind = recipe_of("finetune")
+    values = {
+        "data": [{"csv": "train.csv"}],
+        "held_out": [{"csv": "test.csv"}],
+        "optim": VALUES["optim"],
+        "loop": {"out": str(tmp_path), "evaluate_every": 5},
+    }
+    keep_recipe(build(kind, values, "test"))
+    (tmp_path / "checkpoints" / "step_00000004").mkdir(parents=True)
+    other = {**values, "test": {"frames": 4}}
+    with pytest.raises(CheckpointError, match=r"test\.frames 12, not 4: "):
+        check_resumed(build(kind, other, "test"))
+    check_resumed(build(kind, {**other, "loop": {"out": str(tmp_path)}}, "test"))
