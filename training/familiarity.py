@@ -37,7 +37,7 @@ from llm_bridge.engines.local import LocalAnswer
 from llm_bridge.familiarity import FAMILIARITY, Familiarity, statistics
 from llm_bridge.model import VideoLanguageModel, model_folder
 from llm_bridge.prompt import Message, Visual, render
-from training.command_line import command_parser, run_command
+from training.command_line import at_least, command_parser, run_command
 from training.data.foreign_clips import Photos, foreign_clip
 from training.data.reencode import reencoded
 from training.data.world_clips import world_clip
@@ -259,24 +259,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help=f"file to write (default: {FAMILIARITY} of the model)")
     parser.add_argument("--figures", type=Path, help="JSON file for the figures, beside printing them")
     parser.add_argument("--measure", action="store_true", help="measure the one that is there; fit none")
-    parser.add_argument("--clips", type=int, default=6000, help="clips of each side to learn from (6000)")
-    parser.add_argument("--held-out", type=int, default=800, help="clips of each further kind (800)")
+    parser.add_argument(
+        "--clips", type=at_least(8), default=6000, help="clips of each side to learn from (6000)"
+    )
+    parser.add_argument("--held-out", type=at_least(8), default=800, help="clips of each further kind (800)")
     parser.add_argument("--strength", type=float, default=0.01, help="of the fit: C (0.01)")
     parser.add_argument(
-        "--units", type=int, default=UNITS, help=f"of each of {NETWORKS} networks, 0: none ({UNITS})"
+        "--units", type=at_least(0), default=UNITS, help=f"of each of {NETWORKS} networks, 0: none ({UNITS})"
     )
     parser.add_argument(
         "--false-alarms", type=float, default=FALSE_ALARMS, help=f"share accepted ({FALSE_ALARMS})"
     )
-    parser.add_argument("--workers", type=int, default=1, help="processes that make clips, 0: none (1)")
+    parser.add_argument(
+        "--workers", type=at_least(0), default=1, help="processes that make clips, 0: none (1)"
+    )
 
     def run(args: argparse.Namespace) -> None:
-        wrong = not 0 < args.false_alarms < 1 or args.strength <= 0 or args.units < 0
-        if wrong or min(args.clips, args.held_out) < 8:
-            raise ConfigError(
-                "--clips and --held-out must be at least 8, --false-alarms between 0 and 1, --strength above "
-                "0, and --units not below 0."
-            )
+        if not 0 < args.false_alarms < 1 or args.strength <= 0:
+            raise ConfigError("--false-alarms must lie between 0 and 1, and --strength above 0.")
         folder = model_folder(args.model)
         model = VideoLanguageModel.from_pretrained(folder)
         if args.measure and model.familiarity is None:

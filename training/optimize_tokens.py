@@ -345,9 +345,9 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--classes", help="file of class names")
     top.add_argument("--dataset", default="k400", help="layout of the csv, as in training.evaluate classify")
     top.add_argument("--limit", type=at_least(1), help="only so many videos of the csv")
-    top.add_argument("--tokens", type=int, nargs="+", required=True, metavar="K")
-    top.add_argument("--frames", type=int, nargs="+", help="default: the trained range")
-    top.add_argument("--resolutions", type=int, nargs="+", help="default: the trained range")
+    top.add_argument("--tokens", type=at_least(1), nargs="+", required=True, metavar="K")
+    top.add_argument("--frames", type=at_least(1), nargs="+", help="default: the trained range")
+    top.add_argument("--resolutions", type=at_least(1), nargs="+", help="default: the trained range")
     top.add_argument("--search", choices=["both", "full", "linear"], default="both")
     top.add_argument(
         "--start", metavar="4x224", help="of the linear search; default: K tokens, fewest frames"

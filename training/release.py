@@ -24,8 +24,9 @@ from typing import Any, Literal
 
 from encoder.checkpoint import save_json
 from encoder.errors import DataError
+from encoder.json_files import read_object
 from llm_bridge.familiarity import FAMILIARITY
-from llm_bridge.model import ADAPTER, VideoLanguageModel
+from llm_bridge.model import ADAPTER, VideoLanguageModel, model_folder
 from training.command_line import command_parser, run_command
 from training.data.media import FileMedia
 from training.data.synthetic_source import WorldSource
@@ -152,7 +153,15 @@ def release(
 
     Raises DataError, ModelError or CheckpointError.
     """
-    measured: dict[str, Any] = json.loads(figures.read_text())
+    model = model_folder(model)
+    measured = _figures(figures, "training.evaluate world --model")
+    try:
+        _ = measured["inputs"], next(iter(measured["runs"].values()))["tasks"]["caption: main object"]
+    except (KeyError, TypeError, AttributeError, StopIteration):
+        raise DataError(
+            f"{figures} holds no figures of training.evaluate world --model: write them with its --out."
+        ) from None
+    familiarity = None if judged is None else _figures(judged, "training.familiarity")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".release-") as scratch:
         built = Path(scratch) / "built"
@@ -167,12 +176,18 @@ def release(
         world = WorldSource("test", preset=preset).open()
         examples = make_examples(loaded, world, built / "examples")
         save_json([asdict(example) for example in examples], built / "examples" / "examples.json")
-        familiarity = None if judged is None else json.loads(judged.read_text())
         text = card(loaded, world, sizes, measured, [asdict(e) for e in examples], familiarity)
         (built / "README.md").write_text(text)
         if out.exists():
             os.replace(out, Path(scratch) / "old")
         os.replace(built, out)
+
+
+def _figures(path: Path, command: str) -> dict[str, Any]:
+    try:
+        return read_object(path)
+    except ValueError as error:
+        raise DataError(f"{path} holds no figures of {command}: {error}.") from error
 
 
 # -- the model card ----------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from typing import Any
 
 from encoder.checkpoint import atomic_path
 from encoder.errors import ConfigError, DataError
-from training.command_line import command_parser, run_command
+from training.command_line import at_least, command_parser, run_command
 from training.evaluation.ability_metrics import abilities_by_run
 from training.evaluation.chat_runs import TEXT_ONLY
 from training.evaluation.classification import accuracy_table
@@ -293,19 +293,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="Markdown to write from result_files beside it; default: training/RESULTS.md, and none after "
         "measuring",
     )
-    parser.add_argument("--clips", type=int, default=512, help="for the encoder")
-    parser.add_argument("--chat-clips", type=int, default=200, help="for the chat model")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 64, 32], help="of the encoder")
+    parser.add_argument("--clips", type=at_least(1), default=512, help="for the encoder")
+    parser.add_argument("--chat-clips", type=at_least(1), default=200, help="for the chat model")
+    parser.add_argument("--tokens", type=at_least(1), nargs="+", default=[128, 64, 32], help="of the encoder")
     parser.add_argument(
         "--chat-tokens",
-        type=int,
+        type=at_least(1),
         nargs="+",
         default=[64, 32, 16],
         help="of the chat model; at the first also other selectors and MVBench's forms",
     )
-    parser.add_argument("--frames", type=int, nargs="+", help="of Token Optimization; default: trained range")
-    parser.add_argument("--resolutions", type=int, nargs="+", help="of Token Optimization; likewise")
-    parser.add_argument("--pool", type=int, help="pooling head; default: as the alignment says")
+    parser.add_argument(
+        "--frames", type=at_least(1), nargs="+", help="of Token Optimization; default: trained range"
+    )
+    parser.add_argument("--resolutions", type=at_least(1), nargs="+", help="of Token Optimization; likewise")
+    parser.add_argument("--pool", type=at_least(0), help="pooling head; default: as the alignment says")
     parser.add_argument("--preset", choices=PRESETS, default="solo")
     parser.add_argument("--chat-preset", choices=PRESETS, help="default: --preset")
     parser.add_argument("--plan", action="store_true", help="the chat model's own input for each budget")

@@ -1,6 +1,7 @@
 """Chat stage 1 as one of several processes: `python -m tests.training.chat_processes OUT ARGUMENTS...`.
 
-Writes the gradients of the first step, before they are clipped, to OUT. With SHARDED set, the processes share
+Writes the gradients of the first step, before they are clipped, to OUT, and which ranks kept the recipe to
+OUT.ranks. With SHARDED set, the processes share
 out the model as training/recipes/accelerate/fsdp.yaml does.
 """
 
@@ -30,8 +31,21 @@ def keep_gradients(path: Path) -> None:
     loop._Run.update = noting
 
 
+def note_who_keeps_the_recipe(path: Path) -> None:
+    """Note the ranks, one a line."""
+    keep = loop.keep_recipe
+
+    def noting(recipe) -> None:
+        with path.open("a") as file:
+            file.write(f"{os.environ['RANK']}\n")
+        keep(recipe)
+
+    loop.keep_recipe = noting
+
+
 if __name__ == "__main__":
     keep_gradients(Path(sys.argv[1]))
+    note_who_keeps_the_recipe(Path(f"{sys.argv[1]}.ranks"))
     if os.environ.get("SHARDED"):
         shard_on_cpu(["Block"])
     sys.exit(chat_stage1.main(sys.argv[2:]))

@@ -114,6 +114,8 @@ def test_two_processes_have_the_gradient_of_one_big_batch(
     found = processes(tmp_path / "g", 2, *recipe, *common, *out, port=port, SHARDED=sharded)
     assert_same_direction(found, wanted)
     assert (tmp_path / "two" / "model" / "projector.safetensors").is_file()
+    assert (tmp_path / "g.ranks").read_text() == "0\n"  # the main process alone keeps the recipe
+    read_recipe(Stage1Recipe, tmp_path / "two" / "recipe.yaml")
 
 
 def test_a_batch_of_text_alone_reaches_every_trained_parameter(

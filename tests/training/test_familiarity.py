@@ -233,9 +233,7 @@ def test_there_must_be_something_to_measure(
     assert "leave out --measure" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "option", [("--clips", "2"), ("--false-alarms", "1"), ("--strength", "0"), ("--units", "-1")]
-)
+@pytest.mark.parametrize("option", [("--false-alarms", "1"), ("--strength", "0")])
 def test_wrong_numbers_are_one_line(
     option: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,7 +59,9 @@ def test_the_folder_is_whole(
     out = tmp_path / "pretrained"
     beside = tmp_path / "beside.safetensors"
     save_tensors({"align.weight": torch.zeros(2, 3)}, beside)
-    arguments = ["--model", str(trained), "--figures", str(figures), "--preset", "solo", "--out", str(out)]
+    # A run's folder stands for the model in it.
+    arguments = ["--model", str(trained.parent), "--figures", str(figures), "--preset", "solo"]
+    arguments += ["--out", str(out)]
     assert release.main([*arguments, "--alignment", str(beside)]) == 0
     assert (out / "alignment.safetensors").read_bytes() == beside.read_bytes()
     assert VideoLanguageModel.from_pretrained(out, device="cpu").revision() == (
@@ -129,3 +131,19 @@ def test_a_missing_part_is_one_line_and_leaves_the_old_folder(
     assert release.main(["--model", str(tmp_path), "--figures", str(figures), "--out", str(out)]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert (out / "README.md").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"runs": [], "inputs": {}}', '{"runs": {"flux 16": {"tasks": {}}}, "inputs": {}}'],
+)
+def test_figures_of_something_else_are_one_line_before_anything_is_made(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other.json").write_text(text)
+    arguments = ["--model", str(tmp_path), "--figures", str(tmp_path / "other.json")]
+    assert release.main([*arguments, "--out", str(tmp_path / "new" / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"{tmp_path}/other.json holds no figures of training.evaluate world --model: ")
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "new").exists()

@@ -32,10 +32,10 @@ PRESETS: tuple[str, ...] = get_args(get_type_hints(WorldSource)["preset"])
 
 def add_world_options(command: argparse.ArgumentParser, clips: int) -> None:
     """Which clips of the synthetic world; clips: how many by default."""
-    command.add_argument("--clips", type=int, default=clips, help="of the synthetic world")
+    command.add_argument("--clips", type=at_least(1), default=clips, help="of the synthetic world")
     command.add_argument("--first", type=at_least(0), default=0, help="number of the world's first sample")
     command.add_argument("--preset", choices=PRESETS, default="full", help="how rich the world is")
-    command.add_argument("--nouns", type=int, help="nouns of the world that take part")
+    command.add_argument("--nouns", type=at_least(1), help="nouns of the world that take part")
 
 
 def add_encoder_options(command: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -44,7 +44,7 @@ def add_encoder_options(command: argparse.ArgumentParser, *, required: bool = Tr
         "--encoder", required=required, help="a folder, an official file, or a chat model's folder"
     )
     command.add_argument("--alignment", help="alignment.safetensors of training.clip, or its folder")
-    command.add_argument("--pool", type=int, help="pooling head; default: those that were trained")
+    command.add_argument("--pool", type=at_least(0), help="pooling head; default: those that were trained")
     command.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     command.add_argument(
         "--block", type=at_least(1), default=8, help="videos that go through the encoder together"
@@ -98,7 +98,9 @@ def open_model(args: argparse.Namespace) -> ChatModel:
 
 def add_budget_options(command: argparse.ArgumentParser, default: list[int] | None) -> None:
     """Token counts and how they are selected."""
-    command.add_argument("--budget", type=int, nargs="+", default=default, help="tokens, one run for each")
+    command.add_argument(
+        "--budget", type=at_least(1), nargs="+", default=default, help="tokens, one run for each"
+    )
     command.add_argument("--selector", nargs="+", default=["flux"], choices=SELECTORS)
 
 

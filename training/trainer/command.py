@@ -9,6 +9,7 @@ from typing import Any
 from training.command_line import command_parser, run_command
 from training.trainer.loop import Stage, train
 from training.trainer.recipe import read_recipe, to_yaml
+from training.trainer.run_recipe import check_resumed
 
 
 def run_stage(
@@ -30,13 +31,15 @@ def run_stage(
     def run(args: argparse.Namespace) -> None:
         recipe = read_recipe(recipe_kind, args.config, args.overrides)
         if args.print:
-            print(to_yaml(recipe, f"python -m {program} --config THIS_FILE"), end="")
+            print(to_yaml(recipe), end="")
             return
         for name, (_, instead) in others.items():
             if getattr(args, name):
                 instead(recipe)
                 return
-        train(stage_of(recipe), recipe.optim, recipe.loop, resume=args.resume)
+        if args.resume:
+            check_resumed(recipe)  # before anything loads
+        train(stage_of(recipe), recipe.optim, recipe.loop, resume=args.resume, recipe=recipe)
 
     parser = stage_parser(program, doc, {name: text for name, (text, _) in others.items()})
     return run_command(parser, run, argv, intermixed=True)
@@ -52,7 +55,9 @@ def stage_parser(program: str, doc: str | None, flags: Mapping[str, str]) -> arg
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="a recipe from training/recipes")
     parser.add_argument(
-        "--resume", action="store_true", help="continue from the newest checkpoint in loop.out"
+        "--resume",
+        action="store_true",
+        help="continue from the newest checkpoint in loop.out, with the settings that the run began with",
     )
     parser.add_argument(
         "--print", action="store_true", help="print the recipe with its base and all settings, and end"

@@ -46,6 +46,7 @@ from training.trainer.distributed import (
 from training.trainer.optim import learn_in_float32, learning_rate, parameter_groups
 from training.trainer.recipe import LoopConfig, OptimConfig
 from training.trainer.run_log import Figures, RunLog
+from training.trainer.run_recipe import keep_recipe
 
 
 class Stage(Protocol):
@@ -99,12 +100,15 @@ def total_steps(micro_batches: int, optim: OptimConfig, loop: LoopConfig) -> int
     """Optimiser steps of the whole run. micro_batches: in one epoch."""
     per_step = optim.batch_size // optim.micro_batch
     steps = math.ceil(optim.epochs * micro_batches / per_step)
-    return min(steps, loop.max_steps) if loop.max_steps is not None else max(1, steps)
+    return max(1, min(steps, loop.max_steps or steps))
 
 
-def train(stage: Stage, optim: OptimConfig, loop: LoopConfig, *, resume: bool = False) -> TrainResult:
+def train(
+    stage: Stage, optim: OptimConfig, loop: LoopConfig, *, resume: bool = False, recipe: Any = None
+) -> TrainResult:
     """Run a stage to its end, or until a signal or `stop_after_s` interrupts it after a checkpoint.
 
+    recipe: what stage, optim and loop are of, to be kept in `out`.
     Raises ConfigError when the ranks do not divide the accumulation, the machine lacks the precision or
     another process trains into `out`, DataError when `out` already holds a run and `resume` is not asked for,
     or when all steps were skipped, CheckpointError when the run in `out` cannot be continued or its loss is
@@ -112,15 +116,17 @@ def train(stage: Stage, optim: OptimConfig, loop: LoopConfig, *, resume: bool = 
     """
     accelerator = open_accelerator(loop.precision)
     with _claimed(Path(loop.out), resume) if accelerator.is_main_process else nullcontext():
-        return _trained(_Run(accelerator, stage, optim, loop, resume))
+        return _trained(_Run(accelerator, stage, optim, loop, resume), recipe)
 
 
-def _trained(run: _Run) -> TrainResult:
+def _trained(run: _Run, recipe: Any) -> TrainResult:
     from tqdm.auto import tqdm
 
     optim, loop = run.optim, run.loop
     total, main = run.total, run.accelerator.is_main_process
     result = TrainResult(skipped=run.done.skipped)
+    if main and recipe is not None:
+        keep_recipe(recipe)
     settings = {"optim": asdict(optim), "loop": asdict(loop)}
     log = RunLog(run.out, run.done.step, loop.trackers, settings) if main else None
     bar = tqdm(total=total, initial=run.done.step, unit="step", disable=not main, smoothing=0.05)

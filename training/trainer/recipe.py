@@ -114,12 +114,11 @@ class LoopConfig:
             raise ConfigError("loop.out must name the folder of the run, such as runs/mine.")
         if not 0 <= self.seed <= MOST_SEED:
             raise ConfigError(f"loop.seed must lie from 0 to {MOST_SEED}, not {self.seed}.")
-        for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"loop.{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("evaluate_every", "max_steps"):
-            if (getattr(self, name) or 0) < 0:
-                raise ConfigError(f"loop.{name} must not be negative, not {getattr(self, name)}.")
+        for name in ("checkpoint_every", "keep_checkpoints", "log_every", "max_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"loop.{name} must be at least 1, not {value}.")
+        if self.evaluate_every < 0:
+            raise ConfigError(f"loop.evaluate_every must not be negative, not {self.evaluate_every}.")
 
 
 # -- values to dataclasses ----------------------------------------------------------------------------------
@@ -286,10 +285,11 @@ def _place(kind: type[Any], values: Mapping[str, Any]) -> list[str]:
     return []
 
 
-def to_yaml(recipe: Any, heading: str) -> str:
+def to_yaml(recipe: Any) -> str:
     """A recipe with all its settings, as a file that reads back as the same recipe."""
     values = json.loads(json.dumps({"stage": recipe.stage, **dataclasses.asdict(recipe)}))
-    return f"# {heading}\n" + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
+    heading = f"# python -m training.{recipe.stage} --config THIS_FILE\n"
+    return heading + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
 
 
 # -- files to values ----------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_every_recipe_says_what_it_is_and_what_it_was(path: Path, tmp_path: Path
     expected = RESOLVED[str(path.relative_to(RECIPES))]
     assert holds(json.loads(json.dumps({"stage": kind.stage, **dataclasses.asdict(recipe)})), expected)
     # What --print shows is a recipe that reads back as the same.
-    (tmp_path / "printed.yaml").write_text(to_yaml(recipe, "heading"))
+    (tmp_path / "printed.yaml").write_text(to_yaml(recipe))
     assert read_recipe(kind, tmp_path / "printed.yaml") == recipe
 
 
@@ -213,6 +213,7 @@ def test_the_papers_stage_one() -> None:
         ("optim.betas=[0.9, 1.0]", "betas must lie from 0 to below 1"),
         ("optim.betas=[0.9, x]", "optim: betas[1] must be float, not 'x'"),
         ("loop.checkpoint_every=0", "loop.checkpoint_every must be at least 1"),
+        ("loop.max_steps=0", "loop.max_steps must be at least 1, not 0"),
         ("loop.trackers=[wandb, x]", "loop: trackers[1] must be one of trackio, wandb, not 'x'"),
         ("num_tokens=[1", "is not valid YAML"),
         ("optim.betas=[0.9]", "must hold 2 values"),
