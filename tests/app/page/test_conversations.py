@@ -68,18 +68,21 @@ def fresh(page: Any) -> None:
 
 
 def kept(page: Any, count: int, title: str | re.Pattern[str] = "") -> None:
-    """The list holds so many, the newest of that title, with its answer."""
+    """The list holds so many, the newest of that title; the open one is kept with the answers shown."""
     expect(talks(page)).to_have_count(count)
     has(talks(page).first, title)
     page.wait_for_function(
         """() => new Promise((done) => {
-            const request = indexedDB.open("fluxchat");
+            const find = (selector) => document.querySelector(selector);
+            const owner = find('a[href="/logout"]') ? `-${find("[data-owner]").dataset.owner}` : "";
+            const request = indexedDB.open(`fluxchat${owner}`);
             request.onsuccess = () => {
                 const all = request.result.transaction("conversations").objectStore("conversations").getAll();
                 all.onsuccess = () => {
                     request.result.close();
-                    const whole = (one) => one.turns.every((turn) => turn.details);
-                    done(all.result.length > 0 && all.result.every(whole));
+                    const open = all.result.find((one) => location.hash === `#c=${one.id}`);
+                    const answers = document.querySelectorAll("#fluxchat-chat .fc-small").length;
+                    done(open?.turns.length === answers && open.turns.every((turn) => turn.details));
                 };
             };
         })"""
@@ -292,6 +295,7 @@ def test_a_video_that_is_gone_shows_its_frames_and_is_asked_for(
     ask(page, "And then?")  # after each answer, what is too much goes
     answered(page, 2)
     has(page.locator("#fluxchat-kept"), "0 videos, 0.0 of 0.001 MiB")
+    kept(page, 1)
     page.reload()
     answered(page, 2)
     gone = page.locator(".fc-missing")

@@ -20,7 +20,7 @@ from tests.app.page.in_browser import (
     expect,
     has,
 )
-from tests.app.page.test_conversations import side, talks
+from tests.app.page.test_conversations import kept, side, talks
 from tests.app.server.serving import running
 
 pytestmark = browsing
@@ -74,7 +74,7 @@ def test_the_link_of_a_conversation_survives_the_login(page: Any, locked: str) -
     assert "#" not in page.url
     ask(page, "What was it?")
     answered(page)
-    page.wait_for_function("location.hash.startsWith('#c=')")
+    kept(page, 1)
     link = page.url
     log_out(page)
     page.goto(link)
@@ -96,8 +96,7 @@ def test_two_logins_on_one_browser_have_a_store_each(page: Any, locked: str) -> 
         expect(talks(page)).to_have_count(0)
         ask(page, f"A secret of {user}?")
         answered(page)
-        expect(talks(page)).to_have_count(1)
-        page.wait_for_function("location.hash.startsWith('#c=')")
+        kept(page, 1)
         link = page.url
         log_out(page)
     page.goto(link)
@@ -120,8 +119,7 @@ def test_a_login_and_a_key_of_one_name_have_a_store_each(page: Any, locked: str)
         if not count:
             ask(page)
             answered(page)
-            expect(talks(page)).to_have_count(1)
-            page.wait_for_function("location.hash.startsWith('#c=')")
+            kept(page, 1)
         log_out(page)
     # A login's store has the name that it had before keys had stores of their own.
     name = hashlib.sha256(b"ann").hexdigest()[:24]
@@ -150,8 +148,7 @@ def test_a_question_asked_before_the_list_is_drawn_is_answered_and_kept(page: An
         route.continue_()
     page.unroute_all()
     entered(page)
-    expect(talks(page)).to_have_count(1)
-    page.wait_for_function("location.hash.startsWith('#c=')")
+    kept(page, 1)
     ask(page, "And now?")
     answered(page, 2)  # the first answer is still there
-    expect(talks(page)).to_have_count(1)
+    kept(page, 1)
