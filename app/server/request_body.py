@@ -27,9 +27,9 @@ Steps = (
 
 
 async def body_blocks(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
-    """The body in blocks; raises ApiError 413 past the limit, whatever its headers say, 415 for a compressed one.
+    """The body in blocks; raises ApiError 413 past the limit, whatever its headers say.
 
-    Raises ClientDisconnected when it is cut off.
+    Raises ApiError 415 for a compressed one, ClientDisconnected when it is cut off.
     """
     if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
         raise ApiError(

@@ -301,7 +301,11 @@ def test_an_export_shows_the_parts_that_were_looked_at(chat: VideoChat, film: Pa
 
 @pytest.mark.parametrize(("kind", "redraws"), [("dumb", False), ("xterm", True)])
 def test_a_terminal_that_cannot_write_a_line_anew_gets_no_codes(
-    chat: VideoChat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str, redraws: bool
+    chat: VideoChat,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    redraws: bool,
 ) -> None:
     monkeypatch.setenv("TERM", kind)
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
