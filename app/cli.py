@@ -73,7 +73,7 @@ programs (any OpenAI client; all fields: docs/reference/http.md):
     "model": "fluxchat", "token_budget": 128, "messages": [{"role": "user", "content": [
       {"type": "video_url", "video_url": {"url": "file-..."}}, {"type": "text", "text": "What moves?"}]}]}'
 
-SIGTERM or Ctrl-C lets running answers finish; a second one ends them.
+SIGTERM, SIGHUP or Ctrl-C lets running answers finish; a second one ends them.
 FLUXCHAT_AUTH and FLUXCHAT_API_KEY keep secrets out of the process list.
 """
 
