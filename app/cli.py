@@ -13,8 +13,10 @@ import gc
 import io
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -71,7 +73,7 @@ programs (any OpenAI client; all fields: docs/reference/http.md):
     "model": "fluxchat", "token_budget": 128, "messages": [{"role": "user", "content": [
       {"type": "video_url", "video_url": {"url": "file-..."}}, {"type": "text", "text": "What moves?"}]}]}'
 
-SIGTERM or Ctrl-C lets running answers finish; a second one ends them.
+SIGTERM, SIGHUP or Ctrl-C lets running answers finish; a second one ends them.
 FLUXCHAT_AUTH and FLUXCHAT_API_KEY keep secrets out of the process list.
 """
 
@@ -503,7 +505,7 @@ def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -
             file=sys.stderr,
             flush=True,
         )
-    return VideoChat(
+    chat = VideoChat(
         args.model,
         llm=args.llm,
         encoder=args.encoder,
@@ -521,6 +523,12 @@ def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -
         speech_model=getattr(args, "speech_model", None),
         **options,
     )
+    if _interrupted.is_set():
+        chat.close()
+        raise KeyboardInterrupt
+    if _is_main_thread() and signal.getsignal(signal.SIGINT) is _interrupt:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on it may be the command's own
+    return chat
 
 
 def _tell_engine(args: argparse.Namespace) -> None:
@@ -922,6 +930,38 @@ def _tolerate_any_character() -> None:
             stream.reconfigure(errors=errors)
 
 
+_interrupted = threading.Event()  # a Ctrl-C came, before there was a model
+
+
+def _interrupt(*_: object) -> NoReturn:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Libraries lose a Ctrl-C that comes while they are imported: then some go on, and some fail."""
+    _interrupted.clear()
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is not signal.default_int_handler or not _is_main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    except Exception:
+        if _interrupted.is_set():
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        _interrupted.clear()
+        signal.signal(signal.SIGINT, previous)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     _tolerate_any_character()
@@ -946,7 +986,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         **LIBRARY_COMMANDS,
     }
     try:
-        status = run[args.command](args)
+        with _interrupts_kept():
+            status = run[args.command](args)
         if sys.stdout is not None and not sys.stdout.closed:  # an MCP server closes it at its end
             sys.stdout.flush()
         return status

@@ -55,6 +55,10 @@ def converse(chat: VideoChat, video: Any, options: dict[str, Any]) -> int:
         except (EOFError, RuntimeError):  # RuntimeError: there is no standard input
             return 0
         except KeyboardInterrupt:
+            if interactive and _typed():  # it takes back the line
+                print(flush=True)
+                leaving = False
+                continue
             if leaving or not interactive:
                 return 0
             leaving = True
@@ -64,7 +68,7 @@ def converse(chat: VideoChat, video: Any, options: dict[str, Any]) -> int:
         if not line:
             continue
         if not interactive:
-            print("> " + line.encode(errors="backslashreplace").decode())
+            print("> " + on_a_line(line))
         name, _, value = line[1:].partition(" ")
         if line.startswith("/") and name in QUIT:
             return 0
@@ -83,6 +87,11 @@ def _line_editing() -> None:
     """Arrow keys and a history of this session's lines, where Python was built with them."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - input() uses it once it is imported
+
+
+def _typed() -> str:
+    """What was typed of the line that Ctrl-C ended, where that is known."""
+    return sys.modules["readline"].get_line_buffer() if "readline" in sys.modules else ""
 
 
 class Terminal:
@@ -208,7 +217,7 @@ def _path(value: str, command: str) -> str:
 
 def _tell_part(what: str, _index: int, _count: int) -> None:
     """Say in a terminal which part of a long video is looked at; on a line that the next thing takes over."""
-    if not sys.stdout.isatty():
+    if not _redraws():
         return
     if isinstance(what, Step) and what.parts > 1:
         print(f"\r\x1b[KPart {what.part} of {what.parts} …", end="", flush=True)
@@ -217,8 +226,13 @@ def _tell_part(what: str, _index: int, _count: int) -> None:
 
 
 def _clear_line() -> None:
-    if sys.stdout.isatty():
+    if _redraws():
         print("\r\x1b[K", end="", flush=True)
+
+
+def _redraws() -> bool:
+    """Whether the output is a terminal that can write a line anew."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _print_stream(stream: AnswerStream) -> Answer:
@@ -247,6 +261,8 @@ def _interrupt_stops(stream: AnswerStream) -> Iterator[None]:
 
 
 def _figures(answer: Answer) -> str:
+    if answer.finish == "cancelled" and not answer.text:
+        return "stopped before the first word"
     usage, timings = answer.usage, answer.timings
     reused = f", {usage.cached_tokens} reused" if usage.cached_tokens else ""
     return (

@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -181,6 +182,9 @@ class GradioAccess:
         named = query.get("session_hash", []) + re.findall("^/gradio_api/heartbeat/(.*)", path)
         for session in named:
             self._bind_session(session, client)
+        if path == "/gradio_api/queue/data":
+            await self._events(named, scope, receive, send)
+            return
         if scope["method"] == "POST" and not MCP_ROUTES.fullmatch(path):
             try:
                 body = await self._body(Request(scope, receive), client)
@@ -188,6 +192,17 @@ class GradioAccess:
                 return
             receive = _replay(body, receive)
         await self._app(scope, receive, send)
+
+    async def _events(self, named: Sequence[str], scope: Scope, receive: Receive, send: Send) -> None:
+        """The events of a session. One that has none, or ends elsewhere, is no failure of Gradio's stream."""
+        if named and named[0] not in self._page._queue.pending_messages_per_session:
+            raise _no_session()
+        try:
+            await self._app(scope, receive, send)
+        except RuntimeError as error:
+            if not isinstance(error.__cause__, HTTPException):
+                raise
+            await send({"type": "http.response.body"})
 
     async def _body(self, request: Request, client: str) -> bytes:
         """A request's body; raises ApiError unless everything it names is the client's."""
@@ -216,7 +231,7 @@ class GradioAccess:
         """Bind a session to its first client; ApiError 404 for another. Anonymous clients are one owner."""
         owner = "" if is_anonymous(client) else client
         if len(session) > 128 or self._sessions.setdefault(session, owner) != owner:
-            raise ApiError(404, "There is no such session: reload the page.", code="session_not_found")
+            raise _no_session()
         self._sessions.move_to_end(session)
         while len(self._sessions) > MAX_SESSIONS:
             self._sessions.popitem(last=False)
@@ -247,6 +262,10 @@ class GradioAccess:
             if path.startswith(self._folder) and self._store.touch(path, client):
                 return path
         return None
+
+
+def _no_session() -> ApiError:
+    return ApiError(404, "There is no such session: reload the page.", code="session_not_found")
 
 
 def _texts(value: Any) -> Iterator[tuple[str, bool]]:

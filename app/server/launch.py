@@ -3,7 +3,8 @@
     serve(VideoChat(trusted=False, limits=WEB_LIMITS), LaunchOptions(port=7860))
 
 Bound to this machine unless credentials are needed. Prints one line on stdout when it is ready, and one on
-stderr about its access control. SIGTERM lets running answers finish; a second one stops them.
+stderr about its access control. SIGTERM, SIGHUP or Ctrl-C let running answers finish; a second one stops
+them.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(chat: VideoChat | ModelSlot, options: LaunchOptions, listener: socket.socket | None = None) -> None:
-    """Serve until SIGTERM or Ctrl-C; a second one ends the process within 2 s, whatever its threads do.
+    """Serve until SIGTERM, SIGHUP or Ctrl-C; a second one ends the process within 2 s, whatever its threads
+    do.
 
     listener: a socket of `bind`, to reserve the port before the model is loaded. Raises
     ConfigError, before it starts.
@@ -120,9 +122,19 @@ def serve(chat: VideoChat | ModelSlot, options: LaunchOptions, listener: socket.
     with contextlib.suppress(KeyboardInterrupt), _upload_folder() as tidy:
         server = make_server(chat, options, listener)
         server.before_exit = tidy
+        _end_with_the_terminal(server)
         server.run([listener])
         if server.force_exit:  # a normal exit would wait for threads
             server.end(server.status)
+
+
+def _end_with_the_terminal(server: WebServer) -> None:
+    """SIGHUP is as SIGTERM, unless `nohup` has it ignored."""
+    hangup = getattr(signal, "SIGHUP", None)  # there is none on Windows
+    if hangup is None or threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(hangup) is not signal.SIG_IGN:
+        signal.signal(hangup, server.handle_exit)
 
 
 @contextlib.contextmanager

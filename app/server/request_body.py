@@ -29,8 +29,15 @@ Steps = (
 async def body_blocks(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
     """The body in blocks; raises ApiError 413 past the limit, whatever its headers say.
 
-    Raises ClientDisconnected when it is cut off.
+    Raises ApiError 415 for a compressed one, ClientDisconnected when it is cut off.
     """
+    if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
+        raise ApiError(
+            415,
+            "Compressed bodies are not taken: send it without a Content-Encoding.",
+            code="unsupported_content_encoding",
+            headers={"Connection": "close"},  # it is not read
+        )
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > limit:
         raise too_large(limit)

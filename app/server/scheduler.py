@@ -34,7 +34,7 @@ class Job:
         self._pieces: asyncio.Queue[Any] = asyncio.Queue()
         self.loop = asyncio.get_running_loop()
         self._stream: AnswerStream | None = None
-        self._stopped = False
+        self._stopped = self._cut = False
         self.answer: Answer | None = None
 
     def run(self, source: Source) -> None:
@@ -48,6 +48,8 @@ class Job:
                     stream.stop()
                 for piece in stream:
                     self._put(piece)
+                if self._cut and stream.answer.finish == "cancelled":
+                    raise shutting_down()
                 self.answer = stream.answer
         except BaseException as caught:  # noqa: BLE001 - it is raised where the pieces are read
             error = caught
@@ -73,6 +75,11 @@ class Job:
         self._stopped = True
         if self._stream is not None:
             self._stream.stop()
+
+    def cut(self) -> None:
+        """The same for the server's sake: the reader gets a 503, unless the answer is complete."""
+        self._cut = self._cut or not self._stopped
+        self.stop()
 
 
 class Scheduler:
@@ -149,13 +156,13 @@ class Scheduler:
         while (self.jobs or self._waiting) and time.monotonic() < end:
             await asyncio.sleep(0.05)
         for job in self.jobs:
-            job.stop()
+            job.cut()
 
     def close(self) -> None:
         """Stop everything; who waits gets a 503."""
         self._draining = self._closed = True
         for job in self.jobs:
-            job.stop()
+            job.cut()
         for _ in range(self._waiting):
             self._free.release()
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -1,10 +1,12 @@
 """The `fluxchat` command: exit codes, answers on stdout, one line on stderr; once as a process."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +17,7 @@ import pytest
 from app import cli
 from app.chat import VideoChat
 from app.cli import SAMPLING, STAGES, build_parser, main
+from encoder.errors import ModelError
 from llm_bridge.sampling import SamplingParams
 from tests import ROOT
 from tests.encoder.video import video_files as vf
@@ -163,6 +166,26 @@ def test_what_needs_a_temperature_says_so(capsys: pytest.CaptureFixture[str]) ->
     assert told == "--top-p, --seed: without effect at temperature 0; give --temperature 0.7, say.\n"
     assert not given("--top-p", "0.9", "--temperature", "0.5")
     assert not given("--max-new-tokens", "9")
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_ctrl_c_that_a_library_loses_ends_the_command(
+    shipped_example: Path, call: Call, monkeypatch: pytest.MonkeyPatch, tiny_model: object, fails: bool
+) -> None:
+    opened = VideoChat.__init__
+
+    def load(chat: VideoChat, *_: object, **__: object) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        if fails:
+            raise ModelError("Could not import module 'LlamaConfig'.")
+        opened(chat, tiny_model)
+
+    monkeypatch.setattr(VideoChat, "__init__", load)
+    monkeypatch.setattr(VideoChat, "ask", lambda *_, **__: pytest.fail("it went on"))
+    done = call("ask", shipped_example, "What is it?", "--model", "a")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_options_of_the_answer_are_fields_of_sampling() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -20,6 +22,7 @@ from app.terminal import Terminal, converse
 from encoder.errors import BudgetError, ConfigError, VideoError
 from encoder.video.part import Part
 from tests.app.conftest import SHORT, WORLD
+from tests.patience import PATIENCE_S
 from training.synthetic.export import write_video
 
 OPTIONS = {"budget": "16", "max_new_tokens": 4}
@@ -279,7 +282,8 @@ def test_ctrl_c_between_two_parts_ends_the_answer_only(
     monkeypatch.setattr("sys.stdin", io.StringIO("What is it?\nAnd now?\n"))
     assert converse(chat, str(film), {**OPTIONS, "budget": "64"}) == 0
     assert len(looked) == 1 + 2
-    assert capsys.readouterr().out.count("video tokens") == 2
+    printed = capsys.readouterr().out
+    assert printed.index("[stopped before the first word]") < printed.index("video tokens")
 
 
 def test_an_export_shows_the_parts_that_were_looked_at(chat: VideoChat, film: Path, tmp_path: Path) -> None:
@@ -293,3 +297,108 @@ def test_an_export_shows_the_parts_that_were_looked_at(chat: VideoChat, film: Pa
     assert text.count("*film.mp4*") == 2
     assert ", from 0:00 to " in text
     assert len(list((tmp_path / "talk_frames").iterdir())) == price(chat, film, 64).frames
+
+
+@pytest.mark.parametrize(("kind", "redraws"), [("dumb", False), ("xterm", True)])
+def test_a_terminal_that_cannot_write_a_line_anew_gets_no_codes(
+    chat: VideoChat,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    redraws: bool,
+) -> None:
+    monkeypatch.setenv("TERM", kind)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    Terminal(chat, str(SHORT), OPTIONS).ask("What is it?")
+    assert ("\x1b" in capsys.readouterr().out) is redraws
+
+
+def test_an_answer_that_is_stopped_before_its_first_word_has_no_figures(
+    chat: VideoChat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = chat._vision.encode
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return encode(*arguments, **options)
+
+    terminal = Terminal(chat, str(SHORT), OPTIONS)
+    monkeypatch.setattr(chat._vision, "encode", interrupted)
+    terminal.ask("What did nobody ask before?")
+    assert "[stopped before the first word]" in capsys.readouterr().out
+    assert terminal.conversation.turns == []
+
+
+def test_lines_of_a_pipe_are_shown_without_their_control_characters(
+    chat: VideoChat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("What \x1b[31mis\x07 it?\n"))
+    assert converse(chat, str(SHORT), OPTIONS) == 0
+    assert r"> What \x1b[31mis\x07 it?" in capsys.readouterr().out
+
+
+TYPIST = """
+import sys
+from app.terminal import converse
+class Chat:
+    name, device = "a model", "cpu"
+    def conversation(self, *_, **__):
+        return None
+sys.exit(converse(Chat(), None, {}))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no terminals of this kind")
+def test_ctrl_c_takes_back_a_line_that_was_begun() -> None:
+    pytest.importorskip("readline")
+    import fcntl
+    import pty
+    import termios
+
+    def own_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    main, terminal = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", TYPIST],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env={**os.environ, "TERM": "xterm"},
+        preexec_fn=own_terminal,
+    )
+    os.close(terminal)
+    shown = b""
+
+    def wait_for(text: bytes) -> None:
+        nonlocal shown
+        while text not in shown:
+            shown += os.read(main, 1000)
+        shown = shown.partition(text)[2]
+
+    try:
+        wait_for(b"\n> ")
+        os.write(main, b"half a question")
+        wait_for(b"half a question")
+        os.write(main, b"\x03")
+        wait_for(b"> ")
+        os.write(main, b"\x03")
+        wait_for(b"Ctrl-C again leaves.")
+        wait_for(b"> ")
+        os.write(main, b"once more")
+        wait_for(b"once more")
+        os.write(main, b"\x03")
+        wait_for(b"> ")
+        os.write(main, b"/dance\n")
+        wait_for(b"There is no command /dance")
+        wait_for(b"> ")
+        os.write(main, b"\x03")
+        wait_for(b"Ctrl-C again leaves.")
+        wait_for(b"> ")
+        os.write(main, b"\x03")
+        assert process.wait(PATIENCE_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(main)

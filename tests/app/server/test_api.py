@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import os
@@ -126,6 +127,21 @@ def test_a_body_of_another_type(shared: Serving, kind: str, status: int) -> None
 
 
 # -- the description ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/embeddings", "/v1/files"])
+@pytest.mark.parametrize(("encoding", "status"), [("gzip", 415), ("br", 415), ("identity", 400)])
+def test_a_compressed_body_is_refused_in_a_sentence(
+    shared: Serving, path: str, encoding: str, status: int
+) -> None:
+    kind = "multipart/form-data; boundary=x" if path == "/v1/files" else "application/json"
+    sent = httpx.post(
+        f"{shared[0]}{path}",
+        content=gzip.compress(b"{}"),
+        headers={"Content-Type": kind, "Content-Encoding": encoding},
+    )
+    assert sent.status_code == status
+    assert ("Compressed bodies are not taken" in sent.json()["error"]["message"]) is (status == 415)
 
 
 def test_the_description_names_every_route_and_field(shared: Serving) -> None:

@@ -8,11 +8,15 @@ from typing import Any
 
 import httpx
 import pytest
+from gradio.queueing import AsyncQueue, LRUCache
+from gradio.server_messages import HeartbeatMessage
 
 from app.chat import VideoChat
+from app.server import gradio_mount
 from app.server.options import LaunchOptions
 from llm_bridge.model import VideoLanguageModel
 from tests.app.server.serving import running
+from tests.patience import PATIENCE_S
 
 SENT: list[tuple[str, dict[str, Any], int, str]] = [
     ("run/ask", {}, 400, "An event needs data, a list of its inputs."),
@@ -52,6 +56,31 @@ def test_what_is_lacking_is_told_and_nothing_is_logged(
                     assert done["output"]["error"].endswith("."), (event["api_name"], done)
     assert lacking > 50 // every
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_events_of_a_session_that_is_not_there_are_404_and_nothing_is_logged(
+    tiny_model: VideoLanguageModel, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages: list[Any] = []
+    monkeypatch.setattr(gradio_mount, "tell_senders", pages.append)
+    with (
+        VideoChat(tiny_model, trusted=False) as chat,
+        running(chat, LaunchOptions(examples=[])) as (address, _),
+        httpx.Client(base_url=f"{address}/gradio_api/", timeout=PATIENCE_S) as client,
+    ):
+        unknown = client.get("queue/data", params={"session_hash": "nobody"})
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "session_not_found")
+        waiting: LRUCache[str, AsyncQueue[Any]] = pages[0]._queue.pending_messages_per_session
+        waiting["a"] = AsyncQueue()
+        waiting["a"].put_nowait(HeartbeatMessage())
+        with client.stream("GET", "queue/data", params={"session_hash": "a"}) as events:
+            lines = events.iter_lines()
+            assert "heartbeat" in next(lines)
+            ended = waiting["a"]  # as another stream of the session ends it
+            del waiting["a"]
+            ended.put_nowait(HeartbeatMessage())
+            list(lines)
+    assert len(capfd.readouterr().err.splitlines()) == 1  # that it is ready
 
 
 def _queued(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:

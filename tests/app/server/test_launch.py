@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,8 +43,10 @@ def folder(tiny_model: VideoLanguageModel, tmp_path_factory: pytest.TempPathFact
 
 
 @contextmanager
-def web(*args: object, **env: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """(process, address) of a `fluxchat web` that is ready."""
+def web(
+    *args: object, before: Callable[[], object] | None = None, **env: str
+) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """(process, address) of a `fluxchat web` that is ready. before: called in the process first."""
     command = [
         sys.executable,
         "-W",
@@ -58,7 +60,12 @@ def web(*args: object, **env: str) -> Iterator[tuple[subprocess.Popen[str], str]
         *map(str, args),
     ]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **env}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **env},
+        preexec_fn=before,
     )
     assert process.stdout is not None
     lines: queue.Queue[str] = queue.Queue()
@@ -80,7 +87,9 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, errors
 
 
-def test_one_line_then_answers_and_sigterm_drains(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_one_line_then_answers_and_a_signal_drains(folder: Path, tmp_path: Path, name: str) -> None:
     video = vf.write(tmp_path / "v.mp4", vf.steady(10))
     with (
         web("--projector", folder, "--media-root", tmp_path, TMPDIR=str(tmp_path)) as (process, address),
@@ -97,7 +106,7 @@ def test_one_line_then_answers_and_sigterm_drains(folder: Path, tmp_path: Path) 
         late = pool.submit(ask, address, "What?", "v.mp4", max_tokens=200, temperature=0.5, seed=1)
         while "fluxchat_running 1" not in httpx.get(f"{address}/metrics").text and not late.done():
             time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(getattr(signal, name))
         assert answer(late.result()) == expected
         status, out, errors = ended(process)
     assert (status, out) == (0, "")
@@ -105,6 +114,18 @@ def test_one_line_then_answers_and_sigterm_drains(folder: Path, tmp_path: Path) 
     assert errors == f"FluxChat: nobody has to log in; only this machine can connect; {decoders}.\n"
     assert [path.name for path in tmp_path.glob("fluxchat-*")] == []
     assert video.exists()
+
+
+@pytest.mark.slow
+def test_nohup_keeps_it(folder: Path) -> None:
+    with web("--model", folder, before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as (
+        process,
+        address,
+    ):
+        process.send_signal(signal.SIGHUP)
+        assert httpx.get(f"{address}/v1/models").status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert ended(process)[0] == 0
 
 
 def test_secrets_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

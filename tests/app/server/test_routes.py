@@ -432,6 +432,27 @@ def test_draining_finishes_running_answers_and_refuses_new_ones(tiny_model: Vide
         assert answer(first.result()) == expected
 
 
+def test_an_answer_that_the_end_of_the_server_cuts_is_an_error(tiny_model: VideoLanguageModel) -> None:
+    with (
+        VideoChat(tiny_model, trusted=False) as chat,
+        ThreadPoolExecutor(1) as pool,
+        running(chat) as (address, server),
+        slowly(chat),
+    ):
+        options: dict[str, Any] = {"max_tokens": 900, "min_tokens": 900}
+        whole = pool.submit(ask, address, "What?", **options)
+        body = question("Which?", stream=True, **options)
+        with httpx.stream("POST", f"{address}/v1/chat/completions", json=body, timeout=PATIENCE_S) as cut:
+            lines = cut.iter_lines()
+            next(lines)
+            until(lambda: server.scheduler.running == 2)
+            asyncio.run(server.scheduler.drain(0))
+            *_, last, done = filter(None, lines)
+        refused = whole.result()
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+    assert (json.loads(last[6:])["error"]["code"], done) == ("shutting_down", "data: [DONE]")
+
+
 def test_an_unexpected_exception_is_a_500_without_details(
     tiny_model: VideoLanguageModel, caplog: pytest.LogCaptureFixture
 ) -> None:
