@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from app.library.commands import LIBRARY_COMMANDS, add_library_commands
 from app.library.map_command import add_map_command
-from app.printed import cut_line, on_a_line
+from app.printed import cut_line, in_terminal, on_a_line
 from app.speech.command import add_transcribe_command, run_transcribe, speech_options
 from encoder.errors import ConfigError, FluxChatError
 from fluxchat import __version__
@@ -597,7 +597,8 @@ def run_ask(args: argparse.Namespace) -> int:
         answer = chat.ask(Videos(args.videos), args.question, parts=True, **_generation(args))
     if args.schema is not None:
         answer.json()  # cut off, it is no answer
-    print(json.dumps(answer.to_dict()) if args.json else answer.text)
+    text = json.dumps(answer.to_dict()) if args.json else answer.text
+    print(in_terminal(text) if sys.stdout is not None and sys.stdout.isatty() else text)
     return 0
 
 

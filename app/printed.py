@@ -1,4 +1,4 @@
-"""Names in lines that people read: one line whatever a file is called.
+"""Names and answers that people read in a terminal: a name is one line, and neither can steer the terminal.
 
 print(f"{on_a_line(path)}: ...")
 """
@@ -21,6 +21,11 @@ _TURNING = set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 def on_a_line(name: object) -> str:
     r"""A name, or a sentence with names, in which such characters are written as \n, \x1b or \u202e."""
     return "".join(_escaped(c) if _is_control(c) else c for c in str(name))
+
+
+def in_terminal(answer: str) -> str:
+    r"""An answer in which control characters other than \n and \t are written as \x1b."""
+    return "".join(_escaped(c) if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in answer)
 
 
 def cut_line(out: str, part: CutPart) -> str:

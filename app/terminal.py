@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from app.long_video import LongPrice, price
-from app.printed import on_a_line
+from app.printed import in_terminal, on_a_line
 from app.streaming import Step
 from encoder.errors import ConfigError, FluxChatError, VideoError
 from encoder.video.clock import clock
@@ -241,7 +241,7 @@ def _print_stream(stream: AnswerStream) -> Answer:
     try:
         with _interrupt_stops(stream):
             for piece in stream:
-                print(piece, end="", flush=True)
+                print(in_terminal(piece), end="", flush=True)
                 begun = True
     finally:
         if begun:

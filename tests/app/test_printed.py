@@ -1,11 +1,11 @@
-"""Names are one line where people read them."""
+"""Names are one line where people read them, and nothing that is printed steers a terminal."""
 
 import io
 
 import pytest
 
 from app.ask_each import _bar
-from app.printed import on_a_line
+from app.printed import in_terminal, on_a_line
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,11 @@ from app.printed import on_a_line
 )
 def test_control_characters_are_written_out(name: str, printed: str) -> None:
     assert on_a_line(name) == printed
+
+
+def test_an_answer_keeps_its_lines_and_steers_no_terminal() -> None:
+    answer = "1.\tÜbung 日本 👩\u200d🚀\n\x1b]0;title\x07\x9b2J\r\u200fabc"
+    assert in_terminal(answer) == "1.\tÜbung 日本 👩\u200d🚀\n" + r"\x1b]0;title\x07\x9b2J\r" + "\u200fabc"
 
 
 def test_a_line_break_does_not_break_the_bar() -> None:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,13 @@ import numpy as np
 import pytest
 
 from app.chat import VideoChat
+from app.cli import main
 from app.long_video import price
 from app.messages import Media
 from app.terminal import Terminal, converse
 from encoder.errors import BudgetError, ConfigError, VideoError
 from encoder.video.part import Part
+from llm_bridge.generation import Generation
 from tests.app.conftest import SHORT, WORLD
 from tests.patience import PATIENCE_S
 from training.synthetic.export import write_video
@@ -335,6 +339,23 @@ def test_lines_of_a_pipe_are_shown_without_their_control_characters(
     monkeypatch.setattr("sys.stdin", io.StringIO("What \x1b[31mis\x07 it?\n"))
     assert converse(chat, str(SHORT), OPTIONS) == 0
     assert r"> What \x1b[31mis\x07 it?" in capsys.readouterr().out
+
+
+def test_an_answer_cannot_steer_the_terminal(
+    chat: VideoChat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Scripted(Generation):
+        def __iter__(self) -> Iterator[str]:
+            yield "One\n\x1b]0;title"
+            yield "\x07two"
+
+    monkeypatch.setattr("app.chat.Generation", Scripted)
+    Terminal(chat, str(SHORT), OPTIONS).ask("What is it?")
+    assert "One\n" + r"\x1b]0;title\x07two" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("app.cli.open_chat", lambda *_, **__: nullcontext(chat))
+    assert main(["ask", str(SHORT), "What is it?"]) == 0
+    assert "One\n" + r"\x1b]0;title\x07two" in capsys.readouterr().out
 
 
 TYPIST = """
