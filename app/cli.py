@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from app.library.commands import LIBRARY_COMMANDS, add_library_commands
 from app.library.map_command import add_map_command
-from app.printed import cut_line, in_terminal, on_a_line
+from app.printed import cut_line, on_a_line, printable
 from app.speech.command import add_transcribe_command, run_transcribe, speech_options
 from encoder.errors import ConfigError, FluxChatError
 from fluxchat import __version__
@@ -73,7 +73,7 @@ programs (any OpenAI client; all fields: docs/reference/http.md):
     "model": "fluxchat", "token_budget": 128, "messages": [{"role": "user", "content": [
       {"type": "video_url", "video_url": {"url": "file-..."}}, {"type": "text", "text": "What moves?"}]}]}'
 
-SIGTERM, SIGHUP or Ctrl-C lets running answers finish; a second one ends them.
+SIGTERM, SIGHUP or Ctrl-C lets running answers finish; SIGTERM or Ctrl-C after that ends them.
 FLUXCHAT_AUTH and FLUXCHAT_API_KEY keep secrets out of the process list.
 """
 
@@ -505,27 +505,31 @@ def open_chat(args: argparse.Namespace, *, fetch: bool = True, **options: Any) -
             file=sys.stderr,
             flush=True,
         )
-    chat = VideoChat(
-        args.model,
-        llm=args.llm,
-        encoder=args.encoder,
-        adapters=args.adapters,
-        device=args.device,
-        encoder_device=args.encoder_device,
-        compiled=args.compile,
-        dtype=args.dtype,
-        device_map=args.device_map,
-        quantize=args.quantize,
-        engine=args.engine,
-        select=args.select,
-        plan=args.plan,
-        on_download=announce_download,
-        speech_model=getattr(args, "speech_model", None),
-        **options,
-    )
+    try:
+        chat = VideoChat(
+            args.model,
+            llm=args.llm,
+            encoder=args.encoder,
+            adapters=args.adapters,
+            device=args.device,
+            encoder_device=args.encoder_device,
+            compiled=args.compile,
+            dtype=args.dtype,
+            device_map=args.device_map,
+            quantize=args.quantize,
+            engine=args.engine,
+            select=args.select,
+            plan=args.plan,
+            on_download=announce_download,
+            speech_model=getattr(args, "speech_model", None),
+            **options,
+        )
+    except Exception:
+        _end_if_interrupted()
+        raise
     if _interrupted.is_set():
         chat.close()
-        raise KeyboardInterrupt
+    _end_if_interrupted()
     if _is_main_thread() and signal.getsignal(signal.SIGINT) is _interrupt:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on it may be the command's own
     return chat
@@ -598,7 +602,7 @@ def run_ask(args: argparse.Namespace) -> int:
     if args.schema is not None:
         answer.json()  # cut off, it is no answer
     text = json.dumps(answer.to_dict()) if args.json else answer.text
-    print(in_terminal(text) if sys.stdout is not None and sys.stdout.isatty() else text)
+    print(printable(text))
     return 0
 
 
@@ -611,7 +615,7 @@ def run_chapters(args: argparse.Namespace) -> int:
         for chapter in LongVideo(chat, args.video).chapters(args.count, args.budget):
             if chapter.note:
                 print(chapter.note, file=sys.stderr)
-            print(json.dumps(asdict(chapter)) if args.json else chapter, flush=True)
+            print(json.dumps(asdict(chapter)) if args.json else printable(str(chapter)), flush=True)
     return 0
 
 
@@ -631,7 +635,7 @@ def _ask_each(args: argparse.Namespace) -> int:
         elif "error" in outcome:
             print(on_a_line(f"{outcome['file']}: ! {outcome['error']}"), flush=True)
         else:
-            print(f"{on_a_line(outcome['file'])}: {outcome['answer']}", flush=True)
+            print(f"{on_a_line(outcome['file'])}: {printable(str(outcome['answer']))}", flush=True)
 
     part = Part.of(args.start, args.end, args.region)
     with open_chat(args) as chat:
@@ -684,7 +688,7 @@ def run_clip(args: argparse.Namespace) -> int:
 
 
 def run_web(args: argparse.Namespace) -> int:
-    """The page and the API until SIGTERM or Ctrl-C."""
+    """The page and the API until SIGTERM, SIGHUP or Ctrl-C."""
     from dataclasses import replace
 
     from app.model_slot import ModelSlot
@@ -939,9 +943,18 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _end_if_interrupted() -> None:
+    if _interrupted.is_set():
+        raise KeyboardInterrupt from None
+
+
 @contextlib.contextmanager
 def _interrupts_kept() -> Iterator[None]:
-    """Libraries lose a Ctrl-C that comes while they are imported: then some go on, and some fail."""
+    """Libraries lose a Ctrl-C that comes while they are imported: then some go on, and some fail.
+
+    Where a chat is opened (`open_chat`) or the command fails, it ends the command after all. An open chat has
+    the usual handler.
+    """
     _interrupted.clear()
     previous = signal.getsignal(signal.SIGINT)
     if previous is not signal.default_int_handler or not _is_main_thread():
@@ -951,8 +964,7 @@ def _interrupts_kept() -> Iterator[None]:
     try:
         yield
     except Exception:
-        if _interrupted.is_set():
-            raise KeyboardInterrupt from None
+        _end_if_interrupted()
         raise
     finally:
         _interrupted.clear()

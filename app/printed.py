@@ -5,6 +5,7 @@ print(f"{on_a_line(path)}: ...")
 
 from __future__ import annotations
 
+import sys
 import unicodedata
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,11 @@ def on_a_line(name: object) -> str:
 def in_terminal(answer: str) -> str:
     r"""An answer in which control characters other than \n and \t are written as \x1b."""
     return "".join(_escaped(c) if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in answer)
+
+
+def printable(answer: str) -> str:
+    """The same where the output is a terminal; a file or another program gets the answer as it is."""
+    return in_terminal(answer) if sys.stdout is not None and sys.stdout.isatty() else answer
 
 
 def cut_line(out: str, part: CutPart) -> str:

@@ -191,7 +191,7 @@ class Terminal:
                 conversation.look_at(first, **part)
             self.medium = conversation.latest(first)
         for question, answer in conversation.turns:
-            print(f"> {question}\n{answer}\n", flush=True)
+            print(f"> {in_terminal(question)}\n{in_terminal(answer)}\n", flush=True)
 
     def _set_budget(self, value: str) -> None:
         self.chat.plan_budget(value)

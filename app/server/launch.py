@@ -3,8 +3,8 @@
     serve(VideoChat(trusted=False, limits=WEB_LIMITS), LaunchOptions(port=7860))
 
 Bound to this machine unless credentials are needed. Prints one line on stdout when it is ready, and one on
-stderr about its access control. SIGTERM, SIGHUP or Ctrl-C let running answers finish; a second one stops
-them.
+stderr about its access control. SIGTERM, SIGHUP or Ctrl-C let running answers finish; SIGTERM or
+Ctrl-C after that stops them.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def serve(chat: VideoChat | ModelSlot, options: LaunchOptions, listener: socket.socket | None = None) -> None:
-    """Serve until SIGTERM, SIGHUP or Ctrl-C; a second one ends the process within 2 s, whatever its threads
-    do.
+    """Serve until SIGTERM, SIGHUP or Ctrl-C; SIGTERM or Ctrl-C then ends the process within 2 s, whatever its
+    threads do.
 
     listener: a socket of `bind`, to reserve the port before the model is loaded. Raises
     ConfigError, before it starts.
@@ -129,12 +129,20 @@ def serve(chat: VideoChat | ModelSlot, options: LaunchOptions, listener: socket.
 
 
 def _end_with_the_terminal(server: WebServer) -> None:
-    """SIGHUP is as SIGTERM, unless `nohup` has it ignored."""
+    """SIGHUP is as SIGTERM, unless `nohup` has it ignored; a second one cuts no answer.
+
+    A terminal that closes can send two: the shell's and the kernel's.
+    """
     hangup = getattr(signal, "SIGHUP", None)  # there is none on Windows
     if hangup is None or threading.current_thread() is not threading.main_thread():
         return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(hangup, signal.SIG_IGN)
+        server.handle_exit(number, frame)
+
     if signal.getsignal(hangup) is not signal.SIG_IGN:
-        signal.signal(hangup, server.handle_exit)
+        signal.signal(hangup, end)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from app.printed import on_a_line
+from app.printed import on_a_line, printable
 from encoder.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def run_transcribe(args: argparse.Namespace) -> int:
         if transcript.lines:
             print(f"Language: {transcript.language}", file=sys.stderr)
         for line in transcript.lines:
-            print(f"{clock(line.start_s)}-{clock(line.end_s)}  {line.text}")
+            print(f"{clock(line.start_s)}-{clock(line.end_s)}  {printable(line.text)}")
     if not transcript.lines and not args.json:
         print("Nothing is said in it." if transcript.sound else "It has no sound.")
     elif out is not None and not args.json:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from app.chat import VideoChat
@@ -26,7 +27,7 @@ from encoder.errors import BudgetError, ConfigError, VideoError
 from encoder.video.part import Part
 from llm_bridge.generation import Generation
 from tests.app.conftest import SHORT, WORLD
-from tests.patience import PATIENCE_S
+from tests.patience import PATIENCE_S, until
 from training.synthetic.export import write_video
 
 OPTIONS = {"budget": "16", "max_new_tokens": 4}
@@ -342,20 +343,34 @@ def test_lines_of_a_pipe_are_shown_without_their_control_characters(
 
 
 def test_an_answer_cannot_steer_the_terminal(
-    chat: VideoChat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    chat: VideoChat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     class Scripted(Generation):
         def __iter__(self) -> Iterator[str]:
-            yield "One\n\x1b]0;title"
+            yield "One \x1b]0;title"
             yield "\x07two"
 
+    printed, steering = r"One \x1b]0;title\x07two", "One \x1b]0;title\x07two"
     monkeypatch.setattr("app.chat.Generation", Scripted)
-    Terminal(chat, str(SHORT), OPTIONS).ask("What is it?")
-    assert "One\n" + r"\x1b]0;title\x07two" in capsys.readouterr().out
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    terminal = Terminal(chat, str(SHORT), OPTIONS)
+    terminal.ask("What is it?")
+    assert printed in capsys.readouterr().out
+    terminal.command("save", str(tmp_path / "talk.json"))
+    terminal.command("load", str(tmp_path / "talk.json"))
+    assert printed in capsys.readouterr().out
     monkeypatch.setattr("app.cli.open_chat", lambda *_, **__: nullcontext(chat))
-    assert main(["ask", str(SHORT), "What is it?"]) == 0
-    assert "One\n" + r"\x1b]0;title\x07two" in capsys.readouterr().out
+    commands = (
+        ["ask", str(SHORT), "What?"],
+        ["ask", "--each", str(SHORT), "What?"],
+        ["chapters", str(SHORT)],
+    )
+    for command in commands:
+        assert main(command) == 0
+        assert steering in capsys.readouterr().out  # for another program
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    for command in commands:
+        assert main(command) == 0
+        assert printed in capsys.readouterr().out
 
 
 TYPIST = """
@@ -379,6 +394,7 @@ def test_ctrl_c_takes_back_a_line_that_was_begun() -> None:
     def own_terminal() -> None:
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell has what runs in the background ignore it
 
     main, terminal = pty.openpty()
     process = subprocess.Popen(
@@ -398,26 +414,31 @@ def test_ctrl_c_takes_back_a_line_that_was_begun() -> None:
             shown += os.read(main, 1000)
         shown = shown.partition(text)[2]
 
+    def press_ctrl_c() -> None:
+        # input() misses one that comes before it sleeps.
+        until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING)
+        os.write(main, b"\x03")
+
     try:
         wait_for(b"\n> ")
         os.write(main, b"half a question")
         wait_for(b"half a question")
-        os.write(main, b"\x03")
+        press_ctrl_c()
         wait_for(b"> ")
-        os.write(main, b"\x03")
+        press_ctrl_c()
         wait_for(b"Ctrl-C again leaves.")
         wait_for(b"> ")
         os.write(main, b"once more")
         wait_for(b"once more")
-        os.write(main, b"\x03")
+        press_ctrl_c()
         wait_for(b"> ")
         os.write(main, b"/dance\n")
         wait_for(b"There is no command /dance")
         wait_for(b"> ")
-        os.write(main, b"\x03")
+        press_ctrl_c()
         wait_for(b"Ctrl-C again leaves.")
         wait_for(b"> ")
-        os.write(main, b"\x03")
+        press_ctrl_c()
         assert process.wait(PATIENCE_S) == 0
     finally:
         process.kill()

@@ -55,10 +55,11 @@ def check_resumed(recipe: Any) -> None:
         for key, old, new in _differences(asdict(before), asdict(recipe), may_change)
     ]
     if changed:
+        moved = "" if before.loop.out == recipe.loop.out else f" loop.out={out}"
         raise CheckpointError(
             f"The run in {out} began with {'; '.join(changed)}: go on with what it began with (--config "
-            f"{out / RECIPE_FILE}), or begin another run in another loop.out, from the result of this one if "
-            "it is to learn more."
+            f"{out / RECIPE_FILE}{moved}), or begin another run in another loop.out, from the result of this "
+            "one if it is to learn more."
         )
 
 

@@ -548,21 +548,23 @@ window.fetch = async (...request) => {
   window.joined += address.includes("/queue/join");
   if (!address.includes("/queue/data")) return reply;
   window.streams += 1;
+  let line = "";
   const late = new TransformStream({
-    async transform(bytes, out) {
-      const text = new TextDecoder().decode(bytes), end = text.indexOf("close_stream");
-      if (end < 0) return out.enqueue(bytes);
-      window.streams -= 1;
-      const place = text.lastIndexOf("data:", end);
-      out.enqueue(new TextEncoder().encode(text.slice(0, place)));
-      if (window.isLate) {
-        window.endHasCome = true;
-        await window.endIsRead;
+    async transform(text, out) {
+      const lines = (line + text).split("\\n");
+      line = lines.pop();
+      for (const whole of lines) {
+        if (whole.includes("close_stream")) {
+          window.streams -= 1;
+          window.endHasCome = window.isLate;
+          if (window.isLate) await window.endIsRead;
+        }
+        out.enqueue(whole + "\\n");
       }
-      out.enqueue(new TextEncoder().encode(text.slice(place)));
     },
   });
-  return new Response(reply.body.pipeThrough(late), reply);
+  const [decode, encode] = [new TextDecoderStream(), new TextEncoderStream()];
+  return new Response(reply.body.pipeThrough(decode).pipeThrough(late).pipeThrough(encode), reply);
 };
 """
 

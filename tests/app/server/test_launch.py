@@ -107,6 +107,9 @@ def test_one_line_then_answers_and_a_signal_drains(folder: Path, tmp_path: Path,
         while "fluxchat_running 1" not in httpx.get(f"{address}/metrics").text and not late.done():
             time.sleep(0.01)
         process.send_signal(getattr(signal, name))
+        if name == "SIGHUP":  # bash sends it, and the kernel does
+            time.sleep(0.05)
+            process.send_signal(signal.SIGHUP)
         assert answer(late.result()) == expected
         status, out, errors = ended(process)
     assert (status, out) == (0, "")

@@ -66,7 +66,7 @@ def test_what_would_make_another_run_is_refused_by_name(begun: Path, changes: di
         check_resumed(recipe(begun, **changes))
     sentence = str(refused.value)
     assert sentence.startswith(f"The run in {begun} began with {told}")
-    assert f"--config {begun / 'recipe.yaml'}" in sentence
+    assert f"--config {begun / 'recipe.yaml'})" in sentence
     assert "another loop.out" in sentence
 
 
@@ -76,8 +76,12 @@ def test_what_makes_no_other_run_may_change(begun: Path) -> None:
     changes: dict[str, Any] = {f"loop__{key}": value for key, value in loop.items()}
     changes |= {"max_missing": 0.5, "feature_cache": "f", "model__gradient_checkpointing": True}
     check_resumed(recipe(begun, **changes))
-    shutil.copytree(begun, begun / "moved")
-    check_resumed(recipe(begun / "moved"))
+    moved = begun / "moved"
+    shutil.copytree(begun, moved)
+    check_resumed(recipe(moved))
+    with pytest.raises(CheckpointError) as refused:
+        check_resumed(recipe(moved, loop__seed=1))
+    assert f"--config {moved / 'recipe.yaml'} loop.out={moved})" in str(refused.value)
 
 
 def test_what_is_measured_changes_where_nothing_was_measured(begun: Path) -> None:
