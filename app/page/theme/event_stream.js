@@ -4,15 +4,13 @@
 {
   const LONGEST_WAIT_MS = 10_000;
   const request = window.fetch;
-  let stream = null; // the last one: {told: ids of events, over, wake: what to call when either changes}
-
-  const wake = (place) => place.wake.splice(0).forEach((done) => done());
+  let stream = null; // the last one: {told: ids of events, over, waiting: id -> what ends the wait for it}
 
   const follow = (signal) => {
-    const place = { told: new Set(), over: false, wake: [] };
+    const place = { told: new Set(), over: false, waiting: new Map() };
     signal?.addEventListener("abort", () => { // by the client, which has read of the end
       place.over = true;
-      wake(place);
+      for (const done of place.waiting.values()) done();
     });
     return place;
   };
@@ -26,19 +24,19 @@
         out.enqueue(bytes);
         const lines = (rest + decoder.decode(bytes, { stream: true })).split("\n");
         rest = lines.pop();
-        for (const line of lines) for (const [, id] of line.matchAll(/"event_id":"(\w+)"/g)) place.told.add(id);
-        wake(place);
+        for (const line of lines) for (const [, id] of line.matchAll(/"event_id":"(\w+)"/g)) {
+          place.told.add(id);
+          place.waiting.get(id)?.();
+        }
       },
     }));
     return new Response(body, reply);
   };
 
-  const toldOf = async (place, id) => {
-    const latest = Date.now() + LONGEST_WAIT_MS;
-    while (!place.over && !place.told.has(id) && Date.now() < latest) {
-      await new Promise((done) => { place.wake.push(done); setTimeout(done, LONGEST_WAIT_MS); });
-    }
-  };
+  const toldOf = (place, id) => place.over || place.told.has(id) || new Promise((done) => {
+    place.waiting.set(id, done);
+    setTimeout(done, LONGEST_WAIT_MS);
+  });
 
   window.fetch = async (...values) => {
     const address = String(values[0]?.url ?? values[0]);
